@@ -1,0 +1,30 @@
+"""Chain of LoRA (COLA) for PyTorch Lightning: fine-tuning by a chain of low-rank updates.
+
+Names are imported when first used, so that ``import cola_lightning`` takes no time and needs no library.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoRALayer": "layers",
+    "LoRALinear": "layers",
+    "UserError": "errors",
+    "inject_lora": "adapt",
+    "lora_layers": "adapt",
+    "strip_lora": "adapt",
+}
+
+__all__ = ["LoRALayer", "LoRALinear", "UserError", "inject_lora", "lora_layers", "strip_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,210 @@
+"""Putting LoRA layers into a model, in place, and taking them out again.
+
+Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a rank that a layer
+cannot have, a base too coarse to be merged into.
+"""
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from cola_lightning.errors import UserError
+from cola_lightning.layers import Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
+
+ALL_LINEAR = "all-linear"
+
+
+def inject_lora(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
+    init: Init = "kaiming",
+) -> list[str]:
+    """Swaps the target layers for LoRA layers, in place, and freezes everything else.
+
+    Afterwards only the links' A and B and the parameters of ``modules_to_save`` are trainable.
+
+    Args:
+        target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
+            name endings; ``all-linear`` is every Linear and Conv1D but the output embeddings and ``modules_to_save``.
+        rank: largest rank of a link, and the first link's; at most the smaller side of each target.
+        alpha: updates are scaled by ``alpha / rank``.
+        dropout: probability of dropping an input of A while training.
+        modules_to_save: names or dotted name endings of modules that are trained whole (a new head).
+        init: how A is drawn, see :meth:`LoRALinear.from_linear`.
+
+    Returns:
+        The names of the adapted layers, in the model's order.
+
+    Raises:
+        UserError: for whatever would be wrong later: no match, shared modules or weights, a half-precision base, ...
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> inject_lora(model, ["0"], rank=2, alpha=4)
+        ['0']
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.lora_A', '0.lora_B']
+
+    Source: Hu et al., arXiv 2106.09685, section 4; for the matching rule, PEFT's ``LoraConfig.target_modules``.
+    """
+    _check_numbers(rank, alpha, dropout)
+    if lora_layers(model):
+        raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
+    saved = _matches(model, list(modules_to_save), "model.modules_to_save", [name for name, _ in model.named_modules()])
+    names = _find_targets(model, target_modules, saved)
+    modules = dict(model.named_modules())
+    _check_not_shared(model, names)
+    for name in names:
+        _check_layer(name, modules[name], rank)
+    if inside := [name for name in names if _is_inside(name, saved)]:
+        raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
+
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapt_layer(modules[name], rank, alpha, dropout, init))
+    for name in saved:
+        model.get_submodule(name).requires_grad_()
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by name, in the model's order.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = inject_lora(model, "all-linear", rank=1, alpha=1)
+        >>> list(lora_layers(model))
+        ['0']
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
+    """Swaps the LoRA layers back for plain ones around the same ``Parameter`` objects, in place.
+
+    Args:
+        merge: add each live link to its weight first.
+
+    Raises:
+        UserError: if a live link holds an update (its B is not zero) and ``merge`` is False: it would be lost.
+    """
+    layers = lora_layers(model)
+    if not merge and (live := [name for name, layer in layers.items() if layer.lora_B.any()]):
+        raise UserError(f"merge: expected True, for layer {live[0]!r} has a live link that would be lost; received False")
+    for name, layer in layers.items():
+        if merge:
+            layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain_layer(layer))
+
+
+def _check_numbers(rank: int, alpha: float, dropout: float) -> None:
+    if rank < 1:
+        raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
+    if not alpha > 0:
+        raise UserError(f"model.alpha: expected a number above 0, received {alpha}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
+
+
+def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: list[str]) -> list[str]:
+    adaptable = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_adaptable(module)]
+    if target_modules == ALL_LINEAR:
+        get_output_embeddings = getattr(model, "get_output_embeddings", None)
+        head = get_output_embeddings() if get_output_embeddings is not None else None
+        names = [n for n in adaptable if model.get_submodule(n) is not head and not _is_inside(n, saved)]
+        if not names:
+            raise UserError("model.target_modules: expected a model with Linear or Conv1D layers for all-linear, received none")
+        return names
+    matched = set(_matches(model, target_modules, "model.target_modules", adaptable))
+    if other := sorted(matched - set(adaptable)):
+        kind = type(model.get_submodule(other[0])).__name__
+        raise UserError(
+            f"model.target_modules: expected layers of type Linear or Conv1D, received {other[0]!r}, which is a {kind}"
+        )
+    return [name for name in adaptable if name in matched]
+
+
+def _matches(model: nn.Module, patterns: str | Sequence[str], field: str, offered: Iterable[str]) -> list[str]:
+    """Names of the modules that the patterns match; each pattern must match one. ``offered``: what to suggest instead."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if isinstance(patterns, str):
+            hits = [name for name in names if _compile(pattern, field).fullmatch(name)]
+        else:
+            hits = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+        if not hits:
+            raise UserError(
+                f"{field}: expected the name of a module of the model, received {pattern!r}{_nearest(pattern, offered)}"
+            )
+        found.update(hits)
+    if not found and field == "model.target_modules":
+        raise UserError(f"{field}: expected at least one name, received none")
+    return [name for name in names if name in found]
+
+
+def _compile(pattern: str, field: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field}: expected a regular expression, received {pattern!r} ({error})") from error
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    ends = list(dict.fromkeys(end for name in names if name for end in (name.rpartition(".")[2], name)))
+    # A model without a near name still has names: show some.
+    near = difflib.get_close_matches(word, ends, n=3, cutoff=0.6) or [end for end in ends if not end.isdigit()][:3] or ends[:3]
+    return f"; the nearest that exist: {', '.join(near)}" if near else ""
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _check_not_shared(model: nn.Module, names: list[str]) -> None:
+    """Refuses a target that the model uses in two places: adapting one would change, or miss, the other."""
+    places = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[id(module)].append(name)
+    parameters = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters[id(parameter)].append(name)
+    for name in names:
+        module = model.get_submodule(name)
+        if len(places[id(module)]) > 1:
+            raise UserError(
+                "model.target_modules: expected layers that the model uses under one name, received "
+                f"{' = '.join(places[id(module)])}"
+            )
+        for parameter in module.parameters():
+            if len(parameters[id(parameter)]) > 1:
+                raise UserError(
+                    "model.target_modules: expected layers with weights of their own, received "
+                    f"{name!r}, whose weight is shared ({' = '.join(parameters[id(parameter)])})"
+                )
+
+
+def _check_layer(name: str, module: nn.Module, rank: int) -> None:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if rank > min(weight.shape):
+        raise UserError(
+            f"model.rank: expected at most {min(weight.shape)}, the smaller side of {name!r} ({tuple(weight.shape)}), "
+            f"received {rank}"
+        )
+    if weight.dtype.itemsize < 4:
+        raise UserError(
+            f"model.dtype: expected a float32 base, for merging links into half precision rounds them away; received "
+            f"{str(weight.dtype).removeprefix('torch.')} in {name!r}: load it in float32, or train the whole in "
+            "mixed precision (--trainer.precision bf16-mixed)"
+        )
