@@ -205,7 +205,7 @@ def _lora_conv1d() -> type[LoRALayer]:
     """``LoRAConv1D``, made when first asked for: its base class lives in transformers, which takes seconds to import."""
     from transformers.pytorch_utils import Conv1D
 
-    class LoRAConv1D(LoRALayer, Conv1D):
+    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
         """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
 
         weight_is_transposed = True
