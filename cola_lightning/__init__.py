@@ -9,15 +9,40 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "COLADigits": "modules.digits",
+    "COLAModule": "modules.base",
+    "Chain": "chain",
+    "ChainOfLoRA": "callbacks.chain_of_lora",
+    "ChainSchedule": "schedule",
+    "DigitsDataModule": "data.digits",
+    "Link": "chain",
     "LoRALayer": "layers",
     "LoRALinear": "layers",
+    "PredictionWriter": "callbacks.prediction_writer",
     "UserError": "errors",
+    "base_from_checkpoint": "modules.checkpoint",
     "inject_lora": "adapt",
     "lora_layers": "adapt",
     "strip_lora": "adapt",
 }
 
-__all__ = ["LoRALayer", "LoRALinear", "UserError", "inject_lora", "lora_layers", "strip_lora"]
+__all__ = [
+    "COLADigits",
+    "COLAModule",
+    "Chain",
+    "ChainOfLoRA",
+    "ChainSchedule",
+    "DigitsDataModule",
+    "Link",
+    "LoRALayer",
+    "LoRALinear",
+    "PredictionWriter",
+    "UserError",
+    "base_from_checkpoint",
+    "inject_lora",
+    "lora_layers",
+    "strip_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ def inject_lora(
 
     Source: Hu et al., arXiv 2106.09685, section 4; for the matching rule, PEFT's ``LoraConfig.target_modules``.
     """
-    _check_numbers(rank, alpha, dropout)
+    check_numbers(rank, alpha, dropout)
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
     saved = _matches(model, list(modules_to_save), "model.modules_to_save", [name for name, _ in model.named_modules()])
@@ -107,7 +107,8 @@ def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
         setattr(model.get_submodule(parent), child, plain_layer(layer))
 
 
-def _check_numbers(rank: int, alpha: float, dropout: float) -> None:
+def check_numbers(rank: int, alpha: float, dropout: float) -> None:
+    """Refuses numbers that no model could have, before any model is made."""
     if rank < 1:
         raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
     if not alpha > 0:

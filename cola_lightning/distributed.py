@@ -48,10 +48,8 @@ def gather(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", copy=True).contiguous()
 
 
-def agree_on_seed(seed: int | None) -> int:
-    """The given seed or, where it is None, one that rank 0 draws and every process receives."""
-    if seed is not None:
-        return seed
+def draw_seed() -> int:
+    """A seed that rank 0 draws, not from torch's generators, and every process receives."""
     drawn: list[int] = [secrets.randbits(31)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(drawn, src=0)

@@ -137,7 +137,7 @@ class LoRALayer(nn.Module):
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
-        full = torch.zeros(self.max_rank, self.lora_A.shape[1], dtype=torch.float32)
+        full = torch.zeros(self.max_rank, self.lora_A.shape[1], dtype=torch.float32, device="cpu")
         if self.init == "gaussian":
             nn.init.normal_(full[: self.rank], std=1 / self.rank, generator=generator)
         else:

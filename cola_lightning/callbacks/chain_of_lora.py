@@ -1,0 +1,146 @@
+"""When knots are tied."""
+
+import logging
+import math
+from typing import Any, Protocol, cast
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from typing_extensions import override
+
+from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.chain import Chain, Link
+from cola_lightning.errors import UserError
+from cola_lightning.schedule import ChainSchedule, Counters
+
+log = logging.getLogger(__name__)
+
+
+class ChainModule(Protocol):
+    """What ChainOfLoRA asks of its module; :class:`~cola_lightning.modules.COLAModule` has it."""
+
+    target_modules: str | list[str] | None
+    rank: int
+    chain: Chain
+    schedule: ChainSchedule
+    link_start: Counters
+
+    def tie_knot(self) -> Link: ...  # noqa: D102
+    def live_link(self) -> Link: ...  # noqa: D102
+
+
+class ChainOfLoRA(Callback):
+    """Ties the knots: at the first batch of an optimizer step at which one is due, before anything is computed for it.
+
+    At most one of the first four arguments; none is one link: plain LoRA. Steps are optimizer steps, counted over the
+    whole run. A checkpoint at a knot holds the unfinished link, and its resume ties the knot. EarlyStopping's patience runs on
+    across knots.
+
+    Args:
+        every_n_epochs: a knot after every n epochs.
+        every_n_train_steps: a knot after every n optimizer steps.
+        at_epochs: knots at the beginning of these epochs: increasing, from 1.
+        at_steps: knots before these optimizer steps: increasing, from 1.
+        ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
+        alphas: each link's alpha. Default: ``model.alpha`` for all.
+
+    Raises:
+        UserError: for more than one of the first four, and for values that cannot be.
+
+    Example:
+        >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.link_at(epoch=5, global_step=100)
+        2
+
+    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1: the knot comes before the forward pass of its step.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        at_epochs: list[int] | None = None,
+        at_steps: list[int] | None = None,
+        ranks: list[int] | None = None,
+        alphas: list[float] | None = None,
+    ) -> None:
+        is_open = type(self).should_tie is not ChainOfLoRA.should_tie
+        self.schedule = ChainSchedule(every_n_epochs, every_n_train_steps, at_epochs, at_steps, ranks, alphas, is_open=is_open)
+        self._asked_at: int | None = None
+
+    def should_tie(self, epoch: int, global_step: int) -> bool:
+        """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for a rule of your own.
+
+        Args:
+            epoch: epochs finished.
+            global_step: optimizer steps taken.
+        """
+        return self.schedule.is_due(self.module.link_start, Counters(epoch, global_step))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _refuse(trainer, pl_module, self.schedule)
+        self.module = cast(ChainModule, pl_module)
+        self.module.schedule = self.schedule
+        self._asked_at = None
+        # A new list: the trainer is going through the old one. Checkpoints stay last, as Lightning has them.
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        now = Counters(trainer.current_epoch, trainer.global_step)
+        if now.global_step in (self.module.link_start.global_step, self._asked_at):  # a link's first step, or inside a window
+            return
+        self._asked_at = now.global_step
+        if self.should_tie(*now):
+            self._report(self.module.tie_knot(), trainer, "finished")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.module.target_modules is not None:
+            self._report(self.module.live_link(), trainer, "live at the end")
+
+    def _report(self, link: Link, trainer: Trainer, what: str) -> None:
+        norm, base = link.norm(), math.hypot(*self.module.chain.base["weight_norms"].values())
+        metrics = "".join(f", {k} {v:.4g}" for k, v in link.metrics.items() if k.startswith("val_"))
+        log.info(
+            "link %d %s: steps %d to %d, rank %d, update norm %.4g (%.2g of the base's)%s",
+            *(link.index, what, link.start_step, link.end_step, link.rank, norm, norm / base if base else math.nan, metrics),
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics({"link": float(link.index), "link_update_norm": norm}, step=trainer.global_step)
+
+
+def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
+    """Everything about a trainer and a module with which a chain would go wrong, found before training."""
+    if not hasattr(module, "tie_knot"):
+        raise UserError(f"model: expected a COLAModule, received {type(module).__name__}")
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"trainer.strategy: expected one that keeps whole parameters (one device, ddp), received "
+            f"{type(trainer.strategy).__name__}"
+        )
+    refused = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, refused):
+            raise UserError(
+                f"trainer.callbacks: expected none that trains by itself or averages weights across knots, received "
+                f"{type(callback).__name__}"
+            )
+    if sum(isinstance(callback, ChainOfLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise UserError("trainer.callbacks: expected one ChainOfLoRA, received several (on the command line, chain is one)")
+    if not module.automatic_optimization:
+        raise UserError("model: expected automatic optimization, received automatic_optimization = False")
+    if module.target_modules is None and schedule.has_knots:
+        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+    largest = cast(int, module.rank)
+    if schedule.ranks and max(schedule.ranks) > largest:
+        raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")

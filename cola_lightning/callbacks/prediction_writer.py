@@ -1,0 +1,71 @@
+"""Predictions as a file: one JSON object a line, a line a row of the data, in the data's order."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+from typing_extensions import override
+
+from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "predictions.jsonl"
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, whole or not at all.
+
+    ``predict_step`` returns a dict of columns, each with one value a row: ``prediction``, ``target`` and whatever else
+    belongs to a row. ``index``, the row's place in the data, is added.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self.rows: list[dict[str, Any]] = []
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows = []
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if not isinstance(prediction, dict):
+            raise UserError(
+                f"{type(pl_module).__name__}.predict_step: expected a dict of columns, received {type(prediction).__name__}"
+            )
+        columns = {name: values.tolist() if isinstance(values, Tensor) else values for name, values in prediction.items()}
+        for place, values in enumerate(zip(*columns.values(), strict=True)):
+            index = batch_indices[place] if batch_indices else len(self.rows)
+            self.rows.append({"index": int(index), **dict(zip(columns, values, strict=True))})
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parts: list[Any] = [self.rows]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, self.rows)
+        # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
+        rows = {row["index"]: row for part in parts for row in part}
+        if trainer.is_global_zero:
+            path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text("".join(json.dumps(rows[index], ensure_ascii=False) + "\n" for index in sorted(rows)))
+            partial.replace(path)
+            log.info("%d predictions: %s", len(rows), path)

@@ -1,0 +1,217 @@
+"""A chain: the finished links of a run, in order, as plain CPU tensors, and what is needed to put them into a base again.
+
+The chain is what a checkpoint stores instead of the merged weights. Replaying it runs link by link through the very function
+that the knots used, so the weights come out equal to the last bit.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from cola_lightning import distributed
+from cola_lightning.adapt import lora_layers
+from cola_lightning.errors import UserError
+from cola_lightning.layers import LoRALayer, low_rank_delta
+
+SAMPLED_VALUES = 64  # of each adapted layer's weight, in a base's fingerprint
+
+
+@dataclass(frozen=True)
+class Link:
+    """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
+
+    Attributes:
+        index: its place in the chain, from 0.
+        rank: rank of its factors.
+        alpha: the update is scaled by ``alpha / rank``.
+        start_step: global step (optimizer steps of the run) at its initialisation.
+        end_step: global step at its knot.
+        factors: A (rank x in) and B (out x rank) by the layer's name in the model.
+        extras: parameters that are trained whole, as they were at the knot, by name in the model.
+        metrics: what was logged last before the knot.
+    """
+
+    index: int
+    rank: int
+    alpha: float
+    start_step: int
+    end_step: int
+    factors: dict[str, tuple[Tensor, Tensor]]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> float:
+        """The factor ``alpha / rank`` in front of B A."""
+        return self.alpha / self.rank
+
+    def delta(self, name: str) -> Tensor:
+        """The link's update of one layer: out x in."""
+        return low_rank_delta(*self.factors[name], self.scaling)
+
+    def is_same_update(self, other: "Link") -> bool:
+        """Whether both links add the same to the same layers, to the bit."""
+        if self.scaling != other.scaling or self.factors.keys() != other.factors.keys():
+            return False
+        pairs = [
+            (mine, theirs)
+            for name, pair in self.factors.items()
+            for mine, theirs in zip(pair, other.factors[name], strict=True)
+        ]
+        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def norm(self) -> float:
+        """Frobenius norm of the link's update over all layers."""
+        # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
+        squares = sum(float(((B.T @ B) * (A @ A.T)).sum()) for A, B in self.factors.values())
+        return abs(self.scaling) * math.sqrt(max(0.0, squares))
+
+
+@dataclass
+class Chain:
+    """Finished links in order.
+
+    Attributes:
+        links: the links, ``links[k].index == k``.
+        base: what the base was: ``fingerprint``, ``dtypes`` and ``weight_norms``, see :func:`describe_base`.
+
+    Example:
+        >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
+        >>> chain = Chain([Link(0, rank=1, alpha=1.0, start_step=0, end_step=10, factors=factors)])
+        >>> chain.delta("fc").shape, chain.total_rank("fc")
+        (torch.Size([2, 3]), 1)
+    """
+
+    links: list[Link] = field(default_factory=list)
+    base: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.links)
+
+    def append(self, link: Link) -> None:
+        """Adds the next finished link.
+
+        Raises:
+            ValueError: if its index is not the next one.
+        """
+        if link.index != len(self.links):
+            raise ValueError(f"expected link {len(self.links)}, received link {link.index}")
+        self.links.append(link)
+
+    def delta(self, name: str) -> Tensor:
+        """The whole chain's update of one layer: the sum of its links' (out x in)."""
+        if not self.links:
+            raise ValueError("expected a chain with links, received an empty one")
+        return torch.stack([link.delta(name) for link in self.links]).sum(0)
+
+    def total_rank(self, name: str) -> int:
+        """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
+        return sum(link.factors[name][0].shape[0] for link in self.links)
+
+    def truncate(self, n: int) -> "Chain":
+        """A chain of the first n links; the links are shared, not copied.
+
+        Raises:
+            UserError: if the chain is shorter.
+        """
+        if not 0 <= n <= len(self.links):
+            raise UserError(f"links: expected 0 to {len(self.links)}, the length of the chain, received {n}")
+        return Chain(self.links[:n], self.base)
+
+    def is_beginning_of(self, other: "Chain") -> bool:
+        """Whether the other chain starts with this one's links: the same factors, to the bit."""
+        if len(self) > len(other):
+            return False
+        return all(mine.is_same_update(theirs) for mine, theirs in zip(self.links, other.links, strict=False))
+
+    def replay(self, layers: Mapping[str, LoRALayer], device: torch.device | str = "cpu", start: int = 0) -> None:
+        """Merges the links from ``start`` on into the layers' weights, as their knots did.
+
+        Args:
+            layers: the adapted layers by name.
+            device: where the products are computed: the device of the training, for equal bits.
+            start: the first link that the weights do not hold yet.
+        """
+        for link in self.links[start:]:
+            for name, (lora_A, lora_B) in link.factors.items():
+                layers[name].add_to_weight(lora_A.to(device), lora_B.to(device), link.scaling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
+        return {"links": [vars(link) for link in self.links], "base": self.base}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """The chain of a :meth:`state_dict`."""
+        return cls([Link(**link) for link in state["links"]], dict(state["base"]))
+
+
+def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
+    """Records the live link of the layers as a finished one; the layers stay as they are.
+
+    Args:
+        layers: the adapted layers by name; they share rank and alpha.
+        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras`` and ``metrics``.
+    """
+    first = next(iter(layers.values()))
+    factors = {}
+    for name, layer in layers.items():
+        lora_A, lora_B = layer.factors
+        factors[name] = distributed.gather(lora_A), distributed.gather(lora_B)
+    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **facts)
+
+
+def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
+    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero.
+
+    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
+    """
+    for name, layer in layers.items():
+        digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        layer.reset(generator, rank=rank, alpha=alpha)
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What identifies the base under a model's LoRA layers before any link is merged.
+
+    Returns:
+        ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the dtypes they
+        came in; ``weight_norms``: the Frobenius norm of each weight, by name.
+    """
+    digest = hashlib.sha256()
+    layers = lora_layers(model)
+    norms = {}
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        generator = torch.Generator("cpu").manual_seed(0)
+        places = torch.randint(weight.numel(), (SAMPLED_VALUES,), generator=generator, device="cpu")
+        sample = weight.flatten()[places.to(weight.device)].cpu().double()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+        norms[name] = float(torch.linalg.vector_norm(weight))
+    dtypes = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers.values()})
+    return {"fingerprint": digest.hexdigest(), "dtypes": dtypes, "weight_norms": norms}
+
+
+def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+    """Refuses a base on which the chain was not trained.
+
+    Raises:
+        UserError: if it has another dtype, or other layers or values.
+    """
+    if expected["dtypes"] != received["dtypes"]:
+        raise UserError(
+            f"checkpoint: expected a base in {' and '.join(expected['dtypes'])}, in which its chain was trained, "
+            f"received one in {' and '.join(received['dtypes'])}"
+        )
+    if expected["fingerprint"] != received["fingerprint"]:
+        raise UserError(
+            "checkpoint: expected the base on which its chain was trained "
+            f"(fingerprint {expected['fingerprint'][:12]}), received another ({received['fingerprint'][:12]}): "
+            "the same model, revision, seed and target_modules are needed, or save_base: true in training"
+        )

@@ -1,0 +1,65 @@
+"""scikit-learn's handwritten digits, 5 to 9: real data that needs no download."""
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+from cola_lightning.data.base import EpochSampler
+from cola_lightning.errors import UserError
+
+Loader = DataLoader[tuple[Tensor, ...]]
+
+
+class DigitsDataModule(LightningDataModule):
+    """The 896 images of the digits 5 to 9, 64 values from 0 to 1 each: 60 % train, 10 % validation, 30 % test.
+
+    Args:
+        batch_size: rows in a batch.
+        split_seed: which rows are in which part, and the order of training.
+        num_workers: processes that load data; the data is in memory, so none is best.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998,
+        as in ``sklearn.datasets.load_digits``.
+    """
+
+    def __init__(self, batch_size: int = 64, split_seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"data.batch_size: expected a whole number of at least 1, received {batch_size}")
+        self.batch_size, self.split_seed, self.num_workers = batch_size, split_seed, num_workers
+
+    @override
+    def setup(self, stage: str) -> None:
+        from sklearn.datasets import load_digits
+
+        images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+        images, labels = images[labels >= 5].float() / 16, labels[labels >= 5]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.split_seed))
+        n_train, n_val = int(0.6 * len(order)), int(0.1 * len(order))
+        parts = order.tensor_split([n_train, n_train + n_val])
+        self.train, self.val, self.test = (TensorDataset(images[rows], labels[rows]) for rows in parts)
+
+    @override
+    def train_dataloader(self) -> Loader:
+        return self._loader(self.train, EpochSampler(self.train, self.split_seed))
+
+    @override
+    def val_dataloader(self) -> Loader:
+        return self._loader(self.val)
+
+    @override
+    def test_dataloader(self) -> Loader:
+        return self._loader(self.test)
+
+    @override
+    def predict_dataloader(self) -> Loader:
+        return self._loader(self.test)
+
+    def _loader(self, data: TensorDataset, sampler: EpochSampler | None = None) -> Loader:
+        # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
+        # would draw from the global one.
+        return DataLoader(
+            data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator()
+        )

@@ -1,0 +1,209 @@
+"""When knots fall, what rank and alpha each link has, how long it is, and how its learning rate runs.
+
+Everything here is a pure function of counters: an epoch and a global step (optimizer steps since the start of the run, as
+Lightning counts them). Nothing is remembered between calls, so a resumed run decides as the first one did.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cola_lightning.errors import UserError
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+
+
+class Counters(NamedTuple):
+    """A moment of a run: epochs finished and optimizer steps taken."""
+
+    epoch: int
+    global_step: int
+
+
+START = Counters(0, 0)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How far a run goes; ``math.inf`` for what has no end.
+
+    Attributes:
+        steps_in_epoch: optimizer steps in the given epoch, the shorter last accumulation window included.
+        max_epochs: the run ends before this epoch.
+        max_steps: the run ends before this global step.
+        origin: the beginning of an epoch, from which the others are counted.
+
+    Example:
+        >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
+        >>> run.step_at(2), run.end_step
+        (20, 50)
+    """
+
+    steps_in_epoch: Callable[[int], float]
+    max_epochs: float
+    max_steps: float
+    origin: Counters = START
+
+    def step_at(self, epoch: float) -> float:
+        """The global step at which an epoch begins."""
+        if epoch == math.inf:
+            return math.inf
+        return self.origin.global_step + sum(self.steps_in_epoch(e) for e in range(self.origin.epoch, int(epoch)))
+
+    @property
+    def end_step(self) -> float:
+        """The global step at which the run ends."""
+        return min(self.step_at(self.max_epochs), self.max_steps)
+
+
+@dataclass(frozen=True)
+class ChainSchedule:
+    """Where the knots of a chain lie. At most one of the four "when" arguments is given; none is one link: plain LoRA.
+
+    Args:
+        every_n_epochs: a knot after every n epochs.
+        every_n_train_steps: a knot after every n optimizer steps.
+        at_epochs: knots at the beginning of these epochs, increasing, from 1.
+        at_steps: knots before these optimizer steps, increasing, from 1 (the first step is step 0).
+        ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
+        alphas: each link's alpha; None: ``model.alpha`` for all.
+        is_open: knots are decided while training, so no link's length is known beforehand.
+
+    Raises:
+        UserError: for more than one "when" and for values that cannot be.
+
+    Example:
+        >>> schedule = ChainSchedule(at_epochs=[3], ranks=[8, 2])
+        >>> [schedule.link_at(epoch, 10 * epoch) for epoch in range(5)]
+        [0, 0, 0, 1, 1]
+        >>> schedule.rank(1, default=8)
+        2
+    """
+
+    every_n_epochs: int | None = None
+    every_n_train_steps: int | None = None
+    at_epochs: Sequence[int] | None = None
+    at_steps: Sequence[int] | None = None
+    ranks: Sequence[int] | None = None
+    alphas: Sequence[float] | None = None
+    is_open: bool = False
+
+    def __post_init__(self) -> None:
+        whens = {name: getattr(self, name) for name in ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps")}
+        given = [name for name, value in whens.items() if value is not None]
+        if len(given) > 1:
+            raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
+        for name in ("every_n_epochs", "every_n_train_steps"):
+            value = whens[name]
+            if value is not None and value < 1:
+                raise UserError(f"chain.{name}: expected a whole number of at least 1, received {value}")
+        for name in ("at_epochs", "at_steps"):
+            knots = whens[name]
+            if knots is not None and any(b <= a for a, b in zip([0, *knots], knots, strict=False)):
+                raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+        for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
+            if values is not None and not values:
+                raise UserError(f"chain.{name}: expected a value for each link, received an empty list")
+        if self.ranks is not None and min(self.ranks) < 1:
+            raise UserError(f"chain.ranks: expected whole numbers of at least 1, received {list(self.ranks)}")
+        if self.alphas is not None and min(self.alphas) <= 0:
+            raise UserError(f"chain.alphas: expected numbers above 0, received {list(self.alphas)}")
+
+    @property
+    def has_knots(self) -> bool:
+        """Whether a run that is long enough is more than one link."""
+        return bool(self.every_n_epochs or self.every_n_train_steps or self.at_epochs or self.at_steps or self.is_open)
+
+    @property
+    def _counts_epochs(self) -> bool:
+        return bool(self.every_n_epochs or self.at_epochs)
+
+    def link_at(self, epoch: int, global_step: int) -> int:
+        """The link that is live at the given counters of a run that starts at 0, 0."""
+        now = epoch if self._counts_epochs else global_step
+        every, knots = self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
+        return now // every if every else bisect_right(knots, now)
+
+    def is_due(self, start: Counters, now: Counters) -> bool:
+        """Whether the link that began at ``start`` is to be finished at ``now``."""
+        return self.link_at(*now) > self.link_at(*start)
+
+    def rank(self, link: int, default: int) -> int:
+        """The rank of a link; the last entry of ``ranks`` holds for all links after it."""
+        return int(self.ranks[min(link, len(self.ranks) - 1)]) if self.ranks else default
+
+    def alpha(self, link: int, default: float) -> float:
+        """The alpha of a link; the last entry of ``alphas`` holds for all links after it."""
+        return float(self.alphas[min(link, len(self.alphas) - 1)]) if self.alphas else default
+
+    def next_knot(self, start: Counters) -> float:
+        """The epoch or global step (whichever the schedule counts) at which the link from ``start`` ends, if the run lasts."""
+        now = start.epoch if self._counts_epochs else start.global_step
+        every, knots = self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
+        if every:
+            return (now // every + 1) * every
+        return next((knot for knot in knots if knot > now), math.inf)
+
+    def link_steps(self, start: Counters, run: RunLength) -> float:
+        """Optimizer steps of the link that begins at ``start``; ``math.inf`` where nothing ends it."""
+        if self.is_open:
+            return math.inf
+        knot = self.next_knot(start)
+        end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
+        return max(0, end - start.global_step)
+
+    def links(self, start: Counters, run: RunLength) -> list[int]:
+        """Optimizer steps of each link that a run from ``start`` still has, in order.
+
+        Raises:
+            ValueError: if the run has no end.
+
+        Example:
+            >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
+            >>> ChainSchedule(every_n_epochs=2).links(Counters(0, 0), run)
+            [20, 20, 10]
+        """
+        end = run.end_step
+        if self.is_open or end == math.inf:
+            raise ValueError("expected a run and links of known length")
+        lengths = []
+        epoch_start = run.step_at(start.epoch)
+        while start.global_step < end:
+            knot = stop = self.next_knot(start)
+            if self._counts_epochs and knot < math.inf:
+                stop = epoch_start = epoch_start + sum(run.steps_in_epoch(e) for e in range(start.epoch, int(knot)))
+            stop = int(min(stop, end))
+            lengths.append(stop - start.global_step)
+            start = Counters(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
+        return lengths
+
+
+def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
+    """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
+
+    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), falls
+    linearly to 0 (``linear``) or along half a cosine (``cosine``).
+
+    Example:
+        >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+
+    Source: the formulas of ``transformers.get_{constant,linear,cosine}_schedule_with_warmup``.
+    """
+    warmup = warmup_length(warmup_steps, horizon)
+    if step < warmup:
+        return step / max(1, warmup)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, horizon - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def warmup_length(warmup_steps: float, horizon: float) -> int:
+    """The warm-up in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
+    steps = warmup_steps if warmup_steps >= 1 or warmup_steps == 0 else math.ceil(warmup_steps * horizon)
+    return int(min(steps, horizon))

@@ -1,0 +1,391 @@
+"""The chain under the Trainer, against a hand-written loop and closed forms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning.chain import begin_link
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+
+class Watch(Callback):
+    """Runs a function at the start of each batch, after the knot if there is one."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append(self.look(trainer, module))
+
+
+def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
+    """COLA in plain torch: what the Trainer must compute, to the bit. Returns the parameters and each step's loss."""
+    module = toy(rank=max_rank, alpha=alpha, seed=seed)
+    module.configure_model()  # for its base and its first A alone
+    named = dict(module.model.named_parameters())
+    base = {name: (named[f"{name}.weight"], named[f"{name}.bias"]) for name in ("0", "2")}
+    lora = {name: (named[f"{name}.lora_A"], named[f"{name}.lora_B"]) for name in ("0", "2")}
+    data = list(batches())
+    losses, link, done = [], -1, 0
+    while done < steps:
+        for start in range(0, len(data), accumulate):
+            if done % every == 0:
+                with torch.no_grad():
+                    for name, (A, B) in lora.items() if link >= 0 else ():
+                        r = ranks[link]
+                        base[name][0].add_(alpha / r * (B[:, :r].contiguous() @ A[:r].contiguous()))
+                link += 1
+                begin_link(lora_layers(module.model), seed, link, ranks[link], alpha)  # draws A, zeroes B
+                parameters = [p for pair in lora.values() for p in pair]
+                optimizer = AdamW(parameters, lr=lr)
+            r = ranks[link]
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - done % every / every)
+            for x, y in data[start : start + accumulate]:
+                for name in ("0", "2"):
+                    (W, b), (A, B) = base[name], lora[name]
+                    x = F.linear(x, W, b) + F.linear(F.linear(x, A[:r]) * (alpha / r), B[:, :r])
+                    x = torch.tanh(x) if name == "0" else x
+                loss = F.mse_loss(x, y)
+                losses.append(loss.item())
+                (loss / accumulate).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+    return weights(module), losses
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "clip", "ranks"),
+    [(1, None, [6, 6, 6, 6]), (3, 0.05, [4, 2, 6, 3])],
+    ids=["plain", "accumulation, clipping, ranks"],
+)
+def test_a_run_equals_a_hand_written_loop_to_the_bit(tmp_path, accumulate, clip, ranks):
+    steps = 4 * math.ceil(10 / accumulate)
+    every = steps // 4
+    expected, losses = hand_written_loop(steps, every, ranks, accumulate, clip)
+    module = toy(rank=6, optimizer=lambda p: AdamW(p, lr=1e-2))
+    watch = Watch(lambda trainer, module: module.link)
+    chain = {"every_n_train_steps": every, "ranks": ranks}
+    run = trainer(tmp_path, watch, chain=chain, max_epochs=4, accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+    run.fit(module, batches())
+    assert module.link == 3
+    assert sorted(set(watch.seen)) == [0, 1, 2, 3]
+    assert_bit_equal(weights(module), expected)
+    assert run.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], abs=1e-7)
+
+
+def test_a_knot_keeps_the_function():
+    module = toy(rank=3)
+    module.configure_model()
+    x = next(iter(batches()))[0]
+    for layer in lora_layers(module.model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    before = module.model(x)
+    link = module.tie_knot()
+    after = module.model(x)
+    assert ((after - before).norm() / before.norm()).item() < 1e-6
+    assert (link.index, module.link, len(module.chain)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-10)])
+def test_the_weights_move_by_the_sum_of_the_links(tmp_path, precision, tolerance):
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    module = toy(rank=2, optimizer=lambda p: AdamW(p, lr=3e-2))
+    module.configure_model()
+    base = {name: layer.weight.detach().double().clone() for name, layer in lora_layers(module.model).items()}
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=5, precision=precision).fit(module, batches(dtype=dtype))
+    module.tie_knot()
+    assert len(module.chain) == 5
+    for name, layer in lora_layers(module.model).items():
+        moved = layer.weight.detach().double() - base[name]
+        delta = module.chain.delta(name).double()
+        scale = delta.norm() if precision == "64-true" else base[name].norm()
+        assert (moved - delta).norm() / scale < tolerance
+        ranks = [torch.linalg.matrix_rank(link.delta(name)).item() for link in module.chain.links]
+        assert max(ranks) <= 2 < torch.linalg.matrix_rank(delta) <= module.chain.total_rank(name) == 10
+
+
+def test_after_a_knot_everything_of_a_link_is_new(tmp_path):
+    def look(trainer, module):
+        (optimizer,) = trainer.optimizers
+        layers = lora_layers(module.model).values()
+        frozen = [p.grad is None for p in module.parameters() if not p.requires_grad]
+        return (
+            module.link,
+            id(optimizer),
+            len(optimizer.state),
+            optimizer.param_groups[0]["lr"],
+            all(layer.lora_A.any() for layer in layers),
+            any(layer.lora_B.any() for layer in layers),
+            all(frozen),
+            [layer.lora_B.grad is not None and bool(layer.lora_B.grad.any()) for layer in layers],
+        )
+
+    class Gradients(Watch):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.seen.append(all(layer.lora_B.grad.any() for layer in lora_layers(module.model).values()))
+
+        def on_train_batch_start(self, *_):
+            pass
+
+    watch, gradients = Watch(look), Gradients(None)
+    module = toy(optimizer=lambda p: AdamW(p, lr=1e-2), lr_schedule="linear")
+    trainer(tmp_path, watch, gradients, chain={"every_n_train_steps": 5}, max_steps=20).fit(module, batches())
+    assert len(watch.seen) == 20
+    for step, (link, _, n_states, lr, has_A, has_B, is_frozen, _) in enumerate(watch.seen):
+        first = step % 5 == 0
+        assert link == step // 5
+        assert lr == pytest.approx(1e-2 * (1 - step % 5 / 5))
+        assert (n_states, has_B) == ((0, False) if first else (4, True))
+        assert has_A
+        assert is_frozen
+    assert len({seen[1] for seen in watch.seen}) == 4
+    assert all(gradients.seen)
+
+
+def test_two_runs_of_one_seed_are_equal_and_the_global_generator_does_not_matter(tmp_path):
+    def run(disturb, seed=5, dropout=0.3):
+        module = toy(seed=seed, dropout=dropout)
+        watch = Watch(lambda trainer, module: torch.rand(disturb * trainer.global_step) if disturb else None)
+        trainer(tmp_path, watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
+        return module
+
+    one, two = run(disturb=0), run(disturb=0)
+    assert_bit_equal(weights(one), weights(two))
+    disturbed, other = run(disturb=3, dropout=0.0), run(disturb=0, dropout=0.0)
+    assert_bit_equal(weights(disturbed), weights(other))
+    assert not torch.equal(run(disturb=0, seed=6).model[0].lora_A, one.model[0].lora_A)
+
+
+@pytest.mark.parametrize(
+    ("chain", "expected"),
+    [
+        ({"every_n_epochs": 2}, [0, 20, 40]),
+        ({"every_n_train_steps": 15}, [0, 15, 30, 45]),
+        ({"at_epochs": [1, 4]}, [0, 10, 40]),
+        ({"at_steps": [3, 17]}, [0, 3, 17]),
+        ({}, [0]),
+    ],
+    ids=str,
+)
+def test_knots_fall_where_the_schedule_says(tmp_path, chain, expected):
+    watch = Watch(lambda trainer, module: (module.link, trainer.global_step))
+    module = toy(lr_schedule="cosine")
+    trainer(tmp_path, watch, chain=chain, max_epochs=5).fit(module, batches())
+    first_steps = dict(reversed(watch.seen))
+    assert [first_steps[link] for link in sorted(first_steps)] == expected
+    assert [link.start_step for link in module.chain.links] == expected[:-1]
+    assert [link.end_step for link in module.chain.links] == expected[1:]
+
+
+def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
+    with_callback, without = toy(), toy()
+    trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
+    trainer(tmp_path, max_epochs=2).fit(without, batches())
+    assert_bit_equal(weights(with_callback), weights(without))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_the_callbacks_work_together_in_any_order(tmp_path, order):
+    logger = CSVLogger(tmp_path)
+    checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=tmp_path / "checkpoints")
+    monitor = LearningRateMonitor(logging_interval="step")
+    callbacks = [ChainOfLoRA(every_n_epochs=2), checkpoint, EarlyStopping("val_loss", patience=10), monitor]
+    run = trainer(
+        tmp_path, *(callbacks[i] for i in order), logger=logger, enable_checkpointing=True, max_epochs=4, log_every_n_steps=1
+    )
+    module = toy(ValidatedToy, optimizer=lambda p: SGD(p, lr=0.1), lr_schedule="linear")
+    run.fit(module, batches(), batches(2))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    rates = [float(row["lr-SGD"]) for row in logger_rows(logger) if row.get("lr-SGD")]
+    assert rates == pytest.approx([0.1 * (1 - step % 20 / 20) for step in range(40)])
+    assert module.link == 1
+
+
+def logger_rows(logger):
+    import csv
+
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_early_stopping_counts_on_across_knots(tmp_path):
+    module = toy(ValidatedToy, lr_schedule="constant", optimizer=lambda p: SGD(p, lr=0.0))
+    stopping = EarlyStopping("val_loss", patience=3)
+    run = trainer(tmp_path, stopping, chain={"every_n_epochs": 1}, max_epochs=20)
+    run.fit(module, batches(), batches(2))
+    assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
+    assert module.link == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "links"),
+    [
+        ({"fast_dev_run": True}, 1, 0),
+        ({"max_steps": 7}, 7, 3),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6, 2),
+        ({"max_epochs": 3, "overfit_batches": 2}, 6, 2),
+        ({"max_epochs": 1}, 10, 4),
+    ],
+    ids=str,
+)
+def test_the_trainers_own_limits_hold(tmp_path, arguments, steps, links, caplog):
+    module = toy(ValidatedToy)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 2}, **arguments)
+    run.fit(module, batches(), batches(2))
+    assert (run.global_step, module.link) == (steps, links)
+
+
+def test_max_time_ends_a_run(tmp_path):
+    run = trainer(tmp_path, chain={"every_n_train_steps": 5}, max_time={"seconds": 1}, max_epochs=-1)
+    module = toy(lr_schedule="constant")
+    run.fit(module, batches())
+    assert run.global_step > 5
+    assert module.link == (run.global_step - 1) // 5
+
+
+def test_a_second_fit_goes_on_with_the_chain(tmp_path):
+    module = toy()
+    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
+    assert module.link == 1
+    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
+    assert module.link == 2
+    module.tie_knot(rank=1, alpha=3)
+    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
+    assert [link.index for link in module.chain.links] == [0, 1, 2, 3]
+    assert (module.chain.links[3].rank, module.chain.links[3].alpha) == (1, 3)
+
+
+def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
+    class AtOddSteps(ChainOfLoRA):
+        asked = ()
+
+        def should_tie(self, epoch, global_step):
+            self.asked = (*self.asked, global_step)
+            return global_step in (3, 7)
+
+    rule, module = AtOddSteps(), toy(lr_schedule="constant")
+    trainer(tmp_path, rule, max_epochs=2, accumulate_grad_batches=2).fit(module, batches())
+    assert rule.asked == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert [link.end_step for link in module.chain.links] == [3, 7]
+    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant .* received linear"):
+        trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())
+
+
+def test_a_schedule_over_the_run_does_not_restart(tmp_path):
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    module = toy(schedule_scope="run", warmup_steps=0.25, optimizer=lambda p: SGD(p, lr=1.0))
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 6}, max_epochs=2).fit(module, batches())
+    expected = [step / 5 if step < 5 else 1 - (step - 5) / 15 for step in range(20)]
+    assert watch.seen == pytest.approx(expected)
+
+
+def test_an_epoch_with_another_accumulation_has_its_own_length(tmp_path):
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    module = toy(optimizer=lambda p: SGD(p, lr=1.0))
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 5})
+    trainer(tmp_path, watch, scheduler, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
+    assert watch.seen[:11] == pytest.approx([1 - step / 12 for step in range(11)])
+    assert watch.seen[20] == 1.0
+    assert module.link == 1
+
+
+def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
+    class Poisoned(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.nan if self.trainer.global_step == 13 else loss
+
+    module = Poisoned(target_modules="all-linear", rank=2, seed=0)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True)
+    run = trainer(tmp_path, checkpoint, chain={"every_n_train_steps": 5}, max_epochs=3, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 13 \(epoch 1\), in link 2"):
+        run.fit(module, batches())
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.cycle((x[0], y[0]) for x, y in batches())
+
+
+@pytest.mark.parametrize(
+    ("module", "chain", "arguments", "message"),
+    [
+        ({}, {"ranks": [2, 3]}, {}, r"chain\.ranks: expected at most 2, which is model\.rank, received 3"),
+        ({}, {"every_n_epochs": 1, "ranks": [2, 1]}, {}, r"chain\.ranks: expected 3 entries, .* received 2"),
+        ({}, {"every_n_epochs": 1, "alphas": [2.0]}, {}, r"chain\.alphas: expected 3 entries, .* received 1"),
+        ({"target_modules": None}, {"every_n_epochs": 1}, {}, r"model\.target_modules: expected layers .* received null"),
+        ({"warmup_steps": 11}, {"every_n_epochs": 1}, {}, r"warmup_steps: expected at most 10, .* received 11"),
+        ({}, {}, {"max_epochs": -1, "max_time": {"minutes": 1}}, r"lr_schedule: expected constant .* received linear"),
+        ({"lr_schedule": "constant", "warmup_steps": 0.1}, {}, {"max_epochs": -1}, r"received a warm-up of 0\.1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_well_is_refused_before_training(tmp_path, module, chain, arguments, message):
+    module = toy(**module)
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, chain=chain, **{"max_epochs": 3} | arguments).fit(module, batches())
+
+
+def test_endless_data_wants_a_constant_rate_or_max_steps(tmp_path):
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(Endless(), batch_size=4)
+    with pytest.raises(UserError, match="endless data"):
+        trainer(tmp_path, chain={"every_n_train_steps": 3}, max_epochs=1).fit(toy(), loader)
+    module = toy()
+    trainer(tmp_path, chain={"every_n_train_steps": 3}, max_steps=9).fit(module, loader)
+    assert module.link == 2
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
+    from lightning.pytorch.tuner import Tuner
+
+    for callback in (LearningRateFinder(), EMAWeightAveraging(), ChainOfLoRA()):
+        with pytest.raises(UserError, match=rf"trainer\.callbacks: .* {type(callback).__name__}|received several"):
+            trainer(tmp_path, callback, chain={}, max_epochs=1).fit(toy(), batches())
+    with pytest.raises(UserError, match="LearningRateFinder"):
+        Tuner(trainer(tmp_path, chain={}, max_epochs=1)).lr_find(toy(), batches())
+
+    class Manual(Toy):
+        automatic_optimization = False
+
+    with pytest.raises(UserError, match="automatic optimization"):
+        trainer(tmp_path, chain={}, max_epochs=1).fit(Manual(target_modules="all-linear"), batches())
+
+
+def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
+    trainer(tmp_path, chain={"every_n_epochs": 3}, max_epochs=2).fit(toy(), batches())
+    assert "ends before its first knot" in caplog.text
+    trainer(tmp_path, chain={"every_n_train_steps": 9}, max_epochs=1).fit(toy(), batches())
+    assert "the last link has 1 optimizer steps, the others at least 9" in caplog.text
+
+
+def test_one_log_line_a_link(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3, logger=logger).fit(toy(ValidatedToy), batches(), batches(2))
+    lines = [line for line in caplog.messages if line.startswith("link ")]
+    assert len(lines) == 3
+    assert lines[0].startswith("link 0 finished: steps 0 to 10, rank 2, update norm ")
+    assert "val_loss" in lines[0]
+    assert lines[2].startswith("link 2 live at the end: steps 20 to 30")
+    assert [row["link"] for row in logger_rows(logger) if row.get("link")] == ["0.0", "1.0", "2.0"]

@@ -1,0 +1,216 @@
+"""What a checkpoint holds, and that a run that resumes or replays is the run itself, to the bit."""
+
+import pytest
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback
+from torch import nn
+from torch.optim import AdamW
+
+from cola_lightning import Chain, ChainOfLoRA, UserError, base_from_checkpoint, lora_layers
+from cola_lightning.callbacks import AtomicCheckpointIO
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
+
+
+def make(cls=Toy, **arguments):
+    return toy(cls, rank=6, dropout=0.2, lr_schedule="cosine", optimizer=lambda p: AdamW(p, lr=1e-2), **arguments)
+
+
+class SaveEachStep(Callback):
+    """Writes ``step=N.ckpt`` after each batch, when ModelCheckpoint would, and nothing about itself."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
+
+
+def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
+    fit = trainer(path, SaveEachStep(path / "resumed" if ckpt_path else path), chain=chain, **{"max_epochs": 3} | arguments)
+    val = batches(2) if isinstance(module, ValidatedToy) else None
+    fit.fit(module, batches() if loader is None else loader, val, ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_resumed_run_is_the_run_itself(tmp_path, step, precision):
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    loader = batches(dtype=dtype)
+
+    whole = run(tmp_path, make(), loader=loader, precision=precision)
+    resumed = run(tmp_path, make(), tmp_path / f"step={step}.ckpt", loader=loader, precision=precision)
+    assert_bit_equal(weights(resumed), weights(whole))
+    assert resumed.chain.is_beginning_of(whole.chain)
+    assert resumed.link == whole.link == 3
+
+
+def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
+    run(tmp_path, make(modules_to_save=[]))
+    checkpoint = torch.load(tmp_path / "step=20.ckpt", weights_only=True)
+    assert sorted(checkpoint["state_dict"]) == [f"model.{n}.lora_{f}" for n in (0, 2) for f in "AB"]
+    chain = Chain.from_state_dict(checkpoint["cola"]["chain"])
+    assert [(link.rank, link.start_step, link.end_step) for link in chain.links] == [(4, 0, 8), (2, 8, 16)]
+    assert checkpoint["cola"]["live"] == {"rank": 6, "alpha": 4.0}
+
+
+def test_load_from_checkpoint_replays_without_a_trainer(tmp_path):
+    whole = run(tmp_path, make())
+    loaded = Toy.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
+    for name, layer in lora_layers(loaded.model).items():
+        assert torch.equal(layer.weight, lora_layers(whole.model)[name].weight)
+        assert (layer.rank, layer.scaling) == (3, 4 / 3)
+    x = next(iter(batches()))[0]
+    assert torch.equal(loaded.eval().model(x), whole.eval().model(x))
+
+
+def test_a_module_goes_back_and_forth_between_checkpoints_of_its_run(tmp_path):
+    module = run(tmp_path, make(ValidatedToy))
+    test = trainer(tmp_path)
+    expected = weights(module)
+    early = ValidatedToy.load_from_checkpoint(tmp_path / "step=10.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
+    for step, other in ((10, weights(early)), (30, expected), (30, expected)):
+        test.validate(module, batches(2), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
+        assert_bit_equal(weights(module), other)
+
+
+def test_a_subclass_that_forgets_super_keeps_the_chain(tmp_path):
+    class Forgetful(ValidatedToy):
+        def on_load_checkpoint(self, checkpoint):
+            pass
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 1
+
+        def on_train_start(self):
+            pass
+
+        def configure_callbacks(self):
+            return Own()
+
+    class Own(Callback):
+        used = False
+
+        def on_train_start(self, *_):
+            type(self).used = True
+
+    module = run(tmp_path, make(Forgetful))
+    assert Own.used
+    loaded = make(Forgetful)
+    trainer(tmp_path, enable_checkpointing=True).validate(
+        loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False
+    )
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
+    run(tmp_path, make())
+    path = tmp_path / "step=20.ckpt"
+    with pytest.raises(UserError, match=r"expected the base on which its chain was trained .* received another"):
+        run(tmp_path, make(seed=1), ckpt_path=path)
+
+    class Double(Toy):
+        def build_model(self):
+            return super().build_model().double()
+
+    with pytest.raises(UserError, match=r"expected a base in float32, .* received one in float64"):
+        run(tmp_path, make(Double), ckpt_path=path)
+    with pytest.raises(UserError, match=r"'model\.0\.lora_A', received \(6, 8\).*model\.rank"):
+        toy(rank=2).load_from_checkpoint(path, target_modules="all-linear", rank=2, alpha=4, seed=0)
+    with pytest.raises(UserError, match=r"expected a value for 'model\.0\.lora_A'|expected the base"):
+        toy().load_from_checkpoint(path, target_modules=["2"], rank=6, seed=0)
+    with pytest.raises(UserError, match="expected a chain with knots"):
+        run(tmp_path, make(), ckpt_path=path, chain={})
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["cola"]
+    torch.save(checkpoint, tmp_path / "plain.ckpt")
+    with pytest.raises(UserError, match="without a chain"):
+        run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_a_saved_base_is_not_made_again(tmp_path):
+    class Costly(Toy):
+        made = 0
+
+        def build_model(self):
+            if not self.is_base_in_checkpoint:
+                type(self).made += 1
+                torch.manual_seed(self.made)  # as if it could not be made again
+                return super().build_model()
+            return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+    whole = run(tmp_path, make(Costly, save_base=True))
+    path = tmp_path / "step=20.ckpt"
+    arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 4, "seed": 0}
+    loaded = Costly.load_from_checkpoint(path, **arguments)
+    assert Costly.made == 1
+    with base_from_checkpoint(path):
+        resumed = run(tmp_path, make(Costly), ckpt_path=path)
+    assert Costly.made == 1
+    assert_bit_equal(weights(resumed), weights(whole))
+    base = dict(whole.merged_model(links=0).named_parameters())
+    assert_bit_equal(dict(loaded.merged_model(links=0).named_parameters()), base)
+    assert_bit_equal(weights(run(tmp_path, make(Costly), ckpt_path=path)), weights(whole))
+    assert Costly.made == 2  # without being told, it is made, and then replaced by what the checkpoint holds
+
+
+def test_modules_trained_whole_and_buffers_come_along(tmp_path):
+    class WithHead(Toy):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
+
+    arguments = {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 6, "seed": 0}
+    whole = run(tmp_path, toy(WithHead, **arguments))
+    loaded = WithHead.load_from_checkpoint(tmp_path / "step=30.ckpt", **arguments, alpha=4)
+    assert_bit_equal(weights(loaded), weights(whole))
+    assert set(whole.chain.links[0].extras) == {"3.weight", "3.bias"}
+    x = next(iter(batches()))[0]
+    for links in range(5):
+        merged = whole.merged_model(links).eval()
+        assert not lora_layers(merged)
+        if links == 4:
+            torch.testing.assert_close(merged(x), whole.eval().model(x))
+    heads = [whole.merged_model(links)[3].weight for links in range(5)]
+    assert len({head.detach().numpy().tobytes() for head in heads}) == 5
+    with pytest.raises(UserError, match="expected 0 to 4, 3 finished and the live one, received 5"):
+        whole.merged_model(5)
+
+
+def test_full_fine_tuning_is_checkpointed_whole(tmp_path):
+    whole = run(tmp_path, toy(target_modules=None), chain={})
+    loaded = Toy.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules=None, seed=0)
+    assert_bit_equal(weights(loaded), weights(whole))
+    assert not torch.equal(whole.merged_model(0)[0].weight, whole.model[0].weight)
+    with pytest.raises(UserError, match="received null"):
+        whole.tie_knot()
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    fit = trainer(tmp_path, chain={}, max_epochs=1)
+    fit.fit(toy(), batches())
+    assert type(fit.strategy.checkpoint_io) is AtomicCheckpointIO
+    path = tmp_path / "a" / "x.ckpt"
+    fit.save_checkpoint(path)
+    before = path.read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fit.save_checkpoint(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["x.ckpt"]
+
+
+def test_a_checkpoint_io_of_the_users_own_stays(tmp_path):
+    class Own(TorchCheckpointIO):
+        pass
+
+    fit = trainer(tmp_path, ChainOfLoRA(), plugins=[Own()], max_epochs=1)
+    fit.fit(toy(), batches())
+    assert type(fit.strategy.checkpoint_io) is Own

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: what it writes, what it says, and its exit status."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola_lightning.cli import main
+
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+pytestmark = [
+    # Lightning's advice about folders that are used again.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+FAST = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+
+
+def run(*args):
+    return main(list(args))
+
+
+@pytest.fixture
+def fitted(capfd):
+    assert run("fit", "--config", DIGITS, *FAST) == 0
+    folder = Path("runs/version_0").absolute()
+    return ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+
+
+def test_fit_says_how_to_go_on_and_that_works(fitted, capfd):
+    out = capfd.readouterr().out
+    assert "link 0 finished: steps 0 to 9, rank 1, update norm" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("use it: ")]
+    command = line.removeprefix("use it: cola ").partition(" (")[0].split()
+    assert command[0] == "test"
+    assert command[1:] == fitted
+    assert main(command) == 0
+    assert "test_accuracy" in capfd.readouterr().out
+    header = Path("runs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_accuracy", "link", "link_update_norm"} <= set(header)
+
+
+def test_validate_and_a_resumed_fit(fitted):
+    assert run("validate", *fitted) == 0
+    assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
+    (checkpoint,) = Path("runs/version_2/checkpoints").glob("*last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert len(state["cola"]["chain"]["links"]) == 2
+    assert state["epoch"] == 2
+
+
+def test_predict_writes_a_row_for_each_input_in_order(fitted):
+    assert run("predict", *fitted) == 0
+    rows = [json.loads(line) for line in Path("runs/version_1/predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(270))
+    assert {tuple(row) for row in rows} == {("index", "prediction", "target")}
+    assert {row["target"] for row in rows} == {5, 6, 7, 8, 9}
+
+
+def test_without_a_logger_everything_goes_to_the_root_folder():
+    arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
+    for _ in range(2):
+        assert run("fit", "--config", DIGITS, *FAST, *arguments) == 0
+    assert (Path("out") / "config.yaml").exists()
+    assert run("predict", "--config", DIGITS, *arguments) == 0
+    assert (Path("out") / "predictions.jsonl").exists()
+
+
+def test_a_fast_dev_run_writes_nothing():
+    assert run("fit", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
+    assert not list(Path().rglob("*.*"))
+
+
+BAD = [
+    (["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"], "unrecognized arguments: --chain.every_n_epoch 5"),
+    (["fit", "--config", DIGITS, "--model.rnak", "3"], "model: expected one of its options, received 'rnak'"),
+    (["fit", "--config", DIGITS, "--model.rank", "two"], "model.rank: expected int, received 'two'"),
+    (["fit", "--config", DIGITS, "--model.rank", "0"], "model.rank: expected a whole number of at least 1, received 0"),
+    (["fit", "--config", DIGITS, "--model.rank", "-1"], "model.rank: expected a whole number of at least 1, received -1"),
+    (["fit", "--config", DIGITS, "--model.rank", "65"], "model.rank: expected at most 64, the smaller side of '0'"),
+    (["fit", "--config", DIGITS, "--model.optimizer", "Adamx"], "model.optimizer: expected the import path of a class"),
+    (["fit", "--config", DIGITS, "--model.optimizer.lr", "x"], "model.optimizer.lr: expected float, received 'x'"),
+    (["fit", "--config", DIGITS, "--model.lr_schedule", "flat"], "model.lr_schedule: expected Literal['constant', 'linear'"),
+    (["fit", "--config", DIGITS, "--model.target_modules", "['22']"], "received '22'; the nearest that exist: 2"),
+    (["fit", "--config", DIGITS, "--model", "Digitz"], "model: expected the import path of a class, received 'Digitz'"),
+    (["fit", "--config", DIGITS, "--chain.ranks", "[1, 2]"], "chain.ranks: expected at most 1, which is model.rank"),
+    (["fit", "--config", DIGITS, "--chain.ranks", "[1, 1]"], "chain.ranks: expected 10 entries, one for each link"),
+    (["fit", "--config", DIGITS, "--chain.at_steps", "[3]"], "received every_n_epochs and at_steps"),
+    (["fit", "--config", DIGITS, "--chain.every_n_epochs", "null", "--chain.at_epochs", "[3, 2]"], "received [3, 2]"),
+    (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
+    (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "trainer.strategy: expected one that keeps whole"),
+    (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a_file/sub"], "a_file is a file"),
+    (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
+    (["test", "--config", DIGITS, "--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint file, received 'nope.ckpt'"),
+    (["test", "--config", DIGITS, "--ckpt_path", "a_file"], "ckpt_path: expected a checkpoint"),
+    (["fit", "--config", "nope.yaml"], "File does not exist"),
+    (["fit", "--config", "broken.yaml"], "Problems parsing config"),
+    (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
+    (["fit"], "the following arguments are required: fit.data, fit.model"),
+    ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
+    (["fti"], "invalid choice: 'fti'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), BAD, ids=lambda value: " ".join(value[3:] or value) if isinstance(value, list) else ""
+)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message, capfd):
+    Path("a_file").touch()
+    Path("broken.yaml").write_text("model: [\n")
+    Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    before = sorted(Path().rglob("*"))
+    assert run(*args) == 2
+    err = capfd.readouterr().err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_fails_while_running_is_status_1_with_its_traceback():
+    program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
+    program += "; d.pretrain = lambda model: None; from cola_lightning.cli import entry_point; entry_point()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "fit", "--config", DIGITS, *FAST], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the training loss is nan at step 0 (epoch 0), in link 0" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
+    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--trainer.max_epochs", "100000"]
+    with Path("log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    checkpoint = Path("runs/version_0/checkpoints/last.ckpt")
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode == status
+    assert torch.load(checkpoint, weights_only=True)["cola"]["version"] == 1
+    assert not list(checkpoint.parent.glob("*.partial"))
+
+
+def test_help_names_the_commands_and_leaves_heavy_libraries_alone():
+    program = (
+        "import sys; from cola_lightning.cli import main; status = main(['--help']); print(*sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Chain of LoRA" in done.stdout
+    assert all(name in done.stdout for name in ("fit", "validate", "test", "predict"))
+    program = "import sys, lightning.pytorch.cli; print(*sys.modules)"
+    lightnings = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ours, theirs = (set(output.splitlines()[-1].split()) for output in (done.stdout, lightnings.stdout))
+    added = {name.partition(".")[0] for name in ours - theirs}
+    assert not added & {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"}
+
+
+def test_help_takes_little_longer_than_lightnings_own_command_line():
+    def seconds(program):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    ours = "from cola_lightning.cli import main; main(['--help'])"
+    ratios = [seconds(ours) / seconds("import lightning.pytorch.cli") for _ in range(3)]
+    assert sorted(ratios)[1] < 1.25 * 1.5

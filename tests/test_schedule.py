@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from cola_lightning.errors import UserError
+from cola_lightning.schedule import ChainSchedule, Counters, RunLength, lr_factor, warmup_length
+
+TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "links"),
+    [
+        ({}, [0] * 8),
+        ({"every_n_epochs": 3}, [0, 0, 0, 1, 1, 1, 2, 2]),
+        ({"every_n_train_steps": 25}, [0, 0, 0, 1, 1, 2, 2, 2]),
+        ({"at_epochs": [1, 6]}, [0, 1, 1, 1, 1, 1, 2, 2]),
+        ({"at_steps": [20, 21]}, [0, 0, 1, 2, 2, 2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_the_live_link_follows_from_the_counters(arguments, links):
+    schedule = ChainSchedule(**arguments)
+    assert [schedule.link_at(epoch, 10 * epoch) for epoch in range(8)] == links
+    assert schedule.has_knots == bool(arguments)
+
+
+def test_a_knot_is_due_by_the_counters_at_the_links_start():
+    schedule = ChainSchedule(every_n_epochs=2)
+    assert schedule.is_due(Counters(3, 30), Counters(4, 40))
+    assert not schedule.is_due(Counters(4, 40), Counters(5, 50))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "run", "lengths"),
+    [
+        ({}, TEN_AN_EPOCH, [50]),
+        ({"every_n_epochs": 2}, TEN_AN_EPOCH, [20, 20, 10]),
+        ({"every_n_train_steps": 15}, TEN_AN_EPOCH, [15, 15, 15, 5]),
+        ({"at_epochs": [1, 4, 9]}, TEN_AN_EPOCH, [10, 30, 10]),
+        ({"at_steps": [7, 49]}, TEN_AN_EPOCH, [7, 42, 1]),
+        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 5, max_steps=33), [20, 13]),
+        ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), [4, 4, 2]),
+        ({"every_n_epochs": 1}, RunLength(lambda epoch: epoch + 1, 4, math.inf), [1, 2, 3, 4]),
+        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, origin=Counters(5, 70)), [10, 20, 10]),
+    ],
+    ids=str,
+)
+def test_the_links_of_a_run_fill_it(arguments, run, lengths):
+    schedule = ChainSchedule(**arguments)
+    assert schedule.links(run.origin, run) == lengths
+    assert schedule.link_steps(run.origin, run) == lengths[0]
+    assert sum(lengths) == run.end_step - run.origin.global_step
+
+
+def test_a_link_that_began_inside_an_epoch_ends_with_its_epoch():
+    assert ChainSchedule(every_n_epochs=2).link_steps(Counters(2, 24), TEN_AN_EPOCH) == 16
+    assert ChainSchedule(every_n_train_steps=15).links(Counters(4, 45), TEN_AN_EPOCH) == [5]
+
+
+def test_no_length_is_made_up():
+    endless = RunLength(lambda epoch: 10, math.inf, math.inf)
+    assert ChainSchedule().link_steps(Counters(0, 0), endless) == math.inf
+    assert ChainSchedule(every_n_epochs=1, is_open=True).link_steps(Counters(0, 0), TEN_AN_EPOCH) == math.inf
+    with pytest.raises(ValueError, match="known length"):
+        ChainSchedule(every_n_epochs=1).links(Counters(0, 0), endless)
+
+
+def test_ranks_and_alphas_go_link_by_link_and_the_last_holds_on():
+    schedule = ChainSchedule(ranks=[8, 4], alphas=[16, 2])
+    assert [schedule.rank(link, 99) for link in range(4)] == [8, 4, 4, 4]
+    assert [schedule.alpha(link, 99) for link in range(4)] == [16, 2, 2, 2]
+    assert (ChainSchedule().rank(3, 7), ChainSchedule().alpha(3, 7)) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_epochs": 1, "at_steps": [2]}, "expected at most one of .* received every_n_epochs and at_steps"),
+        ({"every_n_epochs": 0}, r"chain\.every_n_epochs: .* received 0"),
+        ({"every_n_train_steps": -3}, r"chain\.every_n_train_steps: .* received -3"),
+        ({"at_epochs": [3, 3]}, r"chain\.at_epochs: expected an increasing list .* received \[3, 3\]"),
+        ({"at_steps": [0, 3]}, r"chain\.at_steps: .* received \[0, 3\]"),
+        ({"ranks": []}, r"chain\.ranks: .* empty list"),
+        ({"ranks": [4, 0]}, r"chain\.ranks: .* received \[4, 0\]"),
+        ({"alphas": [1, -1]}, r"chain\.alphas: .* received \[1, -1\]"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ChainSchedule(**arguments)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_learning_rates_are_transformers(name, warmup):
+    import transformers
+
+    optimizers = [SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
+    if name == "constant":
+        theirs = transformers.get_constant_schedule_with_warmup(optimizers[0], warmup)
+    else:
+        theirs = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizers[0], warmup, 10)
+    ours = LambdaLR(optimizers[1], lambda step: lr_factor(name, step, 10, warmup))
+    for _ in range(12):
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr(), abs=1e-12)
+        for optimizer, scheduler in zip(optimizers, (theirs, ours), strict=True):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_a_warm_up_below_one_is_a_share_and_never_longer_than_the_link():
+    assert [warmup_length(w, 25) for w in (0, 0.1, 0.5, 1, 3, 40)] == [0, 3, 13, 1, 3, 25]

@@ -1,0 +1,63 @@
+"""A small model, data and trainer that the tests share."""
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from cola_lightning import ChainOfLoRA, COLAModule
+
+
+class Toy(COLAModule):
+    """A regression with two layers; everything about it follows from the seed."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.mse_loss(self.model(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+
+class ValidatedToy(Toy):
+    """The toy with a validation loss."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.mse_loss(self.model(x), y), batch_size=len(x))
+
+
+def toy(cls=Toy, **arguments):
+    return cls(**{"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0} | arguments)
+
+
+def batches(n=10, batch_size=4, dtype=torch.float32):
+    """A loader of n batches, in a fixed order."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(n * batch_size, size, generator=generator, dtype=dtype) for size in (8, 6))
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def trainer(tmp_path, *callbacks, chain=None, **arguments):
+    callbacks = [*callbacks, ChainOfLoRA(**chain)] if chain is not None else list(callbacks)
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(default_root_dir=tmp_path, callbacks=callbacks, **quiet | arguments)
+
+
+def weights(module):
+    """The module's parameters and buffers by name, as copies."""
+    return {name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def assert_bit_equal(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
