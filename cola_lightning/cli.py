@@ -18,6 +18,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -144,12 +145,11 @@ class COLACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the checkpoint is and what to do with it."""
-        paths = [
-            getattr(c, name, "") for c in self.trainer.checkpoint_callbacks for name in ("last_model_path", "best_model_path")
-        ]
-        if not (path := next(filter(None, paths), None)) or not self.trainer.is_global_zero:
+        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # log_dir is a broadcast
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        path = next((p for c in callbacks for p in (c.last_model_path, c.best_model_path) if p), None)
+        if path is None or not self.trainer.is_global_zero:
             return
-        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"
         log.info("checkpoint: %s", path)
         log.info("use it: cola test --config %s --ckpt_path %s (or validate, predict; fit goes on from it)", config, path)
 
@@ -193,7 +193,8 @@ def _logging() -> Iterator[None]:
     package = logging.getLogger("cola_lightning")
     handler = ConsoleHandler()
     level = package.level
-    package.addHandler(handler)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        package.addHandler(handler)
     package.setLevel(logging.INFO)
     try:
         yield

@@ -389,3 +389,12 @@ def test_one_log_line_a_link(tmp_path, caplog):
     assert "val_loss" in lines[0]
     assert lines[2].startswith("link 2 live at the end: steps 20 to 30")
     assert [row["link"] for row in logger_rows(logger) if row.get("link")] == ["0.0", "1.0", "2.0"]
+
+
+def test_where_the_length_is_unknown_the_last_rank_holds_on_with_one_warning(tmp_path, caplog):
+    module = toy(lr_schedule="constant")
+    stop = EarlyStopping("train_loss", patience=100, stopping_threshold=1e9, check_on_train_epoch_end=True)
+    run = trainer(tmp_path, stop, chain={"every_n_train_steps": 3, "ranks": [2, 1]}, max_epochs=-1)
+    run.fit(module, batches())
+    assert [link.rank for link in module.chain.links] == [2, 1, 1]
+    assert [m for m in caplog.messages if "last entry holds" in m] == ["chain.ranks: from link 1 on its last entry holds, 1"]

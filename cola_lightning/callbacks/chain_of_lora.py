@@ -109,6 +109,8 @@ class ChainOfLoRA(Callback):
             self._report(self.module.live_link(), trainer, "live at the end")
 
     def _report(self, link: Link, trainer: Trainer, what: str) -> None:
+        if not trainer.is_global_zero:
+            return
         norm, base = link.norm(), math.hypot(*self.module.chain.base["weight_norms"].values())
         metrics = "".join(f", {k} {v:.4g}" for k, v in link.metrics.items() if k.startswith("val_"))
         log.info(

@@ -62,8 +62,8 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(parts, self.rows)
         # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
         rows = {row["index"]: row for part in parts for row in part}
+        path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME  # on every process: log_dir is a broadcast
         if trainer.is_global_zero:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
             partial.write_text("".join(json.dumps(rows[index], ensure_ascii=False) + "\n" for index in sorted(rows)))

@@ -1,5 +1,6 @@
 """What data modules share: a training order that depends on a seed and the epoch alone."""
 
+import hashlib
 from collections.abc import Iterator, Sized
 
 import torch
@@ -27,7 +28,8 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()  # the generator uses 32 bits of its seed
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return iter(torch.randperm(len(self.data), generator=generator).tolist())
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ class COLAModule(CheckpointedChain):
 
     Args:
         target_modules: layers to adapt, by PEFT's rule: a regular expression for the whole name, a list of (endings of) names,
-            or ``all-linear``. ``null`` trains every parameter without links: full fine-tuning, for comparisons.
+            or ``all-linear`` (the default). ``null`` trains every parameter without links: full fine-tuning, for comparisons.
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
@@ -63,7 +63,7 @@ class COLAModule(CheckpointedChain):
     def __init__(
         self,
         *,
-        target_modules: str | list[str] | None,
+        target_modules: str | list[str] | None = "all-linear",
         rank: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
@@ -120,8 +120,10 @@ class COLAModule(CheckpointedChain):
 
     def _make_adapted_base(self) -> nn.Module:
         assert self.seed is not None
-        with _seeded(self.seed), _default_dtype(torch.float32), torch.device("cpu"):
-            model = self.build_model()
+        # Whatever the caller is in: build_model may train, and the base must not depend on the device or the precision.
+        with torch.inference_mode(False), torch.enable_grad(), _default_dtype(torch.float32), torch.device("cpu"):
+            with _seeded(self.seed):
+                model = self.build_model()
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
@@ -290,7 +292,11 @@ class COLAModule(CheckpointedChain):
                 self._begin_link()
         if not self.schedule.is_open and run_length.end_step < math.inf:
             self._check_links(self.schedule.links(self.link_start, run_length))
-        elif self._needs_horizon:
+            return
+        for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
+            if values is not None:
+                log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
+        if self._needs_horizon:
             received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "

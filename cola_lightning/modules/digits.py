@@ -12,6 +12,8 @@ from cola_lightning.modules.base import COLAModule
 
 Batch = tuple[Tensor, Tensor]
 
+PIXEL_MEAN = 0.305  # of all images, scaled to 0 to 1; DigitsDataModule subtracts it too
+
 
 class COLADigits(COLAModule):
     """A 64-64-64-10 network for 8 x 8 digits, pre-trained on the digits 0 to 4.
@@ -59,7 +61,7 @@ def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, ba
     from sklearn.datasets import load_digits
 
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    images, labels = images[labels < 5].float() / 16, labels[labels < 5]
+    images, labels = images[labels < 5].float() / 16 - PIXEL_MEAN, labels[labels < 5]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(batch_size):  # type: ignore[no-untyped-call]
