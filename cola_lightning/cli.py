@@ -87,7 +87,8 @@ class COLACLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             # Without allow_abbrev=False, argparse would take --chain.every_n_epoch for --chain.every_n_epochs.
-            parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "description": DESCRIPTION, "version": __version__}
+            parser_kwargs={"prog": "cola", "description": DESCRIPTION, "version": __version__}
+            | {"allow_abbrev": False, "exit_on_error": False}
             | {name: {"allow_abbrev": False, "exit_on_error": False} for name in self.subcommands()},
             args=None if args is None else list(args),
         )
@@ -264,6 +265,9 @@ def main(args: Sequence[str] | None = None) -> int:
             watch.remove_empty_folder()
             print(f"error: {message}", file=sys.stderr)
             return 2
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
     return watch.exit_status
 
 

@@ -30,7 +30,7 @@ class COLADigits(COLAModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "train")[0]
+        return self._evaluate(batch, "train")
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -45,15 +45,16 @@ class COLADigits(COLAModule):
         images, targets = batch
         return {"prediction": self.model(images).argmax(-1), "target": targets}
 
-    def _evaluate(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         images, targets = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, targets)
-        accuracy = multiclass_accuracy(logits, targets, num_classes=10, average="micro")
-        self.log(f"{stage}_loss", loss, batch_size=len(targets), prog_bar=True)
-        if stage != "train":
-            self.log(f"{stage}_accuracy", accuracy, batch_size=len(targets), prog_bar=True)
-        return loss, accuracy
+        is_evaluation = stage != "train"
+        self.log(f"{stage}_loss", loss, batch_size=len(targets), prog_bar=True, sync_dist=is_evaluation)
+        if is_evaluation:
+            accuracy = multiclass_accuracy(logits, targets, num_classes=10, average="micro")
+            self.log(f"{stage}_accuracy", accuracy, batch_size=len(targets), prog_bar=True, sync_dist=True)
+        return loss
 
 
 def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, batch_size: int = 64) -> None:
