@@ -7,7 +7,6 @@ Ctrl-C; 143 after SIGTERM.
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing_extensions import override
 from cola_lightning import __version__
 from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter
 from cola_lightning.data import DigitsDataModule  # noqa: F401  # known to the command line by its short name
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, find_user_error, one_line
 from cola_lightning.modules import CHECKPOINT_KEY, COLAModule, base_from_checkpoint
 from cola_lightning.modules.digits import COLADigits  # noqa: F401  # known to the command line by its short name
 
@@ -127,7 +126,7 @@ class COLACLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
-            raise UserError(f"trainer: {_one_line(str(error))}") from error
+            raise UserError(f"trainer: {one_line(str(error))}") from error
         self.watch.folder = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
         for logger in trainer.loggers:
             if logger.save_dir is not None:
@@ -204,44 +203,13 @@ def _logging() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _users_mistake(error: BaseException) -> str | None:
     """What to tell the user, in one line, if the error is of the user's making; else None."""
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, UserError):
-            return str(cause)
+    if (mistake := find_user_error(error)) is not None:
+        return str(mistake)
     if isinstance(error, ArgumentError | MisconfigurationException):
-        return _one_line(str(error))
+        return one_line(str(error))
     return None
-
-
-def _one_line(message: str) -> str:
-    """A parser's message in one line: the field, what was expected, what was received.
-
-    jsonargparse tells every alternative that it tried, on a line each; the innermost one that failed says what is wrong.
-    """
-    field = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    innermost = message[message.rfind("Parser key") :]
-    if unknown := re.search(r"Option '([^']+)' is not accepted", innermost):
-        return f"{field}: expected one of its options, received {unknown[1]!r}, which is none"
-    if missing := re.search(r"the following arguments are required: .*", innermost):
-        return f"{field}: {missing[0]}" if field else missing[0]
-    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value.*)?$", innermost, re.MULTILINE)
-    expected = re.findall(r"Expected an? (?:<class '([^']+)'>|typing\.(.+?)\. Got)", innermost)
-    names = [name for pair in expected for name in pair if name not in ("", "NoneType", "torch.Tensor")]
-    if not names and (path := re.search(r"Expected a dot import path string: (.*)", innermost)):
-        value, names = path, ["the import path of a class"]
-    if not (field and value and names):
-        return re.sub(r"\s+", " ", message).strip()
-    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {value[1]!r}"
 
 
 def main(args: Sequence[str] | None = None) -> int:

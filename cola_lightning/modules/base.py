@@ -4,16 +4,14 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning import distributed
@@ -21,16 +19,15 @@ from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_
 from cola_lightning.chain import Link, begin_link, describe_base, finish_link
 from cola_lightning.errors import UserError
 from cola_lightning.layers import Init
-from cola_lightning.modules.checkpoint import CheckpointedChain, frozen_weights
+from cola_lightning.modules.checkpoint import frozen_weights
 from cola_lightning.modules.keeper import ChainKeeper
-from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule, RunLength, lr_factor
+from cola_lightning.modules.training import LinkTraining, OptimizerCallable
+from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
 log = logging.getLogger(__name__)
 
-OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-
-class COLAModule(CheckpointedChain):
+class COLAModule(LinkTraining):
     """A pretrained model that is tuned by a chain of low-rank links.
 
     A subclass writes ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
@@ -89,7 +86,7 @@ class COLAModule(CheckpointedChain):
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
         self.schedule = ChainSchedule()
-        self.run_length: RunLength | None = None  # known while training
+        self.run_length = None  # known while training
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -217,43 +214,7 @@ class COLAModule(CheckpointedChain):
         strip_lora(model, merge=True)
         return model.requires_grad_()
 
-    # ------------------------------------------------------------------ the optimizer, one for each link
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_lambda()), "interval": "step"},
-        }
-
-    def _lr_lambda(self) -> Callable[[int], float]:
-        """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.
-
-        At step 0 of a run the data is not set up yet, and asking Lightning for its length there would make a resumed loader
-        start over. (A function and not an object: LambdaLR would store an object's attributes.)
-        """
-        start = self.link_start
-        offset = start.global_step if self.schedule_scope == "run" else 0
-        horizon: float | None = None
-
-        def factor(step: int) -> float:
-            nonlocal horizon
-            if horizon is None and self.run_length is not None and self._needs_horizon:
-                is_run = self.schedule_scope == "run"
-                horizon = self.run_length.end_step if is_run else self.schedule.link_steps(start, self.run_length)
-            if horizon is None and self._needs_horizon:  # before training: the first value, or one that a resume replaces
-                return 0.0 if self.warmup_steps else 1.0
-            return lr_factor(self.lr_schedule, offset + step, math.inf if horizon is None else horizon, self.warmup_steps)
-
-        return factor
-
-    @property
-    def _needs_horizon(self) -> bool:
-        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-
-    # ------------------------------------------------------------------ the run
+    # ------------------------------------------------------------------ the callback that comes along
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -270,59 +231,6 @@ class COLAModule(CheckpointedChain):
             return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]
 
         cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
-
-    def start_run(self, run_length: RunLength, now: Counters | None) -> None:
-        """Takes note of a fit that begins, and refuses what cannot go well; called once the data's length is known.
-
-        Args:
-            run_length: how far the fit goes.
-            now: its counters; None for a resumed one, which has them from its checkpoint.
-
-        Raises:
-            UserError: if the learning-rate schedule needs a length that is not known, if ``ranks`` or ``alphas`` are
-                too short, or if a link is shorter than its warm-up.
-        """
-        self.run_length = run_length
-        if now is None and self._had_knots and not self.schedule.has_knots:
-            raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
-        if now is not None:
-            self.link_start = now
-            is_untouched = not self.link and all(not layer.lora_B.any() for layer in self._layers.values())
-            if self.target_modules is not None and is_untouched:  # a model that is older than the schedule
-                self._begin_link()
-        if not self.schedule.is_open and run_length.end_step < math.inf:
-            self._check_links(self.schedule.links(self.link_start, run_length))
-            return
-        for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
-            if values is not None:
-                log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
-        if self._needs_horizon:
-            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
-            raise UserError(
-                "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-                f"max_steps, endless data, or a should_tie of one's own), received {received}"
-            )
-
-    def _check_links(self, lengths: list[int]) -> None:
-        """Refuses or warns of what does not fit this fit's links: their lengths in optimizer steps, the live one first."""
-        total = self.link + len(lengths)
-        for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
-            if values is not None and len(values) < total:
-                raise UserError(
-                    f"chain.{field}: expected {total} entries, one for each link of this run, received {len(values)}"
-                )
-        if len(lengths) < 2:
-            if self.schedule.has_knots and not self.link:
-                log.warning("the run ends before its first knot: it is one link, plain LoRA")
-            return
-        shortest = min(lengths[:-1])
-        if self.schedule_scope == "link" and shortest < self.warmup_steps:
-            raise UserError(
-                f"model.warmup_steps: expected at most {shortest}, the steps of the shortest link, "
-                f"received {self.warmup_steps:g}"
-            )
-        if lengths[-1] < shortest / 2:
-            log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
 
 
 @contextmanager

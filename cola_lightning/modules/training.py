@@ -1,0 +1,129 @@
+"""How links are trained: an optimizer and a learning-rate schedule for each, and the checks before a fit begins."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from cola_lightning.errors import UserError
+from cola_lightning.modules.checkpoint import CheckpointedChain
+from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
+
+log = logging.getLogger(__name__)
+
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class LinkTraining(CheckpointedChain):
+    """The part of :class:`~cola_lightning.modules.COLAModule` that trains the live link.
+
+    Attributes:
+        optimizer: makes an optimizer of the trainable parameters.
+        lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
+        warmup_steps: a number of steps, or a share below 1.
+        schedule_scope: ``link`` or ``run``.
+        run_length: how far the fit goes; None while that is not known.
+    """
+
+    optimizer: OptimizerCallable
+    lr_schedule: LRSchedule
+    warmup_steps: float
+    schedule_scope: Literal["link", "run"]
+    target_modules: str | list[str] | None
+    run_length: RunLength | None
+
+    def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
+        raise NotImplementedError
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_lambda()), "interval": "step"},
+        }
+
+    def _lr_lambda(self) -> Callable[[int], float]:
+        """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.
+
+        At step 0 of a run the data is not set up yet, and asking Lightning for its length there would make a resumed loader
+        start over. (A function and not an object: LambdaLR would store an object's attributes.)
+        """
+        start = self.link_start
+        offset = start.global_step if self.schedule_scope == "run" else 0
+        horizon: float | None = None
+
+        def factor(step: int) -> float:
+            nonlocal horizon
+            if horizon is None and self.run_length is not None and self._needs_horizon:
+                is_run = self.schedule_scope == "run"
+                horizon = self.run_length.end_step if is_run else self.schedule.link_steps(start, self.run_length)
+            if horizon is None and self._needs_horizon:  # before training: the first value, or one that a resume replaces
+                return 0.0 if self.warmup_steps else 1.0
+            return lr_factor(self.lr_schedule, offset + step, math.inf if horizon is None else horizon, self.warmup_steps)
+
+        return factor
+
+    @property
+    def _needs_horizon(self) -> bool:
+        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+
+    def start_run(self, run_length: RunLength, now: Counters | None) -> None:
+        """Takes note of a fit that begins, and refuses what cannot go well; called once the data's length is known.
+
+        Args:
+            run_length: how far the fit goes.
+            now: its counters; None for a resumed one, which has them from its checkpoint.
+
+        Raises:
+            UserError: if the learning-rate schedule needs a length that is not known, if ``ranks`` or ``alphas`` are
+                too short, or if a link is shorter than its warm-up.
+        """
+        self.run_length = run_length
+        if now is None and self._had_knots and not self.schedule.has_knots:
+            raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+        if now is not None:
+            self.link_start = now
+            is_untouched = not self.link and all(not layer.lora_B.any() for layer in self._layers.values())
+            if self.target_modules is not None and is_untouched:  # a model that is older than the schedule
+                self._begin_link()
+        if not self.schedule.is_open and run_length.end_step < math.inf:
+            self._check_links(self.schedule.links(self.link_start, run_length))
+            return
+        for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
+            if values is not None:
+                log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
+        if self._needs_horizon:
+            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
+            raise UserError(
+                "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
+                f"max_steps, endless data, or a should_tie of one's own), received {received}"
+            )
+
+    def _check_links(self, lengths: list[int]) -> None:
+        """Refuses or warns of what does not fit this fit's links: their lengths in optimizer steps, the live one first."""
+        total = self.link + len(lengths)
+        for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
+            if values is not None and len(values) < total:
+                raise UserError(
+                    f"chain.{field}: expected {total} entries, one for each link of this run, received {len(values)}"
+                )
+        if len(lengths) < 2:
+            if self.schedule.has_knots and not self.link:
+                log.warning("the run ends before its first knot: it is one link, plain LoRA")
+            return
+        shortest = min(lengths[:-1])
+        if self.schedule_scope == "link" and shortest < self.warmup_steps:
+            raise UserError(
+                f"model.warmup_steps: expected at most {shortest}, the steps of the shortest link, "
+                f"received {self.warmup_steps:g}"
+            )
+        if lengths[-1] < shortest / 2:
+            log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
