@@ -5,6 +5,7 @@ cannot have, a base too coarse to be merged into.
 """
 
 import difflib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -111,7 +112,7 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
     """Refuses numbers that no model could have, before any model is made."""
     if rank < 1:
         raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
-    if not alpha > 0:
+    if not 0 < alpha < math.inf:
         raise UserError(f"model.alpha: expected a number above 0, received {alpha}")
     if not 0 <= dropout < 1:
         raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")

@@ -32,7 +32,7 @@ class Link:
         start_step: global step (optimizer steps of the run) at its initialisation.
         end_step: global step at its knot.
         factors: A (rank x in) and B (out x rank) by the layer's name in the model.
-        extras: parameters that are trained whole, as they were at the knot, by name in the model.
+        extras: what else training changes, as it was at the knot: parameters that are trained whole, and buffers.
         metrics: what was logged last before the knot.
     """
 
@@ -202,8 +202,9 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
     """Refuses a base on which the chain was not trained.
 
     Raises:
-        UserError: if it has another dtype, or other layers or values.
+        UserError: if it has other adapted layers, another dtype, or other values.
     """
+    check_same_layers(expected, received)
     if expected["dtypes"] != received["dtypes"]:
         raise UserError(
             f"checkpoint: expected a base in {' and '.join(expected['dtypes'])}, in which its chain was trained, "
@@ -215,3 +216,16 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
             f"(fingerprint {expected['fingerprint'][:12]}), received another ({received['fingerprint'][:12]}): "
             "the same model, revision, seed and target_modules are needed, or save_base: true in training"
         )
+
+
+def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+    """Refuses a model in which other layers are adapted than in the one that the chain was trained on.
+
+    Raises:
+        UserError: naming a layer that is adapted in one of them alone.
+    """
+    theirs, ours = expected["weight_norms"].keys(), received["weight_norms"].keys()
+    if missing := sorted(theirs - ours):
+        raise UserError(f"model.target_modules: expected the checkpoint's layers, with {missing[0]!r}, received none such")
+    if unknown := sorted(ours - theirs):
+        raise UserError(f"model.target_modules: expected the checkpoint's layers alone, received {unknown[0]!r} too")

@@ -7,14 +7,16 @@ Ctrl-C; 143 after SIGTERM.
 import contextlib
 import logging
 import os
+import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import rich
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,9 +26,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter
+from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter, check_strategy
 from cola_lightning.data import DigitsDataModule  # noqa: F401  # known to the command line by its short name
-from cola_lightning.errors import UserError, find_user_error, one_line
+from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import CHECKPOINT_KEY, COLAModule, base_from_checkpoint
 from cola_lightning.modules.digits import COLADigits  # noqa: F401  # known to the command line by its short name
 
@@ -50,17 +52,11 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class RunWatch(Callback):
-    """Remembers where a run writes and why it ended: Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM."""
+    """Remembers why a run ended: Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM. And which folders it made."""
 
-    exit_status = 0
-    folder: Path | None = None
-
-    def remove_empty_folder(self) -> None:
-        """Takes back the folder that a logger made for a run that was refused; one that holds anything stays."""
-        with contextlib.suppress(OSError):
-            if self.folder is not None:
-                self.folder.rmdir()
-                self.folder.parent.rmdir()
+    def __init__(self) -> None:
+        self.exit_status = 0
+        self.folders: list[Path] = []
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -68,6 +64,17 @@ class RunWatch(Callback):
             self.exit_status = 130
         elif isinstance(exception, SIGTERMException):
             self.exit_status = 143
+
+    def expect_folder(self, folder: str | Path) -> None:
+        """Takes note of a folder that a logger will make: it, and those of its parents that are not there yet."""
+        path = Path(folder).absolute()
+        self.folders += [part for part in (path, *path.parents) if not part.exists()]
+
+    def remove_empty_folders(self) -> None:
+        """Takes back what was made for a run that was refused; a folder that holds anything stays."""
+        for folder in sorted(self.folders, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 class COLACLI(LightningCLI):
@@ -98,8 +105,17 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: expected a text file in UTF-8, received bytes that are none ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
+        for group in ("trainer", "chain"):
+            if not isinstance(value := self._get(self.config, group), Namespace):
+                raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
         if self._ckpt_path is not None:  # here, for Lightning reads the file next
             _check_checkpoint(self._ckpt_path)
 
@@ -114,26 +130,30 @@ class COLACLI(LightningCLI):
     @property
     def _ckpt_path(self) -> Path | None:
         value = self._get(self.config, "ckpt_path")
-        return None if value in (None, "best", "last", "hpc") or "://" in str(value) else Path(value)
+        is_found_by_lightning = value == "last" and self.subcommand == "fit"  # of an earlier fit into the same folder
+        return None if value is None or is_found_by_lightning or "://" in value else Path(value)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = config.default_root_dir or os.getcwd()
         _check_writable("trainer.default_root_dir", root)
-        if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
+        if config.logger in (None, True) and not config.barebones:
+            # Lightning's own choice depends on whether tensorboard is installed.
             kwargs["logger"] = CSVLogger(root, name="runs")
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
+        except (RuntimeError, TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
             raise UserError(f"trainer: {one_line(str(error))}") from error
-        self.watch.folder = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
+        check_strategy(trainer.strategy)  # here, too: a forked process could not tell of it in one line
         for logger in trainer.loggers:
             if logger.save_dir is not None:
-                _check_writable("trainer.logger.save_dir", logger.save_dir)
+                _check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
         for callback in trainer.checkpoint_callbacks:
             if dirpath := getattr(callback, "dirpath", None):
                 _check_writable("trainer.callbacks.dirpath", dirpath)
+        if trainer.loggers and trainer.log_dir:
+            self.watch.expect_folder(trainer.log_dir)
         return trainer
 
     @override
@@ -151,13 +171,16 @@ class COLACLI(LightningCLI):
         if path is None or not self.trainer.is_global_zero:
             return
         log.info("checkpoint: %s", path)
-        log.info("use it: cola test --config %s --ckpt_path %s (or validate, predict; fit goes on from it)", config, path)
+        if config.exists():  # a fit that had nothing left to do saves none
+            command = shlex.join(["cola", "test", "--config", str(config), "--ckpt_path", path])
+            log.info("use it: %s (or validate, predict; fit goes on from it)", command)
 
 
 def _check_checkpoint(path: Path) -> None:
     """Refuses a file that is not there or not a checkpoint of a COLA module."""
     if not path.is_file():
-        raise UserError(f"ckpt_path: expected a checkpoint file, received {str(path)!r}, which does not exist")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"ckpt_path: expected a checkpoint file, received {str(path)!r}, which {what}")
     try:
         is_ours = CHECKPOINT_KEY in torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # whatever torch.load makes of the bytes
@@ -205,9 +228,16 @@ def _logging() -> Iterator[None]:
 
 def _users_mistake(error: BaseException) -> str | None:
     """What to tell the user, in one line, if the error is of the user's making; else None."""
-    if (mistake := find_user_error(error)) is not None:
-        return str(mistake)
-    if isinstance(error, ArgumentError | MisconfigurationException):
+    for cause in causes(error):  # jsonargparse wraps what a constructor raises
+        if isinstance(cause, UserError):
+            return str(cause)
+    if isinstance(error, ValueError) and "Does not validate against any of the Union subtypes" in str(error):
+        *_, innermost = causes(error)  # what a class that jsonargparse makes said of its arguments
+        return one_line(str(innermost))
+    # What Lightning's own code refuses (a val_check_interval above the number of batches, say) is a mistake in its arguments.
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    is_lightnings = isinstance(error, TypeError | ValueError) and "lightning" in Path(place).parts
+    if is_lightnings or isinstance(error, ArgumentError | MisconfigurationException):
         return one_line(str(error))
     return None
 
@@ -225,20 +255,17 @@ def main(args: Sequence[str] | None = None) -> int:
     with _logging():
         try:
             COLACLI(args, watch)
+        except KeyboardInterrupt:  # before Lightning's own handler
+            return 130
         except SystemExit as exit_:  # --help, and Lightning after Ctrl-C
             return watch.exit_status or int(exit_.code or 0)
         except Exception as error:
             if (message := _users_mistake(error)) is None:
                 raise
-            watch.remove_empty_folder()
+            watch.remove_empty_folders()
             print(f"error: {message}", file=sys.stderr)
             return 2
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
     return watch.exit_status
-
-
-def entry_point() -> None:
-    """The console script."""
-    sys.exit(main())

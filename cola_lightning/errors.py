@@ -1,6 +1,7 @@
 """The one error type for mistakes of the user's, and how other libraries' messages become one line."""
 
 import re
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -10,12 +11,12 @@ class UserError(ValueError):
     """
 
 
-def find_user_error(error: BaseException) -> UserError | None:
-    """The UserError that an exception is or was caused by: jsonargparse wraps what a constructor raises."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, what it was raised from, and so on."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
+    while cause is not None:
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return cause
 
 
 def one_line(message: str) -> str:
@@ -30,10 +31,16 @@ def one_line(message: str) -> str:
     if missing := re.search(r"the following arguments are required: .*", innermost):
         return f"{field}: {missing[0]}" if field else missing[0]
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value.*)?$", innermost, re.MULTILINE)
-    expected = re.findall(r"Expected an? (?:<class '([^']+)'>|typing\.(.+?)\. Got)", innermost)
+    received = value[1] if value else ""
+    if parent := re.search(r"does not correspond to a subclass of (\w+)", innermost):
+        return f"{field}: expected the import path of a subclass of {parent[1]}, received {received!r}"
+    if reason := re.search(r"class_path '([^']+)':\s+((?:No module named|module) .*)", innermost):
+        return f"{field}: expected the import path of a class, received {reason[1]!r} ({reason[2]})"
+    expected = re.findall(r"Expected an? (?:<class '([^']+)'>|typing\.(Literal\[.+?\])(?:\.|\s))", innermost)
     names = [name for pair in expected for name in pair if name not in ("", "NoneType", "torch.Tensor")]
-    if not names and (path := re.search(r"Expected a dot import path string: (.*)", innermost)):
-        value, names = path, ["the import path of a class"]
-    if not (field and value and names):
+    path = re.search(r"Expected a (?:dot import path string: |path but )(\S+)", innermost)
+    if path and not set(names) & {"int", "float", "str"}:
+        received, names = path[1], ["the import path of a class"]
+    if not (field and received and names):
         return re.sub(r"\s+", " ", message).strip()
-    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {value[1]!r}"
+    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {received!r}"

@@ -13,7 +13,8 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -40,13 +41,30 @@ def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         tensor([[2., 2., 2.],
                 [2., 2., 2.]])
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
+        return (lora_B.contiguous() @ lora_A.contiguous()).mul_(scaling)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 or bf16 inside float32 products."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    befores = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
-        with torch.autocast(lora_A.device.type, enabled=False):
-            return (lora_B.contiguous() @ lora_A.contiguous()).mul_(scaling)
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, befores, strict=True):
+            backend.fp32_precision = precision
 
 
 class LoRALayer(nn.Module):

@@ -108,7 +108,7 @@ class ChainSchedule:
                 raise UserError(f"chain.{name}: expected a value for each link, received an empty list")
         if self.ranks is not None and min(self.ranks) < 1:
             raise UserError(f"chain.ranks: expected whole numbers of at least 1, received {list(self.ranks)}")
-        if self.alphas is not None and min(self.alphas) <= 0:
+        if self.alphas is not None and not all(0 < alpha < math.inf for alpha in self.alphas):
             raise UserError(f"chain.alphas: expected numbers above 0, received {list(self.alphas)}")
 
     @property

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning.callbacks import check_strategy
 from cola_lightning.chain import begin_link
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -123,7 +124,7 @@ def test_after_a_knot_everything_of_a_link_is_new(tmp_path):
         frozen = [p.grad is None for p in module.parameters() if not p.requires_grad]
         return (
             module.link,
-            id(optimizer),
+            optimizer,
             len(optimizer.state),
             optimizer.param_groups[0]["lr"],
             all(layer.lora_A.any() for layer in layers),
@@ -267,6 +268,96 @@ def test_a_second_fit_goes_on_with_the_chain(tmp_path):
     assert (module.chain.links[3].rank, module.chain.links[3].alpha) == (1, 3)
 
 
+def rates():
+    return Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("scope", ["link", "run"])
+def test_a_second_fit_has_a_schedule_of_its_own(tmp_path, scope):
+    module = toy(optimizer=lambda p: SGD(p, lr=0.01), schedule_scope=scope)
+    trainer(tmp_path, chain={"every_n_epochs": 5}, max_epochs=10).fit(module, batches())
+    watch = rates()
+    second = trainer(tmp_path, watch, chain={"every_n_epochs": 2}, max_epochs=4)
+    second.fit(module, batches())
+    length = 20 if scope == "link" else 40
+    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step % length / length for step in range(40)])
+    watch.seen.clear()
+    second.fit_loop.max_epochs = 6
+    second.fit(module, batches())
+    expected = [1 - step / 20 for step in range(20)] if scope == "link" else [1 - (40 + step) / 60 for step in range(20)]
+    assert [100 * rate for rate in watch.seen] == pytest.approx(expected)
+    watch.seen.clear()
+    trainer(tmp_path, watch, max_epochs=3).fit(module, batches())  # without knots: one link over the run
+    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step / 30 for step in range(30)])
+
+
+def test_a_knot_in_a_validation_brings_a_new_optimizer(tmp_path):
+    class Knots(ValidatedToy):
+        def on_validation_end(self):
+            if not self.trainer.sanity_checking:
+                self.tie_knot()
+
+    optimizers = Watch(lambda trainer, module: (trainer.optimizers[0], len(trainer.optimizers[0].state)))
+    module = toy(Knots, lr_schedule="constant")
+    trainer(tmp_path, optimizers, chain={}, max_epochs=2).fit(module, batches(), batches(2))
+    assert optimizers.seen[10][0] is not optimizers.seen[9][0]
+    assert optimizers.seen[10][1] == 0
+
+
+def test_a_knot_by_hand_at_the_end_of_an_epoch_counts_as_its_knot(tmp_path):
+    class ByHand(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 1:
+                module.tie_knot()
+
+    module = toy(lr_schedule="constant")
+    trainer(tmp_path, ByHand(), chain={"every_n_epochs": 2}, max_epochs=5).fit(module, batches())
+    assert [(link.start_step, link.end_step) for link in module.chain.links] == [(0, 20), (20, 40)]
+
+
+def test_a_short_last_link_is_warmed_up_over_its_length(tmp_path):
+    watch = rates()
+    module = toy(lr_schedule="constant", warmup_steps=8, optimizer=lambda p: SGD(p, lr=1.0))
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 9}, max_epochs=1).fit(module, batches())
+    assert watch.seen == pytest.approx([*(step / 8 for step in range(8)), 1.0, 0.0])
+    watch.seen.clear()
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 9}, max_epochs=2, limit_train_batches=7).fit(module, batches())
+    assert watch.seen == pytest.approx([*(step / 8 for step in range(8)), 1.0, *(step / 5 for step in range(5))])
+
+
+def test_an_A_that_was_set_by_hand_stays(tmp_path):
+    class Own(Toy):
+        def configure_model(self):
+            super().configure_model()
+            with torch.no_grad():
+                self.model[0].lora_A.fill_(7.0)
+
+    watch = Watch(lambda trainer, module: module.model[0].lora_A.detach().clone())
+    trainer(tmp_path, watch, chain={}, max_steps=1).fit(toy(Own), batches())
+    assert (watch.seen[0] == 7).all()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_a_knot_leaves_the_float32_precision_as_it_was():
+    module = toy()
+    module.configure_model()
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        module.tie_knot()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"rank": 3}, "expected 1 to 2"), ({"alpha": 0}, "above 0, received 0")])
+def test_a_knot_refuses_a_rank_or_alpha_that_cannot_be(arguments, message):
+    module = toy()
+    with pytest.raises(UserError, match=message):
+        module.tie_knot(**arguments)
+    assert module.link == 0
+
+
 def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
     class AtOddSteps(ChainOfLoRA):
         asked = ()
@@ -368,6 +459,8 @@ def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
     class Manual(Toy):
         automatic_optimization = False
 
+    with pytest.raises(UserError, match="the trained chain would stay in the child"):
+        check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
     with pytest.raises(UserError, match="automatic optimization"):
         trainer(tmp_path, chain={}, max_epochs=1).fit(Manual(target_modules="all-linear"), batches())
 

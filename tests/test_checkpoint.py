@@ -99,6 +99,10 @@ def test_a_subclass_that_forgets_super_keeps_the_chain(tmp_path):
 
     module = run(tmp_path, make(Forgetful))
     assert Own.used
+    again = Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
+    assert_bit_equal(weights(again), weights(module))
+    module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert {"mine", "cola"} <= torch.load(tmp_path / "weights.ckpt", weights_only=True).keys()
     loaded = make(Forgetful)
     trainer(tmp_path, enable_checkpointing=True).validate(
         loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False
@@ -120,7 +124,7 @@ def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
         run(tmp_path, make(Double), ckpt_path=path)
     with pytest.raises(UserError, match=r"'model\.0\.lora_A', received \(6, 8\).*model\.rank"):
         toy(rank=2).load_from_checkpoint(path, target_modules="all-linear", rank=2, alpha=4, seed=0)
-    with pytest.raises(UserError, match=r"expected a value for 'model\.0\.lora_A'|expected the base"):
+    with pytest.raises(UserError, match=r"model\.target_modules: expected the checkpoint's layers, with '0'"):
         toy().load_from_checkpoint(path, target_modules=["2"], rank=6, seed=0)
     with pytest.raises(UserError, match="expected a chain with knots"):
         run(tmp_path, make(), ckpt_path=path, chain={})
@@ -166,7 +170,8 @@ def test_modules_trained_whole_and_buffers_come_along(tmp_path):
     whole = run(tmp_path, toy(WithHead, **arguments))
     loaded = WithHead.load_from_checkpoint(tmp_path / "step=30.ckpt", **arguments, alpha=4)
     assert_bit_equal(weights(loaded), weights(whole))
-    assert set(whole.chain.links[0].extras) == {"3.weight", "3.bias"}
+    buffers = {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert set(whole.chain.links[0].extras) == {"3.weight", "3.bias"} | buffers - {"1.weight", "1.bias"}
     x = next(iter(batches()))[0]
     for links in range(5):
         merged = whole.merged_model(links).eval()
@@ -214,3 +219,87 @@ def test_a_checkpoint_io_of_the_users_own_stays(tmp_path):
     fit = trainer(tmp_path, ChainOfLoRA(), plugins=[Own()], max_epochs=1)
     fit.fit(toy(), batches())
     assert type(fit.strategy.checkpoint_io) is Own
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", None])
+def test_a_saved_base_is_whole(tmp_path, target_modules):
+    class Trained(Toy):
+        def build_model(self):
+            model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
+            if not self.is_base_in_checkpoint:
+                model.train()(torch.randn(32, 8))  # moves the buffers
+            return model
+
+    module = toy(Trained, target_modules=target_modules, save_base=True)
+    module.configure_model()
+    x = next(iter(batches()))[0]
+    base = module.merged_model().eval()(x)
+    run(tmp_path, module, chain={"every_n_epochs": 1} if target_modules else {})
+    assert not torch.equal(module.model[1].running_mean, module.merged_model(0)[1].running_mean)
+    assert torch.equal(module.merged_model(0).eval()(x), base)
+    loaded = Trained.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules=target_modules, rank=2, alpha=4, seed=0)
+    assert torch.equal(loaded.merged_model(0).eval()(x), base)
+    if target_modules is None:
+        with pytest.raises(UserError, match=r"model\.target_modules: .* received '0' too"):
+            run(tmp_path, toy(Trained), ckpt_path=tmp_path / "step=30.ckpt", chain={})
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.float32), ("64-true", torch.float64)])
+def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype):
+    data = torch.float64 if precision == "64-true" else torch.bfloat16
+    module = run(
+        tmp_path, toy(target_modules=["0"]), loader=batches(dtype=data), precision=precision, chain={"every_n_epochs": 1}
+    )
+    x = next(iter(batches(dtype=dtype)))[0]
+    for links in range(4):
+        merged = module.merged_model(links)
+        assert {p.dtype for p in merged.parameters()} == {dtype}
+        assert merged(x).dtype == dtype
+    tolerance = 1e-12 if precision == "64-true" else 2e-2
+    torch.testing.assert_close(merged(x), module.model(x.to(data)).to(dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    class Exploding(Toy):
+        def on_after_backward(self):
+            if self.trainer.global_step == 9:
+                self.model[0].lora_B.grad.fill_(torch.nan)
+
+    with pytest.raises(RuntimeError, match=r"'model\.0\.lora_B' is no longer finite, in link 1"):
+        run(tmp_path, make(Exploding))
+    assert not (tmp_path / "step=10.ckpt").exists()
+    assert (tmp_path / "step=9.ckpt").exists()
+
+
+def test_a_saved_base_of_another_shape_and_other_choices_on_resume_are_refused(tmp_path, caplog):
+    run(tmp_path, make(save_base=True))
+    path = tmp_path / "step=20.ckpt"
+
+    class Wider(Toy):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(8, 14), nn.Tanh(), nn.Linear(14, 6))
+
+    with pytest.raises(UserError, match=r"with '0\.bias' of shape \(12,\), received \(14,\)"):
+        run(tmp_path, make(Wider), ckpt_path=path)
+    with pytest.raises(UserError, match=r"target_modules: expected the checkpoint's layers, with '0'"):
+        run(tmp_path, make(target_modules=["2"]), ckpt_path=path)
+    with pytest.raises(
+        UserError, match=r"model\.optimizer: expected torch\.optim\.adamw\.AdamW, .* received torch\.optim\.sgd"
+    ):
+        run(tmp_path, toy(rank=6, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), ckpt_path=path)
+    run(tmp_path, make(seed=7), ckpt_path=path)
+    assert "model.seed: the checkpoint's, 0, holds, not 7" in caplog.text
+
+
+def test_a_run_that_resumes_with_shorter_epochs_ends_its_schedule_with_them(tmp_path):
+    first = run(tmp_path, toy(), chain={"every_n_epochs": 1}, max_epochs=2)
+    first.trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+    rates = []
+
+    class Rates(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    resumed = toy(Rates, optimizer=lambda p: AdamW(p, lr=1.0))
+    run(tmp_path, resumed, ckpt_path=tmp_path / "end.ckpt", chain={"every_n_epochs": 1}, max_epochs=4, loader=batches(5))
+    assert rates == pytest.approx([1 - step % 5 / 5 for step in range(10)])

@@ -106,6 +106,23 @@ BAD = [
     (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
     (["test", "--config", DIGITS, "--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint file, received 'nope.ckpt'"),
     (["test", "--config", DIGITS, "--ckpt_path", "a_file"], "ckpt_path: expected a checkpoint"),
+    (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which does not exist"),
+    (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which is a folder"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "ddp_fork"], "trainer.strategy: expected ddp"),
+    (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: expected Literal[64, 32, 16] or"),
+    (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: expected the import path of a class"),
+    (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
+    (["fit", "--config", DIGITS, "--trainer.accumulate_grad_batches", "0"], "expected at least 1, received 0"),
+    (["fit", "--config", DIGITS, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last"], "Found more"),
+    (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a/b", "--model.rank", "65"], "model.rank: expected at most"),
+    (["fit", "--config", DIGITS, "--model.optimizer.lr", "-1"], "model.optimizer: expected values that it takes"),
+    (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "model: expected the import path of a subclass of COLAModule"),
+    (["fit", "--config", DIGITS, "--model", "mine.My"], "received 'mine.My' (No module named 'mine')"),
+    (["fit", "--config", DIGITS, "--model.seed", "-1"], "model.seed: expected a whole number from 0"),
+    (["fit", "--config", DIGITS, "--data.split_seed", "-1"], "data.split_seed: expected a whole number from 0"),
+    (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
+    (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
+    (["fit", "--config", "bytes.yaml"], "config: expected a text file in UTF-8"),
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
@@ -122,6 +139,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("a_file").touch()
     Path("broken.yaml").write_text("model: [\n")
     Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    Path("groups.yaml").write_text("model: {class_path: COLADigits}\ndata: {class_path: DigitsDataModule}\nchain: null\n")
+    Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2
     err = capfd.readouterr().err
@@ -134,7 +153,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():
     program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
-    program += "; d.pretrain = lambda model: None; from cola_lightning.cli import entry_point; entry_point()"
+    program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
     done = subprocess.run(
         [sys.executable, "-c", program, "fit", "--config", DIGITS, *FAST], capture_output=True, text=True, check=False
     )
@@ -182,3 +201,17 @@ def test_help_takes_little_longer_than_lightnings_own_command_line():
     ours = "from cola_lightning.cli import main; main(['--help'])"
     ratios = [seconds(ours) / seconds("import lightning.pytorch.cli") for _ in range(3)]
     assert sorted(ratios)[1] < 1.25 * 1.5
+
+
+def test_a_file_where_the_runs_should_be_is_one_line(capfd):
+    Path("runs").touch()
+    assert run("fit", "--config", DIGITS, *FAST) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: trainer.logger.save_dir: expected a folder")
+
+
+def test_a_users_own_module_beside_the_config_is_found():
+    Path("mine.py").write_text("from cola_lightning import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "mine.Mine", *FAST]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "link 1 live at the end" in done.stdout

@@ -1,7 +1,7 @@
 """Callbacks: when knots are tied, and what is written."""
 
-from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA
+from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
 from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 
-__all__ = ["AtomicCheckpointIO", "ChainOfLoRA", "PredictionWriter"]
+__all__ = ["AtomicCheckpointIO", "ChainOfLoRA", "PredictionWriter", "check_strategy"]

@@ -12,7 +12,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+# No public name tells the strategies apart whose processes give nothing back but weights.
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -97,7 +100,10 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = Counters(trainer.current_epoch, trainer.global_step)
-        if now.global_step in (self.module.link_start.global_step, self._asked_at):  # a link's first step, or inside a window
+        if now.global_step == self.module.link_start.global_step:
+            self.module.link_start = now  # a knot tied by hand at the end of an epoch counted that epoch
+            return
+        if now.global_step == self._asked_at:  # inside an accumulation window
             return
         self._asked_at = now.global_step
         if self.should_tie(*now):
@@ -121,15 +127,28 @@ class ChainOfLoRA(Callback):
             logger.log_metrics({"link": float(link.index), "link_update_norm": norm}, step=trainer.global_step)
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses a strategy under which a chain would go wrong or be lost.
+
+    Raises:
+        UserError: for one that shards parameters, owns the optimizer, or forks this process.
+    """
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"trainer.strategy: expected one that keeps whole parameters (one device, ddp), received {type(strategy).__name__}"
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "trainer.strategy: expected ddp, which starts programs, received one that forks or spawns this one: "
+            "the trained chain would stay in the child"
+        )
+
+
 def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
     """Everything about a trainer and a module with which a chain would go wrong, found before training."""
     if not hasattr(module, "tie_knot"):
         raise UserError(f"model: expected a COLAModule, received {type(module).__name__}")
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-        raise UserError(
-            f"trainer.strategy: expected one that keeps whole parameters (one device, ddp), received "
-            f"{type(trainer.strategy).__name__}"
-        )
+    check_strategy(trainer.strategy)
     refused = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, refused):

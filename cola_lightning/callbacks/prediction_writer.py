@@ -23,12 +23,12 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, whole or not at all.
 
     ``predict_step`` returns a dict of columns, each with one value a row: ``prediction``, ``target`` and whatever else
-    belongs to a row. ``index``, the row's place in the data, is added.
+    belongs to a row. ``index``, the row's place in its data, is added. The rows of several loaders follow one another.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[tuple[int, dict[str, Any]]] = []
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,9 +50,10 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__}.predict_step: expected a dict of columns, received {type(prediction).__name__}"
             )
         columns = {name: values.tolist() if isinstance(values, Tensor) else values for name, values in prediction.items()}
+        before = sum(loader == dataloader_idx for loader, _ in self.rows)
         for place, values in enumerate(zip(*columns.values(), strict=True)):
-            index = batch_indices[place] if batch_indices else len(self.rows)
-            self.rows.append({"index": int(index), **dict(zip(columns, values, strict=True))})
+            index = int(batch_indices[place]) if batch_indices else before + place
+            self.rows.append((dataloader_idx, {"index": index, **dict(zip(columns, values, strict=True))}))
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,11 +62,11 @@ class PredictionWriter(BasePredictionWriter):
             parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, self.rows)
         # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
-        rows = {row["index"]: row for part in parts for row in part}
+        rows = {(loader, row["index"]): row for part in parts for loader, row in part}
         path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME  # on every process: log_dir is a broadcast
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(json.dumps(rows[index], ensure_ascii=False) + "\n" for index in sorted(rows)))
+            partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
             partial.replace(path)
             log.info("%d predictions: %s", len(rows), path)

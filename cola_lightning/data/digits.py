@@ -22,17 +22,18 @@ class DigitsDataModule(LightningDataModule):
     Args:
         batch_size: rows in a batch.
         split_seed: which rows are in which part, and the order of training.
-        num_workers: processes that load data; the data is in memory, so none is best.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998,
         as in ``sklearn.datasets.load_digits``.
     """
 
-    def __init__(self, batch_size: int = 64, split_seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, split_seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size: expected a whole number of at least 1, received {batch_size}")
-        self.batch_size, self.split_seed, self.num_workers = batch_size, split_seed, num_workers
+        if not 0 <= split_seed < 2**32:
+            raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
+        self.batch_size, self.split_seed = batch_size, split_seed
 
     @override
     def setup(self, stage: str) -> None:
@@ -64,6 +65,4 @@ class DigitsDataModule(LightningDataModule):
     def _loader(self, data: TensorDataset, sampler: EpochSampler | None = None) -> Loader:
         # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
         # would draw from the global one.
-        return DataLoader(
-            data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator()
-        )
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator())

@@ -19,7 +19,7 @@ from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_
 from cola_lightning.chain import Link, begin_link, describe_base, finish_link
 from cola_lightning.errors import UserError
 from cola_lightning.layers import Init
-from cola_lightning.modules.checkpoint import frozen_weights
+from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
@@ -76,12 +76,14 @@ class COLAModule(LinkTraining):
     ) -> None:
         super().__init__()
         check_numbers(rank, alpha, dropout)
+        if seed is not None and not 0 <= seed < 2**32:
+            raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
         if not 0 <= warmup_steps < math.inf:
             raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
-        self.seed = None if seed is None else int(seed)
+        self.seed = self._given_seed = None if seed is None else int(seed)
         self.optimizer = optimizer
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
@@ -92,7 +94,7 @@ class COLAModule(LinkTraining):
 
     def build_model(self) -> nn.Module:
         """Makes the base model, in float32. Called under a seed of its own: what it draws depends on ``self.seed`` alone."""
-        raise NotImplementedError(f"{type(self).__name__} needs a build_model() that returns its base model")
+        raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
 
     # ------------------------------------------------------------------ the model
 
@@ -111,7 +113,7 @@ class COLAModule(LinkTraining):
         self.chain.base = describe_base(self.model)
         self._cast_adapted(dtype)
         if self.save_base:
-            self._base_weights = frozen_weights(self.model)
+            self._base_weights = base_weights(self.model)
         if self.target_modules is not None:
             self._begin_link()
 
@@ -154,8 +156,11 @@ class COLAModule(LinkTraining):
         """
         if self.target_modules is None:
             raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-        if rank is not None and not 1 <= rank <= self.rank:
+        if rank is not None and rank not in range(1, self.rank + 1):
             raise UserError(f"rank: expected 1 to {self.rank}, the largest rank of a link (model.rank), received {rank}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"alpha: expected a number above 0, received {alpha}")
+        self.configure_model()
         link = self.live_link()
         for layer in self._layers.values():
             layer.merge()
@@ -163,7 +168,8 @@ class COLAModule(LinkTraining):
         self._begin_link(rank, alpha)
         self.link_start = self._now
         trainer = self._attached_trainer
-        if trainer is not None and trainer.training:
+        # In a validation inside fit, too: trainer.training is False there.
+        if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
             trainer.strategy.setup_optimizers(trainer)
         return link
 
@@ -185,10 +191,9 @@ class COLAModule(LinkTraining):
         return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
 
     def _extras(self) -> dict[str, Tensor]:
-        """What is trained whole, by name in the model."""
-        factors = {f"{name}.lora_{f}" for name in self._layers for f in "AB"}
-        named = self.model.named_parameters()
-        return {name: distributed.gather(p) for name, p in named if p.requires_grad and name not in factors}
+        """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: value for name, value in base_weights(self.model).items() if name not in frozen}
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
@@ -198,7 +203,11 @@ class COLAModule(LinkTraining):
 
         Raises:
             UserError: if there are not as many links.
+
+        Returns:
+            The model in the dtype of its adapted weights (float32 also where the rest was trained in half precision).
         """
+        self.configure_model()
         total = self.link + 1
         if links is not None and not 0 <= links <= total:
             raise UserError(f"links: expected 0 to {total}, {self.link} finished and the live one, received {links}")
@@ -207,10 +216,12 @@ class COLAModule(LinkTraining):
         else:
             model = self._make_adapted_base()
             self._write_base(model)
+            for name, layer in lora_layers(model).items():
+                layer.to(self._layers[name].weight.dtype)
             self.chain.truncate(links).replay(lora_layers(model), self.device)
-            with torch.no_grad():
-                for name, value in (self.chain.links[links - 1].extras if links else {}).items():
-                    model.get_parameter(name).copy_(value)
+            model.load_state_dict(self.chain.links[links - 1].extras if links else {}, strict=False)
+        for layer in self._layers.values():
+            model.to(layer.weight.dtype)
         strip_lora(model, merge=True)
         return model.requires_grad_()
 

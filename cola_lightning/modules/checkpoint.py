@@ -4,9 +4,12 @@ A checkpoint stores the live link, what is trained whole, and the finished links
 That is megabytes where the weights would be gigabytes, and equal to the last bit.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +21,15 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
-from cola_lightning.chain import Chain, check_same_base
+from cola_lightning.chain import Chain, check_same_base, check_same_layers
 from cola_lightning.errors import UserError
 from cola_lightning.layers import LoRALayer
-from cola_lightning.modules.keeper import CHECKPOINT_KEY
+from cola_lightning.modules.keeper import NonFiniteError
 from cola_lightning.schedule import ChainSchedule, Counters
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_KEY = "cola"
 
 _BASE_IN_CHECKPOINT: ContextVar[bool] = ContextVar("base_in_checkpoint", default=False)
 
@@ -42,9 +49,14 @@ def base_from_checkpoint(path: str | Path) -> Iterator[None]:
         _BASE_IN_CHECKPOINT.reset(token)
 
 
-def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of the parameters that are not trained, by name."""
-    return {name: distributed.gather(p) for name, p in model.named_parameters() if not p.requires_grad}
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of a model's parameters and persistent buffers by name, without its links."""
+    state = model.state_dict()
+    return {name: distributed.gather(value) for name, value in state.items() if not _is_factor(name)}
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
 
 
 class CheckpointedChain(LightningModule):
@@ -68,7 +80,11 @@ class CheckpointedChain(LightningModule):
         self.link_start = Counters(0, 0)
         self.strict_loading = False  # a checkpoint holds no frozen weights; load_state_dict checks the names itself
         self._base_weights: dict[str, Tensor] | None = None
-        self._had_knots = False  # in the run whose checkpoint was loaded
+        # Of the run whose checkpoint was loaded, and of this one:
+        self._had_knots = False
+        self._had_optimizer: str | None = None
+        self._given_seed: int | None = None
+        self._optimizer_class: str | None = None
 
     @property
     def link(self) -> int:
@@ -104,7 +120,8 @@ class CheckpointedChain(LightningModule):
             *args: see ``LightningModule.load_from_checkpoint``.
             **kwargs: this class' own arguments, as in training.
         """
-        with base_from_checkpoint(checkpoint_path):
+        is_local = isinstance(checkpoint_path, str | PathLike) and "://" not in str(checkpoint_path)
+        with base_from_checkpoint(checkpoint_path) if is_local else nullcontext():
             module: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return module
 
@@ -155,16 +172,27 @@ class CheckpointedChain(LightningModule):
             "link_start": list(self.link_start),
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,
+            "optimizer": self._optimizer_class,
             "base_weights": self._base_weights,
         }
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"{name!r} is no longer finite, in link {self.link}: this checkpoint is not written")
         checkpoint[CHECKPOINT_KEY] = self.chain_state()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.restore_chain(checkpoint)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keeps the chain in the checkpoints of a subclass whose hooks forget ``super()``; called twice, ours do the same."""
+        super().__init_subclass__(**kwargs)
+        for name in ("on_save_checkpoint", "on_load_checkpoint"):
+            if name in vars(cls):
+                setattr(cls, name, _after(getattr(CheckpointedChain, name), vars(cls)[name]))
 
     def restore_chain(self, checkpoint: Mapping[str, Any]) -> None:
         """Brings the weights to the state of a checkpoint's chain: replays what they miss, on the base made anew if need be.
@@ -175,11 +203,13 @@ class CheckpointedChain(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
         state = checkpoint[CHECKPOINT_KEY]
-        chain = Chain.from_state_dict(state["chain"])
-        if state["base_weights"] is None:
+        chain, base = Chain.from_state_dict(state["chain"]), state["base_weights"]
+        if base is None:
             check_same_base(chain.base, self.chain.base)
-        elif self._base_weights is not state["base_weights"]:
-            self._base_weights = state["base_weights"]
+        elif base is not self._base_weights:
+            check_same_layers(chain.base, self.chain.base)
+            _check_same_shapes(base, base_weights(self.model))
+            self._base_weights = base
             self._write_base(self.model)
             self.chain = Chain(base=chain.base)
         if not self.chain.is_beginning_of(chain):
@@ -192,7 +222,10 @@ class CheckpointedChain(LightningModule):
         self.chain = chain
         for layer in self._layers.values():
             layer.rank, layer.alpha = int(state["live"]["rank"]), float(state["live"]["alpha"])
-        self.link_start, self.seed, self._had_knots = Counters(*state["link_start"]), state["seed"], state["has_knots"]
+        if self._given_seed not in (None, state["seed"]):
+            log.warning("model.seed: the checkpoint's, %s, holds, not %s", state["seed"], self._given_seed)
+        self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
+        self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
 
     def _cast_adapted(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers where the training is in float64: Lightning's own cast comes only after the replay."""
@@ -201,7 +234,26 @@ class CheckpointedChain(LightningModule):
                 layer.double()
 
     def _write_base(self, model: nn.Module) -> None:
-        """Writes the base's weights, without any link, into a model of the same shape: those that were kept, or made anew."""
+        """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
         weights = self._base_weights
-        for name, value in (frozen_weights(self._make_adapted_base()) if weights is None else weights).items():
-            distributed.copy_(model.get_parameter(name), value)
+        state = model.state_dict()
+        for name, value in (base_weights(self._make_adapted_base()) if weights is None else weights).items():
+            distributed.copy_(state[name], value)
+
+
+def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | received.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
+        if theirs != ours:
+            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
+
+
+def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
+    """A hook that does ours first and then a subclass' own."""
+
+    @functools.wraps(own)
+    def hook(self: CheckpointedChain, checkpoint: dict[str, Any]) -> None:
+        ours(self, checkpoint)
+        own(self, checkpoint)
+
+    return hook

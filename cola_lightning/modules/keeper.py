@@ -1,7 +1,7 @@
 """The small callback that every COLA module brings along.
 
-It holds what a subclass could lose by overriding a hook without ``super()``: the chain in the checkpoint and its replay, the
-counters at the start of a fit, each batch's seed, and the watch over the loss.
+It holds what a subclass could lose by overriding a hook without ``super()``: the counters at the start of a fit, each batch's
+seed, and the watch over the loss.
 """
 
 import hashlib
@@ -14,41 +14,40 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.schedule import Counters, RunLength
+from cola_lightning.errors import UserError
+from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
 
-CHECKPOINT_KEY = "cola"
 
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite; the weights are as they were before that step."""
+class NonFiniteError(RuntimeError):
+    """The training loss or a weight became NaN or infinite; nothing of it was written."""
 
 
 class ChainKeeper(Callback):
-    """Keeps one module's chain through checkpoints, fits and batches."""
+    """Keeps one module's counters, seeds and losses in order."""
 
     def __init__(self, module: "COLAModule") -> None:
         self.module = module
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.module.run_length = None  # known again when training starts
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.module.chain_state()
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.module.restore_chain(checkpoint)
+        module = self.module
+        module.run_length = None  # known again when training starts
+        if stage == "fit":  # a fit that resumes has its counters from the checkpoint, later
+            module.link_start = Counters(trainer.current_epoch, trainer.global_step)
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(getattr(callback, "schedule", None) is module.schedule for callback in callbacks):
+                module.schedule = ChainSchedule()  # an earlier fit's
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = Counters(trainer.current_epoch, trainer.global_step)
-        is_resumed = trainer.ckpt_path is not None
-        self.module.start_run(run_length(trainer, Counters(0, 0) if is_resumed else now), None if is_resumed else now)
+        now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
+        run = run_length(trainer, START if is_resumed else now)
+        if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
+            run = run_length(trainer, now)  # resumed with epochs of another length
+        self.module.start_run(run, None if is_resumed else now)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -58,9 +57,9 @@ class ChainKeeper(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
+            raise NonFiniteError(
                 f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
-                f"{self.module.link}: a lower learning rate or trainer.gradient_clip_val may help; checkpoints are as they were"
+                f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
             )
 
 
@@ -75,6 +74,8 @@ def seed_batch(seed: int, rank: int, epoch: int, batch_idx: int) -> None:
 
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:
     """How far the trainer's fit goes; to be asked once its data is set up."""
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
 
     def steps_in_epoch(epoch: int) -> float:

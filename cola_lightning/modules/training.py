@@ -36,6 +36,8 @@ class LinkTraining(CheckpointedChain):
     warmup_steps: float
     schedule_scope: Literal["link", "run"]
     target_modules: str | list[str] | None
+    rank: int
+    alpha: float
     run_length: RunLength | None
 
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
@@ -44,7 +46,16 @@ class LinkTraining(CheckpointedChain):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
+            raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+        self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        if self._had_optimizer not in (None, self._optimizer_class) and self.run_length is None:
+            raise UserError(
+                f"model.optimizer: expected {self._had_optimizer}, whose state the checkpoint holds, "
+                f"received {self._optimizer_class}"
+            )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_lambda()), "interval": "step"},
@@ -62,12 +73,12 @@ class LinkTraining(CheckpointedChain):
 
         def factor(step: int) -> float:
             nonlocal horizon
-            if horizon is None and self.run_length is not None and self._needs_horizon:
+            if horizon is None and self.run_length is not None:
                 is_run = self.schedule_scope == "run"
                 horizon = self.run_length.end_step if is_run else self.schedule.link_steps(start, self.run_length)
-            if horizon is None and self._needs_horizon:  # before training: the first value, or one that a resume replaces
+            if horizon is None:  # before training: the first value, or one that a resume replaces
                 return 0.0 if self.warmup_steps else 1.0
-            return lr_factor(self.lr_schedule, offset + step, math.inf if horizon is None else horizon, self.warmup_steps)
+            return lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
 
         return factor
 
@@ -91,9 +102,9 @@ class LinkTraining(CheckpointedChain):
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if now is not None:
             self.link_start = now
-            is_untouched = not self.link and all(not layer.lora_B.any() for layer in self._layers.values())
-            if self.target_modules is not None and is_untouched:  # a model that is older than the schedule
-                self._begin_link()
+            self._apply_schedule()
+            if now.global_step and self.schedule_scope == "run":  # the first rate was set before the run's length was known
+                self.trainer.strategy.setup_optimizers(self.trainer)
         if not self.schedule.is_open and run_length.end_step < math.inf:
             self._check_links(self.schedule.links(self.link_start, run_length))
             return
@@ -106,6 +117,15 @@ class LinkTraining(CheckpointedChain):
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
                 f"max_steps, endless data, or a should_tie of one's own), received {received}"
             )
+
+    def _apply_schedule(self) -> None:
+        """Begins link 0 again if the model is older than the schedule, which wants another rank or alpha."""
+        layers = list(self._layers.values())
+        if self.link or not layers or any(layer.lora_B.any() for layer in layers):
+            return
+        wanted = self.schedule.rank(0, self.rank), self.schedule.alpha(0, self.alpha)
+        if (layers[0].rank, layers[0].alpha) != wanted:
+            self._begin_link()
 
     def _check_links(self, lengths: list[int]) -> None:
         """Refuses or warns of what does not fit this fit's links: their lengths in optimizer steps, the live one first."""
