@@ -1,10 +1,11 @@
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from cola_lightning import COLADigits, DigitsDataModule, UserError
 from cola_lightning.data.base import EpochSampler
-from tests.toy import trainer
+from tests.toy import assert_bit_equal, trainer, weights
 
 
 def test_the_split_is_60_10_30_of_the_digits_5_to_9_by_its_seed():
@@ -64,3 +65,27 @@ def test_the_training_order_follows_from_the_seed_and_the_epoch():
     assert sorted(first) == list(range(50)) == sorted(second)
     assert orders(1)[0] != first
     assert len(EpochSampler(range(50), 0)) == 50
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, accumulate):
+    def fit(*callbacks, ckpt_path=None):
+        module = COLADigits(rank=2, alpha=1, seed=0, dropout=0.2)
+        chain = {"every_n_train_steps": 7 if accumulate == 1 else 4}
+        run = trainer(tmp_path, *callbacks, chain=chain, max_epochs=3, accumulate_grad_batches=accumulate)
+        run.fit(module, datamodule=DigitsDataModule(), ckpt_path=ckpt_path)
+        return module
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            path = tmp_path / f"{trainer.global_step}.ckpt"
+            if not path.exists():  # the batch that took the step
+                trainer.save_checkpoint(path, weights_only=False)
+
+    whole = fit(Save())
+    steps = sorted(int(path.stem) for path in tmp_path.glob("*.ckpt") if path.stem != "0")
+    assert steps == list(range(1, 28 if accumulate == 1 else 10))
+    for step in steps[:: 2 if accumulate == 1 else 1]:
+        resumed = fit(ckpt_path=tmp_path / f"{step}.ckpt")
+        assert_bit_equal(weights(resumed), weights(whole))
+        assert resumed.link == whole.link

@@ -2,16 +2,13 @@
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from cola_lightning.data.base import EpochSampler
+from cola_lightning.data.base import EpochLoader, EpochSampler, batches_done
 from cola_lightning.errors import UserError
 
 PIXEL_MEAN = 0.305  # of all images, scaled to 0 to 1
-
-Loader = DataLoader[tuple[Tensor, ...]]
 
 
 class DigitsDataModule(LightningDataModule):
@@ -47,22 +44,25 @@ class DigitsDataModule(LightningDataModule):
         self.train, self.val, self.test = (TensorDataset(images[rows], labels[rows]) for rows in parts)
 
     @override
-    def train_dataloader(self) -> Loader:
-        return self._loader(self.train, EpochSampler(self.train, self.split_seed))
+    def train_dataloader(self) -> EpochLoader:
+        def rows_done() -> int:
+            return batches_done(self.trainer) * self.batch_size
+
+        return self._loader(self.train, EpochSampler(self.train, self.split_seed, rows_done))
 
     @override
-    def val_dataloader(self) -> Loader:
+    def val_dataloader(self) -> EpochLoader:
         return self._loader(self.val)
 
     @override
-    def test_dataloader(self) -> Loader:
+    def test_dataloader(self) -> EpochLoader:
         return self._loader(self.test)
 
     @override
-    def predict_dataloader(self) -> Loader:
+    def predict_dataloader(self) -> EpochLoader:
         return self._loader(self.test)
 
-    def _loader(self, data: TensorDataset, sampler: EpochSampler | None = None) -> Loader:
+    def _loader(self, data: TensorDataset, sampler: EpochSampler | None = None) -> EpochLoader:
         # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
         # would draw from the global one.
-        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator())
+        return EpochLoader(data, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator())
