@@ -48,14 +48,6 @@ def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """No TF32 or bf16 inside float32 products."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     befores = [backend.fp32_precision for backend in backends]
     for backend in backends:

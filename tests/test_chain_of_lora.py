@@ -337,7 +337,6 @@ def test_an_A_that_was_set_by_hand_stays(tmp_path):
     assert (watch.seen[0] == 7).all()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
 def test_a_knot_leaves_the_float32_precision_as_it_was():
     module = toy()
     module.configure_model()

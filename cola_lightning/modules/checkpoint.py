@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from typing_extensions import override
 
 from cola_lightning import distributed
@@ -158,8 +157,9 @@ class CheckpointedChain(LightningModule):
                     f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, "
                     f"received {tuple(state_dict[name].shape)}{hint}"
                 )
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys([], [])  # what is frozen is not missing
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys.clear()  # what is frozen is not missing
+        return result
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""
