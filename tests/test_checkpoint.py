@@ -303,3 +303,14 @@ def test_a_run_that_resumes_with_shorter_epochs_ends_its_schedule_with_them(tmp_
     resumed = toy(Rates, optimizer=lambda p: AdamW(p, lr=1.0))
     run(tmp_path, resumed, ckpt_path=tmp_path / "end.ckpt", chain={"every_n_epochs": 1}, max_epochs=4, loader=batches(5))
     assert rates == pytest.approx([1 - step % 5 / 5 for step in range(10)])
+
+
+def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
+    run(tmp_path, make())
+    arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 4, "seed": 0}
+    loaded = Toy.load_from_checkpoint(
+        tmp_path / "step=20.ckpt", **arguments, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_schedule="constant"
+    )
+    trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
+    assert loaded.link == 2
+    assert loaded.live_link().end_step == 10

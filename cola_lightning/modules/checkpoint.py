@@ -79,11 +79,14 @@ class CheckpointedChain(LightningModule):
         self.link_start = Counters(0, 0)
         self.strict_loading = False  # a checkpoint holds no frozen weights; load_state_dict checks the names itself
         self._base_weights: dict[str, Tensor] | None = None
-        # Of the run whose checkpoint was loaded, and of this one:
-        self._had_knots = False
-        self._had_optimizer: str | None = None
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
+        self.forget_checkpoint()
+
+    def forget_checkpoint(self) -> None:
+        """A fit begins: what an earlier checkpoint's run had is no longer to be met."""
+        self._had_knots = False
+        self._had_optimizer: str | None = None
 
     @property
     def link(self) -> int:

@@ -35,7 +35,8 @@ class ChainKeeper(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = self.module
         module.run_length = None  # known again when training starts
-        if stage == "fit":  # a fit that resumes has its counters from the checkpoint, later
+        if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
+            module.forget_checkpoint()
             module.link_start = Counters(trainer.current_epoch, trainer.global_step)
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(getattr(callback, "schedule", None) is module.schedule for callback in callbacks):
