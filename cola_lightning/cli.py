@@ -18,15 +18,14 @@ import rich
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter, check_strategy
+from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter, RunWatch, check_strategy
 from cola_lightning.data import DigitsDataModule  # noqa: F401  # known to the command line by its short name
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import CHECKPOINT_KEY, COLAModule, base_from_checkpoint
@@ -49,32 +48,6 @@ class ConfigSaver(SaveConfigCallback):
             super().setup(trainer, pl_module, str(trainer.state.fn))
 
     on_train_epoch_start = on_validation_start = on_test_start = on_predict_start = _save
-
-
-class RunWatch(Callback):
-    """Remembers why a run ended: Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM. And which folders it made."""
-
-    def __init__(self) -> None:
-        self.exit_status = 0
-        self.folders: list[Path] = []
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            self.exit_status = 130
-        elif isinstance(exception, SIGTERMException):
-            self.exit_status = 143
-
-    def expect_folder(self, folder: str | Path) -> None:
-        """Takes note of a folder that a logger will make: it, and those of its parents that are not there yet."""
-        path = Path(folder).absolute()
-        self.folders += [part for part in (path, *path.parents) if not part.exists()]
-
-    def remove_empty_folders(self) -> None:
-        """Takes back what was made for a run that was refused; a folder that holds anything stays."""
-        for folder in sorted(self.folders, key=lambda path: len(path.parts), reverse=True):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 class COLACLI(LightningCLI):

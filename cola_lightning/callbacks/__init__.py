@@ -3,5 +3,6 @@
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
 from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
+from cola_lightning.callbacks.run_watch import RunWatch
 
-__all__ = ["AtomicCheckpointIO", "ChainOfLoRA", "PredictionWriter", "check_strategy"]
+__all__ = ["AtomicCheckpointIO", "ChainOfLoRA", "PredictionWriter", "RunWatch", "check_strategy"]
