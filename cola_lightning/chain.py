@@ -172,8 +172,7 @@ def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
-        digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator("cpu").manual_seed(distributed.derive_seed(seed, index, name))
         layer.reset(generator, rank=rank, alpha=alpha)
 
 

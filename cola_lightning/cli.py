@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import rich
 import torch
 from jsonargparse import ArgumentError, Namespace
@@ -209,7 +210,7 @@ def _users_mistake(error: BaseException) -> str | None:
         return one_line(str(innermost))
     # What Lightning's own code refuses (a val_check_interval above the number of batches, say) is a mistake in its arguments.
     place = traceback.extract_tb(error.__traceback__)[-1].filename
-    is_lightnings = isinstance(error, TypeError | ValueError) and "lightning" in Path(place).parts
+    is_lightnings = isinstance(error, TypeError | ValueError) and Path(lightning.__file__).parent in Path(place).parents
     if is_lightnings or isinstance(error, ArgumentError | MisconfigurationException):
         return one_line(str(error))
     return None

@@ -5,6 +5,7 @@ plain tensors (one process, or DDP, where each process holds all of them); DTens
 refused in one place, :func:`require_plain`, which is where they will be taught.
 """
 
+import hashlib
 import secrets
 
 import torch
@@ -46,6 +47,17 @@ def gather(parameter: Tensor) -> Tensor:
     """A contiguous CPU copy of the full parameter."""
     require_plain(parameter)
     return parameter.detach().to("cpu", copy=True).contiguous()
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed for torch's generators that depends on the parts alone: equal on every process, whatever else was drawn.
+
+    Example:
+        >>> derive_seed(0, 1, "fc") == derive_seed(0, 1, "fc") != derive_seed(0, 2, "fc")
+        True
+    """
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def draw_seed() -> int:

@@ -114,7 +114,12 @@ class ChainSchedule:
     @property
     def has_knots(self) -> bool:
         """Whether a run that is long enough is more than one link."""
-        return bool(self.every_n_epochs or self.every_n_train_steps or self.at_epochs or self.at_steps or self.is_open)
+        return any(self._when) or self.is_open
+
+    @property
+    def _when(self) -> tuple[int | None, Sequence[int]]:
+        """The period of the knots, or the list of them, in whichever the schedule counts."""
+        return self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
 
     @property
     def _counts_epochs(self) -> bool:
@@ -123,7 +128,7 @@ class ChainSchedule:
     def link_at(self, epoch: int, global_step: int) -> int:
         """The link that is live at the given counters of a run that starts at 0, 0."""
         now = epoch if self._counts_epochs else global_step
-        every, knots = self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
+        every, knots = self._when
         return now // every if every else bisect_right(knots, now)
 
     def is_due(self, start: Counters, now: Counters) -> bool:
@@ -141,7 +146,7 @@ class ChainSchedule:
     def next_knot(self, start: Counters) -> float:
         """The epoch or global step (whichever the schedule counts) at which the link from ``start`` ends, if the run lasts."""
         now = start.epoch if self._counts_epochs else start.global_step
-        every, knots = self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
+        every, knots = self._when
         if every:
             return (now // every + 1) * every
         return next((knot for knot in knots if knot > now), math.inf)

@@ -241,7 +241,7 @@ def test_early_stopping_counts_on_across_knots(tmp_path):
     ],
     ids=str,
 )
-def test_the_trainers_own_limits_hold(tmp_path, arguments, steps, links, caplog):
+def test_the_trainers_own_limits_hold(tmp_path, arguments, steps, links):
     module = toy(ValidatedToy)
     run = trainer(tmp_path, chain={"every_n_train_steps": 2}, **arguments)
     run.fit(module, batches(), batches(2))

@@ -211,18 +211,17 @@ class COLAModule(LinkTraining):
         total = self.link + 1
         if links is not None and not 0 <= links <= total:
             raise UserError(f"links: expected 0 to {total}, {self.link} finished and the live one, received {links}")
+        dtype = next((layer.weight.dtype for layer in self._layers.values()), None)
         if links is None or links == total:
             model = copy.deepcopy(self.model)
         else:
             model = self._make_adapted_base()
             self._write_base(model)
-            for name, layer in lora_layers(model).items():
-                layer.to(self._layers[name].weight.dtype)
+            for layer in lora_layers(model).values():
+                layer.to(dtype)
             self.chain.truncate(links).replay(lora_layers(model), self.device)
             model.load_state_dict(self.chain.links[links - 1].extras if links else {}, strict=False)
-        for layer in self._layers.values():
-            model.to(layer.weight.dtype)
-        strip_lora(model, merge=True)
+        strip_lora(model.to(dtype), merge=True)
         return model.requires_grad_()
 
     # ------------------------------------------------------------------ the callback that comes along

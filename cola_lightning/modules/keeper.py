@@ -4,7 +4,6 @@ It holds what a subclass could lose by overriding a hook without ``super()``: th
 seed, and the watch over the loss.
 """
 
-import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from typing_extensions import override
 
+from cola_lightning import distributed
 from cola_lightning.errors import UserError
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
@@ -69,8 +69,7 @@ def seed_batch(seed: int, rank: int, epoch: int, batch_idx: int) -> None:
 
     This is the one place that touches the global generators.
     """
-    digest = hashlib.sha256(f"{seed} {rank} {epoch} {batch_idx}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    torch.manual_seed(distributed.derive_seed(seed, rank, epoch, batch_idx))
 
 
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:
