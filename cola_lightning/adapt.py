@@ -118,6 +118,16 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
         raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
 
 
+def check_dtype(dtype: torch.dtype, where: str = "") -> None:
+    """Refuses a base in half precision, into which no link can be merged; ``where`` is for the message."""
+    if dtype.itemsize < 4:
+        raise UserError(
+            "model.dtype: expected a float32 base, for merging links into half precision rounds them away; received "
+            f"{str(dtype).removeprefix('torch.')}{where}: load it in float32, or train the whole in mixed precision "
+            "(--trainer.precision bf16-mixed)"
+        )
+
+
 def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: list[str]) -> list[str]:
     adaptable = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_adaptable(module)]
     if target_modules == ALL_LINEAR:
@@ -204,9 +214,4 @@ def _check_layer(name: str, module: nn.Module, rank: int) -> None:
             f"model.rank: expected at most {min(weight.shape)}, the smaller side of {name!r} ({tuple(weight.shape)}), "
             f"received {rank}"
         )
-    if weight.dtype.itemsize < 4:
-        raise UserError(
-            f"model.dtype: expected a float32 base, for merging links into half precision rounds them away; received "
-            f"{str(weight.dtype).removeprefix('torch.')} in {name!r}: load it in float32, or train the whole in "
-            "mixed precision (--trainer.precision bf16-mixed)"
-        )
+    check_dtype(weight.dtype, f" in {name!r}")

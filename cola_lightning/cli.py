@@ -25,12 +25,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
 from cola_lightning import __version__
 from cola_lightning.callbacks import ChainOfLoRA, PredictionWriter, RunWatch, check_strategy
-from cola_lightning.data import DigitsDataModule  # noqa: F401  # known to the command line by its short name
-from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.errors import HubError, UserError, causes, one_line
 from cola_lightning.modules import CHECKPOINT_KEY, COLAModule, base_from_checkpoint
-from cola_lightning.modules.digits import COLADigits  # noqa: F401  # known to the command line by its short name
 
 log = logging.getLogger(__name__)
 
@@ -234,11 +233,12 @@ def main(args: Sequence[str] | None = None) -> int:
         except SystemExit as exit_:  # --help, and Lightning after Ctrl-C
             return watch.exit_status or int(exit_.code or 0)
         except Exception as error:
-            if (message := _users_mistake(error)) is None:
+            is_hubs = next((cause for cause in causes(error) if isinstance(cause, HubError)), None)
+            if (message := str(is_hubs) if is_hubs else _users_mistake(error)) is None:
                 raise
             watch.remove_empty_folders()
             print(f"error: {message}", file=sys.stderr)
-            return 2
+            return 1 if is_hubs else 2
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits

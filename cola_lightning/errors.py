@@ -1,7 +1,8 @@
 """The one error type for mistakes of the user's, and how other libraries' messages become one line."""
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -9,6 +10,25 @@ class UserError(ValueError):
 
     The command line prints it as ``error: ...`` and exits with status 2, without a traceback.
     """
+
+
+class HubError(Exception):
+    """The Hugging Face hub is needed and does not answer.
+
+    Not the user's mistake: the command line prints it as ``error: ...``, without a traceback, and exits with status 1.
+    """
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """The names most like a word that is none of them, as the end of a message; all of them where none is near.
+
+    Example:
+        >>> nearest("SST", ["SST2", "BoolQ"])
+        '; the nearest that exist: SST2'
+    """
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)
+    return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,5 +1,6 @@
-"""Every config is complete: it parses, and it builds its model and data."""
+"""Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import pytest
 import yaml
 
 from cola_lightning.cli import main
+from tests import tiny
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+NAMES = ["digits", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "sst2_smollm2"]
+ARCHITECTURES = {"opt-1.3b": "opt", "roberta_glue": "roberta"}
 
 
 def test_all_configs_are_here():
-    assert [path.name for path in CONFIGS] == ["digits.yaml"]
+    assert [path.stem for path in CONFIGS] == NAMES
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -24,8 +28,29 @@ def test_a_config_is_short_and_says_what_it_is_for(path):
     assert {"model", "data", "chain", "trainer", "seed_everything"} <= yaml.safe_load(path.read_text()).keys()
 
 
+def at_tiny_size(name, folder):
+    """What puts a tiny model and a few rows in the place of the config's own."""
+    if name == "digits":
+        return []
+    architecture = ARCHITECTURES.get(name, "llama")
+    auto_class = "AutoModel" if name == "roberta_glue" else "AutoModelForCausalLM"
+    model = tiny.folder(folder / "model", architecture, auto_class)
+    changes = ["--model.model_name", model, "--model.gguf_file", "null", "--trainer.accelerator", "cpu"]
+    if name == "quickstart":
+        return changes
+    (folder / "rows").mkdir()
+    rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
+    for split in ("train", "validation"):
+        (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = [] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
+    return [*changes, "--data.source", str(folder / "rows"), *sizes]
+
+
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_runs(path, tmp_path, monkeypatch):
+def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cola"])
-    assert main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true"]) == 0
+    arguments = at_tiny_size(path.stem, tmp_path)
+    status = main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true", *arguments])
+    assert status == 0, capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -110,6 +111,11 @@ class ChainOfLoRA(Callback):
             self._report(self.module.tie_knot(), trainer, "finished")
 
     @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.num_sanity_val_steps == math.inf:  # all of validation, and not its first batches
+            log.info("before training: %s", _of_validation(trainer.callback_metrics) or "no metric")
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.module.target_modules is not None:
             self._report(self.module.live_link(), trainer, "live at the end")
@@ -118,13 +124,18 @@ class ChainOfLoRA(Callback):
         if not trainer.is_global_zero:
             return
         norm, base = link.norm(), math.hypot(*self.module.chain.base["weight_norms"].values())
-        metrics = "".join(f", {k} {v:.4g}" for k, v in link.metrics.items() if k.startswith("val_"))
+        metrics = _of_validation(link.metrics)
         log.info(
             "link %d %s: steps %d to %d, rank %d, update norm %.4g (%.2g of the base's)%s",
-            *(link.index, what, link.start_step, link.end_step, link.rank, norm, norm / base if base else math.nan, metrics),
+            *(link.index, what, link.start_step, link.end_step, link.rank, norm, norm / base if base else math.nan),
+            f", {metrics}" if metrics else "",
         )
         for logger in trainer.loggers:
             logger.log_metrics({"link": float(link.index), "link_update_norm": norm}, step=trainer.global_step)
+
+
+def _of_validation(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name.startswith("val_"))
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -1,5 +1,15 @@
 """Data modules; they know nothing of models or chains."""
 
+from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.digits import DigitsDataModule
+from cola_lightning.data.prompts import PromptDataModule
+from cola_lightning.data.reviews import ReviewsDataModule
+from cola_lightning.data.text import TextDataModule
 
-__all__ = ["DigitsDataModule"]
+__all__ = [
+    "DigitsDataModule",
+    "PromptDataModule",
+    "ReviewsDataModule",
+    "TextClassificationDataModule",
+    "TextDataModule",
+]

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
+from typing_extensions import override
+
+from cola_lightning.errors import UserError
 
 
 class EpochSampler(Sampler[int]):
@@ -16,7 +19,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         data: what is sampled; its length matters.
-        seed: of the order.
+        seed: of the order: a number, or several in a text.
         rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it. It needs a loader without
             workers, which would ask before the run knows.
 
@@ -28,7 +31,7 @@ class EpochSampler(Sampler[int]):
         True
     """
 
-    def __init__(self, data: Sized, seed: int, rows_done: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, data: Sized, seed: int | str, rows_done: Callable[[], int] = lambda: 0) -> None:
         self.data, self.seed, self.rows_done, self.epoch = data, seed, rows_done, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,3 +63,75 @@ class EpochLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+class EpochDataModule(LightningDataModule):
+    """Loaders over the parts of a data set, which a subclass' ``setup`` makes: sequences of rows.
+
+    Attributes:
+        train: rows of training.
+        val: rows of validation.
+        test: rows of test, and of predict.
+
+    Args:
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
+        split_seed: which rows are in which part.
+
+    Raises:
+        UserError: for values that cannot be right.
+    """
+
+    train: Any
+    val: Any
+    test: Any
+
+    def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0) -> None:
+        super().__init__()
+        for field, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{field}: expected a whole number of at least 1, received {value}")
+        if not 0 <= split_seed < 2**32:
+            raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
+        self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
+
+    @property
+    def order_seed(self) -> int | str:
+        """What the order of training follows from, with the epoch: the split's seed and the module's."""
+        return f"{self.split_seed} {getattr(self.trainer and self.trainer.lightning_module, 'seed', None)}"
+
+    def length(self, row: Any) -> int:
+        """How long a row is; evaluation goes from the longest to the shortest, so that little is padding."""
+        return 0
+
+    def collate(self, rows: list[Any]) -> Any:
+        """Makes a batch of rows."""
+        return torch.utils.data.default_collate(rows)
+
+    @override
+    def train_dataloader(self) -> EpochLoader:
+        def rows_done() -> int:
+            return batches_done(self.trainer) * self.batch_size
+
+        return self._loader(self.train, self.batch_size, EpochSampler(self.train, self.order_seed, rows_done))
+
+    @override
+    def val_dataloader(self) -> EpochLoader:
+        return self._evaluation_loader(self.val)
+
+    @override
+    def test_dataloader(self) -> EpochLoader:
+        return self._evaluation_loader(self.test)
+
+    @override
+    def predict_dataloader(self) -> EpochLoader:
+        return self._evaluation_loader(self.test)
+
+    def _evaluation_loader(self, data: Any) -> EpochLoader:
+        by_length = sorted(range(len(data)), key=lambda place: -self.length(data[place]))
+        return self._loader(data, self.eval_batch_size, by_length)
+
+    def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
+        # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
+        # would draw from the global one.
+        return EpochLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=self.collate, generator=torch.Generator())

@@ -1,6 +1,19 @@
 """Lightning modules that own a base model and its chain."""
 
 from cola_lightning.modules.base import COLAModule
+from cola_lightning.modules.causal_lm import COLACausalLM
 from cola_lightning.modules.checkpoint import CHECKPOINT_KEY, base_from_checkpoint
+from cola_lightning.modules.digits import COLADigits
+from cola_lightning.modules.language import LanguageModule, StepOutput
+from cola_lightning.modules.sequence_classification import COLASequenceClassifier
 
-__all__ = ["CHECKPOINT_KEY", "COLAModule", "base_from_checkpoint"]
+__all__ = [
+    "CHECKPOINT_KEY",
+    "COLACausalLM",
+    "COLADigits",
+    "COLAModule",
+    "COLASequenceClassifier",
+    "LanguageModule",
+    "StepOutput",
+    "base_from_checkpoint",
+]

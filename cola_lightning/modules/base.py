@@ -42,6 +42,7 @@ class COLAModule(LinkTraining):
         dropout: probability of dropping an input of A while training.
         init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
         modules_to_save: names (or their endings) of modules that are trained whole, as a new head must be.
+        modules_to_save_lr: the first learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: from which each link's A, each batch's dropout and what ``build_model`` draws come. ``null``: the seed of
             ``seed_everything``, else one is drawn and stored.
         optimizer: called with the trainable parameters, anew for each link. Default: AdamW with a learning rate of 1e-3.
@@ -66,6 +67,7 @@ class COLAModule(LinkTraining):
         dropout: float = 0.0,
         init: Init = "kaiming",
         modules_to_save: Sequence[str] = (),
+        modules_to_save_lr: float | None = None,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3),
         lr_schedule: LRSchedule = "linear",
@@ -80,11 +82,13 @@ class COLAModule(LinkTraining):
             raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
         if not 0 <= warmup_steps < math.inf:
             raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
+        if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
+            raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
         self.seed = self._given_seed = None if seed is None else int(seed)
-        self.optimizer = optimizer
+        self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
         self.schedule = ChainSchedule()

@@ -51,10 +51,11 @@ def base_from_checkpoint(path: str | Path) -> Iterator[None]:
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links."""
     state = model.state_dict()
-    return {name: distributed.gather(value) for name, value in state.items() if not _is_factor(name)}
+    return {name: distributed.gather(value) for name, value in state.items() if not is_factor(name)}
 
 
-def _is_factor(name: str) -> bool:
+def is_factor(name: str) -> bool:
+    """Whether a parameter's name is that of a link's A or B."""
     return name.endswith((".lora_A", ".lora_B"))
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.modules.checkpoint import CheckpointedChain
+from cola_lightning.modules.checkpoint import CheckpointedChain, is_factor
 from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class LinkTraining(CheckpointedChain):
 
     Attributes:
         optimizer: makes an optimizer of the trainable parameters.
+        modules_to_save_lr: the first learning rate of what is trained whole, where it has one of its own.
         lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
@@ -32,6 +33,7 @@ class LinkTraining(CheckpointedChain):
     """
 
     optimizer: OptimizerCallable
+    modules_to_save_lr: float | None
     lr_schedule: LRSchedule
     warmup_steps: float
     schedule_scope: Literal["link", "run"]
@@ -47,7 +49,7 @@ class LinkTraining(CheckpointedChain):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
         try:
-            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            optimizer = self.optimizer(self._parameter_groups())
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
         self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -60,6 +62,14 @@ class LinkTraining(CheckpointedChain):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_lambda()), "interval": "step"},
         }
+
+    def _parameter_groups(self) -> list[Any]:
+        """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        links, whole = ([p for name, p in trained if is_factor(name) is of_links] for of_links in (True, False))
+        if self.modules_to_save_lr is None or not links or not whole:
+            return [p for _, p in trained]
+        return [{"params": links}, {"params": whole, "lr": self.modules_to_save_lr}]
 
     def _lr_lambda(self) -> Callable[[int], float]:
         """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.

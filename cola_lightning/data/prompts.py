@@ -1,0 +1,103 @@
+"""Prompted classification: a prompt for each row, and options to choose from."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from cola_lightning.data.encoding import EncodedExample, Example, collate_options, encode_examples
+from cola_lightning.data.rows import Row, draw, read_rows
+from cola_lightning.data.tasks import find_task
+from cola_lightning.data.text import TokenizedDataModule, check_sizes, fill_cache
+
+DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
+
+
+class OptionDataModule(TokenizedDataModule):
+    """Examples with options; a subclass says where they come from."""
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Makes examples into tokens."""
+        return encode_examples(self.tokenizer, examples, self.max_length)
+
+    @override
+    def length(self, row: EncodedExample) -> int:
+        return len(row)
+
+    @override
+    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
+        return collate_options(rows, self.tokenizer.pad_token_id)
+
+
+class PromptDataModule(OptionDataModule):
+    """A task of the paper's, with the prompts and splits of the protocol that it follows.
+
+    Training and validation are drawn together from the train split, test from the validation split.
+
+    Args:
+        task: SST2, RTE, CB or BoolQ.
+        source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, or the id of a data set on the hub.
+            ``null``: the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
+        subset: on the hub, the name of a configuration, for a ``source`` of one's own.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
+        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
+        train_size: rows of training; ``null``: the protocol's (1000; CB 150).
+        val_size: rows of validation; ``null``: the protocol's (500; CB 100).
+        test_size: rows of test and predict; ``null``: the protocol's (SST2 872, RTE 277, CB 56, BoolQ 1000).
+        split_seed: which rows are drawn.
+
+    Raises:
+        UserError: for a task that there is not, and for files, rows and sizes that cannot be.
+
+    Source: Malladi et al. (arXiv 2305.17333) and its code, princeton-nlp/MeZO, large_models.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        source: str | None = None,
+        subset: str | None = None,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 2048,
+        train_size: int | None = None,
+        val_size: int | None = None,
+        test_size: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+        check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
+        self.task = find_task(task)
+        sizes = zip((train_size, val_size, test_size), self.task.sizes, strict=True)
+        self.train_size, self.val_size, self.test_size = (usual if size is None else size for size, usual in sizes)
+        if source is None:
+            folder = os.environ.get(DATA_DIR)
+            source = str(Path(folder) / self.task.name.lower()) if folder else self.task.source
+            subset = self.task.subset
+        self.source, self.subset = source, subset
+
+    @override
+    def prepare_data(self) -> None:
+        fill_cache(self.source, self.subset)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage in ("test", "predict"):
+            self.test = self._encode("validation", [self.test_size], "data.test_size")[0]
+        else:
+            sizes = [self.train_size, self.val_size]
+            self.train, self.val = self._encode("train", sizes, "data.train_size + data.val_size")
+
+    def _encode(self, split: str, sizes: list[int], fields: str) -> list[list[EncodedExample]]:
+        rows = read_rows(self.source, split, self.subset)
+        return [self.encode([self._example(row) for row in part]) for part in self._draw(rows, sizes, split, fields)]
+
+    def _draw(self, rows: list[Row], sizes: list[int], split: str, fields: str) -> list[list[Row]]:
+        return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
+
+    def _example(self, row: Row) -> Example:
+        return Example(self.task.prompt(row), self.task.options, self.task.label(row), row.place)

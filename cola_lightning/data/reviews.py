@@ -1,0 +1,40 @@
+"""Short reviews in plain English, written by a grammar: prompted sentiment that needs no download."""
+
+from typing_extensions import override
+
+from cola_lightning.data.encoding import Example
+from cola_lightning.data.grammar import Review, write_reviews
+from cola_lightning.data.prompts import OptionDataModule
+from cola_lightning.data.tasks import TASKS
+
+
+class ReviewsDataModule(OptionDataModule):
+    """600 short reviews, 400 for training and 100 each for validation and test, prompted as SST-2 is.
+
+    What a review says hangs on its negations and contrasts: its words alone tell nothing. No two parts share a sentence
+    template.
+
+    Args:
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
+        max_length: of prompt and option, in tokens; a longer prompt loses its beginning.
+        split_seed: which reviews are written.
+    """
+
+    def __init__(
+        self, batch_size: int = 8, eval_batch_size: int | None = None, max_length: int = 128, split_seed: int = 0
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+
+    @override
+    def setup(self, stage: str) -> None:
+        reviews = write_reviews(self.split_seed)
+        if stage in ("test", "predict"):
+            self.test = self.encode([_example(review) for review in reviews["test"]])
+        else:
+            self.train = self.encode([_example(review) for review in reviews["train"]])
+            self.val = self.encode([_example(review) for review in reviews["validation"]])
+
+
+def _example(review: Review) -> Example:
+    return Example(f"{review.text} It was", TASKS["SST2"].options, review.label)

@@ -1,0 +1,143 @@
+"""Rows of a data set, from the Hugging Face hub or from a folder of JSONL files; each knows where it stands."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cola_lightning import hub
+from cola_lightning.errors import HubError, UserError, one_line
+
+T = TypeVar("T")
+
+
+class Row(dict[str, Any]):
+    """A row's fields by name. A field that is asked for and is not there is the user's mistake, and so said.
+
+    Attributes:
+        place: file and line, or data set and number.
+
+    Example:
+        >>> Row({"text": "Fine."}, "train.jsonl, line 1").text("text")
+        'Fine.'
+    """
+
+    def __init__(self, fields: dict[str, Any], place: str) -> None:
+        super().__init__(fields)
+        self.place = place
+
+    def __missing__(self, field: str) -> Any:
+        raise UserError(f"{self.place}: expected the field {field!r}, received {', '.join(map(repr, self)) or 'no field'}")
+
+    def text(self, field: str) -> str:
+        """A field that holds text."""
+        if not isinstance(value := self[field], str):
+            raise UserError(f"{self.place}: expected text in the field {field!r}, received {value!r}")
+        return value
+
+    def label(self, field: str, n_labels: int) -> int:
+        """A field that holds a label from 0 to ``n_labels - 1``; true is 1."""
+        value = self[field]
+        if not isinstance(value, int) or not 0 <= value < n_labels:
+            raise UserError(
+                f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}"
+            )
+        return int(value)
+
+
+def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
+    """All rows of a split.
+
+    Args:
+        source: a folder that holds ``{split}.jsonl``, one JSON object a line in UTF-8, or the id of a data set on the hub.
+        split: ``train``, ``validation``, ``test``.
+        subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
+
+    Raises:
+        UserError: if there is no such folder, file or data set, or a line that is no JSON object.
+        HubError: if the data set is on the hub, and the hub cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return list(_read_jsonl(folder / f"{split}.jsonl"))
+    return _read_from_hub(source, split, subset)
+
+
+def has_split(source: str, split: str) -> bool | None:
+    """Whether a folder holds the split; None where the source is no folder."""
+    folder = Path(source).expanduser()
+    return (folder / f"{split}.jsonl").is_file() if folder.is_dir() else None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no JSONL file"
+        raise UserError(f"data.source: expected {path.name!r} in {path.parent}, received {there}")
+    number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            try:
+                fields = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: expected UTF-8, received the byte 0x{line[error.start]:02x}") from error
+            except json.JSONDecodeError as error:
+                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r} ({error.msg})") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r}")
+            yield Row(fields, place)
+    if not number:
+        raise UserError(f"{path}: expected one JSON object a line, received an empty file")
+
+
+def _start_of(line: bytes) -> str:
+    text = line.decode("utf-8").rstrip("\r\n")
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _read_from_hub(source: str, split: str, subset: str | None) -> list[Row]:
+    if not hub.is_repo_id(source):
+        raise UserError(
+            f"data.source: expected a folder that exists, or the id of a data set on the hub (owner/name), received {source!r}"
+        )
+    import datasets
+
+    is_offline = not hub.is_reachable()
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or is_offline  # what HF_HUB_OFFLINE=1 does: its cache alone, and no waiting
+    try:
+        rows = datasets.load_dataset(source, subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # what it raises for ids, subsets and splits that are not there
+        if is_offline:
+            raise HubError(
+                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a folder of "
+                "JSONL files works without it"
+            ) from error
+        raise UserError(
+            f"data.source: expected a data set with the split {split!r}, received {source!r}: {one_line(str(error))}"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows)]
+
+
+def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[list[T]]:
+    """Disjoint parts of the rows, drawn together by one seeded permutation.
+
+    Args:
+        rows: what is drawn from, in its order.
+        sizes: of the parts.
+        seed: of the permutation.
+        what: names the rows in the message.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    if sum(sizes) > len(rows):
+        wanted = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
+        raise UserError(f"{what}: expected at least {wanted} rows, received {len(rows)}")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return [[rows[i] for i in order[start : start + size]] for start, size in zip(starts, sizes, strict=True)]

@@ -1,0 +1,163 @@
+"""Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.encoding import collate_language, encode_response, encode_text
+from cola_lightning.data.rows import Row, draw, read_rows
+from cola_lightning.errors import UserError
+
+
+class TokenizedDataModule(EpochDataModule):
+    """Rows that the module's tokenizer makes into tokens.
+
+    Args:
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
+        max_length: of a sequence, in tokens; the model's own limit holds too.
+        split_seed: which rows are in which part.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int | None, max_length: int, split_seed: int) -> None:
+        super().__init__(batch_size, eval_batch_size, split_seed)
+        if max_length < 2:
+            raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
+        self._max_length = max_length
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the module that is trained."""
+        module = self.trainer and self.trainer.lightning_module
+        if (tokenizer := getattr(module, "tokenizer", None)) is None:
+            raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
+        return tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens: what was asked for, or what the model can take."""
+        return int(min(self._max_length, self.tokenizer.model_max_length))
+
+
+class SourceDataModule(TokenizedDataModule):
+    """Rows of a data set, in the splits that it has, from a folder or from the hub.
+
+    Args:
+        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        subset: on the hub, the name of a configuration.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
+        max_length: of a sequence, in tokens; the model's own limit holds too.
+        train_size: rows of training, drawn by ``split_seed``; None: all.
+        val_size: rows of validation, drawn together with those of training from the train split; None: the validation split.
+        test_split: the split that test and predict read.
+        split_seed: which rows are drawn.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        subset: str | None = None,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 1024,
+        train_size: int | None = None,
+        val_size: int | None = None,
+        test_split: str = "validation",
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+        check_sizes(train_size=train_size, val_size=val_size)
+        self.source, self.subset, self.test_split = source, subset, test_split
+        self.train_size, self.val_size = train_size, val_size
+
+    @override
+    def prepare_data(self) -> None:
+        fill_cache(self.source, self.subset)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage in ("test", "predict"):
+            self.test = self.encode(read_rows(self.source, self.test_split, self.subset))
+            return
+        rows = read_rows(self.source, "train", self.subset) if stage == "fit" or self.val_size else []
+        if self.val_size is None:
+            val = read_rows(self.source, "validation", self.subset)
+            train = draw(rows, [self.train_size], self.split_seed, self._train_name)[0] if self.train_size and rows else rows
+        else:
+            sizes = [self.train_size or max(len(rows) - self.val_size, 1), self.val_size]
+            train, val = draw(rows, sizes, self.split_seed, self._train_name)
+        self.val = self.encode(val)
+        if stage == "fit":
+            self.train = self.encode(train)
+
+    @property
+    def _train_name(self) -> str:
+        return f"data.train_size + data.val_size, of {self.source}, train"
+
+    def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
+        """Makes rows into what ``collate`` takes."""
+        raise NotImplementedError
+
+
+class TextDataModule(SourceDataModule):
+    """Plain text (``text``) or instructions (``prompt`` and ``response``) with the language-model loss.
+
+    The loss is on all tokens of a text, or on those of the response alone, which follows its prompt as it stands; the
+    end-of-text token is learned too. A text beyond ``max_length`` becomes several rows; a prompt loses its beginning.
+
+    Args:
+        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        subset: on the hub, the name of a configuration.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
+        max_length: of a sequence, in tokens; the model's own limit holds too.
+        train_size: rows of training, drawn by ``split_seed``; None: all.
+        val_size: rows of validation, drawn together with those of training from the train split; None: the validation split.
+        test_split: the split that test and predict read.
+        split_seed: which rows are drawn.
+
+    Raises:
+        UserError: for files, rows and sizes that cannot be.
+    """
+
+    @override
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
+        encoded = []
+        for row in rows:
+            if "text" in row:
+                encoded += encode_text(self.tokenizer, row.text("text"), self.max_length)
+            elif row.keys() & {"prompt", "response"}:
+                prompt, response = row.text("prompt"), row.text("response")
+                encoded.append(encode_response(self.tokenizer, prompt, response, self.max_length, row.place))
+            else:
+                fields = ", ".join(map(repr, row)) or "no field"
+                raise UserError(f"{row.place}: expected the field 'text', or 'prompt' and 'response', received {fields}")
+        return encoded
+
+    @override
+    def length(self, row: dict[str, list[int]]) -> int:
+        return len(row["input_ids"])
+
+    @override
+    def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+        return collate_language(rows, self.tokenizer.pad_token_id)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuses a number of rows below 1."""
+    for field, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
+
+
+def fill_cache(source: str, subset: str | None, splits: Sequence[str] = ("train", "validation")) -> None:
+    """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
+    if not Path(source).expanduser().is_dir():
+        for split in splits:
+            read_rows(source, split, subset)

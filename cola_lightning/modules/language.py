@@ -1,0 +1,135 @@
+"""What the modules for Hugging Face models share: the model, its tokenizer, and the steps with their metrics."""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from typing_extensions import override
+
+from cola_lightning.adapt import check_dtype
+from cola_lightning.modules.base import COLAModule
+from cola_lightning.modules.pretrained import Dtype, Pretrained
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a batch gives.
+
+    Attributes:
+        loss: to be minimised; a mean over ``size``.
+        size: what the mean is over: the batch's rows, or its tokens.
+        predictions: for the metric; None where there is none to compute.
+        targets: what the predictions should have been.
+    """
+
+    loss: Tensor
+    size: int
+    predictions: Tensor | None = None
+    targets: Tensor | None = None
+
+
+class LanguageModule(COLAModule):
+    """A Hugging Face model that is tuned by a chain of low-rank links.
+
+    A subclass writes :meth:`step`, and names the class that loads its model.
+
+    Args:
+        model_name: a hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
+            package with that import name.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights in memory; links are merged into float32 only.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
+        trust_remote_code: run the Python files that come with the model.
+        gguf_file: name of a GGUF file among the model's files, to be de-quantised; needs the extra ``gguf``.
+        **chain: how it is tuned: the arguments of :class:`~cola_lightning.modules.COLAModule`.
+
+    Raises:
+        UserError: for a name that is none of the three, files that are not there, and values that cannot be right.
+    """
+
+    auto_class: ClassVar[str]
+    metric_name: str = "accuracy"
+
+    # **chain, against the house's rule: jsonargparse and --help follow it into COLAModule, where each argument is written,
+    # typed and explained once.
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        **chain: Any,
+    ) -> None:
+        super().__init__(**chain)
+        self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
+        if self.target_modules is not None:
+            check_dtype(getattr(torch, dtype))
+        self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
+
+    # ------------------------------------------------------------------ what a subclass writes, or overrides
+
+    def step(self, batch: Any) -> StepOutput:
+        """The loss of a batch, and what its metric needs: the one thing to override for a loss of one's own."""
+        raise NotImplementedError
+
+    def make_metric(self) -> Metric:
+        """A metric that takes the predictions and targets of a :class:`StepOutput`; logged as ``val_{metric_name}``."""
+        raise NotImplementedError
+
+    def model_fields(self) -> dict[str, Any]:
+        """More fields of the model's configuration, such as ``num_labels``."""
+        return {}
+
+    # ------------------------------------------------------------------ the model
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, which knows the longest sequence that the model can take. Data modules ask for it."""
+        tokenizer = self.pretrained.tokenizer()
+        if self.pretrained.gguf_file is None:  # reading it from there takes seconds, and such a model has no position table
+            positions = getattr(self.pretrained.config(), "max_position_embeddings", None)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        return tokenizer
+
+    @override
+    def build_model(self) -> nn.Module:
+        import transformers
+
+        auto_class = getattr(transformers, self.auto_class)
+        model: nn.Module = self.pretrained.model(auto_class, is_empty=self.is_base_in_checkpoint, **self.model_fields())
+        return model
+
+    @functools.cached_property
+    def _forward_arguments(self) -> frozenset[str]:
+        """What the model's forward takes by name."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    # ------------------------------------------------------------------ the steps
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self.step(batch)
+        self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
+        return output.loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metric)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metric)
+
+    def _evaluate(self, batch: Any, stage: str, metric: Metric) -> None:
+        output = self.step(batch)
+        self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
+        if output.predictions is not None:
+            metric.update(output.predictions, output.targets)
+            self.log(f"{stage}_{self.metric_name}", metric, batch_size=output.size, prog_bar=True)

@@ -1,0 +1,150 @@
+"""Where a Hugging Face model comes from: a hub id, a folder, or files inside an installed Python package."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cola_lightning import hub
+from cola_lightning.errors import HubError, UserError, one_line
+
+log = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The files of a pretrained model. Making one checks what can be checked without reading a weight.
+
+    Args:
+        model_name: a hub id (``facebook/opt-125m``), a folder, or ``package:NAME``: the folder of the installed Python package
+            with that import name.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights in memory.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None: transformers' choice.
+        trust_remote_code: run the Python files that come with the model.
+        gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises.
+
+    Raises:
+        UserError: for a name that is none of the three, and for files that are not there.
+    """
+
+    model_name: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+            raise UserError(
+                "model.gguf_file: expected the package gguf beside it, received none installed: "
+                "pip install 'cola_lightning[gguf]'"
+            )
+        if (folder := self.folder) is None:
+            return
+        expected = self.gguf_file or "config.json"
+        if not (folder / expected).is_file():
+            there = sorted(path.name for path in folder.iterdir() if path.suffix in {".gguf", ".json", ".safetensors"})
+            raise UserError(
+                f"model.{'gguf_file' if self.gguf_file else 'model_name'}: expected {expected!r} in {folder}, "
+                f"received {', '.join(there) or 'no model file'}" + (" (name it by gguf_file)" if not self.gguf_file else "")
+            )
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files lie on this machine; None for a hub id.
+
+        Raises:
+            UserError: if the name is no hub id, and there is no such folder or package.
+        """
+        if self.model_name.startswith(PACKAGE_PREFIX):
+            return self._package_folder(self.model_name.removeprefix(PACKAGE_PREFIX))
+        if self.model_name and (folder := Path(self.model_name).expanduser()).is_dir():
+            return folder
+        if not hub.is_repo_id(self.model_name):
+            raise UserError(
+                "model.model_name: expected a hub id (owner/name), a folder that exists, or package:NAME, "
+                f"received {self.model_name!r}"
+            )
+        return None
+
+    def _package_folder(self, name: str) -> Path:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model.model_name: expected the import name of an installed package after {PACKAGE_PREFIX}, "
+                f"received {self.model_name!r}: is it installed in this environment?"
+            )
+        return Path(spec.submodule_search_locations[0])
+
+    def load(self, auto_class: Any, **arguments: Any) -> Any:
+        """What ``auto_class.from_pretrained`` makes of the files.
+
+        Args:
+            auto_class: one of transformers' Auto classes.
+            **arguments: for ``from_pretrained``, beside those that say where the files are.
+
+        Raises:
+            UserError: if they are not what the class needs.
+            HubError: if they are on the hub only, and the hub cannot be reached.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        folder = self.folder
+        is_offline = folder is None and not hub.is_reachable()
+        where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "local_files_only": is_offline}
+        where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        where |= {"revision": self.revision} if self.revision else {}
+        try:
+            return auto_class.from_pretrained(str(folder or self.model_name), **where, **arguments)
+        # What transformers raises for missing files, unknown architectures, attention that is not there, broken weights, ...
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, StrictDataclassError) as error:
+            if is_offline and isinstance(error, OSError):
+                raise HubError(
+                    f"model.model_name: {self.model_name!r} is not in the local cache, and the Hugging Face hub cannot be "
+                    "reached: a folder or package:NAME works without it"
+                ) from error
+            raise UserError(
+                f"model.model_name: expected a model that {auto_class.__name__} can load, received {self.model_name!r}: "
+                f"{one_line(str(error))}"
+            ) from error
+
+    def config(self) -> Any:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        return self.load(AutoConfig)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self.load(AutoTokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    def model(self, auto_class: Any, *, is_empty: bool = False, **arguments: Any) -> Any:
+        """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
+
+        Args:
+            auto_class: such as ``AutoModelForCausalLM``.
+            is_empty: only the shapes matter: the weights are not read.
+            **arguments: more of the configuration's fields, such as ``num_labels``.
+        """
+        arguments |= {"dtype": self.dtype}
+        if self.attn_implementation:
+            arguments["attn_implementation"] = self.attn_implementation
+        if is_empty:
+            from transformers import AutoConfig
+
+            fields = {name: arguments.pop(name) for name in set(arguments) - {"dtype", "attn_implementation"}}
+            config = self.load(AutoConfig, **fields)
+            return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **arguments).train()
+        return self.load(auto_class, **arguments).train()

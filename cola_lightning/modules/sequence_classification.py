@@ -1,0 +1,89 @@
+"""Sequence classifiers: a pretrained model with a new head."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from typing_extensions import override
+
+from cola_lightning.errors import UserError
+from cola_lightning.modules.language import LanguageModule, StepOutput
+
+
+class COLASequenceClassifier(LanguageModule):
+    """A sequence classifier that is tuned by a chain of low-rank links; its new head is trained whole.
+
+    Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. Where ``modules_to_save`` names nothing,
+    it is the head: what the model has beside its pretrained body.
+
+    Args:
+        model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
+            package with that import name.
+        num_labels: how many labels there are.
+        metric: what is logged beside the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean over the
+            labels) or ``matthews_corrcoef``.
+        **pretrained: the arguments of :class:`~cola_lightning.modules.COLACausalLM` and
+            :class:`~cola_lightning.modules.COLAModule`; ``modules_to_save_lr`` is the head's learning rate.
+
+    Raises:
+        UserError: as for :class:`~cola_lightning.modules.COLACausalLM`.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    # **pretrained: see LanguageModule.
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        num_labels: int = 2,
+        metric: Literal["accuracy", "f1", "matthews_corrcoef"] = "accuracy",
+        **pretrained: Any,
+    ) -> None:
+        if num_labels < 2:
+            raise UserError(f"model.num_labels: expected at least 2, received {num_labels}")
+        self.num_labels, self.metric_name = int(num_labels), metric
+        super().__init__(model_name, **pretrained)
+
+    @override
+    def make_metric(self) -> Metric:
+        if self.metric_name == "accuracy":
+            return MulticlassAccuracy(self.num_labels, average="micro")
+        if self.metric_name == "f1":
+            return MulticlassF1Score(self.num_labels, average="macro") if self.num_labels > 2 else BinaryF1Score()
+        return MulticlassMatthewsCorrCoef(self.num_labels)
+
+    @override
+    def model_fields(self) -> dict[str, Any]:
+        return {"num_labels": self.num_labels}
+
+    @override
+    def build_model(self) -> Any:
+        model: Any = super().build_model()
+        if model.config.pad_token_id is None:  # where a sequence ends, for heads that read its last token
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        if not self.modules_to_save:
+            children = model.named_children()
+            self.modules_to_save = [
+                name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
+            ]
+        return model
+
+    @override
+    def step(self, batch: Mapping[str, Any]) -> StepOutput:
+        logits, labels = self._logits(batch), batch["labels"]
+        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        logits = self._logits(batch)
+        return {"prediction": logits.argmax(-1), "target": batch["labels"], "scores": logits.log_softmax(-1)}
+
+    def _logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The logits, in float32: rows x labels."""
+        inputs = {name: value for name, value in batch.items() if name in self._forward_arguments and name != "labels"}
+        logits: Tensor = self.model(**inputs).logits
+        return logits.float()

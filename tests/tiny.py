@@ -1,0 +1,79 @@
+"""Tiny Hugging Face models and their tokenizers, made from a config: no download."""
+
+import functools
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXT = [
+    "A film with great actors and a terrible plot. It was great. It was terrible.",
+    "Suppose the cat sat on the mat. Can we infer that the mat was sat on? Yes, No, or Maybe?",
+    "Does this mean that the river is long? Yes or No?",
+    "The capital of the country is the largest town, and the town is old. Is the town old?",
+] * 3
+
+SIZES = {"vocab_size": 400, "max_position_embeddings": 64}
+BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+CONFIGS = {
+    "opt": lambda: transformers.OPTConfig(
+        **SIZES, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0
+    ),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **BODY, num_key_value_heads=2),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, **BODY, num_key_value_heads=2, head_dim=8),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, **BODY),
+    "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
+}
+
+# What PEFT calls the attention's inputs.
+TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "roberta": ["query", "value"]}
+
+
+@functools.cache
+def _trained_tokenizer(bos):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def tokenizer(architecture="llama", *, pad=False):
+    """A byte-level BPE tokenizer; OPT's, Llama's and RoBERTa's begin a text with <s>, as theirs do."""
+    bos = architecture in ("opt", "llama", "roberta")
+    special = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "</s>"} if pad else {})
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(bos), **special)
+
+
+def config(architecture):
+    made = CONFIGS[architecture]()
+    made.bos_token_id, made.eos_token_id, made.pad_token_id = 0, 1, None if architecture != "roberta" else 1
+    return made
+
+
+def folder(path, architecture="llama", auto_class="AutoModelForCausalLM"):
+    """A folder with such a model and its tokenizer, as a user would have it."""
+    torch.manual_seed(0)
+    model = getattr(transformers, auto_class).from_config(config(architecture))
+    with torch.no_grad():  # weights of a size at which attention and position matter
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.dim() > 1 else None
+    model.save_pretrained(path)
+    tokenizer(architecture).save_pretrained(path)
+    return str(path)
+
+
+def targets(architecture):
+    return TARGETS.get(architecture, ["q_proj", "v_proj"])
