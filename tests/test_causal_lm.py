@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
-from cola_lightning import COLACausalLM, UserError, lora_layers
+from cola_lightning import COLACausalLM, ReviewsDataModule, UserError, lora_layers
 from cola_lightning.data.encoding import Example, collate_language, collate_options, encode_examples, encode_response
 from tests import tiny
+from tests.toy import assert_bit_equal, trainer, weights
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
 
@@ -176,3 +178,43 @@ def test_the_model_trains_with_its_dropout_and_its_merged_copy_is_a_plain_huggin
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, accumulate):
+    name = tiny.folder(tmp_path / "model", "opt")
+
+    def fit(*callbacks, ckpt_path=None):
+        module = COLACausalLM(name, target_modules=["q_proj", "v_proj"], rank=2, seed=0, dropout=0.2)
+        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=14, accumulate_grad_batches=accumulate)
+        run.fit(module, datamodule=ReviewsDataModule(batch_size=32, eval_batch_size=100), ckpt_path=ckpt_path)
+        return module
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            path = tmp_path / f"{trainer.global_step}.ckpt"
+            if trainer.global_step in (3, 4, 9) and not path.exists():
+                trainer.save_checkpoint(path, weights_only=False)
+
+    whole = fit(Save())
+    assert whole.link == 3
+    for step in (3, 4, 9):
+        resumed = fit(ckpt_path=tmp_path / f"{step}.ckpt")
+        assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_the_order_of_training_follows_from_the_modules_seed(tmp_path):
+    name = tiny.folder(tmp_path / "model")
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.extend(batch["prompt"])
+
+    orders = []
+    for seed in (0, 0, 1):
+        seen = []
+        module = COLACausalLM(name, rank=2, seed=seed)
+        trainer(tmp_path, Watch(), chain={}, max_steps=3).fit(module, datamodule=ReviewsDataModule(batch_size=16))
+        orders.append(seen)
+    assert orders[0] == orders[1] != orders[2]
+    assert len(set(orders[0])) == 48

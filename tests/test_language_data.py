@@ -204,20 +204,14 @@ def test_reviews_are_prompted_as_sst2_is():
 
 BAD_FILES = [
     (None, r"data.source: expected 'train.jsonl' in .*, received validation.jsonl"),
-    (b"", r"train.jsonl: expected one JSON object a line, received an empty file"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', r"train.jsonl, line 2: .* the byte 0xff"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', r"train.jsonl, line 2: expected one JSON object, received"),
+    (b"", "train.jsonl: expected one JSON object a line, received an empty file"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "train.jsonl, line 2: .* the byte 0xff"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', "train.jsonl, line 2: expected one JSON object, received"),
     (b"[1]\n", r"train.jsonl, line 1: expected one JSON object, received '\[1\]'"),
-    (b'{"text": "fine", "label": 1}\n' * 2, r"train.jsonl, line [12]: expected the field 'sentence', received 'text', 'label'"),
-    (
-        b'{"sentence": "fine", "gold": 1}\n' * 2,
-        r"train.jsonl, line [12]: expected the field 'label', received 'sentence', 'gold'",
-    ),
-    (
-        b'{"sentence": "fine", "label": 2}\n' * 2,
-        r"train.jsonl, line [12]: expected a label from 0 to 1 in the field 'label', received 2",
-    ),
-    (b'{"sentence": null, "label": 1}\n' * 2, r"train.jsonl, line [12]: expected text in the field 'sentence', received None"),
+    (b'{"text": "fine"}\n', "train.jsonl, line 1: expected the field 'sentence', received 'text'"),
+    (b'{"sentence": "fine", "gold": 1}\n', "train.jsonl, line 1: .* field 'label', received 'sentence', 'gold'"),
+    (b'{"sentence": "fine", "label": 2}\n', "train.jsonl, line 1: expected a label from 0 to 1 .* 'label', received 2"),
+    (b'{"sentence": null, "label": 1}\n', "train.jsonl, line 1: expected text in the field 'sentence', received None"),
 ]
 
 

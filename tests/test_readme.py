@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
 from cola_lightning.cli import main
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,14 +21,27 @@ def blocks(language):
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
-def test_the_example_is_short_and_runs(tmp_path, monkeypatch, capsys):
-    (example,) = blocks("python")
-    assert len(example.strip().splitlines()) <= 30
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_examples_are_short_and_run(tmp_path, monkeypatch, capsys):
+    examples = blocks("python")
+    assert len(examples) == 3
+    assert len([line for line in examples[0].splitlines() if line]) <= 10  # "ten lines of Python"
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert [link.rank for link in names["module"].chain.links] == [1, 1]
+    model = tiny.folder(tmp_path / "model", "opt")
+    (tmp_path / "my_rows").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "my_rows" / f"{split}.jsonl").write_text('{"prompt": "Is it old? ", "response": "Yes"}\n' * 8)
+    links = []
+    for example in examples:
+        assert len(example.strip().splitlines()) <= 30
+        names = {}
+        exec(compile(example.replace("facebook/opt-125m", model), "README.md", "exec"), names)
+        links.append(len(names["module"].chain))
+    assert links == [2, 1, 2]
     assert "2 Sequential(" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert type(merged) is OPTForCausalLM
+    assert AutoTokenizer.from_pretrained("merged")("It")["input_ids"]
 
 
 def test_the_table_is_the_benchmarks():

