@@ -218,3 +218,18 @@ def test_the_order_of_training_follows_from_the_modules_seed(tmp_path):
         orders.append(seen)
     assert orders[0] == orders[1] != orders[2]
     assert len(set(orders[0])) == 48
+
+
+def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path):
+    module = COLACausalLM(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=3)
+    run.fit(module, datamodule=ReviewsDataModule(eval_batch_size=100))
+    assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
+    assert [link.extras for link in module.chain.links] == [{}, {}]
+    run.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert {name.rpartition(".")[2] for name in state["state_dict"]} == {"lora_A", "lora_B"}
+    n_layers, factors = 2, 2 * 2 * 32  # A and B of 32 x 32 layers, rank 2
+    assert sum(value.numel() for value in state["state_dict"].values()) == n_layers * factors
+    links = state["cola"]["chain"]["links"]
+    assert [sum(f.numel() for pair in link["factors"].values() for f in pair) for link in links] == [n_layers * factors] * 2

@@ -196,8 +196,8 @@ class COLAModule(LinkTraining):
 
     def _extras(self) -> dict[str, Tensor]:
         """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        return {name: value for name, value in base_weights(self.model).items() if name not in frozen}
+        named = self.model.named_parameters(remove_duplicate=False)  # a tied weight has two names
+        return base_weights(self.model, without={name for name, parameter in named if not parameter.requires_grad})
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.

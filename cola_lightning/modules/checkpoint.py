@@ -6,7 +6,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from os import PathLike
@@ -48,10 +48,10 @@ def base_from_checkpoint(path: str | Path) -> Iterator[None]:
         _BASE_IN_CHECKPOINT.reset(token)
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of a model's parameters and persistent buffers by name, without its links."""
+def base_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
     state = model.state_dict()
-    return {name: distributed.gather(value) for name, value in state.items() if not is_factor(name)}
+    return {name: distributed.gather(value) for name, value in state.items() if not is_factor(name) and name not in without}
 
 
 def is_factor(name: str) -> bool:
