@@ -20,6 +20,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 
+CONFIG = str(ROOT / "configs" / "sst2_smollm2.yaml")
+
 # 64 optimizer steps in all, two epochs; knots as even as steps allow.
 METHODS = {
     "LoRA": ["--chain.every_n_epochs", "null"],
@@ -32,14 +34,10 @@ def run(method: str, seed: int) -> dict[str, object]:
     """One run: validation accuracy before and after training, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "cola_lightning", "fit", "--config", str(ROOT / "configs" / "sst2_smollm2.yaml")]
-            + ["--seed_everything", str(seed), "--trainer.default_root_dir", folder, "--trainer.enable_checkpointing", "false"]
-            + ["--trainer.callbacks", "null", "--trainer.enable_progress_bar", "false", *METHODS[method]],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        options = ["--seed_everything", str(seed), "--trainer.default_root_dir", folder, *METHODS[method]]
+        options += ["--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
+        command = [sys.executable, "-m", "cola_lightning", "fit", "--config", CONFIG, *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         (path,) = Path(folder).rglob("metrics.csv")
         with path.open() as file:

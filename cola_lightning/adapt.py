@@ -4,7 +4,6 @@ Every reason to refuse a model is here: a target that matches nothing, a weight 
 cannot have, a base too coarse to be merged into.
 """
 
-import difflib
 import math
 import re
 from collections import defaultdict
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 from cola_lightning.layers import Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
 
 ALL_LINEAR = "all-linear"
@@ -63,6 +62,7 @@ def inject_lora(
     names = _find_targets(model, target_modules, saved)
     modules = dict(model.named_modules())
     _check_not_shared(model, names)
+    _check_saved_not_shared(model, saved)
     for name in names:
         _check_layer(name, modules[name], rank)
     if inside := [name for name in names if _is_inside(name, saved)]:
@@ -116,6 +116,18 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
         raise UserError(f"model.alpha: expected a number above 0, received {alpha}")
     if not 0 <= dropout < 1:
         raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
+
+
+def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
+    """Refuses a module to be trained whole whose weight the model uses outside of it, too: that would be trained with it."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    inside = {id(parameter): name for name, parameter in named if _is_inside(name, saved)}
+    for name, parameter in named:
+        if id(parameter) in inside and not _is_inside(name, saved):
+            raise UserError(
+                "model.modules_to_save: expected modules with weights of their own, received "
+                f"{inside[id(parameter)]!r}, which is also {name!r}"
+            )
 
 
 def check_dtype(dtype: torch.dtype, where: str = "") -> None:
@@ -173,10 +185,9 @@ def _compile(pattern: str, field: str) -> re.Pattern[str]:
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
-    ends = list(dict.fromkeys(end for name in names if name for end in (name.rpartition(".")[2], name)))
-    # A model without a near name still has names: show some.
-    near = difflib.get_close_matches(word, ends, n=3, cutoff=0.6) or [end for end in ends if not end.isdigit()][:3] or ends[:3]
-    return f"; the nearest that exist: {', '.join(near)}" if near else ""
+    """What to suggest for a name that matches nothing: names and their endings, those that are more than a number first."""
+    ends = dict.fromkeys(end for name in names if name for end in (name.rpartition(".")[2], name))
+    return nearest(word, sorted(ends, key=str.isdigit))
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:

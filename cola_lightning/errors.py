@@ -20,15 +20,15 @@ class HubError(Exception):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The names most like a word that is none of them, as the end of a message; all of them where none is near.
+    """The names most like a word that is none of them, as the end of a message; the first three where none is near.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])
         '; the nearest that exist: SST2'
     """
     by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)
-    return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}"
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)[:3]
+    return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}" if near else ""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

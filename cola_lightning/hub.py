@@ -5,6 +5,8 @@ That is asked once and in seconds: the hub's own libraries retry for half a minu
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -38,3 +40,22 @@ def is_reachable() -> bool:
         log.warning("%s cannot be reached (%s): the local cache alone", huggingface_hub.constants.ENDPOINT, error)
         return False
     return True
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[bool]:
+    """Keeps the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if the hub does not answer.
+
+    Yields:
+        Whether it does not.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    is_offline = not is_reachable()
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (is_offline or flag for flag in before)
+    try:
+        yield is_offline
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -142,6 +142,13 @@ def test_torchs_attention_output_is_not_taken_for_a_linear_layer():
         inject_lora(attention, ["out_proj"], rank=2, alpha=4)
 
 
+def test_a_module_to_save_whose_weight_is_used_elsewhere_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = model[0].weight
+    with pytest.raises(UserError, match=r"modules_to_save: expected modules with weights of their own.*'2.weight'.*'0.weight'"):
+        inject_lora(model, ["1"], rank=1, alpha=1, modules_to_save=["2"])
+
+
 def test_a_half_precision_base_and_a_second_adaptation_are_refused(model):
     with pytest.raises(UserError, match=r"model\.dtype: .* received bfloat16 in"):
         inject_lora(Model().bfloat16(), ["q_proj"], rank=2, alpha=4)

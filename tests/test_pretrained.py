@@ -1,13 +1,16 @@
 """Where models come from, and what is said of names and files that are not there."""
 
 import importlib.util
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from cola_lightning import COLACausalLM, HubError, UserError, hub
+from cola_lightning import COLACausalLM, COLASequenceClassifier, HubError, UserError, hub
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
@@ -75,6 +78,11 @@ def test_a_file_that_is_not_there_is_named_beside_those_that_are(folder, tmp_pat
         COLACausalLM(str(tmp_path))
 
 
+def test_a_folder_has_no_revisions(folder):
+    with pytest.raises(UserError, match=r"model\.revision: expected null for files on this machine, received 'main'"):
+        COLACausalLM(folder, revision="main")
+
+
 @needs_smollm2
 def test_a_package_without_that_file_says_which_it_has():
     with pytest.raises(UserError, match=rf"model\.gguf_file: expected 'other.gguf' in .*, received {GGUF}"):
@@ -94,6 +102,45 @@ def test_a_broken_folder_is_the_users_to_mend(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"model_name: expected a model that Auto\w+ can load, received .*" + tmp_path.name):
         COLACausalLM(str(tmp_path)).configure_model()
+
+
+def test_broken_weights_and_a_missing_or_too_large_tokenizer_are_named(folder, tmp_path):
+    broken, small = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("broken", "small"))
+    silent = Path(tiny.folder(tmp_path / "silent", "opt"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:500])
+    for path in silent.glob("tokenizer*"):
+        path.unlink()
+    transformers.LlamaForCausalLM(tiny.config("llama").__class__(**tiny.BODY, vocab_size=100)).save_pretrained(small)
+    for name, message in [
+        (broken, "expected a model that AutoModelForCausalLM can load"),
+        (silent, "expected files of a tokenizer, received none"),
+        (small, "expected a tokenizer of at most 100 tokens, which the model knows, received 3"),
+    ]:
+        with pytest.raises(UserError, match=rf"model\.model_name: {message}"):
+            COLACausalLM(str(name)).configure_model()
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(own)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    while tokenizer.pad_token_id < 400:
+        tokenizer.add_special_tokens({"pad_token": f"[PAD{len(tokenizer)}]"})
+    tokenizer.save_pretrained(own)
+    module = COLACausalLM(str(own), target_modules=["q_proj"])
+    assert module.tokenizer.pad_token_id >= 400
+    module.configure_model()
+    assert module.tokenizer.pad_token == "</s>"
+
+
+def test_robertas_positions_begin_behind_its_padding(tmp_path):
+    name = tiny.folder(tmp_path / "roberta", "roberta", "AutoModel")
+    assert COLASequenceClassifier(name).tokenizer.model_max_length == 62
+
+
+def test_a_dtype_that_does_not_exist_is_named(folder):
+    with pytest.raises(UserError, match=r"model\.dtype: expected float32, bfloat16, float16, received 'float31'"):
+        COLACausalLM(folder, dtype="float31")
 
 
 def test_attention_that_does_not_exist_is_named(folder):

@@ -1,11 +1,18 @@
 """A new head beside the links, with a learning rate of its own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cola_lightning import COLASequenceClassifier, TextClassificationDataModule, UserError
+from cola_lightning import (
+    COLACausalLM,
+    COLASequenceClassifier,
+    ReviewsDataModule,
+    TextClassificationDataModule,
+    UserError,
+)
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer, weights
 
@@ -87,6 +94,38 @@ def test_metrics_against_values_by_hand(tmp_path, metric, n_labels, value):
     made = classifier(tmp_path, metric=metric, num_labels=n_labels).make_metric()
     made.update(torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
     assert made.compute().item() == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "roberta"])
+def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, data, architecture):
+    module = classifier(tmp_path, architecture)
+    module.configure_model()
+    module.tokenizer.padding_side = "left"
+    module.eval()
+    data.trainer = SimpleNamespace(lightning_module=module, training=False)
+    data.setup("test")
+    short, long = sorted(data.test, key=data.length)[:: len(data.test) - 1]
+    logits = [module.predict_step(data.collate(rows), 0)["scores"] for rows in ([short], [long, short])]
+    assert data.length(short) < data.length(long)
+    torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_settings_and_batches_that_do_not_fit_a_classifier_are_named(tmp_path, data):
+    module = classifier(tmp_path)
+    with pytest.raises(UserError, match="batch: expected one label a row"):
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=ReviewsDataModule())
+    causal = COLACausalLM(tiny.folder(tmp_path / "opt", "opt"), rank=2, modules_to_save_lr=1e-3)
+    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected modules_to_save beside what else is trained"):
+        trainer(tmp_path, max_steps=1).fit(causal, datamodule=ReviewsDataModule())
+
+
+def test_the_heads_learning_rate_holds_in_full_fine_tuning_too(tmp_path, data):
+    module = classifier(tmp_path, target_modules=None, modules_to_save_lr=5e-3)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, datamodule=data)
+    others, head = run.optimizers[0].param_groups
+    assert (others["initial_lr"], head["initial_lr"]) == (1e-3, 5e-3)
+    assert sum(p.numel() for p in head["params"]) == sum(p.numel() for p in module.model.classifier.parameters())
 
 
 def test_one_label_is_refused():

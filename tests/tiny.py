@@ -26,6 +26,9 @@ CONFIGS = {
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **BODY, num_key_value_heads=2, head_dim=8),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, **BODY),
+    "bart": lambda: transformers.BartConfig(
+        **SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
+    ),
     "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
 }
 
@@ -34,7 +37,7 @@ TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "roberta": ["que
 
 
 @functools.cache
-def _trained_tokenizer(bos):
+def _trained_tokenizer(bos, eos=False):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,16 +48,17 @@ def _trained_tokenizer(bos):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(TEXT, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if bos or eos:
+        template = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
     return tokenizer
 
 
-def tokenizer(architecture="llama", *, pad=False):
+def tokenizer(architecture="llama", *, pad=False, eos=False):
     """A byte-level BPE tokenizer; OPT's, Llama's and RoBERTa's begin a text with <s>, as theirs do."""
     bos = architecture in ("opt", "llama", "roberta")
     special = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "</s>"} if pad else {})
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(bos), **special)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(bos, eos), **special)
 
 
 def config(architecture):

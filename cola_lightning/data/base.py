@@ -3,26 +3,29 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(DistributedSampler[int]):
     """Shuffles by (seed, epoch): the same order in a resumed epoch, whatever else was drawn before it.
 
-    Lightning calls :meth:`set_epoch`. Under DDP, it puts its own distributed sampler in this one's place.
+    Lightning calls :meth:`set_epoch`, and puts no sampler of its own in the place of a distributed one. Processes take turns in
+    the order; where they do not divide it, its first rows come again at its end.
 
     Args:
         data: what is sampled; its length matters.
         seed: of the order: a number, or several in a text.
         rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it. It needs a loader without
             workers, which would ask before the run knows.
+        n_processes: how many share the order.
+        rank: which of them this is.
 
     Example:
         >>> sampler = EpochSampler(range(4), seed=0)
@@ -32,20 +35,24 @@ class EpochSampler(Sampler[int]):
         True
     """
 
-    def __init__(self, data: Sized, seed: int | str, rows_done: Callable[[], int] = lambda: 0) -> None:
-        self.data, self.seed, self.rows_done, self.epoch = data, seed, rows_done, 0
+    def __init__(
+        self,
+        data: Sized,
+        seed: int | str,
+        rows_done: Callable[[], int] = lambda: 0,
+        n_processes: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(cast(Dataset[int], data), n_processes, rank)
+        self.order_seed, self.rows_done = seed, rows_done
 
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch the next iteration is."""
-        self.epoch = epoch
-
+    @override
     def __iter__(self) -> Iterator[int]:
-        digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()  # the generator uses 32 bits of its seed
+        digest = hashlib.sha256(f"{self.order_seed} {self.epoch}".encode()).digest()  # the generator uses 32 bits of its seed
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        yield from torch.randperm(len(self.data), generator=generator)[self.rows_done() :].tolist()
-
-    def __len__(self) -> int:
-        return len(self.data)
+        order = torch.randperm(len(cast(Sized, self.dataset)), generator=generator).tolist()
+        order += order[: self.total_size - len(order)]
+        yield from order[self.rank : self.total_size : self.num_replicas][self.rows_done() :]
 
 
 def batches_done(trainer: Trainer | None) -> int:
@@ -119,7 +126,9 @@ class EpochDataModule(LightningDataModule, ABC):
         def rows_done() -> int:
             return batches_done(self.trainer) * self.batch_size
 
-        return self._loader(self.train, self.batch_size, EpochSampler(self.train, self.order_seed, rows_done))
+        n_processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank)
+        return self._loader(self.train, self.batch_size, sampler)
 
     @override
     def val_dataloader(self) -> EpochLoader:
@@ -131,7 +140,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> EpochLoader:
-        return self._evaluation_loader(self.test)
+        return self._loader(self.test, self.eval_batch_size, None)  # in the data's order: predictions come back in it
 
     def _evaluation_loader(self, data: Any) -> EpochLoader:
         by_length = sorted(range(len(data)), key=lambda place: -self.length(data[place]))

@@ -58,8 +58,8 @@ class TextClassificationDataModule(SourceDataModule):
             test_split=test_split,
             split_seed=split_seed,
         )
-        self.text_fields, self.label_field = text_fields or ["sentence"], label_field
-        if len(self.text_fields) > 2:
+        self.text_fields, self.label_field = ["sentence"] if text_fields is None else text_fields, label_field
+        if len(self.text_fields) not in (1, 2):
             raise UserError(f"data.text_fields: expected the name of a field, or of two, received {self.text_fields}")
 
     @override
@@ -68,6 +68,11 @@ class TextClassificationDataModule(SourceDataModule):
             return []
         texts = [[row.text(field) for row in rows] for field in self.text_fields]
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        for row, ids in zip(rows, encoded["input_ids"], strict=True):
+            if not ids:
+                raise UserError(
+                    f"{row.place}: expected at least one token of text in {' and '.join(self.text_fields)}, received none"
+                )
         labels = [row.label(self.label_field, self._n_labels) for row in rows]
         return [{name: values[k] for name, values in encoded.items()} | {"labels": label} for k, label in enumerate(labels)]
 
@@ -85,5 +90,6 @@ class TextClassificationDataModule(SourceDataModule):
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
-        batch = self.tokenizer.pad(inputs, return_tensors="pt")
+        # On the right, whatever the tokenizer prefers: not every classifier with learned positions asks where padding ends.
+        batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

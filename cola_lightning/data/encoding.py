@@ -110,15 +110,19 @@ def encode_response(tokenizer: Any, prompt: str, response: str, max_length: int,
         UserError: if the response alone is too long.
     """
     before, text = _tokenize(tokenizer, [prompt, prompt + response])
+    n_common = _n_common(before, text)
+    if n_common == len(text):
+        raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
     text = text + _end_of_text(tokenizer, text)
-    n_response = len(text) - _n_common(before, text)
-    if not 0 < n_response < max_length:
+    n_response = len(text) - n_common
+    if n_response >= max_length:
         raise UserError(
             f"{place}: expected a response of 1 to {max_length - 1} tokens, its end among them (data.max_length is "
             f"{max_length}), received one of {n_response}"
         )
     text = truncate_left(text, max_length, tokenizer.bos_token_id)
-    return {"input_ids": text, "labels": [IGNORED] * (len(text) - n_response) + text[-n_response:]}
+    n_prompt = max(len(text) - n_response, 1)  # a first token is not predicted
+    return {"input_ids": text, "labels": [IGNORED] * n_prompt + text[n_prompt:]}
 
 
 def _n_common(first: list[int], second: list[int]) -> int:
@@ -131,12 +135,15 @@ def encode_text(tokenizer: Any, text: str, max_length: int) -> list[dict[str, li
     (ids,) = _tokenize(tokenizer, [text])
     ids = ids + _end_of_text(tokenizer, ids)
     pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]  # a first token is not predicted
+    # A first token is not predicted.
+    return [{"input_ids": piece, "labels": [IGNORED, *piece[1:]]} for piece in pieces if len(piece) > 1]
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []  # not verbose: we truncate ourselves
-    return ids
+    """Tokens with what the tokenizer puts before a text, and without an end-of-text token that it puts behind it."""
+    rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []  # not verbose: we truncate ourselves
+    adds_end = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [ids[:-1] for ids in rows] if adds_end else rows
 
 
 def _end_of_text(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -8,9 +8,10 @@ from typing import Any
 from typing_extensions import override
 
 from cola_lightning.data.encoding import EncodedExample, Example, collate_options, encode_examples
-from cola_lightning.data.rows import Row, draw, read_rows
+from cola_lightning.data.rows import Row, draw, fill_cache, read_rows
 from cola_lightning.data.tasks import find_task
-from cola_lightning.data.text import TokenizedDataModule, check_sizes, fill_cache
+from cola_lightning.data.text import TokenizedDataModule, check_sizes, check_subset
+from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
 
@@ -78,18 +79,24 @@ class PromptDataModule(OptionDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed)
         check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
+        check_subset(source, subset)
         self.task = find_task(task)
         sizes = zip((train_size, val_size, test_size), self.task.sizes, strict=True)
         self.train_size, self.val_size, self.test_size = (usual if size is None else size for size, usual in sizes)
         if source is None:
             folder = os.environ.get(DATA_DIR)
-            source = str(Path(folder) / self.task.name.lower()) if folder else self.task.source
-            subset = self.task.subset
+            source, subset = self.task.source, self.task.subset
+            if folder:
+                source, subset = str(Path(folder) / self.task.name.lower()), None
+                if not Path(source).is_dir():
+                    raise UserError(
+                        f"{DATA_DIR}: expected a folder that holds one named {self.task.name.lower()}, received {folder!r}"
+                    )
         self.source, self.subset = source, subset
 
     @override
     def prepare_data(self) -> None:
-        fill_cache(self.source, self.subset)
+        fill_cache(self.source, self.subset, {"train", "validation"})
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,7 +1,7 @@
 """Rows of a data set, from the Hugging Face hub or from a folder of JSONL files; each knows where it stands."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ class Row(dict[str, Any]):
         """A field that holds text."""
         if not isinstance(value := self[field], str):
             raise UserError(f"{self.place}: expected text in the field {field!r}, received {value!r}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}")
         return value
 
     def label(self, field: str, n_labels: int) -> int:
@@ -62,33 +64,39 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return list(_read_jsonl(folder / f"{split}.jsonl"))
-    return _read_from_hub(source, split, subset)
+    rows = _load_from_hub(source, split, subset)
+    return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows, start=1)]
 
 
-def has_split(source: str, split: str) -> bool | None:
-    """Whether a folder holds the split; None where the source is no folder."""
-    folder = Path(source).expanduser()
-    return (folder / f"{split}.jsonl").is_file() if folder.is_dir() else None
+def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
+    """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
+    if not Path(source).expanduser().is_dir():
+        for split in sorted(splits):
+            _load_from_hub(source, split, subset)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no JSONL file"
         raise UserError(f"data.source: expected {path.name!r} in {path.parent}, received {there}")
-    number = 0
+    n_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             place = f"{path}, line {number}"
+            if not line.strip():
+                continue
             try:
-                fields = json.loads(line.decode("utf-8"))
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{place}: expected UTF-8, received the byte 0x{line[error.start]:02x}") from error
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r} ({error.msg})") from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r} ({reason})") from error
             if not isinstance(fields, dict):
                 raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r}")
+            n_rows += 1
             yield Row(fields, place)
-    if not number:
+    if not n_rows:
         raise UserError(f"{path}: expected one JSON object a line, received an empty file")
 
 
@@ -97,18 +105,16 @@ def _start_of(line: bytes) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _read_from_hub(source: str, split: str, subset: str | None) -> list[Row]:
-    if not hub.is_repo_id(source):
+def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
+    if Path(source).is_file() or not hub.is_repo_id(source):
         raise UserError(
             f"data.source: expected a folder that exists, or the id of a data set on the hub (owner/name), received {source!r}"
         )
     import datasets
 
-    is_offline = not hub.is_reachable()
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or is_offline  # what HF_HUB_OFFLINE=1 does: its cache alone, and no waiting
     try:
-        rows = datasets.load_dataset(source, subset, split=split)
+        with hub.offline_if_unreachable() as is_offline:
+            return datasets.load_dataset(source, subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # what it raises for ids, subsets and splits that are not there
         if is_offline:
             raise HubError(
@@ -118,9 +124,6 @@ def _read_from_hub(source: str, split: str, subset: str | None) -> list[Row]:
         raise UserError(
             f"data.source: expected a data set with the split {split!r}, received {source!r}: {one_line(str(error))}"
         ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-    return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows)]
 
 
 def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[list[T]]:

@@ -1,16 +1,15 @@
 """Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
 
-import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule
 from cola_lightning.data.encoding import collate_language, encode_response, encode_text
-from cola_lightning.data.rows import Row, draw, read_rows
+from cola_lightning.data.rows import Row, draw, fill_cache, read_rows
 from cola_lightning.errors import UserError
 
 
@@ -32,13 +31,13 @@ class TokenizedDataModule(EpochDataModule):
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
         self._max_length = max_length
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of the module that is trained."""
         module = self.trainer and self.trainer.lightning_module
-        if (tokenizer := getattr(module, "tokenizer", None)) is None:
+        if "tokenizer" not in dir(module):  # not getattr: what a property of that name raises is to be seen
             raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
-        return tokenizer
+        return cast(Any, module).tokenizer
 
     @property
     def max_length(self) -> int:
@@ -76,32 +75,37 @@ class SourceDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed)
         check_sizes(train_size=train_size, val_size=val_size)
+        check_subset(source, subset)
         self.source, self.subset, self.test_split = source, subset, test_split
         self.train_size, self.val_size = train_size, val_size
 
     @override
     def prepare_data(self) -> None:
-        fill_cache(self.source, self.subset)
+        own = ["validation"] if self.val_size is None else []
+        fill_cache(self.source, self.subset, {"train", *own, self.test_split})
 
     @override
     def setup(self, stage: str) -> None:
         if stage in ("test", "predict"):
-            self.test = self.encode(read_rows(self.source, self.test_split, self.subset))
+            self.test = self._encode(read_rows(self.source, self.test_split, self.subset))
             return
         rows = read_rows(self.source, "train", self.subset) if stage == "fit" or self.val_size else []
         if self.val_size is None:
             val = read_rows(self.source, "validation", self.subset)
-            train = draw(rows, [self.train_size], self.split_seed, self._train_name)[0] if self.train_size and rows else rows
+            train = rows
+            if self.train_size and rows:
+                (train,) = draw(rows, [self.train_size], self.split_seed, f"data.train_size, of {self.source}, train")
         else:
             sizes = [self.train_size or max(len(rows) - self.val_size, 1), self.val_size]
-            train, val = draw(rows, sizes, self.split_seed, self._train_name)
-        self.val = self.encode(val)
+            train, val = draw(rows, sizes, self.split_seed, f"data.train_size + data.val_size, of {self.source}, train")
+        self.val = self._encode(val)
         if stage == "fit":
-            self.train = self.encode(train)
+            self.train = self._encode(train)
 
-    @property
-    def _train_name(self) -> str:
-        return f"data.train_size + data.val_size, of {self.source}, train"
+    def _encode(self, rows: Sequence[Row]) -> Sequence[Any]:
+        if not (encoded := self.encode(rows)):
+            raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
+        return encoded
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
@@ -133,9 +137,9 @@ class TextDataModule(SourceDataModule):
     def encode(self, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
         encoded = []
         for row in rows:
-            if "text" in row:
+            if "text" in row and not row.keys() & {"prompt", "response"}:
                 encoded += encode_text(self.tokenizer, row.text("text"), self.max_length)
-            elif row.keys() & {"prompt", "response"}:
+            elif "text" not in row and row.keys() & {"prompt", "response"}:
                 prompt, response = row.text("prompt"), row.text("response")
                 encoded.append(encode_response(self.tokenizer, prompt, response, self.max_length, row.place))
             else:
@@ -159,8 +163,7 @@ def check_sizes(**sizes: int | None) -> None:
             raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
 
 
-def fill_cache(source: str, subset: str | None, splits: Sequence[str] = ("train", "validation")) -> None:
-    """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
-    if not Path(source).expanduser().is_dir():
-        for split in splits:
-            read_rows(source, split, subset)
+def check_subset(source: str | None, subset: str | None) -> None:
+    """Refuses a subset where nothing on the hub is named that could have it."""
+    if subset is not None and (source is None or Path(source).expanduser().is_dir()):
+        raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")

@@ -51,11 +51,10 @@ def base_from_checkpoint(path: str | Path) -> Iterator[None]:
 def base_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
     state = model.state_dict()
-    return {name: distributed.gather(value) for name, value in state.items() if not is_factor(name) and name not in without}
+    return {name: distributed.gather(value) for name, value in state.items() if not _is_factor(name) and name not in without}
 
 
-def is_factor(name: str) -> bool:
-    """Whether a parameter's name is that of a link's A or B."""
+def _is_factor(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 

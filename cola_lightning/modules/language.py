@@ -1,10 +1,9 @@
 """What the modules for Hugging Face models share: the model, its tokenizer, and the steps with their metrics."""
 
 import functools
-import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.adapt import check_dtype
+from cola_lightning.errors import UserError
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.pretrained import Dtype, Pretrained
 
@@ -94,9 +94,12 @@ class LanguageModule(COLAModule, ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer, which knows the longest sequence that the model can take. Data modules ask for it."""
         tokenizer = self.pretrained.tokenizer()
-        if self.pretrained.gguf_file is None:  # reading it from there takes seconds, and such a model has no position table
-            positions = getattr(self.pretrained.config(), "max_position_embeddings", None)
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        if self.pretrained.gguf_file is None:  # from there it takes seconds; most such models rotate positions, without a limit
+            config = self.pretrained.config()
+            positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+            if "roberta" in config.model_type or config.model_type == "camembert":
+                positions -= config.pad_token_id + 1  # where theirs begin
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return tokenizer
 
     @override
@@ -104,13 +107,16 @@ class LanguageModule(COLAModule, ABC):
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
-        model: nn.Module = self.pretrained.model(auto_class, is_empty=self.is_base_in_checkpoint, **self.model_fields())
-        return model
-
-    @functools.cached_property
-    def _forward_arguments(self) -> frozenset[str]:
-        """What the model's forward takes by name."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
+        model = self.pretrained.model(auto_class, is_empty=self.is_base_in_checkpoint, **self.model_fields())
+        n_embeddings, tokenizer = model.get_input_embeddings().num_embeddings, self.tokenizer
+        if tokenizer.vocab_size > n_embeddings:
+            raise UserError(
+                f"model.model_name: expected a tokenizer of at most {n_embeddings} tokens, which the model knows, "
+                f"received {tokenizer.vocab_size}"
+            )
+        if tokenizer.pad_token_id >= n_embeddings:  # added to the tokenizer alone
+            tokenizer.pad_token = tokenizer.eos_token
+        return cast(nn.Module, model)
 
     # ------------------------------------------------------------------ the steps
 

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cola_lightning import hub
 from cola_lightning.errors import HubError, UserError, one_line
@@ -41,6 +41,8 @@ class Pretrained:
     gguf_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise UserError(f"model.dtype: expected {', '.join(get_args(Dtype))}, received {self.dtype!r}")
         if self.gguf_file is not None and importlib.util.find_spec("gguf") is None:
             raise UserError(
                 "model.gguf_file: expected the package gguf beside it, received none installed: "
@@ -48,6 +50,8 @@ class Pretrained:
             )
         if (folder := self.folder) is None:
             return
+        if self.revision is not None:
+            raise UserError(f"model.revision: expected null for files on this machine, received {self.revision!r}")
         expected = self.gguf_file or "config.json"
         if not (folder / expected).is_file():
             there = sorted(path.name for path in folder.iterdir() if path.suffix in {".gguf", ".json", ".safetensors"})
@@ -94,22 +98,29 @@ class Pretrained:
             UserError: if they are not what the class needs.
             HubError: if they are on the hub only, and the hub cannot be reached.
         """
-        from huggingface_hub.errors import StrictDataclassError
+        if (folder := self.folder) is not None:
+            return self._load(auto_class, str(folder), arguments)
+        with hub.offline_if_unreachable() as is_offline:
+            try:
+                return self._load(auto_class, self.model_name, arguments)
+            except UserError as error:
+                if is_offline and isinstance(error.__cause__, OSError):
+                    raise HubError(
+                        f"model.model_name: {self.model_name!r} is not in the local cache, and the Hugging Face hub cannot be "
+                        "reached: a folder or package:NAME works without it"
+                    ) from error
+                raise
 
-        folder = self.folder
-        is_offline = folder is None and not hub.is_reachable()
-        where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "local_files_only": is_offline}
+    def _load(self, auto_class: Any, place: str, arguments: dict[str, Any]) -> Any:
+        where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
         try:
-            return auto_class.from_pretrained(str(folder or self.model_name), **where, **arguments)
-        # What transformers raises for missing files, unknown architectures, attention that is not there, broken weights, ...
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, StrictDataclassError) as error:
-            if is_offline and isinstance(error, OSError):
-                raise HubError(
-                    f"model.model_name: {self.model_name!r} is not in the local cache, and the Hugging Face hub cannot be "
-                    "reached: a folder or package:NAME works without it"
-                ) from error
+            return auto_class.from_pretrained(place, **where, **arguments)
+        except MemoryError:
+            raise
+        # transformers raises all kinds for missing files, unknown architectures, attention that is not there, broken weights.
+        except Exception as error:
             raise UserError(
                 f"model.model_name: expected a model that {auto_class.__name__} can load, received {self.model_name!r}: "
                 f"{one_line(str(error))}"
@@ -126,6 +137,8 @@ class Pretrained:
         from transformers import AutoTokenizer
 
         tokenizer = self.load(AutoTokenizer)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+            raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
@@ -147,4 +160,10 @@ class Pretrained:
             fields = {name: arguments.pop(name) for name in set(arguments) - {"dtype", "attn_implementation"}}
             config = self.load(AutoConfig, **fields)
             return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **arguments).train()
-        return self.load(auto_class, **arguments).train()
+        model = self.load(auto_class, **arguments).train()
+        if (
+            self.gguf_file is not None
+        ):  # de-quantised: an ordinary model, that save_pretrained should not take for a quantised one
+            model.hf_quantizer, model.is_quantized = None, False
+            del model.config.quantization_config
+        return model

@@ -1,5 +1,6 @@
 """Sequence classifiers: a pretrained model with a new head."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -63,8 +64,7 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def build_model(self) -> Any:
         model: Any = super().build_model()
-        if model.config.pad_token_id is None:  # where a sequence ends, for heads that read its last token
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
         if not self.modules_to_save:
             children = model.named_children()
             self.modules_to_save = [
@@ -74,7 +74,12 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
-        logits, labels = self._logits(batch), batch["labels"]
+        labels = batch.get("labels")
+        if labels is None or labels.dim() != 1:
+            raise UserError(
+                "batch: expected one label a row, as TextClassificationDataModule makes them, received others or none"
+            )
+        logits = self._logits(batch)
         return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
 
     @override
@@ -84,6 +89,7 @@ class COLASequenceClassifier(LanguageModule):
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The logits, in float32: rows x labels."""
-        inputs = {name: value for name, value in batch.items() if name in self._forward_arguments and name != "labels"}
+        taken = inspect.signature(self.model.forward).parameters.keys() - {"labels"}
+        inputs = {name: value for name, value in batch.items() if name in taken}
         logits: Tensor = self.model(**inputs).logits
         return logits.float()

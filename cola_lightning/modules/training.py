@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.modules.checkpoint import CheckpointedChain, is_factor
+from cola_lightning.modules.checkpoint import CheckpointedChain
 from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class LinkTraining(CheckpointedChain):
 
     Attributes:
         optimizer: makes an optimizer of the trainable parameters.
+        modules_to_save: names of what is trained whole.
         modules_to_save_lr: the first learning rate of what is trained whole, where it has one of its own.
         lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
@@ -33,6 +34,7 @@ class LinkTraining(CheckpointedChain):
     """
 
     optimizer: OptimizerCallable
+    modules_to_save: list[str]
     modules_to_save_lr: float | None
     lr_schedule: LRSchedule
     warmup_steps: float
@@ -66,10 +68,13 @@ class LinkTraining(CheckpointedChain):
     def _parameter_groups(self) -> list[Any]:
         """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        links, whole = ([p for name, p in trained if is_factor(name) is of_links] for of_links in (True, False))
-        if self.modules_to_save_lr is None or not links or not whole:
+        if self.modules_to_save_lr is None:
             return [p for _, p in trained]
-        return [{"params": links}, {"params": whole, "lr": self.modules_to_save_lr}]
+        is_saved = {name: any(f".{module}." in f".{name}" for module in self.modules_to_save) for name, _ in trained}
+        others, saved = ([p for name, p in trained if is_saved[name] is whole] for whole in (False, True))
+        if not others or not saved:
+            raise UserError("model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none")
+        return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _lr_lambda(self) -> Callable[[int], float]:
         """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.
