@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cola_lightning.cli import main
 from tests import tiny
+from tests.toy import assert_bit_equal
 
 CONFIG = """
 seed_everything: 0
@@ -92,6 +94,27 @@ def test_instructions_are_trained_and_validated():
     metrics = Path("runs/version_0/metrics.csv").read_text()
     assert "val_loss" in metrics
     assert "accuracy" not in metrics
+
+
+def test_two_processes_go_on_inside_an_epoch_and_predict_in_order():
+    """24 rows on two processes in batches of 4: three steps an epoch; the run is resumed after the fourth."""
+    saved = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    saved += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename={step}"]
+    two = ["--config", "config.yaml", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--model.dropout", "0.2", *saved]
+
+    def cola(*arguments):
+        command = [sys.executable, "-m", "cola_lightning", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    cola("fit", *two)
+    cola("fit", *two, "--ckpt_path", "runs/version_0/checkpoints/step=4.ckpt")
+    whole, resumed = (torch.load(f"runs/version_{k}/checkpoints/step=6.ckpt", weights_only=True)["state_dict"] for k in (0, 1))
+    assert_bit_equal(resumed, whole)
+    cola("predict", *two, "--ckpt_path", "runs/version_0/checkpoints/step=6.ckpt", "--data.eval_batch_size", "3")
+    rows = [json.loads(line) for line in Path("runs/version_2/predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(10))
+    assert all(row["target"] == int("great" in row["prompt"]) for row in rows)
 
 
 BAD = [
