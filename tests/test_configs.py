@@ -42,7 +42,8 @@ def at_tiny_size(name, folder):
     rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
     for split in ("train", "validation"):
         (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = [] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
+    is_glue = name == "roberta_glue"
+    sizes = ["--data.subset", "null"] if is_glue else ["--data.train_size", "8", "--data.val_size", "8"]
     return [*changes, "--data.source", str(folder / "rows"), *sizes]
 
 

@@ -56,6 +56,30 @@ def test_the_table_is_the_benchmarks():
     assert row.strip("| ").split(" | ")[1:] == expected
 
 
+def table_row(start):
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {start} |")]
+    return row.strip("| ").split(" | ")[1:]
+
+
+def test_the_table_of_sst2_is_the_benchmarks():
+    results = [json.loads(line) for line in (ROOT / "benchmarks" / "sst2.jsonl").read_text().splitlines()]
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    assert "| SST-2 | " + " | ".join(methods) + " |" in README
+    for part in ("val", "test"):
+        values = [[r[f"{part}_accuracy"] for r in results if r["method"] == method] for method in methods]
+        assert len({len(value) for value in values}) == 1
+        assert table_row(f"{part}_accuracy") == [" ".join(f"{x:.3f}" for x in value) for value in values]
+
+
+def test_the_table_of_speed_is_the_benchmarks():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "speed.jsonl").read_text().splitlines()]
+    results = {(line["what"], line["length"]): line["ratio"] for line in lines}
+    columns = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
+    for length in (64, 256):
+        assert table_row(f"{length} tokens a row") == [f"{results[column, length]:.2f}" for column in columns]
+    assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in README
+
+
 def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     commands = [line.split("cola ", 1)[1] for block in blocks("bash") for line in block.splitlines() if "cola " in line]

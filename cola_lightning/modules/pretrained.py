@@ -161,9 +161,7 @@ class Pretrained:
             config = self.load(AutoConfig, **fields)
             return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **arguments).train()
         model = self.load(auto_class, **arguments).train()
-        if (
-            self.gguf_file is not None
-        ):  # de-quantised: an ordinary model, that save_pretrained should not take for a quantised one
+        if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model
