@@ -43,9 +43,10 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise UserError(f"model.dtype: expected {', '.join(get_args(Dtype))}, received {self.dtype!r}")
-        if self.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        needed = ("gguf", "accelerate") if self.gguf_file is not None else ()
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise UserError(
-                "model.gguf_file: expected the package gguf beside it, received none installed: "
+                f"model.gguf_file: expected the packages gguf and accelerate, received no {missing[0]}: "
                 "pip install 'cola_lightning[gguf]'"
             )
         if (folder := self.folder) is None:
