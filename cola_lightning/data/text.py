@@ -2,14 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from typing_extensions import override
 
-from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.data.encoding import collate_language, encode_response, encode_text
-from cola_lightning.data.rows import Row, draw, fill_cache, read_rows
+from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.errors import UserError
 
 
@@ -118,17 +117,6 @@ class TextDataModule(SourceDataModule):
     The loss is on all tokens of a text, or on those of the response alone, which follows its prompt as it stands; the
     end-of-text token is learned too. A text beyond ``max_length`` becomes several rows; a prompt loses its beginning.
 
-    Args:
-        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
-        subset: on the hub, the name of a configuration.
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
-        max_length: of a sequence, in tokens; the model's own limit holds too.
-        train_size: rows of training, drawn by ``split_seed``; None: all.
-        val_size: rows of validation, drawn together with those of training from the train split; None: the validation split.
-        test_split: the split that test and predict read.
-        split_seed: which rows are drawn.
-
     Raises:
         UserError: for files, rows and sizes that cannot be.
     """
@@ -154,16 +142,3 @@ class TextDataModule(SourceDataModule):
     @override
     def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         return collate_language(rows, self.tokenizer.pad_token_id)
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Refuses a number of rows below 1."""
-    for field, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
-
-
-def check_subset(source: str | None, subset: str | None) -> None:
-    """Refuses a subset where nothing on the hub is named that could have it."""
-    if subset is not None and (source is None or Path(source).expanduser().is_dir()):
-        raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")

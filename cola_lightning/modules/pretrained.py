@@ -127,11 +127,11 @@ class Pretrained:
                 f"{one_line(str(error))}"
             ) from error
 
-    def config(self) -> Any:
-        """The model's configuration."""
+    def config(self, **fields: Any) -> Any:
+        """The model's configuration, with some of its fields given."""
         from transformers import AutoConfig
 
-        return self.load(AutoConfig)
+        return self.load(AutoConfig, **fields)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""
@@ -144,24 +144,20 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
-    def model(self, auto_class: Any, *, is_empty: bool = False, **arguments: Any) -> Any:
+    def model(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> Any:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
         Args:
             auto_class: such as ``AutoModelForCausalLM``.
             is_empty: only the shapes matter: the weights are not read.
-            **arguments: more of the configuration's fields, such as ``num_labels``.
+            **fields: of the configuration, such as ``num_labels``.
         """
-        arguments |= {"dtype": self.dtype}
+        how: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation:
-            arguments["attn_implementation"] = self.attn_implementation
+            how["attn_implementation"] = self.attn_implementation
         if is_empty:
-            from transformers import AutoConfig
-
-            fields = {name: arguments.pop(name) for name in set(arguments) - {"dtype", "attn_implementation"}}
-            config = self.load(AutoConfig, **fields)
-            return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **arguments).train()
-        model = self.load(auto_class, **arguments).train()
+            return auto_class.from_config(self.config(**fields), trust_remote_code=self.trust_remote_code, **how).train()
+        model = self.load(auto_class, **how, **fields).train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
