@@ -13,9 +13,10 @@ def entry_point() -> None:
     try:
         from cola_lightning.cli import main
 
-        sys.exit(main())
+        status = main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

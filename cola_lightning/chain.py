@@ -4,21 +4,18 @@ The chain is what a checkpoint stores instead of the merged weights. Replaying i
 that the knots used, so the weights come out equal to the last bit.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
 from cola_lightning.errors import UserError
 from cola_lightning.layers import LoRALayer, low_rank_delta
-
-SAMPLED_VALUES = 64  # of each adapted layer's weight, in a base's fingerprint
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Link:
         """Frobenius norm of the link's update over all layers."""
         # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
         squares = sum(float(((B.T @ B) * (A @ A.T)).sum()) for A, B in self.factors.values())
-        return abs(self.scaling) * math.sqrt(max(0.0, squares))
+        return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
 @dataclass
@@ -78,7 +75,8 @@ class Chain:
 
     Attributes:
         links: the links, ``links[k].index == k``.
-        base: what the base was: ``fingerprint``, ``dtypes`` and ``weight_norms``, see :func:`describe_base`.
+        base: what the base was: ``name``, ``fingerprint``, ``dtypes`` and ``weight_norms``, see
+            :func:`~cola_lightning.fingerprint.describe_base`; empty where that is not known.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
@@ -107,11 +105,11 @@ class Chain:
         """The whole chain's update of one layer: the sum of its links' (out x in)."""
         if not self.links:
             raise ValueError("expected a chain with links, received an empty one")
-        return torch.stack([link.delta(name) for link in self.links]).sum(0)
+        return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
 
     def total_rank(self, name: str) -> int:
         """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
-        return sum(link.factors[name][0].shape[0] for link in self.links)
+        return sum(link.rank for link in self.links if name in link.factors)
 
     def truncate(self, n: int) -> "Chain":
         """A chain of the first n links; the links are shared, not copied.
@@ -122,6 +120,11 @@ class Chain:
         if not 0 <= n <= len(self.links):
             raise UserError(f"links: expected 0 to {len(self.links)}, the length of the chain, received {n}")
         return Chain(self.links[:n], self.base)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that the links adapt, in the model's order."""
+        return list(dict.fromkeys(name for link in self.links for name in link.factors))
 
     def is_beginning_of(self, other: "Chain") -> bool:
         """Whether the other chain starts with this one's links: the same factors, to the bit."""
@@ -150,6 +153,33 @@ class Chain:
         """The chain of a :meth:`state_dict`."""
         return cls([Link(**link) for link in state["links"]], dict(state["base"]))
 
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the chain as a folder, whole or not at all.
+
+        Args:
+            folder: where; it is made.
+            overwrite: replace a folder that is not empty.
+
+        Raises:
+            UserError: for a folder that is not empty, without ``overwrite``.
+            DiskError: if it cannot be written.
+        """
+        from cola_lightning.chain_folder import write_folder
+
+        write_folder(self, Path(folder), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads a chain that :meth:`save` wrote.
+
+        Raises:
+            UserError: for a folder that is no chain, or a damaged one, or one of a newer version.
+        """
+        from cola_lightning.chain_folder import read_folder
+
+        read = read_folder(Path(folder))
+        return cls(read.links, read.base)
+
 
 def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
     """Records the live link of the layers as a finished one; the layers stay as they are.
@@ -174,57 +204,3 @@ def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(distributed.derive_seed(seed, index, name))
         layer.reset(generator, rank=rank, alpha=alpha)
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What identifies the base under a model's LoRA layers before any link is merged.
-
-    Returns:
-        ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the dtypes they
-        came in; ``weight_norms``: the Frobenius norm of each weight, by name.
-    """
-    digest = hashlib.sha256()
-    layers = lora_layers(model)
-    norms = {}
-    for name, layer in layers.items():
-        weight = layer.weight.detach()
-        generator = torch.Generator("cpu").manual_seed(0)
-        places = torch.randint(weight.numel(), (SAMPLED_VALUES,), generator=generator, device="cpu")
-        sample = weight.flatten()[places.to(weight.device)].cpu().double()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-        norms[name] = float(torch.linalg.vector_norm(weight))
-    dtypes = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers.values()})
-    return {"fingerprint": digest.hexdigest(), "dtypes": dtypes, "weight_norms": norms}
-
-
-def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
-    """Refuses a base on which the chain was not trained.
-
-    Raises:
-        UserError: if it has other adapted layers, another dtype, or other values.
-    """
-    check_same_layers(expected, received)
-    if expected["dtypes"] != received["dtypes"]:
-        raise UserError(
-            f"checkpoint: expected a base in {' and '.join(expected['dtypes'])}, in which its chain was trained, "
-            f"received one in {' and '.join(received['dtypes'])}"
-        )
-    if expected["fingerprint"] != received["fingerprint"]:
-        raise UserError(
-            "checkpoint: expected the base on which its chain was trained "
-            f"(fingerprint {expected['fingerprint'][:12]}), received another ({received['fingerprint'][:12]}): "
-            "the same model, revision, seed and target_modules are needed, or save_base: true in training"
-        )
-
-
-def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
-    """Refuses a model in which other layers are adapted than in the one that the chain was trained on.
-
-    Raises:
-        UserError: naming a layer that is adapted in one of them alone.
-    """
-    theirs, ours = expected["weight_norms"].keys(), received["weight_norms"].keys()
-    if missing := sorted(theirs - ours):
-        raise UserError(f"model.target_modules: expected the checkpoint's layers, with {missing[0]!r}, received none such")
-    if unknown := sorted(ours - theirs):
-        raise UserError(f"model.target_modules: expected the checkpoint's layers alone, received {unknown[0]!r} too")

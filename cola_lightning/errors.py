@@ -12,11 +12,19 @@ class UserError(ValueError):
     """
 
 
-class HubError(Exception):
-    """The Hugging Face hub is needed and does not answer.
+class OutsideError(Exception):
+    """Something outside this program fails: nobody's mistake, and one line says it all.
 
-    Not the user's mistake: the command line prints it as ``error: ...``, without a traceback, and exits with status 1.
+    The command line prints it as ``error: ...``, without a traceback, and exits with status 1.
     """
+
+
+class HubError(OutsideError):
+    """The Hugging Face hub is needed and does not answer."""
+
+
+class DiskError(OutsideError):
+    """A file cannot be written: the disk is full, say."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -113,7 +113,16 @@ BAD = [
     (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: expected the import path of a class"),
     (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
     (["fit", "--config", DIGITS, "--trainer.accumulate_grad_batches", "0"], "expected at least 1, received 0"),
-    (["fit", "--config", DIGITS, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last"], "Found more"),
+    (["fit", "--config", DIGITS, *(2 * ["--trainer.callbacks+=ModelCheckpoint"])], "Found more than one stateful callback"),
+    (["fit", "--config", DIGITS, "--trainer.callbacks+=LastCheckpoint"], "Found more than one stateful callback"),
+    (["fit", "--config", DIGITS, "--last.every_n_train_steps", "0"], "last.every_n_train_steps: expected a whole number of at"),
+    (["fit", "--config", DIGITS, "--links", "2"], "links: expected ckpt_path or model.init_chain beside it, received 2 alone"),
+    (["test", "--config", DIGITS, "--links", "2"], "links: expected ckpt_path or model.init_chain beside it, received 2 alone"),
+    (
+        ["fit", "--config", DIGITS, "--model.init_chain", "nowhere"],
+        "model.init_chain: expected a checkpoint, a chain folder or",
+    ),
+    (["fit", "--config", DIGITS, "--model.init_links", "2"], "model.init_links: expected null, or model.init_chain beside it"),
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a/b", "--model.rank", "65"], "model.rank: expected at most"),
     (["fit", "--config", DIGITS, "--model.optimizer.lr", "-1"], "model.optimizer: expected values that it takes"),
     (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "model: expected the import path of a subclass of COLAModule"),
@@ -173,8 +182,28 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
     process.send_signal(number)
     process.wait(timeout=60)
     assert process.returncode == status
-    assert torch.load(checkpoint, weights_only=True)["cola"]["version"] == 1
+    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 1
     assert not list(checkpoint.parent.glob("*.partial"))
+    (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("go on: cola fit")]
+    assert str(checkpoint.absolute()) in command
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    """Also in the middle of a batch that never ends."""
+    program = "import time, cola_lightning.modules.digits as d; d.pretrain = lambda model: None"
+    program += "; d.F.cross_entropy = lambda *a: [print('in it', flush=True)] and [time.sleep(0.1) for _ in range(600)]"
+    program += "; from cola_lightning.__main__ import entry_point; entry_point()"
+    fit = [sys.executable, "-c", program, "fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
+    process = subprocess.Popen(fit, stdout=subprocess.PIPE, text=True)
+    while "in it" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    process.stdout.close()
+    assert not list(Path().rglob("*.ckpt"))
 
 
 def test_help_names_the_commands_and_leaves_heavy_libraries_alone():

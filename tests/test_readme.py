@@ -2,15 +2,19 @@
 
 import json
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
+from cola_lightning import Chain
 from cola_lightning.cli import main
 from tests import tiny
+from tests.test_configs import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,15 +84,44 @@ def test_the_table_of_speed_is_the_benchmarks():
     assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in README
 
 
+def commands(block):
+    """The words after each ``cola`` in a block."""
+    return [shlex.split(line.split("cola ", 1)[1]) for line in block.splitlines() if "cola " in line]
+
+
 def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
-    commands = [line.split("cola ", 1)[1] for block in blocks("bash") for line in block.splitlines() if "cola " in line]
-    assert len(commands) == 5
-    for command in commands:
-        command = command.replace("runs/version_0/config.yaml", "configs/digits.yaml")  # which a fit writes
-        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
-        assert main([*(word.replace("configs/", f"{ROOT}/configs/") for word in words), "--print_config"]) == 0
+    monkeypatch.chdir(ROOT)
+    *others, _ = [found for block in blocks("bash") if (found := commands(block))]
+    assert [len(found) for found in others] == [1, 4]
+    for words in (words for found in others for words in found):
+        words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words]  # which a fit writes
+        assert main([*words, "--print_config"]) == 0
         assert not capsys.readouterr().err
+
+
+def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, capsys):
+    """On a tiny model in place of the quickstart's, and with fewer steps."""
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    monkeypatch.chdir(tmp_path)
+    (lines,) = [commands(block) for block in blocks("bash") if "cola export" in block]
+    assert len(lines) == 8
+    small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
+    small += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]
+    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml"), *at_tiny_size("quickstart", tmp_path), *small]
+    assert main(["fit", *quickstart]) == 0
+    capsys.readouterr()
+    for words in lines:
+        words = ["8" if word == "100" else word for word in words]
+        place = words.index("--config") if "configs/quickstart.yaml" in words else None
+        words = words if place is None else [*words[:place], *quickstart, *words[place + 2 :]]
+        assert main(words) == 0, words
+        out = capsys.readouterr().out
+        assert ("loaded again" in out) is (words[0] == "export"), out
+    assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    assert len(torch.load("runs/version_3/checkpoints/last.ckpt", weights_only=True)["cola"]["chain"]["links"]) == 2 + 2
+    assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
+    assert len(Chain.load("chain")) == 2
 
 
 def test_what_readme_names_exists():

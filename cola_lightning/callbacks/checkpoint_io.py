@@ -1,12 +1,14 @@
 """Writing checkpoints so that a name never stands for half a file."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from typing_extensions import override
+
+from cola_lightning.errors import causes
+from cola_lightning.writing import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,14 +22,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(Path(path)) as partial:
+            _save(checkpoint, partial)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """``torch.save``, with the system's error where the disk is full: torch raises one of its own in its place."""
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        raise next((cause for cause in causes(error) if isinstance(cause, OSError)), error) from error

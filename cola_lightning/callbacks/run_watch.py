@@ -1,26 +1,119 @@
-"""What the command line wants to know of a run after it has ended."""
+"""What the command line has an eye on while a run goes on: Ctrl-C and SIGTERM, and the folders that it makes."""
 
 import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import EarlyStopping
 from typing_extensions import override
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption(BaseException):
+    """The run was asked to stop. Not a KeyboardInterrupt: after that, Lightning is deaf to a second Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
 
 
 class RunWatch(Callback):
-    """Remembers why a run ended: Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM. And which folders it made."""
+    """Stops a fit where it can go on exactly, and takes back the folders of a run that was refused.
+
+    The first Ctrl-C or SIGTERM lets the batch that is being computed come to its end; outside of a fit, it stops at once. A
+    second one always does, and then nothing more is written.
+    """
 
     def __init__(self) -> None:
-        self.exit_status = 0
         self.folders: list[Path] = []
+        self._received: int | None = None
+        self._is_waited_for = False
+        self._patience: dict[EarlyStopping, int] = {}
+
+    # ------------------------------------------------------------------ signals
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may
+            yield
+            return
+        befores = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, before in befores.items():
+                signal.signal(number, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            self._stop_at_once(number)
+        self._received = number
+        if not self._is_waited_for:
+            raise Interruption(number)
+        log.warning("%s: stopping after this batch; once more stops at once", signal.Signals(number).name)
+
+    def _stop_at_once(self, number: int) -> None:
+        """Ends the process, whatever it is doing: a file that is being written keeps its former content."""
+        import rich
+
+        rich.get_console().show_cursor()
+        os._exit(128 + number)
+
+    def _stop_if_asked(self, trainer: Trainer, *, everywhere: bool = True) -> None:
+        is_asked = self._received is not None
+        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others for ever
+            is_asked = everywhere and trainer.strategy.reduce_boolean_decision(is_asked, all=False)
+        if is_asked:
+            self._is_waited_for = False
+            raise Interruption(self._received or signal.SIGTERM)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            self.exit_status = 130
-        elif isinstance(exception, SIGTERMException):
-            self.exit_status = 143
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        self._patience = {callback: callback.patience for callback in stoppers}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback, patience in self._patience.items():  # which it takes from the checkpoint, whatever was asked for
+            callback.patience = patience
+        is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
+        if threading.current_thread() is threading.main_thread() and not is_requeued:
+            # In place of Lightning's, after which a fit ends with status 0; Lightning itself takes it back after the fit.
+            signal.signal(signal.SIGTERM, self._handle)
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._is_waited_for = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._stop_if_asked(trainer)
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._stop_if_asked(trainer, everywhere=False)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_waited_for = False
+
+    # ------------------------------------------------------------------ folders
 
     def expect_folder(self, folder: str | Path) -> None:
         """Takes note of a folder that a logger will make: it, and those of its parents that are not there yet."""

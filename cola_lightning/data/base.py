@@ -22,8 +22,7 @@ class EpochSampler(DistributedSampler[int]):
     Args:
         data: what is sampled; its length matters.
         seed: of the order: a number, or several in a text.
-        rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it. It needs a loader without
-            workers, which would ask before the run knows.
+        rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it.
         n_processes: how many share the order.
         rank: which of them this is.
 
@@ -65,6 +64,11 @@ def batches_done(trainer: Trainer | None) -> int:
 class EpochLoader(DataLoader[Any]):
     """A loader over an :class:`EpochSampler`. It has no state: the order is a function, the place in it is the trainer's."""
 
+    @override
+    def __iter__(self) -> Any:
+        # A generator: workers would ask for the epoch's first rows at once, before the run knows its epoch and its place in it.
+        yield from super().__iter__()
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing; that there is such a method tells Lightning that the loader goes on where a run stopped."""
         return {}
@@ -92,6 +96,7 @@ class EpochDataModule(LightningDataModule, ABC):
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
         split_seed: which rows are in which part.
+        num_workers: processes that prepare batches beside the training; 0: none.
 
     Raises:
         UserError: for values that cannot be right.
@@ -101,12 +106,16 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
 
-    def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0) -> None:
+    def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        if num_workers < 0:
+            raise UserError(f"data.num_workers: expected a whole number of at least 0, received {num_workers}")
         if not 0 <= split_seed < 2**32:
             raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
+        self.num_workers = num_workers
+        self._order_of_checkpoint: dict[str, Any] = {}
 
     @abstractmethod
     @override
@@ -129,7 +138,9 @@ class EpochDataModule(LightningDataModule, ABC):
     @override
     def train_dataloader(self) -> EpochLoader:
         def rows_done() -> int:
-            return batches_done(self.trainer) * self.batch_size
+            if (done := batches_done(self.trainer)) > 0:
+                self._check_same_order()
+            return done * self.batch_size
 
         n_processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank)
@@ -154,4 +165,35 @@ class EpochDataModule(LightningDataModule, ABC):
     def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
         # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
         # would draw from the global one.
-        return EpochLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=self.collate, generator=torch.Generator())
+        how: dict[str, Any] = {"collate_fn": self.collate, "num_workers": self.num_workers, "generator": torch.Generator()}
+        return EpochLoader(data, batch_size=batch_size, sampler=sampler, **how)
+
+    # ------------------------------------------------------------------ the place in an epoch, in a checkpoint
+
+    def _order(self) -> dict[str, Any]:
+        """What the order of an epoch's batches follows from, by the option that changes it."""
+        return {
+            "data.batch_size": self.batch_size,
+            "data.train_size": len(self.train),
+            "data.split_seed": self.split_seed,
+            "trainer.devices": self.trainer.world_size if self.trainer else 1,
+        }
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What the place in an epoch depends on; see :meth:`load_state_dict`."""
+        return self._order() if hasattr(self, "train") else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes note of it: a run that goes on inside an epoch needs the same."""
+        self._order_of_checkpoint = dict(state_dict)
+
+    def _check_same_order(self) -> None:
+        """Refuses to go on inside an epoch whose rows would come in another order, some of them twice and some never."""
+        for option, value in self._order().items():
+            if self._order_of_checkpoint.get(option, value) != value:
+                raise UserError(
+                    f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint lies inside an epoch, "
+                    f"received {value}; one from the end of an epoch can go on with another"
+                )

@@ -27,6 +27,7 @@ class TextClassificationDataModule(SourceDataModule):
             split.
         test_split: the split that test and predict read.
         split_seed: which rows are drawn.
+        num_workers: processes that prepare batches beside the training; 0: none.
 
     Raises:
         UserError: for files, rows and sizes that cannot be.
@@ -46,6 +47,7 @@ class TextClassificationDataModule(SourceDataModule):
         val_size: int | None = None,
         test_split: str = "validation",
         split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(
             source,
@@ -57,6 +59,7 @@ class TextClassificationDataModule(SourceDataModule):
             val_size=val_size,
             test_split=test_split,
             split_seed=split_seed,
+            num_workers=num_workers,
         )
         self.text_fields, self.label_field = ["sentence"] if text_fields is None else text_fields, label_field
         if len(self.text_fields) not in (1, 2):

@@ -17,13 +17,14 @@ class DigitsDataModule(EpochDataModule):
     Args:
         batch_size: rows in a batch.
         split_seed: which rows are in which part, and the order of training.
+        num_workers: processes that prepare batches beside the training; 0: none.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998,
         as in ``sklearn.datasets.load_digits``.
     """
 
-    def __init__(self, batch_size: int = 64, split_seed: int = 0) -> None:
-        super().__init__(batch_size, split_seed=split_seed)
+    def __init__(self, batch_size: int = 64, split_seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__(batch_size, split_seed=split_seed, num_workers=num_workers)
 
     @property
     @override

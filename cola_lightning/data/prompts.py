@@ -57,6 +57,7 @@ class PromptDataModule(OptionDataModule):
         val_size: rows of validation; ``null``: the protocol's (500; CB 100).
         test_size: rows of test and predict; ``null``: the protocol's (SST2 872, RTE 277, CB 56, BoolQ 1000).
         split_seed: which rows are drawn.
+        num_workers: processes that prepare batches beside the training; 0: none.
 
     Raises:
         UserError: for a task that there is not, and for files, rows and sizes that cannot be.
@@ -77,8 +78,9 @@ class PromptDataModule(OptionDataModule):
         val_size: int | None = None,
         test_size: int | None = None,
         split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers)
         check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
         check_subset(source, subset)
         self.task = find_task(task)

@@ -19,12 +19,18 @@ class ReviewsDataModule(OptionDataModule):
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of prompt and option, in tokens; a longer prompt loses its beginning.
         split_seed: which reviews are written.
+        num_workers: processes that prepare batches beside the training; 0: none.
     """
 
     def __init__(
-        self, batch_size: int = 8, eval_batch_size: int | None = None, max_length: int = 128, split_seed: int = 0
+        self,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 128,
+        split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers)
 
     @override
     def setup(self, stage: str) -> None:

@@ -20,12 +20,18 @@ class TokenizedDataModule(EpochDataModule):
         eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
         max_length: of a sequence, in tokens; the model's own limit holds too.
         split_seed: which rows are in which part.
+        num_workers: processes that prepare batches beside the training; 0: none.
     """
 
     def __init__(
-        self, batch_size: int = 8, eval_batch_size: int | None = None, max_length: int = 2048, split_seed: int = 0
+        self,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 2048,
+        split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, split_seed)
+        super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
         if max_length < 2:
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
         self._max_length = max_length
@@ -57,6 +63,7 @@ class SourceDataModule(TokenizedDataModule):
         val_size: rows of validation, drawn together with those of training from the train split; None: the validation split.
         test_split: the split that test and predict read.
         split_seed: which rows are drawn.
+        num_workers: processes that prepare batches beside the training; 0: none.
     """
 
     def __init__(
@@ -71,8 +78,9 @@ class SourceDataModule(TokenizedDataModule):
         val_size: int | None = None,
         test_split: str = "validation",
         split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed)
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers)
         check_sizes(train_size=train_size, val_size=val_size)
         check_subset(source, subset)
         self.source, self.subset, self.test_split = source, subset, test_split

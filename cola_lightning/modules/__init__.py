@@ -2,13 +2,13 @@
 
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.causal_lm import COLACausalLM
-from cola_lightning.modules.checkpoint import CHECKPOINT_KEY, base_from_checkpoint
 from cola_lightning.modules.digits import COLADigits
 from cola_lightning.modules.language import LanguageModule, StepOutput
+from cola_lightning.modules.reading import base_from_checkpoint
+from cola_lightning.modules.recipe import find_class
 from cola_lightning.modules.sequence_classification import COLASequenceClassifier
 
 __all__ = [
-    "CHECKPOINT_KEY",
     "COLACausalLM",
     "COLADigits",
     "COLAModule",
@@ -16,4 +16,5 @@ __all__ = [
     "LanguageModule",
     "StepOutput",
     "base_from_checkpoint",
+    "find_class",
 ]

@@ -10,17 +10,20 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_lora
-from cola_lightning.chain import Link, begin_link, describe_base, finish_link
+from cola_lightning.chain import Chain, Link, begin_link, finish_link
+from cola_lightning.chain_files import read_chain
 from cola_lightning.errors import UserError
+from cola_lightning.fingerprint import describe_base
 from cola_lightning.layers import Init
 from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
+from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
@@ -50,6 +53,9 @@ class COLAModule(LinkTraining):
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
         finished_links: ``merge`` adds a finished link to the frozen weights.
+        init_chain: where to start from: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are
+            merged before training begins; ``null``: from the base. A checkpoint of the run holds them, too.
+        init_links: how many links of ``init_chain``, from the first; ``null``: all.
         save_base: store the adapted base's weights in each checkpoint, for a base that cannot be made again bit for bit.
 
     Raises:
@@ -74,6 +80,8 @@ class COLAModule(LinkTraining):
         warmup_steps: float = 0,
         schedule_scope: Literal["link", "run"] = "link",
         finished_links: Literal["merge"] = "merge",
+        init_chain: str | None = None,
+        init_links: int | None = None,
         save_base: bool = False,
     ) -> None:
         super().__init__()
@@ -91,6 +99,16 @@ class COLAModule(LinkTraining):
         self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
+        self.init_chain, self.init_links = init_chain, init_links
+        self._first_chain: Chain | None = None
+        if init_links is not None and init_chain is None:
+            raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
+        if init_chain is not None and not is_reading_checkpoint():  # here: before any time is lost
+            self._first_chain = read_chain(init_chain, init_links, "model.init_chain")
+            if target_modules is None:
+                raise UserError(
+                    "model.init_chain: expected null without links (model.target_modules is null), received a chain"
+                )
         self.schedule = ChainSchedule()
         self.run_length = None  # known while training
 
@@ -109,17 +127,26 @@ class COLAModule(LinkTraining):
             return
         if self.seed is None:
             given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
-            self.seed = distributed.draw_seed() if given is None else int(given)
-            if given is None:
+            self._given_seed = None if given is None else int(given)
+            self.seed = seed_of_checkpoint() if given is None else int(given)
+            if self.seed is None:
+                self.seed = distributed.draw_seed()
                 log.info("model.seed: %d was drawn, for none was given", self.seed)
         dtype = torch.get_default_dtype()  # float64 under Lightning's 64-true
         self.model = self._make_adapted_base()
-        self.chain.base = describe_base(self.model)
+        self.chain.base = describe_base(self.model, self.base_name)
         self._cast_adapted(dtype)
         if self.save_base:
             self._base_weights = base_weights(self.model)
+        if self._first_chain is not None:
+            self._start_from(self._first_chain)
         if self.target_modules is not None:
             self._begin_link()
+
+    @property
+    def base_name(self) -> str:
+        """What the base is called, in messages and beside its fingerprint."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def _make_adapted_base(self) -> nn.Module:
         assert self.seed is not None
@@ -135,6 +162,17 @@ class COLAModule(LinkTraining):
                 )
         return model
 
+    @property
+    @override
+    def _scheduled(self) -> list[float]:
+        return [self.schedule.rank(self.link, self.rank), self.schedule.alpha(self.link, self.alpha)]
+
+    @property
+    @override
+    def _init(self) -> list[str | int | None]:
+        return [self.init_chain, self.init_links]
+
+    @override
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
         rank = self.schedule.rank(self.link, self.rank) if rank is None else rank
         alpha = self.schedule.alpha(self.link, self.alpha) if alpha is None else alpha
@@ -179,25 +217,19 @@ class COLAModule(LinkTraining):
 
     def live_link(self) -> Link:
         """The live link as it is now: what a knot would record."""
-        trainer = self._attached_trainer
         return finish_link(
             self._layers,
             index=self.link,
             start_step=self.link_start.global_step,
             end_step=self._now.global_step,
             extras=self._extras(),
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items()} if trainer else {},
+            metrics=self._metrics(),
         )
 
     @property
     def _now(self) -> Counters:
         trainer = self._attached_trainer
         return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
-
-    def _extras(self) -> dict[str, Tensor]:
-        """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
-        named = self.model.named_parameters(remove_duplicate=False)  # a tied weight has two names
-        return base_weights(self.model, without={name for name, parameter in named if not parameter.requires_grad})
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.

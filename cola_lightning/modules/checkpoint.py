@@ -5,13 +5,8 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 """
 
 import functools
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,32 +15,16 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
-from cola_lightning.chain import Chain, check_same_base, check_same_layers
+from cola_lightning.chain import Chain
+from cola_lightning.chain_files import CHECKPOINT_KEY
+from cola_lightning.chain_folder import FORMAT_VERSION
 from cola_lightning.errors import UserError
 from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
+from cola_lightning.modules.progress import settle
+from cola_lightning.modules.reading import READING
+from cola_lightning.modules.recipe import RemembersArguments
 from cola_lightning.schedule import ChainSchedule, Counters
-
-log = logging.getLogger(__name__)
-
-CHECKPOINT_KEY = "cola"
-
-_BASE_IN_CHECKPOINT: ContextVar[bool] = ContextVar("base_in_checkpoint", default=False)
-
-
-@contextmanager
-def base_from_checkpoint(path: str | Path) -> Iterator[None]:
-    """Tells modules that are made inside the block that a checkpoint is about to be loaded into them.
-
-    If it holds its base (``save_base``), ``build_model`` need not make the base's weights: see
-    :attr:`CheckpointedChain.is_base_in_checkpoint`. Lightning tells a module of its checkpoint only after the model is made.
-    """
-    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get(CHECKPOINT_KEY, {})
-    token = _BASE_IN_CHECKPOINT.set(state.get("base_weights") is not None)
-    try:
-        yield
-    finally:
-        _BASE_IN_CHECKPOINT.reset(token)
 
 
 def base_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
@@ -58,8 +37,8 @@ def _is_factor(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 
-class CheckpointedChain(LightningModule):
-    """The part of :class:`~cola_lightning.modules.COLAModule` that writes and reads checkpoints.
+class CheckpointedChain(RemembersArguments, LightningModule):
+    """The part of :class:`~cola_lightning.modules.COLAModule` that is written into checkpoints.
 
     Attributes:
         model: the adapted model.
@@ -67,6 +46,9 @@ class CheckpointedChain(LightningModule):
         schedule: when knots fall; one link until ChainOfLoRA gives its own.
         link_start: the counters at which the live link began.
         seed: what every draw comes from.
+        is_validating_in_fit: whether a validation of a fit has begun and not ended.
+        window_start: epoch and batch at which the accumulation window began.
+        window_buffers: the persistent buffers as they were then.
     """
 
     model: nn.Module
@@ -81,12 +63,16 @@ class CheckpointedChain(LightningModule):
         self._base_weights: dict[str, Tensor] | None = None
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
+        self.is_validating_in_fit = False
+        self.window_start: tuple[int, int] | None = None
+        self.window_buffers: dict[str, Tensor] = {}
         self.forget_checkpoint()
 
     def forget_checkpoint(self) -> None:
         """A fit begins: what an earlier checkpoint's run had is no longer to be met."""
         self._had_knots = False
         self._had_optimizer: str | None = None
+        self._metrics_before: dict[str, float] = {}
 
     @property
     def link(self) -> int:
@@ -96,7 +82,8 @@ class CheckpointedChain(LightningModule):
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether the base's weights come from a checkpoint, so that only their shapes matter."""
-        return _BASE_IN_CHECKPOINT.get() or self._base_weights is not None
+        reading = READING.get()
+        return (reading is not None and reading.holds_base) or self._base_weights is not None
 
     @property
     def _layers(self) -> dict[str, LoRALayer]:
@@ -112,20 +99,22 @@ class CheckpointedChain(LightningModule):
     def _make_adapted_base(self) -> nn.Module:
         raise NotImplementedError
 
-    @classmethod
-    @override
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As in Lightning; a base that the checkpoint holds is not made first.
+    def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
+        raise NotImplementedError
 
-        Args:
-            checkpoint_path: a file that a fit of this class wrote.
-            *args: see ``LightningModule.load_from_checkpoint``.
-            **kwargs: this class' own arguments, as in training.
-        """
-        is_local = isinstance(checkpoint_path, str | PathLike) and "://" not in str(checkpoint_path)
-        with base_from_checkpoint(checkpoint_path) if is_local else nullcontext():
-            module: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        return module
+    def restore_chain(self, checkpoint: dict[str, Any]) -> None:
+        """Brings the weights to the state of a checkpoint's chain."""
+        raise NotImplementedError
+
+    @property
+    def _init(self) -> list[str | int | None]:
+        """The chain that the run began from, and how many of its links, as they were asked for."""
+        raise NotImplementedError
+
+    @property
+    def _scheduled(self) -> list[float]:
+        """Rank and alpha of the live link, as they were asked for."""
+        raise NotImplementedError
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -166,18 +155,38 @@ class CheckpointedChain(LightningModule):
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""
-        live = next(iter(self._layers.values()), None)
+        layer = next(iter(self._layers.values()), None)
+        live = layer and {
+            "rank": layer.rank,
+            "alpha": layer.alpha,
+            "scheduled": self._scheduled,
+            "metrics": self._metrics(),
+            "extras": list(self._extras()),
+        }
         return {
-            "version": 1,
+            "format_version": FORMAT_VERSION,
+            "module": self.recipe(),
             "chain": self.chain.state_dict(),
-            "live": {"rank": live.rank, "alpha": live.alpha} if live else None,
-            "dtype": str(live.weight.dtype).removeprefix("torch.") if live else None,
+            "live": live,
+            "dtype": str(layer.weight.dtype).removeprefix("torch.") if layer else None,
             "link_start": list(self.link_start),
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,
+            "init": self._init,
             "optimizer": self._optimizer_class,
             "base_weights": self._base_weights,
         }
+
+    def _metrics(self) -> dict[str, float]:
+        """What was logged last, before a resume or since."""
+        trainer = self._attached_trainer
+        logged = trainer.callback_metrics if trainer else {}
+        return self._metrics_before | {name: float(value) for name, value in logged.items()}
+
+    def _extras(self) -> dict[str, Tensor]:
+        """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
+        named = self.model.named_parameters(remove_duplicate=False)  # a tied weight has two names
+        return base_weights(self.model, without={name for name, parameter in named if not parameter.requires_grad})
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -185,6 +194,12 @@ class CheckpointedChain(LightningModule):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{name!r} is no longer finite, in link {self.link}: this checkpoint is not written")
         checkpoint[CHECKPOINT_KEY] = self.chain_state()
+        trainer = self._attached_trainer
+        if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
+            return
+        batch_idx = settle(checkpoint, trainer, is_validating=self.is_validating_in_fit)
+        if batch_idx is not None and self.window_start == (trainer.current_epoch, batch_idx):
+            checkpoint["state_dict"] |= self.window_buffers
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -196,59 +211,6 @@ class CheckpointedChain(LightningModule):
         for name in ("on_save_checkpoint", "on_load_checkpoint"):
             if name in vars(cls):
                 setattr(cls, name, _after(getattr(CheckpointedChain, name), vars(cls)[name]))
-
-    def restore_chain(self, checkpoint: Mapping[str, Any]) -> None:
-        """Brings the weights to the state of a checkpoint's chain: replays what they miss, on the base made anew if need be.
-
-        Raises:
-            UserError: if the checkpoint has no chain, or its chain was trained on another base.
-        """
-        if CHECKPOINT_KEY not in checkpoint:
-            raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
-        state = checkpoint[CHECKPOINT_KEY]
-        chain, base = Chain.from_state_dict(state["chain"]), state["base_weights"]
-        if base is None:
-            check_same_base(chain.base, self.chain.base)
-        elif base is not self._base_weights:
-            check_same_layers(chain.base, self.chain.base)
-            _check_same_shapes(base, base_weights(self.model))
-            self._base_weights = base
-            self._write_base(self.model)
-            self.chain = Chain(base=chain.base)
-        if not self.chain.is_beginning_of(chain):
-            self._write_base(self.model)
-            self.chain = Chain(base=chain.base)
-        if state["dtype"] is not None:
-            self._cast_adapted(getattr(torch, state["dtype"]))
-        trainer = self._attached_trainer
-        chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
-        self.chain = chain
-        for layer in self._layers.values():
-            layer.rank, layer.alpha = int(state["live"]["rank"]), float(state["live"]["alpha"])
-        if self._given_seed not in (None, state["seed"]):
-            log.warning("model.seed: the checkpoint's, %s, holds, not %s", state["seed"], self._given_seed)
-        self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
-        self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
-
-    def _cast_adapted(self, dtype: torch.dtype) -> None:
-        """Casts the adapted layers where the training is in float64: Lightning's own cast comes only after the replay."""
-        if dtype == torch.float64:
-            for layer in self._layers.values():
-                layer.double()
-
-    def _write_base(self, model: nn.Module) -> None:
-        """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
-        weights = self._base_weights
-        state = model.state_dict()
-        for name, value in (base_weights(self._make_adapted_base()) if weights is None else weights).items():
-            distributed.copy_(state[name], value)
-
-
-def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | received.keys()):
-        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
-        if theirs != ours:
-            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.errors import UserError
+from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ class ChainKeeper(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a resume may lie inside one
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        _check_whole_windows(trainer)
+        self._buffer_names = pl_module.state_dict().keys() - dict(pl_module.named_parameters(remove_duplicate=False)).keys()
+        self.module.is_validating_in_fit = False
+        self._modes = [(part, part.training) for part in pl_module.modules()]
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run = run_length(trainer, START if is_resumed else now)
         if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
@@ -52,8 +59,29 @@ class ChainKeeper(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            state = pl_module.state_dict() if self._buffer_names else {}
+            self.module.window_start = trainer.current_epoch, batch_idx
+            self.module.window_buffers = {name: distributed.gather(state[name]) for name in self._buffer_names}
+        align_logged_step(trainer)
         assert self.module.seed is not None
         seed_batch(self.module.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.module.is_validating_in_fit = True
+            align_logged_step(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.module.is_validating_in_fit = False
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.module.is_validating_in_fit:  # Lightning leaves the model in evaluation mode: a next fit would lose its dropout
+            for part, is_training in self._modes:
+                part.training = is_training
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -72,11 +100,25 @@ def seed_batch(seed: int, rank: int, epoch: int, batch_idx: int) -> None:
     torch.manual_seed(distributed.derive_seed(seed, rank, epoch, batch_idx))
 
 
+def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+
+def _check_whole_windows(trainer: Trainer) -> None:
+    """Refuses to resume inside an epoch in the middle of what is an accumulation window now."""
+    done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
+    if done % max(1, window) and done != trainer.num_training_batches:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "
+            f"behind it, received {window}"
+        )
+
+
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:
     """How far the trainer's fit goes; to be asked once its data is set up."""
     if trainer.accumulate_grad_batches < 1:
         raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
-    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    schedulers = _accumulation_schedulers(trainer)
 
     def steps_in_epoch(epoch: int) -> float:
         window = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches

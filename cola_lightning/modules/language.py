@@ -90,6 +90,12 @@ class LanguageModule(COLAModule, ABC):
 
     # ------------------------------------------------------------------ the model
 
+    @property
+    @override
+    def base_name(self) -> str:
+        revision = self.pretrained.revision
+        return self.pretrained.model_name + (f"@{revision}" if revision else "")
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, which knows the longest sequence that the model can take. Data modules ask for it."""
@@ -119,6 +125,10 @@ class LanguageModule(COLAModule, ABC):
         return cast(nn.Module, model)
 
     # ------------------------------------------------------------------ the steps
+
+    @override
+    def on_validation_start(self) -> None:
+        self.val_metric.reset()  # what an interrupted validation has left
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.errors import UserError
-from cola_lightning.modules.checkpoint import CheckpointedChain
+from cola_lightning.modules.restore import RestoredChain
 from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-class LinkTraining(CheckpointedChain):
+class LinkTraining(RestoredChain):
     """The part of :class:`~cola_lightning.modules.COLAModule` that trains the live link.
 
     Attributes:
@@ -44,8 +45,28 @@ class LinkTraining(CheckpointedChain):
     alpha: float
     run_length: RunLength | None
 
-    def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
-        raise NotImplementedError
+    @override
+    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
+        state, live = checkpoint[CHECKPOINT_KEY], checkpoint[CHECKPOINT_KEY]["live"]
+        if self._given_seed not in (None, state["seed"]):
+            raise UserError(f"model.seed: expected {state['seed']}, the checkpoint's, received {self._given_seed}")
+        if live is not None and live["scheduled"] != self._scheduled:
+            (rank, alpha), (my_rank, my_alpha) = live["scheduled"], self._scheduled
+            raise UserError(
+                f"chain.ranks, chain.alphas, model.alpha: expected rank {rank} and alpha {alpha:g} for link {self.link}, in "
+                f"which the checkpoint lies, received {my_rank} and {my_alpha:g}"
+            )
+        if self._init[0] is not None and self._init != state["init"]:
+            raise UserError(
+                f"model.init_chain: expected null, or {state['init']}, from which the checkpoint's run began, "
+                f"received {self._init}"
+            )
+        had_rate = len(checkpoint["optimizer_states"][0]["param_groups"]) > 1
+        if had_rate is (self.modules_to_save_lr is None):
+            raise UserError(
+                f"model.modules_to_save_lr: expected {'a number' if had_rate else 'null'}, as in the checkpoint's run, "
+                f"received {self.modules_to_save_lr}"
+            )
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -54,6 +75,7 @@ class LinkTraining(CheckpointedChain):
             optimizer = self.optimizer(self._parameter_groups())
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+        self._wanted_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         if self._had_optimizer not in (None, self._optimizer_class) and self.run_length is None:
             raise UserError(
@@ -115,7 +137,9 @@ class LinkTraining(CheckpointedChain):
         self.run_length = run_length
         if now is None and self._had_knots and not self.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
-        if now is not None:
+        if now is None:
+            self._take_up_optimizer()
+        else:
             self.link_start = now
             self._apply_schedule()
             if now.global_step and self.schedule_scope == "run":  # the first rate was set before the run's length was known
@@ -132,6 +156,22 @@ class LinkTraining(CheckpointedChain):
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
                 f"max_steps, endless data, or a should_tie of one's own), received {received}"
             )
+
+    def _take_up_optimizer(self) -> None:
+        """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
+
+        Its state stays. With the same hyperparameters, and as many steps to go, nothing changes.
+        """
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        scheduler = cast(LambdaLR, scheduler)
+        for k, (group, wanted) in enumerate(zip(optimizer.param_groups, self._wanted_groups, strict=True)):
+            before = group | {"lr": group["initial_lr"]}
+            if changed := {name: value for name, value in wanted.items() if before[name] != value}:
+                told = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changed.items())
+                log.info("model.optimizer: from here on %s", told)
+            rate = wanted["lr"]
+            group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
+            scheduler.base_lrs[k] = rate
 
     def _apply_schedule(self) -> None:
         """Begins link 0 again if the model is older than the schedule, which wants another rank or alpha."""

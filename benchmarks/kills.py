@@ -1,0 +1,66 @@
+"""Runs that are killed and resumed: are they what they would have been?
+
+    python benchmarks/kills.py
+
+trains two small set-ups (digits; a Llama of two layers on prompts) with ``cola fit``, kills each at twelve moments, resumes it
+from its ``last.ckpt``, and compares everything with the run that nobody killed: losses, learning rates, metrics and the order
+of the data, batch by batch, and at the end the links, the optimizer and the schedule, to the bit (about six minutes on two
+cores). It writes ``kills.jsonl``, one kill a line, and prints a table; exit status 1 if anything differs.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests make the same kills
+
+from tests.kills import KILLS, SETUPS, Outcome, run_kill, run_whole
+
+
+def run_all(folder: Path, output: Path) -> list[Outcome]:
+    """All kills of all set-ups; each outcome is written as soon as it is there."""
+    wholes = {}
+    for setup in SETUPS:
+        (folder / setup).mkdir(parents=True)
+        wholes[setup] = run_whole(setup, folder / setup)
+    output.write_text("")
+    outcomes = []
+    for setup, kill in track([(setup, kill) for setup in SETUPS for kill in KILLS], "kills"):
+        outcomes.append(run_kill(setup, wholes[setup], kill))
+        with output.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(outcomes[-1])) + "\n")
+    return outcomes
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """One kill a row."""
+    result = Table("set-up", "moment", "signal", "exit", "resumed from step", "steps, batches, validations twice", "equal")
+    for o in outcomes:
+        twice = f"{o.steps_twice}, {o.batches_twice}, {o.validations_twice}"
+        start = "the beginning" if o.resumed_from is None else str(o.resumed_from)
+        equal = f"no: {o.wrong[0]}" if o.wrong else "yes"
+        result.add_row(o.setup, o.moment, o.signal, str(o.status), start, twice, equal)
+    return result
+
+
+def main() -> int:
+    """Kills, compares, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the outcomes, written anew")
+    parser.add_argument("--folder", type=Path, help="a new folder for the runs, which stay there (default: they do not)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = run_all(options.folder or Path(folder), options.output)
+    Console(width=160).print(table(outcomes))
+    return int(any(outcome.wrong for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Chains as PEFT adapters: any LoRA of PEFT's is one link, and a whole chain is one LoRA of rank sum(r)."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_lightning.chain import Chain, Link
+from cola_lightning.chain_folder import FORMAT_VERSION, check_version
+from cola_lightning.errors import UserError
+
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LINKS_KEY = "cola_chain"  # in the metadata of the tensors' file: of which links the factors are made
+
+# Fields of PEFT's configuration under which an adapter is more, or other, than (alpha / rank) B A beside a weight ...
+OTHER_KINDS = ["use_dora", "use_qalora", "use_bdlora", "layer_replication", "megatron_config", "trainable_token_indices"]
+OTHER_KINDS += ["target_parameters", "lora_bias", "alora_invocation_tokens"]
+OTHER_KINDS += ["arrow_config", "kasa_config", "monteclora_config"]
+# ... and initialisations that change the base beside it.
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_adapter(folder: str | Path) -> Chain:
+    """An ordinary LoRA of PEFT's as a chain of one link; one that was a chain, as that chain again (equal to rounding).
+
+    Ranks and alphas that differ from layer to layer are folded into B, and the factors are padded to the largest rank.
+
+    Raises:
+        UserError: for an adapter of another kind, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        with safe_open(folder / TENSORS_NAME, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            links = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_NAME} holds no fields")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"adapter: expected {CONFIG_NAME} and {TENSORS_NAME} of PEFT in {str(folder)!r}, received what cannot be read "
+            f"({error})"
+        ) from error
+    if (kind := _other_kind(config)) is not None:
+        raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {kind}")
+
+    pairs, extras = _sort(tensors, str(folder))
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    factors = {}
+    for name, pair in pairs.items():
+        lora_A, lora_B = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
+        factors[name] = _padded(lora_A, lora_B * _scaling(config, name, lora_A.shape[0]), rank)
+    # alpha = rank: the scaling, alpha / rank, is in B.
+    link = Link(index=0, rank=rank, alpha=float(rank), start_step=0, end_step=0, factors=factors, extras=extras)
+    if links is None:
+        return Chain([link], {})
+    check_version(links.get("format_version"), str(folder / TENSORS_NAME))
+    return _split(link, links)
+
+
+def _other_kind(config: dict[str, Any]) -> str | None:
+    """What makes an adapter something else than an ordinary LoRA; None for an ordinary one."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type {config.get('peft_type')}"
+    if config.get("bias", "none") != "none":
+        return f"bias {config['bias']}"
+    if str(config.get("init_lora_weights")).lower().startswith(OTHER_BASES):
+        return f"init_lora_weights {config['init_lora_weights']}"
+    return next((kind for kind in OTHER_KINDS if config.get(kind)), None)
+
+
+def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """The factors by layer, and what is trained whole by name."""
+    names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
+    try:
+        pairs = {layer: (names.pop(f"{layer}.lora_A.weight"), names.pop(f"{layer}.lora_B.weight")) for layer in layers}
+    except KeyError as error:
+        raise UserError(f"adapter: expected two factors for each layer in {where}, received none of {error}") from error
+    unknown = [name for name in names if ".lora_" in name] + [name for name, pair in pairs.items() if pair[0].dim() != 2]
+    if not pairs or unknown:
+        raise UserError(f"adapter: expected the factors of linear layers in {where}, received {(unknown or ['none'])[0]!r}")
+    return pairs, names
+
+
+def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    """PEFT's factor in front of B A; a pattern's keys are regular expressions for the end of a layer's name.
+
+    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is its ``lora_alpha`` where none is written).
+    """
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _padded(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product at a larger rank."""
+    missing = rank - lora_A.shape[0]
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, missing)), torch.nn.functional.pad(lora_B, (0, missing))
+
+
+# ---------------------------------------------------------------------- a chain as an adapter
+
+
+def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
+    """The whole chain as one pair of factors a layer: A's rows and the scaled B's columns, link after link.
+
+    Shape:
+        A: sum(r) x in; B: out x sum(r), in float32; a layer that a link leaves alone has zeros there.
+    """
+    factors = {}
+    for name in chain.layers:
+        shapes = ((A.shape[1], B.shape[0]) for A, B in (link.factors[name] for link in chain.links if name in link.factors))
+        n_in, n_out = next(shapes)
+        parts = [link.factors.get(name, (torch.zeros(link.rank, n_in), torch.zeros(n_out, link.rank))) for link in chain.links]
+        lora_B = torch.cat([B * link.scaling for (_, B), link in zip(parts, chain.links, strict=True)], dim=1)
+        factors[name] = torch.cat([A for A, _ in parts]).float(), lora_B.float()
+    return factors
+
+
+def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of B A by a smaller rank, and its relative error in the Frobenius norm.
+
+    Shape:
+        A: rank x in; B: out x rank.
+
+    Source: Eckart and Young (1936); the SVD is that of a small matrix, of the triangles of B = Q R and A^T = P S: R S^T.
+    """
+    q, r = torch.linalg.qr(lora_B.double())
+    p, s = torch.linalg.qr(lora_A.double().T)
+    u, values, v = torch.linalg.svd(r @ s.T, full_matrices=False)
+    total = float(torch.linalg.vector_norm(values))
+    error = float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
+    root = values[:rank].sqrt()
+    smaller = (root[:, None] * (v[:rank] @ p.T)).float(), (q @ u[:, :rank] * root).float()
+    return *_padded(*smaller, rank), error  # a layer may have a side that is smaller yet
+
+
+def describe_links(chain: Chain) -> dict[str, Any]:
+    """What is lost when factors are concatenated: which belong to which link, and what is known of it."""
+    names = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
+    links = [{name: getattr(link, name) for name in names} for link in chain.links]
+    return {"format_version": FORMAT_VERSION, "base": chain.base, "links": links}
+
+
+def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
+    links, start = [], 0
+    for facts in description["links"]:
+        end, scaling = start + facts["rank"], facts["alpha"] / facts["rank"]
+        factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
+        links.append(Link(**facts, factors=factors, extras=whole.extras if end == whole.rank else {}))
+        start = end
+    return Chain(links, description["base"])
+
+
+def peft_config(
+    base: nn.Module, layers: list[str], rank: int, modules_to_save: list[str], base_name: str, revision: str | None
+) -> Any:
+    """The ``LoraConfig`` of an adapter whose scaling is 1.
+
+    Raises:
+        UserError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'") from error
+    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    modules = dict(base.named_modules())
+    return LoraConfig(
+        task_type=next((task for ending, task in kinds.items() if type(base).__name__.endswith(ending)), None),
+        base_model_name_or_path=base_name,
+        revision=revision,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_modules(layers, list(modules)),
+        modules_to_save=modules_to_save or None,
+        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
+        inference_mode=True,
+    )
+
+
+def _target_modules(layers: list[str], modules: list[str]) -> list[str] | str:
+    """What PEFT takes for these layers alone: the last parts of their names, else the whole names, else an expression."""
+    for names in (sorted({name.rpartition(".")[2] for name in layers}), layers):
+        endings = tuple(f".{name}" for name in names)
+        if {name for name in modules if name in names or name.endswith(endings)} == set(layers):
+            return names
+    return "|".join(map(re.escape, layers))
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    whole: Mapping[str, Tensor],
+    config: Any,
+    description: Mapping[str, Any] | None,
+) -> None:
+    """Writes the two files of an adapter into a folder.
+
+    Args:
+        folder: where.
+        factors: A and B by layer, of scaling 1.
+        whole: what was trained whole, by name.
+        config: the ``LoraConfig``.
+        description: of :func:`describe_links`, where the factors are those of a chain.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"{PREFIX}{name}": value for name, value in whole.items()}
+    for name, pair in factors.items():
+        tensors |= {f"{PREFIX}{name}.lora_{factor}.weight": value for factor, value in zip("AB", pair, strict=True)}
+    metadata = {"format": "pt"} | ({LINKS_KEY: json.dumps(description)} if description else {})
+    config.save_pretrained(str(folder))
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, folder / TENSORS_NAME, metadata)

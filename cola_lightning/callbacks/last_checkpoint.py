@@ -1,0 +1,115 @@
+"""The newest state of a fit, always under the same name."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+from cola_lightning.errors import UserError
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` the newest state of the fit: what it goes on from after whatever has stopped it.
+
+    It is written after each epoch and each validation, whenever another callback has written a checkpoint, and when the fit
+    ends, is interrupted, or fails; an optimizer step that failed halfway is not written. The command line brings it along, as
+    the group ``last``. (ModelCheckpoint's ``save_last`` writes only beside a checkpoint that its ``monitor`` liked.)
+
+    Args:
+        every_n_train_steps: write it after every n optimizer steps, too.
+        train_time_interval: write it, too, when so much time has passed since it was last: ``0:10:00`` is ten minutes.
+
+    Raises:
+        UserError: for values that cannot be.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise UserError(f"last.every_n_train_steps: expected a whole number of at least 1, received {every_n_train_steps}")
+        super().__init__(filename=self.CHECKPOINT_NAME_LAST, enable_version_counter=False)
+        self.every_n_train_steps, self.interval = every_n_train_steps, train_time_interval
+        self._is_in_training = self._is_writing = self._is_outdated = False
+        self._stepping_batch: int | None = None
+        self._written_at = 0.0
+        self._step_written = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._is_in_training = self._is_outdated = False
+        # After all others, for what they write; and so that ckpt_path="best" asks another.
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ when
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_in_training, self._stepping_batch = True, None
+        self._written_at, self._step_written = time.monotonic(), trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:  # noqa: D102
+        self._stepping_batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        step, every = trainer.global_step, self.every_n_train_steps
+        is_due = bool(every) and step % (every or 1) == 0 and step != self._step_written
+        if self.interval is not None:
+            is_due |= bool(trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.interval.total_seconds()))
+        if is_due or self._is_outdated:
+            self._write(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_outdated:
+            self._write(trainer)
+        self._is_in_training = False
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        is_alone = trainer.world_size == 1 or not isinstance(exception, Exception)  # else other processes may not be here
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
+        if not self._is_in_training or is_halfway or self._is_writing or not is_alone:
+            return
+        try:
+            self._write(trainer)
+        except Exception as error:  # the first failure is the one to tell of
+            exception.add_note(f"and its last checkpoint could not be written: {error}")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._is_outdated = not self._is_writing
+
+    # ------------------------------------------------------------------ what
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = str(Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        self._is_writing = True
+        trainer.save_checkpoint(path, weights_only=False)
+        self._is_writing = False  # not in a finally: a writing that fails is not to be tried again
+        self._written_at, self._step_written = time.monotonic(), trainer.global_step
+        self.last_model_path = self.best_model_path = path
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load: where the former run wrote is not where this one does."""

@@ -1,0 +1,87 @@
+"""Chains wherever they lie: in a checkpoint, in a folder of their own, or in a PEFT adapter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cola_lightning.adapter import CONFIG_NAME, read_adapter
+from cola_lightning.chain import Chain, Link
+from cola_lightning.chain_folder import JSON_NAME, check_version
+from cola_lightning.errors import UserError
+
+CHECKPOINT_KEY = "cola"  # all of ours in a checkpoint
+
+
+def read_chain(path: str | Path, links: int | None = None, field: str = "checkpoint") -> Chain:
+    """Reads a chain without its base.
+
+    Args:
+        path: a checkpoint, whose live link then is the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
+            link.
+        links: how many, from the first; None: all.
+        field: what the user calls the path, for messages.
+
+    Raises:
+        UserError: for a path that is none of these, and for files that are damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        chain = chain_of(read_checkpoint(path, field))
+    elif (path / JSON_NAME).is_file():
+        chain = Chain.load(path)
+    elif (path / CONFIG_NAME).is_file():
+        chain = read_adapter(path)
+    else:
+        what = "holds none of these" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"{field}: expected a checkpoint, a chain folder or a PEFT adapter, received {str(path)!r}, which {what}"
+        )
+    return chain if links is None else chain.truncate(links)
+
+
+def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, Any]:
+    """A checkpoint of a COLA module, on the CPU and mapped from the file where it can be.
+
+    Raises:
+        UserError: for a path that is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        is_ours = CHECKPOINT_KEY in checkpoint
+    except Exception as error:  # whatever torch.load makes of the bytes
+        raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which cannot be read") from error
+    if not is_ours:
+        raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
+    check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), str(path))
+    loaded: dict[str, Any] = checkpoint
+    return loaded
+
+
+def chain_of(checkpoint: Mapping[str, Any]) -> Chain:
+    """The chain of a checkpoint: its finished links, and the live one as it stood."""
+    state = checkpoint[CHECKPOINT_KEY]
+    chain, live = Chain.from_state_dict(state["chain"]), state["live"]
+    if live is None:  # trained without links
+        return chain
+    weights = checkpoint["state_dict"]
+    rank, factors = int(live["rank"]), {}
+    for name in chain.base["weight_norms"]:
+        lora_A, lora_B = (weights[f"model.{name}.lora_{factor}"] for factor in "AB")
+        factors[name] = lora_A[:rank].contiguous(), lora_B[:, :rank].contiguous()
+    link = Link(
+        index=len(chain),
+        rank=rank,
+        alpha=float(live["alpha"]),
+        start_step=int(state["link_start"][1]),
+        end_step=int(checkpoint["global_step"]),
+        factors=factors,
+        extras={name: weights[f"model.{name}"] for name in live["extras"]},
+        metrics=dict(live["metrics"]),
+    )
+    return Chain([*chain.links, link], chain.base)

@@ -1,0 +1,139 @@
+"""``cola inspect`` and ``cola export``: what is done with a chain when no training goes on."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+from cola_lightning.chain import Chain
+from cola_lightning.chain_files import CHECKPOINT_KEY, read_chain, read_checkpoint
+from cola_lightning.errors import UserError
+from cola_lightning.writing import check_free
+
+LINKS = "how many links: the finished ones first, then the live one; 0 is the base (default: all)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def run(command: str, words: Sequence[str]) -> None:
+    """Runs ``inspect`` or ``export``.
+
+    Args:
+        command: which.
+        words: what follows it on the command line.
+
+    Raises:
+        UserError: for what is written wrong.
+    """
+    {"inspect": _inspect, "export": _export}[command](words)
+
+
+def _inspect(words: Sequence[str]) -> None:
+    parser = _Parser("cola inspect", description="Says what each link of a chain did.", allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, a chain folder, or a PEFT adapter")
+    parser.add_argument("--links", type=int, metavar="N", help=LINKS)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and singular values")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every layer, in place of the table")
+    options = parser.parse_args(words)
+
+    import rich
+
+    from cola_lightning.inspection import plot, report, table, to_json
+
+    reports = report(read_chain(options.checkpoint, options.links))
+    if options.plot is not None:
+        plot(reports, options.plot)
+    if options.json:
+        print(json.dumps(to_json(reports), indent=2, allow_nan=False))
+    else:
+        rich.print(table(reports))
+
+
+def _export(words: Sequence[str]) -> None:
+    parser = _Parser("cola export", description="Makes a model, an adapter or a chain of a checkpoint.", allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=["merged", "peft", "chain"],
+        help="merged: a plain Hugging Face model (of another module, its state dict); peft: the chain as one PEFT adapter; "
+        "chain: a chain folder",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
+    parser.add_argument("--links", type=int, metavar="N", help=LINKS)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of merged (default: the base's)")
+    parser.add_argument("--max_rank", type=int, metavar="R", help="of peft: recompress to this rank, by SVD")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
+    parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
+    options = parser.parse_args(words)
+    for option, value, format_ in (("dtype", options.dtype, "merged"), ("max_rank", options.max_rank, "peft")):
+        if value is not None and options.format != format_:
+            raise UserError(f"{option}: expected --format {format_} beside it, received {options.format}")
+    if options.max_rank is not None and options.max_rank < 1:
+        raise UserError(f"max_rank: expected at least 1, received {options.max_rank}")
+    check_free(options.output, overwrite=options.overwrite)
+    checkpoint = read_checkpoint(options.checkpoint)
+    for line in (_export_chain if options.format == "chain" else _export_model)(options, checkpoint):
+        print(line)
+    print(f"written: {options.output}")
+
+
+def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
+    chain = read_chain(options.checkpoint, options.links)
+    if checkpoint[CHECKPOINT_KEY]["live"] is None:
+        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
+    chain.save(options.output, overwrite=options.overwrite)
+    if options.no_verify:
+        return ["not compared"]
+    again = Chain.load(options.output)
+    assert len(again) == len(chain) and again.is_beginning_of(chain)  # noqa: PT018
+    return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
+
+
+def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
+    recipe = checkpoint[CHECKPOINT_KEY]["module"]
+    if recipe["not_plain"]:
+        raise UserError(
+            f"checkpoint: expected a {recipe['class_path']} made with plain arguments, received one with another "
+            f"{recipe['not_plain'][0]!r}: load it in Python, and call its merged_model()"
+        )
+    import torch
+
+    from cola_lightning.export import export_adapter, export_merged, make_probe
+    from cola_lightning.modules import COLAModule, find_class
+
+    find_class(recipe["class_path"])
+
+    is_adapter = options.format == "peft"
+    if is_adapter and checkpoint[CHECKPOINT_KEY]["live"] is None:
+        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
+    module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
+    probe = make_probe(module.model, module.example_input_array)
+    how: dict[str, Any] = {"verify": not options.no_verify, "overwrite": options.overwrite}
+    pretrained = getattr(module, "pretrained", None)
+    if not is_adapter:
+        model = module.merged_model()
+        dtypes = module.chain.base["dtypes"]
+        model.to(getattr(torch, options.dtype or (dtypes[0] if len(dtypes) == 1 else "float32")))
+        tokenizer = module.tokenizer if pretrained is not None else None
+        return [export_merged(model, options.output, probe, tokenizer=tokenizer, **how)]
+    return export_adapter(
+        read_chain(options.checkpoint, options.links),
+        module.merged_model(0),
+        options.output,
+        probe,
+        base_name=pretrained.model_name if pretrained else module.base_name,
+        revision=pretrained.revision if pretrained else None,
+        modules_to_save=module.modules_to_save,
+        max_rank=options.max_rank,
+        **how,
+    )

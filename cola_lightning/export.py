@@ -1,0 +1,253 @@
+"""What leaves with its owner: a chain merged into a plain model, or as one PEFT adapter; each is loaded again and compared."""
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cola_lightning.adapter import compress, concatenate, describe_links, peft_config, write_adapter
+from cola_lightning.chain import Chain
+from cola_lightning.errors import OutsideError, UserError
+from cola_lightning.writing import whole_folder
+
+STATE_DICT_NAME = "model.safetensors"
+TOLERANCE = 1e-4  # of the largest logit
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class ExportError(OutsideError):
+    """What was written does not give the logits that it should; it is not kept."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs for a model, the logits that they are to give, and whether those were computed in half precision."""
+
+    inputs: Mapping[str, Any]
+    logits: Tensor
+    is_half: bool = False
+
+    def compare(self, model: nn.Module, how: str, *, is_same: bool = True) -> str:
+        """Says how far the logits of a model, loaded again, are from the expected.
+
+        Raises:
+            ExportError: if they are further away than float32 rounds, or, in half precision or not ``is_same``, not finite.
+        """
+        difference = float((logits_of(model, self.inputs) - self.logits).abs().max())
+        largest = float(self.logits.abs().max())
+        says = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
+        is_close = is_same and not self.is_half and not _is_half(model)
+        if not (difference <= TOLERANCE * largest if is_close else math.isfinite(difference)):
+            raise ExportError(f"{says}: it is not kept")
+        return says
+
+
+def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
+    """A few tokens, or an example input, and what the model makes of them; None where no input is known.
+
+    Args:
+        model: as it was trained, on the CPU.
+        example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config: Any = getattr(model, "config", None)
+    if isinstance(example, Mapping):
+        inputs = dict(example)
+    elif example is not None:
+        inputs = dict(zip(parameters, example if isinstance(example, tuple) else (example,), strict=False))
+    elif "input_ids" in parameters and config is not None:
+        ids = _tokens(config.get_text_config())
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        return None
+    return Probe(inputs, logits_of(model, inputs), _is_half(model))
+
+
+def _tokens(config: Any) -> Tensor:
+    """Two rows of random tokens that end their text, and with equally many ends: some classifiers read only what is there."""
+    row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
+    rows = torch.stack([row, row.flip(0)])
+    end: Any = getattr(config, "eos_token_id", None)
+    return torch.cat([rows, torch.full((2, 1), end)], dim=1) if end in range(config.vocab_size) else rows
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """What a model gives first, its logits, in evaluation mode and float32."""
+    is_training = model.training
+    output: Any = model.eval()(**inputs)
+    model.train(is_training)
+    outputs = output.values() if isinstance(output, Mapping) else output
+    logits: Tensor = output if isinstance(output, Tensor) else next(iter(outputs))
+    return logits.float()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers, and no warning that is peft's own."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks each model for it (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def export_merged(
+    model: Any,
+    folder: Path,
+    probe: Probe | None = None,
+    *,
+    tokenizer: Any = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> str:
+    """Writes a plain model: a Hugging Face folder with its tokenizer, or else the state dict in ``model.safetensors``.
+
+    Args:
+        model: the merged model, in the dtype to be written.
+        folder: where.
+        probe: what the chain's module gave; None: no input is known, and weights are compared in place of logits.
+        tokenizer: to be written along.
+        verify: load what was written, and compare.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        What to say of the comparison.
+
+    Raises:
+        UserError: for a folder that is not empty, without ``overwrite``.
+        ExportError: if what is loaded again is another model.
+    """
+    with whole_folder(folder, overwrite=overwrite) as partial, quiet():
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
+            tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+            save_file(tensors, partial / STATE_DICT_NAME)
+        if not verify:
+            return "not compared"
+        return _compare(model, _load_again(model, partial), probe)
+
+
+def _load_again(model: Any, folder: Path) -> nn.Module:
+    """The model that a user of the folder gets, without this package."""
+    if hasattr(model, "save_pretrained"):
+        again: nn.Module = type(model).from_pretrained(folder, dtype=model.dtype)
+        return again
+    again = copy.deepcopy(model)
+    for value in again.state_dict().values():
+        nn.init.zeros_(value)
+    again.load_state_dict(load_file(folder / STATE_DICT_NAME))
+    return again
+
+
+def _compare(written: nn.Module, again: nn.Module, probe: Probe | None) -> str:
+    """Compares what was loaded again with what was written, to the bit, and with what the module gave."""
+    ours = again.state_dict()
+    for name, value in written.state_dict().items():
+        if not torch.equal(ours[name], value):
+            raise ExportError(f"{name!r} was loaded again with another value than was written")
+    if probe is None:
+        return "loaded again, the weights are the same to the bit; no logits were compared, for no input is known"
+    return probe.compare(again, "loaded again")
+
+
+def export_adapter(
+    chain: Chain,
+    base: nn.Module,
+    folder: Path,
+    probe: Probe | None = None,
+    *,
+    base_name: str,
+    revision: str | None = None,
+    modules_to_save: Sequence[str] = (),
+    max_rank: int | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes a chain as one ordinary LoRA of PEFT's, of rank sum(r).
+
+    Args:
+        chain: the chain, the live link included.
+        base: the plain model without any link; to be compared, the adapter is loaded into it.
+        folder: where.
+        probe: what the chain's module gave; None: no input is known, and nothing is compared.
+        base_name: where PEFT finds the base.
+        revision: of the base, on the hub.
+        modules_to_save: names (or their endings) of what was trained whole.
+        max_rank: recompress each layer's update to this rank, by SVD.
+        verify: load what was written with peft, and compare.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        What to say: the rank, the errors of recompression, the comparison.
+
+    Raises:
+        UserError: for an empty chain, values that an adapter cannot hold, and a folder that is not empty (no ``overwrite``).
+        ExportError: if the adapter that is loaded again gives other logits.
+    """
+    if not len(chain):
+        raise UserError("links: expected at least 1 for an adapter, received 0")
+    factors, lines = concatenate(chain), []
+    rank = total = sum(link.rank for link in chain.links)
+    if max_rank is not None and max_rank < total:
+        rank = max_rank
+        for name, pair in factors.items():
+            lora_A, lora_B, error = compress(*pair, rank)
+            factors[name] = lora_A, lora_B
+            lines.append(f"{name}: relative error {error:.3g}")
+    trained_whole = _trained_whole(chain, base, modules_to_save)
+    config = peft_config(base, list(factors), rank, list(modules_to_save), base_name, revision)
+    lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
+    with whole_folder(folder, overwrite=overwrite) as partial, quiet():
+        write_adapter(partial, factors, trained_whole, config, describe_links(chain) if rank == total else None)
+        if not verify or probe is None:
+            return [*lines, "not compared" + (", for no input is known" if verify else "")]
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(base, str(partial))
+        return [*lines, probe.compare(loaded, "loaded again with peft", is_same=rank == total)]
+
+
+def _trained_whole(chain: Chain, base: nn.Module, modules_to_save: Sequence[str]) -> dict[str, Tensor]:
+    """What an adapter holds beside its factors.
+
+    Raises:
+        UserError: for a buffer elsewhere that training has moved: PEFT has no place for it.
+    """
+    state = base.state_dict()
+    whole = {}
+    for name, value in chain.links[-1].extras.items():
+        if any(f".{module}." in f".{name}" for module in modules_to_save):
+            whole[name] = value
+        elif not torch.equal(state[name], value):
+            raise UserError(
+                f"format: expected merged, for training has moved {name!r}, which an adapter cannot hold; received peft"
+            )
+    return whole
+
+
+def _vllm_rank(rank: int) -> str:
+    return next((str(offered) for offered in VLLM_RANKS if offered >= rank), f"more than it offers, {VLLM_RANKS[-1]}")

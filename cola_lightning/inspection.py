@@ -1,0 +1,238 @@
+"""What the links of a chain are: how much each adds to the base, in how many directions, and how well it validated.
+
+Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), section 2.
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cola_lightning.chain import Chain, Link
+from cola_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One link's update dW of one layer.
+
+    Attributes:
+        norm: Frobenius norm of dW.
+        relative_norm: the norm by that of the base's weight; None where that is unknown or zero.
+        singular_values: of dW, rank many, largest first.
+        effective_rank: see :func:`effective_rank`.
+    """
+
+    norm: float
+    relative_norm: float | None
+    singular_values: list[float]
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """One link's update of all its layers; index, rank and alpha are the link's. A number is NaN where the training diverged.
+
+    Attributes:
+        steps: optimizer steps that it was trained for.
+        mean_norm: mean of the layers' relative norms; None where none is known.
+        max_norm: the largest of them.
+        update_norm: Frobenius norm over all layers.
+        effective_rank: mean of the layers'.
+        total_rank: sum of the ranks up to this link's.
+        metrics: those of validation at its end, or all where none is of validation.
+        layers: each layer's own, by its name in the model.
+    """
+
+    index: int
+    rank: int
+    alpha: float
+    steps: int
+    mean_norm: float | None
+    max_norm: float | None
+    update_norm: float
+    effective_rank: float
+    total_rank: int
+    metrics: dict[str, float]
+    layers: dict[str, LayerReport]
+
+
+def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The singular values of ``scaling * B A``, largest first, in float64, without a matrix of out x in.
+
+    With B = Q R and A' = P S, where Q and P have orthonormal columns, B A = Q (R S') P' has those of R S': rank x rank.
+
+    Shape:
+        ``lora_A``: rank x in; ``lora_B``: out x rank; result: rank.
+
+    Example:
+        >>> singular_values(torch.ones(2, 3), torch.eye(4, 2), scaling=0.5)
+        tensor([1.2247, 0.0000], dtype=torch.float64)
+    """
+    rank = len(lora_A)
+    R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_B, lora_A.T))
+    core = R @ S.T
+    if not core.isfinite().all():  # the training diverged
+        return torch.full((rank,), math.nan, dtype=torch.float64)
+    values = torch.linalg.svdvals(core)
+    # Else the zeros of a link that uses fewer directions than its rank would come out as 1e-17 or so.
+    rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * R.norm() * S.norm()
+    values = values * (values > rounding) * abs(scaling)
+    return F.pad(values, (0, rank - len(values)))  # fewer where the layer is smaller than the rank
+
+
+def effective_rank(values: Tensor) -> float:
+    """The exponential of the entropy of the singular values' shares in their sum: 1 to their number; 0 where all are zero.
+
+    Example:
+        >>> [round(effective_rank(torch.tensor(values)), 2) for values in ([2.0, 2.0], [2.0, 0.1], [2.0, 0.0], [0.0, 0.0])]
+        [2.0, 1.21, 1.0, 0.0]
+    """
+    total = values.sum()
+    return float(torch.special.entr(values / total).sum().exp()) if total else 0.0
+
+
+def report(chain: Chain) -> list[LinkReport]:
+    """Each link's numbers, in order.
+
+    Example:
+        >>> factors = {"fc": (torch.eye(2, 4), torch.eye(3, 2))}
+        >>> link = Link(0, rank=2, alpha=1.0, start_step=0, end_step=10, factors=factors)
+        >>> (first,) = report(Chain([link], base={"weight_norms": {"fc": 5.0}}))
+        >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
+        (10, [0.5, 0.5], 2.0)
+    """
+    weight_norms = chain.base.get("weight_norms", {})
+    total_ranks = itertools.accumulate(link.rank for link in chain.links)
+    return [_report_link(link, rank, weight_norms) for link, rank in zip(chain.links, total_ranks, strict=True)]
+
+
+def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:
+    layers = {name: _report_layer(link, name, weight_norms.get(name)) for name in link.factors}
+    known = torch.tensor([n for layer in layers.values() if (n := layer.relative_norm) is not None], dtype=torch.float64)
+    return LinkReport(
+        index=link.index,
+        rank=link.rank,
+        alpha=link.alpha,
+        steps=link.end_step - link.start_step,
+        mean_norm=float(known.mean()) if len(known) else None,
+        max_norm=float(known.max()) if len(known) else None,
+        update_norm=math.hypot(*(layer.norm for layer in layers.values())),
+        effective_rank=statistics.fmean(layer.effective_rank for layer in layers.values()),
+        total_rank=total_rank,
+        metrics={name: value for name, value in link.metrics.items() if name.startswith("val_")} or dict(link.metrics),
+        layers=layers,
+    )
+
+
+def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
+    values = singular_values(*link.factors[name], link.scaling)
+    norm = float(values.norm())
+    return LayerReport(norm, norm / weight_norm if weight_norm else None, values.tolist(), effective_rank(values))
+
+
+def table(reports: Sequence[LinkReport]) -> "Table":
+    """The reports for people, a row a link; every number is in :func:`to_json`."""
+    from rich import box
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    names = ["link", "rank", "alpha", "steps", "mean\n‖ΔW‖\n/‖W₀‖", "max\n‖ΔW‖\n/‖W₀‖", "effective\nrank", "total\nrank"]
+    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
+    metrics = Column("metrics", overflow="fold")
+    rows = Table(*numbers, metrics, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for link in reports:
+        norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.mean_norm, link.max_norm)]
+        cells = [f"{link.index}", f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
+        cells += [f"{link.effective_rank:.2f}", f"{link.total_rank}"]
+        metrics_text = ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items())
+        rows.add_row(*cells, Text(metrics_text or "-"))  # Text: a name is no markup
+    return rows
+
+
+def to_json(reports: Sequence[LinkReport]) -> list[dict[str, Any]]:
+    """The reports as plain types for strict JSON: None where a number is NaN or infinite."""
+    rows: list[dict[str, Any]] = json.loads(json.dumps([asdict(link) for link in reports]), parse_constant=lambda _: None)
+    return rows
+
+
+def plot(reports: Sequence[LinkReport], path: Path) -> None:
+    """Draws the links' norms and singular values into a PNG file, which is written whole or not at all.
+
+    Raises:
+        UserError: if there is no link, or for a path that is not a PNG file's or cannot be written.
+    """
+    if not reports:
+        raise UserError("links: expected at least one to plot, received none")
+    if path.suffix.lower() != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"plot: expected a .png file in a folder that exists and can be written, received {str(path)!r}")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_norms(left, reports)
+    _draw_singular_values(right, reports)
+    for axes in (left, right):
+        axes.set_xlabel("link")
+        axes.set_xlim(reports[0].index - 0.5, reports[-1].index + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _draw_norms(axes: "Axes", reports: Sequence[LinkReport]) -> None:
+    is_relative = all(link.mean_norm is not None for link in reports)
+    spread = torch.zeros(3, len(reports), dtype=torch.float64)
+    for place, link in enumerate(reports):
+        norms = [layer.relative_norm if is_relative else layer.norm for layer in link.layers.values()]
+        known = torch.tensor([norm for norm in norms if norm is not None], dtype=torch.float64)
+        spread[:, place] = torch.stack([known.min(), known.mean(), known.max()])
+    _draw(axes, reports, spread, "#0072B2")
+    axes.set_title("update: mean and range over layers")
+    axes.set_ylabel(r"$\Vert\Delta W\Vert_F\;/\;\Vert W_0\Vert_F$" if is_relative else r"$\Vert\Delta W\Vert_F$")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_singular_values(axes: "Axes", reports: Sequence[LinkReport]) -> None:
+    from matplotlib import colormaps
+
+    largest = max(link.rank for link in reports)
+    spread = torch.full((3, len(reports), largest), math.nan, dtype=torch.float64)
+    for place, link in enumerate(reports):
+        values = torch.tensor([layer.singular_values for layer in link.layers.values()], dtype=torch.float64)
+        spread[:, place, : link.rank] = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+    spread[1][spread[1] == 0] = math.nan  # a gap: a log scale has no zero
+    shown = sorted({*(2**power for power in range(largest.bit_length())), largest})  # enough to tell how fast they fall
+    for k, shade in zip(shown, torch.linspace(0, 0.85, len(shown)).tolist(), strict=True):
+        _draw(axes, reports, spread[:, :, k - 1], colormaps["viridis"](shade), rf"$\sigma_{{{k}}}$")
+    if (spread > 0).any():
+        axes.set_yscale("log")
+    axes.set_title("singular values: median and quartiles over layers")
+    axes.set_ylabel(r"singular value of $\Delta W$ (zeros left out)")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw(axes: "Axes", reports: Sequence[LinkReport], spread: Tensor, color: Any, label: str | None = None) -> None:
+    """A bar from low to high at each link, and a line through the middles; ``spread``: 3 (low, middle, high) x links."""
+    places, (low, middle, high) = [link.index for link in reports], spread.tolist()
+    axes.vlines(places, low, high, color=color, alpha=0.3, linewidth=5)
+    axes.plot(places, middle, "o-", color=color, label=label, markersize=4, clip_on=False)

@@ -1,0 +1,88 @@
+"""Where a run stands, in a checkpoint: at the end of its last finished accumulation window, whenever the checkpoint is written.
+
+Lightning keeps no gradients, so a checkpoint from inside a window can only be gone on from exactly where the window began. And
+it takes a validation that was interrupted, or had not begun, for done. Both are put right in the counters that Lightning
+stores, so that its own way of going on is the right one.
+
+The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; this file is the only one that knows it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+Progress = dict[str, Any]
+
+
+def settle(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> int | None:
+    """Moves the counters in a checkpoint back to the last finished accumulation window, in place.
+
+    Args:
+        checkpoint: what Lightning is about to write.
+        trainer: whose fit it is of.
+        is_validating: whether a validation inside the fit has begun and not ended.
+
+    Returns:
+        The batch of the epoch at which the run will go on, where it has begun with that batch; else None.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    done, is_whole = _batches_done(batches, trainer)
+    is_pending = is_validating or (_is_at_batch_end(batches) and _is_validation_due(trainer))
+    has_ended = epochs["current"]["processed"] == epochs["current"]["ready"]
+    if has_ended and done == 0:  # between two epochs, or before the first
+        return None
+
+    if is_whole and (has_ended or (_is_at_batch_end(batches) and not is_pending)):
+        _set_all(epochs, epochs["current"]["ready"], epochs["total"]["ready"])
+        _set_all(batches, 0, batches["total"]["ready"])
+        batches["is_last_batch"] = False
+        return None
+    # Inside an epoch, also where max_steps or EarlyStopping has ended the fit there.
+    for part in ("current", "total"):
+        epochs[part] |= {"processed": epochs[part]["ready"] - 1, "completed": epochs[part]["ready"] - 1}
+    settled = done if is_whole else done - done % trainer.accumulate_grad_batches
+    has_begun = batches["current"]["ready"] > settled
+    total = batches["total"]["ready"] - batches["current"]["ready"] + settled
+    _set_all(batches, settled, total)
+    batches["is_last_batch"] = is_whole
+    if settled < done:  # the validations since then will come again
+        _set_all(validation, 0, 0)
+    elif is_pending:  # Lightning's sign of a validation to be run; it starts over
+        _set_all(validation, 0, 0)
+        validation["total"] |= {"ready": 1, "started": 1}
+    return settled if has_begun else None
+
+
+def align_logged_step(trainer: Trainer) -> None:
+    """Keeps the step that loggers are told the number of optimizer steps, which a resume may leave off by one."""
+    loop = trainer.fit_loop.epoch_loop
+    is_before_its_count = trainer.validating and not loop._should_accumulate()
+    loop._batches_that_stepped = trainer.global_step - is_before_its_count
+
+
+def _batches_done(batches: Progress, trainer: Trainer) -> tuple[int, bool]:
+    """How many batches of the epoch were trained on, and whether these are all."""
+    current = batches["current"]
+    done = current["processed"]
+    is_last = batches["is_last_batch"] and current["ready"] == done
+    return done, is_last or (done > 0 and done == trainer.num_training_batches < math.inf)
+
+
+def _is_at_batch_end(batches: Progress) -> bool:
+    """Whether the hooks at the end of a batch are being called: it is processed, and not completed."""
+    return bool(batches["current"]["processed"] > batches["current"]["completed"])
+
+
+def _is_validation_due(trainer: Trainer) -> bool:
+    """Whether Lightning will validate after the batch that has just been trained on; nothing public tells."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _set_all(progress: Progress, current: int, total: int) -> None:
+    for part, value in (("current", current), ("total", total)):
+        progress[part] |= dict.fromkeys(("ready", "started", "processed", "completed"), value)

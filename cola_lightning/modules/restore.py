@@ -1,0 +1,187 @@
+"""How a module becomes what a checkpoint, or another run's chain, says that it is to be."""
+
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from cola_lightning import distributed
+from cola_lightning.chain import Chain
+from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
+from cola_lightning.chain_folder import check_version
+from cola_lightning.errors import UserError
+from cola_lightning.fingerprint import check_same_base, check_same_layers
+from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
+from cola_lightning.modules.reading import READING, base_from_checkpoint
+from cola_lightning.modules.recipe import find_class
+from cola_lightning.schedule import Counters
+
+log = logging.getLogger(__name__)
+
+
+class RestoredChain(CheckpointedChain):
+    """The part of :class:`~cola_lightning.modules.COLAModule` that takes up a chain."""
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, links: int | None = None, **kwargs: Any) -> Self:
+        """As in Lightning, on the CPU; the class and its arguments are those that the checkpoint tells of.
+
+        A base that the checkpoint holds is not made first.
+
+        Args:
+            checkpoint_path: a file that a fit wrote.
+            *args: see ``LightningModule.load_from_checkpoint``.
+            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            **kwargs: arguments of the class, in place of the checkpoint's; what is not plain, such as an optimizer, is not in
+                there.
+
+        Raises:
+            UserError: for a path that is no checkpoint, or another base.
+        """
+        if not isinstance(checkpoint_path, str | PathLike) or "://" in str(checkpoint_path):
+            if links is not None:
+                raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        path = Path(checkpoint_path)
+        recipe = read_checkpoint(path)[CHECKPOINT_KEY]["module"]
+        made = _class_of(recipe, cls)
+        if made is not cls and issubclass(made, cls):
+            module: Self = made.load_from_checkpoint(path, *args, links=links, **kwargs)
+            return module
+        if issubclass(cls, made):
+            kwargs = recipe["init_args"] | kwargs
+        with base_from_checkpoint(path, links):
+            return super().load_from_checkpoint(path, *args, **kwargs)
+
+    def restore_chain(self, checkpoint: dict[str, Any]) -> None:
+        """Brings the weights to the state of a checkpoint's chain: replays what they miss, on the base made anew if need be.
+
+        Where fewer links are asked for (``links`` of :func:`base_from_checkpoint`), the checkpoint's weights are changed to
+        those of a link that begins after them.
+
+        Raises:
+            UserError: if the checkpoint has no chain, its chain was trained on another base, or it is shorter.
+        """
+        if CHECKPOINT_KEY not in checkpoint:
+            raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
+        state = checkpoint[CHECKPOINT_KEY]
+        check_version(state.get("format_version"), "the checkpoint")
+        reading, whole = READING.get(), chain_of(checkpoint)
+        links = None if reading is None or reading.links == len(whole) else reading.links
+        chain = Chain.from_state_dict(state["chain"]) if links is None else _first_links(whole, links)
+        self._restore_base(chain, state["base_weights"])
+        if not self.chain.is_beginning_of(chain):
+            self._write_base(self.model)
+            self.chain = Chain(base=chain.base)
+        if state["dtype"] is not None:
+            self._cast_adapted(getattr(torch, state["dtype"]))
+        self._replay(chain)
+        trainer = self._attached_trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            self._check_same_choices(checkpoint)
+        self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
+        self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
+        if links is None:
+            self._metrics_before = dict(state["live"]["metrics"]) if state["live"] else {}
+            for layer in self._layers.values():
+                layer.rank, layer.alpha = int(state["live"]["rank"]), float(state["live"]["alpha"])
+            return
+        self._begin_link()
+        extras = chain.links[-1].extras if links else self._extras_of_base()
+        now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()}
+        checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
+
+    def _restore_base(self, chain: Chain, base: dict[str, Tensor] | None) -> None:
+        """Checks that the base is the chain's, or writes the one that the checkpoint holds."""
+        if base is None:
+            check_same_base(chain.base, self.chain.base)
+        elif base is not self._base_weights:
+            check_same_layers(chain.base["weight_norms"], self.chain.base["weight_norms"])
+            _check_same_shapes(base, base_weights(self.model))
+            self._base_weights = base
+            self._write_base(self.model)
+            self.chain = Chain(base=chain.base)
+
+    def _replay(self, chain: Chain) -> None:
+        """Merges the links that the weights do not hold yet, where the training computes: for equal bits."""
+        trainer = self._attached_trainer
+        chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
+        self.chain = chain
+
+    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place."""
+        raise NotImplementedError
+
+    def _extras_of_base(self) -> dict[str, Tensor]:
+        weights = base_weights(self._make_adapted_base()) if self._base_weights is None else self._base_weights
+        return {name: weights[name] for name in self._extras()}
+
+    def _start_from(self, chain: Chain) -> None:
+        """Merges the links of another run's chain, and takes over what it trained whole."""
+        if chain.base:
+            check_same_base(chain.base, self.chain.base)
+        elif chain.links:  # of PEFT
+            check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
+        for link in chain.links:
+            for name, (lora_A, lora_B) in link.factors.items():
+                layer = self._layers[name]
+                if (lora_A.shape[1], lora_B.shape[0]) != (layer.lora_A.shape[1], layer.lora_B.shape[0]):
+                    raise UserError(
+                        f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "
+                        f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
+                    )
+        self._replay(Chain(chain.links, self.chain.base))
+        self._load_extras(chain.links[-1].extras if chain.links else {})
+
+    def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
+        own = self._extras()
+        for name, value in extras.items():
+            if name not in own or own[name].shape != value.shape:
+                raise UserError(
+                    f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
+                    f"{name!r} of shape {tuple(value.shape)}"
+                )
+            distributed.copy_(self.model.state_dict()[name], value)
+
+    def _cast_adapted(self, dtype: torch.dtype) -> None:
+        """Casts the adapted layers where the training is in float64: Lightning's own cast comes only after the replay."""
+        if dtype == torch.float64:
+            for layer in self._layers.values():
+                layer.double()
+
+    def _write_base(self, model: nn.Module) -> None:
+        """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
+        weights = self._base_weights
+        state = model.state_dict()
+        for name, value in (base_weights(self._make_adapted_base()) if weights is None else weights).items():
+            distributed.copy_(state[name], value)
+
+
+def _class_of(recipe: Mapping[str, Any], asked: type) -> type:
+    """The class that a checkpoint's module was made of; one that cannot be found is taken for the one that was asked for."""
+    try:
+        return find_class(recipe["class_path"])
+    except UserError as error:  # it was in a script, say
+        if recipe["class_path"].rpartition(".")[2] == asked.__name__:
+            return asked
+        log.warning("%s; it is loaded as %s", error, asked.__name__)
+        return object
+
+
+def _first_links(chain: Chain, links: int) -> Chain:
+    if not 0 <= links <= len(chain):
+        raise UserError(f"links: expected 0 to {len(chain)}, {len(chain) - 1} finished and the live one, received {links}")
+    return chain.truncate(links)
+
+
+def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | received.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
+        if theirs != ours:
+            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")

@@ -1,0 +1,246 @@
+"""``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with one clear line for what is written wrong."""
+
+import contextlib
+import logging
+import os
+import shlex
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from typing_extensions import override
+
+import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
+from cola_lightning import __version__
+from cola_lightning.callbacks import ChainOfLoRA, Interruption, LastCheckpoint, PredictionWriter, RunWatch, check_strategy
+from cola_lightning.chain_files import read_checkpoint
+from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.modules import COLAModule, base_from_checkpoint
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = (
+    "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates. Beside the subcommands below, `cola inspect` "
+    "says what each link of a chain did, and `cola export` makes of a checkpoint a plain model, a PEFT adapter or a chain."
+)
+
+
+class ConfigSaver(SaveConfigCallback):
+    """Saves the run's configuration once it is known to be sound: when its first epoch starts, not before."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
+        self._save(trainer, pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = _save
+
+
+class COLACLI(LightningCLI):
+    """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
+
+    def __init__(self, args: Sequence[str] | None, watch: RunWatch) -> None:
+        self.watch = watch
+        super().__init__(
+            COLAModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # True would build one optimizer for all links; the module builds one for each.
+            auto_configure_optimizers=False,
+            save_config_callback=ConfigSaver,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [PredictionWriter(), watch]},
+            # Without allow_abbrev=False, argparse would take --chain.every_n_epoch for --chain.every_n_epochs.
+            parser_kwargs={"prog": "cola", "description": DESCRIPTION, "version": __version__}
+            | {"allow_abbrev": False, "exit_on_error": False}
+            | {name: {"allow_abbrev": False, "exit_on_error": False} for name in self.subcommands()},
+            args=None if args is None else list(args),
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ChainOfLoRA, "chain")
+        parser.add_class_arguments(LastCheckpoint, "last")
+        parser.add_argument(
+            "--links",
+            type=int | None,
+            default=None,
+            help="How many links of the checkpoint, or of model.init_chain: the finished ones first, then the live one. "
+            "0 is the base. Default: all.",
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: expected a text file in UTF-8, received bytes that are none ({error.reason})") from error
+        self.subcommand = self.config["subcommand"]
+        for group in ("trainer", "chain"):
+            if not isinstance(value := self._get(self.config, group), Namespace):
+                raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
+        self._take_links()
+        if self._ckpt_path is not None:  # here, for Lightning reads the file next
+            read_checkpoint(self._ckpt_path, "ckpt_path")
+
+    def _take_links(self) -> None:
+        """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
+        config = self.config[self.subcommand]
+        self.links = config.links
+        if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
+            return
+        if config.ckpt_path is not None:
+            raise UserError(
+                f"links: expected none beside ckpt_path, for fit goes on with the whole chain, received {self.links}; "
+                "--model.init_chain begins a new run from some of its links"
+            )
+        if config.model.init_args.get("init_chain") is None:
+            raise UserError(f"links: expected ckpt_path or model.init_chain beside it, received {self.links} alone")
+        config.model.init_args.init_links, config.links = self.links, None
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if "deepspeed" in str(self._get(self.config, "trainer").strategy).lower():
+            raise UserError(
+                "trainer.strategy: expected one that keeps whole parameters (one device, ddp), received deepspeed, "
+                "whose engine owns the optimizer that a knot must replace"
+            )
+
+    @property
+    def _ckpt_path(self) -> Path | None:
+        value = self._get(self.config, "ckpt_path")
+        is_found_by_lightning = value == "last" and self.subcommand == "fit"  # of an earlier fit into the same folder
+        return None if value is None or is_found_by_lightning or "://" in value else Path(value)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        root = config.default_root_dir or os.getcwd()
+        _check_writable("trainer.default_root_dir", root)
+        if config.logger in (None, True) and not config.barebones:
+            # Lightning's own choice depends on whether tensorboard is installed.
+            kwargs["logger"] = CSVLogger(root, name="runs")
+        if config.enable_checkpointing is not False and not config.barebones:
+            kwargs["callbacks"] = [*_as_list(config.callbacks), self._get(self.config_init, "last")]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
+            raise UserError(f"trainer: {one_line(str(error))}") from error
+        check_strategy(trainer.strategy)  # here, too: a forked process could not tell of it in one line
+        for logger in trainer.loggers:
+            if logger.save_dir is not None:
+                _check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
+        for callback in trainer.checkpoint_callbacks:
+            if dirpath := getattr(callback, "dirpath", None):
+                _check_writable("trainer.callbacks.dirpath", dirpath)
+        if trainer.loggers and trainer.log_dir:
+            self.watch.expect_folder(trainer.log_dir)
+        return trainer
+
+    def _reading_checkpoint(self) -> contextlib.AbstractContextManager[None]:
+        path = self._ckpt_path
+        return contextlib.nullcontext() if path is None else base_from_checkpoint(path, self.links)
+
+    @override
+    def instantiate_classes(self) -> None:
+        with self._reading_checkpoint():
+            super().instantiate_classes()
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            with self._reading_checkpoint():
+                super()._run_subcommand(subcommand)
+        except Interruption:
+            if subcommand == "fit":
+                self._tell("go on: %s", "fit")
+            raise
+
+    def after_fit(self) -> None:
+        """Says where the checkpoint is and what to do with it."""
+        self._tell("use it: %s (or validate, predict; fit goes on from it)", "test")
+
+    def _tell(self, told: str, subcommand: str) -> None:
+        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # log_dir is a broadcast
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if subcommand == "fit":
+            callbacks = [c for c in callbacks if isinstance(c, LastCheckpoint)]
+        path = next((c.best_model_path for c in callbacks if c.best_model_path), None)
+        if path is None or not self.trainer.is_global_zero:
+            return
+        log.info("checkpoint: %s", path)
+        if config.exists():  # a fit that had nothing left to do saves none
+            command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path])
+            log.info(told, command)
+
+
+def _check_writable(field: str, folder: str | Path) -> None:
+    """Refuses a folder that could not be made or written to; makes nothing."""
+    if "://" in str(folder):
+        return
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{field}: expected a folder that can be written, received {str(folder)!r}: no permission in {existing}"
+        )
+
+
+def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
+    return [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def refusal_of_libraries(error: BaseException) -> str | None:
+    """What Lightning or jsonargparse says of arguments that it cannot take, in one line; None for any other error."""
+    if isinstance(error, ValueError) and "Does not validate against any of the Union subtypes" in str(error):
+        *_, innermost = causes(error)  # what a class that jsonargparse makes said of its arguments
+        return one_line(str(innermost))
+    # What Lightning's own code refuses (a val_check_interval above the number of batches, say) is a mistake in its arguments.
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    is_lightnings = isinstance(error, TypeError | ValueError) and Path(lightning.__file__).parent in Path(place).parents
+    return one_line(str(error)) if is_lightnings or isinstance(error, MisconfigurationException) else None
+
+
+def train(args: Sequence[str] | None) -> int:
+    """Runs a subcommand of LightningCLI's.
+
+    Args:
+        args: what follows ``cola``; None: what the process was given.
+
+    Returns:
+        The exit status: 0, 130 or 143.
+    """
+    watch = RunWatch()
+    with watch.listening():
+        try:
+            COLACLI(args, watch)
+        except Interruption as interruption:
+            return interruption.exit_status
+        except Exception:
+            watch.remove_empty_folders()
+            raise
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
+    return 0

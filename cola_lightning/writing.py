@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all.
+
+Both are written beside their place, under a hidden name, brought to disk, and then moved there in one step: a crash, or a full
+disk, leaves what was there before.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cola_lightning.errors import DiskError, UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; what is there at the end of the block becomes the file.
+
+    Raises:
+        DiskError: if it cannot be written, for want of space or of permission.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _to_disk(partial)
+        partial.replace(path)
+        _to_disk(path.parent)
+    except OSError as error:
+        raise DiskError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to write into; at the end of the block it becomes the folder asked for.
+
+    Args:
+        path: the folder asked for; its parents are made.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        UserError: for a folder that is not empty, without ``overwrite``, and for a file.
+        DiskError: if it cannot be written.
+    """
+    check_free(path, overwrite=overwrite)
+    path = path.absolute()
+    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for part in partial.rglob("*"):
+            if part.is_file():
+                part.chmod(_usual_mode())  # safetensors writes for the owner's eyes alone
+            _to_disk(part)
+        _to_disk(partial)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        partial.rename(path)
+        _to_disk(path.parent)
+    except OSError as error:
+        raise DiskError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_free(path: Path, *, overwrite: bool = False) -> None:
+    """Refuses to write a folder over a file, or over a folder that is not empty."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output: expected a folder, received {str(path)!r}, which is a file")
+    if not overwrite and path.exists() and any(path.iterdir()):
+        raise UserError(
+            f"output: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "
+            "overwrite replaces it"
+        )
+
+
+def _usual_mode() -> int:
+    """The permissions of a new file; the system tells its mask only by setting one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,308 @@
+"""Kills a run, resumes it, and compares it with the same run that nobody killed.
+
+Each run is a ``cola fit`` in a process of its own, with dropout, shuffling, two data workers, gradient accumulation, two
+validations an epoch and two knots. What a run does is written down, batch by batch, by ``kill_run.Recorder``.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
+SECONDS = 120  # a run takes ten
+
+# Lightning's counters: one of them counts the gradients that were set to zero, and so a window that was begun twice.
+NOT_COMPARED = "loops"
+
+# Batches 0 to 6 of an epoch: windows of 0-2, 3-5 and 6, validations after 2 and 5; knots in the middle of epochs, at the
+# batches 3 of epoch 1 and 6 of epoch 2.
+DIGITS = """
+seed_everything: 0
+model:
+  class_path: COLADigits
+  init_args:
+    target_modules: all-linear
+    rank: 2
+    alpha: 8
+    dropout: 0.2
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-1}}
+    lr_schedule: linear
+    save_base: true
+data:
+  class_path: DigitsDataModule
+  init_args: {batch_size: 16, num_workers: 2}
+chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
+trainer:
+  max_epochs: 3
+  accelerator: cpu
+  limit_train_batches: 7
+  limit_val_batches: 3
+  val_check_interval: 0.5
+  accumulate_grad_batches: 3
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+# Batches 0 to 5 of an epoch: windows of 0-1, 2-3 and 4-5, validations after 2, inside a window, and after 5; knots between
+# epochs.
+LLAMA = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args:
+    model_name: ../model
+    target_modules: [q_proj, v_proj]
+    rank: 2
+    alpha: 4
+    dropout: 0.1
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+    lr_schedule: linear
+data:
+  class_path: PromptDataModule
+  init_args: {task: SST2, source: ../rows, batch_size: 4, train_size: 24, val_size: 12, test_size: 10, num_workers: 2}
+chain: {every_n_epochs: 1}
+trainer:
+  max_epochs: 3
+  accelerator: cpu
+  val_check_interval: 0.5
+  accumulate_grad_batches: 2
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+SETUPS = {"digits": DIGITS, "llama": LLAMA}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A moment in words, the signal that is sent then, and where that is: see ``kill_run.Recorder``."""
+
+    moment: str
+    signal: str
+    hook: str
+    digits: tuple[int, int]
+    llama: tuple[int, int]
+
+    def __str__(self):
+        return f"{self.moment}, {self.signal}"
+
+
+KILLS = [
+    Kill("first batch", "SIGKILL", "backward", digits=(0, 0), llama=(0, 0)),
+    Kill("before a knot", "SIGINT", "batch end", digits=(1, 2), llama=(0, 5)),
+    Kill("at a knot", "SIGINT", "batch start", digits=(1, 3), llama=(1, 0)),
+    Kill("after a knot", "SIGTERM", "batch end", digits=(1, 3), llama=(1, 0)),
+    Kill("mid-epoch", "SIGKILL", "batch end", digits=(1, 4), llama=(1, 3)),
+    Kill("inside an accumulation window: after backward", "SIGINT", "backward", digits=(0, 4), llama=(1, 4)),
+    Kill("inside an accumulation window: at a batch's end", "SIGTERM", "batch end", digits=(1, 1), llama=(1, 2)),
+    Kill("before the optimizer's step", "SIGINT", "optimizer step", digits=(1, 2), llama=(1, 3)),
+    Kill("inside validation", "SIGTERM", "validation", digits=(1, 2), llama=(1, 2)),
+    Kill("inside validation", "SIGINT", "validation", digits=(1, 5), llama=(1, 5)),
+    Kill("while a checkpoint is being written", "SIGKILL", "checkpoint", digits=(1, 1), llama=(1, 1)),
+    Kill("while a checkpoint is being written", "SIGINT", "checkpoint", digits=(1, 1), llama=(1, 1)),
+]
+
+
+@dataclass
+class Outcome:
+    """What came of a kill. ``wrong`` is empty where all is as it should be; ``resumed_from`` None where the run began anew."""
+
+    setup: str
+    moment: str
+    signal: str
+    status: int | None
+    resumed_from: int | None
+    steps_twice: int
+    batches_twice: int
+    validations_twice: int
+    wrong: list[str]
+
+
+def prepare(setup, folder):
+    """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
+    (folder / "config.yaml").write_text(SETUPS[setup])
+    if setup == "llama":
+        config = Path(tiny.folder(folder / "model", "llama"), "config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+        (folder / "rows").mkdir()
+        words = [("great", 1), ("terrible", 0)]
+        rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
+        for split in ("train", "validation"):
+            (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit(folder, name, *arguments, **recorder):
+    """One ``cola fit`` in a folder beside the configuration; it leaves ``name.log`` and ``name.jsonl``. Its exit status."""
+    options = [f"--trainer.callbacks.{option}={value}" for option, value in {"path": f"{name}.jsonl", **recorder}.items()]
+    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
+    command += ["--trainer.callbacks+=tests.kill_run.Recorder", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / f"{name}.log").open("w") as log:  # not a pipe: the data workers of a killed run would hold it open
+        how = {"cwd": folder, "env": environment, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        try:
+            done = subprocess.run(command, **how, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return None
+    return done.returncode
+
+
+def records(folder, name):
+    """What a run has written down."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_checkpoint(folder):
+    """The newest run's ``last.ckpt``, there or not."""
+    runs = sorted((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    return (runs[-1] if runs else folder) / "checkpoints" / "last.ckpt"
+
+
+def run_whole(setup, folder):
+    """Prepares a set-up in a folder, and makes there the run that nobody kills: in ``whole``, whose path it returns."""
+    prepare(setup, folder)
+    whole = folder / "whole"
+    whole.mkdir()
+    status = fit(whole, "whole")
+    assert status == 0, (status, (whole / "whole.log").read_text())
+    return whole
+
+
+def run_kill(setup, whole, kill):
+    """Kills a run and resumes it, in a folder beside the whole run's."""
+    folder = whole.parent / re.sub(r"\W+", "-", str(kill))
+    folder.mkdir()
+    options = ["--last.every_n_train_steps", str(SAVED_EVERY)] if kill.signal == "SIGKILL" else []
+    at = json.dumps(getattr(kill, setup))
+    status = fit(folder, "killed", *options, kill=kill.hook, at=at, signal=kill.signal)
+    wrong = []
+    if status != EXIT_STATUS[kill.signal]:
+        wrong.append(f"exit status {status}: {last_line(folder / 'killed.log')}")
+    half_written = [path.name for path in folder.rglob("*.partial")]
+    if bool(half_written) != (kill.hook == "checkpoint" and kill.signal == "SIGKILL"):
+        wrong.append(f"half-written files: {half_written}")
+    checkpoint, resumed_from = last_checkpoint(folder), None
+    if checkpoint.exists():
+        options += ["--ckpt_path", str(checkpoint.relative_to(folder))]
+        resumed_from = torch.load(checkpoint, weights_only=True)["global_step"]
+    elif kill.signal != "SIGKILL":
+        wrong.append("no checkpoint was written")
+    if again := fit(folder, "resumed", *options):
+        wrong.append(f"resumed, exit status {again}: {last_line(folder / 'resumed.log')}")
+    expected, killed, resumed = records(whole, "whole"), records(folder, "killed"), records(folder, "resumed")
+    wrong += differences_of_records(expected, killed, resumed)
+    twice = twice_done(expected, killed, resumed)
+    wrong += too_much_done_twice(twice, SAVED_EVERY if kill.signal == "SIGKILL" else 0)
+    wrong += differences_of_checkpoints(last_checkpoint(whole), last_checkpoint(folder))
+    batches = [record for record in twice if record["event"] == "batch"]
+    steps = sum(record["has_stepped"] for record in batches)
+    return Outcome(setup, kill.moment, kill.signal, status, resumed_from, steps, len(batches), len(twice) - len(batches), wrong)
+
+
+def last_line(log):
+    """What a run said last."""
+    return (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+
+
+# ---------------------------------------------------------------------- comparisons
+
+
+def name_of(record):
+    """Which batch or validation of a run a record is of."""
+    if record["event"] == "batch":
+        return f"batch {record['batch']} of epoch {record['epoch']}"
+    return f"validation at step {record['global_step']} in epoch {record['epoch']}"
+
+
+def place_of_first(resumed, whole):
+    """Where in the whole run a resumed one sets in; the end where it did nothing, or nothing of the whole run's."""
+    names = [name_of(record) for record in whole]
+    return names.index(name_of(resumed[0])) if resumed and name_of(resumed[0]) in names else len(whole)
+
+
+def differences_of_records(whole, killed, resumed):
+    """The killed run must be the whole one's beginning, the resumed one its end, without a gap between; else what is not."""
+    start = place_of_first(resumed, whole)
+    found = [deviation(killed, whole, 0), deviation(resumed, whole, start)]
+    if start > len(killed):
+        found.append(f"{name_of(whole[len(killed)])}: never done")
+    if start + len(resumed) < len(whole):
+        found.append(f"resumed: ends before {name_of(whole[start + len(resumed)])}")
+    return [text for text in found if text]
+
+
+def deviation(run, whole, start):
+    """The first of a run's records that is not what the whole run has from ``start`` on."""
+    names = [*map(name_of, whole), *["the end"] * len(run)]
+    for place, record in enumerate(run, start):
+        if name_of(record) != names[place]:
+            return f"{name_of(record)}: where {names[place]} was due"
+        if difference := first_difference(record, whole[place], name_of(record)):
+            return difference
+    return None
+
+
+def twice_done(whole, killed, resumed):
+    """What the killed and the resumed run both did to its end."""
+    return whole[place_of_first(resumed, whole) : len(killed)]
+
+
+def too_much_done_twice(twice, allowed_steps):
+    """A partial accumulation window may be done twice, and a validation that was interrupted or that falls into it.
+
+    After SIGKILL, a few whole steps and what comes between them, too.
+    """
+    steps = sum(record.get("has_stepped", False) for record in twice)
+    if steps > allowed_steps:
+        return [f"{name_of(twice[0])}: done twice, and {steps} finished steps, at most {allowed_steps} expected"]
+    if not allowed_steps and len(twice) > 1 and twice[0]["event"] == "validation":
+        return [f"{name_of(twice[0])}: done twice, for all that it had ended before {name_of(twice[1])}"]
+    return []
+
+
+def differences_of_checkpoints(expected, received):
+    """What is not the same, to the bit, at the end of two runs."""
+    if not received.exists():
+        return ["no checkpoint at the end"]
+    theirs, ours = (torch.load(path, weights_only=True) for path in (expected, received))
+    names = sorted((theirs.keys() | ours.keys()) - {NOT_COMPARED})
+    found = (first_difference(ours.get(name), theirs.get(name), f"checkpoint: {name}") for name in names)
+    return [text for text in found if text]
+
+
+def first_difference(mine, theirs, name):
+    """Where two trees of plain values and tensors first differ, in words; None where they are the same to the bit."""
+    if type(mine) is not type(theirs):
+        return f"{name}: {type(mine).__name__} instead of {type(theirs).__name__}"
+    if isinstance(mine, torch.Tensor):
+        is_same = mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(bits(mine), bits(theirs))
+        return None if is_same else f"{name}: another tensor"
+    if isinstance(mine, dict):
+        if missing := theirs.keys() ^ mine.keys():
+            return f"{name}: {min(missing, key=str)!r} in one of the two alone"
+        pairs = [(f"{name}.{key}", mine[key], theirs[key]) for key in mine]
+    elif isinstance(mine, list | tuple):
+        if len(mine) != len(theirs):
+            return f"{name}: length {len(mine)} instead of {len(theirs)}"
+        pairs = [(f"{name}.{place}", *pair) for place, pair in enumerate(zip(mine, theirs, strict=True))]
+    else:
+        return None if mine == theirs else f"{name}: {mine!r} instead of {theirs!r}"
+    found = (first_difference(ours, other, part) for part, ours, other in pairs)
+    return next((text for text in found if text), None)
+
+
+def bits(tensor):
+    """A tensor's bytes: -0.0 is not 0.0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,58 @@
+"""Writes ``tests/fixtures/chain-1``: a chain folder of format version 1, and the logits that it is to give.
+
+To be run once for each version of the format; what is committed stays, so that later releases keep loading it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cola_lightning import Chain, COLAModule, lora_layers
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class Fixed(COLAModule):
+    """A network whose weights follow from arithmetic, not from a generator that may change."""
+
+    base_name = "fixture"
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+        for name, parameter in model.named_parameters():
+            fill(parameter, len(name))
+        return model
+
+
+def fill(tensor, offset):
+    with torch.no_grad():  # in numbers that float32 has: the same bits on every machine
+        tensor.copy_(((torch.arange(tensor.numel()) * 37 + 11 * offset) % 64 - 32).reshape(tensor.shape) / 64)
+
+
+def inputs():
+    x = torch.empty(4, 6)
+    fill(x, 1)
+    return x
+
+
+def main():
+    """Three links of ranks 3, 1 and 2, with a head that is trained whole."""
+    module = Fixed(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
+    module.configure_model()
+    for link, (rank, alpha) in enumerate([(1, 4.0), (2, 8.0), (3, 6.0)]):
+        for place, layer in enumerate(lora_layers(module.model).values()):
+            fill(layer.lora_A[: layer.rank], 10 * link + place)
+            fill(layer.lora_B[:, : layer.rank], 20 * link + place)
+        fill(module.model[4].weight, link)
+        if link < 2:
+            module.tie_knot(rank=rank, alpha=alpha)
+    chain = Chain([*module.chain.links, module.live_link()], module.chain.base)
+    chain.save(FIXTURES / "chain-1", overwrite=True)
+    logits = [module.merged_model(links)(inputs()).tolist() for links in range(4)]
+    (FIXTURES / "chain-1.logits.json").write_text(json.dumps(logits) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A chain as a folder: what is in it, and that later releases keep reading it."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cola_lightning import Chain, Link, UserError
+from tests.make_fixture import FIXTURES, Fixed, inputs
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def make_link(index, rank, **facts):
+    factors = {name: (torch.randn(rank, 4), torch.randn(3, rank)) for name in ("a.b", "c")}
+    return Link(index, rank, 2.0 * rank, 10 * index, 10 * index + 10, factors, **facts)
+
+
+def test_a_folder_gives_the_chain_back_to_the_bit(tmp_path):
+    extras = {"head.weight": torch.randn(2, 2), "count": torch.tensor(3)}
+    base = {"name": "a model", "fingerprint": "f" * 64, "dtypes": ["float32"], "weight_norms": {"a.b": 1.5, "c": 2.0}}
+    chain = Chain([make_link(0, 3), make_link(1, 1, extras=extras, metrics={"val_loss": 0.1, "broken": math.nan})], base)
+    chain.save(tmp_path / "a" / "chain")
+    again = Chain.load(tmp_path / "a" / "chain")
+    assert again.base == base
+    assert again.is_beginning_of(chain) and len(again) == 2  # noqa: PT018
+    for mine, theirs in zip(chain.links, again.links, strict=True):
+        facts = ("index", "rank", "alpha", "start_step", "end_step")
+        assert [getattr(mine, name) for name in facts] == [getattr(theirs, name) for name in facts]
+    assert again.links[1].extras.keys() == extras.keys()
+    assert all(torch.equal(again.links[1].extras[name], value) for name, value in extras.items())
+    assert again.links[1].metrics["val_loss"] == 0.1
+    assert math.isnan(again.links[1].metrics["broken"])
+
+
+def test_the_two_files_can_be_read_without_this_package(tmp_path):
+    Chain([make_link(0, 2, extras={"head": torch.ones(1)})], {"name": "a model"}).save(tmp_path / "chain")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "chain").iterdir()} == {0o666 & ~UMASK}
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "chain.safetensors"]
+    with safe_open(tmp_path / "chain" / "chain.safetensors", "pt") as file:
+        names = sorted(file.keys())
+    assert names == ["links.0.a.b.lora_A", "links.0.a.b.lora_B", "links.0.c.lora_A", "links.0.c.lora_B", "links.0.extras.head"]
+    description = json.loads((tmp_path / "chain" / "chain.json").read_text(), parse_constant=pytest.fail)
+    assert description["format_version"] == 1
+    assert description["targets"] == ["a.b", "c"]
+    link = {"index": 0, "rank": 2, "alpha": 4.0, "start_step": 0, "end_step": 10, "layers": 2, "metrics": {}}
+    assert description["links"] == [link]
+
+
+def test_an_empty_chain_is_a_folder_too(tmp_path):
+    Chain([], {"name": "a model"}).save(tmp_path / "chain")
+    assert len(Chain.load(tmp_path / "chain")) == 0
+
+
+@pytest.mark.parametrize("links", range(4))
+def test_a_chain_of_format_1_gives_the_logits_that_it_gave(links):
+    """The folder is that of the release that began this format; it is never written again."""
+    expected = json.loads((FIXTURES / "chain-1.logits.json").read_text())[links]
+    how = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
+    module = Fixed(**how, init_chain=str(FIXTURES / "chain-1"), init_links=links)
+    module.configure_model()
+    torch.testing.assert_close(module.model(inputs()), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
+
+
+def test_a_chain_of_another_base_is_refused_by_name():
+    class Other(Fixed):
+        base_name = "another"
+
+        def build_model(self):
+            model = super().build_model()
+            torch.nn.init.ones_(model[0].weight)
+            return model
+
+    module = Other(target_modules=["0", "2"], modules_to_save=["4"], rank=3, seed=0, init_chain=str(FIXTURES / "chain-1"))
+    with pytest.raises(UserError, match=r"trained, 'fixture' \(fingerprint .* received another, 'another' \("):
+        module.configure_model()

@@ -1,0 +1,254 @@
+"""``cola inspect``, ``--links``, and what is damaged: one line, status 2, and nothing changed on disk."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cola_lightning import Chain
+from cola_lightning.cli import main
+from cola_lightning.errors import DiskError
+
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+FAST = ["--trainer.max_epochs", "3", "--chain.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
+CHECKPOINT = "runs/version_0/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def _fitted(tmp_path_factory):
+    """A run of three links on the digits, and its chain as a folder."""
+    folder = tmp_path_factory.mktemp("fitted")
+    for words in (
+        ["fit", "--config", DIGITS, *FAST],
+        ["export", "--checkpoint", CHECKPOINT, "--format", "chain", "--output", "chain"],
+    ):
+        subprocess.run([sys.executable, "-m", "cola_lightning", *words], cwd=folder, capture_output=True, check=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _folder(_fitted, tmp_path, monkeypatch):
+    shutil.copytree(_fitted, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+
+
+def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
+    told = []
+    for path in (CHECKPOINT, "chain"):
+        assert main(["inspect", "--checkpoint", path, "--json", "--plot", "chain.png"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+    assert [(link["rank"], link["steps"], link["total_rank"]) for link in told[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
+    assert all("val_accuracy" in link["metrics"] for link in told[0])
+    assert Path("chain.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", "--checkpoint", "chain", "--links", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
+
+
+def test_inspect_takes_a_second_more_than_the_import_of_torch():
+    def seconds(*command):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    inspect = ["-m", "cola_lightning", "inspect", "--checkpoint", CHECKPOINT]
+    differences = [seconds(*inspect) - seconds("-c", "import torch") for _ in range(3)]
+    assert sorted(differences)[1] < 1.25 * 1.0
+    program = f"import sys; from cola_lightning.cli import main; main({inspect[2:]}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heads = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not heads & {"lightning", "transformers", "datasets", "matplotlib", "jsonargparse"}
+
+
+def accuracy(capfd, *arguments):
+    assert main(["test", "--config", DIGITS, *arguments, "--trainer.enable_progress_bar", "false"]) == 0
+    out = capfd.readouterr().out
+    return float(next(line for line in out.splitlines() if "test_accuracy" in line).split()[-2])
+
+
+def test_links_go_back_from_a_checkpoint_and_from_a_chain(capfd):
+    of_checkpoint = [accuracy(capfd, "--ckpt_path", CHECKPOINT, "--links", str(links)) for links in range(4)]
+    assert of_checkpoint[3] == accuracy(capfd, "--ckpt_path", CHECKPOINT)
+    assert of_checkpoint[0] == accuracy(capfd) == 0.0  # it has never seen a digit from 5 to 9
+    assert len(set(of_checkpoint[1:])) == 3
+    assert accuracy(capfd, "--model.init_chain", "chain", "--links", "2") == of_checkpoint[2]
+
+
+def test_a_new_run_from_some_links_saves_a_config_that_tests_it(capfd):
+    assert main(["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain", "--links", "1"]) == 0
+    links = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["cola"]["chain"]["links"]
+    assert len(links) == 1 + 2
+    shutil.rmtree("chain")  # the checkpoint holds it
+    config = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1/checkpoints/last.ckpt"]
+    assert main(["test", *config]) == 0
+    assert main(["fit", *config, "--trainer.max_epochs", "4"]) == 0
+
+
+def truncate(path):
+    Path(path).write_bytes(Path(path).read_bytes()[:-200])
+
+
+def flip_a_byte(path):
+    data = bytearray(Path(path).read_bytes())
+    data[-10] ^= 1
+    Path(path).write_bytes(data)
+
+
+def edit_json(change):
+    def edit(path):
+        description = json.loads(Path(path, "chain.json").read_text())
+        change(description)
+        Path(path, "chain.json").write_text(json.dumps(description))
+
+    return edit
+
+
+def lose_a_link(path):
+    """Its tensors are gone, and the sum of the file is right."""
+    tensors = {name: value for name, value in load_file("chain/chain.safetensors").items() if not name.startswith("links.1.")}
+    save_file(tensors, "chain/chain.safetensors")
+    digest = hashlib.sha256(Path("chain/chain.safetensors").read_bytes()).hexdigest()
+    edit_json(lambda description: description.update(sha256=digest))(path)
+
+
+def rename_targets(path):
+    tensors = {name.replace(".0.lora", ".9.lora"): value for name, value in load_file("chain/chain.safetensors").items()}
+    save_file(tensors, "chain/chain.safetensors")
+    digest = hashlib.sha256(Path("chain/chain.safetensors").read_bytes()).hexdigest()
+
+    def change(description):
+        description["sha256"] = digest
+        description["base"]["weight_norms"]["9"] = description["base"]["weight_norms"].pop("0")
+
+    edit_json(change)(path)
+
+
+def another_version(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["cola"]["format_version"] = 2
+    torch.save(checkpoint, path)
+
+
+def set_base(**facts):
+    def change(path):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["cola"]["base_weights"] = None
+        checkpoint["cola"]["chain"]["base"] |= facts
+        torch.save(checkpoint, path)
+
+    return change
+
+
+TEST = ["test", "--config", DIGITS, "--ckpt_path", CHECKPOINT]
+FIT = ["fit", "--config", DIGITS, "--ckpt_path", CHECKPOINT]
+FROM_CHAIN = ["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain"]
+INSPECT = ["inspect", "--checkpoint", "chain"]
+DAMAGE = [
+    (truncate, CHECKPOINT, TEST, "expected a checkpoint file"),
+    (truncate, CHECKPOINT, FIT, "expected a checkpoint file"),
+    (truncate, CHECKPOINT, ["inspect", "--checkpoint", CHECKPOINT], "expected a checkpoint file"),
+    (another_version, CHECKPOINT, TEST, "expected format version 1"),
+    (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the base on which its chain was trained, 'cola_lightning.mod"),
+    (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "expected a base in float64"),
+    (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the checkpoint's layers alone, received '2' too"),
+    (truncate, "chain/chain.safetensors", INSPECT, "received a damaged file"),
+    (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged file"),
+    (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "received a damaged file"),
+    (truncate, "chain/chain.json", INSPECT, "received a damaged one"),
+    (edit_json(lambda d: d.update(format_version=2)), "chain", INSPECT, "expected format version 1, which this release"),
+    (edit_json(lambda d: d.update(format_version=2)), "chain", FROM_CHAIN, "expected format version 1, which this release"),
+    (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 1 is missing"),
+    (edit_json(lambda d: d["links"][0].update(rank=2)), "chain", INSPECT, "link 0 is not of rank 2"),
+    (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),
+    (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "received another"),
+    (lose_a_link, "chain", INSPECT, "link 1 has 0 layers in place of 3"),
+    (rename_targets, "chain", FROM_CHAIN, "expected the checkpoint's layers, with '9', received none such"),
+    (shutil.rmtree, "chain", INSPECT, "received 'chain', which does not exist"),
+    (lambda path: Path(path, "chain.json").unlink(), "chain", INSPECT, "received 'chain', which holds none of these"),
+    (
+        lambda path: Path(path, "chain.safetensors").unlink(),
+        "chain",
+        INSPECT,
+        "expected a folder with chain.json and chain.saf",
+    ),
+    (lambda path: None, "", ["inspect", "--checkpoint", DIGITS], "which cannot be read"),
+    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--links", "4"], "expected 0 to 3, the length of the chain"),
+    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--plot", "x.jpg"], "plot: expected a .png file"),
+    (lambda path: None, "", ["inspect", "--chekpoint", "chain"], "the following arguments are required: --checkpoint"),
+    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--lin", "1"], "unrecognized arguments: --lin 1"),
+    (
+        lambda path: None,
+        "",
+        ["export", "--checkpoint", CHECKPOINT, "--format", "onnx", "--output", "o"],
+        "invalid choice: 'onnx'",
+    ),
+    (lambda path: None, "", [*TEST, "--links", "4"], "links: expected 0 to 3, 2 finished and the live one, received 4"),
+    (lambda path: None, "", [*TEST, "--links", "-1"], "links: expected 0 to 3"),
+    (lambda path: None, "", [*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
+    (lambda path: None, "", [*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3, the length of the chain, received 7"),
+    (lambda path: None, "", [*FROM_CHAIN, "--model.target_modules", "['0']"], "expected the checkpoint's layers, with '2'"),
+    (lambda path: None, "", [*FIT, "--seed_everything", "5"], "model.seed: expected 0, the checkpoint's, received 5"),
+    (lambda path: None, "", [*FIT, "--model.init_chain", "chain"], "model.init_chain: expected null, or [None, None]"),
+    (lambda path: None, "", [*FIT, "--model.alpha", "3"], "model.alpha: expected rank 1 and alpha 1 for link 2"),
+]
+
+
+def contents():
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+@pytest.mark.parametrize(("damage", "path", "words", "message"), DAMAGE, ids=[message for *_, message in DAMAGE])
+def test_what_is_damaged_or_does_not_fit_is_one_line_and_status_2(damage, path, words, message, capfd):
+    damage(path)
+    before = contents()
+    assert main(words) == 2
+    err = capfd.readouterr().err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert contents() == before
+
+
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_the_last_checkpoint_loads():
+    """A limit on the size of files, which the checkpoint outgrows: each link adds to it."""
+    program = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({Path(CHECKPOINT).stat().st_size + 500}, resource.RLIM_INFINITY))
+from cola_lightning.__main__ import entry_point
+entry_point()
+"""
+    fit = ["fit", "--config", DIGITS, *FAST, "--trainer.max_epochs", "9", "--trainer.default_root_dir", "full"]
+    done = subprocess.run([sys.executable, "-c", program, *fit], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last.partition("/")[0]) == (1, "error: full"), done.stderr
+    assert "last.ckpt could not be written (File too large); what was there before is whole" in last
+    assert "Traceback" not in done.stderr
+    (checkpoint,) = Path("full").rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert main(["test", "--config", DIGITS, "--ckpt_path", str(checkpoint)]) == 0
+
+
+def test_a_chain_folder_is_written_whole_or_not_at_all():
+    chain = Chain.load("chain")
+    before = contents()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(DiskError, match="No space left on device"):
+            chain.save("chain", overwrite=True)
+    assert contents() == before
+    with pytest.raises(ValueError, match="expected a folder that does not exist or is empty, received 'chain'"):
+        chain.save("chain")
+    chain.truncate(1).save("chain", overwrite=True)
+    assert len(Chain.load("chain")) == 1

@@ -1,0 +1,346 @@
+"""A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.utils.data import TensorDataset
+
+from cola_lightning import EpochDataModule, LastCheckpoint, UserError
+from tests.toy import Toy, assert_bit_equal, toy, trainer, weights
+
+N_BATCHES = 8
+
+
+class Data(EpochDataModule):
+    """32 rows in 8 batches, shuffled, and 3 batches of validation."""
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(3)
+        x, y = (torch.randn(44, size, generator=generator) for size in (8, 6))
+        self.train, self.val = TensorDataset(x[:32], y[:32]), TensorDataset(x[32:], y[32:])
+        self.test = self.val
+
+
+class Normed(Toy):
+    """The toy with dropout, a head that is trained whole, and running statistics that move in training."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.mse_loss(self.model(x), y), batch_size=len(x))
+
+
+class Stopped(Exception):
+    pass
+
+
+class Recorder(Callback):
+    """Writes down what happens, and stops the run at one moment of it: a hook's name, and how often it was called before."""
+
+    def __init__(self, stop=None):
+        self.stop, self.counts = stop, {}
+        self.losses, self.validations, self.rows, self.rates = {}, {}, {}, {}
+
+    def _count(self, hook):
+        count = self.counts[hook] = self.counts.get(hook, -1) + 1
+        if self.stop == (hook, count):
+            raise Stopped
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        place = trainer.current_epoch, batch_idx
+        self.rows[place] = batch[0].numpy().tobytes()
+        self.rates[place] = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self._count("batch_start")
+
+    def on_before_backward(self, *_):
+        self._count("forward")
+
+    def on_after_backward(self, *_):
+        self._count("backward")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses[trainer.current_epoch, batch_idx] = outputs["loss"].item()
+        self._count("batch_end")
+
+    def on_validation_batch_end(self, trainer, *_):
+        self._count("validation")
+
+    def on_validation_end(self, trainer, module):
+        self.validations[trainer.fit_loop.total_batch_idx] = trainer.callback_metrics["val_loss"].item()
+        self._count("validation_end")
+
+    def on_train_epoch_end(self, *_):
+        self._count("epoch_end")
+
+    @property
+    def all(self):
+        return self.losses, self.validations, self.rows, self.rates
+
+
+ARGUMENTS = {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 3, "dropout": 0.2, "lr_schedule": "cosine"}
+
+
+def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(), **options):
+    """A fit of three epochs with a knot in the middle of the second; gives its module, recorder and trainer."""
+    module = module or toy(Normed, **ARGUMENTS, optimizer=lambda p: AdamW(p, lr=1e-2))
+    recorder = Recorder(stop)
+    options = {"max_epochs": 3, "accumulate_grad_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 0} | options
+    run = trainer(
+        folder,
+        *[recorder, LastCheckpoint(), *callbacks],
+        chain={"at_steps": [4], "ranks": [3, 2]},
+        enable_checkpointing=True,
+        **options,
+    )
+    try:
+        run.fit(module, datamodule=data or Data(batch_size=4), ckpt_path=ckpt_path)
+    except Stopped:
+        assert stop
+    else:
+        assert not stop
+    return module, recorder, run
+
+
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def assert_same_state(ours, theirs):
+    """The two checkpoints hold the same run: weights, chain, optimizer, schedule, counters."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (ours, theirs))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "cola"):
+        assert_same(ours[part], theirs[part], part)
+    for part in ("epoch_progress", "epoch_loop.batch_progress"):
+        assert_same(ours["loops"]["fit_loop"][part], theirs["loops"]["fit_loop"][part], part)
+
+
+def assert_same(ours, theirs, where):
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for place, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}.{place}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+STOPS = [("batch_start", k) for k in (0, 1, 9, 12, 23)]
+STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5, 7, 13, 16)]
+STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
+STOPS += [("validation", k) for k in (0, 1, 4, 5, 11, 17)] + [("validation_end", k) for k in (0, 1, 3)]
+STOPS += [("epoch_end", k) for k in (0, 1)]
+FEW = [("batch_start", 9), ("backward", 13), ("batch_end", 2), ("batch_end", 7), ("batch_end", 15), ("epoch_end", 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({}, STOPS),
+        ({"accumulate_grad_batches": 1}, STOPS),
+        ({"max_epochs": -1, "max_steps": 8}, FEW),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 5}, [*FEW, ("validation", 4), ("batch_end", 4)]),
+        ({"limit_val_batches": 0}, [*FEW, ("batch_end", 23)]),
+        ({"limit_val_batches": 0, "max_epochs": -1, "max_steps": 9}, FEW),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, options, stops):
+    whole, expected, _ = fit(tmp_path / "whole", **options)
+    for stop in stops:
+        folder = tmp_path / f"{stop}"
+        _, before, _ = fit(folder, stop, **options)
+        module, after, _ = fit(folder / "resumed", ckpt_path=last(folder), **options)
+        assert_bit_equal(weights(module), weights(whole))
+        for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
+            assert first | second == all_, stop
+            assert first == {place: all_[place] for place in first}, stop
+        end = last(folder / "resumed")  # unless nothing was left to do
+        assert_same_state(end if end.exists() else last(folder), last(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("window", "stop", "again"),
+    [
+        (3, ("backward", 10), [(1, 0), (1, 1), (1, 2)]),
+        (3, ("batch_end", 10), []),
+        (3, ("validation", 4), []),  # at the end of the first epoch, whose last window is shorter
+        (6, ("validation", 1), [(0, 0), (0, 1), (0, 2), (0, 3)]),  # inside a window
+    ],
+)
+def test_only_what_was_done_since_the_last_window_is_done_again(tmp_path, window, stop, again):
+    _, before, _ = fit(tmp_path, stop, accumulate_grad_batches=window)
+    _, after, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), accumulate_grad_batches=window)
+    assert sorted(before.rows.keys() & after.rows.keys()) == again
+
+
+def test_an_optimizer_step_that_failed_halfway_is_not_written(tmp_path):
+    steps = iter(range(10))
+
+    class Failing(AdamW):
+        def step(self, closure=None):
+            closure()
+            if next(steps) == 3:
+                self.param_groups[0]["params"][0].detach().fill_(1e3)
+                raise RuntimeError("halfway")
+            return super().step()
+
+    module = toy(Normed, **ARGUMENTS, optimizer=lambda p: Failing(p, lr=1e-2))
+    with pytest.raises(RuntimeError, match="halfway"):
+        fit(tmp_path, module=module)
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3  # written at the end of the epoch
+
+
+def test_weights_that_are_not_finite_leave_the_last_checkpoint_as_it_was(tmp_path):
+    class Exploding(Normed):
+        def on_after_backward(self):
+            if self.trainer.global_step == 4:
+                self.model[0].lora_B.grad.fill_(torch.nan)
+
+    module = toy(Exploding, **ARGUMENTS, optimizer=lambda p: AdamW(p, lr=1e-2))
+    with pytest.raises(RuntimeError, match="no longer finite"):
+        fit(tmp_path, module=module)
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 4
+
+
+def test_last_is_the_newest_beside_a_checkpoint_that_keeps_the_best(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            path = last(tmp_path)
+            seen.append((trainer.global_step, torch.load(path, weights_only=True)["global_step"] if path.exists() else 0))
+
+    kept = {"monitor": "val_loss", "mode": "max", "save_top_k": 1, "filename": "best"}  # the first is the best
+    each = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
+    _, _, run = fit(tmp_path, callbacks=[Watch(), ModelCheckpoint(**kept), ModelCheckpoint(**each)])
+    assert all(written >= step - 1 for step, written in seen)
+    best, newest = (
+        torch.load(path, weights_only=True)["global_step"] for path in (run.checkpoint_callback.best_model_path, last(tmp_path))
+    )
+    assert best < newest == 9
+    assert run.checkpoint_callback.monitor == "val_loss"  # which ckpt_path="best" asks
+
+
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (LastCheckpoint(every_n_train_steps=2), {0, 2, 4, 6}),
+        (LastCheckpoint(train_time_interval=timedelta(0)), set(range(8))),
+    ],
+    ids=["steps", "time"],
+)
+def test_last_is_also_written_every_n_steps_and_after_a_time(tmp_path, callback, expected):
+    seen = set()
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_):
+            seen.add(torch.load(last(tmp_path), weights_only=True)["global_step"] if last(tmp_path).exists() else 0)
+
+    run = trainer(tmp_path, Watch(), callback, chain={}, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)
+    run.fit(toy(Normed, target_modules=["0"]), datamodule=Data(batch_size=4))
+    assert seen == expected
+    with pytest.raises(UserError, match=r"last\.every_n_train_steps: expected a whole number of at least 1, received 0"):
+        LastCheckpoint(every_n_train_steps=0)
+
+
+def test_a_validation_that_was_interrupted_starts_over_in_the_same_process_too(tmp_path):
+    expected = fit(tmp_path / "whole")[1].validations
+    module, before, _ = fit(tmp_path, ("validation", 4))
+    _, after, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), module=module)
+    assert before.validations | after.validations == expected
+
+
+def test_workers_prepare_the_same_batches(tmp_path):
+    _, expected, _ = fit(tmp_path / "whole")
+    _, before, _ = fit(tmp_path, ("batch_end", 12), data=Data(batch_size=4, num_workers=2))
+    _, after, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), data=Data(batch_size=4, num_workers=1))
+    for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
+        assert first | second == all_
+
+
+def test_another_window_in_each_epoch_is_kept_on_resume(tmp_path):
+    options = {"accumulate_grad_batches": 1}
+    windows = {0: 1, 1: 3, 2: 2}
+    whole, _, _ = fit(tmp_path / "whole", callbacks=[GradientAccumulationScheduler(windows)], **options)
+    for stop in (("backward", 12), ("batch_end", 18)):
+        fit(tmp_path / stop[0], stop, callbacks=[GradientAccumulationScheduler(windows)], **options)
+        resumed = [tmp_path / stop[0] / "resumed", None, last(tmp_path / stop[0])]
+        module, _, _ = fit(*resumed, callbacks=[GradientAccumulationScheduler(windows)], **options)
+        assert_bit_equal(weights(module), weights(whole))
+
+
+# ---------------------------------------------------------------------- what is changed beside a checkpoint
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    fit(tmp_path, ("batch_end", 12))  # in the second epoch, after the knot, at its 6th batch
+    return last(tmp_path)
+
+
+def optimizers(module, **hyperparameters):
+    return toy(Normed, **ARGUMENTS | module, optimizer=lambda p: AdamW(p, **{"lr": 1e-2} | hyperparameters))
+
+
+def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path, stopped, caplog):
+    caplog.set_level("INFO")
+    _, same, _ = fit(tmp_path / "same", ckpt_path=stopped)
+    assert "from here on" not in caplog.text
+    _, other, run = fit(tmp_path / "other", ckpt_path=stopped, module=optimizers({}, lr=2e-2, weight_decay=0.5))
+    assert other.rates.keys() == same.rates.keys()
+    assert [rate for (rate,) in other.rates.values()] == pytest.approx([2 * rate for (rate,) in same.rates.values()], rel=1e-12)
+    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+    assert "model.optimizer: from here on lr 0.01 -> 0.02, weight_decay 0.01 -> 0.5" in caplog.text
+    _, flat, _ = fit(tmp_path / "flat", ckpt_path=stopped, module=optimizers({"lr_schedule": "constant"}))
+    assert {rate for (rate,) in flat.rates.values()} == {1e-2}
+    _, longer, _ = fit(tmp_path / "longer", ckpt_path=stopped, max_epochs=5)
+    assert longer.rates[2, 7] > same.rates[2, 7]
+    assert len(longer.rates) == len(same.rates) + 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"module": {"alpha": 8}}, r"model\.alpha: expected rank 2 and alpha 4 for link 1, .* received 2 and 8"),
+        ({"module": {"rank": 4}}, r"is model\.rank another"),
+        ({"module": {"modules_to_save_lr": 1e-3}}, r"model\.modules_to_save_lr: expected null, as in the checkpoint's run"),
+        ({"data": Data(batch_size=2)}, r"data\.batch_size: expected 4, for the checkpoint lies inside an epoch, received 2"),
+        ({"accumulate_grad_batches": 4}, r"trainer\.accumulate_grad_batches: expected a divisor of 3, .* received 4"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_choice_that_the_checkpoint_would_overrule_is_refused(tmp_path, stopped, change, message):
+    change = dict(change)
+    module = optimizers(change.pop("module", {}))
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "other", ckpt_path=stopped, module=module, **change)
+
+
+def test_from_the_end_of_an_epoch_batches_and_windows_may_be_others(tmp_path):
+    fit(tmp_path, ("batch_start", 8))
+    _, recorder, run = fit(tmp_path / "other", ckpt_path=last(tmp_path), data=Data(batch_size=2), accumulate_grad_batches=5)
+    assert len(recorder.rows) == 2 * 16
+    assert run.global_step == 3 + 2 * 4
+
+
+def test_patience_is_what_is_asked_for(tmp_path):
+    from cola_lightning.callbacks import RunWatch
+
+    fit(tmp_path, ("batch_end", 12), callbacks=[EarlyStopping("val_loss", patience=50)])
+    stopping = EarlyStopping("val_loss", patience=7)
+    fit(tmp_path / "resumed", ckpt_path=last(tmp_path), callbacks=[stopping, RunWatch()])
+    assert stopping.patience == 7
