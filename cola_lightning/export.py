@@ -146,9 +146,7 @@ def export_merged(
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
             save_file(tensors, partial / STATE_DICT_NAME)
-        if not verify:
-            return "not compared"
-        return _compare(model, _load_again(model, partial), probe)
+        return _compare(model, _load_again(model, partial), probe) if verify else "not compared"
 
 
 def _load_again(model: Any, folder: Path) -> nn.Module:
@@ -157,8 +155,6 @@ def _load_again(model: Any, folder: Path) -> nn.Module:
         again: nn.Module = type(model).from_pretrained(folder, dtype=model.dtype)
         return again
     again = copy.deepcopy(model)
-    for value in again.state_dict().values():
-        nn.init.zeros_(value)
     again.load_state_dict(load_file(folder / STATE_DICT_NAME))
     return again
 

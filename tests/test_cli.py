@@ -176,7 +176,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
     with Path("log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     checkpoint = Path("runs/version_0/checkpoints/last.ckpt")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)

@@ -6,18 +6,8 @@ import functools
 import pytest
 import torch
 
-from tests.kills import (
-    KILLS,
-    SETUPS,
-    differences_of_checkpoints,
-    differences_of_records,
-    last_checkpoint,
-    records,
-    run_kill,
-    run_whole,
-    too_much_done_twice,
-    twice_done,
-)
+from tests.kills import KILLS, SETUPS, last_checkpoint, records, run_kill, run_whole
+from tests.run_comparison import differences_of_checkpoints, differences_of_records, too_much_done_twice, twice_done
 
 
 @pytest.fixture(scope="module")

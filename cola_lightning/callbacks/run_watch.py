@@ -37,6 +37,7 @@ class RunWatch(Callback):
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
+        self._process = os.getpid()
         self._received: int | None = None
         self._is_waited_for = False
         self._patience: dict[EarlyStopping, int] = {}
@@ -57,6 +58,10 @@ class RunWatch(Callback):
                 signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker, forked with this handler: a Ctrl-C in the terminal is not for it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self._received is not None:
             self._stop_at_once(number)
         self._received = number

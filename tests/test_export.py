@@ -1,0 +1,729 @@
+"""An export gives the module's logits under plain transformers and under peft, and is there whole or not at all."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, inject_adapter_in_model
+from safetensors.torch import load, load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+from cola_lightning import (
+    Chain,
+    COLACausalLM,
+    COLADigits,
+    COLAModule,
+    COLASequenceClassifier,
+    Link,
+    UserError,
+    adapter,
+    export,
+    lora_layers,
+)
+from cola_lightning.chain_files import read_chain
+from cola_lightning.cli import main
+from tests import tiny
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+CAUSAL = ["opt", "llama", "gpt2", "qwen3", "gpt_neox", "phi3"]
+CLASSIFIERS = ["roberta", "bert"]
+RANKS = [4, 2, 3]
+
+
+def module_of(folder, architecture, **arguments):
+    """A module on a tiny model that lies in the folder; a classifier's has no head yet."""
+    arguments = {"target_modules": tiny.targets(architecture), "rank": 4, "alpha": 6, "seed": 0} | arguments
+    if architecture in CLASSIFIERS:
+        return COLASequenceClassifier(tiny.folder(folder, architecture, "AutoModel"), num_labels=3, **arguments)
+    return COLACausalLM(tiny.folder(folder, architecture), **arguments)
+
+
+def whole_chain(module):
+    return Chain([*module.chain.links, module.live_link()], module.chain.base)
+
+
+def as_adapter(module, folder, **arguments):
+    arguments = {"base_name": module.base_name, "modules_to_save": module.modules_to_save} | arguments
+    probe = export.make_probe(module.model)
+    return export.export_adapter(whole_chain(module), module.merged_model(0), folder, probe, **arguments)
+
+
+def difference(mine, theirs):
+    return (mine - theirs).abs().max().item()
+
+
+def contents(folder):
+    """All that is in a folder, hidden files too, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@dataclass
+class Exported:
+    """A module with three links, its exports, and how others load them."""
+
+    architecture: str
+    folder: Path
+    module: Any
+    merged_says: str
+    adapter_says: list[str]
+
+    @property
+    def is_classifier(self):
+        return self.architecture in CLASSIFIERS
+
+    def load(self, name, **arguments):
+        kind = "SequenceClassification" if self.is_classifier else "CausalLM"
+        arguments |= {"num_labels": 3} if self.is_classifier and name == "base" else {}
+        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(self.folder / name, **arguments)
+
+
+@pytest.fixture(scope="module", params=CAUSAL + CLASSIFIERS)
+def exported(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    module = tiny.three_links(module_of(folder / "base", request.param))
+    probe = export.make_probe(module.model)
+    says = export.export_merged(module.merged_model(), folder / "merged", probe, tokenizer=module.tokenizer)
+    return Exported(request.param, folder, module, says, as_adapter(module, folder / "peft"))
+
+
+# ---------------------------------------------------------------------- merged
+
+
+def test_plain_transformers_gives_the_modules_logits(exported):
+    model, info = exported.load("merged", output_loading_info=True)
+    assert {name: len(keys) for name, keys in info.items()} == dict.fromkeys(info, 0)
+    assert {"missing_keys", "unexpected_keys"} <= info.keys()
+    assert difference(tiny.logits(model), tiny.logits(exported.module.model)) <= 1e-5
+    assert difference(tiny.logits(model), tiny.logits(exported.load("base"))) > 1e-2
+    assert exported.merged_says.startswith("loaded again, its logits differ from the module's by at most ")
+
+
+def test_weights_are_tied_where_the_bases_are(exported):
+    def tied(model):
+        names = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return sorted(group for group in names.values() if len(group) > 1)
+
+    groups = tied(exported.load("merged"))
+    assert groups == tied(exported.load("base"))
+    assert len(groups) == (exported.architecture in ("opt", "gpt2"))
+
+
+def test_tokenizer_and_generation_config_come_along(exported):
+    base, merged = exported.folder / "base", exported.folder / "merged"
+    ours, theirs = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(base)
+    assert [ours(text)["input_ids"] for text in tiny.TEXT] == [theirs(text)["input_ids"] for text in tiny.TEXT]
+    if exported.is_classifier:
+        assert not (merged / "generation_config.json").exists()
+        return
+    assert GenerationConfig.from_pretrained(merged).to_diff_dict() == GenerationConfig.from_pretrained(base).to_diff_dict()
+    inputs = ours("The cat sat", return_tensors="pt")
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    expected = exported.module.merged_model().eval().generate(inputs["input_ids"], **how)
+    assert torch.equal(exported.load("merged").generate(inputs["input_ids"], **how), expected)
+    assert ours.decode(expected[0], skip_special_tokens=True).startswith("The cat sat")
+
+
+def test_half_precision_is_rounded_and_the_configuration_says_so(tmp_path):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    says = export.export_merged(module.merged_model().bfloat16(), tmp_path / "half", export.make_probe(module.model))
+    assert says.startswith("loaded again, its logits differ")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    rounded = {name: value.bfloat16() for name, value in module.merged_model().state_dict().items()}
+    assert_bit_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "half").state_dict(), rounded)
+    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_was_trained_in_half_precision_may_leave_in_float32(tmp_path):
+    module = module_of(tmp_path / "base", "llama", target_modules=None, dtype="bfloat16")
+    probe = export.make_probe(module.merged_model())
+    says = export.export_merged(module.merged_model().float(), tmp_path / "merged", probe)
+    assert 1e-4 < float(re.search("at most ([^,]+),", says)[1]) < 0.1  # bfloat16 has rounded the module's
+
+
+def test_weights_that_overflow_in_half_precision_are_not_kept(tmp_path):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    with torch.no_grad():
+        module.model.model.layers[0].mlp.up_proj.weight.mul_(1e7)
+    with pytest.raises(export.ExportError, match="its logits differ from the module's by at most nan"):
+        export.export_merged(module.merged_model().half(), tmp_path / "half", export.make_probe(module.model))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+# ---------------------------------------------------------------------- one PEFT adapter
+
+
+def test_peft_gives_the_modules_logits_and_so_does_its_merge(exported):
+    expected = tiny.logits(exported.module.model)
+    without_links = exported.module.merged_model(0)
+    without_links.load_state_dict(exported.module.live_link().extras, strict=False)
+    assert difference(tiny.logits(without_links), expected) > 1e-2
+    model = PeftModel.from_pretrained(exported.load("base"), exported.folder / "peft")
+    assert difference(tiny.logits(model), expected) <= 1e-5
+    merged = model.merge_and_unload()
+    assert type(merged) is type(without_links)
+    assert difference(tiny.logits(merged), expected) <= 1e-5
+
+
+def test_the_adapter_is_of_the_ranks_sum_and_scaled_by_one(exported):
+    config = json.loads((exported.folder / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == sum(RANKS)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert sorted(config["target_modules"]) == sorted(tiny.targets(exported.architecture))
+    assert config["modules_to_save"] == (["classifier"] if exported.is_classifier else None)
+    assert config["fan_in_fan_out"] == (exported.architecture == "gpt2")
+    assert config["task_type"] == ("SEQ_CLS" if exported.is_classifier else "CAUSAL_LM")
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(exported.folder / "base"), None)
+    first, last = exported.adapter_says
+    assert first == "one adapter of rank 9: vLLM needs max_lora_rank 16"
+    assert last.startswith("loaded again with peft, its logits differ from the module's by at most ")
+
+
+@pytest.mark.parametrize(
+    ("layers", "others", "expected"),
+    [
+        (["0.q", "1.q", "0.v"], [], {"q", "v"}),
+        (["0.q"], ["1.q"], {"0.q"}),
+        (["fc", "b.fc"], [], {"fc"}),
+        (["fc"], ["b.fc"], "fc"),
+        (["fc", "a.fc"], ["b.a.fc"], r"fc|a\.fc"),
+    ],
+)
+def test_targets_are_named_as_shortly_as_peft_allows(layers, others, expected):
+    base = nn.Module()
+    for name in layers + others:
+        *parents, child = name.split(".")
+        place = base
+        for parent in parents:
+            if not hasattr(place, parent):
+                place.register_module(parent, nn.Module())
+            place = place.get_submodule(parent)
+        place.register_module(child, nn.Linear(4, 4))
+    config = adapter.peft_config(base, layers, 2, [], "base", None)
+    assert config.target_modules == expected
+    adapted = inject_adapter_in_model(config, base)
+    assert sorted(name for name, part in adapted.named_modules() if hasattr(part, "lora_A")) == sorted(layers)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target_modules"),
+    [("roberta", "all-linear"), ("llama", r"model\.layers\.1\..*_proj"), ("gpt2", "all-linear")],
+)
+def test_targets_whose_short_names_others_have_too_are_adapted_alone(tmp_path, architecture, target_modules):
+    module = tiny.three_links(module_of(tmp_path / "base", architecture, target_modules=target_modules))
+    as_adapter(module, tmp_path / "peft")
+    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    layers = [name for name, part in loaded.base_model.model.named_modules() if hasattr(part, "lora_A")]
+    assert sorted(layers) == sorted(module.chain.layers)
+    assert difference(tiny.logits(loaded), tiny.logits(module.model)) <= 1e-5
+
+
+@pytest.mark.parametrize(("rank", "needed"), [(1, "8"), (8, "8"), (9, "16"), (200, "256"), (321, "512"), (513, "more than")])
+def test_the_rank_that_vllm_needs_is_one_it_offers(tmp_path, rank, needed):
+    chain = Chain([Link(0, rank, 1.0, 0, 1, {"0": (torch.ones(rank, 8), torch.ones(6, rank))})])
+    says = export.export_adapter(chain, nn.Sequential(nn.Linear(8, 6)), tmp_path / "peft", base_name="base")
+    assert says[0].startswith(f"one adapter of rank {rank}: vLLM needs max_lora_rank {needed}")
+    assert says[1:] == ["not compared, for no input is known"]
+
+
+# ---------------------------------------------------------------------- recompression
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 7])
+@pytest.mark.parametrize(("n_in", "n_out"), [(20, 12), (12, 20), (4, 20), (20, 3)])
+def test_compression_is_the_truncated_svd_of_the_full_update(n_in, n_out, rank):
+    generator = torch.Generator().manual_seed(0)
+    lora_A, lora_B = (torch.randn(shape, generator=generator) for shape in ((7, n_in), (n_out, 7)))
+    u, values, v = torch.linalg.svd(lora_B.double() @ lora_A.double(), full_matrices=False)
+    closest = u[:, :rank] * values[:rank] @ v[:rank]
+    small_A, small_B, error = adapter.compress(lora_A, lora_B, rank)
+    assert (small_A.shape, small_B.shape) == ((rank, n_in), (n_out, rank))
+    torch.testing.assert_close(small_B.double() @ small_A.double(), closest, rtol=1e-5, atol=1e-5)
+    assert error == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-12)
+
+
+def test_a_zero_update_is_compressed_without_an_error():
+    small_A, small_B, error = adapter.compress(torch.randn(4, 6), torch.zeros(5, 4), 2)
+    assert (small_A.shape, small_B.shape, error) == ((2, 6), (5, 2), 0.0)
+    assert not (small_B @ small_A).any()
+
+
+@pytest.mark.parametrize("max_rank", [1, 5])
+def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, max_rank):
+    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
+    says = as_adapter(module, tmp_path / "peft", max_rank=max_rank)
+    chain, closest = whole_chain(module), module.merged_model(0)
+    for name, line in zip(chain.layers, says[:-2], strict=True):
+        update = chain.delta(name).double()
+        u, values, v = torch.linalg.svd(update, full_matrices=False)
+        nearest = u[:, :max_rank] * values[:max_rank] @ v[:max_rank]
+        label, _, error = line.partition(": relative error ")
+        assert (label, float(error)) == (name, pytest.approx(((update - nearest).norm() / update.norm()).item(), rel=1e-2))
+        with torch.no_grad():
+            closest.get_submodule(name).weight.add_(nearest.T)
+    assert says[-2] == f"one adapter of rank {max_rank}: vLLM needs max_lora_rank 8"
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max_rank
+    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
+    assert len(read_chain(tmp_path / "peft")) == 1  # it is the chain no longer
+
+
+@pytest.mark.parametrize("max_rank", [9, 100])
+def test_a_rank_that_is_large_enough_changes_nothing(tmp_path, max_rank):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    assert as_adapter(module, tmp_path / "plain") == as_adapter(module, tmp_path / "peft", max_rank=max_rank)
+    plain, peft = contents(tmp_path / "plain"), contents(tmp_path / "peft")
+    assert plain["adapter_config.json"] == peft["adapter_config.json"]
+    assert_bit_equal(load(plain["adapter_model.safetensors"]), load(peft["adapter_model.safetensors"]))
+
+
+def test_a_layer_may_be_smaller_than_the_rank(tmp_path):
+    module = module_of(tmp_path / "base", "llama", rank=16)
+    module.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):  # v_proj has 16 outputs, and the chain is of rank 32
+        for layer in lora_layers(module.model).values():
+            with torch.no_grad():
+                layer.lora_B.normal_(generator=generator)
+        module.tie_knot()
+    says = as_adapter(module, tmp_path / "peft", max_rank=24)
+    errors = {line.partition(":")[0].rpartition(".")[2]: float(line.rpartition(" ")[2]) for line in says[:-2]}
+    assert errors["v_proj"] < 1e-6
+    assert errors["q_proj"] > 1e-2
+    assert load_file(tmp_path / "peft" / "adapter_model.safetensors")[
+        "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
+    ].shape == (24, 32)
+
+
+# ---------------------------------------------------------------------- modules that are not Hugging Face's
+
+
+class TiedToy(Toy):
+    """One weight under two names, neither of which is adapted, and a batch norm."""
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8), nn.Linear(8, 6))
+        model.append(nn.Linear(6, 8)).append(nn.Linear(8, 6))
+        model[6].weight = model[4].weight
+        return model
+
+
+class ExampleToy(Toy):
+    """A toy that shows what it takes."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.example_input_array = torch.ones(3, 8)
+
+
+class LossToy(Toy):
+    """A toy with an argument that is not plain."""
+
+    def __init__(self, loss=None, **arguments):
+        super().__init__(**arguments)
+
+
+def trained_toy(path, module, **arguments):
+    """The module and its checkpoint after three links of two steps."""
+    dtype = torch.float64 if arguments.get("precision") == "64-true" else torch.float32
+    run = trainer(path, chain={"every_n_train_steps": 2}, max_steps=6, **arguments)
+    run.fit(module, batches(dtype=dtype))
+    run.save_checkpoint(path / "end.ckpt", weights_only=False)
+    return path / "end.ckpt"
+
+
+def command(*words):
+    return main(["export", *map(str, words)])
+
+
+@pytest.mark.parametrize("cls", [Toy, TiedToy])
+def test_a_plain_modules_export_is_a_state_dict(tmp_path, capsys, cls):
+    module = toy(cls, target_modules=["0"])
+    path = trained_toy(tmp_path, module)
+    assert command("--checkpoint", path, "--format", "merged", "--output", tmp_path / "merged") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "loaded again, the weights are the same to the bit; no logits were compared, for no input is known",
+        f"written: {tmp_path / 'merged'}",
+    ]
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["model.safetensors"]
+    plain = cls().build_model()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert_bit_equal(plain.state_dict(), module.merged_model().state_dict())
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(plain.eval()(x), module.model.eval()(x), rtol=0, atol=1e-6)
+    assert difference(plain(x), module.merged_model(0).eval()(x)) > 1e-3
+
+
+def test_a_tied_weight_is_written_under_both_its_names(tmp_path):
+    model = toy(TiedToy, target_modules=["0"]).merged_model()
+    export.export_merged(model, tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(tensors["4.weight"], tensors["6.weight"])
+    assert tensors.keys() == model.state_dict().keys()
+
+
+def test_the_digits_are_exported_without_the_package(tmp_path):
+    module = COLADigits(rank=4, save_base=True, seed=0)  # a base in the checkpoint is not trained again
+    module.configure_model()
+    data = DataLoader([(torch.randn(8, 64), torch.arange(8))] * 2, batch_size=None)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run.fit(module, data, data)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert command("--checkpoint", tmp_path / "end.ckpt", "--format", "merged", "--output", tmp_path / "merged") == 0
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(model(x), module.model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_an_example_input_is_what_a_plain_modules_logits_are_compared_for(tmp_path, capsys, format_):
+    path = trained_toy(tmp_path, toy(ExampleToy))
+    assert command("--checkpoint", path, "--format", format_, "--output", tmp_path / "out") == 0
+    how = "loaded again with peft" if format_ == "peft" else "loaded again"
+    assert capsys.readouterr().out.splitlines()[-2].startswith(f"{how}, its logits differ from the module's by at most ")
+
+
+@pytest.mark.parametrize("example", [torch.ones(2, 3), (torch.ones(2, 3),), {"x": torch.ones(2, 3)}, (torch.ones(2, 3), 2.0)])
+@pytest.mark.parametrize("kind", [lambda y: y, lambda y: (y, None), lambda y: {"y": y}])
+def test_examples_and_outputs_may_be_of_any_kind(example, kind):
+    class Scale(nn.Module):
+        def forward(self, x, by=3.0):
+            return kind(x * by)
+
+    factor = 2.0 if isinstance(example, tuple) and len(example) == 2 else 3.0
+    assert torch.equal(export.make_probe(Scale(), example).logits, torch.full((2, 3), factor))
+    assert export.make_probe(Scale()) is None
+
+
+def test_a_run_in_float64_leaves_in_the_dtype_of_its_base(tmp_path):
+    module = toy(ExampleToy)
+    path = trained_toy(tmp_path, module, precision="64-true")
+    assert command("--checkpoint", path, "--format", "merged", "--output", tmp_path / "merged") == 0
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    merged = module.merged_model().state_dict()
+    assert {value.dtype for value in merged.values()} == {torch.float64}
+    assert_bit_equal(tensors, {name: value.float() for name, value in merged.items()})
+
+
+# ---------------------------------------------------------------------- what is refused, and what is left behind
+
+
+def test_a_buffer_that_training_moved_fits_no_adapter(tmp_path, capsys):
+    path = trained_toy(tmp_path, toy(TiedToy, target_modules=["0"]))
+    before = contents(tmp_path)
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: format: expected merged, for training has moved '2.running_mean', which an adapter cannot hold; received peft"
+    )
+    assert contents(tmp_path) == before
+    assert command("--checkpoint", path, "--format", "merged", "--output", tmp_path / "out") == 0
+
+
+def test_an_empty_chain_is_no_adapter(tmp_path):
+    with pytest.raises(UserError, match=r"^links: expected at least 1 for an adapter, received 0$"):
+        export.export_adapter(Chain(), nn.Linear(2, 2), tmp_path / "peft", base_name="base")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["merged", "peft"])
+def write(request, tmp_path):
+    """Writes a small chain in one of two formats."""
+    module = toy(ExampleToy)
+    module.configure_model()
+    with torch.no_grad():
+        for layer in lora_layers(module.model).values():
+            layer.lora_B.normal_()
+    probe = export.make_probe(module.model, module.example_input_array)
+
+    def write(folder, probe=probe, **how):
+        if request.param == "merged":
+            return export.export_merged(module.merged_model(), folder, probe, **how)
+        chain = whole_chain(module)
+        return export.export_adapter(chain, module.merged_model(0), folder, probe, base_name="base", **how)
+
+    write.format = request.param
+    return write
+
+
+def test_an_output_that_is_not_empty_is_replaced_only_when_asked(tmp_path, write):
+    output = tmp_path / "out"
+    (output / "inner").mkdir(parents=True)
+    (output / "inner" / "kept.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"^output: expected a folder that does not exist or is empty, received '.*out'"):
+        write(output)
+    assert contents(tmp_path) == {"out/inner/kept.txt": b"mine"}
+    write(output, overwrite=True)
+    assert "inner" not in [path.name for path in output.iterdir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_gives_other_logits_is_not_kept(tmp_path, write, overwrite):
+    output = tmp_path / "out"
+    if overwrite:
+        output.mkdir()
+        (output / "former.txt").write_text("former")
+    before = contents(tmp_path)
+    wrong = export.Probe({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
+    with pytest.raises(export.ExportError, match=r"its logits differ from the module's by at most .*: it is not kept"):
+        write(output, wrong, overwrite=overwrite)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    said = write(output, wrong, verify=False, overwrite=True)
+    assert "not compared" in (said if write.format == "merged" else said[-1])
+    assert output.is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft says of names that it does not know
+def test_an_adapter_that_peft_loads_in_part_is_not_kept(tmp_path, monkeypatch):
+    module = tiny.three_links(module_of(tmp_path / "base", "opt"))
+    monkeypatch.setattr(adapter, "PREFIX", "base_model.")
+    with pytest.raises(export.ExportError, match="loaded again with peft, its logits differ"):
+        as_adapter(module, tmp_path / "peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_weights_that_are_loaded_again_with_other_bits_are_not_kept(tmp_path, monkeypatch):
+    module = module_of(tmp_path / "base", "opt")
+
+    def one_bit_off(model, folder, **arguments):
+        save(model, folder, **arguments)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.decoder.embed_positions.weight"][-1, -1] += 1e-3  # which the probe does not reach
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    model = module.merged_model()
+    save = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", one_bit_off)
+    with pytest.raises(export.ExportError, match=r"'model\.decoder\.embed_positions\.weight' was loaded again with another"):
+        export.export_merged(model, tmp_path / "merged", export.make_probe(module.model))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_so_are_those_of_a_plain_module(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "save_file", lambda tensors, path: save_file({k: v + 1 for k, v in tensors.items()}, path))
+    with pytest.raises(export.ExportError, match=r"'0\.weight' was loaded again with another value"):
+        export.export_merged(toy().merged_model(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_export_is_silent_and_leaves_transformers_as_it_was(tmp_path, capsys):
+    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
+    model, base, probe = module.merged_model(), module.merged_model(0), export.make_probe(module.model)
+    capsys.readouterr()
+    export.export_merged(model, tmp_path / "merged", probe, tokenizer=module.tokenizer)
+    export.export_adapter(whole_chain(module), base, tmp_path / "peft", probe, base_name="base")
+    assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with export.quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+
+
+def test_a_classifier_that_reads_where_a_text_ends_is_compared_too(tmp_path):
+    name = tiny.folder(tmp_path / "base", "bart", "AutoModel")
+    module = tiny.three_links(COLASequenceClassifier(name, target_modules=["q_proj", "v_proj"], rank=4, num_labels=3, seed=0))
+    probe = export.make_probe(module.model)
+    assert probe.logits.shape == (2, 3)
+    export.export_merged(module.merged_model(), tmp_path / "merged", probe)
+    as_adapter(module, tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("end", "length"), [(1, 13), (None, 12), ([1, 2], 12), (50_256, 12)])
+def test_a_probe_needs_no_end_of_text(tmp_path, end, length):
+    model = module_of(tmp_path / "base", "llama").merged_model()
+    model.config.eos_token_id = end
+    assert export.make_probe(model).logits.shape == (2, length, 400)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@dataclass
+class Trained:
+    """A module whose third link was trained for two steps, and its checkpoint."""
+
+    module: Any
+    path: Path
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"trained-{request.param}")
+    module = tiny.three_links(module_of(folder / "base", request.param))
+    ids = torch.randint(2, 400, (2, 6))
+    labels = torch.tensor([0, 2]) if request.param == "bert" else ids
+    data = DataLoader([{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}] * 2, batch_size=None)
+    run = trainer(folder, max_steps=2, limit_val_batches=0)
+    run.fit(module, data, data)
+    run.save_checkpoint(folder / "end.ckpt")
+    return Trained(module, folder / "end.ckpt")
+
+
+def auto_class(trained):
+    return getattr(transformers, trained.module.auto_class)
+
+
+@pytest.mark.parametrize("links", [None, 0, 1, 2, 3])
+def test_merged_by_the_command(trained, links, tmp_path, capsys):
+    words = [] if links is None else ["--links", links]
+    assert command("--checkpoint", trained.path, "--format", "merged", "--output", tmp_path / "out", *words) == 0
+    compared, written = capsys.readouterr().out.splitlines()
+    assert compared.startswith("loaded again, its logits differ from the module's by at most ")
+    assert written == f"written: {tmp_path / 'out'}"
+    model = auto_class(trained).from_pretrained(tmp_path / "out")
+    assert model.config.dtype == torch.float32
+    assert difference(tiny.logits(model), tiny.logits(trained.module.merged_model(links))) <= 1e-5
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(trained.module.tokenizer)
+
+
+@pytest.mark.parametrize("links", [None, 1, 2, 3])
+def test_an_adapter_by_the_command(trained, links, tmp_path, capsys):
+    words = [] if links is None else ["--links", links]
+    assert command("--checkpoint", trained.path, "--format", "peft", "--output", tmp_path / "out", *words) == 0
+    rank, compared, written = capsys.readouterr().out.splitlines()
+    total = sum(RANKS[:links])
+    assert rank.startswith(f"one adapter of rank {total}: ")
+    assert compared.startswith("loaded again with peft, its logits differ from the module's by at most ")
+    assert written == f"written: {tmp_path / 'out'}"
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == total
+    model = PeftModel.from_pretrained(trained.module.merged_model(0), tmp_path / "out")
+    assert difference(tiny.logits(model), tiny.logits(trained.module.merged_model(links))) <= 1e-5
+
+
+@pytest.mark.parametrize("links", [None, 0, 2])
+def test_a_chain_by_the_command(trained, links, tmp_path, capsys):
+    words = [] if links is None else ["--links", links]
+    assert command("--checkpoint", trained.path, "--format", "chain", "--output", tmp_path / "out", *words) == 0
+    n = 3 if links is None else links
+    assert f"{n} links; loaded again, their factors are the same to the bit" in capsys.readouterr().out
+    chain, whole = Chain.load(tmp_path / "out"), whole_chain(trained.module)
+    assert len(chain) == n
+    assert chain.is_beginning_of(whole)
+    assert chain.base == whole.base
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_dtype_by_the_command(trained, dtype, tmp_path):
+    words = ["--checkpoint", trained.path, "--format", "merged", "--dtype", dtype, "--output", tmp_path / "out"]
+    assert command(*words) == 0
+    model = auto_class(trained).from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    expected = {name: value.to(getattr(torch, dtype)) for name, value in trained.module.merged_model().state_dict().items()}
+    assert_bit_equal(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_without_a_comparison_by_the_command(trained, format_, tmp_path, capsys):
+    words = ["--checkpoint", trained.path, "--format", format_, "--output", tmp_path / "out", "--no_verify"]
+    assert command(*words) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["not compared", f"written: {tmp_path / 'out'}"]
+
+
+def test_recompressed_and_replaced_by_the_command(trained, tmp_path, capsys):
+    words = ["--checkpoint", trained.path, "--format", "peft", "--output", tmp_path / "out", "--max_rank", 2]
+    assert command(*words) == 0
+    assert capsys.readouterr().out.count(": relative error 0.") == 4
+    assert command(*words) == 2
+    assert command(*words[:-2], "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == sum(RANKS)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder with checkpoints of toys that can be exported, and that cannot."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {"plain": toy(), "loss": toy(LossToy, loss=nn.MSELoss()), "full": toy(target_modules=None)}
+    for name, module in made.items():
+        chain = None if name == "full" else {"every_n_train_steps": 1}
+        run = trainer(folder, chain=chain, max_steps=2)
+        run.fit(module, batches())
+        run.save_checkpoint(folder / f"{name}.ckpt")
+    checkpoint = torch.load(folder / "plain.ckpt", weights_only=True)
+    checkpoint["cola"]["module"]["class_path"] = "a_script.Toy"
+    torch.save(checkpoint, folder / "unknown.ckpt")
+    read_chain(folder / "plain.ckpt").save(folder / "chain")
+    (folder / "file").write_text("")
+    (folder / "used").mkdir()
+    (folder / "used" / "mine.txt").write_text("mine")
+    return folder
+
+
+WITHOUT_LINKS = "format: expected merged for a checkpoint without links .*, received"
+MISTAKES = {
+    "none.ckpt merged out": "checkpoint: expected a checkpoint file, received '.*none.ckpt', which does not exist",
+    "chain merged out": "checkpoint: expected a checkpoint file, received '.*chain', which is a folder",
+    "file merged out": "checkpoint: expected a checkpoint file, received '.*file', which cannot be read",
+    "loss.ckpt merged out": "checkpoint: expected a .*LossToy made with plain arguments, received one with another 'loss'",
+    "unknown.ckpt merged out": "checkpoint: expected its module's class to be importable from here, received 'a_script.Toy'",
+    "full.ckpt peft out": f"{WITHOUT_LINKS} peft",
+    "full.ckpt chain out": f"{WITHOUT_LINKS} chain",
+    "plain.ckpt gguf out": "cola export: argument --format: invalid choice: 'gguf'",
+    "plain.ckpt merged file --overwrite": "output: expected a folder, received '.*file', which is a file",
+    "plain.ckpt merged used": "output: expected a folder that does not exist or is empty, received '.*used'",
+    "plain.ckpt peft out --dtype bfloat16": "dtype: expected --format merged beside it, received peft",
+    "plain.ckpt merged out --max_rank 2": "max_rank: expected --format peft beside it, received merged",
+    "plain.ckpt peft out --max_rank 0": "max_rank: expected at least 1, received 0",
+    "plain.ckpt merged out --links 9": "links: expected 0 to 2, .*received 9",
+    "plain.ckpt peft out --links 9": "links: expected 0 to 2, .*received 9",
+    "plain.ckpt chain out --links 9": "links: expected 0 to 2, .*received 9",
+    "plain.ckpt merged out --links -1": "links: expected 0 to 2, .*received -1",
+    "plain.ckpt peft out --links 0": "links: expected at least 1 for an adapter, received 0",
+    "plain.ckpt merged out --link 1": "cola export: unrecognized arguments: --link 1",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(checkpoints, capsys, words):
+    before = contents(checkpoints)
+    checkpoint, format_, output, *more = words.split()
+    options = ["--checkpoint", checkpoints / checkpoint, "--format", format_, "--output", checkpoints / output, *more]
+    assert command(*options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.match(f"error: {MISTAKES[words]}", err.splitlines()[-1])
+    assert "Traceback" not in err
+    assert contents(checkpoints) == before
+    assert not (checkpoints / "out").exists()
+
+
+def test_the_required_options_are_named(capsys):
+    assert command() == 2
+    expected = "error: cola export: the following arguments are required: --checkpoint, --format, --output"
+    assert capsys.readouterr().err.splitlines() == [expected]
+
+
+def test_without_peft_an_adapter_is_refused(checkpoints, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    words = ["--checkpoint", checkpoints / "plain.ckpt", "--format", "peft", "--output", checkpoints / "out"]
+    assert command(*words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: format: expected the package peft, received none: pip install 'cola_lightning[peft]'"
+    )
+    assert not (checkpoints / "out").exists()
+
+
+def test_full_fine_tuning_is_exported_merged(checkpoints, tmp_path):
+    assert command("--checkpoint", checkpoints / "full.ckpt", "--format", "merged", "--output", tmp_path / "out") == 0
+    module = COLAModule.load_from_checkpoint(checkpoints / "full.ckpt")
+    assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), module.model.state_dict())
