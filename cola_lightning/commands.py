@@ -1,6 +1,7 @@
 """``cola inspect`` and ``cola export``: what is done with a chain when no training goes on."""
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,40 +101,57 @@ def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
 
 
 def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
-    recipe = checkpoint[CHECKPOINT_KEY]["module"]
+    recipe, is_adapter = checkpoint[CHECKPOINT_KEY]["module"], options.format == "peft"
     if recipe["not_plain"]:
         raise UserError(
             f"checkpoint: expected a {recipe['class_path']} made with plain arguments, received one with another "
             f"{recipe['not_plain'][0]!r}: load it in Python, and call its merged_model()"
         )
-    import torch
+    if is_adapter and checkpoint[CHECKPOINT_KEY]["live"] is None:
+        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
+    if is_adapter and importlib.util.find_spec("peft") is None:
+        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'")
 
-    from cola_lightning.export import export_adapter, export_merged, make_probe
+    from cola_lightning.export import quiet
     from cola_lightning.modules import COLAModule, find_class
 
     find_class(recipe["class_path"])
+    with quiet():
+        module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
+        return (_export_adapter if is_adapter else _export_merged)(options, module)
 
-    is_adapter = options.format == "peft"
-    if is_adapter and checkpoint[CHECKPOINT_KEY]["live"] is None:
-        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
-    module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
-    probe = make_probe(module.model, module.example_input_array)
-    how: dict[str, Any] = {"verify": not options.no_verify, "overwrite": options.overwrite}
+
+def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
+    import torch
+
+    from cola_lightning.export import export_merged, make_probe
+
+    model, dtypes = module.merged_model(), module.chain.base["dtypes"]
+    if options.dtype or len(dtypes) == 1:  # the links are in float32; the base need not be
+        model.to(getattr(torch, options.dtype or dtypes[0]))
+    probe = None if options.no_verify else make_probe(module.model, module.example_input_array)
+    tokenizer = getattr(module, "tokenizer", None)
+    how = {"tokenizer": tokenizer, "verify": not options.no_verify, "overwrite": options.overwrite}
+    return [export_merged(model, options.output, probe, **how)]
+
+
+def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
+    from cola_lightning.export import export_adapter, make_probe
+    from cola_lightning.modules.pretrained import PACKAGE_PREFIX
+
     pretrained = getattr(module, "pretrained", None)
-    if not is_adapter:
-        model = module.merged_model()
-        dtypes = module.chain.base["dtypes"]
-        model.to(getattr(torch, options.dtype or (dtypes[0] if len(dtypes) == 1 else "float32")))
-        tokenizer = module.tokenizer if pretrained is not None else None
-        return [export_merged(model, options.output, probe, tokenizer=tokenizer, **how)]
-    return export_adapter(
+    lines = export_adapter(
         read_chain(options.checkpoint, options.links),
         module.merged_model(0),
         options.output,
-        probe,
+        None if options.no_verify else make_probe(module.model, module.example_input_array),
         base_name=pretrained.model_name if pretrained else module.base_name,
         revision=pretrained.revision if pretrained else None,
         modules_to_save=module.modules_to_save,
         max_rank=options.max_rank,
-        **how,
+        verify=not options.no_verify,
+        overwrite=options.overwrite,
     )
+    if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
+        lines.append(f"peft cannot find its base, {pretrained.model_name!r}, by itself: load that with transformers first")
+    return lines

@@ -97,17 +97,19 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers, and no warning that is peft's own."""
+    """Nothing of what transformers tells of a model that it loads, and no warning that is peft's own."""
     from transformers.utils import logging
 
-    had_bars = logging.is_progress_bar_enabled()
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             # peft 0.21 asks each model for it (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 

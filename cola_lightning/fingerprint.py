@@ -51,12 +51,12 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
     check_same_layers(expected["weight_norms"], received["weight_norms"])
     if expected["dtypes"] != received["dtypes"]:
         raise UserError(
-            f"checkpoint: expected a base in {' and '.join(expected['dtypes'])}, in which its chain was trained, "
+            f"base: expected one in {' and '.join(expected['dtypes'])}, in which the chain was trained, "
             f"received one in {' and '.join(received['dtypes'])}"
         )
     if expected["fingerprint"] != received["fingerprint"]:
         raise UserError(
-            f"checkpoint: expected the base on which its chain was trained, {_named(expected)}, received another, "
+            f"base: expected the one on which the chain was trained, {_named(expected)}, received another, "
             f"{_named(received)}: the same model, revision, seed and target_modules are needed, or save_base: true in training"
         )
 
@@ -76,6 +76,6 @@ def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) 
         UserError: naming a layer that is adapted in one of them alone.
     """
     if missing := sorted(expected.keys() - received.keys()):
-        raise UserError(f"model.target_modules: expected the checkpoint's layers, with {missing[0]!r}, received none such")
+        raise UserError(f"model.target_modules: expected the chain's layers, with {missing[0]!r}, received none such")
     if unknown := sorted(received.keys() - expected.keys()):
-        raise UserError(f"model.target_modules: expected the checkpoint's layers alone, received {unknown[0]!r} too")
+        raise UserError(f"model.target_modules: expected the chain's layers alone, received {unknown[0]!r} too")

@@ -321,9 +321,9 @@ MISFITS = {
     "fewer layers": (
         {"target_modules": ["q_proj"]},
         {},
-        "expected the checkpoint's layers, with 'model.*v_proj', received none",
+        "expected the chain's layers, with 'model.*v_proj', received none",
     ),
-    "more layers": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, {}, "expected the checkpoint's layers alone, received"),
+    "more layers": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, {}, "expected the chain's layers alone, received"),
     "no links": ({"target_modules": None}, {}, r"model\.init_chain: expected null without links"),
     "a head": ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*\(model\.modules_to_save\), received 'lm_head"),
 }

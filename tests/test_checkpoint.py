@@ -115,18 +115,18 @@ def test_a_subclass_that_forgets_super_keeps_the_chain(tmp_path):
 def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
     run(tmp_path, make())
     path = tmp_path / "step=20.ckpt"
-    with pytest.raises(UserError, match=r"expected the base on which its chain was trained, .* received another"):
+    with pytest.raises(UserError, match=r"expected the one on which the chain was trained, .* received another"):
         run(tmp_path, make(seed=1), ckpt_path=path)
 
     class Double(Toy):
         def build_model(self):
             return super().build_model().double()
 
-    with pytest.raises(UserError, match=r"expected a base in float32, .* received one in float64"):
+    with pytest.raises(UserError, match=r"expected one in float32, .* received one in float64"):
         run(tmp_path, make(Double), ckpt_path=path)
     with pytest.raises(UserError, match=r"'model\.0\.lora_A', received \(6, 8\).*model\.rank"):
         toy(rank=2).load_from_checkpoint(path, target_modules="all-linear", rank=2, alpha=4, seed=0)
-    with pytest.raises(UserError, match=r"model\.target_modules: expected the checkpoint's layers, with '0'"):
+    with pytest.raises(UserError, match=r"model\.target_modules: expected the chain's layers, with '0'"):
         toy().load_from_checkpoint(path, target_modules=["2"], rank=6, seed=0)
     with pytest.raises(UserError, match="expected a chain with knots"):
         run(tmp_path, make(), ckpt_path=path, chain={})
@@ -283,7 +283,7 @@ def test_a_saved_base_of_another_shape_and_other_choices_on_resume_are_refused(t
 
     with pytest.raises(UserError, match=r"with '0\.bias' of shape \(12,\), received \(14,\)"):
         run(tmp_path, make(Wider), ckpt_path=path)
-    with pytest.raises(UserError, match=r"target_modules: expected the checkpoint's layers, with '0'"):
+    with pytest.raises(UserError, match=r"target_modules: expected the chain's layers, with '0'"):
         run(tmp_path, make(target_modules=["2"]), ckpt_path=path)
     with pytest.raises(
         UserError, match=r"model\.optimizer: expected torch\.optim\.adamw\.AdamW, .* received torch\.optim\.sgd"
