@@ -26,7 +26,7 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     Raises:
         UserError: for a path that is none of these, and for files that are damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         chain = chain_of(read_checkpoint(path, field))
     elif (path / JSON_NAME).is_file():
@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, An
     Raises:
         UserError: for a path that is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
@@ -55,7 +55,10 @@ def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, An
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         is_ours = CHECKPOINT_KEY in checkpoint
     except Exception as error:  # whatever torch.load makes of the bytes
-        raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which cannot be read") from error
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{field}: expected a checkpoint file, received {str(path)!r}, which cannot be read ({reason})"
+        ) from error
     if not is_ours:
         raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
     check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), str(path))

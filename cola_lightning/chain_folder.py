@@ -21,6 +21,7 @@ from cola_lightning.writing import whole_folder
 
 FORMAT_VERSION = 1
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
+FACTORS = (".lora_A", ".lora_B")
 
 
 def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None:
@@ -54,6 +55,8 @@ def read_folder(folder: Path) -> Chain:
         links = [{**link, "metrics": _numbers(link["metrics"])} for link in description["links"]]
         if is_whole:
             tensors = load_file(folder / TENSORS_NAME)
+            if extra := {int(name.split(".")[1]) for name in tensors} - set(range(len(links))):
+                raise ValueError(f"link {min(extra)} is not told of")
             return Chain([_link(k, link, tensors) for k, link in enumerate(links)], dict(description["base"]))
     except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -97,8 +100,8 @@ def _link(place: int, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
         raise ValueError(f"link {place} is missing")
     prefix = f"links.{place}."
     mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    extras = {name.removeprefix("extras."): tensor for name, tensor in mine.items() if name.startswith("extras.")}
-    layers = [name.removesuffix(".lora_A") for name in mine if name.endswith(".lora_A") and not name.startswith("extras.")]
+    layers = [name.removesuffix(".lora_A") for name in mine if name.endswith(".lora_A")]
+    extras = {name.removeprefix("extras."): tensor for name, tensor in mine.items() if not name.endswith(FACTORS)}
     factors = {name: (mine[f"{name}.lora_A"], mine[f"{name}.lora_B"]) for name in layers}
     if len(factors) != n_layers or 2 * len(factors) + len(extras) != len(mine):
         raise ValueError(f"link {place} has {len(factors)} layers in place of {n_layers}")

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from typing_extensions import override
 
-from cola_lightning.errors import OutsideError, UserError, causes, one_line
+from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
+
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,7 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
-    if words and words[0] in ("inspect", "export"):
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UserError(f"cola: expected {', '.join(COMMANDS)}, received {words[0]!r}{nearest(words[0], COMMANDS)}")
+    if words and words[0] in COMMANDS[-2:]:
         from cola_lightning.commands import run
 
         run(words[0], words[1:])

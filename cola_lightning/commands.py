@@ -83,6 +83,8 @@ def _export(words: Sequence[str]) -> None:
         raise UserError(f"max_rank: expected at least 1, received {options.max_rank}")
     check_free(options.output, overwrite=options.overwrite)
     checkpoint = read_checkpoint(options.checkpoint)
+    if options.checkpoint.resolve().is_relative_to(options.output.resolve()):
+        raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(options.output)!r}")
     for line in (_export_chain if options.format == "chain" else _export_model)(options, checkpoint):
         print(line)
     print(f"written: {options.output}")

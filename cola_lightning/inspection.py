@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from cola_lightning.chain import Chain, Link
 from cola_lightning.errors import UserError
+from cola_lightning.writing import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,12 +192,8 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
         axes.set_xlim(reports[0].index - 0.5, reports[-1].index + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw_norms(axes: "Axes", reports: Sequence[LinkReport]) -> None:

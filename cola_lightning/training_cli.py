@@ -98,9 +98,26 @@ class COLACLI(LightningCLI):
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
+        self._take_checkpoint()
         self._take_links()
-        if self._ckpt_path is not None:  # here, for Lightning reads the file next
-            read_checkpoint(self._ckpt_path, "ckpt_path")
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyperparameters in the checkpoint overrule what the user writes."""
+
+    def _take_checkpoint(self) -> None:
+        """Checks the checkpoint before anything is made; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path == "last":
+            root = Path(config.trainer.default_root_dir or os.getcwd())
+            places = [root / "checkpoints" / "last.ckpt", *root.glob("runs/version_*/checkpoints/last.ckpt")]
+            if not (found := [place for place in places if place.is_file()]):
+                raise UserError(f"ckpt_path: expected the last.ckpt of an earlier run in {str(root)!r}, received none there")
+            config.ckpt_path = str(max(found, key=lambda place: place.stat().st_mtime))
+            log.info("ckpt_path: %s", config.ckpt_path)
+        if config.ckpt_path is not None and "://" not in config.ckpt_path:
+            config.ckpt_path = os.path.expanduser(config.ckpt_path)
+            read_checkpoint(config.ckpt_path, "ckpt_path")
 
     def _take_links(self) -> None:
         """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
@@ -125,12 +142,6 @@ class COLACLI(LightningCLI):
                 "whose engine owns the optimizer that a knot must replace"
             )
 
-    @property
-    def _ckpt_path(self) -> Path | None:
-        value = self._get(self.config, "ckpt_path")
-        is_found_by_lightning = value == "last" and self.subcommand == "fit"  # of an earlier fit into the same folder
-        return None if value is None or is_found_by_lightning or "://" in value else Path(value)
-
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
@@ -141,6 +152,8 @@ class COLACLI(LightningCLI):
             kwargs["logger"] = CSVLogger(root, name="runs")
         if config.enable_checkpointing is not False and not config.barebones:
             kwargs["callbacks"] = [*_as_list(config.callbacks), self._get(self.config_init, "last")]
+        elif given := [name for name, value in vars(self._get(self.config, "last")).items() if value is not None]:
+            raise UserError(f"last.{given[0]}: expected null with trainer.enable_checkpointing: false, received a value")
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
@@ -157,8 +170,9 @@ class COLACLI(LightningCLI):
         return trainer
 
     def _reading_checkpoint(self) -> contextlib.AbstractContextManager[None]:
-        path = self._ckpt_path
-        return contextlib.nullcontext() if path is None else base_from_checkpoint(path, self.links)
+        path = self.config[self.subcommand].ckpt_path
+        is_local = path is not None and "://" not in path
+        return base_from_checkpoint(path, self.links) if is_local else contextlib.nullcontext()
 
     @override
     def instantiate_classes(self) -> None:
@@ -178,6 +192,8 @@ class COLACLI(LightningCLI):
     def after_fit(self) -> None:
         """Says where the checkpoint is and what to do with it."""
         self._tell("use it: %s (or validate, predict; fit goes on from it)", "test")
+        if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
+            log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
 
     def _tell(self, told: str, subcommand: str) -> None:
         config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # log_dir is a broadcast
@@ -237,10 +253,8 @@ def train(args: Sequence[str] | None) -> int:
             COLACLI(args, watch)
         except Interruption as interruption:
             return interruption.exit_status
-        except Exception:
-            watch.remove_empty_folders()
-            raise
         finally:
+            watch.remove_empty_folders()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
     return 0

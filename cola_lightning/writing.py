@@ -72,9 +72,16 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuses to write a folder over a file, or over a folder that is not empty."""
+    """Refuses to write a folder over a file, or over a folder that is not empty.
+
+    With ``overwrite``, over one that holds folders, or that this process works in: nobody means that.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"output: expected a folder, received {str(path)!r}, which is a file")
+    if overwrite and path.exists() and (path.resolve() == Path.cwd() or any(part.is_dir() for part in path.iterdir())):
+        raise UserError(
+            f"output: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders or is in use"
+        )
     if not overwrite and path.exists() and any(path.iterdir()):
         raise UserError(
             f"output: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "

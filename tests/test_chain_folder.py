@@ -51,6 +51,15 @@ def test_the_two_files_can_be_read_without_this_package(tmp_path):
     assert description["links"] == [link]
 
 
+def test_layers_may_have_any_name(tmp_path):
+    factors = {name: (torch.randn(2, 4), torch.randn(3, 2)) for name in ("extras.0", "links.0.extras", "0")}
+    chain = Chain([Link(0, 2, 2.0, 0, 1, factors, {"lora_A.head": torch.ones(1)})])
+    chain.save(tmp_path / "chain")
+    again = Chain.load(tmp_path / "chain")
+    assert again.is_beginning_of(chain)
+    assert list(again.links[0].extras) == ["lora_A.head"]
+
+
 def test_an_empty_chain_is_a_folder_too(tmp_path):
     Chain([], {"name": "a model"}).save(tmp_path / "chain")
     assert len(Chain.load(tmp_path / "chain")) == 0

@@ -61,6 +61,36 @@ def test_validate_and_a_resumed_fit(fitted):
     assert state["epoch"] == 2
 
 
+def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
+    assert run("fit", "--config", DIGITS, *FAST, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    assert "ckpt_path: " in capfd.readouterr().out
+    assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 27
+    assert run("fit", "--config", DIGITS, *FAST, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    assert "nothing was left to do" in capfd.readouterr().out
+    assert not Path("runs/version_2").exists()
+
+
+def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(fitted):
+    Path("hpmod.py").write_text(
+        "from cola_lightning import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
+    )
+    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "hpmod.Saving", *FAST]
+    subprocess.run(command, capture_output=True, check=True)
+    changed = [
+        "--ckpt_path",
+        "last",
+        "--trainer.max_epochs",
+        "3",
+        "--model.lr_schedule",
+        "cosine",
+        "--model.optimizer.lr",
+        "0.9",
+    ]
+    done = subprocess.run([*command, *changed], capture_output=True, text=True, check=True)
+    assert "model.optimizer: from here on lr 0.02 -> 0.9" in done.stdout
+
+
 def test_predict_writes_a_row_for_each_input_in_order(fitted):
     assert run("predict", *fitted) == 0
     rows = [json.loads(line) for line in Path("runs/version_1/predictions.jsonl").read_text().splitlines()]
@@ -137,7 +167,12 @@ BAD = [
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
     (["fit"], "the following arguments are required: fit.data, fit.model"),
     ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
-    (["fti"], "invalid choice: 'fti'"),
+    (["fti"], "cola: expected fit, validate, test, predict, inspect, export, received 'fti'; the nearest that exist: fit"),
+    (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
+    (
+        ["fit", "--config", DIGITS, "--trainer.enable_checkpointing", "false", "--last.every_n_train_steps", "3"],
+        "last.every_n_train_steps: expected null with trainer.enable_checkpointing: false",
+    ),
 ]
 
 

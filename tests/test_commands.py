@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def _fitted(tmp_path_factory):
         ["fit", "--config", DIGITS, *FAST],
         ["export", "--checkpoint", CHECKPOINT, "--format", "chain", "--output", "chain"],
     ):
-        subprocess.run([sys.executable, "-m", "cola_lightning", *words], cwd=folder, capture_output=True, check=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: the pre-training's bits depend on it
+        subprocess.run(
+            [sys.executable, "-m", "cola_lightning", *words], cwd=folder, env=one_thread, capture_output=True, check=True
+        )
     return folder
 
 
@@ -152,6 +156,7 @@ TEST = ["test", "--config", DIGITS, "--ckpt_path", CHECKPOINT]
 FIT = ["fit", "--config", DIGITS, "--ckpt_path", CHECKPOINT]
 FROM_CHAIN = ["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain"]
 INSPECT = ["inspect", "--checkpoint", "chain"]
+EXPORT = ["export", "--checkpoint", CHECKPOINT, "--format", "chain", "--output"]
 DAMAGE = [
     (truncate, CHECKPOINT, TEST, "expected a checkpoint file"),
     (truncate, CHECKPOINT, FIT, "expected a checkpoint file"),
@@ -166,7 +171,9 @@ DAMAGE = [
     (truncate, "chain/chain.json", INSPECT, "received a damaged one"),
     (edit_json(lambda d: d.update(format_version=2)), "chain", INSPECT, "expected format version 1, which this release"),
     (edit_json(lambda d: d.update(format_version=2)), "chain", FROM_CHAIN, "expected format version 1, which this release"),
-    (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 1 is missing"),
+    (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 2 is not told of"),
+    (edit_json(lambda d: d["links"].pop(2)), "chain", INSPECT, "link 2 is not told of"),
+    (edit_json(lambda d: d["links"][1].update(index=5)), "chain", INSPECT, "link 1 is missing"),
     (edit_json(lambda d: d["links"][0].update(rank=2)), "chain", INSPECT, "link 0 is not of rank 2"),
     (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),
     (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "received another"),
@@ -196,9 +203,33 @@ DAMAGE = [
     (lambda path: None, "", [*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
     (lambda path: None, "", [*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3, the length of the chain, received 7"),
     (lambda path: None, "", [*FROM_CHAIN, "--model.target_modules", "['0']"], "expected the chain's layers, with '2'"),
-    (lambda path: None, "", [*FIT, "--seed_everything", "5"], "model.seed: expected 0, the checkpoint's, received 5"),
-    (lambda path: None, "", [*FIT, "--model.init_chain", "chain"], "model.init_chain: expected null, or [None, None]"),
-    (lambda path: None, "", [*FIT, "--model.alpha", "3"], "model.alpha: expected rank 1 and alpha 1 for link 2"),
+    (
+        lambda path: None,
+        "",
+        [*FIT, "--seed_everything", "5"],
+        "or seed_everything: expected 0, the checkpoint's, received 5",
+    ),
+    (
+        lambda path: None,
+        "",
+        [*FIT, "--model.init_chain", "chain"],
+        "model.init_chain: expected null or what the checkpoint's",
+    ),
+    (lambda path: None, "", [*FIT, "--trainer.precision", "64-true"], "trainer.precision: expected one that keeps the adapted"),
+    (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder of files alone to overwrite"),
+    (
+        lambda path: None,
+        "",
+        [*EXPORT, "runs/version_0/checkpoints", "--overwrite"],
+        "that does not hold the checkpoint",
+    ),
+    (
+        lambda path: Path("deep").mkdir(),
+        "",
+        [*EXPORT, ".", "--overwrite"],
+        "expected a folder of files alone to",
+    ),
+    (lambda path: None, "", [*FIT, "--model.alpha", "3"], "chain.alphas: expected rank 1 and alpha 1 for link 2"),
 ]
 
 

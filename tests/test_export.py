@@ -462,14 +462,21 @@ def write(request, tmp_path):
 
 def test_an_output_that_is_not_empty_is_replaced_only_when_asked(tmp_path, write):
     output = tmp_path / "out"
-    (output / "inner").mkdir(parents=True)
-    (output / "inner" / "kept.txt").write_text("mine")
+    output.mkdir()
+    (output / "kept.txt").write_text("mine")
     with pytest.raises(UserError, match=r"^output: expected a folder that does not exist or is empty, received '.*out'"):
         write(output)
-    assert contents(tmp_path) == {"out/inner/kept.txt": b"mine"}
+    assert contents(tmp_path) == {"out/kept.txt": b"mine"}
     write(output, overwrite=True)
-    assert "inner" not in [path.name for path in output.iterdir()]
+    assert "kept.txt" not in [path.name for path in output.iterdir()]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_holds_folders_is_never_replaced(tmp_path, write):
+    (tmp_path / "out" / "inner").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^output: expected a folder of files alone to overwrite, received '.*out'"):
+        write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "inner").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

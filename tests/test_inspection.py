@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.errors import UserError
+from cola_lightning.errors import DiskError, UserError
 from cola_lightning.inspection import effective_rank, plot, report, singular_values, table, to_json
 
 SHAPES = {"wide": (5, 9), "high": (12, 4), "square": (6, 6), "small": (2, 3)}  # out, in
@@ -201,7 +201,7 @@ def test_a_picture_that_fails_leaves_the_former_one(chain, tmp_path, monkeypatch
     path = tmp_path / "links.png"
     path.write_text("former")
     monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(DiskError, match="no space left"):
         plot(report(chain), path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("links.png", "former")]
 

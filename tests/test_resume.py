@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import TensorDataset
 
-from cola_lightning import EpochDataModule, LastCheckpoint, UserError
+from cola_lightning import EpochDataModule, LastCheckpoint, LoRALayer, UserError
 from tests.toy import Toy, assert_bit_equal, toy, trainer, weights
 
 N_BATCHES = 8
@@ -168,8 +169,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, options,
         for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
             assert first | second == all_, stop
             assert first == {place: all_[place] for place in first}, stop
-        end = last(folder / "resumed")  # unless nothing was left to do
-        assert_same_state(end if end.exists() else last(folder), last(tmp_path / "whole"))
+        was_left = stop != ("batch_end", 23) or "limit_val_batches" not in options
+        assert_same_state(last(folder / "resumed" if was_left else folder), last(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"module": {"alpha": 8}}, r"model\.alpha: expected rank 2 and alpha 4 for link 1, .* received 2 and 8"),
+        ({"module": {"alpha": 8}}, r"chain\.alphas: expected rank 2 and alpha 4 for link 1, .* received 2 and 8"),
         ({"module": {"rank": 4}}, r"is model\.rank another"),
         ({"module": {"modules_to_save_lr": 1e-3}}, r"model\.modules_to_save_lr: expected null, as in the checkpoint's run"),
         ({"data": Data(batch_size=2)}, r"data\.batch_size: expected 4, for the checkpoint lies inside an epoch, received 2"),
@@ -344,3 +345,91 @@ def test_patience_is_what_is_asked_for(tmp_path):
     stopping = EarlyStopping("val_loss", patience=7)
     fit(tmp_path / "resumed", ckpt_path=last(tmp_path), callbacks=[stopping, RunWatch()])
     assert stopping.patience == 7
+
+
+# ---------------------------------------------------------------------- what goes wrong on the way
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch, error):
+    arguments = ARGUMENTS | {"target_modules": ["0", "3"], "modules_to_save": []}
+    whole, _, _ = fit(tmp_path / "whole", module=optimizers(arguments))
+    merged, merge = [], LoRALayer.merge
+
+    def fail_on_the_second(layer):
+        merged.append(layer)
+        if len(merged) == 2:
+            raise error("in the knot")
+        merge(layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRALayer, "merge", fail_on_the_second)
+        with pytest.raises((error, SystemExit)):
+            fit(tmp_path, module=optimizers(arguments))
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3
+    module, _, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), module=optimizers(arguments))
+    assert_bit_equal(weights(module), weights(whole))
+
+
+def one_optimizer(module):
+    return AdamW([parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-2)
+
+
+def two_groups(module):
+    factors, head = module.model[0], module.model[3]
+    return AdamW([{"params": [factors.lora_A, factors.lora_B]}, {"params": list(head.parameters()), "lr": 1e-3}], lr=1e-2)
+
+
+OWN = {
+    "an optimizer alone": one_optimizer,
+    "two groups": two_groups,
+    "a scheduler of its own": lambda module: (lambda o: ([o], [StepLR(o, 1, 0.5)]))(one_optimizer(module)),
+    "a schedule over ours": lambda module: (lambda o: ([o], [CosineAnnealingLR(o, 3)]))(
+        super(Normed, module).configure_optimizers()["optimizer"]
+    ),
+    "ours without its schedule": lambda module: super(Normed, module).configure_optimizers()["optimizer"],
+}
+
+
+@pytest.mark.parametrize("how", OWN)
+def test_a_modules_own_optimizers_go_on_too(tmp_path, how):
+    class Own(Normed):
+        configure_optimizers = staticmethod(lambda: None)
+
+    Own.configure_optimizers = lambda module: OWN[how](module)
+    make = lambda: toy(Own, **ARGUMENTS)  # noqa: E731
+    whole, expected, _ = fit(tmp_path / "whole", module=make())
+    fit(tmp_path, ("batch_end", 12), module=make())
+    module, after, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), module=make())
+    assert after.rates == {place: expected.rates[place] for place in after.rates}
+    assert_bit_equal(weights(module), weights(whole))
+
+
+def test_what_a_refused_resume_finds_on_disk_stays_alone(tmp_path, stopped):
+    changes = [
+        ({"data": Data(batch_size=2)}, r"data\.batch_size: expected 4"),
+        ({"limit_train_batches": 2}, r"trainer\.limit_train_batches: expected at least 3 batches"),
+        ({"accumulate_grad_batches": 4}, r"trainer\.accumulate_grad_batches: expected a divisor of 3"),
+    ]
+    for change, message in changes:
+        with pytest.raises(UserError, match=message):
+            fit(tmp_path / "other", ckpt_path=stopped, **change)
+    assert not list((tmp_path / "other").rglob("*.ckpt"))
+
+
+def test_weights_alone_are_no_fit_to_go_on_with(tmp_path):
+    _, _, run = fit(tmp_path)
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(UserError, match="expected a checkpoint with the optimizer's state, received one of weights alone"):
+        fit(tmp_path / "other", ckpt_path=tmp_path / "weights.ckpt")
+
+
+def test_hyperparameters_that_no_checkpoint_could_be_read_with_are_refused_before_training(tmp_path):
+    class Saving(Normed):
+        def __init__(self, where, **chain):
+            super().__init__(**chain)
+            self.save_hyperparameters("where")
+
+    with pytest.raises(UserError, match=r"Saving: expected plain values in save_hyperparameters, .* received 'where' of type"):
+        fit(tmp_path, module=Saving(tmp_path, **ARGUMENTS))
+    fit(tmp_path, module=Saving(str(tmp_path), **ARGUMENTS))

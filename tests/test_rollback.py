@@ -155,3 +155,52 @@ def test_a_seed_that_was_drawn_is_the_checkpoints(tmp_path, monkeypatch):
     loaded = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
     assert loaded.seed == module.seed
     assert_bit_equal(weights(loaded), weights(module))
+
+
+class Many(Toy):
+    """Takes its arguments in every way that there is."""
+
+    def __init__(self, first, /, *sizes, cls="x", shape=(8, 12), function=len, **chain):
+        super().__init__(**chain)
+        self.first, self.sizes, self.cls, self.shape, self.function = first, sizes, cls, shape, function
+        shape_of_chain = chain["target_modules"]
+        if isinstance(shape_of_chain, list):
+            shape_of_chain.append("2")  # what a careless class may do
+
+
+def test_a_recipe_holds_the_arguments_as_they_were_given():
+    given = {"target_modules": ["0"], "rank": 2, "seed": 0}
+    module = Many(1, 2, 3, cls="y", shape=(1, 2), function=max, optimizer=lambda p: None, **given)
+    recipe = module.recipe()
+    assert recipe["class_path"] == f"{Many.__module__}.Many"
+    assert recipe["init_args"] == {"cls": "y", "shape": (1, 2), "target_modules": ["0"], "rank": 2, "seed": 0}
+    assert sorted(recipe["not_plain"]) == ["first", "function", "sizes"]
+
+
+def test_what_is_not_plain_is_told_when_it_is_not_given(tmp_path, caplog):
+    class Function(Toy):
+        def __init__(self, function=len, **chain):
+            super().__init__(**chain)
+            self.function = function
+
+    module = Function(max, **ARGUMENTS)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert Function.load_from_checkpoint(tmp_path / "run.ckpt").function is len
+    assert "it holds no 'function', which was no plain value" in caplog.text
+    caplog.clear()
+    assert Function.load_from_checkpoint(tmp_path / "run.ckpt", function=max).function is max
+    assert not caplog.text
+
+
+def test_full_fine_tuning_is_one_link_to_go_back_from(tmp_path):
+    module = make(Toy, target_modules=None)
+    run = trainer(tmp_path, chain={}, max_epochs=1)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    for links in (0, 1):
+        loaded = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt", links=links)
+        assert torch.equal(loaded.model[0].weight, module.merged_model(links)[0].weight)
+    with pytest.raises(UserError, match="links: expected 0 to 1, 0 finished and the live one, received 2"):
+        COLAModule.load_from_checkpoint(tmp_path / "run.ckpt", links=2)

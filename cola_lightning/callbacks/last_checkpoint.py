@@ -80,6 +80,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, UserError):  # the run is refused: nothing has happened
+            return
         is_alone = trainer.world_size == 1 or not isinstance(exception, Exception)  # else other processes may not be here
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready

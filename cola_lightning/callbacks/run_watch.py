@@ -29,7 +29,7 @@ class Interruption(BaseException):
 
 
 class RunWatch(Callback):
-    """Stops a fit where it can go on exactly, and takes back the folders of a run that was refused.
+    """Stops a fit where it can go on exactly, and takes back the folders of a run that wrote nothing.
 
     The first Ctrl-C or SIGTERM lets the batch that is being computed come to its end; outside of a fit, it stops at once. A
     second one always does, and then nothing more is written.
@@ -37,6 +37,7 @@ class RunWatch(Callback):
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
+        self.has_begun = False
         self._process = os.getpid()
         self._received: int | None = None
         self._is_waited_for = False
@@ -93,14 +94,11 @@ class RunWatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback, patience in self._patience.items():  # which it takes from the checkpoint, whatever was asked for
             callback.patience = patience
+        self.has_begun = self._is_waited_for = True
         is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
         if threading.current_thread() is threading.main_thread() and not is_requeued:
             # In place of Lightning's, after which a fit ends with status 0; Lightning itself takes it back after the fit.
             signal.signal(signal.SIGTERM, self._handle)
-
-    @override
-    def on_train_batch_start(self, *args: Any) -> None:
-        self._is_waited_for = True
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -126,7 +124,7 @@ class RunWatch(Callback):
         self.folders += [part for part in (path, *path.parents) if not part.exists()]
 
     def remove_empty_folders(self) -> None:
-        """Takes back what was made for a run that was refused; a folder that holds anything stays."""
+        """Takes back what was made for a run that wrote nothing; a folder that holds anything stays."""
         for folder in sorted(self.folders, key=lambda path: len(path.parts), reverse=True):
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from cola_lightning.layers import Init
 from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
+from cola_lightning.modules.restore import check_links
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
@@ -99,7 +101,8 @@ class COLAModule(LinkTraining):
         self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
-        self.init_chain, self.init_links = init_chain, init_links
+        self.init_chain = None if init_chain is None else str(init_chain)
+        self.init_links = None if init_links is None else int(init_links)
         self._first_chain: Chain | None = None
         if init_links is not None and init_chain is None:
             raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
@@ -128,7 +131,7 @@ class COLAModule(LinkTraining):
         if self.seed is None:
             given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
             self._given_seed = None if given is None else int(given)
-            self.seed = seed_of_checkpoint() if given is None else int(given)
+            self.seed = self._given_seed if seed_of_checkpoint() is None else seed_of_checkpoint()
             if self.seed is None:
                 self.seed = distributed.draw_seed()
                 log.info("model.seed: %d was drawn, for none was given", self.seed)
@@ -169,8 +172,9 @@ class COLAModule(LinkTraining):
 
     @property
     @override
-    def _init(self) -> list[str | int | None]:
-        return [self.init_chain, self.init_links]
+    def _origin(self) -> list[str | int | None]:
+        path = self.init_chain and str(Path(self.init_chain).expanduser().absolute())
+        return [path, self.init_links]
 
     @override
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
@@ -203,12 +207,14 @@ class COLAModule(LinkTraining):
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha: expected a number above 0, received {alpha}")
         self.configure_model()
+        self._is_tying = True
         link = self.live_link()
         for layer in self._layers.values():
             layer.merge()
         self.chain.append(link)
         self._begin_link(rank, alpha)
         self.link_start = self._now
+        self._is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
         trainer = self._attached_trainer
         # In a validation inside fit, too: trainer.training is False there.
         if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
@@ -245,8 +251,8 @@ class COLAModule(LinkTraining):
         """
         self.configure_model()
         total = self.link + 1
-        if links is not None and not 0 <= links <= total:
-            raise UserError(f"links: expected 0 to {total}, {self.link} finished and the live one, received {links}")
+        if links is not None:
+            check_links(links, self.link)
         dtype = next((layer.weight.dtype for layer in self._layers.values()), None)
         if links is None or links == total:
             model = copy.deepcopy(self.model)

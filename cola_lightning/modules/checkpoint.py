@@ -54,6 +54,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     model: nn.Module
     schedule: ChainSchedule
     seed: int | None
+    modules_to_save_lr: float | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,13 +64,14 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._base_weights: dict[str, Tensor] | None = None
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
+        self._is_tying = False
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
         self.forget_checkpoint()
 
     def forget_checkpoint(self) -> None:
-        """A fit begins: what an earlier checkpoint's run had is no longer to be met."""
+        """A fit begins: what a checkpoint said of its run no longer counts."""
         self._had_knots = False
         self._had_optimizer: str | None = None
         self._metrics_before: dict[str, float] = {}
@@ -107,8 +109,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         raise NotImplementedError
 
     @property
-    def _init(self) -> list[str | int | None]:
-        """The chain that the run began from, and how many of its links, as they were asked for."""
+    def _origin(self) -> list[str | int | None]:
+        """The path of the chain that the run began from, and how many of its links were asked for."""
         raise NotImplementedError
 
     @property
@@ -172,8 +174,9 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "link_start": list(self.link_start),
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,
-            "init": self._init,
+            "origin": self._origin,
             "optimizer": self._optimizer_class,
+            "has_rate_of_saved": self.modules_to_save_lr is not None,
             "base_weights": self._base_weights,
         }
 
@@ -190,6 +193,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._is_tying:
+            raise RuntimeError(f"the knot after link {self.link} failed halfway: this checkpoint is not written")
         for name, parameter in self.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{name!r} is no longer finite, in link {self.link}: this checkpoint is not written")

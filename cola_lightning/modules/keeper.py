@@ -16,6 +16,7 @@ from typing_extensions import override
 from cola_lightning import distributed
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
+from cola_lightning.modules.recipe import is_readable
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ChainKeeper(Callback):
         module = self.module
         module.run_length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
+            _check_hyperparameters(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
             module.forget_checkpoint()
             module.link_start = Counters(trainer.current_epoch, trainer.global_step)
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -104,8 +106,24 @@ def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationSched
     return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
 
 
+def _check_hyperparameters(*owners: Any) -> None:
+    """Refuses ``save_hyperparameters`` of what would make each checkpoint of the fit unreadable."""
+    for owner in owners:
+        for name, value in getattr(owner, "hparams", {}).items():
+            if not is_readable(value):
+                raise UserError(
+                    f"{type(owner).__name__}: expected plain values in save_hyperparameters, for checkpoints are read without "
+                    f"pickle, received {name!r} of type {type(value).__name__}: ignore=[{name!r}] leaves it out"
+                )
+
+
 def _check_whole_windows(trainer: Trainer) -> None:
-    """Refuses to resume inside an epoch in the middle of what is an accumulation window now."""
+    """Refuses to resume inside an epoch in the middle of what is an accumulation window now, or beyond its end."""
+    if trainer.fit_loop.batch_idx + 1 > trainer.num_training_batches:
+        raise UserError(
+            f"trainer.limit_train_batches: expected at least {trainer.fit_loop.batch_idx + 1} batches in an epoch, which the "
+            f"checkpoint has behind it, received {trainer.num_training_batches}"
+        )
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
     if done % max(1, window) and done != trainer.num_training_batches:
         raise UserError(

@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from cola_lightning.errors import UserError
 
@@ -15,35 +18,38 @@ NOT_KEPT = {"optimizer", "init_chain", "init_links"}
 class RemembersArguments:
     """A class whose instances know what they were made with, whatever a subclass' ``__init__`` does with its arguments."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Notes the arguments, by name."""
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
+        """Notes the arguments, by name, as they are before ``__init__`` may change them."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         except TypeError:  # __init__ will say so
             return self
-        self.__dict__["_arguments"] = _by_name(bound)
-        return self
-
-    def recipe(self) -> dict[str, Any]:
-        """The class, its plain arguments, and the names of those that are not plain: ``class_path, init_args, not_plain``."""
-        arguments = {name: value for name, value in self.__dict__["_arguments"].items() if name not in NOT_KEPT}
         init_args, not_plain = {}, []
-        for name, value in arguments.items():
+        for name, value in _by_name(bound):
             try:
                 init_args[name] = plain(value)
             except TypeError:
                 not_plain.append(name)
+        self.__dict__["_init_args"], self.__dict__["_not_plain"] = init_args, not_plain
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """The class, its plain arguments, and the names of those that are not plain: ``class_path, init_args, not_plain``."""
         cls = type(self)
+        init_args, not_plain = self.__dict__["_init_args"], self.__dict__["_not_plain"]
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args, "not_plain": not_plain}
 
 
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
+def _by_name(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    """The arguments that say what a module is; those without a name of their own are no plain values."""
+    kinds = inspect.Parameter
     for name, value in list(bound.arguments.items())[1:]:  # without self
-        is_rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        arguments |= value if is_rest else {name: value}
-    return arguments
+        kind = bound.signature.parameters[name].kind
+        if kind is kinds.VAR_KEYWORD:
+            yield from ((key, part) for key, part in value.items() if key not in NOT_KEPT)
+        elif name not in NOT_KEPT:
+            yield name, object() if kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) else value
 
 
 def plain(value: Any) -> Any:
@@ -60,10 +66,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, PathLike):
         return str(value)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     raise TypeError(f"expected plain values, received {type(value).__name__}")
+
+
+def is_readable(value: Any) -> bool:
+    """Whether ``torch.load(weights_only=True)`` reads the value as it is."""
+    if type(value) in (list, tuple):
+        return all(map(is_readable, value))
+    if type(value) is dict:
+        return all(is_readable(key) and is_readable(part) for key, part in value.items())
+    return type(value) in (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device, torch.Size)
 
 
 def find_class(class_path: str) -> type:
@@ -76,7 +91,9 @@ def find_class(class_path: str) -> type:
     for n_module in range(len(parts) - 1, 0, -1):  # a class may be inside another
         try:
             found: Any = importlib.import_module(".".join(parts[:n_module]))
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{class_path}.".startswith(f"{error.name}."):
+                raise  # of what the module itself imports
             continue
         for name in parts[n_module:]:
             found = getattr(found, name, None)

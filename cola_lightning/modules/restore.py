@@ -51,11 +51,14 @@ class RestoredChain(CheckpointedChain):
         path = Path(checkpoint_path)
         recipe = read_checkpoint(path)[CHECKPOINT_KEY]["module"]
         made = _class_of(recipe, cls)
-        if made is not cls and issubclass(made, cls):
+        if made is not None and made is not cls and issubclass(made, cls):
             module: Self = made.load_from_checkpoint(path, *args, links=links, **kwargs)
             return module
-        if issubclass(cls, made):
+        if made is not None and issubclass(cls, made):
             kwargs = recipe["init_args"] | kwargs
+            for name in recipe["not_plain"]:
+                if name not in kwargs:
+                    log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
         with base_from_checkpoint(path, links):
             return super().load_from_checkpoint(path, *args, **kwargs)
 
@@ -72,19 +75,22 @@ class RestoredChain(CheckpointedChain):
             raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
         state = checkpoint[CHECKPOINT_KEY]
         check_version(state.get("format_version"), "the checkpoint")
-        reading, whole = READING.get(), chain_of(checkpoint)
-        links = None if reading is None or reading.links == len(whole) else reading.links
-        chain = Chain.from_state_dict(state["chain"]) if links is None else _first_links(whole, links)
+        chain, reading = Chain.from_state_dict(state["chain"]), READING.get()
+        links = None if reading is None or reading.links == len(chain) + 1 else reading.links
+        if links is not None:
+            check_links(links, len(chain))
+            chain = chain_of(checkpoint).truncate(links)
         self._restore_base(chain, state["base_weights"])
         if not self.chain.is_beginning_of(chain):
             self._write_base(self.model)
             self.chain = Chain(base=chain.base)
+        dtype = next((str(layer.weight.dtype).removeprefix("torch.") for layer in self._layers.values()), None)
         if state["dtype"] is not None:
             self._cast_adapted(getattr(torch, state["dtype"]))
         self._replay(chain)
         trainer = self._attached_trainer
         if trainer is not None and trainer.state.fn == "fit":
-            self._check_same_choices(checkpoint)
+            self._check_same_choices(checkpoint, dtype)
         self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
@@ -114,8 +120,13 @@ class RestoredChain(CheckpointedChain):
         chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
         self.chain = chain
 
-    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place."""
+    def _check_same_choices(self, checkpoint: Mapping[str, Any], dtype: str | None) -> None:
+        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place.
+
+        Args:
+            checkpoint: the fit's.
+            dtype: in which the adapted weights would be without it; None without links.
+        """
         raise NotImplementedError
 
     def _extras_of_base(self) -> dict[str, Tensor]:
@@ -163,21 +174,21 @@ class RestoredChain(CheckpointedChain):
             distributed.copy_(state[name], value)
 
 
-def _class_of(recipe: Mapping[str, Any], asked: type) -> type:
-    """The class that a checkpoint's module was made of; one that cannot be found is taken for the one that was asked for."""
+def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:
+    """The class that a checkpoint's module was made of; None if it cannot be found, and is not called as the one asked for."""
     try:
         return find_class(recipe["class_path"])
     except UserError as error:  # it was in a script, say
         if recipe["class_path"].rpartition(".")[2] == asked.__name__:
             return asked
         log.warning("%s; it is loaded as %s", error, asked.__name__)
-        return object
+        return None
 
 
-def _first_links(chain: Chain, links: int) -> Chain:
-    if not 0 <= links <= len(chain):
-        raise UserError(f"links: expected 0 to {len(chain)}, {len(chain) - 1} finished and the live one, received {links}")
-    return chain.truncate(links)
+def check_links(links: int, n_finished: int) -> None:
+    """Refuses a number of links that there are not: the finished ones, and the live one."""
+    if not 0 <= links <= n_finished + 1:
+        raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
 
 
 def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:

@@ -3,10 +3,11 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -44,28 +45,38 @@ class LinkTraining(RestoredChain):
     rank: int
     alpha: float
     run_length: RunLength | None
+    _own_scheduler: LambdaLR | None = None
 
     @override
-    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
+    def _check_same_choices(self, checkpoint: Mapping[str, Any], dtype: str | None) -> None:
         state, live = checkpoint[CHECKPOINT_KEY], checkpoint[CHECKPOINT_KEY]["live"]
+        if "optimizer_states" not in checkpoint:
+            raise UserError("ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone")
         if self._given_seed not in (None, state["seed"]):
-            raise UserError(f"model.seed: expected {state['seed']}, the checkpoint's, received {self._given_seed}")
+            raise UserError(
+                f"model.seed, or seed_everything: expected {state['seed']}, the checkpoint's, received {self._given_seed}"
+            )
+        if state["dtype"] not in (None, dtype):
+            raise UserError(
+                f"trainer.precision: expected one that keeps the adapted weights in {state['dtype']}, as the checkpoint's did, "
+                f"received {self.trainer.precision}, which keeps them in {dtype}"
+            )
         if live is not None and live["scheduled"] != self._scheduled:
             (rank, alpha), (my_rank, my_alpha) = live["scheduled"], self._scheduled
             raise UserError(
-                f"chain.ranks, chain.alphas, model.alpha: expected rank {rank} and alpha {alpha:g} for link {self.link}, in "
-                f"which the checkpoint lies, received {my_rank} and {my_alpha:g}"
+                f"model.rank, model.alpha, chain.ranks, chain.alphas: expected rank {rank} and alpha {alpha:g} for link "
+                f"{self.link}, in which the checkpoint lies, received {my_rank} and {my_alpha:g}"
             )
-        if self._init[0] is not None and self._init != state["init"]:
+        if self._origin[0] is not None and self._origin != state["origin"]:
+            (had, had_links), (mine, my_links) = state["origin"], self._origin
             raise UserError(
-                f"model.init_chain: expected null, or {state['init']}, from which the checkpoint's run began, "
-                f"received {self._init}"
+                f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "
+                f"(links: {had_links}), received {mine} (links: {my_links})"
             )
-        had_rate = len(checkpoint["optimizer_states"][0]["param_groups"]) > 1
-        if had_rate is (self.modules_to_save_lr is None):
+        if state["has_rate_of_saved"] is (self.modules_to_save_lr is None):
+            expected = "a number" if state["has_rate_of_saved"] else "null"
             raise UserError(
-                f"model.modules_to_save_lr: expected {'a number' if had_rate else 'null'}, as in the checkpoint's run, "
-                f"received {self.modules_to_save_lr}"
+                f"model.modules_to_save_lr: expected {expected}, as in the checkpoint's run, received {self.modules_to_save_lr}"
             )
 
     @override
@@ -76,6 +87,7 @@ class LinkTraining(RestoredChain):
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
         self._wanted_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._own_scheduler = LambdaLR(optimizer, self._lr_lambda())
         self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         if self._had_optimizer not in (None, self._optimizer_class) and self.run_length is None:
             raise UserError(
@@ -84,7 +96,7 @@ class LinkTraining(RestoredChain):
             )
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_lambda()), "interval": "step"},
+            "lr_scheduler": {"scheduler": self._own_scheduler, "interval": "step"},
         }
 
     def _parameter_groups(self) -> list[Any]:
@@ -160,14 +172,16 @@ class LinkTraining(RestoredChain):
     def _take_up_optimizer(self) -> None:
         """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
 
-        Its state stays. With the same hyperparameters, and as many steps to go, nothing changes.
+        Its state stays. With the same hyperparameters, and as many steps to go, nothing changes. What a subclass'
+        ``configure_optimizers`` makes is left to it.
         """
-        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        scheduler = cast(LambdaLR, scheduler)
-        for k, (group, wanted) in enumerate(zip(optimizer.param_groups, self._wanted_groups, strict=True)):
+        scheduler = self._own_scheduler
+        if scheduler is None or [config.scheduler for config in self.trainer.lr_scheduler_configs] != [scheduler]:
+            return
+        for k, (group, wanted) in enumerate(zip(scheduler.optimizer.param_groups, self._wanted_groups, strict=True)):
             before = group | {"lr": group["initial_lr"]}
-            if changed := {name: value for name, value in wanted.items() if before[name] != value}:
-                told = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changed.items())
+            if changed := {name: value for name, value in wanted.items() if not _is_same(before.get(name), value)}:
+                told = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
                 log.info("model.optimizer: from here on %s", told)
             rate = wanted["lr"]
             group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
@@ -202,3 +216,9 @@ class LinkTraining(RestoredChain):
             )
         if lengths[-1] < shortest / 2:
             log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
+
+
+def _is_same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(mine, theirs)
+    return bool(mine == theirs)
