@@ -75,6 +75,13 @@ def test_the_table_of_sst2_is_the_benchmarks():
         assert table_row(f"{part}_accuracy") == [" ".join(f"{x:.3f}" for x in value) for value in values]
 
 
+def test_the_kills_are_the_benchmarks():
+    kills = [json.loads(line) for line in (ROOT / "benchmarks" / "kills.jsonl").read_text().splitlines()]
+    n_equal = sum(not kill["wrong"] for kill in kills)
+    assert f"{n_equal} of {len(kills)} by `python benchmarks/kills.py`" in README
+    assert {kill["setup"] for kill in kills} == {"digits", "llama"}
+
+
 def test_the_table_of_speed_is_the_benchmarks():
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "speed.jsonl").read_text().splitlines()]
     results = {(line["what"], line["length"]): line["ratio"] for line in lines}

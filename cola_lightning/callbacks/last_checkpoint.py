@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from cola_lightning.callbacks.run_watch import Interruption
 from cola_lightning.errors import UserError
 
 
@@ -35,12 +36,12 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_in_training = self._is_writing = self._is_outdated = False
         self._stepping_batch: int | None = None
         self._written_at = 0.0
-        self._step_written = 0
+        self._first_step = self._step_written = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._is_in_training = self._is_outdated = False
+        self._is_in_training = self._is_writing = self._is_outdated = False
         # After all others, for what they write; and so that ckpt_path="best" asks another.
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
 
@@ -49,7 +50,8 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_in_training, self._stepping_batch = True, None
-        self._written_at, self._step_written = time.monotonic(), trainer.global_step
+        self._written_at, self._first_step = time.monotonic(), trainer.global_step
+        self._step_written = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:  # noqa: D102
         self._stepping_batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -80,9 +82,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, UserError):  # the run is refused: nothing has happened
+        if isinstance(exception, UserError) and trainer.global_step == self._first_step:  # it is refused: nothing has happened
             return
-        is_alone = trainer.world_size == 1 or not isinstance(exception, Exception)  # else other processes may not be here
+        is_alone = trainer.world_size == 1 or isinstance(exception, Interruption)  # else other processes may not be here
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
         if not self._is_in_training or is_halfway or self._is_writing or not is_alone:
