@@ -70,25 +70,16 @@ def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert not Path("runs/version_2").exists()
 
 
-def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(fitted):
+def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(monkeypatch, capfd):
     Path("hpmod.py").write_text(
         "from cola_lightning import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
-    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "hpmod.Saving", *FAST]
-    subprocess.run(command, capture_output=True, check=True)
-    changed = [
-        "--ckpt_path",
-        "last",
-        "--trainer.max_epochs",
-        "3",
-        "--model.lr_schedule",
-        "cosine",
-        "--model.optimizer.lr",
-        "0.9",
-    ]
-    done = subprocess.run([*command, *changed], capture_output=True, text=True, check=True)
-    assert "model.optimizer: from here on lr 0.02 -> 0.9" in done.stdout
+    monkeypatch.syspath_prepend(".")
+    fit = ["fit", "--config", DIGITS, "--model", "hpmod.Saving", *FAST]
+    assert run(*fit) == 0
+    assert run(*fit, "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.optimizer.lr", "0.9") == 0
+    assert "model.optimizer: from here on lr 0.02 -> 0.9" in capfd.readouterr().out
 
 
 def test_predict_writes_a_row_for_each_input_in_order(fitted):
