@@ -97,8 +97,11 @@ def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
     chain.save(options.output, overwrite=options.overwrite)
     if options.no_verify:
         return ["not compared"]
+    from cola_lightning.export import ExportError
+
     again = Chain.load(options.output)
-    assert len(again) == len(chain) and again.is_beginning_of(chain)  # noqa: PT018
+    if len(again) != len(chain) or not again.is_beginning_of(chain):
+        raise ExportError(f"the chain in {options.output} was loaded again with other factors than were written")
     return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 

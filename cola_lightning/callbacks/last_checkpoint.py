@@ -59,7 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         step, every = trainer.global_step, self.every_n_train_steps
-        is_due = bool(every) and step % (every or 1) == 0 and step != self._step_written
+        is_due = every is not None and step % every == 0 and step != self._step_written
         if self.interval is not None:
             is_due |= bool(trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.interval.total_seconds()))
         if is_due or self._is_outdated:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,6 @@ class PredictionWriter(BasePredictionWriter):
         rows = {(loader, row["index"]): row for part in parts for loader, row in part}
         path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME  # on every process: log_dir is a broadcast
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
-            partial.replace(path)
+            with whole_file(path) as partial:
+                partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
             log.info("%d predictions: %s", len(rows), path)

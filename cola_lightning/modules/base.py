@@ -131,7 +131,8 @@ class COLAModule(LinkTraining):
         if self.seed is None:
             given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
             self._given_seed = None if given is None else int(given)
-            self.seed = self._given_seed if seed_of_checkpoint() is None else seed_of_checkpoint()
+            seed = seed_of_checkpoint()
+            self.seed = self._given_seed if seed is None else seed
             if self.seed is None:
                 self.seed = distributed.draw_seed()
                 log.info("model.seed: %d was drawn, for none was given", self.seed)
