@@ -1,7 +1,7 @@
 """Putting LoRA layers into a model, in place, and taking them out again.
 
 Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a rank that a layer
-cannot have, a base too coarse to be merged into.
+cannot have, a quantised base to be merged into.
 """
 
 import math
@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.layers import Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
+from cola_lightning.layer_types import adapt_layer, is_adaptable, plain_layer
+from cola_lightning.layers import FinishedLinks, Init, LoRALayer
+from cola_lightning.quantization import dequantized, is_quantized
 
 ALL_LINEAR = "all-linear"
 
@@ -26,6 +28,7 @@ def inject_lora(
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
     init: Init = "kaiming",
+    finished_links: FinishedLinks = "merge",
 ) -> list[str]:
     """Swaps the target layers for LoRA layers, in place, and freezes everything else.
 
@@ -39,12 +42,14 @@ def inject_lora(
         dropout: probability of dropping an input of A while training.
         modules_to_save: names or dotted name endings of modules that are trained whole (a new head).
         init: how A is drawn, see :meth:`LoRALinear.from_linear`.
+        finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
+            are in half precision; ``stack`` keeps them beside the weights, which are never written.
 
     Returns:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: for whatever would be wrong later: no match, shared modules or weights, a half-precision base, ...
+        UserError: for whatever would be wrong later: no match, shared modules or weights, a 4-bit base to merge into, ...
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -64,14 +69,14 @@ def inject_lora(
     _check_not_shared(model, names)
     _check_saved_not_shared(model, saved)
     for name in names:
-        _check_layer(name, modules[name], rank)
+        _check_layer(name, modules[name], rank, finished_links)
     if inside := [name for name in names if _is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapt_layer(modules[name], rank, alpha, dropout, init))
+        setattr(model.get_submodule(parent), child, adapt_layer(modules[name], rank, alpha, dropout, init, finished_links))
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -93,19 +98,38 @@ def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
     """Swaps the LoRA layers back for plain ones around the same ``Parameter`` objects, in place.
 
     Args:
-        merge: add each live link to its weight first.
+        merge: add each live link, and what is stacked, to its weight first: in float32, rounded once to the dtype in which the
+            layer computes. 4-bit weights that are adapted are de-quantised for that, into new parameters.
 
     Raises:
-        UserError: if a live link holds an update (its B is not zero) and ``merge`` is False: it would be lost.
+        UserError: if links are not in the weights (a live B is not zero, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
-    if not merge and (live := [name for name, layer in layers.items() if layer.lora_B.any()]):
-        raise UserError(f"merge: expected True, for layer {live[0]!r} has a live link that would be lost; received False")
-    for name, layer in layers.items():
+    if not merge and (lost := [name for name, layer in layers.items() if layer.lora_B.any() or layer.is_stacked]):
+        raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
+    dtypes = {name: layer.dtype for name, layer in layers.items()}
+    stacked = unstack(model) if merge else {}
+    for name, layer in lora_layers(model).items():
+        if name in stacked:
+            layer.absorb(*stacked[name], 1.0)
         if merge:
             layer.merge()
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain_layer(layer))
+        plain = plain_layer(layer)
+        setattr(model.get_submodule(parent), child, plain.to(dtypes[name]) if merge else plain)
+
+
+def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Makes layers that keep a stack ones that merge, in place: weights in float32, without finished links, none in 4 bits.
+
+    Returns:
+        What was stacked: A (rank x in) and B (out x rank) by the layer's name.
+    """
+    for name, layer in lora_layers(model).items():
+        if is_quantized(layer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dequantized(layer, torch.float32))
+    return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
 
 
 def check_numbers(rank: int, alpha: float, dropout: float) -> None:
@@ -130,16 +154,6 @@ def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
             )
 
 
-def check_dtype(dtype: torch.dtype, where: str = "") -> None:
-    """Refuses a base in half precision, into which no link can be merged; ``where`` is for the message."""
-    if dtype.itemsize < 4:
-        raise UserError(
-            "model.dtype: expected a float32 base, for merging links into half precision rounds them away; received "
-            f"{str(dtype).removeprefix('torch.')}{where}: load it in float32, or train the whole in mixed precision "
-            "(--trainer.precision bf16-mixed)"
-        )
-
-
 def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: list[str]) -> list[str]:
     adaptable = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_adaptable(module)]
     if target_modules == ALL_LINEAR:
@@ -153,7 +167,8 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     if other := sorted(matched - set(adaptable)):
         kind = type(model.get_submodule(other[0])).__name__
         raise UserError(
-            f"model.target_modules: expected layers of type Linear or Conv1D, received {other[0]!r}, which is a {kind}"
+            "model.target_modules: expected layers of type Linear, Conv1D or Linear4bit, received "
+            f"{other[0]!r}, which is a {kind}"
         )
     return [name for name in adaptable if name in matched]
 
@@ -217,12 +232,16 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
                 )
 
 
-def _check_layer(name: str, module: nn.Module, rank: int) -> None:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if rank > min(weight.shape):
-        raise UserError(
-            f"model.rank: expected at most {min(weight.shape)}, the smaller side of {name!r} ({tuple(weight.shape)}), "
-            f"received {rank}"
-        )
-    check_dtype(weight.dtype, f" in {name!r}")
+def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
+    if is_quantized(module):
+        if finished_links == "merge":
+            raise UserError(
+                f"model.finished_links: expected stack, for links cannot be merged into the 4-bit weight of {name!r}; "
+                "received merge"
+            )
+        shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
+    else:
+        assert isinstance(module.weight, Tensor)
+        shape = tuple(module.weight.shape)
+    if rank > min(shape):
+        raise UserError(f"model.rank: expected at most {min(shape)}, the smaller side of {name!r} ({shape}), received {rank}")

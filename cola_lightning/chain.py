@@ -133,16 +133,16 @@ class Chain:
         return all(mine.is_same_update(theirs) for mine, theirs in zip(self.links, other.links, strict=False))
 
     def replay(self, layers: Mapping[str, LoRALayer], device: torch.device | str = "cpu", start: int = 0) -> None:
-        """Merges the links from ``start`` on into the layers' weights, as their knots did.
+        """Has the layers take up the links from ``start`` on, as at their knots: merged into the weights, or stacked.
 
         Args:
             layers: the adapted layers by name.
             device: where the products are computed: the device of the training, for equal bits.
-            start: the first link that the weights do not hold yet.
+            start: the first link that the layers do not hold yet.
         """
         for link in self.links[start:]:
             for name, (lora_A, lora_B) in link.factors.items():
-                layers[name].add_to_weight(lora_A.to(device), lora_B.to(device), link.scaling)
+                layers[name].absorb(lora_A.to(device), lora_B.to(device), link.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""

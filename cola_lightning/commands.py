@@ -129,19 +129,33 @@ def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
 def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     import torch
 
-    from cola_lightning.export import export_merged, make_probe
+    from cola_lightning.adapt import lora_layers
+    from cola_lightning.export import export_merged
 
-    model, dtypes = module.merged_model(), module.chain.base["dtypes"]
-    if options.dtype or len(dtypes) == 1:  # the links are in float32; the base need not be
-        model.to(getattr(torch, options.dtype or dtypes[0]))
-    probe = None if options.no_verify else make_probe(module.model, module.example_input_array)
+    layer, dtypes = next(iter(lora_layers(module.model).values()), None), module.chain.base["dtypes"]
+    is_quantized = any(not hasattr(torch, name) for name in dtypes)
+    model, dtype = module.merged_model(), getattr(torch, options.dtype) if options.dtype else None
+    if dtype is None and len(dtypes) == 1:  # the links are in float32; the base need not be
+        dtype = layer.dtype if layer is not None and is_quantized else getattr(torch, dtypes[0])
+    model.to(dtype)
     tokenizer = getattr(module, "tokenizer", None)
     how = {"tokenizer": tokenizer, "verify": not options.no_verify, "overwrite": options.overwrite}
-    return [export_merged(model, options.output, probe, **how)]
+    lines = [export_merged(model, options.output, _probe(options, module), **how)]
+    return [*lines, f"4-bit weights were de-quantised, to {str(dtype).removeprefix('torch.')}"] if is_quantized else lines
+
+
+def _probe(options: argparse.Namespace, module: Any) -> Any:
+    """What the module gives, computed in float32; None if nothing is to be compared."""
+    from cola_lightning.export import make_probe
+
+    if options.no_verify:
+        return None
+    module.widen()
+    return make_probe(module.model, module.example_input_array)
 
 
 def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
-    from cola_lightning.export import export_adapter, make_probe
+    from cola_lightning.export import export_adapter
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX
 
     pretrained = getattr(module, "pretrained", None)
@@ -149,7 +163,7 @@ def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
         read_chain(options.checkpoint, options.links),
         module.merged_model(0),
         options.output,
-        None if options.no_verify else make_probe(module.model, module.example_input_array),
+        _probe(options, module),
         base_name=pretrained.model_name if pretrained else module.base_name,
         revision=pretrained.revision if pretrained else None,
         modules_to_save=module.modules_to_save,

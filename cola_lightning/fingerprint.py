@@ -22,19 +22,20 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
 
     Returns:
         ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the
-        dtypes they came in; ``weight_norms``: the Frobenius norm of each weight, by name.
+        dtypes they came in, ``nf4`` for 4-bit ones; ``weight_norms``: the Frobenius norm of each weight, by name.
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)
     norms = {}
     for layer_name, layer in layers.items():
-        weight = layer.weight.detach()
+        weight = layer.full_weight()
         generator = torch.Generator("cpu").manual_seed(0)
         places = torch.randint(weight.numel(), (SAMPLED_VALUES,), generator=generator, device="cpu")
         sample = weight.flatten()[places.to(weight.device)].cpu().double()
         digest.update(f"{layer_name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-        norms[layer_name] = float(torch.linalg.vector_norm(weight))
-    dtypes = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers.values()})
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
+    dtypes = sorted({layer.source_dtype for layer in layers.values()})
     return {"name": name, "fingerprint": digest.hexdigest(), "dtypes": dtypes, "weight_norms": norms}
 
 

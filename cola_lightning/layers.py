@@ -5,13 +5,13 @@ the same weight and bias ``Parameter`` objects, and two more, ``lora_A`` and ``l
 rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new
 parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
 
-Finished links are merged into the weight. A way to keep them beside it, for half-precision and quantised bases, belongs into
-:meth:`LoRALayer.forward` and :meth:`LoRALayer.merge`: they are the two places that know where finished links are.
+Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
+beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never written. :meth:`LoRALayer.absorb` and
+:meth:`LoRALayer.forward` are the two places that know which.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +23,11 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import distributed
+from cola_lightning.errors import UserError
+from cola_lightning.stack import Stack
 
 Init = Literal["kaiming", "gaussian"]
+FinishedLinks = Literal["merge", "stack"]
 
 
 @torch.no_grad()
@@ -67,6 +70,8 @@ class LoRALayer(nn.Module):
         lora_B: out x max_rank, the factor that starts at zero.
         rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
         alpha: the update is scaled by ``alpha / rank``.
+        stack: the finished links, where they are not merged; None where they are.
+        source_dtype: the dtype in which the weight came, ``nf4`` for a quantised one.
     """
 
     weight: Tensor
@@ -75,19 +80,32 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     rank: int
     alpha: float
+    stack: Stack | None
+    source_dtype: str
 
     weight_is_transposed = False  # True where the weight is in x out
 
-    def _add_link(self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init) -> None:
+    def _add_link(
+        self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
+    ) -> None:
         """Gives the layer its two factors; ``rank`` is the largest that a link of the chain will have."""
+        dtype, device = self._take_up_weight(finished_links), self.weight.device
+        self.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=dtype, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=dtype, device=self.weight.device))
+        wide = torch.promote_types(dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=wide, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=wide, device=device))
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.init: Init = init
         self.rank, self.alpha = rank, alpha
         self.reset()
+
+    def _take_up_weight(self, finished_links: FinishedLinks) -> torch.dtype:
+        """Prepares the weight for what becomes of finished links; returns the dtype in which the layer then computes."""
+        self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
+        if finished_links == "merge":
+            _widen(self)
+        return self.weight.dtype
 
     @property
     def max_rank(self) -> int:
@@ -104,36 +122,90 @@ class LoRALayer(nn.Module):
         """The live link's A (rank x in) and B (out x rank), as views of the parameters."""
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether there are finished links beside the weight."""
+        return self.stack is not None and self.stack.rank > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes where autocast does not say: its base's."""
+        return self.weight.dtype if self.stack is None else self.stack.A.dtype
+
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus the live link's.
+        """The base layer's output plus the links'.
 
         Shape:
             ``x``: ... x in; result: ... x out, in the dtype of ``x`` (under autocast, in autocast's).
         """
-        dtype = x.dtype
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)  # a half-precision model around an fp32 layer
+        dtype, is_autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
         lora_A, lora_B = self.factors
+        if not is_autocast:  # autocast does the same to each product
+            x, lora_A, lora_B = (part.to(self.dtype) for part in (x, lora_A, lora_B))
         hidden = F.linear(self.lora_dropout(x), lora_A) * self.scaling  # ... x rank: scaled where it is smallest
-        y: Tensor = super().forward(x) + F.linear(hidden, lora_B)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+        y = self.base_forward(x) + F.linear(hidden, lora_B)
+        if self.stack is not None:
+            y = self.stack.add_to(y, x)
+        return y if is_autocast else y.to(dtype)
+
+    def full_weight(self) -> Tensor:
+        """The frozen weight as it is computed with, in its own layout."""
+        return self.weight.detach()
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the layer would give without any link; ``x`` is in :attr:`dtype`, but under autocast."""
+        y: Tensor = super().forward(x)
+        return y
 
     def delta_weight(self) -> Tensor:
         """The live link's update in the weight's own layout (out x in; Conv1D: in x out)."""
         delta = low_rank_delta(*self.factors, self.scaling)
         return delta.T if self.weight_is_transposed else delta
 
-    def merge(self) -> None:
-        """Adds the live link to the weight and sets B to zero: the layer's function stays what it was."""
-        self.add_to_weight(*self.factors, self.scaling)
-        with torch.no_grad():
-            self.lora_B.zero_()
+    def finish(self) -> None:
+        """Makes the live link a finished one and sets B to zero: the layer's function stays what it was."""
+        self.absorb(*self.factors, self.scaling)
+        self._zero_B()
 
-    def add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Adds ``scaling * B A`` to the weight, in place: what a knot does, and what replaying a chain does again."""
+    def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Takes up a finished link: what a knot does, and what replaying a chain does again."""
+        if self.stack is None:
+            self._add_to_weight(lora_A, lora_B, scaling)
+        else:
+            self.stack.push(lora_A, lora_B, scaling)
+
+    def merge(self) -> None:
+        """Adds the live link to the weight and sets B to zero.
+
+        Raises:
+            UserError: if the weight is kept in half precision, or quantised.
+        """
+        self._add_to_weight(*self.factors, self.scaling)
+        self._zero_B()
+
+    def _add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        if self.weight.dtype.itemsize < 4:
+            raise UserError(
+                f"finished_links: expected a weight in float32, or stack, for {self.source_dtype} rounds merged links away; "
+                "received a link to merge"
+            )
         delta = low_rank_delta(lora_A, lora_B, scaling)
         distributed.add_(self.weight, delta.T if self.weight_is_transposed else delta)
+
+    def _zero_B(self) -> None:
+        distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))
+
+    def unstack(self) -> tuple[Tensor, Tensor]:
+        """Makes this layer, which keeps a stack, one that merges: its weight in float32, without any finished link.
+
+        Returns:
+            The factors of what was stacked in the weight's dtype, A (rank x in) and B (out x rank).
+        """
+        assert self.stack is not None
+        (A, B), self.stack = self.stack.factors, None
+        _widen(self)
+        return A.to(self.weight.dtype), B.to(self.weight.dtype)
 
     def reset(self, generator: torch.Generator | None = None, *, rank: int | None = None, alpha: float | None = None) -> None:
         """Begins a new link in place: draws A, zeroes B, drops their gradients.
@@ -153,23 +225,27 @@ class LoRALayer(nn.Module):
         else:
             nn.init.kaiming_uniform_(full[: self.rank], a=math.sqrt(5), generator=generator)
         distributed.copy_(self.lora_A, full)
-        distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))
+        self._zero_B()
         self.lora_A.grad = self.lora_B.grad = None
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as ever, but never narrows this layer's parameters below fp32.
+        """Moves and casts as ever, but never narrows below fp32: A and B, a weight that links are merged into, and its bias.
 
         Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
         bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
         """
+        live = {id(tensor) for factor in (self.lora_A, self.lora_B) for tensor in (factor, factor.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             is_narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device) if is_narrowed else moved
+            is_kept = is_narrowed and (self.stack is None or id(tensor) in live)
+            return tensor.to(moved.device) if is_kept else moved
 
         result: Self = super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        if self.stack is not None:
+            self.stack.apply(fn)
         return result
 
     @override
@@ -188,7 +264,15 @@ class LoRALinear(LoRALayer, nn.Linear):
     """
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, init: Init = "kaiming") -> Self:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        finished_links: FinishedLinks = "merge",
+    ) -> Self:
         """Adapts a linear layer, keeping its weight and bias ``Parameter`` objects.
 
         Args:
@@ -197,78 +281,24 @@ class LoRALinear(LoRALayer, nn.Linear):
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
             init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
+            finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
+                keeps them beside it, and never writes it.
         """
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        _take_over(layer, linear)
-        layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init)
+        take_over(layer, linear)
+        layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init, finished_links)
         return layer
 
 
-def _take_over(layer: Any, base: Any) -> None:
+def take_over(layer: Any, base: Any) -> None:
     """Gives the layer, which was made on the meta device, the base's parameters and mode."""
     layer.weight, layer.bias = base.weight, base.bias
     layer.train(base.training)
 
 
-@functools.cache
-def _lora_conv1d() -> type[LoRALayer]:
-    """``LoRAConv1D``, made when first asked for: its base class lives in transformers, which takes seconds to import."""
-    from transformers.pytorch_utils import Conv1D
-
-    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
-        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
-
-        weight_is_transposed = True
-
-        @classmethod
-        def from_linear(cls, linear: Conv1D, rank: int, alpha: float, dropout: float = 0.0, init: Init = "kaiming") -> Self:
-            """Adapts a Conv1D layer, as :meth:`LoRALinear.from_linear` does a linear one."""
-            with torch.device("meta"):
-                layer = cls(linear.nf, linear.nx)
-            _take_over(layer, linear)
-            layer._add_link(linear.nx, linear.nf, rank, alpha, dropout, init)
-            return layer
-
-    LoRAConv1D.__qualname__ = "LoRAConv1D"
-    return LoRAConv1D
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether there is a LoRA layer for exactly this type.
-
-    A subclass may compute something else in its forward (torch's own attention never calls its output layer's), so it is not
-    taken for its parent.
-    """
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def adapt_layer(module: nn.Module, rank: int, alpha: float, dropout: float = 0.0, init: Init = "kaiming") -> LoRALayer:
-    """The LoRA layer for an adaptable module, on the module's own parameters."""
-    lora_class: Any = _lora_conv1d() if _is_conv1d(module) else LoRALinear
-    layer: LoRALayer = lora_class.from_linear(module, rank, alpha, dropout, init)
-    return layer
-
-
-def plain_layer(layer: LoRALayer) -> nn.Module:
-    """The layer without its link: the base layer's class around the same weight and bias ``Parameter`` objects."""
-    plain: Any
-    if isinstance(layer, nn.Linear):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    else:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            plain = Conv1D(layer.nf, layer.nx)  # type: ignore[no-untyped-call]
-    _take_over(plain, layer)
-    module: nn.Module = plain
-    return module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LoRAConv1D":
-        return _lora_conv1d()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@torch.no_grad()
+def _widen(layer: Any) -> None:
+    """Casts a layer's weight and bias to float32 where they are in half precision; the ``Parameter`` objects stay."""
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -155,9 +157,16 @@ class COLACLI(LightningCLI):
         elif given := [name for name, value in vars(self._get(self.config, "last")).items() if value is not None]:
             raise UserError(f"last.{given[0]}: expected null with trainer.enable_checkpointing: false, received a value")
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            with warnings.catch_warnings():  # an error below
+                warnings.filterwarnings("ignore", r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`")
+                trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
             raise UserError(f"trainer: {one_line(str(error))}") from error
+        if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
+            raise UserError(
+                "trainer.precision: expected another on a CPU, for Lightning makes bf16-mixed of 16-mixed there: "
+                f"bf16-mixed itself, bf16-true or 32-true; received {config.precision}"
+            )
         check_strategy(trainer.strategy)  # here, too: a forked process could not tell of it in one line
         for logger in trainer.loggers:
             if logger.save_dir is not None:

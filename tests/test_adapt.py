@@ -70,7 +70,7 @@ def test_only_links_and_saved_modules_train(model):
 
 
 def test_gpt2s_conv1d_is_adapted_and_its_tied_head_is_not():
-    from cola_lightning.layers import LoRAConv1D
+    from cola_lightning.layer_types import LoRAConv1D
 
     model = tiny_gpt2()
     assert inject_lora(model, "all-linear", rank=2, alpha=4) == [
@@ -95,7 +95,7 @@ def test_strip_refuses_to_lose_a_live_link_and_merges_it_if_asked(model):
     with torch.no_grad():
         model.layers[1].q_proj.lora_B.fill_(0.1)
     expected = model(x)
-    with pytest.raises(UserError, match=r"'layers\.1\.q_proj' has a live link"):
+    with pytest.raises(UserError, match=r"'layers\.1\.q_proj' has links that would be lost"):
         strip_lora(model)
     strip_lora(model, merge=True)
     torch.testing.assert_close(model(x), expected)
@@ -149,9 +149,7 @@ def test_a_module_to_save_whose_weight_is_used_elsewhere_is_refused():
         inject_lora(model, ["1"], rank=1, alpha=1, modules_to_save=["2"])
 
 
-def test_a_half_precision_base_and_a_second_adaptation_are_refused(model):
-    with pytest.raises(UserError, match=r"model\.dtype: .* received bfloat16 in"):
-        inject_lora(Model().bfloat16(), ["q_proj"], rank=2, alpha=4)
+def test_a_second_adaptation_is_refused(model):
     inject_lora(model, ["q_proj"], rank=2, alpha=4)
     with pytest.raises(UserError, match="adapted already"):
         inject_lora(model, ["k_proj"], rank=2, alpha=4)

@@ -10,13 +10,14 @@ PACKAGE = Path(__file__).parent.parent / "cola_lightning"
 
 MAY_IMPORT = {
     "cli": {"training_cli", "commands"},
-    "commands": {"chain", "chain_files", "inspection", "export", "modules"},
+    "commands": {"chain", "chain_files", "inspection", "adapt", "export", "modules"},
     "training_cli": {"chain", "chain_files", "study", "modules", "data", "callbacks"},
     "__main__": {"cli"},
     "__init__": set(),
     "study": {"modules", "data", "callbacks"},
     "callbacks": {"schedule", "chain", "layers"},
-    "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers", "distributed"},
+    "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers"}
+    | {"quantization", "distributed"},
     "export": {"chain", "adapt", "adapter"},
     "inspection": {"chain"},
     "chain_files": {"chain", "chain_folder", "adapter"},
@@ -24,8 +25,11 @@ MAY_IMPORT = {
     "adapter": {"chain", "chain_folder"},
     "fingerprint": {"adapt"},
     "chain": {"layers", "distributed", "chain_folder"},  # the last where a chain is saved or loaded
-    "adapt": {"layers"},
-    "layers": {"distributed"},
+    "adapt": {"layers", "layer_types", "quantization"},
+    "quantization": {"layers"},
+    "layer_types": {"layers", "quantization"},
+    "layers": {"distributed", "stack"},
+    "stack": set(),
     "distributed": set(),
     "schedule": set(),
     "data": set(),
@@ -38,7 +42,19 @@ MAY_IMPORT = {
 OPEN_TO_ALL = {"errors", "hub", "writing", "__version__"}
 
 # What the engine's own files may take from outside: torch, the standard library and, for chains on disk, safetensors.
-TORCH_ONLY = {"layers", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "adapter", "inspection"}
+TORCH_ONLY = {
+    "stack",
+    "layers",
+    "layer_types",
+    "quantization",
+    "adapt",
+    "fingerprint",
+    "chain",
+    "chain_files",
+    "chain_folder",
+    "adapter",
+    "inspection",
+}
 TORCH_ONLY |= {"schedule", "distributed", "errors", "writing"}
 HEAVY = {"transformers", "datasets", "peft", "matplotlib", "sklearn"}
 

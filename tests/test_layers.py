@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning.layers import LoRALinear, adapt_layer, plain_layer
+from cola_lightning.layer_types import adapt_layer, plain_layer
+from cola_lightning.layers import LoRALinear
 
 
 @pytest.fixture(params=["linear", "conv1d"])

@@ -147,12 +147,22 @@ def test_attention_that_does_not_exist_is_named(folder):
         COLACausalLM(folder, attn_implementation="nonsense").configure_model()
 
 
-def test_a_half_precision_model_is_asked_to_be_merged_into_before_it_is_loaded(folder):
-    with pytest.raises(UserError, match=r"model\.dtype: expected a float32 base, .* received bfloat16: load it in float32"):
-        COLACausalLM(folder, dtype="bfloat16")
-    module = COLACausalLM(folder, dtype="bfloat16", target_modules=None)  # full fine-tuning merges nothing
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_merges(folder, dtype, caplog):
+    caplog.set_level("INFO")
+    half = getattr(torch, dtype)
+    for mode, adapted in (("merge", torch.float32), ("stack", half)):
+        module = COLACausalLM(folder, dtype=dtype, finished_links=mode, target_modules=["q_proj"])
+        module.configure_model()
+        body = module.model.model.layers[0]
+        assert (body.self_attn.q_proj.weight.dtype, body.self_attn.k_proj.weight.dtype) == (adapted, half)
+        assert body.self_attn.q_proj.lora_A.dtype == torch.float32
+        assert module.chain.base["dtypes"] == [dtype]
+    assert f"merge keeps the adapted weights in float32, 0 MB more than in {dtype}" in caplog.text
+    assert caplog.text.count("merge keeps") == 1
+    module = COLACausalLM(folder, dtype=dtype, target_modules=None)  # full fine-tuning merges nothing
     module.configure_model()
-    assert module.model.dtype == torch.bfloat16
+    assert module.model.dtype == half
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once_and_the_cache_is_tried(monkeypatch):

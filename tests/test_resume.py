@@ -57,7 +57,7 @@ class Recorder(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         place = trainer.current_epoch, batch_idx
-        self.rows[place] = batch[0].numpy().tobytes()
+        self.rows[place] = batch[0].float().numpy().tobytes()
         self.rates[place] = [group["lr"] for group in trainer.optimizers[0].param_groups]
         self._count("batch_start")
 
@@ -171,6 +171,23 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, options,
             assert first == {place: all_[place] for place in first}, stop
         was_left = stop != ("batch_end", 23) or "limit_val_batches" not in options
         assert_same_state(last(folder / "resumed" if was_left else folder), last(tmp_path / "whole"))
+
+
+def test_a_run_that_stacks_its_links_in_half_precision_goes_on_too(tmp_path):
+    def stacking():
+        return toy(Normed, **ARGUMENTS, finished_links="stack", optimizer=lambda p: AdamW(p, lr=1e-2))
+
+    options = {"precision": "bf16-true"}
+    whole, expected, _ = fit(tmp_path / "whole", module=stacking(), **options)
+    assert whole._layers["0"].stack.A.dtype == torch.bfloat16
+    for stop in FEW:
+        folder = tmp_path / f"{stop}"
+        _, before, _ = fit(folder, stop, module=stacking(), **options)
+        module, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=stacking(), **options)
+        assert_bit_equal(weights(module), weights(whole))
+        assert all(map(torch.equal, module._layers["0"].stack.factors, whole._layers["0"].stack.factors))
+        for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
+            assert first | second == all_, stop
 
 
 @pytest.mark.parametrize(
@@ -354,7 +371,7 @@ def test_patience_is_what_is_asked_for(tmp_path):
 def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch, error):
     arguments = ARGUMENTS | {"target_modules": ["0", "3"], "modules_to_save": []}
     whole, _, _ = fit(tmp_path / "whole", module=optimizers(arguments))
-    merged, merge = [], LoRALayer.merge
+    merged, merge = [], LoRALayer.finish
 
     def fail_on_the_second(layer):
         merged.append(layer)
@@ -363,7 +380,7 @@ def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path
         merge(layer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoRALayer, "merge", fail_on_the_second)
+        patch.setattr(LoRALayer, "finish", fail_on_the_second)
         with pytest.raises((error, SystemExit)):
             fit(tmp_path, module=optimizers(arguments))
     assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3

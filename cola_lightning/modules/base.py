@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -16,17 +16,19 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning import distributed
-from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_lora
+from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_lora, unstack
 from cola_lightning.chain import Chain, Link, begin_link, finish_link
 from cola_lightning.chain_files import read_chain
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import describe_base
-from cola_lightning.layers import Init
+from cola_lightning.layers import FinishedLinks, Init
 from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
 from cola_lightning.modules.restore import check_links
+from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
+from cola_lightning.quantization import dequantize
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
 log = logging.getLogger(__name__)
@@ -54,11 +56,16 @@ class COLAModule(LinkTraining):
         lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, by transformers' formulas.
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
-        finished_links: ``merge`` adds a finished link to the frozen weights.
+        finished_links: ``merge`` adds a finished link to the frozen weights, which are kept in float32 for that; ``stack``, for
+            bases in half precision or 4 bits, never writes a weight, and keeps the finished links beside them as one frozen
+            low-rank pair a layer.
         init_chain: where to start from: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are
             merged before training begins; ``null``: from the base. A checkpoint of the run holds them, too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
         save_base: store the adapted base's weights in each checkpoint, for a base that cannot be made again bit for bit.
+        compile: ``torch.compile`` the model. Each rank is compiled once.
+        activation_checkpointing: keep only the inputs of the model's blocks, and compute what is inside again in the backward
+            pass: less memory, more time, the same gradients.
 
     Raises:
         UserError: for values that cannot be right.
@@ -81,10 +88,12 @@ class COLAModule(LinkTraining):
         lr_schedule: LRSchedule = "linear",
         warmup_steps: float = 0,
         schedule_scope: Literal["link", "run"] = "link",
-        finished_links: Literal["merge"] = "merge",
+        finished_links: FinishedLinks = "merge",
         init_chain: str | None = None,
         init_links: int | None = None,
         save_base: bool = False,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_numbers(rank, alpha, dropout)
@@ -94,6 +103,10 @@ class COLAModule(LinkTraining):
             raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
         if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
             raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
+        if finished_links not in get_args(FinishedLinks):
+            raise UserError(
+                f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}"
+            )
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
@@ -101,6 +114,7 @@ class COLAModule(LinkTraining):
         self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
+        self.is_compiled, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
         self._first_chain: Chain | None = None
@@ -118,8 +132,12 @@ class COLAModule(LinkTraining):
     # ------------------------------------------------------------------ what a subclass writes
 
     def build_model(self) -> nn.Module:
-        """Makes the base model, in float32. Called under a seed of its own: what it draws depends on ``self.seed`` alone."""
+        """Makes the base model. Called under the default dtype float32 and a seed of its own, ``self.seed``."""
         raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
+
+    def checkpoint_activations(self) -> None:
+        """What ``activation_checkpointing`` does to ``self.model``. Override it for a model that is not Hugging Face's."""
+        checkpoint_activations(self.model)
 
     # ------------------------------------------------------------------ the model
 
@@ -146,6 +164,11 @@ class COLAModule(LinkTraining):
             self._start_from(self._first_chain)
         if self.target_modules is not None:
             self._begin_link()
+            self._tell_of_memory()
+        if self.activation_checkpointing:
+            self.checkpoint_activations()
+        if self.is_compiled:
+            compile_model(self.model)
 
     @property
     def base_name(self) -> str:
@@ -161,10 +184,18 @@ class COLAModule(LinkTraining):
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
-                inject_lora(
-                    model, self.target_modules, self.rank, self.alpha, self.dropout, self.modules_to_save, init=self.init
-                )
+                how = (self.rank, self.alpha, self.dropout, self.modules_to_save, self.init, self.finished_links)
+                inject_lora(model, self.target_modules, *how)
         return model
+
+    def _tell_of_memory(self) -> None:
+        widened = [layer for layer in self._layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
+        if widened:
+            log.info(
+                "model.finished_links: merge keeps the adapted weights in float32, %.0f MB more than in %s; stack does not",
+                sum(layer.weight.nbytes for layer in widened) / 2e6,
+                widened[0].source_dtype,
+            )
 
     @property
     @override
@@ -211,7 +242,7 @@ class COLAModule(LinkTraining):
         self._is_tying = True
         link = self.live_link()
         for layer in self._layers.values():
-            layer.merge()
+            layer.finish()
         self.chain.append(link)
         self._begin_link(rank, alpha)
         self.link_start = self._now
@@ -248,23 +279,34 @@ class COLAModule(LinkTraining):
             UserError: if there are not as many links.
 
         Returns:
-            The model in the dtype of its adapted weights (float32 also where the rest was trained in half precision).
+            The model in float32, whatever it was trained in (in float64 where that was float64).
         """
         self.configure_model()
         total = self.link + 1
-        if links is not None:
-            check_links(links, self.link)
-        dtype = next((layer.weight.dtype for layer in self._layers.values()), None)
-        if links is None or links == total:
+        links = total if links is None else links
+        check_links(links, self.link)
+        is_stacked = self.finished_links == "stack"
+        if is_stacked or links == total:
             model = copy.deepcopy(self.model)
         else:
             model = self._make_adapted_base()
             self._write_base(model)
-            for layer in lora_layers(model).values():
-                layer.to(dtype)
-            self.chain.truncate(links).replay(lora_layers(model), self.device)
-            model.load_state_dict(self.chain.links[links - 1].extras if links else {}, strict=False)
-        strip_lora(model.to(dtype), merge=True)
+        unstack(model)
+        layers = lora_layers(model)
+        if layers:
+            dtype = torch.promote_types(next(iter(self._layers.values())).dtype, torch.float32)
+            dequantize(model.to(dtype), dtype)
+        if is_stacked or links < total:
+            self.chain.truncate(min(links, self.link)).replay(layers, self.device)
+        if is_stacked and links < total:
+            for layer in layers.values():
+                nn.init.zeros_(layer.lora_B)
+        if 0 < links < total:
+            model.load_state_dict(self.chain.links[links - 1].extras, strict=False)
+        elif is_stacked and not links:
+            model.load_state_dict(self._extras_of_base(), strict=False)
+        strip_lora(model, merge=True)
+        keep_activations(model)
         return model.requires_grad_()
 
     # ------------------------------------------------------------------ the callback that comes along

@@ -5,6 +5,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 """
 
 import functools
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.chain_folder import FORMAT_VERSION
 from cola_lightning.errors import UserError
-from cola_lightning.layers import LoRALayer
+from cola_lightning.layers import FinishedLinks, LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
 from cola_lightning.modules.progress import settle
 from cola_lightning.modules.reading import READING
@@ -30,11 +31,20 @@ from cola_lightning.schedule import ChainSchedule, Counters
 def base_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
     state = model.state_dict()
-    return {name: distributed.gather(value) for name, value in state.items() if not _is_factor(name) and name not in without}
+    return {
+        name: distributed.gather(value)
+        for name, value in state.items()
+        if not _is_factor(name) and name not in without and _weight_of(name) not in without
+    }
 
 
 def _is_factor(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
+
+
+def _weight_of(name: str) -> str:
+    """The weight of which something is a part, as the scales are of a 4-bit one (``fc.weight.absmax``)."""
+    return re.sub(r"\.weight\..*", ".weight", name)
 
 
 class CheckpointedChain(RemembersArguments, LightningModule):
@@ -54,6 +64,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     model: nn.Module
     schedule: ChainSchedule
     seed: int | None
+    finished_links: FinishedLinks
     modules_to_save_lr: float | None
 
     def __init__(self) -> None:
@@ -122,8 +133,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        for name in self._frozen_names():
-            state.pop(kwargs.get("prefix", "") + name, None)
+        prefix, frozen = kwargs.get("prefix", ""), set(self._frozen_names())
+        for name in list(state):
+            if name.startswith(prefix) and _weight_of(name.removeprefix(prefix)) in frozen:
+                del state[name]
         return state
 
     def _frozen_names(self) -> list[str]:
@@ -170,7 +183,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "module": self.recipe(),
             "chain": self.chain.state_dict(),
             "live": live,
-            "dtype": str(layer.weight.dtype).removeprefix("torch.") if layer else None,
+            "dtype": str(layer.dtype).removeprefix("torch.") if layer else None,
             "link_start": list(self.link_start),
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,

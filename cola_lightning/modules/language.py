@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from cola_lightning.adapt import check_dtype
 from cola_lightning.errors import UserError
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.pretrained import Dtype, Pretrained
+from cola_lightning.quantization import Quantization, check_quantization, quantize
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class LanguageModule(COLAModule, ABC):
         model_name: a hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory; links are merged into float32 only.
+        dtype: of the weights in memory. With ``finished_links: merge`` the adapted ones are kept in float32 nevertheless.
+        quantization: ``nf4`` keeps the weights of the pretrained linear layers in 4 bits, by bitsandbytes; they compute in
+            ``dtype``. It needs ``finished_links: stack`` and the extra ``nf4``. ``null``: none.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, to be de-quantised; needs the extra ``gguf``.
@@ -63,6 +65,7 @@ class LanguageModule(COLAModule, ABC):
         *,
         revision: str | None = None,
         dtype: Dtype = "float32",
+        quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
@@ -70,9 +73,25 @@ class LanguageModule(COLAModule, ABC):
     ) -> None:
         super().__init__(**chain)
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
-        if self.target_modules is not None:
-            check_dtype(getattr(torch, dtype))
+        self.quantization = quantization
+        if quantization is not None:
+            self._check_quantization(quantization)
         self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
+
+    def _check_quantization(self, quantization: str) -> None:
+        if self.finished_links == "merge":
+            raise UserError(
+                "model.finished_links: expected stack beside model.quantization, for links cannot be merged into 4-bit weights "
+                "(or model.quantization null), received merge"
+            )
+        if self.target_modules is None:
+            raise UserError(
+                "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
+                "trained, received null"
+            )
+        if self.save_base:
+            raise UserError("model.save_base: expected false beside model.quantization, received true")
+        check_quantization(quantization)
 
     # ------------------------------------------------------------------ what a subclass writes, or overrides
 
@@ -122,7 +141,18 @@ class LanguageModule(COLAModule, ABC):
             )
         if tokenizer.pad_token_id >= n_embeddings:  # added to the tokenizer alone
             tokenizer.pad_token = tokenizer.eos_token
+        if self.quantization is not None:
+            self._quantize(model)
         return cast(nn.Module, model)
+
+    def _quantize(self, model: Any) -> None:
+        """Quantises what is pretrained: not a head, be it new or that of the language model, nor what is trained whole."""
+        names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+        body, head = names[model.base_model], model.get_output_embeddings()
+        kept = [names[head]] if head is not None else []
+        kept += [name for name in names.values() if any(f".{saved}." in f".{name}." for saved in self.modules_to_save)]
+        kept += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
+        quantize(model, getattr(torch, self.pretrained.dtype), kept)
 
     # ------------------------------------------------------------------ the steps
 

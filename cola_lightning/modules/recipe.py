@@ -12,7 +12,7 @@ from torch import Tensor
 from cola_lightning.errors import UserError
 
 # How a module trains, not what it is: a module that is only to be used needs none of it.
-NOT_KEPT = {"optimizer", "init_chain", "init_links"}
+NOT_KEPT = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
 
 
 class RemembersArguments:

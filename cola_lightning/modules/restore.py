@@ -82,9 +82,10 @@ class RestoredChain(CheckpointedChain):
             chain = chain_of(checkpoint).truncate(links)
         self._restore_base(chain, state["base_weights"])
         if not self.chain.is_beginning_of(chain):
-            self._write_base(self.model)
-            self.chain = Chain(base=chain.base)
-        dtype = next((str(layer.weight.dtype).removeprefix("torch.") for layer in self._layers.values()), None)
+            if self.finished_links == "merge":
+                self._write_base(self.model)
+            self._forget_links(chain.base)
+        dtype = next((str(layer.dtype).removeprefix("torch.") for layer in self._layers.values()), None)
         if state["dtype"] is not None:
             self._cast_adapted(getattr(torch, state["dtype"]))
         self._replay(chain)
@@ -112,10 +113,29 @@ class RestoredChain(CheckpointedChain):
             _check_same_shapes(base, base_weights(self.model))
             self._base_weights = base
             self._write_base(self.model)
-            self.chain = Chain(base=chain.base)
+            self._forget_links(chain.base)
+
+    def _forget_links(self, base: dict[str, Any]) -> None:
+        """The weights hold no link any more: neither does the chain, nor a stack."""
+        self.chain = Chain(base=base)
+        for layer in self._layers.values():
+            if layer.stack is not None:
+                layer.stack.clear()
+
+    def widen(self) -> None:
+        """Casts the model to float32 where it is in half precision, and its finished links to what they are in the chain."""
+
+        def widened(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+        self._apply(widened)  # type: ignore[no-untyped-call]
+        if self.finished_links == "stack":
+            chain = self.chain
+            self._forget_links(chain.base)
+            self._replay(chain)
 
     def _replay(self, chain: Chain) -> None:
-        """Merges the links that the weights do not hold yet, where the training computes: for equal bits."""
+        """Has the layers take up the links that they do not hold yet, where the training computes: for equal bits."""
         trainer = self._attached_trainer
         chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
         self.chain = chain
@@ -130,11 +150,14 @@ class RestoredChain(CheckpointedChain):
         raise NotImplementedError
 
     def _extras_of_base(self) -> dict[str, Tensor]:
+        names = self._extras()
+        if not names:  # nothing for which a base would have to be made
+            return {}
         weights = base_weights(self._make_adapted_base()) if self._base_weights is None else self._base_weights
-        return {name: weights[name] for name in self._extras()}
+        return {name: weights[name] for name in names}
 
     def _start_from(self, chain: Chain) -> None:
-        """Merges the links of another run's chain, and takes over what it trained whole."""
+        """Takes up the links of another run's chain, and takes over what it trained whole."""
         if chain.base:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT
@@ -161,10 +184,13 @@ class RestoredChain(CheckpointedChain):
             distributed.copy_(self.model.state_dict()[name], value)
 
     def _cast_adapted(self, dtype: torch.dtype) -> None:
-        """Casts the adapted layers where the training is in float64: Lightning's own cast comes only after the replay."""
-        if dtype == torch.float64:
-            for layer in self._layers.values():
-                layer.double()
+        """Casts the adapted layers to the training's dtype as Lightning will: its own cast comes only after the replay.
+
+        It widens to float64 alone; a layer into which links are merged is never narrowed.
+        """
+        for layer in self._layers.values():
+            if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
+                layer.to(dtype)
 
     def _write_base(self, model: nn.Module) -> None:
         """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""

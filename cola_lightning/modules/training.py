@@ -58,8 +58,9 @@ class LinkTraining(RestoredChain):
             )
         if state["dtype"] not in (None, dtype):
             raise UserError(
-                f"trainer.precision: expected one that keeps the adapted weights in {state['dtype']}, as the checkpoint's did, "
-                f"received {self.trainer.precision}, which keeps them in {dtype}"
+                "trainer.precision, model.finished_links: expected those that keep the adapted weights in "
+                f"{state['dtype']}, as the checkpoint's did, received {self.trainer.precision} and {self.finished_links}, "
+                f"which keep them in {dtype}"
             )
         if live is not None and live["scheduled"] != self._scheduled:
             (rank, alpha), (my_rank, my_alpha) = live["scheduled"], self._scheduled
@@ -157,7 +158,9 @@ class LinkTraining(RestoredChain):
             if now.global_step and self.schedule_scope == "run":  # the first rate was set before the run's length was known
                 self.trainer.strategy.setup_optimizers(self.trainer)
         if not self.schedule.is_open and run_length.end_step < math.inf:
-            self._check_links(self.schedule.links(self.link_start, run_length))
+            lengths = self.schedule.links(self.link_start, run_length)
+            self._check_links(lengths)
+            self._reserve(self.link + len(lengths))
             return
         for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
             if values is not None:
@@ -168,6 +171,15 @@ class LinkTraining(RestoredChain):
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
                 f"max_steps, endless data, or a should_tie of one's own), received {received}"
             )
+
+    def _reserve(self, n_links: int) -> None:
+        """Allocates what the finished links of a chain of this length will take beside the weights."""
+        ranks = [link.rank for link in self.chain.links]
+        ranks += [layer.rank for layer in list(self._layers.values())[:1]]
+        ranks += [self.schedule.rank(k, self.rank) for k in range(len(ranks), n_links - 1)]
+        for layer in self._layers.values():
+            if layer.stack is not None:
+                layer.stack.reserve(sum(ranks[: n_links - 1]))
 
     def _take_up_optimizer(self) -> None:
         """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.

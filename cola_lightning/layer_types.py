@@ -1,0 +1,93 @@
+"""Which base layers can be adapted, and the LoRA layer for each; those of other packages are made when first asked for."""
+
+import functools
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from cola_lightning.layers import FinishedLinks, Init, LoRALayer, LoRALinear, take_over
+from cola_lightning.quantization import is_quantized, lora_linear_4bit
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether there is a LoRA layer for exactly this type: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 4-bit layer.
+
+    A subclass may compute something else in its forward (torch's own attention never calls its output layer's), so it is not
+    taken for its parent.
+    """
+    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized(module)
+
+
+def adapt_layer(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    init: Init = "kaiming",
+    finished_links: FinishedLinks = "merge",
+) -> LoRALayer:
+    """The LoRA layer for an adaptable module, on the module's own parameters."""
+    lora_class: Any = LoRALinear
+    if _is_conv1d(module):
+        lora_class = lora_conv1d()
+    elif is_quantized(module):
+        lora_class = lora_linear_4bit()
+    layer: LoRALayer = lora_class.from_linear(module, rank, alpha, dropout, init, finished_links)
+    return layer
+
+
+def plain_layer(layer: LoRALayer) -> nn.Module:
+    """The layer without its links: the base layer's class around the same weight and bias ``Parameter`` objects."""
+    base_class: Any = type(layer).__mro__[type(layer).__mro__.index(LoRALayer) + 1]
+    with torch.device("meta"):
+        if issubclass(base_class, nn.Linear):
+            plain: Any = base_class(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        else:
+            plain = base_class(layer.nf, layer.nx)
+    take_over(plain, layer)
+    module: nn.Module = plain
+    return module
+
+
+@functools.cache
+def lora_conv1d() -> type[LoRALayer]:
+    """``LoRAConv1D``: its base class lives in transformers, which takes seconds to import."""
+    from transformers.pytorch_utils import Conv1D
+
+    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
+        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
+
+        weight_is_transposed = True
+
+        @classmethod
+        def from_linear(
+            cls,
+            linear: Conv1D,
+            rank: int,
+            alpha: float,
+            dropout: float = 0.0,
+            init: Init = "kaiming",
+            finished_links: FinishedLinks = "merge",
+        ) -> Self:
+            """Adapts a Conv1D layer, as :meth:`LoRALinear.from_linear` does a linear one."""
+            with torch.device("meta"):
+                layer = cls(linear.nf, linear.nx)
+            take_over(layer, linear)
+            layer._add_link(linear.nx, linear.nf, rank, alpha, dropout, init, finished_links)
+            return layer
+
+    LoRAConv1D.__qualname__ = "LoRAConv1D"
+    return LoRAConv1D
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LoRAConv1D":
+        return lora_conv1d()
+    if name == "LoRALinear4bit":
+        return lora_linear_4bit()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,44 @@
+"""How a model runs: compiled, or with its activations computed twice to save memory."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from cola_lightning.errors import UserError
+
+COMPILATIONS = 64  # of a model: for each rank of a chain, training and evaluation; torch's own limit is 8
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compiles a model in place: its names and its type stay."""
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch 2.13 has, 2.9 has not
+    model.compile(**({"recompile_limit": COMPILATIONS} if has_limit else {}))
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has a Hugging Face model keep only the inputs of its blocks while training, and compute what is inside them again.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    enable = _method(model, "enable")
+    if enable is None or not model.supports_gradient_checkpointing:
+        raise UserError(
+            "model.activation_checkpointing: expected a Hugging Face model that can, or a module that overrides "
+            f"checkpoint_activations, received a {type(model).__name__}"
+        )
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # what only reentrant checkpointing needs; it would cost a gradient of the embeddings
+
+
+def keep_activations(model: Any) -> None:
+    """Undoes :func:`checkpoint_activations`, where a model can."""
+    if (disable := _method(model, "disable")) is not None:
+        disable()
+
+
+def _method(model: Any, verb: str) -> Any:
+    """Transformers' method, under the name that it has from 5.20 or so on, or the one before."""
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}", None)

@@ -1,0 +1,95 @@
+"""The finished links of one layer beside its weight: one frozen low-rank pair, for bases that cannot be merged into.
+
+Rounding a merged link into a half-precision weight loses most of it, and a 4-bit weight cannot be added to at all; a sum of
+links is itself of low rank, and its factors are the links' own, side by side.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Stack:
+    """Links side by side, added in one go: ``x A^T B`` is the sum of each link's ``scaling * B A x``.
+
+    No module and no buffers: DDP would send those at every step, and a state dict would hold them; the chain does.
+
+    Args:
+        n_in: inputs of the layer.
+        n_out: its outputs.
+        dtype: in which the layer computes, and so the factors are kept.
+        device: where.
+
+    Attributes:
+        A: capacity x in.
+        B: capacity x out: a row for each rank here, too, so that a part of it is contiguous.
+        rank: how many rows are in use; those beyond it are zero.
+
+    Example:
+        >>> stack = Stack(3, 2, torch.float32, "cpu")
+        >>> stack.push(torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
+        >>> stack.add_to(torch.zeros(1, 2), torch.ones(1, 3))
+        tensor([[1.5000, 1.5000]])
+    """
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.A = torch.zeros(0, n_in, dtype=dtype, device=device)
+        self.B = torch.zeros(0, n_out, dtype=dtype, device=device)
+        self.rank = 0
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (rank x in) and B (out x rank) of all links together; their scalings are in B."""
+        return self.A[: self.rank], self.B[: self.rank].T
+
+    @property
+    def nbytes(self) -> int:
+        """What the stack takes in memory, reserved rows included."""
+        return self.A.nbytes + self.B.nbytes
+
+    def reserve(self, rank: int) -> None:
+        """Allocates for so many ranks in all; what is in use stays. Nothing is allocated again before they are used up."""
+        if rank <= len(self.A):
+            return
+        for name, used in (("A", self.A[: self.rank]), ("B", self.B[: self.rank])):
+            wider = used.new_zeros(rank, used.shape[1])
+            wider[: self.rank] = used
+            setattr(self, name, wider)
+
+    @torch.no_grad()
+    def push(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Adds a link: ``lora_A`` is rank x in, ``lora_B`` out x rank."""
+        end = self.rank + len(lora_A)
+        self.reserve(end)
+        wide = torch.promote_types(lora_B.dtype, self.B.dtype)
+        lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, wide) * scaling
+        # B is small beside A: fp16 would keep it as subnormal numbers. A power of two costs no bit of either.
+        shift = torch.exp2(torch.log2(_size(lora_A) / _size(lora_B)).div(2).round())
+        self.A[self.rank : end] = lora_A / shift
+        self.B[self.rank : end] = lora_B.T * shift
+        self.rank = end
+
+    def clear(self) -> None:
+        """Forgets the links; their room stays reserved."""
+        self.A.zero_()
+        self.B.zero_()
+        self.rank = 0
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The outputs ``y`` of the layer with the links' for its inputs ``x`` (... x in) added (... x out)."""
+        A, B = self.A, self.B
+        if not torch.compiler.is_compiling():  # compiled, all of it: a shape that stays needs no new compilation
+            A, B = A[: self.rank], B[: self.rank]
+        return y + F.linear(x, A) @ B if len(A) else y
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Moves and casts the factors, as ``nn.Module.to`` does parameters."""
+        self.A, self.B = fn(self.A), fn(self.B)
+
+
+def _size(factor: Tensor) -> Tensor:
+    """The largest absolute value, or 1 where all are zero."""
+    largest = factor.abs().amax()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))

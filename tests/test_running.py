@@ -1,0 +1,202 @@
+"""Compiled models and models that compute their activations twice train as they do without."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from cola_lightning import COLACausalLM, COLAModule, LastCheckpoint, UserError
+from cola_lightning.modules.causal_lm import logits_of
+from tests import tiny
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Whole(Toy):
+    """The toy with a forward of its own: one graph."""
+
+    def build_model(self):
+        return Net()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.mse_loss(self.model(batch[0]), batch[1]))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, as it is compiled: graphs, run without generating code."""
+    torch._dynamo.reset()
+    compiled, compile_model = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend=backend, **options))
+    yield compiled
+    torch._dynamo.reset()
+
+
+def fit(folder, module, chain, epochs=5):
+    run = trainer(folder, LastCheckpoint(), chain=chain, max_epochs=epochs, enable_checkpointing=True, num_sanity_val_steps=0)
+    run.fit(module, batches(4), batches(2))
+    return module
+
+
+def make(**arguments):
+    return toy(Whole, **{"rank": 4, "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_each_rank_is_compiled_once_for_training_and_once_for_validation(tmp_path, graphs, mode):
+    chain = {"every_n_epochs": 1, "ranks": [4, 2, 4, 2, 4]}
+    module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
+    assert len(graphs) == 2 * 2
+    plain = fit(tmp_path / "plain", make(finished_links=mode), chain)
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
+    module, plain, x = make(finished_links="stack", compile=True), make(finished_links="stack"), torch.randn(3, 8)
+    for each in (module, plain):
+        each.configure_model()
+    for _ in range(12):  # more than torch's own limit
+        n = len(graphs)
+        for each in (module, plain):
+            nn.init.ones_(each.model.first.lora_B)
+        torch.testing.assert_close(module.model(x), plain.model(x))
+        module.model(x)
+        assert len(graphs) <= n + 1
+        for each in (module, plain):
+            each.tie_knot()
+
+
+def test_a_compiled_module_is_kept_copied_and_loaded_as_any_other(tmp_path, graphs):
+    module = fit(tmp_path, make(compile=True), {"every_n_epochs": 1}, epochs=2)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "model.first.lora_A" in state["state_dict"]
+    n, x = len(graphs), torch.randn(3, 8)
+    torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
+    loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert not loaded.is_compiled
+    torch.testing.assert_close(loaded.model(x), module.model(x))
+    assert len(graphs) <= n + 1  # the module's own, in evaluation without a trainer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.13's own use of it
+def test_a_model_is_compiled_to_code():
+    torch._dynamo.reset()
+    module, plain = make(compile=True), make()
+    x = torch.randn(3, 8)
+    for each in (module, plain):
+        each.configure_model()
+        each.model(x).square().sum().backward()
+    torch.testing.assert_close(module.model.first.lora_B.grad, plain.model.first.lora_B.grad)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_language_models_are_one_graph(tmp_path, graphs, architecture):
+    module = language_model(tmp_path, architecture, compile=True, finished_links="stack")
+    loss_of(module).backward()
+    assert len(graphs) == 1
+    plain = language_model(tmp_path, architecture, finished_links="stack")
+    loss_of(plain).backward()
+    assert_same_gradients(module, plain)
+
+
+def language_model(folder, architecture, **arguments):
+    targets = tiny.targets(architecture)
+    module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
+    module.configure_model()
+    for layer in module._layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def loss_of(module):
+    ids = torch.arange(24).view(3, 8) + 5
+    logits = logits_of(module.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(7))
+    torch.manual_seed(0)
+    return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def assert_same_gradients(mine, theirs):
+    pairs = zip(mine.named_parameters(), theirs.named_parameters(), strict=True)
+    for (name, ours), (_, other) in pairs:
+        assert (ours.grad is None) == (other.grad is None), name
+        if ours.grad is not None:
+            assert ours.grad.any(), name
+            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "qwen3"])
+def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, architecture, mode):
+    arguments = {"finished_links": mode, "dropout": 0.3}
+    twice = language_model(tmp_path, architecture, activation_checkpointing=True, **arguments)
+    once = language_model(tmp_path, architecture, **arguments)
+    saved = []
+    for module in (once, twice):
+        module.tie_knot()
+        for layer in module._layers.values():
+            nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(3)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            loss = loss_of(module)
+        saved.append(sum(sizes))
+        loss.backward()
+    assert saved[1] < 0.6 * saved[0]
+    assert_same_gradients(twice, once)
+
+
+def test_a_run_that_computes_activations_twice_is_the_run(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (6, 2, 8)).unbind()]
+    runs = []
+    for is_twice in (False, True):
+        module = COLACausalLM(
+            tiny.folder(tmp_path, "llama"), rank=2, alpha=4, seed=0, dropout=0.1, activation_checkpointing=is_twice
+        )
+        run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
+        run.fit(module, *(DataLoader(rows, batch_size=None) for _ in range(2)))
+        runs.append(module)
+    assert_bit_equal(weights(runs[1]), weights(runs[0]))
+    merged = runs[1].merged_model()
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in merged.modules())
+    assert any(getattr(part, "gradient_checkpointing", False) for part in runs[1].model.modules())
+
+
+def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
+    with pytest.raises(UserError, match=r"model\.activation_checkpointing: expected a Hugging Face model .* a Sequential"):
+        toy(activation_checkpointing=True).configure_model()
+
+    class Own(Whole):
+        def checkpoint_activations(self):
+            forward = self.model.forward
+            self.model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+
+    module = toy(Own, activation_checkpointing=True)
+    module.configure_model()
+    module.model(torch.randn(3, 8)).sum().backward()
+    assert module.model.second.lora_B.grad.any()
+
+
+def test_how_a_module_ran_is_not_kept_with_what_it_is():
+    recipe = toy(compile=True, activation_checkpointing=True).recipe()
+    assert not {"compile", "activation_checkpointing"} & recipe["init_args"].keys()
+    assert issubclass(COLAModule, nn.Module)
+    assert callable(toy(compile=True).compile)  # torch's own method
