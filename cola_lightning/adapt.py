@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.layer_types import adapt_layer, is_adaptable, plain_layer
-from cola_lightning.layers import FinishedLinks, Init, LoRALayer
+from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
 from cola_lightning.quantization import dequantized, is_quantized
 
 ALL_LINEAR = "all-linear"

@@ -1,304 +1,105 @@
-r"""A layer plus its live link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
+"""The layers that can be adapted, and the LoRA layer of each; those of other packages are made when first asked for."""
 
-``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`LoRALinear` *is* the ``nn.Linear`` it replaces, with
-the same weight and bias ``Parameter`` objects, and two more, ``lora_A`` and ``lora_B``. They are allocated once at the largest
-rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new
-parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
-
-Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
-beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never written. :meth:`LoRALayer.absorb` and
-:meth:`LoRALayer.forward` are the two places that know which.
-
-Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
-"""
-
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, Self
+import functools
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from typing_extensions import override
+from torch import nn
 
-from cola_lightning import distributed
-from cola_lightning.errors import UserError
-from cola_lightning.stack import Stack
+from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, low_rank_delta, take_over
+from cola_lightning.quantization import is_quantized, lora_linear_4bit
 
-Init = Literal["kaiming", "gaussian"]
-FinishedLinks = Literal["merge", "stack"]
+__all__ = [
+    "FinishedLinks",
+    "Init",
+    "LoRALayer",
+    "LoRALinear",
+    "adapt_layer",
+    "is_adaptable",
+    "lora_conv1d",
+    "low_rank_delta",
+    "plain_layer",
+]
 
 
-@torch.no_grad()
-def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The update ``scaling * B A`` of one link, computed the same way at the knot and when a chain is replayed.
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether there is a LoRA layer for exactly this type: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 4-bit layer.
 
-    Neither autocast nor TF32 takes part, and the factors are made contiguous first: the same factors give the same bits.
-
-    Shape:
-        ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in.
-
-    Example:
-        >>> low_rank_delta(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
-        tensor([[2., 2., 2.],
-                [2., 2., 2.]])
+    A subclass may compute something else in its forward (torch's own attention never calls its output layer's), so it is not
+    taken for its parent.
     """
-    with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
-        return (lora_B.contiguous() @ lora_A.contiguous()).mul_(scaling)
+    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized(module)
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 or bf16 inside float32 products."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    befores = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, befores, strict=True):
-            backend.fp32_precision = precision
+def adapt_layer(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    init: Init = "kaiming",
+    finished_links: FinishedLinks = "merge",
+) -> LoRALayer:
+    """The LoRA layer for an adaptable module, on the module's own parameters."""
+    lora_class: Any = LoRALinear
+    if _is_conv1d(module):
+        lora_class = lora_conv1d()
+    elif is_quantized(module):
+        lora_class = lora_linear_4bit()
+    layer: LoRALayer = lora_class.from_linear(module, rank, alpha, dropout, init, finished_links)
+    return layer
 
 
-class LoRALayer(nn.Module):
-    """What every adapted layer has in common. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
-
-    Attributes:
-        lora_A: max_rank x in, the factor that is drawn at random.
-        lora_B: out x max_rank, the factor that starts at zero.
-        rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
-        alpha: the update is scaled by ``alpha / rank``.
-        stack: the finished links, where they are not merged; None where they are.
-        source_dtype: the dtype in which the weight came, ``nf4`` for a quantised one.
-    """
-
-    weight: Tensor
-    bias: Any
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    rank: int
-    alpha: float
-    stack: Stack | None
-    source_dtype: str
-
-    weight_is_transposed = False  # True where the weight is in x out
-
-    def _add_link(
-        self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
-    ) -> None:
-        """Gives the layer its two factors; ``rank`` is the largest that a link of the chain will have."""
-        dtype, device = self._take_up_weight(finished_links), self.weight.device
-        self.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
-        # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
-        wide = torch.promote_types(dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=wide, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=wide, device=device))
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.init: Init = init
-        self.rank, self.alpha = rank, alpha
-        self.reset()
-
-    def _take_up_weight(self, finished_links: FinishedLinks) -> torch.dtype:
-        """Prepares the weight for what becomes of finished links; returns the dtype in which the layer then computes."""
-        self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
-        if finished_links == "merge":
-            _widen(self)
-        return self.weight.dtype
-
-    @property
-    def max_rank(self) -> int:
-        """The largest rank that a link of this layer can have."""
-        return self.lora_A.shape[0]
-
-    @property
-    def scaling(self) -> float:
-        """The factor ``alpha / rank`` in front of B A."""
-        return self.alpha / self.rank
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The live link's A (rank x in) and B (out x rank), as views of the parameters."""
-        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether there are finished links beside the weight."""
-        return self.stack is not None and self.stack.rank > 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes where autocast does not say: its base's."""
-        return self.weight.dtype if self.stack is None else self.stack.A.dtype
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus the links'.
-
-        Shape:
-            ``x``: ... x in; result: ... x out, in the dtype of ``x`` (under autocast, in autocast's).
-        """
-        dtype, is_autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
-        lora_A, lora_B = self.factors
-        if not is_autocast:  # autocast does the same to each product
-            x, lora_A, lora_B = (part.to(self.dtype) for part in (x, lora_A, lora_B))
-        hidden = F.linear(self.lora_dropout(x), lora_A) * self.scaling  # ... x rank: scaled where it is smallest
-        y = self.base_forward(x) + F.linear(hidden, lora_B)
-        if self.stack is not None:
-            y = self.stack.add_to(y, x)
-        return y if is_autocast else y.to(dtype)
-
-    def full_weight(self) -> Tensor:
-        """The frozen weight as it is computed with, in its own layout."""
-        return self.weight.detach()
-
-    def base_forward(self, x: Tensor) -> Tensor:
-        """What the layer would give without any link; ``x`` is in :attr:`dtype`, but under autocast."""
-        y: Tensor = super().forward(x)
-        return y
-
-    def delta_weight(self) -> Tensor:
-        """The live link's update in the weight's own layout (out x in; Conv1D: in x out)."""
-        delta = low_rank_delta(*self.factors, self.scaling)
-        return delta.T if self.weight_is_transposed else delta
-
-    def finish(self) -> None:
-        """Makes the live link a finished one and sets B to zero: the layer's function stays what it was."""
-        self.absorb(*self.factors, self.scaling)
-        self._zero_B()
-
-    def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Takes up a finished link: what a knot does, and what replaying a chain does again."""
-        if self.stack is None:
-            self._add_to_weight(lora_A, lora_B, scaling)
+def plain_layer(layer: LoRALayer) -> nn.Module:
+    """The layer without its links: the base layer's class around the same weight and bias ``Parameter`` objects."""
+    base_class: Any = type(layer).__mro__[type(layer).__mro__.index(LoRALayer) + 1]
+    with torch.device("meta"):
+        if issubclass(base_class, nn.Linear):
+            plain: Any = base_class(layer.in_features, layer.out_features, bias=layer.bias is not None)
         else:
-            self.stack.push(lora_A, lora_B, scaling)
-
-    def merge(self) -> None:
-        """Adds the live link to the weight and sets B to zero.
-
-        Raises:
-            UserError: if the weight is kept in half precision, or quantised.
-        """
-        self._add_to_weight(*self.factors, self.scaling)
-        self._zero_B()
-
-    def _add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        if self.weight.dtype.itemsize < 4:
-            raise UserError(
-                f"finished_links: expected a weight in float32, or stack, for {self.source_dtype} rounds merged links away; "
-                "received a link to merge"
-            )
-        delta = low_rank_delta(lora_A, lora_B, scaling)
-        distributed.add_(self.weight, delta.T if self.weight_is_transposed else delta)
-
-    def _zero_B(self) -> None:
-        distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))
-
-    def unstack(self) -> tuple[Tensor, Tensor]:
-        """Makes this layer, which keeps a stack, one that merges: its weight in float32, without any finished link.
-
-        Returns:
-            The factors of what was stacked in the weight's dtype, A (rank x in) and B (out x rank).
-        """
-        assert self.stack is not None
-        (A, B), self.stack = self.stack.factors, None
-        _widen(self)
-        return A.to(self.weight.dtype), B.to(self.weight.dtype)
-
-    def reset(self, generator: torch.Generator | None = None, *, rank: int | None = None, alpha: float | None = None) -> None:
-        """Begins a new link in place: draws A, zeroes B, drops their gradients.
-
-        A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
-
-        Args:
-            generator: where A is drawn from; None means torch's global generator.
-            rank: the new link's rank, 1 to ``max_rank``; None keeps it.
-            alpha: the new link's alpha; None keeps it.
-        """
-        self.rank = self.rank if rank is None else rank
-        self.alpha = self.alpha if alpha is None else alpha
-        full = torch.zeros(self.max_rank, self.lora_A.shape[1], dtype=torch.float32, device="cpu")
-        if self.init == "gaussian":
-            nn.init.normal_(full[: self.rank], std=1 / self.rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(full[: self.rank], a=math.sqrt(5), generator=generator)
-        distributed.copy_(self.lora_A, full)
-        self._zero_B()
-        self.lora_A.grad = self.lora_B.grad = None
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as ever, but never narrows below fp32: A and B, a weight that links are merged into, and its bias.
-
-        Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
-        bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
-        """
-        live = {id(tensor) for factor in (self.lora_A, self.lora_B) for tensor in (factor, factor.grad)}
-
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            is_narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            is_kept = is_narrowed and (self.stack is None or id(tensor) in live)
-            return tensor.to(moved.device) if is_kept else moved
-
-        result: Self = super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
-        if self.stack is not None:
-            self.stack.apply(fn)
-        return result
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+            plain = base_class(layer.nf, layer.nx)
+    take_over(plain, layer)
+    module: nn.Module = plain
+    return module
 
 
-class LoRALinear(LoRALayer, nn.Linear):
-    """``nn.Linear`` with a live link.
+@functools.cache
+def lora_conv1d() -> type[LoRALayer]:
+    """``LoRAConv1D``: its base class lives in transformers, which takes seconds to import."""
+    from transformers.pytorch_utils import Conv1D
 
-    Example:
-        >>> linear = nn.Linear(4, 3)
-        >>> layer = LoRALinear.from_linear(linear, rank=2, alpha=4)
-        >>> layer.weight is linear.weight, layer.delta_weight().shape
-        (True, torch.Size([3, 4]))
-    """
+    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
+        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
 
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        finished_links: FinishedLinks = "merge",
-    ) -> Self:
-        """Adapts a linear layer, keeping its weight and bias ``Parameter`` objects.
+        weight_is_transposed = True
 
-        Args:
-            linear: the layer to adapt; it can be thrown away afterwards.
-            rank: largest rank of a link, and the first link's.
-            alpha: the update is scaled by ``alpha / rank``.
-            dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-            finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
-                keeps them beside it, and never writes it.
-        """
-        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        take_over(layer, linear)
-        layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init, finished_links)
-        return layer
+        @classmethod
+        def from_linear(
+            cls,
+            linear: Conv1D,
+            rank: int,
+            alpha: float,
+            dropout: float = 0.0,
+            init: Init = "kaiming",
+            finished_links: FinishedLinks = "merge",
+        ) -> Self:
+            """Adapts a Conv1D layer, as :meth:`LoRALinear.from_linear` does a linear one."""
+            with torch.device("meta"):
+                layer = cls(linear.nf, linear.nx)
+            take_over(layer, linear)
+            layer._add_link(linear.nx, linear.nf, rank, alpha, dropout, init, finished_links)
+            return layer
+
+    LoRAConv1D.__qualname__ = "LoRAConv1D"
+    return LoRAConv1D
 
 
-def take_over(layer: Any, base: Any) -> None:
-    """Gives the layer, which was made on the meta device, the base's parameters and mode."""
-    layer.weight, layer.bias = base.weight, base.bias
-    layer.train(base.training)
+def _is_conv1d(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
-@torch.no_grad()
-def _widen(layer: Any) -> None:
-    """Casts a layer's weight and bias to float32 where they are in half precision; the ``Parameter`` objects stay."""
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
+def __getattr__(name: str) -> Any:
+    if name == "LoRAConv1D":
+        return lora_conv1d()
+    if name == "LoRALinear4bit":
+        return lora_linear_4bit()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.layers import FinishedLinks, Init, LoRALayer, LoRALinear, take_over
+from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, take_over
 
 Quantization = Literal["nf4"]
 

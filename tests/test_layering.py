@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "__init__": set(),
     "study": {"modules", "data", "callbacks"},
     "callbacks": {"schedule", "chain", "layers"},
-    "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers"}
-    | {"quantization", "distributed"},
+    "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers", "distributed"}
+    | {"quantization"},
     "export": {"chain", "adapt", "adapter"},
     "inspection": {"chain"},
     "chain_files": {"chain", "chain_folder", "adapter"},
@@ -25,10 +25,10 @@ MAY_IMPORT = {
     "adapter": {"chain", "chain_folder"},
     "fingerprint": {"adapt"},
     "chain": {"layers", "distributed", "chain_folder"},  # the last where a chain is saved or loaded
-    "adapt": {"layers", "layer_types", "quantization"},
-    "quantization": {"layers"},
-    "layer_types": {"layers", "quantization"},
-    "layers": {"distributed", "stack"},
+    "adapt": {"layers", "quantization"},
+    "quantization": {"lora_layer"},
+    "layers": {"lora_layer", "quantization"},
+    "lora_layer": {"distributed", "stack"},
     "stack": set(),
     "distributed": set(),
     "schedule": set(),
@@ -42,21 +42,9 @@ MAY_IMPORT = {
 OPEN_TO_ALL = {"errors", "hub", "writing", "__version__"}
 
 # What the engine's own files may take from outside: torch, the standard library and, for chains on disk, safetensors.
-TORCH_ONLY = {
-    "stack",
-    "layers",
-    "layer_types",
-    "quantization",
-    "adapt",
-    "fingerprint",
-    "chain",
-    "chain_files",
-    "chain_folder",
-    "adapter",
-    "inspection",
-}
-TORCH_ONLY |= {"schedule", "distributed", "errors", "writing"}
-HEAVY = {"transformers", "datasets", "peft", "matplotlib", "sklearn"}
+TORCH_ONLY = {"stack", "lora_layer", "quantization", "layers", "adapt", "fingerprint", "chain", "chain_files", "chain_folder"}
+TORCH_ONLY |= {"adapter", "inspection", "schedule", "distributed", "errors", "writing"}
+HEAVY = {"bitsandbytes", "transformers", "datasets", "peft", "matplotlib", "sklearn"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
