@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
-from cola_lightning.quantization import dequantized, is_quantized
+from cola_lightning.quantization import dequantized, is_quantized, keep_layout
 
 ALL_LINEAR = "all-linear"
 
@@ -73,6 +73,9 @@ def inject_lora(
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
     model.requires_grad_(False)
+    for module in modules.values():
+        if is_quantized(module):
+            keep_layout(module)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapt_layer(modules[name], rank, alpha, dropout, init, finished_links))
@@ -237,6 +240,11 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
             raise UserError(
                 f"model.finished_links: expected stack, for links cannot be merged into the 4-bit weight of {name!r}; "
                 "received merge"
+            )
+        if module.weight.quant_state is None:  # type: ignore[union-attr]
+            raise UserError(
+                f"model.target_modules: expected layers whose weights are quantised, received {name!r}, whose is not yet: "
+                "moving it to a device does that"
             )
         shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
     else:

@@ -129,19 +129,24 @@ def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
 def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     import torch
 
-    from cola_lightning.adapt import lora_layers
     from cola_lightning.export import export_merged
 
-    layer, dtypes = next(iter(lora_layers(module.model).values()), None), module.chain.base["dtypes"]
-    is_quantized = any(not hasattr(torch, name) for name in dtypes)
-    model, dtype = module.merged_model(), getattr(torch, options.dtype) if options.dtype else None
-    if dtype is None and len(dtypes) == 1:  # the links are in float32; the base need not be
-        dtype = layer.dtype if layer is not None and is_quantized else getattr(torch, dtypes[0])
-    model.to(dtype)
+    model, dtypes = module.merged_model(), module.chain.base["dtypes"]
+    if is_quantized := _is_quantized(module):
+        dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
+    dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
+    model.to(None if dtype is None else getattr(torch, dtype))
     tokenizer = getattr(module, "tokenizer", None)
     how = {"tokenizer": tokenizer, "verify": not options.no_verify, "overwrite": options.overwrite}
     lines = [export_merged(model, options.output, _probe(options, module), **how)]
-    return [*lines, f"4-bit weights were de-quantised, to {str(dtype).removeprefix('torch.')}"] if is_quantized else lines
+    return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if is_quantized else lines
+
+
+def _is_quantized(module: Any) -> bool:
+    """Whether an adapted weight is in 4 bits, which is no dtype of torch's."""
+    import torch
+
+    return any(not hasattr(torch, name) for name in module.chain.base["dtypes"])
 
 
 def _probe(options: argparse.Namespace, module: Any) -> Any:
@@ -171,6 +176,11 @@ def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
         verify=not options.no_verify,
         overwrite=options.overwrite,
     )
+    if _is_quantized(module):
+        lines.append(
+            "its base was in 4 bits: 4-bit weights were de-quantised to compare; to have the same ones, load it with "
+            "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
+        )
     if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
         lines.append(f"peft cannot find its base, {pretrained.model_name!r}, by itself: load that with transformers first")
     return lines

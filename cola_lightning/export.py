@@ -81,7 +81,7 @@ def _tokens(config: Any) -> Tensor:
 
 
 def _is_half(model: nn.Module) -> bool:
-    return any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    return any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in model.parameters())
 
 
 @torch.no_grad()

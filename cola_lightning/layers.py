@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, low_rank_delta, take_over
-from cola_lightning.quantization import is_quantized, lora_linear_4bit
+from cola_lightning.quantization import is_quantized, keep_layout, lora_linear_4bit
 
 __all__ = [
     "FinishedLinks",
@@ -28,7 +28,8 @@ def is_adaptable(module: nn.Module) -> bool:
     A subclass may compute something else in its forward (torch's own attention never calls its output layer's), so it is not
     taken for its parent.
     """
-    return type(module) is nn.Linear or _is_conv1d(module) or is_quantized(module)
+    is_linear_4bit = is_quantized(module) and type(module).__module__.startswith("bitsandbytes.")
+    return type(module) is nn.Linear or _is_conv1d(module) or is_linear_4bit
 
 
 def adapt_layer(
@@ -58,6 +59,8 @@ def plain_layer(layer: LoRALayer) -> nn.Module:
         else:
             plain = base_class(layer.nf, layer.nx)
     take_over(plain, layer)
+    if is_quantized(layer):
+        keep_layout(plain, layer)
     module: nn.Module = plain
     return module
 

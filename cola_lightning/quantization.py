@@ -1,6 +1,7 @@
 """4-bit bases, by bitsandbytes: made of a model, adapted, and de-quantised again.
 
-Source: Dettmers et al., "QLoRA" (arXiv 2305.14314): the NF4 data type, with its scales quantised once more.
+Source: Dettmers et al., "QLoRA" (arXiv 2305.14314): the NF4 data type, in blocks of 64. Its scales stay in float32, as is
+transformers' default: quantised once more, they would depend on the number of threads.
 """
 
 import functools
@@ -55,29 +56,43 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
         model: on the CPU, and so on every machine with the same result.
         dtype: in which the layers then compute.
         skip: names of layers to leave as they are.
+
+    Raises:
+        UserError: if there is no other.
     """
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name not in skip:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _quantized(module, dtype).train(module.training))
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip}
+    if not layers:
+        raise UserError(f"{FIELD}: expected null, for a {type(model).__name__} has no Linear layers to quantise; received nf4")
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _quantized(layer, dtype).train(layer.training))
 
 
 def _quantized(linear: nn.Linear, dtype: torch.dtype) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
     layer = Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4", device=torch.device("meta")
+        linear.in_features, linear.out_features, linear.bias is not None, dtype, **how, device=torch.device("meta")
     )
-    layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, **how, module=layer)
     layer.bias = linear.bias
-    _keep_layout(layer)
-    return layer.to("cpu")
+    layer = layer.to("cpu")  # which quantises it
+    keep_layout(layer)
+    return layer
 
 
-def _keep_layout(layer: Any) -> None:
-    """Keeps bitsandbytes from packing the weight anew, and computing with other kernels, in evaluation on some CPUs."""
+def keep_layout(layer: Any, like: Any = None) -> None:
+    """Keeps bitsandbytes from packing a 4-bit weight anew, and computing with other kernels, in evaluation on some CPUs.
+
+    Args:
+        layer: a 4-bit layer.
+        like: another one, in whose dtype it is to compute.
+    """
     layer.state_dict()  # packs it back where that has happened
     layer.support_avx512bf16_for_cpu = False
+    if like is not None:
+        layer.compute_dtype, layer.compute_type_is_set = like.compute_dtype, like.compute_type_is_set
 
 
 def dequantized_weight(layer: Any) -> Tensor:
@@ -88,12 +103,15 @@ def dequantized_weight(layer: Any) -> Tensor:
     return weight.float()
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize(model: Any, dtype: torch.dtype) -> None:
     """Swaps the 4-bit layers of a model, where it has any, for plain ones, in place. See :func:`dequantized`."""
-    for name, module in list(model.named_modules()):
-        if is_quantized(module):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dequantized(module, dtype))
+    layers = {name: layer for name, layer in model.named_modules() if is_quantized(layer)}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, dequantized(layer, dtype))
+    if getattr(model, "is_loaded_in_4bit", False):  # by transformers, which would refuse to cast or save it as it is now
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = False
 
 
 @torch.no_grad()
@@ -110,8 +128,9 @@ def dequantized(layer: Any, dtype: torch.dtype) -> nn.Linear:
     linear.train(layer.training)
     if not isinstance(layer, LoRALayer):
         return linear
-    adapted = LoRALinear.from_linear(linear, layer.max_rank, layer.alpha, init=layer.init, finished_links="stack")
-    for name in ("lora_A", "lora_B", "lora_dropout", "rank", "stack", "source_dtype"):
+    adapted = LoRALinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    take_over(adapted, linear)
+    for name in ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "source_dtype"):
         setattr(adapted, name, getattr(layer, name))
     return adapted
 
@@ -141,8 +160,8 @@ def lora_linear_4bit() -> type[LoRALayer]:
             """Adapts a quantised layer, as :meth:`LoRALinear.from_linear` does a plain one."""
             with torch.device("meta"):
                 layer = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.compute_dtype)
-            _keep_layout(linear)
             take_over(layer, linear)
+            keep_layout(layer, linear)
             layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init, finished_links)
             return layer
 
@@ -166,5 +185,5 @@ def lora_linear_4bit() -> type[LoRALayer]:
         def full_weight(self) -> Tensor:
             return dequantized_weight(self)
 
-    LoRALinear4bit.__qualname__ = "LoRALinear4bit"
+    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.layers", "LoRALinear4bit"  # where pickle finds it
     return LoRALinear4bit

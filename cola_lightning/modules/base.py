@@ -28,7 +28,7 @@ from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkp
 from cola_lightning.modules.restore import check_links
 from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
-from cola_lightning.quantization import dequantize
+from cola_lightning.quantization import dequantize, is_quantized
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,8 @@ class COLAModule(LinkTraining):
         self.chain.base = describe_base(self.model, self.base_name)
         self._cast_adapted(dtype)
         if self.save_base:
+            if any(is_quantized(part) for part in self.model.modules()):
+                raise UserError("model.save_base: expected false for a base in 4 bits, received true")
             self._base_weights = base_weights(self.model)
         if self._first_chain is not None:
             self._start_from(self._first_chain)
@@ -295,7 +297,8 @@ class COLAModule(LinkTraining):
         layers = lora_layers(model)
         if layers:
             dtype = torch.promote_types(next(iter(self._layers.values())).dtype, torch.float32)
-            dequantize(model.to(dtype), dtype)
+            dequantize(model, dtype)
+            model.to(dtype)
         if is_stacked or links < total:
             self.chain.truncate(min(links, self.link)).replay(layers, self.device)
         if is_stacked and links < total:

@@ -6,7 +6,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ from cola_lightning.modules.recipe import RemembersArguments
 from cola_lightning.schedule import ChainSchedule, Counters
 
 
-def base_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
+def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
     state = model.state_dict()
     return {
         name: distributed.gather(value)
         for name, value in state.items()
-        if not _is_factor(name) and name not in without and _weight_of(name) not in without
+        if not _is_factor(name) and without.isdisjoint({name, _weight_of(name)})
     }
 
 
@@ -135,7 +135,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix, frozen = kwargs.get("prefix", ""), set(self._frozen_names())
         for name in list(state):
-            if name.startswith(prefix) and _weight_of(name.removeprefix(prefix)) in frozen:
+            own = name.removeprefix(prefix)
+            if name.startswith(prefix) and not frozen.isdisjoint({own, _weight_of(own)}):
                 del state[name]
         return state
 

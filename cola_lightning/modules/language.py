@@ -146,11 +146,15 @@ class LanguageModule(COLAModule, ABC):
         return cast(nn.Module, model)
 
     def _quantize(self, model: Any) -> None:
-        """Quantises what is pretrained: not a head, be it new or that of the language model, nor what is trained whole."""
+        """Quantises what is pretrained: no head, be it new or the language model's, nor what is trained whole.
+
+        Nor what transformers says must stay wide: a model may read such a weight's dtype.
+        """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()
+        wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         kept = [names[head]] if head is not None else []
-        kept += [name for name in names.values() if any(f".{saved}." in f".{name}." for saved in self.modules_to_save)]
+        kept += [name for name in names.values() if any(f".{one}." in f".{name}." for one in wide)]
         kept += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), kept)
 

@@ -19,6 +19,7 @@ from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import find_class
+from cola_lightning.quantization import is_quantized
 from cola_lightning.schedule import Counters
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,9 @@ class RestoredChain(CheckpointedChain):
             return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
         self._apply(widened)  # type: ignore[no-untyped-call]
+        quantized: list[Any] = [part for part in self.modules() if is_quantized(part)]
+        for layer in quantized:
+            layer.compute_dtype = torch.float32
         if self.finished_links == "stack":
             chain = self.chain
             self._forget_links(chain.base)
