@@ -35,7 +35,7 @@ def inject_lora(
 
     Args:
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
-            name endings; ``all-linear`` is every Linear and Conv1D but the output embeddings and ``modules_to_save``.
+            name endings; ``all-linear`` is every Linear (Conv1D, Linear4bit) but the output embeddings and ``modules_to_save``.
         rank: largest rank of a link, and the first link's; at most the smaller side of each target.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
@@ -96,12 +96,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
-def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
+def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Swaps the LoRA layers back for plain ones around the same ``Parameter`` objects, in place.
 
     Args:
-        merge: add each live link, and what is stacked, to its weight first: in float32, rounded once to the dtype in which the
-            layer computes. 4-bit weights that are adapted are de-quantised for that, into new parameters.
+        merge: add each live link, and what is stacked, to its weight first: in float32, rounded once. 4-bit weights that are
+            adapted are de-quantised for that, into new parameters.
+        dtype: of the plain layers; None: that in which the base came, or to which it was cast.
 
     Raises:
         UserError: if links are not in the weights (a live B is not zero, or links are stacked) and ``merge`` is False.
@@ -109,7 +110,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
     layers = lora_layers(model)
     if not merge and (lost := [name for name, layer in layers.items() if layer.lora_B.any() or layer.is_stacked]):
         raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
-    dtypes = {name: layer.dtype for name, layer in layers.items()}
+    dtypes = {name: dtype or _base_dtype(layer) for name, layer in layers.items()}
     stacked = unstack(model) if merge else {}
     for name, layer in lora_layers(model).items():
         if name in stacked:
@@ -117,8 +118,14 @@ def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
         if merge:
             layer.merge()
         parent, _, child = name.rpartition(".")
-        plain = plain_layer(layer)
-        setattr(model.get_submodule(parent), child, plain.to(dtypes[name]) if merge else plain)
+        setattr(model.get_submodule(parent), child, plain_layer(layer).to(dtypes[name]))
+
+
+def _base_dtype(layer: LoRALayer) -> torch.dtype:
+    """The dtype of the base in which a layer lies; a weight into which links are merged may be kept wider."""
+    is_widened = layer.stack is None and layer.source_dtype.endswith("16")
+    dtype: torch.dtype = getattr(torch, layer.source_dtype) if is_widened else layer.dtype
+    return dtype
 
 
 def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

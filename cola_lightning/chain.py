@@ -1,7 +1,7 @@
 """A chain: the finished links of a run, in order, as plain CPU tensors, and what is needed to put them into a base again.
 
-The chain is what a checkpoint stores instead of the merged weights. Replaying it runs link by link through the very function
-that the knots used, so the weights come out equal to the last bit.
+The chain is what a checkpoint stores instead of weights. Replaying it runs link by link through the very function that the
+knots used, so the weights, or what is stacked beside them, come out equal to the last bit.
 """
 
 import math

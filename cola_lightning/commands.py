@@ -130,23 +130,17 @@ def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     import torch
 
     from cola_lightning.export import export_merged
+    from cola_lightning.quantization import is_quantized_model
 
     model, dtypes = module.merged_model(), module.chain.base["dtypes"]
-    if is_quantized := _is_quantized(module):
+    if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
     dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
     model.to(None if dtype is None else getattr(torch, dtype))
     tokenizer = getattr(module, "tokenizer", None)
     how = {"tokenizer": tokenizer, "verify": not options.no_verify, "overwrite": options.overwrite}
     lines = [export_merged(model, options.output, _probe(options, module), **how)]
-    return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if is_quantized else lines
-
-
-def _is_quantized(module: Any) -> bool:
-    """Whether an adapted weight is in 4 bits, which is no dtype of torch's."""
-    import torch
-
-    return any(not hasattr(torch, name) for name in module.chain.base["dtypes"])
+    return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
 def _probe(options: argparse.Namespace, module: Any) -> Any:
@@ -162,6 +156,7 @@ def _probe(options: argparse.Namespace, module: Any) -> Any:
 def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
     from cola_lightning.export import export_adapter
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX
+    from cola_lightning.quantization import is_quantized_model
 
     pretrained = getattr(module, "pretrained", None)
     lines = export_adapter(
@@ -176,7 +171,7 @@ def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
         verify=not options.no_verify,
         overwrite=options.overwrite,
     )
-    if _is_quantized(module):
+    if is_quantized_model(module.model):
         lines.append(
             "its base was in 4 bits: 4-bit weights were de-quantised to compare; to have the same ones, load it with "
             "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"

@@ -22,7 +22,7 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
 
     Returns:
         ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the
-        dtypes they came in, ``nf4`` for 4-bit ones; ``weight_norms``: the Frobenius norm of each weight, by name.
+        dtypes they came in (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name.
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)

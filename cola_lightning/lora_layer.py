@@ -71,7 +71,7 @@ class LoRALayer(nn.Module):
         rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, where they are not merged; None where they are.
-        source_dtype: the dtype in which the weight came, ``nf4`` for a quantised one.
+        source_dtype: the dtype in which the weight came; ``nf4`` or ``fp4`` for one in 4 bits.
     """
 
     weight: Tensor

@@ -49,6 +49,11 @@ def is_quantized(module: nn.Module) -> bool:
     return any((base.__module__, base.__name__) == ("bitsandbytes.nn.modules", "Linear4bit") for base in type(module).__mro__)
 
 
+def is_quantized_model(model: nn.Module) -> bool:
+    """Whether a model has 4-bit layers."""
+    return any(is_quantized(module) for module in model.modules())
+
+
 def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -> None:
     """Quantises the linear layers of a model to NF4, in place and one by one.
 
@@ -167,7 +172,8 @@ def lora_linear_4bit() -> type[LoRALayer]:
 
         @override
         def _take_up_weight(self, finished_links: FinishedLinks) -> torch.dtype:
-            assert finished_links == "stack"
+            if finished_links == "merge":
+                raise UserError("finished_links: expected stack for a 4-bit weight, received merge")
             self.source_dtype = self.weight.quant_type
             return self.compute_dtype or torch.float32
 

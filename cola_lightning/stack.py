@@ -53,10 +53,10 @@ class Stack:
         """Allocates for so many ranks in all; what is in use stays. Nothing is allocated again before they are used up."""
         if rank <= len(self.A):
             return
-        for name, used in (("A", self.A[: self.rank]), ("B", self.B[: self.rank])):
-            wider = used.new_zeros(rank, used.shape[1])
-            wider[: self.rank] = used
-            setattr(self, name, wider)
+        with torch.inference_mode(False):  # a knot in a validation, say: the next training step goes through these tensors
+            A, B = (factor.new_zeros(rank, factor.shape[1]) for factor in (self.A, self.B))
+        A[: self.rank], B[: self.rank] = self.A[: self.rank], self.B[: self.rank]
+        self.A, self.B = A, B
 
     @torch.no_grad()
     def push(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

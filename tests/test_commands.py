@@ -215,7 +215,12 @@ DAMAGE = [
         [*FIT, "--model.init_chain", "chain"],
         "model.init_chain: expected null or what the checkpoint's",
     ),
-    (lambda path: None, "", [*FIT, "--trainer.precision", "64-true"], "trainer.precision: expected one that keeps the adapted"),
+    (
+        lambda path: None,
+        "",
+        [*FIT, "--trainer.precision", "64-true"],
+        "trainer.precision, model.finished_links: expected those",
+    ),
     (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder of files alone to overwrite"),
     (
         lambda path: None,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from cola_lightning import LastCheckpoint, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import LastCheckpoint, UserError, base_from_checkpoint, inject_lora, lora_layers, strip_lora
 from cola_lightning.layers import adapt_layer, low_rank_delta
 from cola_lightning.stack import Stack
 from tests.toy import ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -379,3 +379,126 @@ def test_norms_and_reports_are_of_the_chain(tmp_path, caplog):
     assert told == [pytest.approx(link.norm()) for link in [*module.chain.links, module.live_link()]]
     deltas = [low_rank_delta(*module.chain.links[0].factors[name], 2.0) for name in ("0", "2")]
     assert told[0] == pytest.approx(math.hypot(*(float(delta.norm()) for delta in deltas)), rel=1e-5)
+
+
+# ---------------------------------------------------------------------- where it could go wrong
+
+
+def test_each_layer_comes_back_in_its_own_dtype(tmp_path):
+    class Mixed(ValidatedToy):
+        def build_model(self):
+            model = super().build_model()
+            model[0].bfloat16()
+            return model
+
+    module = toy(Mixed, finished_links="stack", optimizer=optimizer)
+    fit(tmp_path, module, LastCheckpoint())
+    loaded = Mixed.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    for each in (module, loaded):
+        assert [layer.weight.dtype for layer in each._layers.values()] == [torch.bfloat16, torch.float32]
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded.model(x), module.model(x))
+
+
+@pytest.mark.parametrize("targets", [["0"], "all-linear"])
+def test_a_checkpoint_in_half_precision_does_not_narrow_a_module_for_good(tmp_path, targets):
+    losses, paths = [], []
+    for precision in ("32-true", "bf16-true"):
+        folder = tmp_path / precision
+        fit(folder, toy(ValidatedToy, finished_links="stack", target_modules=targets), LastCheckpoint(), precision=precision)
+        paths.append(folder / "checkpoints" / "last.ckpt")
+    module = toy(ValidatedToy, finished_links="stack", target_modules=targets)
+    run = trainer(tmp_path, chain={})
+    for path in [paths[0], paths[1], paths[0]]:
+        (metrics,) = run.validate(module, batches(2), ckpt_path=path, verbose=False)
+        losses.append(metrics["val_loss"])
+    assert losses[0] == losses[2] != losses[1]
+    with pytest.raises(UserError, match="which keep them in float32"):
+        fit(tmp_path / "refused", module, ckpt_path=paths[1])
+    (metrics,) = run.validate(module, batches(2), ckpt_path=paths[0], verbose=False)
+    assert metrics["val_loss"] == losses[0]
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_the_base_is_what_it_was_before_it_was_cast(tmp_path, mode):
+    module = toy(ValidatedToy, finished_links=mode, save_base=True)
+    fit(tmp_path, module, LastCheckpoint(), precision="bf16-true")
+    base = toy().merged_model(0).state_dict()
+    assert_bit_equal(module.merged_model(0).state_dict(), base)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["cola"]
+    assert_bit_equal(state["base_weights"], base)
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_links_that_tell_nothing_of_a_head_leave_it_as_it_was(tmp_path, mode):
+    plain = fit(tmp_path, toy(ValidatedToy, finished_links=mode, target_modules=["0"]), epochs=2)
+    plain.chain.save(tmp_path / "chain")
+    how = {"finished_links": mode, "target_modules": ["0"], "modules_to_save": ["2"], "optimizer": optimizer}
+    module = toy(ValidatedToy, init_chain=str(tmp_path / "chain"), **how)
+    fit(tmp_path / "on", module, LastCheckpoint(), epochs=2)
+    base = toy(ValidatedToy).merged_model(0)[2].weight
+    assert not torch.equal(module.model[2].weight, base)
+    assert torch.equal(module.merged_model(1)[2].weight, base)
+    last = tmp_path / "on" / "checkpoints" / "last.ckpt"
+    with base_from_checkpoint(last, 1):
+        trainer(tmp_path, chain={}).validate(module, batches(2), ckpt_path=last, verbose=False)
+    assert torch.equal(module.model[2].weight, base)
+
+
+def test_a_knot_in_inference_mode_is_trained_on(tmp_path):
+    class Tying(ValidatedToy):
+        def on_validation_epoch_end(self):
+            if self.trainer.state.fn == "validate":
+                nn.init.ones_(self._layers["0"].lora_B)
+                self.tie_knot()
+
+    module = toy(Tying, finished_links="stack")
+    trainer(tmp_path, chain={}).validate(module, batches(2), verbose=False)
+    fit(tmp_path, module, epochs=1, chain={"at_epochs": [5]})
+    assert module._layers["0"].stack.rank == 2
+
+
+def test_room_is_made_for_a_weight_of_full_rank_at_most(tmp_path):
+    module = toy(ValidatedToy, finished_links="stack", lr_schedule="constant")
+    fit(tmp_path, module, epochs=1000, max_steps=8, chain={"every_n_train_steps": 1})
+    assert [layer.stack.rank for layer in module._layers.values()] == [14, 14]
+    assert len(module._layers["0"].stack.A) == 14
+    fit(tmp_path, toy(ValidatedToy, finished_links="stack"), epochs=100, limit_train_batches=1, limit_val_batches=0)
+
+
+def test_a_stripped_model_computes_in_the_dtype_of_its_base():
+    for merge in (False, True):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).bfloat16()
+        x, weight = torch.randn(3, 6).bfloat16(), model[1].weight
+        expected = model(x)
+        inject_lora(model, ["1"], rank=2, alpha=1)
+        assert weight.dtype == torch.float32
+        strip_lora(model, merge=merge)
+        assert torch.equal(model(x), expected)
+        assert model[1].weight is weight
+
+
+def test_a_module_that_could_not_be_made_is_not_taken_for_ready():
+    module = toy(activation_checkpointing=True, finished_links="stack")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"model\.activation_checkpointing"):
+            module.configure_model()
+
+
+@pytest.mark.parametrize("how", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
+def test_what_no_optimizer_can_train_is_refused_and_what_it_trains_badly_is_told(tmp_path, caplog, how):
+    with pytest.raises(UserError, match=r"expected another than float16 for what is trained whole"):
+        trainer(tmp_path, max_epochs=1, precision="16-true").fit(toy(**how), batches())
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**how), batches())
+    assert caplog.text.count("what is trained whole is in bfloat16") == 1
+
+
+def test_a_run_in_float64_with_a_head_resumes_to_the_bit(tmp_path):
+    def make():
+        return toy(ValidatedToy, target_modules=["0"], modules_to_save=["2"], finished_links="stack", optimizer=optimizer)
+
+    how = {"precision": "64-true", "data": [batches(dtype=torch.float64), batches(2, dtype=torch.float64)]}
+    whole = fit(tmp_path / "whole", make(), **how)
+    fit(tmp_path, make(), LastCheckpoint(), epochs=2, **how)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert_bit_equal(weights(fit(tmp_path / "on", make(), LastCheckpoint(), ckpt_path=last, **how)), weights(whole))

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim import AdamW
 from typing_extensions import override
@@ -28,7 +29,7 @@ from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkp
 from cola_lightning.modules.restore import check_links
 from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
-from cola_lightning.quantization import dequantize, is_quantized
+from cola_lightning.quantization import dequantize, is_quantized_model
 from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,10 @@ class COLAModule(LinkTraining):
             bases in half precision or 4 bits, never writes a weight, and keeps the finished links beside them as one frozen
             low-rank pair a layer.
         init_chain: where to start from: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are
-            merged before training begins; ``null``: from the base. A checkpoint of the run holds them, too.
+            taken up before training begins; ``null``: from the base. A checkpoint of the run holds them, too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
         save_base: store the adapted base's weights in each checkpoint, for a base that cannot be made again bit for bit.
-        compile: ``torch.compile`` the model. Each rank is compiled once.
+        compile: ``torch.compile`` the model: once for each rank, and for training and validation.
         activation_checkpointing: keep only the inputs of the model's blocks, and compute what is inside again in the backward
             pass: less memory, more time, the same gradients.
 
@@ -136,7 +137,10 @@ class COLAModule(LinkTraining):
         raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
 
     def checkpoint_activations(self) -> None:
-        """What ``activation_checkpointing`` does to ``self.model``. Override it for a model that is not Hugging Face's."""
+        """What ``activation_checkpointing`` does to ``self.model``; to be overridden for a model that is not Hugging Face's.
+
+        The model must stay one that can be copied: wrap its blocks, not a method that knows this very model.
+        """
         checkpoint_activations(self.model)
 
     # ------------------------------------------------------------------ the model
@@ -154,14 +158,24 @@ class COLAModule(LinkTraining):
             if self.seed is None:
                 self.seed = distributed.draw_seed()
                 log.info("model.seed: %d was drawn, for none was given", self.seed)
-        dtype = torch.get_default_dtype()  # float64 under Lightning's 64-true
+        self._training_dtype = torch.get_default_dtype()  # what Lightning's precision sets it to
         self.model = self._make_adapted_base()
+        try:
+            self._prepare()
+        except BaseException:  # so that a second call does not take it for ready
+            del self.model
+            raise
+
+    def _prepare(self) -> None:
+        """Makes what ``build_model`` gave, adapted, ready for training."""
         self.chain.base = describe_base(self.model, self.base_name)
-        self._cast_adapted(dtype)
         if self.save_base:
-            if any(is_quantized(part) for part in self.model.modules()):
+            if is_quantized_model(self.model):
                 raise UserError("model.save_base: expected false for a base in 4 bits, received true")
             self._base_weights = base_weights(self.model)
+        if self._training_dtype == torch.float64:  # before a checkpoint's values are loaded, not after
+            self.model.double()
+        self._cast_adapted(self._training_dtype)
         if self._first_chain is not None:
             self._start_from(self._first_chain)
         if self.target_modules is not None:
@@ -190,12 +204,13 @@ class COLAModule(LinkTraining):
                 inject_lora(model, self.target_modules, *how)
         return model
 
+    @rank_zero_only
     def _tell_of_memory(self) -> None:
         widened = [layer for layer in self._layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
-        if widened:
+        if widened and not is_reading_checkpoint():
             log.info(
                 "model.finished_links: merge keeps the adapted weights in float32, %.0f MB more than in %s; stack does not",
-                sum(layer.weight.nbytes for layer in widened) / 2e6,
+                sum(layer.weight.numel() for layer in widened) * 2 / 1e6,
                 widened[0].source_dtype,
             )
 
@@ -218,7 +233,7 @@ class COLAModule(LinkTraining):
         begin_link(self._layers, self.seed, self.link, rank, alpha)
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
-        """Finishes the live link and begins the next: merges it, records it in the chain, draws a new A, drops the optimizer.
+        """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A, drops the optimizer.
 
         While training, the optimizer and its schedule are made anew; their state begins empty.
 
@@ -281,34 +296,34 @@ class COLAModule(LinkTraining):
             UserError: if there are not as many links.
 
         Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64).
+            The model in float32, whatever it was trained in (in float64 where that was float64); one without links as it is.
         """
         self.configure_model()
         total = self.link + 1
         links = total if links is None else links
         check_links(links, self.link)
-        is_stacked = self.finished_links == "stack"
-        if is_stacked or links == total:
+        chain = self.chain.truncate(min(links, self.link))
+        is_stacked = any(layer.stack is not None for layer in self._layers.values())
+        # The base of a stack is as it was, but where the training has cast it to half precision.
+        if links == total or (is_stacked and (links or self._kept_dtype.itemsize >= 4)):
             model = copy.deepcopy(self.model)
+            if links < total:
+                for layer in lora_layers(model).values():
+                    nn.init.zeros_(layer.lora_B)
+                model.load_state_dict(self._extras_after(chain), strict=False)
         else:
             model = self._make_adapted_base()
-            self._write_base(model)
+            if self._base_weights is not None:
+                self._write_base(model)
+            model.load_state_dict(chain.links[-1].extras if links else {}, strict=False)
         unstack(model)
-        layers = lora_layers(model)
-        if layers:
-            dtype = torch.promote_types(next(iter(self._layers.values())).dtype, torch.float32)
-            dequantize(model, dtype)
+        dtype = torch.promote_types(self._training_dtype, torch.float32)
+        dequantize(model, dtype)
+        if self._layers:
             model.to(dtype)
         if is_stacked or links < total:
-            self.chain.truncate(min(links, self.link)).replay(layers, self.device)
-        if is_stacked and links < total:
-            for layer in layers.values():
-                nn.init.zeros_(layer.lora_B)
-        if 0 < links < total:
-            model.load_state_dict(self.chain.links[links - 1].extras, strict=False)
-        elif is_stacked and not links:
-            model.load_state_dict(self._extras_of_base(), strict=False)
-        strip_lora(model, merge=True)
+            chain.replay(lora_layers(model), self.device)
+        strip_lora(model, merge=True, dtype=dtype)
         keep_activations(model)
         return model.requires_grad_()
 

@@ -76,6 +76,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
         self._is_tying = False
+        self._training_dtype = torch.float32
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
@@ -101,6 +102,12 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     @property
     def _layers(self) -> dict[str, LoRALayer]:
         return lora_layers(self.model)
+
+    @property
+    def _kept_dtype(self) -> torch.dtype:
+        """To which dtype the training casts adapted weights: one into which links are merged is never narrowed."""
+        is_stacked = self.finished_links == "stack"
+        return self._training_dtype if is_stacked else torch.promote_types(self._training_dtype, torch.float32)
 
     @property
     def _attached_trainer(self) -> Trainer | None:
@@ -184,7 +191,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "module": self.recipe(),
             "chain": self.chain.state_dict(),
             "live": live,
-            "dtype": str(layer.dtype).removeprefix("torch.") if layer else None,
+            "dtype": str(self._kept_dtype).removeprefix("torch.") if layer else None,
             "link_start": list(self.link_start),
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning import distributed
+from cola_lightning.adapt import lora_layers
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
 from cola_lightning.chain_folder import check_version
@@ -82,17 +83,17 @@ class RestoredChain(CheckpointedChain):
             check_links(links, len(chain))
             chain = chain_of(checkpoint).truncate(links)
         self._restore_base(chain, state["base_weights"])
+        trainer = self._attached_trainer
+        is_fit = trainer is not None and trainer.state.fn == "fit"
+        if state["dtype"] is not None:
+            self._take_dtype(getattr(torch, state["dtype"]), is_fit=is_fit)
         if not self.chain.is_beginning_of(chain):
             if self.finished_links == "merge":
                 self._write_base(self.model)
             self._forget_links(chain.base)
-        dtype = next((str(layer.dtype).removeprefix("torch.") for layer in self._layers.values()), None)
-        if state["dtype"] is not None:
-            self._cast_adapted(getattr(torch, state["dtype"]))
         self._replay(chain)
-        trainer = self._attached_trainer
-        if trainer is not None and trainer.state.fn == "fit":
-            self._check_same_choices(checkpoint, dtype)
+        if is_fit:
+            self._check_same_choices(checkpoint)
         self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
@@ -101,7 +102,7 @@ class RestoredChain(CheckpointedChain):
                 layer.rank, layer.alpha = int(state["live"]["rank"]), float(state["live"]["alpha"])
             return
         self._begin_link()
-        extras = chain.links[-1].extras if links else self._extras_of_base()
+        extras = self._extras_after(chain)
         now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()}
         checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
 
@@ -141,24 +142,47 @@ class RestoredChain(CheckpointedChain):
     def _replay(self, chain: Chain) -> None:
         """Has the layers take up the links that they do not hold yet, where the training computes: for equal bits."""
         trainer = self._attached_trainer
+        for name, layer in self._layers.items():
+            if layer.stack is not None:
+                layer.stack.reserve(chain.total_rank(name))
         chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
         self.chain = chain
 
-    def _check_same_choices(self, checkpoint: Mapping[str, Any], dtype: str | None) -> None:
-        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place.
-
-        Args:
-            checkpoint: the fit's.
-            dtype: in which the adapted weights would be without it; None without links.
-        """
+    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place."""
         raise NotImplementedError
 
-    def _extras_of_base(self) -> dict[str, Tensor]:
-        names = self._extras()
-        if not names:  # nothing for which a base would have to be made
-            return {}
+    def _take_dtype(self, dtype: torch.dtype, *, is_fit: bool) -> None:
+        """Casts the adapted layers as the training of a checkpoint did.
+
+        Raises:
+            UserError: if a fit that goes on with it would cast them to another dtype.
+        """
+        if dtype == self._kept_dtype:
+            return
+        if is_fit:
+            told, mine = (str(one).removeprefix("torch.") for one in (dtype, self._kept_dtype))
+            raise UserError(
+                "trainer.precision, model.finished_links: expected those that keep the adapted weights in "
+                f"{told}, as the checkpoint's did, received {self.trainer.precision} and {self.finished_links}, "
+                f"which keep them in {mine}"
+            )
+        if self._kept_dtype.itemsize < 4:  # what was rounded comes back with the base
+            made = self._make_adapted_base()
+            for name, layer in lora_layers(made).items():
+                self._layers[name].to(layer.dtype)
+            self._write_base(self.model, made)
+            self._forget_links(self.chain.base)
+        self._training_dtype = dtype
+        self._cast_adapted(dtype)
+
+    def _extras_after(self, chain: Chain) -> dict[str, Tensor]:
+        """What is trained whole, and buffers, as they were after the last of these links; the base's where it has none."""
+        names, extras = self._extras().keys(), chain.links[-1].extras if chain.links else {}
+        if names <= extras.keys():  # nothing for which a base would have to be made
+            return extras
         weights = base_weights(self._make_adapted_base()) if self._base_weights is None else self._base_weights
-        return {name: weights[name] for name in names}
+        return {name: weights[name] for name in names} | extras
 
     def _start_from(self, chain: Chain) -> None:
         """Takes up the links of another run's chain, and takes over what it trained whole."""
@@ -196,12 +220,15 @@ class RestoredChain(CheckpointedChain):
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
                 layer.to(dtype)
 
-    def _write_base(self, model: nn.Module) -> None:
+    def _write_base(self, model: nn.Module, made: nn.Module | None = None) -> None:
         """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
         weights = self._base_weights
+        if weights is None:
+            weights = base_weights(self._make_adapted_base() if made is None else made)
         state = model.state_dict()
-        for name, value in (base_weights(self._make_adapted_base()) if weights is None else weights).items():
-            distributed.copy_(state[name], value)
+        for name, value in weights.items():
+            if name in state:  # of a 4-bit weight, whose scales are never written
+                distributed.copy_(state[name], value)
 
 
 def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:

@@ -8,12 +8,12 @@ from torch import nn
 
 from cola_lightning.errors import UserError
 
-COMPILATIONS = 64  # of a model: for each rank of a chain, training and evaluation; torch's own limit is 8
+COMPILATIONS = 64  # of a model: for each rank of a chain, training and evaluation; torch's own limit is 8, up to 2.12 always
 
 
 def compile_model(model: nn.Module) -> None:
     """Compiles a model in place: its names and its type stay."""
-    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch 2.13 has, 2.9 has not
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
     model.compile(**({"recompile_limit": COMPILATIONS} if has_limit else {}))
 
 
@@ -24,7 +24,7 @@ def checkpoint_activations(model: Any) -> None:
         UserError: if it cannot.
     """
     enable = _method(model, "enable")
-    if enable is None or not model.supports_gradient_checkpointing:
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(
             "model.activation_checkpointing: expected a Hugging Face model that can, or a module that overrides "
             f"checkpoint_activations, received a {type(model).__name__}"

@@ -48,19 +48,13 @@ class LinkTraining(RestoredChain):
     _own_scheduler: LambdaLR | None = None
 
     @override
-    def _check_same_choices(self, checkpoint: Mapping[str, Any], dtype: str | None) -> None:
+    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
         state, live = checkpoint[CHECKPOINT_KEY], checkpoint[CHECKPOINT_KEY]["live"]
         if "optimizer_states" not in checkpoint:
             raise UserError("ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone")
         if self._given_seed not in (None, state["seed"]):
             raise UserError(
                 f"model.seed, or seed_everything: expected {state['seed']}, the checkpoint's, received {self._given_seed}"
-            )
-        if state["dtype"] not in (None, dtype):
-            raise UserError(
-                "trainer.precision, model.finished_links: expected those that keep the adapted weights in "
-                f"{state['dtype']}, as the checkpoint's did, received {self.trainer.precision} and {self.finished_links}, "
-                f"which keep them in {dtype}"
             )
         if live is not None and live["scheduled"] != self._scheduled:
             (rank, alpha), (my_rank, my_alpha) = live["scheduled"], self._scheduled
@@ -148,6 +142,7 @@ class LinkTraining(RestoredChain):
                 too short, or if a link is shorter than its warm-up.
         """
         self.run_length = run_length
+        self._check_trained_whole()
         if now is None and self._had_knots and not self.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if now is None:
@@ -173,13 +168,26 @@ class LinkTraining(RestoredChain):
             )
 
     def _reserve(self, n_links: int) -> None:
-        """Allocates what the finished links of a chain of this length will take beside the weights."""
-        ranks = [link.rank for link in self.chain.links]
-        ranks += [layer.rank for layer in list(self._layers.values())[:1]]
-        ranks += [self.schedule.rank(k, self.rank) for k in range(len(ranks), n_links - 1)]
+        """Allocates what the finished links of a chain of this length will take beside the weights.
+
+        At most as much as a weight of full rank: a chain of a thousand links may well be stopped early.
+        """
         for layer in self._layers.values():
             if layer.stack is not None:
-                layer.stack.reserve(sum(ranks[: n_links - 1]))
+                ranks = [link.rank for link in self.chain.links] + [layer.rank]
+                ranks += [self.schedule.rank(k, self.rank) for k in range(len(ranks), n_links - 1)]
+                layer.stack.reserve(min(sum(ranks[: n_links - 1]), layer.lora_A.shape[1], layer.lora_B.shape[0]))
+
+    def _check_trained_whole(self) -> None:
+        """Refuses or warns of half precision where an optimizer writes into it."""
+        dtypes = {p.dtype for name, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in name}
+        if torch.float16 in dtypes:
+            raise UserError(
+                "model.dtype, trainer.precision: expected another than float16 for what is trained whole "
+                "(model.modules_to_save, or all where model.target_modules is null), which no optimizer can train; received it"
+            )
+        if torch.bfloat16 in dtypes:
+            log.warning("what is trained whole is in bfloat16, which rounds small steps away; bf16-mixed keeps it in float32")
 
     def _take_up_optimizer(self) -> None:
         """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
