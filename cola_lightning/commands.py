@@ -71,7 +71,9 @@ def _export(words: Sequence[str]) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
     parser.add_argument("--links", type=int, metavar="N", help=LINKS)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of merged (default: the base's)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of merged (default: the base's, float32 if it has several)"
+    )
     parser.add_argument("--max_rank", type=int, metavar="R", help="of peft: recompress to this rank, by SVD")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")

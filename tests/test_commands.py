@@ -219,7 +219,7 @@ DAMAGE = [
         lambda path: None,
         "",
         [*FIT, "--trainer.precision", "64-true"],
-        "trainer.precision, model.finished_links: expected those",
+        "trainer.precision, model.finished_links: expected",
     ),
     (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder of files alone to overwrite"),
     (

@@ -1,5 +1,6 @@
 """What README says is true: its example runs, its commands parse, its figures are the benchmark's."""
 
+import importlib
 import json
 import re
 import shlex
@@ -89,6 +90,22 @@ def test_the_table_of_speed_is_the_benchmarks():
     for length in (64, 256):
         assert table_row(f"{length} tokens a row") == [f"{results[column, length]:.2f}" for column in columns]
     assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in README
+
+
+def test_the_table_of_bases_is_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bases = importlib.import_module("bases")
+    results = [json.loads(line) for line in (ROOT / "benchmarks" / "bases.jsonl").read_text().splitlines()]
+    for row in bases.rows(results):
+        assert f"| {' | '.join(row)} |" in README
+
+
+def test_the_predictions_in_half_precision_are_the_benchmarks():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "half.jsonl").read_text().splitlines()]
+    same = {line["model"]: line["same"] for line in lines}
+    for dtype in ("float32", "bfloat16"):
+        assert table_row(f"in {dtype}") == [str(same[f"{model}, {dtype}"]) for model in ("module", "merged", "adapter")]
+    assert max(line["largest_margin"] for line in lines) <= 0.125
 
 
 def commands(block):

@@ -19,6 +19,14 @@ def speed():
         del sys.modules["speed"]
 
 
+@pytest.fixture(scope="module")
+def bases(speed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("bases")
+        del sys.modules["bases"]
+
+
 def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_less_than_a_step(speed):
     config = speed.shape(layers=12, width=128, vocabulary=8000)  # the head's share of the work is OPT-125m's
     seconds = speed.step_seconds(config, length=64, repeats=7)
@@ -36,3 +44,23 @@ def test_five_links_take_as_long_as_one(speed):
 def test_a_step_needs_less_memory_than_pefts(speed):
     cola, peft = (speed.peak_mib(name, speed.SMALL, length=256) for name in ("cola", "peft"))
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
+
+
+def test_ten_small_links_arrive_but_where_bf16_itself_is_merged_into(bases):
+    for mode in bases.MODES:
+        assert bases.error_of_update(mode) <= bases.ERROR_LIMITS[mode[1]]
+    assert 0.75 < bases.error_of_update(bases.PLAIN) < 0.82
+
+
+@pytest.mark.parametrize("mode", [("float32", "merge"), ("float32", "stack"), ("bfloat16", "stack"), ("nf4", "stack")])
+def test_a_knot_changes_a_loss_by_a_step_of_the_precision_at_most(bases, speed, mode):
+    limit = 1e-6 if mode[0] == "float32" else 2**-8
+    assert bases.change_at_knots(mode, speed.SMALL) <= limit
+
+
+def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
+    width, layers, targets, mode = 768, 1, 2, ("bfloat16", "stack")
+    results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 7, [mode])
+    assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
+    computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6
+    assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)

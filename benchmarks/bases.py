@@ -1,0 +1,212 @@
+"""Which base, which mode: what a chain loses, holds and costs on bases of several dtypes, with links merged or stacked.
+
+    python benchmarks/bases.py
+
+measures on one CPU thread, writes each result to ``bases.jsonl``, one a line, and prints a table (about ten minutes):
+
+* ``error``: ten links of 1e-3 of the weight's size each, on a layer 1024 wide: how far what the layer then adds is from the sum
+  of the links in float64, relative to it. ``merged as it is``: added to the bf16 weight, which this package refuses to do.
+* ``knot``: the largest relative change of the loss at eight knots of a model of two layers of OPT-125m's size.
+* ``weights_mb``: weights and links of a model of OPT-125m's shape, and ``knot_mb``: what a finished link of rank 8 adds to them
+  (beside its float32 copy in the chain, in the CPU's memory).
+* ``seconds``: training steps of that model (8 rows of 64 tokens), with one link and with 64 finished ranks. All of them take
+  turns: a ratio is the median over rounds of two times of one round.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, shape, take_turns
+from torch import Tensor, nn
+from transformers import OPTConfig
+
+from cola_lightning import COLACausalLM
+from cola_lightning.layers import adapt_layer
+from cola_lightning.quantization import quantize
+
+Mode = tuple[str, str]  # base, what becomes of finished links
+MODES: list[Mode] = [
+    ("float32", "merge"),
+    ("float32", "stack"),
+    ("bfloat16", "merge"),
+    ("bfloat16", "stack"),
+    ("nf4", "stack"),
+]
+PLAIN: Mode = ("bfloat16", "merged as it is")
+EXACT = {("bfloat16", "stack"): "each link rounded once", ("nf4", "stack"): "each link rounded once", PLAIN: "no"}
+LINKS, RANK = 8, 8
+PAIR = shape(2, 768, 2000)
+BASELINE = "float32 merge, one link"
+ERROR_LIMITS = {"merge": 1e-4, "stack": 1e-2}
+STEP_LIMIT = 1.10  # of a bf16 step with 64 finished ranks on queries and values, over one with one link
+
+
+class RandomCausalLM(COLACausalLM):
+    """The package's module around a model with random weights; the model's name stands for nothing."""
+
+    def __init__(self, config: OPTConfig, base: str, finished_links: str, targets: Any = TARGETS) -> None:
+        how: dict[str, Any] = {"dtype": "bfloat16", "quantization": "nf4"} if base == "nf4" else {"dtype": base}
+        chain = {"target_modules": targets, "rank": RANK, "alpha": 16, "seed": 0, "finished_links": finished_links}
+        super().__init__("random", **how, **chain)
+        self.config = config
+        self.configure_model()
+
+    def build_model(self) -> nn.Module:
+        """Makes the model, without any file."""
+        model = build(self.config).to(getattr(torch, self.pretrained.dtype))
+        if self.quantization is not None:
+            self._quantize(model)
+        return model
+
+    def tie_trained_knot(self) -> None:
+        """Ties a knot after a link that does something."""
+        generator = torch.Generator().manual_seed(self.link)
+        with torch.no_grad():
+            for layer in self._layers.values():
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 1e-3)
+        self.tie_knot()
+
+
+def random_links(width: int, weight: Tensor, size: float, n: int = 10) -> list[tuple[Tensor, Tensor]]:
+    """Random factors whose products are of the given size beside the weight."""
+    generator = torch.Generator().manual_seed(1)
+    links = []
+    for _ in range(n):
+        A, B = torch.randn(RANK, width, generator=generator), torch.randn(width, RANK, generator=generator)
+        links.append((A, B * (size * weight.float().norm() / (B @ A).norm())))
+    return links
+
+
+@torch.no_grad()
+def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
+    """How far what a layer adds after ten links is from their sum, relative to it."""
+    base, finished_links = mode
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width, bias=False))
+    nn.init.normal_(model[0].weight, std=0.02)
+    model.to(torch.bfloat16 if base in ("bfloat16", "nf4") else torch.float32)
+    links = random_links(width, model[0].weight, size)
+    if base == "nf4":
+        quantize(model, torch.bfloat16)
+    expected = torch.stack([B.double() @ A.double() for A, B in links]).sum(0)
+    if mode == PLAIN:
+        before = model[0].weight.detach().clone()
+        for A, B in links:
+            model[0].weight.data += (B @ A).to(before.dtype)
+        update = model[0].weight.double() - before.double()
+    else:
+        layer = adapt_layer(model[0], RANK, alpha=RANK, finished_links=finished_links)  # type: ignore[arg-type]
+        before = layer.full_weight().clone()
+        for A, B in links:
+            layer.absorb(A, B, 1.0)
+        if layer.stack is None:
+            update = layer.weight.double() - before.double()
+        else:
+            A, B = layer.stack.factors
+            update = B.double() @ A.double()
+    return float((update - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def change_at_knots(mode: Mode, config: OPTConfig) -> float:
+    """The largest relative change of the loss at a knot."""
+    module, batch, changes = RandomCausalLM(config, *mode), make_batch(config, 32), []
+    for k in range(LINKS):
+        for layer in module._layers.values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(k)) * 1e-3)
+        before = float(module.step(batch).loss)
+        module.tie_knot()
+        changes.append(abs(float(module.step(batch).loss) - before) / before)
+    return max(changes)
+
+
+def megabytes(module: COLACausalLM) -> float:
+    """Weights, links and what is stacked, in 1e6 bytes."""
+    stacks = [layer.stack for layer in module._layers.values() if layer.stack is not None]
+    tensors = [*module.model.parameters(), *module.model.buffers()]
+    return (sum(tensor.nbytes for tensor in tensors) + sum(stack.nbytes for stack in stacks)) / 1e6
+
+
+def measure_steps(
+    config: OPTConfig, targets: Sequence[str] | str, repeats: int, modes: Sequence[Mode] = MODES
+) -> dict[str, Any]:
+    """Sizes and seconds of the modes, with one link and with eight finished ones beside it."""
+    batch, works, sizes = make_batch(config, 64), {}, {}
+    for mode in modes:
+        module = RandomCausalLM(config, *mode, targets)
+        works[f"{' '.join(mode)}, one link"] = cola_step(config, batch, module)
+        before = megabytes(module)
+        if mode[1] == "merge":  # nothing grows
+            sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": 0.0}
+            continue
+        chained = RandomCausalLM(config, *mode, targets)
+        for _ in range(LINKS):
+            chained.tie_trained_knot()
+        works[f"{' '.join(mode)}, 64 ranks"] = cola_step(config, batch, chained)
+        sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": (megabytes(chained) - before) / LINKS}
+    return {"sizes": sizes, "seconds": take_turns(works, repeats)}
+
+
+COLUMNS = ["base", "links", "exact", "lost of ten", "MB", "MB a knot", "step", "step, 64 ranks"]
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table's rows; where two choices of targets were measured, a cell holds both."""
+    errors = {result["mode"]: result["error"] for result in results if "error" in result}
+    steps = [result for result in results if "seconds" in result]
+    table = []
+    for mode in [*MODES, PLAIN]:
+        name = " ".join(mode)
+        cells = [*mode, EXACT.get(mode, "yes"), f"{errors[name]:.1e}"]
+        if mode == PLAIN:
+            table.append([*cells, "", "", "", ""])
+            continue
+        sizes, seconds = [result["sizes"][name] for result in steps], [result["seconds"] for result in steps]
+        one, many = f"{name}, one link", f"{name}, 64 ranks"
+        cells.append(" / ".join(f"{size['weights_mb']:.0f}" for size in sizes))
+        cells.append(" / ".join(f"{size['knot_mb']:.2f}" for size in sizes) if mode[1] == "stack" else "0")
+        cells.append(" / ".join(f"{ratio(some, one, BASELINE):.2f}" for some in seconds))
+        cells.append(" / ".join(f"{ratio(some, many, one):.2f}" for some in seconds) if mode[1] == "stack" else "1")
+        table.append(cells)
+    return table
+
+
+def main() -> None:
+    """Measures, writes each result, then prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default: 7)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
+    parser.add_argument("--small", action="store_true", help="small models, to see it run")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    full, pair = (SMALL, SMALL) if options.small else (FULL, PAIR)
+    options.output.write_text("")
+    results: list[dict[str, Any]] = []
+
+    def note(result: dict[str, Any]) -> None:
+        results.append(result)
+        with options.output.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+    for mode in [*MODES, PLAIN]:
+        knot = None if mode == PLAIN else change_at_knots(mode, pair)
+        note({"mode": " ".join(mode), "error": error_of_update(mode), "knot": knot})
+    for targets in (TARGETS, "all-linear"):
+        note({"targets": targets, **measure_steps(full, targets, options.repeats)})
+    table = Table(*COLUMNS, title="targets: q_proj and v_proj / all linear layers")
+    for row in rows(results):
+        table.add_row(*row)
+    Console(width=128).print(table)
+    print(f"the loss at a knot: { ({result['mode']: result['knot'] for result in results if result.get('knot') is not None}) }")
+
+
+if __name__ == "__main__":
+    main()
