@@ -40,7 +40,7 @@ MODES: list[Mode] = [
     ("nf4", "stack"),
 ]
 PLAIN: Mode = ("bfloat16", "merged as it is")
-EXACT = {("bfloat16", "stack"): "each link rounded once", ("nf4", "stack"): "each link rounded once", PLAIN: "no"}
+EXACT = {("bfloat16", "stack"): "but for one rounding", ("nf4", "stack"): "but for one rounding", PLAIN: "no"}
 LINKS, RANK = 8, 8
 PAIR = shape(2, 768, 2000)
 BASELINE = "float32 merge, one link"
@@ -99,7 +99,7 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
     if mode == PLAIN:
         before = model[0].weight.detach().clone()
         for A, B in links:
-            model[0].weight.data += (B @ A).to(before.dtype)
+            model[0].weight.add_((B @ A).to(before.dtype))
         update = model[0].weight.double() - before.double()
     else:
         layer = adapt_layer(model[0], RANK, alpha=RANK, finished_links=finished_links)  # type: ignore[arg-type]

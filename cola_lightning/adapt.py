@@ -35,7 +35,8 @@ def inject_lora(
 
     Args:
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
-            name endings; ``all-linear`` is every Linear (Conv1D, Linear4bit) but the output embeddings and ``modules_to_save``.
+            name endings; ``all-linear`` is every such layer (Linear, Conv1D, Linear4bit) but the output embeddings and
+            ``modules_to_save``.
         rank: largest rank of a link, and the first link's; at most the smaller side of each target.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
@@ -102,13 +103,13 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     Args:
         merge: add each live link, and what is stacked, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
-        dtype: of the plain layers; None: that in which the base came, or to which it was cast.
+        dtype: of the plain layers, to which what is merged is rounded; None: that in which the base came, or was cast to.
 
     Raises:
         UserError: if links are not in the weights (a live B is not zero, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
-    if not merge and (lost := [name for name, layer in layers.items() if layer.lora_B.any() or layer.is_stacked]):
+    if not merge and (lost := [name for name, layer in layers.items() if layer.lora_B.any() or layer.has_finished_links]):
         raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
     dtypes = {name: dtype or _base_dtype(layer) for name, layer in layers.items()}
     stacked = unstack(model) if merge else {}
@@ -129,7 +130,7 @@ def _base_dtype(layer: LoRALayer) -> torch.dtype:
 
 
 def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Makes layers that keep a stack ones that merge, in place: weights in float32, without finished links, none in 4 bits.
+    """Makes layers that keep a stack ones that merge, in place: no finished links, weights in float32 at least, none in 4 bits.
 
     Returns:
         What was stacked: A (rank x in) and B (out x rank) by the layer's name.
@@ -170,7 +171,9 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
         head = get_output_embeddings() if get_output_embeddings is not None else None
         names = [n for n in adaptable if model.get_submodule(n) is not head and not _is_inside(n, saved)]
         if not names:
-            raise UserError("model.target_modules: expected a model with Linear or Conv1D layers for all-linear, received none")
+            raise UserError(
+                "model.target_modules: expected a model with Linear, Conv1D or Linear4bit layers for all-linear, received none"
+            )
         return names
     matched = set(_matches(model, target_modules, "model.target_modules", adaptable))
     if other := sorted(matched - set(adaptable)):

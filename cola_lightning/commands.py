@@ -138,7 +138,8 @@ def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
     dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
-    model.to(None if dtype is None else getattr(torch, dtype))
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
     tokenizer = getattr(module, "tokenizer", None)
     how = {"tokenizer": tokenizer, "verify": not options.no_verify, "overwrite": options.overwrite}
     lines = [export_merged(model, options.output, _probe(options, module), **how)]
@@ -146,7 +147,7 @@ def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
 
 
 def _probe(options: argparse.Namespace, module: Any) -> Any:
-    """What the module gives, computed in float32; None if nothing is to be compared."""
+    """What the module gives, widened in place to float32 at least; None if nothing is to be compared."""
     from cola_lightning.export import make_probe
 
     if options.no_verify:
@@ -156,16 +157,20 @@ def _probe(options: argparse.Namespace, module: Any) -> Any:
 
 
 def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
+    from cola_lightning.adapt import lora_layers
     from cola_lightning.export import export_adapter
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX
-    from cola_lightning.quantization import is_quantized_model
+    from cola_lightning.quantization import is_quantized
 
-    pretrained = getattr(module, "pretrained", None)
+    pretrained, layers = getattr(module, "pretrained", None), lora_layers(module.model).values()
+    rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
+    in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
+    probe = _probe(options, module)  # first: it widens the module, whose base then is the one that was trained on
     lines = export_adapter(
         read_chain(options.checkpoint, options.links),
         module.merged_model(0),
         options.output,
-        _probe(options, module),
+        probe,
         base_name=pretrained.model_name if pretrained else module.base_name,
         revision=pretrained.revision if pretrained else None,
         modules_to_save=module.modules_to_save,
@@ -173,10 +178,12 @@ def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
         verify=not options.no_verify,
         overwrite=options.overwrite,
     )
-    if is_quantized_model(module.model):
+    for dtype in sorted(rounded):
+        lines.append(f"its base was rounded to {dtype} in training: load it in that dtype")
+    for kind in in_4_bits:
         lines.append(
-            "its base was in 4 bits: 4-bit weights were de-quantised to compare; to have the same ones, load it with "
-            "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')"
+            "its base was in 4 bits: 4-bit weights were de-quantised to compare; peft loads the same ones with "
+            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
         )
     if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
         lines.append(f"peft cannot find its base, {pretrained.model_name!r}, by itself: load that with transformers first")

@@ -6,8 +6,7 @@ rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[
 parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
 
 Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
-beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never written. :meth:`LoRALayer.absorb` and
-:meth:`LoRALayer.forward` are the two places that know which.
+beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never written.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
@@ -71,6 +70,7 @@ class LoRALayer(nn.Module):
         rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, where they are not merged; None where they are.
+        base_dtype: the dtype in which the layer computes as it was made; a precision may have cast it to another since.
         source_dtype: the dtype in which the weight came; ``nf4`` or ``fp4`` for one in 4 bits.
     """
 
@@ -81,6 +81,7 @@ class LoRALayer(nn.Module):
     rank: int
     alpha: float
     stack: Stack | None
+    base_dtype: torch.dtype
     source_dtype: str
 
     weight_is_transposed = False  # True where the weight is in x out
@@ -89,7 +90,8 @@ class LoRALayer(nn.Module):
         self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
     ) -> None:
         """Gives the layer its two factors; ``rank`` is the largest that a link of the chain will have."""
-        dtype, device = self._take_up_weight(finished_links), self.weight.device
+        self.base_dtype = dtype = self._prepare_weight(finished_links)
+        device = self.weight.device
         self.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
@@ -100,7 +102,7 @@ class LoRALayer(nn.Module):
         self.rank, self.alpha = rank, alpha
         self.reset()
 
-    def _take_up_weight(self, finished_links: FinishedLinks) -> torch.dtype:
+    def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
         """Prepares the weight for what becomes of finished links; returns the dtype in which the layer then computes."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
         if finished_links == "merge":
@@ -123,13 +125,18 @@ class LoRALayer(nn.Module):
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
     @property
-    def is_stacked(self) -> bool:
+    def has_finished_links(self) -> bool:
         """Whether there are finished links beside the weight."""
         return self.stack is not None and self.stack.rank > 0
 
     @property
+    def is_narrowed(self) -> bool:
+        """Whether a precision has rounded the base: half precision does where links are stacked, and so not merged into it."""
+        return self.dtype != self.base_dtype and self.dtype.itemsize < 4
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes where autocast does not say: its base's."""
+        """The dtype in which the layer computes where autocast does not say: its weight's; in 4 bits, its stack's."""
         return self.weight.dtype if self.stack is None else self.stack.A.dtype
 
     @override
@@ -186,10 +193,8 @@ class LoRALayer(nn.Module):
 
     def _add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         if self.weight.dtype.itemsize < 4:
-            raise UserError(
-                f"finished_links: expected a weight in float32, or stack, for {self.source_dtype} rounds merged links away; "
-                "received a link to merge"
-            )
+            kept = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
+            raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {kept}")
         delta = low_rank_delta(lora_A, lora_B, scaling)
         distributed.add_(self.weight, delta.T if self.weight_is_transposed else delta)
 
@@ -197,7 +202,7 @@ class LoRALayer(nn.Module):
         distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def unstack(self) -> tuple[Tensor, Tensor]:
-        """Makes this layer, which keeps a stack, one that merges: its weight in float32, without any finished link.
+        """Makes this layer, which keeps a stack, one that merges: its weight in float32 at least, without finished links.
 
         Returns:
             The factors of what was stacked in the weight's dtype, A (rank x in) and B (out x rank).
@@ -245,7 +250,7 @@ class LoRALayer(nn.Module):
 
         result: Self = super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         if self.stack is not None:
-            self.stack.apply(fn)
+            self.stack.apply_(fn)
         return result
 
     @override
@@ -301,4 +306,4 @@ def _widen(layer: Any) -> None:
     """Casts a layer's weight and bias to float32 where they are in half precision; the ``Parameter`` objects stay."""
     for parameter in (layer.weight, layer.bias):
         if parameter is not None and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # as nn.Module.to does: the one way to keep the object

@@ -135,7 +135,7 @@ def dequantized(layer: Any, dtype: torch.dtype) -> nn.Linear:
         return linear
     adapted = LoRALinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     take_over(adapted, linear)
-    for name in ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "source_dtype"):
+    for name in ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype"):
         setattr(adapted, name, getattr(layer, name))
     return adapted
 
@@ -171,9 +171,9 @@ def lora_linear_4bit() -> type[LoRALayer]:
             return layer
 
         @override
-        def _take_up_weight(self, finished_links: FinishedLinks) -> torch.dtype:
+        def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
             if finished_links == "merge":
-                raise UserError("finished_links: expected stack for a 4-bit weight, received merge")
+                raise UserError("model.finished_links: expected stack for a 4-bit weight, received merge")
             self.source_dtype = self.weight.quant_type
             return self.compute_dtype or torch.float32
 
@@ -182,7 +182,9 @@ def lora_linear_4bit() -> type[LoRALayer]:
             device = x.device.type
             if torch.is_autocast_enabled(device):  # which does not know this product
                 x = x.to(torch.get_autocast_dtype(device))
-            dtype, x = x.dtype, x.float() if x.dtype == torch.float64 else x  # its kernels know no float64
+            dtype = x.dtype
+            if dtype == torch.float64:  # its kernels do not know it
+                x = x.float()
             bias = None if self.bias is None else self.bias.to(x.dtype)
             y: Tensor = matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
             return y.to(dtype)

@@ -84,7 +84,7 @@ class Stack:
             A, B = A[: self.rank], B[: self.rank]
         return y + F.linear(x, A) @ B if len(A) else y
 
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""
         self.A, self.B = fn(self.A), fn(self.B)
 

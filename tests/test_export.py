@@ -734,3 +734,22 @@ def test_full_fine_tuning_is_exported_merged(checkpoints, tmp_path):
     assert command("--checkpoint", checkpoints / "full.ckpt", "--format", "merged", "--output", tmp_path / "out") == 0
     module = COLAModule.load_from_checkpoint(checkpoints / "full.ckpt")
     assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), module.model.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base_as_it_was(tmp_path, capsys, mode):
+    folder = tiny.folder(tmp_path, "llama")
+    module = COLACausalLM(folder, rank=2, alpha=4, seed=0, finished_links=mode, lr_schedule="constant")
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (4, 2, 8)).unbind()]
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2, precision="bf16-true")
+    run.fit(module, *(DataLoader(rows, batch_size=None) for _ in range(2)))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    words = ["export", "--checkpoint", str(tmp_path / "end.ckpt")]
+    assert main([*words, "--format", "peft", "--output", str(tmp_path / "adapter")]) == 0
+    told = capsys.readouterr().out
+    assert ("its base was rounded to bfloat16 in training" in told) == (mode == "stack")
+    assert float(re.search(r"differ from the module's by at most ([^,]*),", told)[1]) <= 1e-4
+    assert main([*words, "--format", "merged", "--output", str(tmp_path / "merged")]) == 0
+    assert main([*words, "--format", "merged", "--output", str(tmp_path / "base"), "--links", "0"]) == 0
+    base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
+    assert_bit_equal(again.state_dict(), base.state_dict())

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "cola_lightning"
 
 MAY_IMPORT = {
     "cli": {"training_cli", "commands"},
-    "commands": {"chain", "chain_files", "inspection", "quantization", "export", "modules"},
+    "commands": {"chain", "chain_files", "inspection", "adapt", "quantization", "export", "modules"},
     "training_cli": {"chain", "chain_files", "study", "modules", "data", "callbacks"},
     "__main__": {"cli"},
     "__init__": set(),

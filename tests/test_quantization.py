@@ -123,7 +123,7 @@ def test_evaluation_computes_as_training_does_and_leaves_the_weight_alone(make, 
 
 def test_a_weight_in_4_bits_takes_no_link():
     layer = adapted()
-    with pytest.raises(UserError, match=r"^finished_links: expected a weight in float32, or stack, for nf4 rounds"):
+    with pytest.raises(UserError, match=r"expected a weight in float32 to merge a link into, received one in nf4"):
         layer.merge()
 
 

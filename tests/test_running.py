@@ -16,12 +16,15 @@ from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 
 class Net(nn.Module):
+    is_checkpointed = False
+
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 6)
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
+        hidden = checkpoint(self.first, x, use_reentrant=False) if self.is_checkpointed else self.first(x)
+        return self.second(torch.tanh(hidden))
 
 
 class Whole(Toy):
@@ -91,7 +94,7 @@ def test_a_compiled_module_is_kept_copied_and_loaded_as_any_other(tmp_path, grap
     n, x = len(graphs), torch.randn(3, 8)
     torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
     loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    assert not loaded.is_compiled
+    assert not loaded.should_compile
     torch.testing.assert_close(loaded.model(x), module.model(x))
     assert len(graphs) <= n + 1  # the module's own, in evaluation without a trainer
 
@@ -186,13 +189,18 @@ def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
 
     class Own(Whole):
         def checkpoint_activations(self):
-            forward = self.model.forward
-            self.model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+            self.model.is_checkpointed = True
+
+    class Renaming(Whole):
+        def checkpoint_activations(self):
+            self.model.first = nn.Sequential(self.model.first)
 
     module = toy(Own, activation_checkpointing=True)
     module.configure_model()
     module.model(torch.randn(3, 8)).sum().backward()
     assert module.model.second.lora_B.grad.any()
+    with pytest.raises(UserError, match="expected the names of the model's layers to stay"):
+        toy(Renaming, activation_checkpointing=True).configure_model()
 
 
 def test_how_a_module_ran_is_not_kept_with_what_it_is():

@@ -156,7 +156,7 @@ def test_a_copy_has_a_stack_of_its_own():
 def test_a_half_precision_weight_is_not_merged_into():
     layer = trained(adapt_layer(nn.Linear(6, 5).bfloat16(), rank=2, alpha=1, finished_links="stack"))
     before = layer.weight.detach().clone()
-    with pytest.raises(UserError, match=r"a weight in float32, or stack, for bfloat16 rounds merged links away"):
+    with pytest.raises(UserError, match=r"a weight in float32 to merge a link into, received one in bfloat16"):
         layer.merge()
     assert torch.equal(layer.weight, before)
     assert layer.lora_B.any()
@@ -413,7 +413,7 @@ def test_a_checkpoint_in_half_precision_does_not_narrow_a_module_for_good(tmp_pa
         (metrics,) = run.validate(module, batches(2), ckpt_path=path, verbose=False)
         losses.append(metrics["val_loss"])
     assert losses[0] == losses[2] != losses[1]
-    with pytest.raises(UserError, match="which keep them in float32"):
+    with pytest.raises(UserError, match="which cast them to float32"):
         fit(tmp_path / "refused", module, ckpt_path=paths[1])
     (metrics,) = run.validate(module, batches(2), ckpt_path=paths[0], verbose=False)
     assert metrics["val_loss"] == losses[0]
@@ -502,3 +502,59 @@ def test_a_run_in_float64_with_a_head_resumes_to_the_bit(tmp_path):
     fit(tmp_path, make(), LastCheckpoint(), epochs=2, **how)
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert_bit_equal(weights(fit(tmp_path / "on", make(), LastCheckpoint(), ckpt_path=last, **how)), weights(whole))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "bfloat16"), ("64-true", "float64")])
+@pytest.mark.parametrize("before", ["made", "fitted"])
+def test_a_module_that_was_made_before_its_trainer_tells_what_that_cast_it_to(tmp_path, precision, dtype, before):
+    kept = getattr(torch, dtype)
+    data = [batches(dtype=kept), batches(2, dtype=kept)]
+    module = toy(ValidatedToy, finished_links="stack", optimizer=optimizer)
+    if before == "made":
+        module.configure_model()
+    else:
+        fit(tmp_path / "before", module, epochs=1)
+    base = toy().merged_model(0)
+    fit(tmp_path, module, LastCheckpoint(), epochs=2, precision=precision, data=data)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["cola"]["dtype"] == dtype
+    assert_bit_equal(module.merged_model(0).state_dict(), base.to(module.merged_model(0)[0].weight.dtype).state_dict())
+    fit(tmp_path / "on", None, LastCheckpoint(), ckpt_path=last, epochs=3, precision=precision, data=data)
+    with pytest.raises(UserError, match=f"cast adapted weights to {dtype}, as in the checkpoint's run, received 32-true"):
+        fit(tmp_path / "refused", None, LastCheckpoint(), ckpt_path=last)
+
+
+def test_a_precision_that_narrows_a_model_for_one_validation_does_not_for_the_next(tmp_path):
+    class Half(ValidatedToy):
+        def validation_step(self, batch, batch_idx):
+            dtype = self.model[2].weight.dtype
+            super().validation_step([part.to(dtype) for part in batch], batch_idx)
+
+    make = {"finished_links": "stack", "target_modules": ["0"], "optimizer": optimizer}
+    fit(tmp_path, toy(ValidatedToy, **make), LastCheckpoint(), epochs=2)
+    last, module = tmp_path / "checkpoints" / "last.ckpt", toy(Half, **make)
+    losses = []
+    for precision in ("32-true", "bf16-true", "32-true"):
+        run = trainer(tmp_path, chain={}, precision=precision)
+        (metrics,) = run.validate(module, batches(2), ckpt_path=last, verbose=False)
+        losses.append(metrics["val_loss"])
+    assert losses[0] != losses[1]
+    assert module._layers["0"].weight.dtype == torch.float32
+
+
+def test_a_module_that_failed_when_it_was_made_begins_from_nothing(tmp_path):
+    fit(tmp_path).chain.save(tmp_path / "chain")
+    module = toy(init_chain=str(tmp_path / "chain"), finished_links="stack", save_base=True, activation_checkpointing=True)
+    with pytest.raises(UserError, match="activation_checkpointing"):
+        module.configure_model()
+    assert (len(module.chain), module.is_base_in_checkpoint) == (0, False)
+
+
+def test_what_is_trained_whole_is_looked_at_before_anything_is_computed(tmp_path):
+    class Counted(ValidatedToy):
+        def validation_step(self, batch, batch_idx):
+            raise AssertionError("computed")
+
+    module = toy(Counted, modules_to_save=["2"], target_modules=["0"])
+    with pytest.raises(UserError, match="expected another than float16"):
+        trainer(tmp_path, max_epochs=1, precision="16-true").fit(module, batches(), batches(2))

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 # No public name tells the strategies apart whose processes give nothing back but weights.
@@ -161,11 +160,6 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     if not hasattr(module, "tie_knot"):
         raise UserError(f"model: expected a COLAModule, received {type(module).__name__}")
     check_strategy(trainer.strategy)
-    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-        raise UserError(
-            "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they are "
-            "adapted; received BitsandbytesPrecision"
-        )
     refused = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, refused):

@@ -115,7 +115,7 @@ class COLAModule(LinkTraining):
         self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
         self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
-        self.is_compiled, self.activation_checkpointing = compile, activation_checkpointing
+        self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
         self._first_chain: Chain | None = None
@@ -139,7 +139,8 @@ class COLAModule(LinkTraining):
     def checkpoint_activations(self) -> None:
         """What ``activation_checkpointing`` does to ``self.model``; to be overridden for a model that is not Hugging Face's.
 
-        The model must stay one that can be copied: wrap its blocks, not a method that knows this very model.
+        Its layers must keep their names (a module around them changes those), and it must stay one that can be copied (a method
+        that knows this very model would go along): set a flag that the blocks' own ``forward`` reads, say.
         """
         checkpoint_activations(self.model)
 
@@ -148,7 +149,10 @@ class COLAModule(LinkTraining):
     @override
     def configure_model(self) -> None:
         """Makes the model and its first link, once; a second call changes nothing."""
+        dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
         if hasattr(self, "model"):
+            if dtype != torch.float32:
+                self._cast_adapted(dtype)
             return
         if self.seed is None:
             given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
@@ -158,32 +162,35 @@ class COLAModule(LinkTraining):
             if self.seed is None:
                 self.seed = distributed.draw_seed()
                 log.info("model.seed: %d was drawn, for none was given", self.seed)
-        self._training_dtype = torch.get_default_dtype()  # what Lightning's precision sets it to
         self.model = self._make_adapted_base()
         try:
-            self._prepare()
+            self._prepare(dtype)
         except BaseException:  # so that a second call does not take it for ready
             del self.model
+            self._base_weights, self.chain = None, Chain()
             raise
 
-    def _prepare(self) -> None:
-        """Makes what ``build_model`` gave, adapted, ready for training."""
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Makes what ``build_model`` gave, adapted, ready for training in a precision of this dtype."""
         self.chain.base = describe_base(self.model, self.base_name)
         if self.save_base:
             if is_quantized_model(self.model):
                 raise UserError("model.save_base: expected false for a base in 4 bits, received true")
             self._base_weights = base_weights(self.model)
-        if self._training_dtype == torch.float64:  # before a checkpoint's values are loaded, not after
+        if dtype == torch.float64:  # before a checkpoint's values are loaded, not after
             self.model.double()
-        self._cast_adapted(self._training_dtype)
+        self._cast_adapted(dtype)
         if self._first_chain is not None:
             self._start_from(self._first_chain)
         if self.target_modules is not None:
             self._begin_link()
             self._tell_of_memory()
         if self.activation_checkpointing:
+            names = list(self._layers)
             self.checkpoint_activations()
-        if self.is_compiled:
+            if list(self._layers) != names:
+                raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
+        if self.should_compile:
             compile_model(self.model)
 
     @property
@@ -200,8 +207,16 @@ class COLAModule(LinkTraining):
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
-                how = (self.rank, self.alpha, self.dropout, self.modules_to_save, self.init, self.finished_links)
-                inject_lora(model, self.target_modules, *how)
+                inject_lora(
+                    model,
+                    self.target_modules,
+                    self.rank,
+                    self.alpha,
+                    self.dropout,
+                    self.modules_to_save,
+                    init=self.init,
+                    finished_links=self.finished_links,
+                )
         return model
 
     @rank_zero_only
@@ -296,16 +311,18 @@ class COLAModule(LinkTraining):
             UserError: if there are not as many links.
 
         Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); one without links as it is.
+            The model in float32, whatever it was trained in (in float64 where that was float64); where ``target_modules`` is
+            null, in the dtype that it has.
         """
         self.configure_model()
         total = self.link + 1
         links = total if links is None else links
         check_links(links, self.link)
         chain = self.chain.truncate(min(links, self.link))
-        is_stacked = any(layer.stack is not None for layer in self._layers.values())
-        # The base of a stack is as it was, but where the training has cast it to half precision.
-        if links == total or (is_stacked and (links or self._kept_dtype.itemsize >= 4)):
+        layers = self._layers.values()
+        is_stacked = any(layer.stack is not None for layer in layers)
+        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
+        if links == total or (is_stacked and (links or not is_narrowed)):
             model = copy.deepcopy(self.model)
             if links < total:
                 for layer in lora_layers(model).values():
@@ -317,14 +334,15 @@ class COLAModule(LinkTraining):
                 self._write_base(model)
             model.load_state_dict(chain.links[-1].extras if links else {}, strict=False)
         unstack(model)
-        dtype = torch.promote_types(self._training_dtype, torch.float32)
+        dtype = torch.promote_types(self._kept_dtype, torch.float32)
         dequantize(model, dtype)
-        if self._layers:
+        if layers:
             model.to(dtype)
         if is_stacked or links < total:
             chain.replay(lora_layers(model), self.device)
         strip_lora(model, merge=True, dtype=dtype)
-        keep_activations(model)
+        if self.activation_checkpointing:
+            keep_activations(model)
         return model.requires_grad_()
 
     # ------------------------------------------------------------------ the callback that comes along

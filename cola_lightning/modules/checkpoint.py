@@ -34,11 +34,12 @@ def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str,
     return {
         name: distributed.gather(value)
         for name, value in state.items()
-        if not _is_factor(name) and without.isdisjoint({name, _weight_of(name)})
+        if not is_factor(name) and without.isdisjoint({name, _weight_of(name)})
     }
 
 
-def _is_factor(name: str) -> bool:
+def is_factor(name: str) -> bool:
+    """Whether this is the name of a live link's A or B."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
@@ -76,7 +77,6 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
         self._is_tying = False
-        self._training_dtype = torch.float32
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
@@ -105,9 +105,9 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @property
     def _kept_dtype(self) -> torch.dtype:
-        """To which dtype the training casts adapted weights: one into which links are merged is never narrowed."""
-        is_stacked = self.finished_links == "stack"
-        return self._training_dtype if is_stacked else torch.promote_types(self._training_dtype, torch.float32)
+        """To which dtype the precision has cast adapted layers; float32: it left them as they came."""
+        layers = self._layers.values()
+        return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
 
     @property
     def _attached_trainer(self) -> Trainer | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,6 +36,11 @@ class ChainKeeper(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+            raise UserError(
+                "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they "
+                "are adapted; received BitsandbytesPrecision"
+            )
         module = self.module
         module.run_length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
@@ -44,6 +50,10 @@ class ChainKeeper(Callback):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(getattr(callback, "schedule", None) is module.schedule for callback in callbacks):
                 module.schedule = ChainSchedule()  # an earlier fit's
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.module.check_trained_whole()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

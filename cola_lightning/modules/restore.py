@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
 from cola_lightning.chain_folder import check_version
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
+from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import find_class
@@ -85,7 +85,7 @@ class RestoredChain(CheckpointedChain):
         self._restore_base(chain, state["base_weights"])
         trainer = self._attached_trainer
         is_fit = trainer is not None and trainer.state.fn == "fit"
-        if state["dtype"] is not None:
+        if state["dtype"] is not None and links != 0:  # the base itself was not trained in any
             self._take_dtype(getattr(torch, state["dtype"]), is_fit=is_fit)
         if not self.chain.is_beginning_of(chain):
             if self.finished_links == "merge":
@@ -125,7 +125,10 @@ class RestoredChain(CheckpointedChain):
                 layer.stack.clear()
 
     def widen(self) -> None:
-        """Casts the model to float32 where it is in half precision, and its finished links to what they are in the chain."""
+        """Casts the model to float32 where it is in half precision, and its finished links to what they are in the chain.
+
+        For computing, not for training on: what was rounded stays so.
+        """
 
         def widened(tensor: Tensor) -> Tensor:
             return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
@@ -163,17 +166,19 @@ class RestoredChain(CheckpointedChain):
         if is_fit:
             told, mine = (str(one).removeprefix("torch.") for one in (dtype, self._kept_dtype))
             raise UserError(
-                "trainer.precision, model.finished_links: expected those that keep the adapted weights in "
-                f"{told}, as the checkpoint's did, received {self.trainer.precision} and {self.finished_links}, "
-                f"which keep them in {mine}"
+                "trainer.precision, model.finished_links: expected those that cast adapted weights to "
+                f"{told}, as in the checkpoint's run, received {self.trainer.precision} and {self.finished_links}, "
+                f"which cast them to {mine}"
             )
         if self._kept_dtype.itemsize < 4:  # what was rounded comes back with the base
             made = self._make_adapted_base()
-            for name, layer in lora_layers(made).items():
-                self._layers[name].to(layer.dtype)
+            for name, part in made.named_modules():
+                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+                wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+                if wide is not None:
+                    self.model.get_submodule(name).to(part.dtype if isinstance(part, LoRALayer) else wide)
             self._write_base(self.model, made)
             self._forget_links(self.chain.base)
-        self._training_dtype = dtype
         self._cast_adapted(dtype)
 
     def _extras_after(self, chain: Chain) -> dict[str, Tensor]:
@@ -227,8 +232,7 @@ class RestoredChain(CheckpointedChain):
             weights = base_weights(self._make_adapted_base() if made is None else made)
         state = model.state_dict()
         for name, value in weights.items():
-            if name in state:  # of a 4-bit weight, whose scales are never written
-                distributed.copy_(state[name], value)
+            distributed.copy_(state[name], value)
 
 
 def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:

@@ -8,13 +8,15 @@ from torch import nn
 
 from cola_lightning.errors import UserError
 
-COMPILATIONS = 64  # of a model: for each rank of a chain, training and evaluation; torch's own limit is 8, up to 2.12 always
+RECOMPILE_LIMIT = (
+    64  # for each rank of a chain, training and evaluation; torch's own is 8, where it cannot be set for one model
+)
 
 
 def compile_model(model: nn.Module) -> None:
     """Compiles a model in place: its names and its type stay."""
     has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    model.compile(**({"recompile_limit": COMPILATIONS} if has_limit else {}))
+    model.compile(**({"recompile_limit": RECOMPILE_LIMIT} if has_limit else {}))
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -40,5 +42,5 @@ def keep_activations(model: Any) -> None:
 
 
 def _method(model: Any, verb: str) -> Any:
-    """Transformers' method, under the name that it has from 5.20 or so on, or the one before."""
+    """Transformers' method, under its present name, or the one before it."""
     return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}", None)

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.errors import UserError
+from cola_lightning.modules.checkpoint import is_factor
 from cola_lightning.modules.restore import RestoredChain
 from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
@@ -142,7 +143,6 @@ class LinkTraining(RestoredChain):
                 too short, or if a link is shorter than its warm-up.
         """
         self.run_length = run_length
-        self._check_trained_whole()
         if now is None and self._had_knots and not self.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if now is None:
@@ -178,16 +178,19 @@ class LinkTraining(RestoredChain):
                 ranks += [self.schedule.rank(k, self.rank) for k in range(len(ranks), n_links - 1)]
                 layer.stack.reserve(min(sum(ranks[: n_links - 1]), layer.lora_A.shape[1], layer.lora_B.shape[0]))
 
-    def _check_trained_whole(self) -> None:
+    def check_trained_whole(self) -> None:
         """Refuses or warns of half precision where an optimizer writes into it."""
-        dtypes = {p.dtype for name, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in name}
+        dtypes = {p.dtype for name, p in self.model.named_parameters() if p.requires_grad and not is_factor(name)}
         if torch.float16 in dtypes:
             raise UserError(
                 "model.dtype, trainer.precision: expected another than float16 for what is trained whole "
-                "(model.modules_to_save, or all where model.target_modules is null), which no optimizer can train; received it"
+                "(model.modules_to_save, or all where model.target_modules is null), in which optimizers fail; received float16"
             )
         if torch.bfloat16 in dtypes:
-            log.warning("what is trained whole is in bfloat16, which rounds small steps away; bf16-mixed keeps it in float32")
+            log.warning(
+                "what is trained whole is in bfloat16, which rounds small steps away: model.dtype float32 with "
+                "trainer.precision bf16-mixed keeps it in float32"
+            )
 
     def _take_up_optimizer(self) -> None:
         """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
