@@ -67,7 +67,7 @@ def test_the_training_order_follows_from_the_seed_and_the_epoch():
     assert len(EpochSampler(range(50), 0)) == 50
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, accumulate):
     def fit(*callbacks, ckpt_path=None):
         module = COLADigits(rank=2, alpha=1, seed=0, dropout=0.2)
