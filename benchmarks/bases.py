@@ -65,13 +65,11 @@ class RandomCausalLM(COLACausalLM):
             self._quantize(model)
         return model
 
-    def tie_trained_knot(self) -> None:
-        """Ties a knot after a link that does something."""
-        generator = torch.Generator().manual_seed(self.link)
-        with torch.no_grad():
-            for layer in self._layers.values():
-                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 1e-3)
-        self.tie_knot()
+    @torch.no_grad()
+    def learn(self) -> None:
+        """Gives the live link something to hold."""
+        for layer in self._layers.values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(self.link)) * 1e-3)
 
 
 def random_links(width: int, weight: Tensor, size: float, n: int = 10) -> list[tuple[Tensor, Tensor]]:
@@ -118,9 +116,8 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
 def change_at_knots(mode: Mode, config: OPTConfig) -> float:
     """The largest relative change of the loss at a knot."""
     module, batch, changes = RandomCausalLM(config, *mode), make_batch(config, 32), []
-    for k in range(LINKS):
-        for layer in module._layers.values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(k)) * 1e-3)
+    for _ in range(LINKS):
+        module.learn()
         before = float(module.step(batch).loss)
         module.tie_knot()
         changes.append(abs(float(module.step(batch).loss) - before) / before)
@@ -148,7 +145,8 @@ def measure_steps(
             continue
         chained = RandomCausalLM(config, *mode, targets)
         for _ in range(LINKS):
-            chained.tie_trained_knot()
+            chained.learn()
+            chained.tie_knot()
         works[f"{' '.join(mode)}, 64 ranks"] = cola_step(config, batch, chained)
         sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": (megabytes(chained) - before) / LINKS}
     return {"sizes": sizes, "seconds": take_turns(works, repeats)}

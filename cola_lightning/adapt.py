@@ -78,8 +78,7 @@ def inject_lora(
         if is_quantized(module):
             keep_layout(module)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapt_layer(modules[name], rank, alpha, dropout, init, finished_links))
+        model.set_submodule(name, adapt_layer(modules[name], rank, alpha, dropout, init, finished_links))
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -118,8 +117,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
             layer.absorb(*stacked[name], 1.0)
         if merge:
             layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain_layer(layer).to(dtypes[name]))
+        model.set_submodule(name, plain_layer(layer).to(dtypes[name]))
 
 
 def _base_dtype(layer: LoRALayer) -> torch.dtype:
@@ -137,8 +135,7 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """
     for name, layer in lora_layers(model).items():
         if is_quantized(layer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dequantized(layer, torch.float32))
+            model.set_submodule(name, dequantized(layer, torch.float32))
     return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
 
 

@@ -1,12 +1,11 @@
 """The layers that can be adapted, and the LoRA layer of each; those of other packages are made when first asked for."""
 
 import functools
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import nn
 
-from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, low_rank_delta, take_over
+from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, empty_like, low_rank_delta, take_over
 from cola_lightning.quantization import is_quantized, keep_layout, lora_linear_4bit
 
 __all__ = [
@@ -53,16 +52,11 @@ def adapt_layer(
 def plain_layer(layer: LoRALayer) -> nn.Module:
     """The layer without its links: the base layer's class around the same weight and bias ``Parameter`` objects."""
     base_class: Any = type(layer).__mro__[type(layer).__mro__.index(LoRALayer) + 1]
-    with torch.device("meta"):
-        if issubclass(base_class, nn.Linear):
-            plain: Any = base_class(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        else:
-            plain = base_class(layer.nf, layer.nx)
+    plain: nn.Module = empty_like(layer, base_class)
     take_over(plain, layer)
     if is_quantized(layer):
         keep_layout(plain, layer)
-    module: nn.Module = plain
-    return module
+    return plain
 
 
 @functools.cache
@@ -74,23 +68,6 @@ def lora_conv1d() -> type[LoRALayer]:
         """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
 
         weight_is_transposed = True
-
-        @classmethod
-        def from_linear(
-            cls,
-            linear: Conv1D,
-            rank: int,
-            alpha: float,
-            dropout: float = 0.0,
-            init: Init = "kaiming",
-            finished_links: FinishedLinks = "merge",
-        ) -> Self:
-            """Adapts a Conv1D layer, as :meth:`LoRALinear.from_linear` does a linear one."""
-            with torch.device("meta"):
-                layer = cls(linear.nf, linear.nx)
-            take_over(layer, linear)
-            layer._add_link(linear.nx, linear.nf, rank, alpha, dropout, init, finished_links)
-            return layer
 
     LoRAConv1D.__qualname__ = "LoRAConv1D"
     return LoRAConv1D

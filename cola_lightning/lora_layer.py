@@ -86,6 +86,35 @@ class LoRALayer(nn.Module):
 
     weight_is_transposed = False  # True where the weight is in x out
 
+    @classmethod
+    def from_linear(
+        cls,
+        linear: Any,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        finished_links: FinishedLinks = "merge",
+    ) -> Self:
+        """Adapts a layer of the base class, keeping its weight and bias ``Parameter`` objects.
+
+        Args:
+            linear: the layer to adapt; it can be thrown away afterwards.
+            rank: largest rank of a link, and the first link's.
+            alpha: the update is scaled by ``alpha / rank``.
+            dropout: probability of dropping an input of A while training.
+            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
+            finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
+                keeps them beside it, and never writes it.
+        """
+        layer: Self = empty_like(linear, cls)
+        layer._take_over(linear)
+        layer._add_link(*sizes(linear), rank, alpha, dropout, init, finished_links)
+        return layer
+
+    def _take_over(self, base: Any) -> None:
+        take_over(self, base)
+
     def _add_link(
         self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
     ) -> None:
@@ -268,31 +297,17 @@ class LoRALinear(LoRALayer, nn.Linear):
         (True, torch.Size([3, 4]))
     """
 
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        finished_links: FinishedLinks = "merge",
-    ) -> Self:
-        """Adapts a linear layer, keeping its weight and bias ``Parameter`` objects.
 
-        Args:
-            linear: the layer to adapt; it can be thrown away afterwards.
-            rank: largest rank of a link, and the first link's.
-            alpha: the update is scaled by ``alpha / rank``.
-            dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-            finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
-                keeps them beside it, and never writes it.
-        """
-        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        take_over(layer, linear)
-        layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init, finished_links)
-        return layer
+def sizes(layer: Any) -> tuple[int, int]:
+    """A layer's inputs and outputs, by its own names for them: Conv1D's are ``nx`` and ``nf``."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+
+
+def empty_like(layer: Any, cls: Any) -> Any:
+    """A layer of a class, on the meta device, of the same sizes."""
+    n_in, n_out = sizes(layer)
+    with torch.device("meta"):
+        return cls(n_out, n_in) if hasattr(layer, "nf") else cls(n_in, n_out, layer.bias is not None)
 
 
 def take_over(layer: Any, base: Any) -> None:

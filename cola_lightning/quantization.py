@@ -7,14 +7,14 @@ transformers' default: quantised once more, they would depend on the number of t
 import functools
 import importlib.util
 from collections.abc import Collection
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora_layer import FinishedLinks, Init, LoRALayer, LoRALinear, take_over
+from cola_lightning.lora_layer import FinishedLinks, LoRALayer, LoRALinear, empty_like, take_over
 
 Quantization = Literal["nf4"]
 
@@ -69,8 +69,7 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     if not layers:
         raise UserError(f"{FIELD}: expected null, for a {type(model).__name__} has no Linear layers to quantise; received nf4")
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _quantized(layer, dtype).train(layer.training))
+        model.set_submodule(name, _quantized(layer, dtype).train(layer.training))
 
 
 def _quantized(linear: nn.Linear, dtype: torch.dtype) -> Any:
@@ -112,8 +111,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
     """Swaps the 4-bit layers of a model, where it has any, for plain ones, in place. See :func:`dequantized`."""
     layers = {name: layer for name, layer in model.named_modules() if is_quantized(layer)}
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dequantized(layer, dtype))
+        model.set_submodule(name, dequantized(layer, dtype))
     if getattr(model, "is_loaded_in_4bit", False):  # by transformers, which would refuse to cast or save it as it is now
         model.hf_quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = False
@@ -127,13 +125,13 @@ def dequantized(layer: Any, dtype: torch.dtype) -> nn.Linear:
         layer: a 4-bit layer, adapted or not.
         dtype: of the new weight.
     """
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear: nn.Linear = empty_like(layer, nn.Linear)
     linear.weight = nn.Parameter(dequantized_weight(layer).to(dtype), requires_grad=False)
     linear.bias = layer.bias
     linear.train(layer.training)
     if not isinstance(layer, LoRALayer):
         return linear
-    adapted = LoRALinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    adapted: LoRALinear = empty_like(linear, LoRALinear)
     take_over(adapted, linear)
     for name in ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype"):
         setattr(adapted, name, getattr(layer, name))
@@ -152,23 +150,10 @@ def lora_linear_4bit() -> type[LoRALayer]:
         weight: Any
         compute_dtype: torch.dtype | None
 
-        @classmethod
-        def from_linear(
-            cls,
-            linear: Any,
-            rank: int,
-            alpha: float,
-            dropout: float = 0.0,
-            init: Init = "kaiming",
-            finished_links: FinishedLinks = "stack",
-        ) -> Self:
-            """Adapts a quantised layer, as :meth:`LoRALinear.from_linear` does a plain one."""
-            with torch.device("meta"):
-                layer = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.compute_dtype)
-            take_over(layer, linear)
-            keep_layout(layer, linear)
-            layer._add_link(linear.in_features, linear.out_features, rank, alpha, dropout, init, finished_links)
-            return layer
+        @override
+        def _take_over(self, base: Any) -> None:
+            super()._take_over(base)
+            keep_layout(self, base)
 
         @override
         def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:

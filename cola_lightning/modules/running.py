@@ -8,9 +8,8 @@ from torch import nn
 
 from cola_lightning.errors import UserError
 
-RECOMPILE_LIMIT = (
-    64  # for each rank of a chain, training and evaluation; torch's own is 8, where it cannot be set for one model
-)
+# For each rank of a chain, training and evaluation; torch's own is 8, where it cannot be set for one model.
+RECOMPILE_LIMIT = 64
 
 
 def compile_model(model: nn.Module) -> None:
