@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cola_lightning import distributed
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
 from cola_lightning.quantization import dequantized, is_quantized, keep_layout
@@ -93,7 +94,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
         >>> list(lora_layers(model))
         ['0']
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return dict(zip(distributed.plain_names(layers), layers.values(), strict=True))
 
 
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:

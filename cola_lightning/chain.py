@@ -136,13 +136,15 @@ class Chain:
         """Has the layers take up the links from ``start`` on, as at their knots: merged into the weights, or stacked.
 
         Args:
-            layers: the adapted layers by name.
+            layers: the adapted layers by name, or some of them.
             device: where the products are computed: the device of the training, for equal bits.
             start: the first link that the layers do not hold yet.
         """
         for link in self.links[start:]:
-            for name, (lora_A, lora_B) in link.factors.items():
-                layers[name].absorb(lora_A.to(device), lora_B.to(device), link.scaling)
+            for name, layer in layers.items():
+                if name in link.factors:
+                    lora_A, lora_B = link.factors[name]
+                    layer.absorb(lora_A.to(device), lora_B.to(device), link.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""

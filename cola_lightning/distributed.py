@@ -1,52 +1,153 @@
 """Reading and writing parameters, however they are laid out over processes.
 
-Everything else in the package treats a parameter as one full tensor and goes through the functions below. Today they know
-plain tensors (one process, or DDP, where each process holds all of them); DTensor (FSDP2) and FSDP1's flat parameters are
-refused in one place, :func:`require_plain`, which is where they will be taught.
+Three layouts: whole on every process (one device, DDP); in parts along a dimension (DTensor, as FSDP2 makes them), where each
+process reads and writes its own part of a full tensor and nothing is sent; and FSDP1's flat pieces, which are no part of any
+matrix, and are made whole for as long as something is done with them: :func:`units`.
+
+Everything else in the package treats a parameter as one full tensor and goes through the functions below.
 """
 
 import hashlib
 import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Not exported by torch; the one place that tells which part of a tensor a process holds, empty and uneven ones included.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cola_lightning.errors import UserError
 
+FSDP1_PREFIX = "_fsdp_wrapped_module."  # what FSDP1's wrappers put into the names of the modules inside them
 
-def require_plain(parameter: Tensor) -> None:
-    """Refuses a parameter of which this process holds only a part.
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def part(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of the full tensor this process holds, dimension by dimension: all of it where it is not sharded.
 
     Raises:
-        UserError: if the parameter is sharded.
+        UserError: if it is laid out in another way than this package knows.
     """
-    is_sharded = type(parameter) not in (Tensor, nn.Parameter)
-    if is_sharded:
+    if isinstance(parameter, DTensor):
+        sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    if type(parameter) not in (Tensor, nn.Parameter):
         raise UserError(
-            "trainer.strategy: expected a strategy that keeps whole parameters (one device, ddp), "
-            f"received a sharded parameter of type {type(parameter).__name__}"
+            "trainer.strategy: expected one device, ddp, ModelParallelStrategy (FSDP2) or fsdp, received a parameter of type "
+            f"{type(parameter).__name__}"
         )
+    return (slice(None),) * parameter.dim()
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of the parameter, to be written in place."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
 def copy_(parameter: Tensor, full: Tensor) -> None:
-    """Writes the full tensor into the parameter, in place, in the parameter's dtype and on its device."""
-    require_plain(parameter)
-    parameter.copy_(full)
+    """Writes the full tensor into the parameter, in place, in the parameter's dtype and on its device; nothing is sent."""
+    where = part(parameter)
+    local(parameter).copy_(full[where])
 
 
 @torch.no_grad()
-def add_(parameter: Tensor, delta: Tensor) -> None:
-    """Adds a full tensor of the same shape to the parameter, in place."""
-    require_plain(parameter)
-    parameter.add_(delta.to(parameter.device))
+def add_part_(parameter: Tensor, delta: Tensor) -> None:
+    """Adds to what this process holds of the parameter, in place; ``delta`` is that :func:`part` alone."""
+    local(parameter).add_(delta.to(parameter.device))
 
 
 @torch.no_grad()
 def gather(parameter: Tensor) -> Tensor:
-    """A contiguous CPU copy of the full parameter."""
-    require_plain(parameter)
-    return parameter.detach().to("cpu", copy=True).contiguous()
+    """A contiguous CPU copy of the full parameter; where that is sharded, all processes must ask for it."""
+    part(parameter)
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach().to("cpu", copy=True).contiguous()
+
+
+def lay_out(full: Tensor, like: Tensor) -> Tensor:
+    """The full tensor in the layout, and on the device, of another of its shape; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def units(root: nn.Module) -> Iterator[list[nn.Module]]:
+    """Goes through all modules, in groups whose own parameters may be read and written while the group is at hand.
+
+    One group, but under FSDP1: there one for each of its units, whose parameters are gathered for it and written back after.
+    Under FSDP2 each process has its part at hand, also after a validation, which leaves gathered copies behind.
+    """
+    modules = list(root.modules())
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    wrappers = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
+    inside = [[m for m in wrapper.modules() if m is not wrapper] for wrapper in wrappers]
+    owner = {id(module): k for k, group in enumerate(inside) for module in group}  # the innermost: it comes last
+    yield [module for module in modules if id(module) not in owner]
+    for k, (wrapper, group) in enumerate(zip(wrappers, inside, strict=True)):
+        with FullyShardedDataParallel.summon_full_params(wrapper, recurse=False, writeback=True):
+            yield [module for module in group if owner[id(module)] == k]
+
+
+def state_dict(module: nn.Module, prefix: str = "", *, keep_vars: bool = False) -> dict[str, Any]:
+    """``module.state_dict()``, but that FSDP1's wrappers neither gather for it nor show in the names.
+
+    What they hold in pieces is in it as such: only what is whole on each process means anything.
+    """
+    state: dict[str, Any] = {}
+    if not has_fsdp1(module):
+        module.state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
+        return state
+    module._save_to_state_dict(state, prefix, keep_vars)
+    for name, child in module._modules.items():
+        if child is not None:
+            state |= state_dict(child, plain_names([f"{prefix}{name}."])[0], keep_vars=keep_vars)
+    return state
+
+
+def has_fsdp1(module: nn.Module) -> bool:
+    """Whether FSDP1 has wrapped the module, or a part of it."""
+    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its mean over all processes, in place, with one message for each dtype."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        means = torch.split(flat, [tensor.numel() for tensor in group])
+        for tensor, mean in zip(group, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def plain_names(names: Iterable[str]) -> list[str]:
+    """Names of modules or parameters as they are without FSDP1's wrappers."""
+    return [name.replace(FSDP1_PREFIX, "") for name in names]
+
+
+def wait_for_all() -> None:
+    """Waits until every process has come here, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def leave() -> None:
+    """Ends this process' part in what several do together; gloo's threads may abort a process that does not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def derive_seed(*parts: object) -> int:

@@ -30,13 +30,14 @@ FinishedLinks = Literal["merge", "stack"]
 
 
 @torch.no_grad()
-def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, is_transposed: bool = False) -> Tensor:
     """The update ``scaling * B A`` of one link, computed the same way at the knot and when a chain is replayed.
 
-    Neither autocast nor TF32 takes part, and the factors are made contiguous first: the same factors give the same bits.
+    Neither autocast nor TF32 takes part, and the factors are made contiguous first: the same factors give the same bits, and
+    some rows of the result are the same bits as in the whole.
 
     Shape:
-        ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in.
+        ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in, or transposed, in x out.
 
     Example:
         >>> low_rank_delta(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
@@ -44,7 +45,8 @@ def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
                 [2., 2., 2.]])
     """
     with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
-        return (lora_B.contiguous() @ lora_A.contiguous()).mul_(scaling)
+        rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
+        return (rows.contiguous() @ columns.contiguous()).mul_(scaling)
 
 
 @contextmanager
@@ -196,8 +198,7 @@ class LoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The live link's update in the weight's own layout (out x in; Conv1D: in x out)."""
-        delta = low_rank_delta(*self.factors, self.scaling)
-        return delta.T if self.weight_is_transposed else delta
+        return low_rank_delta(*self.factors, self.scaling, is_transposed=self.weight_is_transposed)
 
     def finish(self) -> None:
         """Makes the live link a finished one and sets B to zero: the layer's function stays what it was."""
@@ -224,8 +225,11 @@ class LoRALayer(nn.Module):
         if self.weight.dtype.itemsize < 4:
             kept = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
             raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {kept}")
-        delta = low_rank_delta(lora_A, lora_B, scaling)
-        distributed.add_(self.weight, delta.T if self.weight_is_transposed else delta)
+        # Where the weight is sharded, this process' part: computed from its part of the factors, it is the same to the bit.
+        where = distributed.part(self.weight)
+        outputs, inputs = reversed(where) if self.weight_is_transposed else where
+        delta = low_rank_delta(lora_A[:, inputs], lora_B[outputs], scaling, is_transposed=self.weight_is_transposed)
+        distributed.add_part_(self.weight, delta)
 
     def _zero_B(self) -> None:
         distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))

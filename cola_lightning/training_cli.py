@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,11 +18,20 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
-from cola_lightning import __version__
-from cola_lightning.callbacks import ChainOfLoRA, Interruption, LastCheckpoint, PredictionWriter, RunWatch, check_strategy
+from cola_lightning import __version__, distributed
+from cola_lightning.callbacks import (
+    NO_DEEPSPEED,
+    ChainOfLoRA,
+    Interruption,
+    LastCheckpoint,
+    PredictionWriter,
+    RunWatch,
+    check_strategy,
+)
 from cola_lightning.chain_files import read_checkpoint
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLAModule, base_from_checkpoint
@@ -138,11 +146,9 @@ class COLACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        if "deepspeed" in str(self._get(self.config, "trainer").strategy).lower():
-            raise UserError(
-                "trainer.strategy: expected one that keeps whole parameters (one device, ddp), received deepspeed, "
-                "whose engine owns the optimizer that a knot must replace"
-            )
+        strategy = self._get(self.config, "trainer").strategy
+        if "deepspeed" in str(strategy).lower():  # before Lightning asks for its package
+            raise UserError(NO_DEEPSPEED)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -167,6 +173,8 @@ class COLACLI(LightningCLI):
                 "trainer.precision: expected another on a CPU, for Lightning makes bf16-mixed of 16-mixed there: "
                 f"bf16-mixed itself, bf16-true or 32-true; received {config.precision}"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)
         check_strategy(trainer.strategy)  # here, too: a forked process could not tell of it in one line
         for logger in trainer.loggers:
             if logger.save_dir is not None:
@@ -218,6 +226,17 @@ class COLACLI(LightningCLI):
             log.info(told, command)
 
 
+def _check_sizes(strategy: Any, n_processes: int) -> None:
+    """Refuses sizes of FSDP2's mesh that are not those of the processes to be started."""
+    sizes = strategy.get("init_args", {}) if isinstance(strategy, Namespace) else {}
+    data, tensor = (sizes.get(f"{kind}_parallel_size") for kind in ("data", "tensor"))
+    if (data, tensor) != (n_processes, 1):
+        raise UserError(
+            f"trainer.strategy: expected data_parallel_size: {n_processes}, the number of processes (trainer.devices x "
+            f"trainer.num_nodes), and tensor_parallel_size: 1, received {data} and {tensor}"
+        )
+
+
 def _check_writable(field: str, folder: str | Path) -> None:
     """Refuses a folder that could not be made or written to; makes nothing."""
     if "://" in str(folder):
@@ -260,10 +279,11 @@ def train(args: Sequence[str] | None) -> int:
     with watch.listening():
         try:
             COLACLI(args, watch)
+            with contextlib.suppress(RuntimeError):  # where another process has failed
+                distributed.wait_for_all()
         except Interruption as interruption:
             return interruption.exit_status
         finally:
             watch.remove_empty_folders()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
+            distributed.leave()
     return 0

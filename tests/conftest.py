@@ -3,6 +3,7 @@ import os
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
+import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 import pytest
 import torch
 

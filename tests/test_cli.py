@@ -13,6 +13,7 @@ import torch
 from cola_lightning.cli import main
 
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+FSDP2 = str(Path(__file__).parent.parent / "configs" / "overlays" / "fsdp2.yaml")
 pytestmark = [
     # Lightning's advice about folders that are used again.
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -122,7 +123,10 @@ BAD = [
     (["fit", "--config", DIGITS, "--chain.every_n_epochs", "null", "--chain.at_epochs", "[3, 2]"], "received [3, 2]"),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "trainer.strategy: expected one that keeps whole"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "received deepspeed, whose engine owns the optimizer"),
+    (["fit", "--config", DIGITS, "--config", FSDP2, "--trainer.devices", "3"], "expected data_parallel_size: 3, the number of"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "ModelParallelStrategy"], "size: 1, received auto and auto"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "requires a GPU accelerator"),
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a_file/sub"], "a_file is a file"),
     (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
     (["test", "--config", DIGITS, "--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint file, received 'nope.ckpt'"),

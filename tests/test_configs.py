@@ -10,13 +10,16 @@ import yaml
 from cola_lightning.cli import main
 from tests import tiny
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
 NAMES = ["digits", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "sst2_smollm2"]
 ARCHITECTURES = {"opt-1.3b": "opt", "roberta_glue": "roberta"}
 
 
 def test_all_configs_are_here():
     assert [path.stem for path in CONFIGS] == NAMES
+    assert [path.stem for path in OVERLAYS] == ["fsdp2"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -26,6 +29,13 @@ def test_a_config_is_short_and_says_what_it_is_for(path):
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert f"cola fit --config configs/{path.name}" in header
     assert {"model", "data", "chain", "trainer", "seed_everything"} <= yaml.safe_load(path.read_text()).keys()
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_is_of_the_trainer_alone(path):
+    text = path.read_text()
+    assert f"--config configs/overlays/{path.name}" in text
+    assert yaml.safe_load(text).keys() == {"trainer"}
 
 
 def at_tiny_size(name, folder):

@@ -1,7 +1,11 @@
-"""Two processes hold one chain."""
+"""One chain on many processes: the same as on one."""
 
+import importlib
 import json
+import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,41 +15,229 @@ import torch
 from torch import nn
 
 from cola_lightning import UserError, distributed
-from tests.toy import Toy, batches
+from cola_lightning.modules.sharding import hidden, repeated_blocks
+from tests import distributed_run as run
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_stay_equal_through_knots_and_predict_in_order(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ddp_run.py"), str(tmp_path)],
-        capture_output=True, text=True, check=False, env=environment, timeout=240,
-    )  # fmt: skip
+def on_two_processes(folder, *jobs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [run.__file__, str(folder), *jobs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stderr
-    ranks = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    assert ranks[0][1] == "3"
 
-    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+
+def distance(mine, theirs):
+    """The largest relative distance of two tensors of a name."""
+    assert mine.keys() == theirs.keys()
+    pairs = [(mine[name].double(), theirs[name].double()) for name in mine]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with what two processes leave: four links by every strategy, what was sent, and merges shard by shard."""
+    folder = tmp_path_factory.mktemp("trained")
+    on_two_processes(folder, "same", "predicted", "counted", "merges", "fsdp1")
+    return folder
+
+
+SAME = {
+    "mlp-ddp": (1e-12, {"precision": "64-true"}),
+    "mlp-stack-ddp": (1e-12, {"precision": "64-true", "arguments": {"finished_links": "stack"}}),
+    "llama-ddp": (1e-12, {"model": "llama", "precision": "64-true"}),
+    "whole-fsdp2": (1e-5, run.WHOLE),
+    "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
+    "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
+}
+SAME |= {
+    f"{model}-{mode}-fsdp2": (1e-5, {"model": model, "arguments": {"finished_links": mode}})
+    for model in ("mlp", "opt", "llama", "gpt2")
+    for mode in ("merge", "stack")
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(trained, tmp_path, name):
+    tolerance, how = SAME[name]
+    run.fit(tmp_path, "single", **how)
+    single = torch.load(tmp_path / "single.rank0.pt")
+    first, second = (torch.load(trained / f"{name}.rank{rank}.pt") for rank in range(2))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert distance(first, single) < tolerance
+    ranks = [link["rank"] for link in torch.load(trained / f"{name}.ckpt", weights_only=True)["cola"]["chain"]["links"]]
+    assert ranks == ([] if "whole" in name else [4, 2, 6])
+
+
+def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(trained):
+    """From inside a link and an epoch; float64 between DDP and one process, float32 elsewhere."""
+    double = {"precision": "64-true"}
+    run.fit(trained, "stayed-64", "llama", **double)
+    run.fit(trained, "ddp-single", "llama", ckpt_path=trained / "llama-ddp.step6.ckpt", **double)
+    run.fit(trained, "single", "llama")
+    run.fit(trained, "fsdp2-single", "llama", ckpt_path=trained / "llama-merge-fsdp2.step6.ckpt")
+    run.fit(trained, "unclipped", "llama", gradient_clip_val=None)
+    run.fit(trained, "whole-single", **run.WHOLE)
+    run.fit(trained, "whole-fsdp2-single", ckpt_path=trained / "whole-fsdp2.step6.ckpt", **run.WHOLE)
+    on_two_processes(trained, "resumed")
+
+    def what(name, rank=0):
+        found = torch.load(trained / f"{name}.rank{rank}.pt")
+        losses = found.pop("losses")
+        return found | {"last losses": losses[-5:]}  # those since a resume
+
+    moved = {"ddp-single": "stayed-64", "ddp-single-ddp": "stayed-64", "fsdp2-single": "single", "single-fsdp2": "single"}
+    moved |= {"single-fsdp1": "unclipped", "fsdp2-ddp": "single"}
+    moved |= {"whole-fsdp2-single": "whole-single", "whole-single-fsdp2": "whole-single"}
+    distances = {name: distance(what(name), what(stayed)) for name, stayed in moved.items()}
+    assert {name: d for name, d in distances.items() if d > (1e-12 if "64" in moved[name] else 1e-5)} == {}
+    assert all(d > 0 for name, d in distances.items() if name != "fsdp2-single")
+
+
+def test_checkpoints_of_all_strategies_are_the_same_one_file(trained, tmp_path):
+    """Small, of plain tensors, without the base; the optimizer's state by number, as one process writes it."""
+
+    def shapes(part):
+        if isinstance(part, torch.Tensor):
+            assert type(part) is torch.Tensor
+            return tuple(part.shape), part.dtype
+        if isinstance(part, dict):
+            return {key: shapes(value) for key, value in part.items()}
+        return [shapes(value) for value in part] if isinstance(part, list | tuple) else type(part)
+
+    run.fit(tmp_path, "single", "llama")
+    single = torch.load(tmp_path / "single.step6.ckpt", weights_only=True)
+    del single["cola"]["module"]
+    for name in ("llama-merge-fsdp2", "llama-fsdp1"):
+        path = trained / f"{name}.step6.ckpt"
+        assert path.is_file()
+        other = torch.load(path, weights_only=True)
+        del other["cola"]["module"]
+        for key in ("state_dict", "optimizer_states", "cola", "loops", "lr_schedulers"):
+            assert shapes(other[key]) == shapes(single[key]), key
+        base = sum(parameter.nbytes for parameter in run.make("llama").build_model().parameters())
+        assert path.stat().st_size < base
+    assert [name for name in single["state_dict"] if ".lora_" not in name] == []
+
+
+def test_a_merge_shard_by_shard_is_the_whole_merge_to_the_bit_and_sends_nothing(trained):
+    first, second = (torch.load(trained / f"merges.rank{rank}.pt") for rank in range(2))
+    for found in (first, second):
+        assert {name: facts[:3] for name, facts in found.items()} == dict.fromkeys(found, (True, True, []))
+    rows = {name: (first[name][3], second[name][3]) for name in first}
+    assert rows["LoRALinear 8 x 13"] == (7, 6)
+    assert rows["LoRALinear 5 x 1"] == rows["LoRAConv1D 1 x 5"] == (1, 0)
+    assert rows["LoRAConv1D 8 x 13"] == (4, 4)
+
+
+def test_fsdp1_without_lightning(trained):
+    alone = run.by_hand(lambda model: model)
+    first, second = (torch.load(trained / f"fsdp1.rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert distance(first, alone) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(trained, strategy):
+    folder = trained / strategy
+    first, second = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []  # with a seed that one of them drew
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(15))
-    seed = int(ranks[0][2])
-    alone = Toy.load_from_checkpoint(tmp_path / "ddp.ckpt", target_modules="all-linear", rank=3, alpha=4, seed=seed).eval()
-    inputs, targets = (torch.cat(parts) for parts in zip(*batches(5, batch_size=3), strict=True))
-    assert [row["target"] for row in rows] == pytest.approx(targets.sum(-1).tolist(), abs=1e-5)
-    assert [row["prediction"] for row in rows] == pytest.approx(alone.model(inputs).sum(-1).tolist(), abs=1e-5)
+    alone = run.MLP.load_from_checkpoint(folder / "predicted.ckpt").eval()
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(64, size, generator=generator)[:15] for size in (8, 6))
+    assert [row["target"] for row in rows] == pytest.approx(y.sum(-1).tolist(), abs=1e-5)
+    assert [row["prediction"] for row in rows] == pytest.approx(alone.model(x).sum(-1).tolist(), abs=1e-5)
 
 
-def test_a_sharded_parameter_is_refused_by_everything_that_writes_or_reads_it():
+@pytest.mark.parametrize("model", ["mlp", "gpt2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_knot_sends_nothing_and_a_step_the_trained_gradients(trained, strategy, model):
+    """And, under FSDP2, what it gathers of the base: its blocks twice, what is around them once."""
+    steps = torch.load(trained / f"counted-{model}-{strategy}.sent")
+    assert [what for what, _ in steps] == ["step"] * 4 + ["knot"] + ["step"] * 2
+    assert steps[4] == ("knot", [])
+    module = run.make(model)
+    module.configure_model()
+    gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    blocks = [module.model[0]] if model == "mlp" else repeated_blocks(module.model)
+    frozen = [sum(2 * size(part) for part in block.parameters() if not part.requires_grad) for block in blocks]
+    inside = {id(part) for block in blocks for part in block.parameters()}
+    around = sum(2 * size(part) for part in module.model.parameters() if not part.requires_grad and id(part) not in inside)
+    for what, messages in steps:
+        if what == "step":
+            assert {kind for kind, _ in messages} <= {"barrier", "allreduce_", "broadcast_", "_allgather_base_"}
+            reduced, gathered = ([n for kind, n in messages if kind == k] for k in ("allreduce_", "_allgather_base_"))
+            assert reduced == [4, gradients]  # the logged loss comes first
+            assert sorted(gathered) == (sorted([around, *frozen, *frozen]) if strategy == "fsdp2" else [])
+            assert sum(n for kind, n in messages if kind == "broadcast_") < 100  # DDP's buckets
+
+
+@pytest.mark.parametrize(("strategy", "layout"), [("ddp", "DDP"), ("fsdp2", "FSDP2")])
+def test_what_a_step_sends_is_what_the_benchmark_of_scale_computes(trained, monkeypatch, strategy, layout):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scale = importlib.import_module("scale")
+    module = run.make("gpt2")
+    module.configure_model()
+    messages = torch.load(trained / f"counted-gpt2-{strategy}.sent")[-1][1]
+    # Of a gathered message one of two processes receives half; of a sum that both are to have, as much as it holds.
+    received = sum(n / 2 if kind == "_allgather_base_" else n for kind, n in messages if n > 4)
+    assert scale.bytes_a_step(scale.sizes(module.model), layout, 2) == received
+
+
+def size(parameter):
+    """The bytes of one of two processes' part, padded."""
+    return math.ceil(len(parameter) / 2) * parameter[0].nbytes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_where_one_process_is_killed_the_other_ends_with_an_error_and_the_last_checkpoint_loads(tmp_path, strategy):
+    folder = tmp_path / strategy
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, run.__file__, str(folder), "killed"]
+    processes = [
+        subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    _, error = processes[0].communicate(timeout=run.TIMEOUT.total_seconds() + 60)
+    processes[1].communicate()
+    assert (processes[0].returncode, processes[1].returncode) == (1, -signal.SIGKILL)
+    assert "RuntimeError" in error
+    (last,) = folder.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    run.fit(tmp_path, "resumed", ckpt_path=last)
+    run.fit(tmp_path, "single")
+    resumed, single = (torch.load(tmp_path / f"{name}.rank0.pt") for name in ("resumed", "single"))
+    assert distance(resumed | {"losses": resumed["losses"][-11:]}, single | {"losses": single["losses"][-11:]}) < 1e-5
+
+
+def test_what_is_repeated_and_what_is_hidden():
+    model = run.make("gpt2").build_model()
+    assert repeated_blocks(model) == list(model.transformer.h)
+    assert repeated_blocks(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))) == []
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    with hidden(model):
+        assert [name for name, _ in model.named_parameters()] == ["0.weight"]
+        model[0].weight = nn.Parameter(torch.zeros(3, 2))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not model[0].weight.any()
+
+
+def test_a_parameter_of_another_kind_is_refused_by_everything_that_writes_or_reads_it():
     class Shard(nn.Parameter):
         pass
 
     shard = Shard(torch.zeros(2))
-    for touch in (
-        lambda: distributed.copy_(shard, torch.ones(2)),
-        lambda: distributed.add_(shard, torch.ones(2)),
-        lambda: distributed.gather(shard),
-    ):
-        with pytest.raises(UserError, match=r"trainer\.strategy: .* sharded parameter of type Shard"):
+    for touch in (lambda: distributed.copy_(shard, torch.ones(2)), lambda: distributed.gather(shard)):
+        with pytest.raises(UserError, match=r"trainer\.strategy: .* received a parameter of type Shard"):
             touch()
     assert not shard.any()

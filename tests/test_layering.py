@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "cola_lightning"
 MAY_IMPORT = {
     "cli": {"training_cli", "commands"},
     "commands": {"chain", "chain_files", "inspection", "adapt", "quantization", "export", "modules"},
-    "training_cli": {"chain", "chain_files", "study", "modules", "data", "callbacks"},
+    "training_cli": {"chain", "chain_files", "study", "modules", "data", "callbacks", "distributed"},
     "__main__": {"cli"},
     "__init__": set(),
     "study": {"modules", "data", "callbacks"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "adapter": {"chain", "chain_folder"},
     "fingerprint": {"adapt"},
     "chain": {"layers", "distributed", "chain_folder"},  # the last where a chain is saved or loaded
-    "adapt": {"layers", "quantization"},
+    "adapt": {"layers", "quantization", "distributed"},
     "quantization": {"lora_layer"},
     "layers": {"lora_layer", "quantization"},
     "lora_layer": {"distributed", "stack"},

@@ -117,7 +117,7 @@ def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     monkeypatch.chdir(ROOT)
     *others, _ = [found for block in blocks("bash") if (found := commands(block))]
-    assert [len(found) for found in others] == [1, 4]
+    assert [len(found) for found in others] == [1, 4, 2]
     for words in (words for found in others for words in found):
         words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words]  # which a fit writes
         assert main([*words, "--print_config"]) == 0

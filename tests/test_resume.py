@@ -336,7 +336,7 @@ def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path,
         ({"module": {"alpha": 8}}, r"chain\.alphas: expected rank 2 and alpha 4 for link 1, .* received 2 and 8"),
         ({"module": {"rank": 4}}, r"is model\.rank another"),
         ({"module": {"modules_to_save_lr": 1e-3}}, r"model\.modules_to_save_lr: expected null, as in the checkpoint's run"),
-        ({"data": Data(batch_size=2)}, r"data\.batch_size: expected 4, for the checkpoint lies inside an epoch, received 2"),
+        ({"data": Data(batch_size=2)}, r"data\.batch_size x processes: expected 4, .* lies inside an epoch, received 2"),
         ({"accumulate_grad_batches": 4}, r"trainer\.accumulate_grad_batches: expected a divisor of 3, .* received 4"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -424,7 +424,7 @@ def test_a_modules_own_optimizers_go_on_too(tmp_path, how):
 
 def test_what_a_refused_resume_finds_on_disk_stays_alone(tmp_path, stopped):
     changes = [
-        ({"data": Data(batch_size=2)}, r"data\.batch_size: expected 4"),
+        ({"data": Data(batch_size=2)}, r"data\.batch_size x processes: expected 4"),
         ({"limit_train_batches": 2}, r"trainer\.limit_train_batches: expected at least 3 batches"),
         ({"accumulate_grad_batches": 4}, r"trainer\.accumulate_grad_batches: expected a divisor of 3"),
     ]

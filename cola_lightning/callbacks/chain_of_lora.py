@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name tells the strategies apart whose processes give nothing back but weights.
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -25,6 +25,12 @@ from cola_lightning.errors import UserError
 from cola_lightning.schedule import ChainSchedule, Counters
 
 log = logging.getLogger(__name__)
+
+
+NO_DEEPSPEED = (
+    "trainer.strategy: expected ModelParallelStrategy (FSDP2), fsdp or ddp, received deepspeed, whose engine owns the "
+    "optimizer that a knot must replace"
+)
 
 
 class ChainModule(Protocol):
@@ -142,12 +148,10 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuses a strategy under which a chain would go wrong or be lost.
 
     Raises:
-        UserError: for one that shards parameters, owns the optimizer, or forks this process.
+        UserError: for one that owns the optimizer, or forks this process.
     """
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-        raise UserError(
-            f"trainer.strategy: expected one that keeps whole parameters (one device, ddp), received {type(strategy).__name__}"
-        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise UserError(NO_DEEPSPEED)
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
             "trainer.strategy: expected ddp, which starts programs, received one that forks or spawns this one: "
@@ -164,8 +168,8 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, refused):
             raise UserError(
-                f"trainer.callbacks: expected none that trains by itself or averages weights across knots, received "
-                f"{type(callback).__name__}"
+                "trainer.callbacks: expected none that trains by itself or averages weights across knots (runs can be averaged "
+                f"as merged models, after them), received {type(callback).__name__}"
             )
     if sum(isinstance(callback, ChainOfLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         raise UserError("trainer.callbacks: expected one ChainOfLoRA, received several (on the command line, chain is one)")

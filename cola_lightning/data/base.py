@@ -171,12 +171,15 @@ class EpochDataModule(LightningDataModule, ABC):
     # ------------------------------------------------------------------ the place in an epoch, in a checkpoint
 
     def _order(self) -> dict[str, Any]:
-        """What the order of an epoch's batches follows from, by the option that changes it."""
+        """What the order of an epoch's batches follows from, by the option that changes it.
+
+        Processes take turns in the order, so that batches of half the size on twice as many processes are the same rows.
+        """
+        n_processes = self.trainer.world_size if self.trainer else 1
         return {
-            "data.batch_size": self.batch_size,
+            "data.batch_size x processes": self.batch_size * n_processes,
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
-            "trainer.devices": self.trainer.world_size if self.trainer else 1,
         }
 
     @override

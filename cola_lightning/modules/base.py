@@ -1,24 +1,25 @@
 """The Lightning module that owns a base model and its chain."""
 
-import copy
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning import distributed
-from cola_lightning.adapt import check_numbers, inject_lora, lora_layers, strip_lora, unstack
-from cola_lightning.chain import Chain, Link, begin_link, finish_link
+from cola_lightning.adapt import check_numbers, inject_lora
+from cola_lightning.chain import Chain, Link, begin_link
 from cola_lightning.chain_files import read_chain
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import describe_base
@@ -26,11 +27,17 @@ from cola_lightning.layers import FinishedLinks, Init
 from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
-from cola_lightning.modules.restore import check_links
-from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
+from cola_lightning.modules.running import checkpoint_activations, compile_model
+from cola_lightning.modules.sharding import (
+    configure_fsdp1,
+    hidden,
+    is_sharded,
+    shard_by_blocks,
+    shards,
+)
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
-from cola_lightning.quantization import dequantize, is_quantized_model
-from cola_lightning.schedule import ChainSchedule, Counters, LRSchedule
+from cola_lightning.quantization import is_quantized_model
+from cola_lightning.schedule import ChainSchedule, LRSchedule
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +160,7 @@ class COLAModule(LinkTraining):
         if hasattr(self, "model"):
             if dtype != torch.float32:
                 self._cast_adapted(dtype)
+            self._lay_out()
             return
         if self.seed is None:
             given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
@@ -190,8 +198,35 @@ class COLAModule(LinkTraining):
             self.checkpoint_activations()
             if list(self._layers) != names:
                 raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
+        self._lay_out()
         if self.should_compile:
             compile_model(self.model)
+
+    def _lay_out(self) -> None:
+        """Lays the model out over processes, where the strategy shards it and it is not yet."""
+        trainer = self._attached_trainer
+        if trainer is None or not shards(trainer.strategy):
+            return
+        if is_quantized_model(self.model):
+            raise UserError(
+                "trainer.strategy: expected ddp, or one device, for a base in 4 bits, which is not sharded; received "
+                f"{type(trainer.strategy).__name__}"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            configure_fsdp1(trainer.strategy, self.model)
+        elif not is_sharded(self.model):
+            mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
+            with hidden(self.model) if self.target_modules is not None else nullcontext():
+                self.shard_model(mesh)
+
+    def shard_model(self, mesh: DeviceMesh) -> None:
+        """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, the links in place.
+
+        As it is, any Hugging Face decoder is sharded by its repeated blocks, and another model by those of its ``ModuleList``
+        that hold more than single layers. Override it with ``fully_shard`` calls of your own: what is trained is out of its
+        sight then, and stays whole on each process.
+        """
+        shard_by_blocks(self.model, mesh)
 
     @property
     def base_name(self) -> str:
@@ -273,8 +308,9 @@ class COLAModule(LinkTraining):
         self.configure_model()
         self._is_tying = True
         link = self.live_link()
-        for layer in self._layers.values():
-            layer.finish()
+        for layers in self._by_unit():
+            for layer in layers.values():
+                layer.finish()
         self.chain.append(link)
         self._begin_link(rank, alpha)
         self.link_start = self._now
@@ -284,66 +320,6 @@ class COLAModule(LinkTraining):
         if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
             trainer.strategy.setup_optimizers(trainer)
         return link
-
-    def live_link(self) -> Link:
-        """The live link as it is now: what a knot would record."""
-        return finish_link(
-            self._layers,
-            index=self.link,
-            start_step=self.link_start.global_step,
-            end_step=self._now.global_step,
-            extras=self._extras(),
-            metrics=self._metrics(),
-        )
-
-    @property
-    def _now(self) -> Counters:
-        trainer = self._attached_trainer
-        return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
-
-    def merged_model(self, links: int | None = None) -> nn.Module:
-        """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
-
-        Args:
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
-
-        Raises:
-            UserError: if there are not as many links.
-
-        Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); where ``target_modules`` is
-            null, in the dtype that it has.
-        """
-        self.configure_model()
-        total = self.link + 1
-        links = total if links is None else links
-        check_links(links, self.link)
-        chain = self.chain.truncate(min(links, self.link))
-        layers = self._layers.values()
-        is_stacked = any(layer.stack is not None for layer in layers)
-        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
-        if links == total or (is_stacked and (links or not is_narrowed)):
-            model = copy.deepcopy(self.model)
-            if links < total:
-                for layer in lora_layers(model).values():
-                    nn.init.zeros_(layer.lora_B)
-                model.load_state_dict(self._extras_after(chain), strict=False)
-        else:
-            model = self._make_adapted_base()
-            if self._base_weights is not None:
-                self._write_base(model)
-            model.load_state_dict(chain.links[-1].extras if links else {}, strict=False)
-        unstack(model)
-        dtype = torch.promote_types(self._kept_dtype, torch.float32)
-        dequantize(model, dtype)
-        if layers:
-            model.to(dtype)
-        if is_stacked or links < total:
-            chain.replay(lora_layers(model), self.device)
-        strip_lora(model, merge=True, dtype=dtype)
-        if self.activation_checkpointing:
-            keep_activations(model)
-        return model.requires_grad_()
 
     # ------------------------------------------------------------------ the callback that comes along
 

@@ -6,7 +6,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from cola_lightning.schedule import ChainSchedule, Counters
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state = model.state_dict()
+    state = distributed.state_dict(model)
     return {
         name: distributed.gather(value)
         for name, value in state.items()
@@ -104,6 +104,19 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         return lora_layers(self.model)
 
     @property
+    def _wrapped(self) -> nn.Module:
+        """The model, in all that a strategy has wrapped it in."""
+        trainer = self._attached_trainer
+        wrapped = trainer.strategy.model if trainer and trainer.strategy.lightning_module is self else None
+        return self.model if wrapped is None else wrapped
+
+    def _by_unit(self) -> Iterator[dict[str, LoRALayer]]:
+        """Goes through the adapted layers by name, in groups whose weights may be read and written while a group is at hand."""
+        names = {id(layer): name for name, layer in self._layers.items()}
+        for modules in distributed.units(self._wrapped):
+            yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
+
+    @property
     def _kept_dtype(self) -> torch.dtype:
         """To which dtype the precision has cast adapted layers; float32: it left them as they came."""
         layers = self._layers.values()
@@ -139,8 +152,11 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix, frozen = kwargs.get("prefix", ""), set(self._frozen_names())
+        if distributed.has_fsdp1(self):
+            state = distributed.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
+        else:
+            state = super().state_dict(*args, **kwargs)
         for name in list(state):
             own = name.removeprefix(prefix)
             if name.startswith(prefix) and not frozen.isdisjoint({own, _weight_of(own)}):
@@ -151,7 +167,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         if not hasattr(self, "model"):
             return []
         named = self.model.named_parameters(remove_duplicate=False)
-        return [f"model.{name}" for name, parameter in named if not parameter.requires_grad]
+        return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -172,7 +188,11 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                     f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, "
                     f"received {tuple(state_dict[name].shape)}{hint}"
                 )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        laid_out = {
+            name: distributed.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
+            for name, value in state_dict.items()
+        }
+        result = super().load_state_dict(laid_out, strict=False, assign=assign)
         result.missing_keys.clear()  # what is frozen is not missing
         return result
 
@@ -209,8 +229,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def _extras(self) -> dict[str, Tensor]:
         """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
-        named = self.model.named_parameters(remove_duplicate=False)  # a tied weight has two names
-        return base_weights(self.model, without={name for name, parameter in named if not parameter.requires_grad})
+        return base_weights(self.model, without={name.removeprefix("model.") for name in self._frozen_names()})
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from cola_lightning import distributed
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.modules.recipe import is_readable
+from cola_lightning.modules.sharding import check_sharding, take_over
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class ChainKeeper(Callback):
                 "are adapted; received BitsandbytesPrecision"
             )
         module = self.module
+        check_sharding(trainer.strategy, module.target_modules)
+        take_over(trainer.strategy)
         module.run_length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
             _check_hyperparameters(pl_module, trainer.datamodule)  # type: ignore[attr-defined]

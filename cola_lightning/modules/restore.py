@@ -145,10 +145,12 @@ class RestoredChain(CheckpointedChain):
     def _replay(self, chain: Chain) -> None:
         """Has the layers take up the links that they do not hold yet, where the training computes: for equal bits."""
         trainer = self._attached_trainer
-        for name, layer in self._layers.items():
-            if layer.stack is not None:
-                layer.stack.reserve(chain.total_rank(name))
-        chain.replay(self._layers, trainer.strategy.root_device if trainer else self.device, start=self.link)
+        device = trainer.strategy.root_device if trainer else self.device
+        for layers in self._by_unit():
+            for name, layer in layers.items():
+                if layer.stack is not None:
+                    layer.stack.reserve(chain.total_rank(name))
+            chain.replay(layers, device, start=self.link)
         self.chain = chain
 
     def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
@@ -214,7 +216,7 @@ class RestoredChain(CheckpointedChain):
                     f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
                     f"{name!r} of shape {tuple(value.shape)}"
                 )
-            distributed.copy_(self.model.state_dict()[name], value)
+            distributed.copy_(distributed.state_dict(self.model)[name], value)
 
     def _cast_adapted(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers to the training's dtype as Lightning will: its own cast comes only after the replay.
@@ -230,9 +232,15 @@ class RestoredChain(CheckpointedChain):
         weights = self._base_weights
         if weights is None:
             weights = base_weights(self._make_adapted_base() if made is None else made)
-        state = model.state_dict()
-        for name, value in weights.items():
-            distributed.copy_(state[name], value)
+        names = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+        for modules in distributed.units(self._wrapped if model is self.model else model):
+            for module in modules:
+                if (prefix := names.get(id(module))) is not None:
+                    own: dict[str, Tensor] = {}
+                    module._save_to_state_dict(own, distributed.plain_names([prefix])[0], keep_vars=False)
+                    for name, value in own.items():
+                        if name in weights:
+                            distributed.copy_(value, weights[name])
 
 
 def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:

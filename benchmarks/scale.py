@@ -1,0 +1,285 @@
+"""What training holds and sends where a model is larger than the machine at hand: computed from its configuration alone.
+
+    python benchmarks/scale.py
+
+plans LoRA, chains and full fine-tuning on one GPU and on eight in half a minute, without weights and without a GPU, writes each
+result to ``scale.jsonl``, one a line, and prints a table. Links of rank 8 on the queries and values, two in a chain; 8 rows of
+512 tokens a GPU, padded on the left, with a loss at one position a row; AdamW; a base in bf16, but weights that something is
+added to in float32, under bf16-mixed: the adapted ones with ``finished_links: merge``, all in full fine-tuning.
+
+* ``memory``, bytes on a GPU: ``base``: the model's weights; ``links``: A and B in float32; ``stack``: the finished link beside
+  the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter;
+  ``buffers``: what is all-reduced once more, in one piece (DDP's buckets), and what FSDP2 gathers: two blocks, the second ahead
+  of time, and the root; also the gradients of a block and of the root, where those are trained. What kernels need for a moment
+  is not counted.
+* ``activations``, bytes that autograd keeps from the forward to the backward pass: each storage once, counted in a forward pass
+  on fake tensors, which have shapes and dtypes but no memory. ``copies``, among them: what does not grow with the batch, copies
+  of weights in bf16. ``checkpointed``: with activation checkpointing, and what one block keeps, or, where they are more, the
+  copies of trained weights, which autocast holds until the forward pass ends.
+* ``step_bytes``, ``knot_bytes``: what a process receives. ``checkpoint_bytes``: tensors of a checkpoint at the end.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's documentation imports it
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
+
+from cola_lightning import inject_lora, lora_layers
+from cola_lightning.modules.causal_lm import logits_of
+from cola_lightning.modules.running import checkpoint_activations
+
+Layout = Literal["1 GPU", "DDP", "FSDP2"]
+PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
+TARGETS, RANK, ALPHA, ROWS, LENGTH = ["q_proj", "v_proj"], 8, 16, 8, 512
+
+# From the config.json of facebook/opt-1.3b, meta-llama/Llama-2-7b-hf and meta-llama/Meta-Llama-3-8B.
+OPT = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
+LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+MODELS: dict[str, PretrainedConfig] = {
+    "OPT-1.3B": OPTConfig(vocab_size=50272, max_position_embeddings=2048, dropout=0.1, **OPT),
+    "Llama-2-7B": LlamaConfig(vocab_size=32000, intermediate_size=11008, num_key_value_heads=32, **LLAMA),
+    "Llama-3-8B": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, **LLAMA),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to tune a model: what becomes of finished links (None: it has no links), and how many there are."""
+
+    name: str
+    finished_links: Literal["merge", "stack"] | None
+    n_finished: int = 0
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether there are float32 weights, to be computed with in bf16."""
+        return self.finished_links != "stack"
+
+
+METHODS = [Method("LoRA", "stack"), Method("COLA merge", "merge", 1), Method("COLA stack", "stack", 1)]
+METHODS += [Method("full fine-tuning", None)]
+
+
+def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.Module:
+    """The model as it is trained, with its finished links; on the meta device it takes no memory."""
+    dtype = torch.float32 if method.finished_links is None else torch.bfloat16
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if method.finished_links is not None:
+        inject_lora(model, TARGETS, RANK, ALPHA, finished_links=method.finished_links)
+    for layer in lora_layers(model).values():
+        for _ in range(method.n_finished if layer.stack is not None else 0):
+            layer.stack.push(*layer.factors, layer.scaling)
+    return model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model holds: the number of trained parameters, and bytes."""
+
+    trained: int
+    base: int  # the model's own weights
+    block: int  # those of the largest block; FSDP2 gathers block by block
+    root: int  # those outside of blocks: embeddings, last norm, head
+    links: int  # A and B
+    stack: int
+
+    @property
+    def gradients(self) -> int:
+        """Of what is trained, which is in float32."""
+        return 4 * self.trained
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the base itself is trained."""
+        return not self.links
+
+
+def sizes(model: nn.Module) -> Sizes:
+    """Counts what is there; tied weights once."""
+
+    def own(parameters: Iterable[tuple[str, Tensor]]) -> int:
+        return sum(p.nbytes for name, p in parameters if not name.endswith(("lora_A", "lora_B")))
+
+    layers = lora_layers(model).values()
+    blocks = max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len)
+    base = own(model.named_parameters())
+    return Sizes(
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        base=base,
+        block=max(own(block.named_parameters()) for block in blocks),
+        root=base - own(blocks.named_parameters()),
+        links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
+        stack=sum(layer.stack.nbytes for layer in layers if layer.stack is not None),
+    )
+
+
+class AsOnAGPU(TorchFunctionMode):
+    """What is otherwise on the CPU, as whose tensors fake ones behave: dropout's mask, and layer norms under autocast."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keeps a mask of one byte an element, and widens what autocast widens there."""
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0] if kwargs["training"] and kwargs["p"] else args[0]
+        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+            kwargs = {name: arg.float() if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def saved_bytes(model: nn.Module, rows: int, length: int, *, is_autocast: bool) -> int:
+    """Bytes that autograd keeps from a forward pass to its backward pass, beside what the model holds: each storage once."""
+    stacks = [layer.stack for layer in lora_layers(model).values() if layer.stack is not None]
+    held = [*model.parameters(), *model.buffers(), *(factor for stack in stacks for factor in (stack.A, stack.B))]
+    known = {StorageWeakRef(tensor.untyped_storage()) for tensor in held}
+    saved: dict[StorageWeakRef, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids, mask = (torch.ones(rows, length, dtype=torch.long) for _ in range(2))
+    mask[0, 0] = 0  # padding: with a mask, attention takes other kernels
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with AsOnAGPU(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast), hooks:
+        logits = logits_of(model, {"input_ids": ids, "attention_mask": mask}, 1)
+        loss = F.cross_entropy(logits[:, 0], ids[:, -1])
+    assert loss.requires_grad  # so far all that was saved is alive, and no storage has another's address
+    return sum(size for storage, size in saved.items() if storage not in known)
+
+
+def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, length: int = LENGTH) -> dict[str, int]:
+    """Counts them on fake tensors of the CPU, whose autocast and whose choice of attention's kernel are real."""
+
+    def count(n_blocks: int) -> list[int]:
+        shallow = copy.deepcopy(config)
+        shallow.num_hidden_layers = n_blocks
+        model = build(shallow, method)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model.tie_weights()  # type: ignore[operator] # which to_empty has untied
+            found = [saved_bytes(model, n, length, is_autocast=method.is_autocast) for n in (rows, 2 * rows)]
+            checkpoint_activations(model)
+            return found + [saved_bytes(model, n, length, is_autocast=method.is_autocast) for n in (rows, 2 * rows)]
+
+    everything, of_twice, inputs, inputs_of_twice = count(config.num_hidden_layers)
+    two, _, input_of_two, _ = count(2)
+    one, _, input_of_one, _ = count(1)  # the first block is no measure: autograd keeps less of what the embeddings give it
+    block = (two - input_of_two) - (one - input_of_one)
+    copies = 2 * everything - of_twice
+    held = copies - (2 * inputs - inputs_of_twice) if method.finished_links is None else 0
+    return {"all": everything, "copies": copies, "checkpointed": inputs + max(block, held)}
+
+
+def all_gather_bytes(payload: float, processes: int) -> float:
+    """What a process receives to have all of what is in parts, or, of a reduce-scatter, to have its part of a sum."""
+    return payload * (processes - 1) / processes
+
+
+def all_reduce_bytes(payload: float, processes: int) -> float:
+    """What a process receives so that each has the whole sum: a reduce-scatter, then an all-gather (a ring)."""
+    return 2 * all_gather_bytes(payload, processes)
+
+
+def bytes_a_step(parts: Sizes, layout: Layout, processes: int) -> int:
+    """What a process receives in a training step: weights that are in parts, and gradients."""
+    if layout != "FSDP2":
+        return round(all_reduce_bytes(parts.gradients, processes))
+    weights = 2 * (parts.base - parts.root) + parts.root  # blocks for the forward and for the backward pass; the root stays
+    reduce = all_gather_bytes if parts.is_full else all_reduce_bytes
+    return round(all_gather_bytes(weights, processes) + reduce(parts.gradients, processes))
+
+
+def bytes_a_knot(parts: Sizes, layout: Layout, processes: int) -> int:
+    """What a process receives at a knot: nothing, for it has A and B, and adds to its own part of each weight."""
+    return 0
+
+
+def memory(parts: Sizes, layout: Layout, processes: int) -> dict[str, int]:
+    """Bytes on each GPU, without activations."""
+    n_base = processes if layout == "FSDP2" else 1
+    n_trained = n_base if parts.is_full else 1
+    gradients = parts.gradients // n_trained
+    buffers = parts.gradients if processes > 1 and n_trained == 1 else 0
+    if layout == "FSDP2":
+        buffers += 2 * parts.block + parts.root + (parts.block + parts.root if parts.is_full else 0)
+    held = {"base": parts.base // n_base, "links": parts.links, "stack": parts.stack}
+    return held | {"gradients": gradients, "optimizer": 2 * gradients, "buffers": buffers}
+
+
+def checkpoint_bytes(parts: Sizes, n_finished: int) -> int:
+    """What is trained and its two moments, and A and B of each finished link, all in float32; nothing of a frozen base."""
+    return 4 * parts.trained * (3 + n_finished)
+
+
+def plan(name: str, config: PretrainedConfig, method: Method) -> Iterator[dict[str, Any]]:
+    """The results of a model and a method, one for each layout."""
+    parts, kept = sizes(build(config, method)), activations(config, method)
+    for layout, processes in PROCESSES.items():
+        result = {"model": name, "method": method.name, "layout": layout, "processes": processes, "trained": parts.trained}
+        yield result | {
+            "memory": memory(parts, layout, processes),
+            "activations": kept,
+            "step_bytes": bytes_a_step(parts, layout, processes),
+            "knot_bytes": bytes_a_knot(parts, layout, processes),
+            "checkpoint_bytes": checkpoint_bytes(parts, method.n_finished),
+        }
+
+
+COLUMNS = ["model, method", "trained", "weights, links", "gradients, AdamW", "activations", *PROCESSES]
+COLUMNS += ["DDP: a step", "FSDP2: a step", "checkpoint"]
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table's rows in GB (1e9 bytes); activations and totals without / with activation checkpointing."""
+    table = []
+    for model, method in dict.fromkeys((result["model"], result["method"]) for result in results):
+        found = {result["layout"]: result for result in results if (result["model"], result["method"]) == (model, method)}
+        one, kept = found["1 GPU"], [found["1 GPU"]["activations"][which] for which in ("all", "checkpointed")]
+        held = [sum(one["memory"][part] for part in some) for some in (("base", "links", "stack"), ("gradients", "optimizer"))]
+        cells = [f"{model}, {method}", f"{one['trained'] / 1e6:,.1f} M", *map(_gb, held), _gb(*kept)]
+        cells += [_gb(*(sum(result["memory"].values()) + some for some in kept)) for result in found.values()]
+        cells += [_gb(found["DDP"]["step_bytes"]), _gb(found["FSDP2"]["step_bytes"]), _gb(one["checkpoint_bytes"])]
+        table.append(cells)
+    return table
+
+
+def _gb(*sizes: int) -> str:
+    return " / ".join(f"{size / 1e9:.{2 if size < 1e9 else 1}f}" for size in sizes)
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table as the README has it."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, ["---"] * len(COLUMNS), *rows(results)])
+
+
+def main() -> None:
+    """Computes, writes each result, then prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [result for name in MODELS for method in METHODS for result in plan(name, MODELS[name], method)]
+    options.output.write_text("".join(json.dumps(result) + "\n" for result in results))
+    table = Table(*COLUMNS, title=f"GB; {ROWS} rows of {LENGTH} tokens a GPU; {PROCESSES['FSDP2']} GPUs for DDP and FSDP2")
+    for row in rows(results):
+        table.add_row(*row)
+    Console(width=180).print(table)
+
+
+if __name__ == "__main__":
+    main()

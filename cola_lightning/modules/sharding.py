@@ -1,0 +1,201 @@
+"""How a module is laid out over processes by FSDP2 and FSDP1: what is frozen in parts, what is trained whole on each of them.
+
+A link is small beside its base. Kept whole, as under DDP, it needs no gathering: not for a knot, which each process does to its
+own rows, nor for a checkpoint, which is then written and read as on one device. What is left to do is to average its gradients.
+Where all is trained (``target_modules: null``), all is sharded, as FSDP2 does it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from cola_lightning import distributed
+from cola_lightning.adapt import lora_layers
+from cola_lightning.errors import UserError
+
+
+def shard_by_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards a model by FSDP2: each repeated block is gathered when it computes, what is left around them once a step."""
+    for block in repeated_blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model repeats, such as a decoder's layers: what its outermost lists of more than single layers hold.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(2, 2))
+        >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([block, block, block]))))
+        3
+    """
+    blocks: list[nn.Module] = []
+    for child in model.children():
+        parts = list(child.children())
+        is_list = isinstance(child, nn.ModuleList) and all(list(part.children()) for part in parts)
+        blocks += parts if is_list else repeated_blocks(child)
+    return blocks
+
+
+@contextmanager
+def hidden(model: nn.Module) -> Iterator[None]:
+    """Takes what is trained out of a model inside the block, so that ``fully_shard`` leaves it whole."""
+    befores = [(module, dict(module._parameters)) for module in model.modules()]
+    for module, parameters in befores:
+        for name, parameter in parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, parameters in befores:
+            now = dict(module._parameters)
+            module._parameters.clear()
+            module._parameters.update({name: now.get(name, parameter) for name, parameter in parameters.items()})
+
+
+def take_over(strategy: Strategy) -> None:
+    """Makes a strategy that shards parameters one of :func:`with_whole_trainables`; others stay as they are.
+
+    In place: the user gave it to the Trainer, under Lightning's own name and with options of its own.
+    """
+    if shards(strategy) and not hasattr(strategy, "has_whole_trainables"):
+        strategy.__class__ = with_whole_trainables(type(strategy))
+
+
+def check_sharding(strategy: Strategy, target_modules: str | list[str] | None) -> None:
+    """Refuses what could not go well under a strategy, before any model is made.
+
+    Raises:
+        UserError: for tensor parallelism, and for FSDP1 where all is trained.
+    """
+    mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+    if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
+        raise UserError(
+            f"trainer.strategy: expected data_parallel_size: {mesh.size()} and tensor_parallel_size: 1, for adapted layers are "
+            f"sharded, and not split by tensor parallelism; received tensor_parallel_size {n_tensor}"
+        )
+    if isinstance(strategy, FSDPStrategy) and target_modules is None:
+        raise UserError(
+            "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained (model.target_modules is "
+            "null), received fsdp"
+        )
+
+
+def shards(strategy: Strategy) -> bool:
+    """Whether a strategy shards parameters."""
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+@functools.cache
+def with_whole_trainables(base: Any) -> type[Strategy]:
+    """The strategy for a model of which what is trained is whole on each process, made of one that shards parameters.
+
+    Gradients are averaged before anything looks at them. Checkpoints are written and read as under DDP: one file, the hooks in
+    the same order, on any number of processes. Lightning's own way would gather by name, load before the chain is replayed, and
+    take a step with an optimizer that is new.
+    """
+
+    class WholeTrainables(base):  # type: ignore[misc]
+        has_whole_trainables = True
+        restore_checkpoint_after_setup = False
+        lightning_restore_optimizer = True
+        save_checkpoint = Strategy.save_checkpoint
+        load_checkpoint = Strategy.load_checkpoint
+        load_model_state_dict = Strategy.load_model_state_dict
+
+        @override
+        def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+            def closure_and_average() -> Any:
+                loss = closure()
+                _average_gradients(optimizer)
+                return loss
+
+            return super().optimizer_step(optimizer, closure_and_average, *args, **kwargs)
+
+        @override
+        def lightning_module_state_dict(self) -> dict[str, Any]:
+            return _all_whole(Strategy.lightning_module_state_dict(self))
+
+        @override
+        def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+            state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
+            return state | {"state": {key: _all_whole(part) for key, part in state["state"].items()}}
+
+        @override
+        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+            states = []
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                parts = {key: _all_laid_out(part, parameters[key]) for key, part in state["state"].items()}
+                states.append(state | {"state": parts})
+            Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+    WholeTrainables.__name__, WholeTrainables.__qualname__ = base.__name__, base.__qualname__
+    WholeTrainables.__module__ = base.__module__
+    return WholeTrainables
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def configure_fsdp1(strategy: FSDPStrategy, model: nn.Module) -> None:
+    """Tells FSDP1, which wraps the module later, what to leave whole, and where to wrap if the user does not say.
+
+    Raises:
+        UserError: if what is frozen has more than one dtype, which FSDP1's flat parameters cannot have.
+    """
+    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad}
+    if len(frozen) > 1:
+        raise UserError(
+            "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, or model.finished_links: "
+            f"stack, which keeps it in one; received fsdp and {' and '.join(sorted(frozen))}"
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in lora_layers(model).values():  # FSDP1 moves only what it shards
+        if layer.stack is not None:
+            layer.stack.apply_(lambda tensor: tensor.to(strategy.root_device))
+    for parameter in trained:
+        parameter.data = parameter.data.to(strategy.root_device)
+    strategy.kwargs["ignored_states"] = trained
+    if "auto_wrap_policy" not in strategy.kwargs and (blocks := repeated_blocks(model)):
+        strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy({type(block) for block in blocks})
+
+
+def _average_gradients(optimizer: Optimizer) -> None:
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if distributed.is_sharded(parameter):  # FSDP2 has done it
+                continue
+            if parameter.grad is None:  # not on this process: on another, perhaps
+                parameter.grad = parameter.new_zeros(parameter.shape)
+            gradients.append(parameter.grad)
+    distributed.average_(gradients)
+
+
+def _all_whole(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by name, with what is sharded gathered."""
+    return {
+        name: distributed.gather(value) if isinstance(value, Tensor) and distributed.is_sharded(value) else value
+        for name, value in state.items()
+    }
+
+
+def _all_laid_out(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """An optimizer's state of a parameter: what has its shape, in its layout."""
+    return {
+        name: distributed.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for name, value in state.items()
+    }

@@ -1,0 +1,329 @@
+"""What test_distributed.py runs on two processes, and the same on one.
+
+``torchrun ... distributed_run.py FOLDER JOB ...``; each process leaves what it holds in the folder.
+"""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cola_lightning import COLAModule, EpochDataModule, LastCheckpoint, PredictionWriter, distributed, inject_lora, lora_layers
+from cola_lightning.chain import begin_link, finish_link
+from cola_lightning.layers import LoRALayer
+from cola_lightning.modules.sharding import hidden
+from tests import tiny
+from tests.toy import trainer
+
+RANKS = [4, 2, 6, 3]
+WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
+TIMEOUT = timedelta(seconds=60)
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class MLP(COLAModule):
+    """Its 13 outputs are 7 and 6 on two processes; a subclass shards as it likes, and need not think of what is trained."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 13), nn.Tanh(), nn.Linear(13, 6))
+
+    def shard_model(self, mesh):
+        fully_shard(self.model[0], mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def loss(self, batch):
+        return F.mse_loss(self.model(batch["x"].to(self.dtype)), batch["y"].to(self.dtype))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return {"prediction": self.model(batch["x"]).sum(-1), "target": batch["y"].sum(-1)}
+
+
+class Decoder(MLP):
+    """A tiny decoder with the language-model loss; it is sharded by its blocks."""
+
+    shard_model = COLAModule.shard_model
+
+    def __init__(self, architecture, **arguments):
+        super().__init__(**arguments)
+        self.architecture = architecture
+
+    def build_model(self):
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_config(tiny.config(self.architecture))
+
+    def loss(self, batch):
+        logits = self.model(input_ids=batch["ids"][:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch["ids"][:, 1:].flatten())
+
+
+class Data(EpochDataModule):
+    """64 rows, 8 at a step on all processes together: 8 steps an epoch."""
+
+    def __init__(self):
+        super().__init__(batch_size=8 // world())
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(3)
+        x, y = (torch.randn(64, size, generator=generator) for size in (8, 6))
+        ids = torch.randint(2, 400, (64, 12), generator=generator)
+        self.train = [{"x": x[k], "y": y[k], "ids": ids[k]} for k in range(64)]
+        self.val = self.train[:8]
+        self.test = self.train[:15]
+
+
+class CPUFSDP(FSDPStrategy):
+    """Lightning's, which refuses its own class on a CPU and no subclass of it, and names no CPU to FSDP1."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+STRATEGIES = {
+    "single": lambda: "auto",
+    "ddp": lambda: DDPStrategy(timeout=TIMEOUT),
+    "fsdp2": lambda: ModelParallelStrategy(world(), 1, timeout=TIMEOUT),
+    "fsdp1": lambda: CPUFSDP(timeout=TIMEOUT),
+}
+
+
+def make(model, **arguments):
+    arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 8, "seed": 1} | arguments
+    return MLP(**arguments) if model == "mlp" else Decoder(model, **arguments)
+
+
+def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=None, callbacks=(), arguments=None, **options):
+    """Trains four links of four steps, and leaves checkpoints of steps 6, 11 and the last, and what each process holds."""
+    module = make(model, **arguments or {})
+    chain = {"every_n_train_steps": 4, "ranks": RANKS} if chain is None else chain
+    options = {"max_steps": 16, "gradient_clip_val": 0.5} | options
+    watch = Watch(folder, name)
+    made = trainer(folder, watch, *callbacks, chain=chain, devices=world(), strategy=STRATEGIES[strategy](), **options)
+    made.fit(module, datamodule=Data(), ckpt_path=ckpt_path and str(ckpt_path))
+    made.save_checkpoint(folder / f"{name}.ckpt")
+    torch.save(held(module) | {"losses": torch.tensor(watch.losses)}, folder / f"{name}.rank{made.global_rank}.pt")
+    return module
+
+
+class Watch(Callback):
+    """Notes the training losses, as means over all processes, and saves a checkpoint inside a link and an epoch, twice."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name, self.losses = folder, name, []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        if trainer.global_step in (6, 11):
+            trainer.save_checkpoint(self.folder / f"{self.name}.step{trainer.global_step}.ckpt")
+
+
+def held(module):
+    """What this process holds of a module: its layers' weights with all links in them, and what else is trained."""
+    found = {}
+    for layers in module._by_unit():
+        for name, layer in layers.items():
+            found[name] = distributed.gather(layer.weight) + layer.delta_weight()
+            if layer.stack is not None:
+                A, B = layer.stack.factors
+                found[name] += (B @ A).T if layer.weight_is_transposed else B @ A
+    state = {name: distributed.gather(value) for name, value in module.state_dict().items()}
+    return found | {name: value for name, value in state.items() if ".lora_" not in name}
+
+
+class Sent(TorchDispatchMode):
+    """Notes what collectives carry: a kind of operation, and the bytes of the whole message."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list) else args[:1]
+            flat = [part for tensor in tensors for part in (tensor if isinstance(tensor, list) else [tensor])]
+            self.messages.append((func._opname, sum(tensor.nbytes for tensor in flat)))
+        return func(*args, **(kwargs or {}))
+
+
+class SentAtEachStep(Callback):
+    """Notes what is sent at a knot, which comes first in a step, and in the rest of it."""
+
+    def setup(self, trainer, module, stage):
+        self.steps, self.now, tie_knot = [], None, module.tie_knot
+
+        def counted():
+            with Sent() as sent:
+                link = tie_knot()
+            self.steps.append(("knot", sent.messages))
+            return link
+
+        module.tie_knot = counted
+
+    def on_train_batch_start(self, *args):
+        self.now = Sent()
+        self.now.__enter__()
+
+    def on_train_batch_end(self, *args):
+        self.now.__exit__(None, None, None)
+        self.steps.append(("step", self.now.messages))
+
+
+def same(folder):
+    """Every model, strategy and mode after four links."""
+    double = {"precision": "64-true"}
+    fit(folder, "mlp-ddp", strategy="ddp", **double)
+    fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
+    fit(folder, "llama-ddp", "llama", "ddp", **double)
+    for model in ("mlp", "opt", "llama", "gpt2"):
+        for mode in ("merge", "stack"):
+            fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
+    fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
+    for model in ("mlp", "llama"):
+        fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
+
+
+def resumed(folder):
+    """Goes on from checkpoints of other numbers of processes and other strategies."""
+    double = {"precision": "64-true"}
+    fit(folder, "ddp-single-ddp", "llama", "ddp", ckpt_path=folder / "ddp-single.step11.ckpt", **double)
+    fit(folder, "single-fsdp2", "llama", "fsdp2", ckpt_path=folder / "single.step6.ckpt")
+    fit(folder, "single-fsdp1", "llama", "fsdp1", ckpt_path=folder / "unclipped.step6.ckpt", gradient_clip_val=None)
+    fit(folder, "fsdp2-ddp", "llama", "ddp", ckpt_path=folder / "llama-merge-fsdp2.step6.ckpt")
+    fit(folder, "whole-single-fsdp2", "mlp", "fsdp2", ckpt_path=folder / "whole-single.step6.ckpt", **WHOLE)
+
+
+class Killed(Callback):
+    """The second process is gone without a word in the middle of the sixth step."""
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 5 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder):
+    callbacks = [LastCheckpoint(every_n_train_steps=1), Killed()]
+    fit(folder, "killed", strategy=folder.name, callbacks=callbacks, enable_checkpointing=True)
+
+
+def counted(folder):
+    """What is sent at each step, by strategy and model; a knot falls at step 4."""
+    for strategy in ("ddp", "fsdp2"):
+        for model in ("mlp", "gpt2"):
+            sent = SentAtEachStep()
+            fit(folder, f"counted-{model}-{strategy}", model, strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
+            torch.save(sent.steps, folder / f"counted-{model}-{strategy}.sent")
+
+
+def predicted(folder):
+    """A run whose seed the first process draws, with dropout; what it predicts, by each strategy."""
+    for strategy in ("ddp", "fsdp2"):
+        module = make("mlp", seed=None, dropout=0.2)
+        options = {"devices": world(), "strategy": STRATEGIES[strategy](), "max_steps": 10}
+        made = trainer(folder / strategy, PredictionWriter(), chain={"every_n_train_steps": 4}, **options)
+        made.fit(module, datamodule=Data())
+        made.save_checkpoint(folder / strategy / "predicted.ckpt")
+        made.predict(module, datamodule=Data())
+        torch.save(held(module), folder / strategy / f"rank{made.global_rank}.pt")
+
+
+def merges(folder):
+    """A link merged shard by shard, into layers of many sizes, against one merged into the whole weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    mesh = init_device_mesh("cpu", (world(),))
+    found = {}
+    for n_in, n_out, rank in ((8, 13, 6), (16, 63, 3), (5, 1, 1), (1, 5, 1), (48, 32, 8), (7, 7, 7)):
+        for kind in (nn.Linear, lambda n_in, n_out: Conv1D(n_out, n_in)):
+            layers = []
+            for is_sharded in (False, True):
+                torch.manual_seed(0)
+                model = nn.Sequential(kind(n_in, n_out))
+                inject_lora(model, "all-linear", rank, alpha=3)
+                nn.init.normal_(model[0].lora_B)
+                if is_sharded:
+                    with hidden(model):
+                        fully_shard(model, mesh=mesh)
+                with Sent() as sent:
+                    model[0].merge()
+                model[0].reset(torch.Generator().manual_seed(5))
+                layers.append(model[0])
+            whole, parts = layers
+            name = f"{type(whole).__name__} {n_in} x {n_out}"
+            rows = parts.weight.to_local().shape[0]
+            gathered = distributed.gather(parts.weight)
+            found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
+    torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
+
+
+def by_hand(wrap):
+    """Four links of an MLP, trained without Lightning; ``wrap`` gives what computes, and how its units are gone through."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 13), nn.Tanh()), nn.Linear(13, 6))
+    inject_lora(model, "all-linear", rank=6, alpha=8)
+    layers, links = lora_layers(model), []
+    wrapped = wrap(model)
+    x, y = (torch.randn(64, size, generator=torch.Generator().manual_seed(3)) for size in (8, 6))
+    rank = int(os.environ.get("RANK", "0"))
+    for index, link_rank in enumerate(RANKS):
+        begin_link(layers, 1, index, link_rank, 8)
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        for step in range(4):
+            rows = slice(8 * step, 8 * step + 8)
+            loss = F.mse_loss(wrapped(x[rows][rank :: world()]), y[rows][rank :: world()])
+            optimizer.zero_grad()
+            loss.backward()
+            if world() > 1:
+                distributed.average_([parameter.grad for parameter in trained])
+            optimizer.step()
+        links.append(finish_link(layers, index=index, start_step=0, end_step=4))
+        for modules in distributed.units(wrapped):
+            for layer in modules:
+                if isinstance(layer, LoRALayer):
+                    layer.finish()
+    weights = {}
+    for modules in distributed.units(wrapped):
+        weights |= {name: distributed.gather(layer.weight) for name, layer in layers.items() if layer in modules}
+    return weights | {f"{k}.{name}": link.delta(name) for k, link in enumerate(links) for name in layers}
+
+
+def fsdp1(folder):
+    """FSDP1 without Lightning, a unit for the first layer and one for what is left."""
+
+    def wrap(model):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        how = {"ignored_states": trained, "use_orig_params": True, "device_id": torch.device("cpu")}
+        model[0] = FullyShardedDataParallel(model[0], **how)
+        return FullyShardedDataParallel(model, **how)
+
+    torch.save(by_hand(wrap), folder / f"fsdp1.rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for job in sys.argv[2:]:
+        globals()[job](Path(sys.argv[1]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it exits
