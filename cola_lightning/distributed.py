@@ -8,6 +8,7 @@ Everything else in the package treats a parameter as one full tensor and goes th
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from cola_lightning.errors import UserError
 
-FSDP1_PREFIX = "_fsdp_wrapped_module."  # what FSDP1's wrappers put into the names of the modules inside them
+# What FSDP1's wrappers, and those of activation checkpointing that come with it, put into the names of the modules inside them.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -84,12 +86,9 @@ def units(root: nn.Module) -> Iterator[list[nn.Module]]:
     """Goes through all modules, in groups whose own parameters may be read and written while the group is at hand.
 
     One group, but under FSDP1: there one for each of its units, whose parameters are gathered for it and written back after.
-    Under FSDP2 each process has its part at hand, also after a validation, which leaves gathered copies behind.
     """
+    reshard(root)
     modules = list(root.modules())
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
     wrappers = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
     inside = [[m for m in wrapper.modules() if m is not wrapper] for wrapper in wrappers]
     owner = {id(module): k for k, group in enumerate(inside) for module in group}  # the innermost: it comes last
@@ -97,6 +96,13 @@ def units(root: nn.Module) -> Iterator[list[nn.Module]]:
     for k, (wrapper, group) in enumerate(zip(wrappers, inside, strict=True)):
         with FullyShardedDataParallel.summon_full_params(wrapper, recurse=False, writeback=True):
             yield [module for module in group if owner[id(module)] == k]
+
+
+def reshard(root: nn.Module) -> None:
+    """Has each process hold its part of FSDP2's parameters alone: a validation leaves gathered copies in their place."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def state_dict(module: nn.Module, prefix: str = "", *, keep_vars: bool = False) -> dict[str, Any]:
@@ -134,14 +140,20 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def plain_names(names: Iterable[str]) -> list[str]:
-    """Names of modules or parameters as they are without FSDP1's wrappers."""
-    return [name.replace(FSDP1_PREFIX, "") for name in names]
+    """Names of modules or parameters as they are without FSDP1's wrappers.
+
+    Example:
+        >>> plain_names(["layers.0._fsdp_wrapped_module.fc"])
+        ['layers.0.fc']
+    """
+    return [re.sub("|".join(map(re.escape, WRAPPERS)), "", name) for name in names]
 
 
-def wait_for_all() -> None:
-    """Waits until every process has come here, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+@torch.no_grad()
+def share_(tensors: Iterable[Tensor]) -> None:
+    """Writes the first process' values into every other's tensors, in place."""
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor, src=0)
 
 
 def leave() -> None:

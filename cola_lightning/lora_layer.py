@@ -168,7 +168,8 @@ class LoRALayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer computes where autocast does not say: its weight's; in 4 bits, its stack's."""
-        return self.weight.dtype if self.stack is None else self.stack.A.dtype
+        is_quantized = self.stack is not None and not self.weight.is_floating_point()
+        return self.stack.A.dtype if self.stack is not None and is_quantized else self.weight.dtype
 
     @override
     def forward(self, x: Tensor) -> Tensor:

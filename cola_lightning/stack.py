@@ -82,6 +82,8 @@ class Stack:
         A, B = self.A, self.B
         if not torch.compiler.is_compiling():  # compiled, all of it: a shape that stays needs no new compilation
             A, B = A[: self.rank], B[: self.rank]
+        if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the weight is cast for its product alone
+            A, B = A.to(x.dtype), B.to(x.dtype)
         return y + F.linear(x, A) @ B if len(A) else y
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:

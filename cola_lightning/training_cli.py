@@ -149,6 +149,11 @@ class COLACLI(LightningCLI):
         strategy = self._get(self.config, "trainer").strategy
         if "deepspeed" in str(strategy).lower():  # before Lightning asks for its package
             raise UserError(NO_DEEPSPEED)
+        if isinstance(strategy, str) and strategy.lower().endswith(("modelparallelstrategy", "fsdp2")):
+            raise UserError(
+                "trainer.strategy: expected a class and its sizes, as --config configs/overlays/fsdp2.yaml gives them, "
+                f"received {strategy}"
+            )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -278,9 +283,9 @@ def train(args: Sequence[str] | None) -> int:
     watch = RunWatch()
     with watch.listening():
         try:
-            COLACLI(args, watch)
+            cli = COLACLI(args, watch)
             with contextlib.suppress(RuntimeError):  # where another process has failed
-                distributed.wait_for_all()
+                cli.trainer.strategy.barrier()
         except Interruption as interruption:
             return interruption.exit_status
         finally:

@@ -14,11 +14,20 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cola_lightning import COLAModule, EpochDataModule, LastCheckpoint, PredictionWriter, distributed, inject_lora, lora_layers
+from cola_lightning import (
+    COLAModule,
+    EpochDataModule,
+    LastCheckpoint,
+    PredictionWriter,
+    UserError,
+    distributed,
+    inject_lora,
+    lora_layers,
+)
 from cola_lightning.chain import begin_link, finish_link
 from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.sharding import hidden
@@ -54,6 +63,9 @@ class MLP(COLAModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch), sync_dist=True)
 
     def predict_step(self, batch, batch_idx):
         return {"prediction": self.model(batch["x"]).sum(-1), "target": batch["y"].sum(-1)}
@@ -195,6 +207,7 @@ def same(folder):
     fit(folder, "mlp-ddp", strategy="ddp", **double)
     fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
     fit(folder, "llama-ddp", "llama", "ddp", **double)
+    fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
     for model in ("mlp", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
@@ -206,11 +219,95 @@ def same(folder):
 def resumed(folder):
     """Goes on from checkpoints of other numbers of processes and other strategies."""
     double = {"precision": "64-true"}
+    path = folder / "dropped.step6.ckpt"
+    fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=path, arguments={"dropout": 0.2})
     fit(folder, "ddp-single-ddp", "llama", "ddp", ckpt_path=folder / "ddp-single.step11.ckpt", **double)
     fit(folder, "single-fsdp2", "llama", "fsdp2", ckpt_path=folder / "single.step6.ckpt")
     fit(folder, "single-fsdp1", "llama", "fsdp1", ckpt_path=folder / "unclipped.step6.ckpt", gradient_clip_val=None)
     fit(folder, "fsdp2-ddp", "llama", "ddp", ckpt_path=folder / "llama-merge-fsdp2.step6.ckpt")
     fit(folder, "whole-single-fsdp2", "mlp", "fsdp2", ckpt_path=folder / "whole-single.step6.ckpt", **WHOLE)
+
+
+class Cast(MLP):
+    """Its gathered weights are in bfloat16, and stay so after a validation."""
+
+    def shard_model(self, mesh):
+        how = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16), "reshard_after_forward": False}
+        fully_shard(self.model[0], mesh=mesh, **how)
+        fully_shard(self.model, mesh=mesh, **how)
+
+
+class Normed(MLP):
+    """An MLP whose buffers follow the rows that a process sees."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 6))
+
+
+def used_again(folder):
+    """What a module and its Trainer can be used for after a fit; what cannot be is told in one line."""
+    found = {}
+    chain, options = {"every_n_train_steps": 4}, {"devices": world(), "max_steps": 10, "num_sanity_val_steps": 0}
+    for name, module in {"merge": make("mlp"), "cast": Cast(rank=2, finished_links="stack", seed=1)}.items():
+        watch = Watch(folder, f"again-{name}")
+        made = trainer(folder, watch, chain=chain, strategy=STRATEGIES["fsdp2"](), **options)
+        made.validate(module, datamodule=Data())
+        made.fit(module, datamodule=Data())
+        made.save_checkpoint(folder / f"again-{name}.ckpt")
+        made.validate(module, datamodule=Data())
+        merged = {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
+        made.test(module, datamodule=Data(), ckpt_path=str(folder / f"again-{name}.step6.ckpt"))
+        found |= {what: model.state_dict() for what, model in (merged | {f"{name}, back": module.merged_model()}).items()}
+    for strategy in ("ddp", "fsdp2"):
+        normed = Normed(rank=2, seed=1)
+        trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options).fit(normed, datamodule=Data())
+        found[f"buffers, {strategy}"] = dict(normed.model[1].named_buffers())
+        found[f"extras, {strategy}"] = normed.chain.links[0].extras
+    single = make("mlp", finished_links="stack")
+    trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
+    refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}
+    for name, (again, strategy, how) in (refusals | {"another strategy": (module, "ddp", {})}).items():
+        try:
+            made = trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options | how)
+            made.fit(again, datamodule=Data())
+        except UserError as error:
+            found[name] = str(error)
+    torch.save(found, folder / f"again.rank{torch.distributed.get_rank()}.pt")
+
+
+class Quantized(MLP):
+    """An MLP whose first layer is in 4 bits."""
+
+    def build_model(self):
+        from bitsandbytes.nn import Linear4bit
+
+        model = super().build_model()
+        model[0] = Linear4bit(8, 13, quant_type="nf4").to("cpu")
+        return model
+
+
+class Half(MLP):
+    """An MLP in half precision."""
+
+    def build_model(self):
+        return super().build_model().to(torch.bfloat16)
+
+
+def refused(folder):
+    """What two processes say of what does not go together."""
+    cases = {
+        "tensor parallelism": (make("mlp"), ModelParallelStrategy(1, 2)),
+        "4 bits": (Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
+        "fsdp, all trained": (make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
+        "fsdp, two dtypes": (Half(target_modules=["0"]), STRATEGIES["fsdp1"]()),
+    }
+    found = {}
+    for name, (module, strategy) in cases.items():
+        try:
+            trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1).fit(module, datamodule=Data())
+        except UserError as error:
+            found[name] = str(error)
+    torch.save(found, folder / f"refused.rank{torch.distributed.get_rank()}.pt")
 
 
 class Killed(Callback):

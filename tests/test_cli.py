@@ -13,6 +13,7 @@ import torch
 from cola_lightning.cli import main
 
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+FSDP2_CLASS = "lightning.pytorch.strategies.ModelParallelStrategy"
 FSDP2 = str(Path(__file__).parent.parent / "configs" / "overlays" / "fsdp2.yaml")
 pytestmark = [
     # Lightning's advice about folders that are used again.
@@ -125,7 +126,8 @@ BAD = [
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
     (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "received deepspeed, whose engine owns the optimizer"),
     (["fit", "--config", DIGITS, "--config", FSDP2, "--trainer.devices", "3"], "expected data_parallel_size: 3, the number of"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "ModelParallelStrategy"], "size: 1, received auto and auto"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "ModelParallelStrategy"], "expected a class and its sizes, as --config"),
+    (["fit", "--config", DIGITS, "--trainer.strategy.class_path", FSDP2_CLASS], "size: 1, received auto and auto"),
     (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "requires a GPU accelerator"),
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a_file/sub"], "a_file is a file"),
     (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),

@@ -17,6 +17,8 @@ from torch import nn
 from cola_lightning import UserError, distributed
 from cola_lightning.modules.sharding import hidden, repeated_blocks
 from tests import distributed_run as run
+from tests import tiny
+from tests.toy import assert_bit_equal
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -81,12 +83,15 @@ def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(trained)
     run.fit(trained, "unclipped", "llama", gradient_clip_val=None)
     run.fit(trained, "whole-single", **run.WHOLE)
     run.fit(trained, "whole-fsdp2-single", ckpt_path=trained / "whole-fsdp2.step6.ckpt", **run.WHOLE)
-    on_two_processes(trained, "resumed")
+    on_two_processes(trained, "resumed", "refused", "used_again")
 
     def what(name, rank=0):
         found = torch.load(trained / f"{name}.rank{rank}.pt")
         losses = found.pop("losses")
         return found | {"last losses": losses[-5:]}  # those since a resume
+
+    dropped, resumed = what("dropped"), what("dropped-resumed")
+    assert [name for name in dropped if not torch.equal(dropped[name], resumed[name])] == []
 
     moved = {"ddp-single": "stayed-64", "ddp-single-ddp": "stayed-64", "fsdp2-single": "single", "single-fsdp2": "single"}
     moved |= {"single-fsdp1": "unclipped", "fsdp2-ddp": "single"}
@@ -153,6 +158,36 @@ def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(tr
     assert [row["prediction"] for row in rows] == pytest.approx(alone.model(x).sum(-1).tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
+@tiny.needs_smollm2
+@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="needs real task data: COLA_DATA_DIR")
+def test_smollm2_learns_sst2_on_two_processes_as_on_one(tmp_path):
+    """A tiny model does so in test_cli_language.py, always."""
+    sizes = {"train_size": 64, "val_size": 80, "test_size": 41, "eval_batch_size": 20}
+    found = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        changes = sizes | {"batch_size": 8 // n}
+        arguments = [f"--data.{name}={value}" for name, value in changes.items()]
+        arguments += [f"--trainer.strategy={'ddp' if n == 2 else 'auto'}", f"--trainer.devices={n}"]
+        config = str(ROOT / "configs" / "sst2_smollm2.yaml")
+        last = ["--ckpt_path", "last"]
+        for command in (["fit", "--config", config, *arguments], ["predict", "--config", config, *arguments, *last]):
+            command = [sys.executable, "-m", "cola_lightning", *command]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+            assert done.returncode == 0, done.stderr
+        (path,) = folder.rglob("predictions.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["index"] for row in rows] == list(range(41))
+        live = torch.load(folder / "runs/version_0/checkpoints/last.ckpt", weights_only=True)["cola"]["live"]["metrics"]
+        found.append((live["val_loss"], live["val_accuracy"], [row["prediction"] for row in rows]))
+    (loss, accuracy, predictions), (other_loss, other_accuracy, other_predictions) = found
+    assert other_loss == pytest.approx(loss, rel=1e-3)
+    assert other_accuracy == pytest.approx(accuracy, abs=1 / 80)
+    assert sum(map(int.__eq__, predictions, other_predictions)) >= 40
+
+
 @pytest.mark.parametrize("model", ["mlp", "gpt2"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_knot_sends_nothing_and_a_step_the_trained_gradients(trained, strategy, model):
@@ -191,6 +226,40 @@ def test_what_a_step_sends_is_what_the_benchmark_of_scale_computes(trained, monk
 def size(parameter):
     """The bytes of one of two processes' part, padded."""
     return math.ceil(len(parameter) / 2) * parameter[0].nbytes
+
+
+def test_a_module_is_used_again_after_a_fit(trained):
+    """FSDP2: validated, merged, taken back to an earlier checkpoint; what it is then is what a process alone makes of those."""
+    first, second = (torch.load(trained / f"again.rank{rank}.pt") for rank in range(2))
+    for name, cls in {"merge": run.MLP, "cast": run.Cast}.items():
+        last, back = trained / f"again-{name}.ckpt", trained / f"again-{name}.step6.ckpt"
+        expected = {
+            f"{name}, all": cls.load_from_checkpoint(last).merged_model(),
+            f"{name}, 1 link": cls.load_from_checkpoint(last).merged_model(links=1),
+            f"{name}, back": cls.load_from_checkpoint(back).merged_model(),
+        }
+        for what, model in expected.items():
+            assert_bit_equal(first[what], model.state_dict())
+            assert_bit_equal(second[what], model.state_dict())
+    for strategy in ("ddp", "fsdp2"):
+        for kind in ("buffers", "extras"):
+            assert_bit_equal(first[f"{kind}, {strategy}"], second[f"{kind}, {strategy}"])
+    assert distance(first["buffers, ddp"], first["buffers, fsdp2"]) < 1e-5
+    assert first["fsdp again"].startswith("trainer.strategy: expected a new module, for FSDP's wrappers stay on one")
+    assert first["another precision"].startswith("trainer.precision: expected one that leaves adapted layers in float32")
+    assert first["another strategy"].startswith("trainer.strategy: expected ModelParallelStrategy, which has sharded this")
+
+
+def test_what_does_not_go_together_is_refused_in_one_line(trained):
+    for rank in range(2):
+        found = torch.load(trained / f"refused.rank{rank}.pt")
+        assert {name: text.partition(", ")[0] for name, text in found.items()} == {
+            "tensor parallelism": "trainer.strategy: expected data_parallel_size: 2 and tensor_parallel_size: 1",
+            "4 bits": "trainer.strategy: expected ddp",
+            "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained "
+            "(model.target_modules is null)",
+            "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
+        }
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 NO_DEEPSPEED = (
-    "trainer.strategy: expected ModelParallelStrategy (FSDP2), fsdp or ddp, received deepspeed, whose engine owns the "
-    "optimizer that a knot must replace"
+    "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
+    "whose engine owns the optimizer that a knot must replace"
 )
 
 

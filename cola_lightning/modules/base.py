@@ -213,7 +213,8 @@ class COLAModule(LinkTraining):
                 f"{type(trainer.strategy).__name__}"
             )
         if isinstance(trainer.strategy, FSDPStrategy):
-            configure_fsdp1(trainer.strategy, self.model)
+            configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
+            self.is_wrapped_by_fsdp1 = True
         elif not is_sharded(self.model):
             mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
             with hidden(self.model) if self.target_modules is not None else nullcontext():

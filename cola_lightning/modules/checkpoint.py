@@ -57,6 +57,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         schedule: when knots fall; one link until ChainOfLoRA gives its own.
         link_start: the counters at which the live link began.
         seed: what every draw comes from.
+        is_wrapped_by_fsdp1: whether a strategy has wrapped the module by FSDP1, or is about to.
         is_validating_in_fit: whether a validation of a fit has begun and not ended.
         window_start: epoch and batch at which the accumulation window began.
         window_buffers: the persistent buffers as they were then.
@@ -77,6 +78,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
         self._is_tying = False
+        self.is_wrapped_by_fsdp1 = False
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
@@ -101,6 +103,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @property
     def _layers(self) -> dict[str, LoRALayer]:
+        distributed.reshard(self.model)  # a gathered weight may be in another dtype
         return lora_layers(self.model)
 
     @property

@@ -18,7 +18,7 @@ from cola_lightning import distributed
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.modules.recipe import is_readable
-from cola_lightning.modules.sharding import check_sharding, take_over
+from cola_lightning.modules.sharding import check_sharding, shards, take_over
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ class ChainKeeper(Callback):
                 "are adapted; received BitsandbytesPrecision"
             )
         module = self.module
-        check_sharding(trainer.strategy, module.target_modules)
+        check_sharding(trainer.strategy, module)
         take_over(trainer.strategy)
+        if shards(trainer.strategy):  # in a next fit FSDP2 would gather into what was made in inference mode
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
         module.run_length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
             _check_hyperparameters(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -63,7 +66,8 @@ class ChainKeeper(Callback):
         for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a resume may lie inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
-        self._buffer_names = pl_module.state_dict().keys() - dict(pl_module.named_parameters(remove_duplicate=False)).keys()
+        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
+        self._buffer_names = sorted(pl_module.state_dict().keys() - parameters.keys())
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
@@ -81,6 +85,12 @@ class ChainKeeper(Callback):
         align_logged_step(trainer)
         assert self.module.seed is not None
         seed_batch(self.module.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
+            state = pl_module.state_dict()
+            distributed.share_(state[name] for name in self._buffer_names if name.startswith("model."))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,7 +5,6 @@ import copy
 import torch
 from torch import nn
 
-from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers, strip_lora, unstack
 from cola_lightning.chain import Chain, Link, finish_link
 from cola_lightning.modules.restore import RestoredChain, check_links
@@ -45,7 +44,8 @@ class MergedChain(RestoredChain):
         Raises:
             UserError: if there are not as many links.
 
-        Where the model is sharded, the copy is made on the CPU, of the base made anew; nothing is gathered for it.
+        Where the model is sharded, the copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all
+        is trained, all is gathered: every process must ask for it.)
 
         Returns:
             The model in float32, whatever it was trained in (in float64 where that was float64); where ``target_modules`` is
@@ -59,7 +59,7 @@ class MergedChain(RestoredChain):
         layers = self._layers.values()
         is_stacked = any(layer.stack is not None for layer in layers)
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
-        is_in_parts = is_sharded(self.model) or distributed.has_fsdp1(self.model)
+        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
         is_copied = not is_in_parts and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         if is_copied:
             model = copy.deepcopy(self.model)

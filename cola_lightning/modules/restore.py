@@ -20,6 +20,7 @@ from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import find_class
+from cola_lightning.modules.sharding import is_sharded
 from cola_lightning.quantization import is_quantized
 from cola_lightning.schedule import Counters
 
@@ -225,6 +226,12 @@ class RestoredChain(CheckpointedChain):
         """
         for layer in self._layers.values():
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
+                if layer.dtype != dtype and is_sharded(self.model):
+                    told, mine = (str(one).removeprefix("torch.") for one in (layer.dtype, dtype))
+                    raise UserError(
+                        f"trainer.precision: expected one that leaves adapted layers in {told}, in which they were sharded, "
+                        f"received one for {mine}"
+                    )
                 layer.to(dtype)
 
     def _write_base(self, model: nn.Module, made: nn.Module | None = None) -> None:
@@ -232,15 +239,9 @@ class RestoredChain(CheckpointedChain):
         weights = self._base_weights
         if weights is None:
             weights = base_weights(self._make_adapted_base() if made is None else made)
-        names = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
-        for modules in distributed.units(self._wrapped if model is self.model else model):
-            for module in modules:
-                if (prefix := names.get(id(module))) is not None:
-                    own: dict[str, Tensor] = {}
-                    module._save_to_state_dict(own, distributed.plain_names([prefix])[0], keep_vars=False)
-                    for name, value in own.items():
-                        if name in weights:
-                            distributed.copy_(value, weights[name])
+        state = model.state_dict()
+        for name, value in weights.items():
+            distributed.copy_(state[name], value)
 
 
 def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:

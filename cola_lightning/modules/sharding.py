@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,8 +35,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks that a model repeats, such as a decoder's layers: what its outermost lists of more than single layers hold.
 
     Example:
-        >>> block = nn.Sequential(nn.Linear(2, 2))
-        >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([block, block, block]))))
+        >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+        >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), blocks)))
         3
     """
     blocks: list[nn.Module] = []
@@ -72,19 +73,29 @@ def take_over(strategy: Strategy) -> None:
         strategy.__class__ = with_whole_trainables(type(strategy))
 
 
-def check_sharding(strategy: Strategy, target_modules: str | list[str] | None) -> None:
+def check_sharding(strategy: Strategy, module: Any) -> None:
     """Refuses what could not go well under a strategy, before any model is made.
 
     Raises:
-        UserError: for tensor parallelism, and for FSDP1 where all is trained.
+        UserError: for tensor parallelism, for FSDP1 where all is trained, and for a module laid out for another strategy.
     """
+    if module.is_wrapped_by_fsdp1:
+        raise UserError(
+            "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
+            f"{type(module).__name__}.load_from_checkpoint makes one; received one that was used under fsdp"
+        )
+    if hasattr(module, "model") and is_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
+        raise UserError(
+            "trainer.strategy: expected ModelParallelStrategy, which has sharded this module (load_from_checkpoint makes a new "
+            f"one), received {type(strategy).__name__}"
+        )
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
     if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
         raise UserError(
             f"trainer.strategy: expected data_parallel_size: {mesh.size()} and tensor_parallel_size: 1, for adapted layers are "
             f"sharded, and not split by tensor parallelism; received tensor_parallel_size {n_tensor}"
         )
-    if isinstance(strategy, FSDPStrategy) and target_modules is None:
+    if isinstance(strategy, FSDPStrategy) and module.target_modules is None:
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained (model.target_modules is "
             "null), received fsdp"
@@ -124,12 +135,13 @@ def with_whole_trainables(base: Any) -> type[Strategy]:
 
         @override
         def lightning_module_state_dict(self) -> dict[str, Any]:
-            return _all_whole(Strategy.lightning_module_state_dict(self))
+            return _all_whole(Strategy.lightning_module_state_dict(self), is_kept=self.is_global_zero)
 
         @override
         def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
             state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-            return state | {"state": {key: _all_whole(part) for key, part in state["state"].items()}}
+            parts = state["state"].items()
+            return state | {"state": {key: _all_whole(part, is_kept=self.is_global_zero) for key, part in parts}}
 
         @override
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -150,26 +162,38 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def configure_fsdp1(strategy: FSDPStrategy, model: nn.Module) -> None:
+def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtype) -> None:
     """Tells FSDP1, which wraps the module later, what to leave whole, and where to wrap if the user does not say.
 
+    Args:
+        strategy: it.
+        module: it, with its adapted model.
+        dtype: to which the precision will cast the module before that is wrapped; float32: to none.
+
     Raises:
-        UserError: if what is frozen has more than one dtype, which FSDP1's flat parameters cannot have.
+        UserError: if what is frozen will have more than one dtype, which FSDP1's flat parameters cannot have.
     """
-    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad}
+    layers = lora_layers(module).values()
+    wide = {id(parameter) for layer in layers if layer.stack is None for parameter in (layer.weight, layer.bias)}
+    frozen = {
+        dtype if dtype.itemsize < 4 and id(parameter) not in wide else parameter.dtype
+        for parameter in module.parameters()
+        if not parameter.requires_grad
+    }
     if len(frozen) > 1:
+        told = " and ".join(sorted(str(one).removeprefix("torch.") for one in frozen))
         raise UserError(
-            "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, or model.finished_links: "
-            f"stack, which keeps it in one; received fsdp and {' and '.join(sorted(frozen))}"
+            "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, as model.finished_links: "
+            f"merge makes of one in half precision, received fsdp and {told}"
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in lora_layers(model).values():  # FSDP1 moves only what it shards
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for layer in layers:  # FSDP1 moves only what it shards
         if layer.stack is not None:
             layer.stack.apply_(lambda tensor: tensor.to(strategy.root_device))
     for parameter in trained:
         parameter.data = parameter.data.to(strategy.root_device)
-    strategy.kwargs["ignored_states"] = trained
-    if "auto_wrap_policy" not in strategy.kwargs and (blocks := repeated_blocks(model)):
+    strategy.kwargs["ignored_states"] = [*strategy.kwargs.get("ignored_states", ()), *trained]
+    if "auto_wrap_policy" not in strategy.kwargs and (blocks := repeated_blocks(module)):
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy({type(block) for block in blocks})
 
 
@@ -185,12 +209,15 @@ def _average_gradients(optimizer: Optimizer) -> None:
     distributed.average_(gradients)
 
 
-def _all_whole(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by name, with what is sharded gathered."""
-    return {
-        name: distributed.gather(value) if isinstance(value, Tensor) and distributed.is_sharded(value) else value
-        for name, value in state.items()
-    }
+def _all_whole(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
+    """The values by name, with what is sharded gathered, and kept by the process that writes it."""
+    whole = {}
+    for name, value in state.items():
+        is_in_parts = isinstance(value, Tensor) and distributed.is_sharded(value)
+        found = distributed.gather(value) if is_in_parts else value
+        if is_kept or not is_in_parts:
+            whole[name] = found
+    return whole
 
 
 def _all_laid_out(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
