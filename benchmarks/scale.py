@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from cola_lightning import inject_lora, lora_layers
-from cola_lightning.modules.causal_lm import logits_of
+from cola_lightning.modules.logits import logits_of
 from cola_lightning.modules.running import checkpoint_activations
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]

@@ -152,16 +152,18 @@ def chain_seconds(config: OPTConfig, length: int, repeats: int, steps: int = 100
 def peak_mib(name: str, config: OPTConfig, length: int) -> float:
     """The peak memory of a new process that takes a few of these steps, above what its libraries hold."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_own_peak_mib, name, config, length).result()
+        return pool.submit(peak_above, STEPS[name], config, make_batch(config, length)).result()
 
 
-def _own_peak_mib(name: str, config: OPTConfig, length: int) -> float:
+def peak_above(make_step: Callable[..., Work], *of: object) -> float:
+    """The peak memory of this process over a few steps, above what it holds now: to be called in a new one."""
+
     def mib(field: str) -> float:  # Linux's own count: getrusage gives a child its parent's peak, where that is larger
         (kib,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(kib) / 1024
 
     libraries = mib("VmRSS")
-    take_turns({name: STEPS[name](config, make_batch(config, length))}, repeats=1)
+    take_turns({"step": make_step(*of)}, repeats=1)
     return mib("VmHWM") - libraries
 
 

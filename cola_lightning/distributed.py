@@ -156,6 +156,15 @@ def share_(tensors: Iterable[Tensor]) -> None:
         torch.distributed.broadcast(tensor, src=0)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The value that each process has, in their order; all of them must ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def leave() -> None:
     """Ends this process' part in what several do together; gloo's threads may abort a process that does not."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -17,12 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from cola_lightning import (
+    COLACausalLM,
     COLAModule,
     EpochDataModule,
     LastCheckpoint,
     PredictionWriter,
+    TemplateDataModule,
     UserError,
     distributed,
     inject_lora,
@@ -102,7 +105,7 @@ class Data(EpochDataModule):
         ids = torch.randint(2, 400, (64, 12), generator=generator)
         self.train = [{"x": x[k], "y": y[k], "ids": ids[k]} for k in range(64)]
         self.val = self.train[:8]
-        self.test = self.train[:15]
+        self.test = self.train[:9]  # on two processes parts of five and four, in batches of four
 
 
 class CPUFSDP(FSDPStrategy):
@@ -307,6 +310,11 @@ def refused(folder):
             trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1).fit(module, datamodule=Data())
         except UserError as error:
             found[name] = str(error)
+    try:  # nine rows: two batches on one process, one on the other
+        uneven = DataLoader([{"x": torch.zeros(8), "y": torch.zeros(6)}] * 9, batch_size=4)
+        trainer(folder, devices=world(), strategy=STRATEGIES["fsdp2"]()).predict(make("mlp"), uneven)
+    except UserError as error:
+        found["uneven"] = str(error)
     torch.save(found, folder / f"refused.rank{torch.distributed.get_rank()}.pt")
 
 
@@ -342,6 +350,18 @@ def predicted(folder):
         made.save_checkpoint(folder / strategy / "predicted.ckpt")
         made.predict(module, datamodule=Data())
         torch.save(held(module), folder / strategy / f"rank{made.global_rank}.pt")
+
+
+def written(folder):
+    """Answers that are written; the model and its rows lie in the folder."""
+    for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):
+        module = COLACausalLM(str(folder / "model"), target_modules=["q_proj"], rank=2, seed=0)
+        data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=4)
+        options = {"devices": world(), "strategy": STRATEGIES[strategy]()}
+        made = trainer(folder / f"written-{strategy}", PredictionWriter(), chain={}, **options)
+        (metrics,) = made.validate(module, datamodule=data, verbose=False)
+        made.predict(module, datamodule=data)
+        torch.save(metrics, folder / f"written-{strategy}" / f"rank{made.global_rank}.pt")
 
 
 def merges(folder):

@@ -1,6 +1,7 @@
 """Option scores, losses and gradients against a plain forward, and what a run does with them."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -94,6 +95,41 @@ def test_so_are_smollm2s_and_its_merged_copy_is_a_plain_model(tmp_path):
     module.merged_model().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+MANY = [
+    Example(
+        "The town is old and the river is long. Is the town old? " * 2,
+        tuple(f" The {k} is the {'old ' * k}town" for k in range(7)),
+        3,
+    ),
+    Example("A film", (" great", " terrible plot and great actors", "."), 1),
+    Example("The capital of the country is the largest town.", (" The town", " The capital", " The country is old"), 2),
+]
+
+
+def test_options_share_the_computation_of_a_long_prompt(module, monkeypatch):
+    """Without gradients: in fewer tokens, and with the scores of one option at a time."""
+    encoded = encode_examples(module.tokenizer, MANY, max_length=64)
+    batch = collate_options(encoded, module.tokenizer.pad_token_id)
+    module.model.eval()
+    tokens = []
+    forward = module.model.forward
+    monkeypatch.setattr(
+        module.model,
+        "forward",
+        functools.wraps(forward)(lambda **given: tokens.append(given["input_ids"].numel()) or forward(**given)),
+    )
+    with torch.no_grad():
+        scores = module.option_scores(batch)
+    n_shared = sum(tokens)
+    assert batch["n_shared"][0] > 20
+    assert n_shared < batch["input_ids"].numel() / 2
+    for mine, example in zip(scores, MANY, strict=True):
+        theirs = plain_scores(module, example)
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+        assert not torch.isfinite(mine[len(theirs) :]).any()
+    torch.testing.assert_close(scores, module.option_scores(batch), rtol=0, atol=1e-5)  # with gradients, the plain way
 
 
 def test_options_of_one_token_share_one_forward(module):

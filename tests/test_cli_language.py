@@ -127,7 +127,7 @@ BAD = [
         ["--data.train_size", "30"],
         "data.train_size + data.val_size, of rows, train: expected at least 30 + 16 = 46",
     ),
-    (["--data.task", "SST"], "data.task: expected SST2, RTE, CB, BoolQ, received 'SST'; the nearest that exist: SST2"),
+    (["--data.task", "SST"], "DROP, received 'SST'; the nearest that exist: SST2"),
     (["--data.tsak", "SST2"], "data: expected one of its options, received 'tsak'"),
     (["--data.max_length", "1"], "data.max_length: expected at least 2 tokens, received 1"),
     (["--data.batch_size", "0"], "data.batch_size: expected a whole number of at least 1, received 0"),

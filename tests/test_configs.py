@@ -13,7 +13,7 @@ from tests import tiny
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
-NAMES = ["digits", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "sst2_smollm2"]
+NAMES = ["digits", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "smollm2", "sst2_smollm2"]
 ARCHITECTURES = {"opt-1.3b": "opt", "roberta_glue": "roberta"}
 
 

@@ -42,7 +42,11 @@ def distance(mine, theirs):
 def trained(tmp_path_factory):
     """A folder with what two processes leave: four links by every strategy, what was sent, and merges shard by shard."""
     folder = tmp_path_factory.mktemp("trained")
-    on_two_processes(folder, "same", "predicted", "counted", "merges", "fsdp1")
+    tiny.folder(folder / "model", "opt")
+    rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    on_two_processes(folder, "same", "predicted", "written", "counted", "merges", "fsdp1")
     return folder
 
 
@@ -150,12 +154,27 @@ def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(tr
     first, second = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
     assert [key for key in first if not torch.equal(first[key], second[key])] == []  # with a seed that one of them drew
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(15))
+    assert [row["index"] for row in rows] == list(range(9))
     alone = run.MLP.load_from_checkpoint(folder / "predicted.ckpt").eval()
     generator = torch.Generator().manual_seed(3)
-    x, y = (torch.randn(64, size, generator=generator)[:15] for size in (8, 6))
+    x, y = (torch.randn(64, size, generator=generator)[:9] for size in (8, 6))
     assert [row["target"] for row in rows] == pytest.approx(y.sum(-1).tolist(), abs=1e-5)
     assert [row["prediction"] for row in rows] == pytest.approx(alone.model(x).sum(-1).tolist(), abs=1e-5)
+
+
+def test_answers_written_on_two_processes_are_those_of_one(trained):
+    run.written(trained)
+    found = {}
+    for strategy in ("single", "ddp", "fsdp2"):
+        folder = trained / f"written-{strategy}"
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        found[strategy] = [row["prediction"] for row in rows], torch.load(folder / "rank0.pt")
+        assert [row["index"] for row in rows] == list(range(9))
+    answers, metrics = found.pop("single")
+    assert len(set(answers)) > 1
+    for other_answers, other_metrics in found.values():
+        assert other_answers == answers
+        assert other_metrics.keys() == metrics.keys() == {"val_loss", "val_f1", "val_exact_match"}
 
 
 @pytest.mark.slow
@@ -259,10 +278,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
             "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained "
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
+            "uneven": "predict: expected as many batches on each process",
         }
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_where_one_process_is_killed_the_other_ends_with_an_error_and_the_last_checkpoint_loads(tmp_path, strategy):
     folder = tmp_path / strategy
     folder.mkdir()

@@ -95,7 +95,7 @@ def test_the_real_tasks_have_the_protocols_sizes(task, own, sizes):
     data.setup("fit")
     data.setup("test")
     assert [len(part) for part in (data.train, data.val, data.test)] == sizes
-    assert {row.example.answer for row in data.train} == set(range(len(data.task.options)))
+    assert {row.example.answer for row in data.train} == set(range(len(data.train[0].example.options)))
 
 
 def test_a_long_prompt_loses_its_beginning_and_keeps_its_first_token_and_its_option():
@@ -254,7 +254,7 @@ def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkey
     silent = write(tmp_path / "silent", "train", [{"prompt": "B", "response": ""}])
     monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path))
     for make, message in [
-        (lambda: TextDataModule(both, test_split="train"), "line 1: expected the field 'text', or 'prompt' and 'response'"),
+        (lambda: TextDataModule(both, test_split="train"), "line 1: expected 'text', 'messages', or 'prompt' and 'response'"),
         (lambda: TextDataModule(empty, test_split="train"), "data.source: expected rows of at least two tokens, received none"),
         (lambda: TextDataModule(silent, test_split="train"), "line 1: expected a response that adds tokens to its prompt"),
         (lambda: TextDataModule(both, "sub"), "data.subset: expected null where data.source is .*both, received 'sub'"),
@@ -278,7 +278,7 @@ def test_a_text_without_a_token_cannot_be_classified(tmp_path):
 
 def test_a_row_of_neither_kind_is_named(tmp_path):
     source = write(tmp_path / "own", "train", [{"question": "Is it?"}])
-    with pytest.raises(UserError, match="line 1: expected the field 'text', or 'prompt' and 'response', received 'question'"):
+    with pytest.raises(UserError, match="line 1: expected 'text', 'messages', or 'prompt' and 'response', received 'question'"):
         attach(TextDataModule(source, test_split="train")).setup("test")
 
 

@@ -100,6 +100,16 @@ def test_the_table_of_bases_is_the_benchmarks(monkeypatch):
         assert f"| {' | '.join(row)} |" in README
 
 
+@pytest.mark.parametrize("name", ["tasks"])
+def test_the_tables_of_tasks_and_of_their_costs_are_the_benchmarks(monkeypatch, name):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module(name)
+    results = [json.loads(line) for line in (ROOT / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
+    table = [f"| {' | '.join(row)} |" for row in benchmark.rows(results)]
+    assert len(table) == {"tasks": 11, "prompts": 14}[name]
+    assert [row for row in table if row not in README] == []
+
+
 def test_the_predictions_in_half_precision_are_the_benchmarks():
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "half.jsonl").read_text().splitlines()]
     same = {line["model"]: line["same"] for line in lines}

@@ -1,10 +1,13 @@
 """What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SLACK = 1.25
@@ -44,6 +47,19 @@ def test_five_links_take_as_long_as_one(speed):
 def test_a_step_needs_less_memory_than_pefts(speed):
     cola, peft = (speed.peak_mib(name, speed.SMALL, length=256) for name in ("cola", "peft"))
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
+
+
+@tiny.needs_smollm2
+@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="needs real task data: COLA_DATA_DIR")
+def test_a_step_on_real_prompts_costs_less_than_pefts_and_than_the_protocols(speed, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    prompts = importlib.import_module("prompts")
+    config = speed.shape(layers=12, width=128, vocabulary=8000)
+    rows = prompts.encoded("RTE", "train", config)[:40]
+    assert prompts.padding(rows, is_grouped=True) < prompts.padding(rows, is_grouped=False)
+    seconds = speed.take_turns({name: step(config, rows) for name, step in prompts.STEPS.items()}, repeats=3)
+    for other in ("peft", "protocol"):
+        assert speed.ratio(seconds, "cola", other) <= SLACK * prompts.LIMITS[other, "RTE"]
 
 
 def test_ten_small_links_arrive_but_where_bf16_itself_is_merged_into(bases):

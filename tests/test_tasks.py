@@ -2,14 +2,24 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from cola_lightning import UserError
+from cola_lightning import Example, UserError
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS, find_task
 
+OPTIONS = {
+    "SST2": (" terrible", " great"),
+    "RTE": ("Yes", "No"),
+    "CB": ("Yes", "No", "Maybe"),
+    "BoolQ": ("Yes", "No"),
+    "WSC": ("No", "Yes"),
+    "WIC": ("No", "Yes"),
+    "MultiRC": ("No", "Yes"),
+}
 ROWS = [
     ("SST2", {"sentence": "a joy to watch ", "label": 1}, "a joy to watch It was", " great"),
     ("SST2", {"sentence": " no plot , no point", "label": 0}, "no plot , no point It was", " terrible"),
@@ -27,9 +37,9 @@ ROWS = [
     ),
     (
         "CB",
-        {"premise": "He said so.", "hypothesis": "he said so", "label": 0},
+        {"premise": "He said so.", "hypothesis": "he said so", "label": 1},
         'Suppose He said so. Can we infer that "he said so"? Yes, No, or Maybe?\n',
-        "Yes",
+        "No",
     ),
     (
         "CB",
@@ -49,24 +59,143 @@ ROWS = [
         "Mars has two moons. Does mars have three moons?\n",
         "No",
     ),
+    (
+        "WSC",
+        {"text": "Ann thanked Eve because She helped.", "span1_text": "Eve", "span2_text": "She", "label": 1},
+        'Ann thanked Eve because She helped.\nIn the previous sentence, does the pronoun "she" refer to Eve? Yes or No?\n',
+        "Yes",
+    ),
+    (
+        "WSC",
+        {"text": "The cup fell off the shelf, for it was full.", "span1_text": "The cup", "span2_text": "it", "label": 0},
+        "The cup fell off the shelf, for it was full.\n"
+        'In the previous sentence, does the pronoun "it" refer to The cup? Yes or No?\n',
+        "No",
+    ),
+    (
+        "WIC",
+        {"word": "bank", "sentence1": "A bank of mud.", "sentence2": "She robbed a bank.", "label": 0},
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA bank of mud.\nShe robbed a bank.\n',
+        "No",
+    ),
+    (
+        "WIC",
+        {"word": "run", "sentence1": "I run home.", "sentence2": "We run fast.", "label": 1},
+        'Does the word "run" have the same meaning in these two sentences? Yes, No?\nI run home.\nWe run fast.\n',
+        "Yes",
+    ),
+    (
+        "MultiRC",
+        {"paragraph": "Ida left at six. ", "question": "When did Ida leave?", "answer": "At six", "label": 1},
+        'Ida left at six. \nQuestion: When did Ida leave?\nI found this answer "At six". Is that correct? Yes or No?\n',
+        "Yes",
+    ),
+    (
+        "MultiRC",
+        {"paragraph": "Ida left at six.", "question": "Who stayed?", "answer": "Ida.", "label": 0},
+        'Ida left at six.\nQuestion: Who stayed?\nI found this answer "Ida.". Is that correct? Yes or No?\n',
+        "No",
+    ),
+    (
+        "COPA",
+        {"premise": "The ice broke. ", "choice1": "I fell in.", "choice2": "The Sun rose.", "question": "effect", "label": 0},
+        "The ice broke so ",
+        ("I fell in.", "the Sun rose."),
+        "I fell in.",
+    ),
+    (
+        "COPA",
+        {"premise": "Is he late?", "choice1": "It snowed.", "choice2": "I'm early.", "question": "cause", "label": 1},
+        "Is he late? because ",
+        ("it snowed.", "i'm early."),
+        "i'm early.",
+    ),
+    (
+        "ReCoRD",
+        {
+            "passage": "Oslo beat Bergen.\n@highlight\nIt was cold\n@highlight\nNobody came",
+            "query": "Fans of @placeholder sang; @placeholder won.",
+            "entities": ["Bergen", "Oslo"],
+            "answers": ["Oslo"],
+        },
+        "Oslo beat Bergen.\n- It was cold\n- Nobody came\n-",
+        (" Fans of Bergen sang; Bergen won.", " Fans of Oslo sang; Oslo won."),
+        " Fans of Oslo sang; Oslo won.",
+    ),
+    (
+        "ReCoRD",
+        {
+            "passage": "Al met Di.",
+            "query": "@placeholder left",
+            "entities": ["Di", "Al", "Albert"],
+            "answers": ["Albert", "Al"],
+        },
+        "Al met Di.\n-",
+        (" Di left", " Al left", " Albert left"),
+        " Albert left",
+    ),
+    (
+        "SQuAD",
+        {"title": "The_Moon", "context": "It is far.", "question": " How far? ", "answers": {"text": ["very far", "far"]}},
+        "Title: The_Moon\nContext: It is far.\nQuestion: How far?\nAnswer:",
+        " very far\n",
+    ),
+    (
+        "SQuAD",
+        {"title": "Tea", "context": " Hot. ", "question": "Is it hot?", "answers": {"text": ["Hot"], "answer_start": [1]}},
+        "Title: Tea\nContext:  Hot. \nQuestion: Is it hot?\nAnswer:",
+        " Hot\n",
+    ),
+    (
+        "DROP",
+        {"passage": "They won 3-1.", "question": "By how many? ", "answers_spans": {"spans": ["2"], "types": ["number"]}},
+        "Passage: They won 3-1.\nQuestion: By how many?\nAnswer:",
+        " 2\n",
+    ),
+    (
+        "DROP",
+        {"passage": "Jo and Bo ran.", "question": "Who ran?", "answers_spans": {"spans": ["Jo", "Bo", "Jo"]}},
+        "Passage: Jo and Bo ran.\nQuestion: Who ran?\nAnswer:",
+        " Jo\n",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("task", "row", "prompt", "answer"), ROWS)
-def test_a_prompt_and_its_answer_are_the_protocols(task, row, prompt, answer):
-    made = Row(row, "here")
-    assert TASKS[task].prompt(made) == prompt
-    assert TASKS[task].options[TASKS[task].label(made)] == answer
+@pytest.mark.parametrize("expected", ROWS, ids=lambda expected: expected[0])
+def test_a_prompt_its_options_and_its_answer_are_the_protocols(expected):
+    task, row, prompt, *own, answer = expected
+    example = TASKS[task].example(Row(row, "here"))
+    assert (example.prompt, example.place) == (prompt, "here")
+    assert example.options == (own[0] if own else OPTIONS.get(task, (answer,)))
+    assert example.options[example.answer] == answer
 
 
-def test_each_task_is_tested_and_has_the_protocols_sizes():
-    assert {task for task, *_ in ROWS} == TASKS.keys()
+def test_all_answers_that_count_are_kept():
+    made = [(task, TASKS[task].example(Row(row, "here"))) for task, row, *_ in ROWS]
+    assert [example.accepted for task, example in made if task == "ReCoRD"] == [(1,), (2, 1)]
+    assert [example.references for task, example in made if task == "SQuAD"] == [("very far", "far"), ("Hot",)]
+    assert [example.references for task, example in made if task == "DROP"] == [("2",), ("Jo", "Bo", "Jo")]
+    assert {example.accepted + example.references for task, example in made if task in OPTIONS or task == "COPA"} == {()}
+
+
+def test_each_task_is_tested_and_has_the_protocols_sizes_and_loss():
+    assert [task for task, *_ in ROWS] == [task for task in TASKS for _ in range(2)]
     assert {name: task.sizes for name, task in TASKS.items()} == {
         "SST2": (1000, 500, 872),
         "RTE": (1000, 500, 277),
         "CB": (150, 100, 56),
         "BoolQ": (1000, 500, 1000),
+        "WSC": (454, 100, 104),
+        "WIC": (1000, 500, 638),
+        "MultiRC": (1000, 500, 1000),
+        "COPA": (300, 100, 100),
+        "ReCoRD": (1000, 500, 1000),
+        "SQuAD": (1000, 500, 1000),
+        "DROP": (1000, 500, 1000),
     }
+    assert {name: task.loss for name, task in TASKS.items()} == dict.fromkeys(OPTIONS, "options") | dict.fromkeys(
+        ["COPA", "ReCoRD", "SQuAD", "DROP"], "answer"
+    )
 
 
 TEMPLATES = {
@@ -74,32 +203,119 @@ TEMPLATES = {
     "RTE": '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
     "CB": 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
     "BoolQ": "{passage} {question}\n",
+    "WSC": '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n',
+    "WIC": 'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n',
+    "MultiRC": '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n',
+    "COPA": "{premise} {question} ",
+    "ReCoRD": "{passage}\n-",
+    "SQuAD": "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+    "DROP": "Passage: {passage}\nQuestion: {question}\nAnswer:",
 }
-ANSWERS = {"SST2": [" terrible", " great"], "RTE": ["Yes", "No"], "CB": ["Yes", "No", "Maybe"], "BoolQ": ["No", "Yes"]}
+CHANGES = {
+    ("SST2", "sentence"): str.strip,
+    ("BoolQ", "question"): lambda text: text[0].upper() + text[1:] + ("" if text[-1] == "?" else "?"),
+    ("WSC", "span2_text"): str.lower,
+    ("COPA", "premise"): lambda text: re.sub(r"\.?\s*$", "", text),
+    ("COPA", "question"): {"effect": "so", "cause": "because"}.get,
+    ("ReCoRD", "passage"): lambda text: text.replace("@highlight\n", "- "),
+    ("SQuAD", "question"): str.strip,
+    ("DROP", "question"): str.strip,
+}
+
+
+def options_and_right_ones(task, row):
+    """The options of a real row, and which of them are right."""
+    if task in ("SQuAD", "DROP"):
+        answers = row["answers"]["text"] if task == "SQuAD" else row["answers_spans"]["spans"]
+        return [f" {answers[0]}\n"], [f" {answers[0]}\n"], answers
+    if task == "ReCoRD":
+        options, right = ([" " + row["query"].replace("@placeholder", e) for e in row[k]] for k in ("entities", "answers"))
+        return options, right, []
+    options = list(OPTIONS.get(task, ()))
+    if task == "COPA":
+        options = [
+            re.sub(r"^\S+", lambda word: word[0] if word[0] == "I" else word[0].lower(), row[f"choice{k}"]) for k in "12"
+        ]
+    return options, [["No", "Yes"][row["label"]] if task == "BoolQ" else options[row["label"]]], []
 
 
 @pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
-@pytest.mark.parametrize("name", TASKS)
-def test_real_rows_make_the_prompts_of_the_table(name):
-    lines = (Path(os.environ["COLA_DATA_DIR"]) / name.lower() / "validation.jsonl").read_text().splitlines()[:20]
+@pytest.mark.parametrize("task", TASKS)
+def test_real_rows_make_the_prompts_of_the_table(task):
+    lines = (Path(os.environ["COLA_DATA_DIR"]) / task.lower() / "validation.jsonl").read_text().splitlines()[:20]
     assert len(lines) == 20
     for line in lines:
         row = json.loads(line)
-        expected = TEMPLATES[name]
+        prompt = TEMPLATES[task]
         for field, value in row.items():
-            if isinstance(value, str):
-                value = value.strip() if field == "sentence" else value
-                if field == "question":
-                    value = value[0].upper() + value[1:] + ("" if value.endswith("?") else "?")
-                expected = expected.replace("{" + field + "}", value)
-        task = TASKS[name]
-        assert task.prompt(Row(row, "here")) == expected
-        assert task.options[task.label(Row(row, "here"))] == ANSWERS[name][row["label"]]
+            if "{" + field + "}" in prompt:
+                prompt = prompt.replace("{" + field + "}", CHANGES.get((task, field), str)(value))
+        example = TASKS[task].example(Row(row, "here"))
+        options, right, references = options_and_right_ones(task, row)
+        assert (example.prompt, list(example.options), list(example.references)) == (prompt, options, references)
+        assert [example.options[place] for place in example.accepted or [example.answer]] == right
+
+
+RECORD = {"passage": "A.", "query": "@placeholder left", "entities": ["Al", "Di"], "answers": ["Di"]}
+BAD = [
+    ("SST2", {"label": 1}, r"expected the field 'sentence', received 'label'"),
+    ("SST2", {"sentence": "Fine.", "label": 2}, r"expected a label from 0 to 1 in the field 'label', received 2"),
+    (
+        "CB",
+        {"premise": "A.", "hypothesis": "B.", "label": -1},
+        r"expected a label from 0 to 2 in the field 'label', received -1",
+    ),
+    ("BoolQ", {"passage": "A.", "question": "Is it"}, r"expected the field 'label', received 'passage', 'question'"),
+    ("BoolQ", {"passage": "A.", "question": "Is it", "answer": "yes"}, r"from 0 to 1 in the field 'answer', received 'yes'"),
+    ("WSC", {"text": "A.", "span1_text": "A", "label": 1}, r"expected the field 'span2_text', received 'text', 'span1_text'"),
+    ("MultiRC", {"paragraph": "A.", "question": "B?", "answer": None}, r"expected text in the field 'answer', received None"),
+    ("COPA", {"premise": "A.", "question": "reason"}, r"expected cause or effect in the field 'question', received 'reason'"),
+    (
+        "COPA",
+        {"premise": "A.", "question": "cause", "choice1": "It was.", "choice2": "it was.", "label": 0},
+        r"expected options that differ, received 'it was\.' twice",
+    ),
+    ("ReCoRD", RECORD | {"answers": ["Bo"]}, r"expected answers among the entities, received \('Bo',\)"),
+    ("ReCoRD", RECORD | {"answers": []}, r"expected a list of texts in the field 'answers', received \[\]"),
+    ("ReCoRD", RECORD | {"entities": []}, r"expected a list of texts in the field 'entities', received \[\]"),
+    ("ReCoRD", RECORD | {"entities": "Di"}, r"expected a list of texts in the field 'entities', received 'Di'"),
+    ("ReCoRD", RECORD | {"query": "She left"}, r"expected options that differ, received ' She left' twice"),
+    ("SQuAD", {"title": "T", "context": "C", "question": "Q", "answers": {"text": []}}, r"list of texts in the field 'text'"),
+    ("SQuAD", {"title": "T", "context": "C", "question": "Q", "answers": ["A"]}, r"expected an object in the field 'answers'"),
+    (
+        "DROP",
+        {"passage": "P", "question": "Q", "answers_spans": {"spans": [3]}},
+        r"expected text in the field 'spans', received 3",
+    ),
+    ("DROP", {"context": "P", "question": "Q"}, r"expected the field 'passage', received 'context', 'question'"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "message"), BAD)
+def test_a_bad_row_is_named_in_one_line(task, row, message):
+    with pytest.raises(UserError, match=r"^train\.jsonl, line 7: .*" + message) as caught:
+        TASKS[task].example(Row(row, "train.jsonl, line 7"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "message"),
+    [
+        ((), 0, r"expected options to choose from, received none"),
+        (("Yes", "No", "Yes"), 0, r"expected options that differ, received 'Yes' twice"),
+        (("Yes", "No"), 2, r"expected the place of one of 2 options as the answer, received 2"),
+        (("Yes", "No"), -1, r"expected the place of one of 2 options as the answer, received -1"),
+    ],
+)
+def test_an_example_has_options_that_differ_and_one_that_is_right(options, answer, message):
+    with pytest.raises(UserError, match=message):
+        Example("Is it?", options, answer)
 
 
 def test_a_task_is_found_in_any_case_and_a_misspelt_one_gets_the_nearest():
     assert find_task("boolq") is TASKS["BoolQ"]
-    with pytest.raises(UserError, match=r"data\.task: expected SST2, RTE, CB, BoolQ, received 'BoolG'; the nearest.*: BoolQ$"):
+    names = "SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD, DROP"
+    with pytest.raises(UserError, match=rf"data\.task: expected {names}, received 'BoolG'; the nearest.*: BoolQ$"):
         find_task("BoolG")
 
 

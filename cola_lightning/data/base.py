@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+
+BATCHES_GROUPED = 50  # batches whose rows are sorted by length together
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -25,6 +27,8 @@ class EpochSampler(DistributedSampler[int]):
         rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it.
         n_processes: how many share the order.
         rank: which of them this is.
+        lengths: of the rows, to go through rows of like length together; None: by chance alone.
+        batch_size: rows that are like, in a batch of all processes together; they matter with ``lengths`` alone.
 
     Example:
         >>> sampler = EpochSampler(range(4), seed=0)
@@ -41,17 +45,44 @@ class EpochSampler(DistributedSampler[int]):
         rows_done: Callable[[], int] = lambda: 0,
         n_processes: int = 1,
         rank: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
     ) -> None:
         super().__init__(cast(Dataset[int], data), n_processes, rank)
         self.order_seed, self.rows_done = seed, rows_done
+        self.lengths, self.group_size = lengths, batch_size
 
     @override
     def __iter__(self) -> Iterator[int]:
         digest = hashlib.sha256(f"{self.order_seed} {self.epoch}".encode()).digest()  # the generator uses 32 bits of its seed
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         order = torch.randperm(len(cast(Sized, self.dataset)), generator=generator).tolist()
+        if self.lengths is not None:
+            order = group_by_length(order, self.lengths, self.group_size, generator)
         order += order[: self.total_size - len(order)]
         yield from order[self.rank : self.total_size : self.num_replicas][self.rows_done() :]
+
+
+def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
+    """Another order, in which each batch has rows of like length: of some fifty batches' rows at a time, so that chance stays.
+
+    Args:
+        order: of the rows, by chance.
+        lengths: of the rows.
+        batch_size: rows in a batch.
+        generator: which shuffles the batches.
+
+    Example:
+        >>> group_by_length([0, 1, 2, 3], [9, 2, 8, 1], 2, torch.Generator().manual_seed(0))
+        [0, 2, 1, 3]
+    """
+    near = BATCHES_GROUPED * batch_size
+    pieces = [sorted(order[start : start + near], key=lambda row: -lengths[row]) for start in range(0, len(order), near)]
+    ordered = [row for piece in pieces for row in piece]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    n_whole = len(ordered) // batch_size  # a last one that is not stays the last
+    shuffled = torch.randperm(n_whole, generator=generator).tolist()
+    return [row for place in [*shuffled, *range(n_whole, len(batches))] for row in batches[place]]
 
 
 def batches_done(trainer: Trainer | None) -> int:
@@ -91,6 +122,7 @@ class EpochDataModule(LightningDataModule, ABC):
         train: rows of training.
         val: rows of validation.
         test: rows of test, and of predict.
+        length_grouped: whether a training batch has rows of like length.
 
     Args:
         batch_size: rows in a training batch.
@@ -105,6 +137,7 @@ class EpochDataModule(LightningDataModule, ABC):
     train: Any
     val: Any
     test: Any
+    length_grouped = False
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
@@ -142,9 +175,16 @@ class EpochDataModule(LightningDataModule, ABC):
                 self._check_same_order()
             return done * self.batch_size
 
-        n_processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank)
+        n_processes, rank = self._processes
+        lengths = [self.length(row) for row in self.train] if self.length_grouped else None
+        group = self.batch_size * n_processes
+        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group)
         return self._loader(self.train, self.batch_size, sampler)
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """How many processes share the rows, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @override
     def val_dataloader(self) -> EpochLoader:
@@ -156,7 +196,11 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> EpochLoader:
-        return self._loader(self.test, self.eval_batch_size, None)  # in the data's order: predictions come back in it
+        n_processes, rank = self._processes
+        # In the data's order: predictions come back in it. Some rows are dealt twice, so that each process has as many batches:
+        # where a model is sharded, all must compute together.
+        sampler: Any = DistributedSampler(self.test, n_processes, rank, shuffle=False) if n_processes > 1 else None
+        return self._loader(self.test, self.eval_batch_size, sampler)
 
     def _evaluation_loader(self, data: Any) -> EpochLoader:
         by_length = sorted(range(len(data)), key=lambda place: -self.length(data[place]))
@@ -175,11 +219,11 @@ class EpochDataModule(LightningDataModule, ABC):
 
         Processes take turns in the order, so that batches of half the size on twice as many processes are the same rows.
         """
-        n_processes = self.trainer.world_size if self.trainer else 1
         return {
-            "data.batch_size x processes": self.batch_size * n_processes,
+            "data.batch_size x processes": self.batch_size * self._processes[0],
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
+            "data.length_grouped": self.length_grouped,
         }
 
     @override

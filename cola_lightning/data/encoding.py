@@ -1,7 +1,7 @@
 """From text to tokens to batches: prompts with their options, and text with a language-model loss."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,23 +10,46 @@ from torch import Tensor
 from cola_lightning.errors import UserError
 
 IGNORED = -100  # no token, or no loss: Hugging Face's value
+MAX_NEW_TOKENS = 50  # of an answer that is generated: the protocol's
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the options to choose from, and which one is right.
+    """A prompt, the options to choose from, and which one is right; or a prompt whose answer is generated.
 
     Attributes:
         prompt: what stands before each option.
-        options: appended to the prompt as they are.
+        options: appended to the prompt as they are; where the answer is generated, the one that is learned.
         answer: the right one's place among them.
         place: where the row stands, for messages.
+        accepted: places of all options that count as right, where there are several.
+        references: where the answer is generated: what it is compared with.
+
+    Raises:
+        UserError: if there is no option, if two are equal, or if the answer is none of them.
     """
 
     prompt: str
     options: tuple[str, ...]
     answer: int
     place: str = "an example"
+    accepted: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise UserError(f"{self.place}: expected options to choose from, received none")
+        if len(set(self.options)) < len(self.options):
+            twice = next(option for option in self.options if self.options.count(option) > 1)
+            raise UserError(f"{self.place}: expected options that differ, received {twice!r} twice")
+        if not 0 <= self.answer < len(self.options):
+            raise UserError(
+                f"{self.place}: expected the place of one of {len(self.options)} options as the answer, received {self.answer}"
+            )
+
+    def right(self) -> "Example":
+        """The same with the right option alone: what the language model's loss needs."""
+        return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
 @dataclass(frozen=True)
@@ -39,18 +62,24 @@ class EncodedExample:
             need one forward pass.
         prefix_of: for each option, its place in ``prefixes``.
         option_ids: for each option, its tokens.
+        prompt_ids: where the answer is generated, the prompt, with room left for the answer; else empty.
+        n_shared: with how many tokens all prefixes begin, without those that an option's tokens are predicted at.
     """
 
     example: Example
     prefixes: list[list[int]]
     prefix_of: list[int]
     option_ids: list[list[int]]
+    prompt_ids: list[int]
+    n_shared: int
 
     def __len__(self) -> int:
         return max(map(len, self.prefixes))
 
 
-def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[EncodedExample]:
+def encode_examples(
+    tokenizer: Any, examples: Sequence[Example], max_length: int, *, is_chat: bool = False
+) -> list[EncodedExample]:
     """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
 
     A text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is cut.
@@ -59,12 +88,19 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
         tokenizer: a Hugging Face tokenizer.
         examples: what to encode.
         max_length: of prompt and option, in tokens.
+        is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
 
     Raises:
         UserError: if an option alone is too long, or adds no token to its prompt.
     """
-    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
-    texts = _tokenize(tokenizer, [example.prompt + option for example in examples for option in example.options])
+    if max_length <= MAX_NEW_TOKENS + 1 and any(example.references for example in examples):
+        raise UserError(
+            f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for an answer that is written takes up to "
+            f"{MAX_NEW_TOKENS} tokens, received {max_length}"
+        )
+    befores = [_as_turn(tokenizer, example.prompt, example.place) if is_chat else example.prompt for example in examples]
+    afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
+    prompts, texts = (_tokenize(tokenizer, some, is_whole=is_chat) for some in (befores, afters))
     encoded = []
     position = 0
     for example, prompt in zip(examples, prompts, strict=True):
@@ -79,15 +115,77 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
             prefix_of.append(prefixes.index(text[:-1]))
             option_ids.append(text[-n_option:])
         position += len(example.options)
-        encoded.append(EncodedExample(example, prefixes, prefix_of, option_ids))
+        room = max_length - MAX_NEW_TOKENS
+        prompt_ids = truncate_left(prompt, room, tokenizer.bos_token_id) if example.references else []
+        n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
+        n_shared = min(n_free, *(_n_common(prefixes[0], prefix) for prefix in prefixes))
+        encoded.append(EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0)))
     return encoded
+
+
+def _as_turn(tokenizer: Any, prompt: str, place: str) -> str:
+    """A user's turn, and the beginning of the assistant's."""
+    return _render(tokenizer, [{"role": "user", "content": prompt}], place, is_open=True)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], place: str, *, is_open: bool) -> str:
+    """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
+    if not tokenizer.chat_template:
+        raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
+    import jinja2
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{place}: expected turns that the chat template can write, received: {error}") from error
+    return text
+
+
+def encode_messages(
+    tokenizer: Any, messages: list[dict[str, str]], max_length: int, place: str = "a row"
+) -> dict[str, list[int]]:
+    """A conversation as tokens in the tokenizer's chat template; the loss is on what the assistant says, its end included.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, a fast one.
+        messages: turns of a ``role`` and its ``content``.
+        max_length: in tokens; a longer conversation loses its beginning.
+        place: where the row stands, for the message.
+
+    Raises:
+        UserError: if nobody says anything as the assistant, or it begins, or the template does not write turn after turn.
+    """
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{place}: expected a conversation that somebody else begins, received one that the assistant does")
+    text, spans = _render(tokenizer, messages, place, is_open=False), []
+    for k, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            before = _render(tokenizer, messages[:k], place, is_open=True)
+            after = _render(tokenizer, messages[: k + 1], place, is_open=False)
+            if not text.startswith(after) or not after.startswith(before):
+                raise UserError(f"{place}: expected a chat template that writes turn after turn, received one that does not")
+            spans.append((len(before), len(after)))
+    if not spans:
+        raise UserError(f"{place}: expected a turn of the role assistant, received {[turn['role'] for turn in messages]}")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    is_said = [any(start < end and end > a and start < b for a, b in spans) for start, end in encoded["offset_mapping"]]
+    labels = [token if said else IGNORED for token, said in zip(encoded["input_ids"], is_said, strict=True)]
+    labels = [IGNORED, *labels[-max_length:][1:]]  # a first token is not predicted
+    if set(labels) == {IGNORED}:
+        raise UserError(
+            f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
+        )
+    return {"input_ids": encoded["input_ids"][-max_length:], "labels": labels}
 
 
 def _check_option(example: Example, n_prompt: int, n_option: int, max_length: int) -> None:
     if not n_prompt:
         raise UserError(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
     if n_option < 1:
-        raise UserError(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
+        raise UserError(
+            f"{example.place}: expected options that add tokens to the prompt (a blank belongs to their beginnings, not to its "
+            f"end), received {example.options}"
+        )
     if n_option >= max_length:  # one token of the prompt must stay
         raise UserError(
             f"{example.place}: expected options of fewer than {max_length} tokens (data.max_length), received one of {n_option}"
@@ -139,9 +237,17 @@ def encode_text(tokenizer: Any, text: str, max_length: int) -> list[dict[str, li
     return [{"input_ids": piece, "labels": [IGNORED, *piece[1:]]} for piece in pieces if len(piece) > 1]
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Tokens with what the tokenizer puts before a text, and without an end-of-text token that it puts behind it."""
-    rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []  # not verbose: we truncate ourselves
+def _tokenize(tokenizer: Any, texts: list[str], *, is_whole: bool = False) -> list[list[int]]:
+    """Tokens with what the tokenizer puts before a text, and without an end-of-text token that it puts behind it.
+
+    ``is_whole``: the texts have all of that already, as a chat template writes it.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(texts, verbose=False, add_special_tokens=not is_whole)  # not verbose: we truncate ourselves
+    rows: list[list[int]] = encoded["input_ids"]
+    if is_whole:
+        return rows
     adds_end = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
     return [ids[:-1] for ids in rows] if adds_end else rows
 
@@ -163,8 +269,8 @@ def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]
     return ids[:1] + ids[len(ids) - max_length + 1 :] if ids[0] == bos else ids[-max_length:]
 
 
-def collate_options(rows: Sequence[EncodedExample], pad: int) -> dict[str, Any]:
-    """An option batch, padded on the left to its longest prefix: see ``COLACausalLM.option_scores`` for its tensors."""
+def collate_options(rows: Sequence[EncodedExample], pad: int, loss: str = "options") -> dict[str, Any]:
+    """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
     prefixes = [prefix for row in rows for prefix in row.prefixes]
     n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
     option_ids = torch.full((len(rows), n_options, n_tokens), IGNORED)
@@ -175,7 +281,20 @@ def collate_options(rows: Sequence[EncodedExample], pad: int) -> dict[str, Any]:
             option_ids[i, k, n_tokens - len(ids) :] = torch.tensor(ids)
             option_rows[i, k] = first + prefix
         first += len(row.prefixes)
-    return {
+    batch: dict[str, Any] = {"loss": loss}
+    if any(row.example.accepted for row in rows):
+        accepted = torch.zeros(len(rows), n_options, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            accepted[i, list(row.example.accepted or [row.example.answer])] = True
+        batch["accepted"] = accepted
+    if len(prefixes) > len(rows):
+        batch["n_sequences"] = torch.tensor([len(row.prefixes) for row in rows])
+        batch["n_shared"] = torch.tensor([row.n_shared for row in rows])
+    if rows[0].prompt_ids:
+        batch["prompt_ids"] = _pad_left([row.prompt_ids for row in rows], pad)
+        batch["prompt_mask"] = _pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
+        batch["references"] = [list(row.example.references) for row in rows]
+    return batch | {
         "input_ids": _pad_left(prefixes, pad),
         "attention_mask": _pad_left([[1] * len(prefix) for prefix in prefixes], 0),
         "option_ids": option_ids,

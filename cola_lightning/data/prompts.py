@@ -9,15 +9,39 @@ from typing_extensions import override
 
 from cola_lightning.data.base import check_sizes
 from cola_lightning.data.encoding import EncodedExample, Example, collate_options, encode_examples
-from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
-from cola_lightning.data.tasks import find_task
+from cola_lightning.data.rows import check_subset, draw, fill_cache, read_rows
+from cola_lightning.data.tasks import Loss, find_task
 from cola_lightning.data.text import TokenizedDataModule
 from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
 
 
-class OptionDataModule(TokenizedDataModule):
+class OptionBatches(TokenizedDataModule):
+    """What data modules share whose rows are examples.
+
+    Attributes:
+        loss: over all ``options``, or the language model's on the right ``answer`` alone.
+        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
+    """
+
+    loss: Loss = "options"
+    apply_chat_template = False
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Makes examples into tokens."""
+        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template)
+
+    @override
+    def length(self, row: EncodedExample) -> int:
+        return len(row)
+
+    @override
+    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
+        return collate_options(rows, self.tokenizer.pad_token_id, self.loss)
+
+
+class OptionDataModule(OptionBatches):
     """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
 
     Args:
@@ -29,15 +53,7 @@ class OptionDataModule(TokenizedDataModule):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Makes examples into tokens."""
-        return encode_examples(self.tokenizer, examples, self.max_length)
-
-    @override
-    def length(self, row: EncodedExample) -> int:
-        return len(row)
-
-    @override
-    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
-        return collate_options(rows, self.tokenizer.pad_token_id)
+        return self.encode_examples(examples)
 
 
 class PromptDataModule(OptionDataModule):
@@ -46,18 +62,21 @@ class PromptDataModule(OptionDataModule):
     Training and validation are drawn together from the train split, test from the validation split.
 
     Args:
-        task: SST2, RTE, CB or BoolQ.
+        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP.
         source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, or the id of a data set on the hub.
             ``null``: the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: on the hub, the name of a configuration, for a ``source`` of one's own.
+        apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
-        train_size: rows of training; ``null``: the protocol's (1000; CB 150).
-        val_size: rows of validation; ``null``: the protocol's (500; CB 100).
-        test_size: rows of test and predict; ``null``: the protocol's (SST2 872, RTE 277, CB 56, BoolQ 1000).
+        train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300, WSC 454).
+        val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC 100 in place of 500.
+        test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
+            WSC 104).
         split_seed: which rows are drawn.
         num_workers: processes that prepare batches beside the training; 0: none.
+        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
 
     Raises:
         UserError: for a task that there is not, and for files, rows and sizes that cannot be.
@@ -71,6 +90,7 @@ class PromptDataModule(OptionDataModule):
         source: str | None = None,
         subset: str | None = None,
         *,
+        apply_chat_template: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 2048,
@@ -79,11 +99,13 @@ class PromptDataModule(OptionDataModule):
         test_size: int | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
+        length_grouped: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers)
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
         check_subset(source, subset)
         self.task = find_task(task)
+        self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
         sizes = zip((train_size, val_size, test_size), self.task.sizes, strict=True)
         self.train_size, self.val_size, self.test_size = (usual if size is None else size for size, usual in sizes)
         if source is None:
@@ -110,12 +132,9 @@ class PromptDataModule(OptionDataModule):
         train, val = self._draw("train", [self.train_size, self.val_size], "data.train_size + data.val_size")
         self.val = self.encode(val)
         if stage == "fit":
-            self.train = self.encode(train)
+            self.train = self.encode([example.right() for example in train] if self.loss == "answer" else train)
 
     def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Example]]:
         # Examples of all rows, drawn or not: what is wrong is found where it first is.
-        examples = [self._example(row) for row in read_rows(self.source, split, self.subset)]
+        examples = [self.task.example(row) for row in read_rows(self.source, split, self.subset)]
         return draw(examples, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
-
-    def _example(self, row: Row) -> Example:
-        return Example(self.task.prompt(row), self.task.options, self.task.label(row), row.place)

@@ -5,7 +5,6 @@ from typing_extensions import override
 from cola_lightning.data.encoding import Example
 from cola_lightning.data.grammar import Review, write_reviews
 from cola_lightning.data.prompts import OptionDataModule
-from cola_lightning.data.tasks import TASKS
 
 
 class ReviewsDataModule(OptionDataModule):
@@ -44,4 +43,4 @@ class ReviewsDataModule(OptionDataModule):
 
 
 def _example(review: Review) -> Example:
-    return Example(f"{review.text} It was", TASKS["SST2"].options, review.label)
+    return Example(f"{review.text} It was", (" terrible", " great"), review.label)

@@ -42,6 +42,27 @@ class Row(dict[str, Any]):
             raise UserError(message) from error
         return value
 
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A field that holds a list of texts, one at least."""
+        values = self[field]
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise UserError(f"{self.place}: expected a list of texts in the field {field!r}, received {values!r}")
+        return tuple(Row({field: value}, self.place).text(field) for value in values)
+
+    def inner(self, field: str) -> "Row":
+        """A field that holds fields of its own."""
+        if not isinstance(value := self[field], dict):
+            raise UserError(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
+        return Row(value, self.place)
+
+    def messages(self, field: str) -> list[dict[str, str]]:
+        """A field that holds a conversation: turns of a ``role`` and its ``content``."""
+        turns = self[field]
+        if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
+        inner = [Row(turn, self.place) for turn in turns]
+        return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
+
     def label(self, field: str, n_labels: int) -> int:
         """A field that holds a label from 0 to ``n_labels - 1``; true is 1."""
         value = self[field]

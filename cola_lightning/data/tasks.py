@@ -1,84 +1,139 @@
-"""Tasks as prompts with options to choose from, word for word those of the protocol that the paper follows.
+"""The paper's eleven tasks as prompts, word for word those of the protocol that it follows.
 
 Source: Malladi et al. (arXiv 2305.17333), princeton-nlp/MeZO, large_models/templates.py and tasks.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+from cola_lightning.data.encoding import Example
 from cola_lightning.data.rows import Row
 from cola_lightning.errors import UserError, nearest
+
+Loss = Literal["options", "answer"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompted classification.
+    """A prompted task.
 
     Attributes:
         name: the protocol's.
         source: id of the data set on the hub.
         subset: its configuration there.
-        prompt: makes a row's prompt; an option is appended to it.
-        options: in the order of the labels.
-        label: the place of a row's answer among the options.
+        example: makes a row's prompt, with options to choose from, or the text to be generated.
         sizes: rows for training, validation and test.
+        loss: over all ``options``, or the language model's on the right ``answer`` alone.
     """
 
     name: str
     source: str
     subset: str | None
-    prompt: Callable[[Row], str]
-    options: tuple[str, ...]
-    label: Callable[[Row], int]
+    example: Callable[[Row], Example]
     sizes: tuple[int, int, int]
+    loss: Loss = "options"
 
 
-def _label(n_labels: int) -> Callable[[Row], int]:
-    return lambda row: row.label("label", n_labels)
+def _labelled(row: Row, prompt: str, *options: str) -> Example:
+    """A prompt with fixed options, in the order of the labels."""
+    return Example(prompt, options, row.label("label", len(options)), row.place)
 
 
-def _boolq_prompt(row: Row) -> str:
+def _sst2(row: Row) -> Example:
+    return _labelled(row, f"{row.text('sentence').strip()} It was", " terrible", " great")
+
+
+def _rte(row: Row) -> Example:
+    prompt = f'{row.text("premise")}\nDoes this mean that "{row.text("hypothesis")}" is true? Yes or No?\n'
+    return _labelled(row, prompt, "Yes", "No")
+
+
+def _cb(row: Row) -> Example:
+    prompt = f'Suppose {row.text("premise")} Can we infer that "{row.text("hypothesis")}"? Yes, No, or Maybe?\n'
+    return _labelled(row, prompt, "Yes", "No", "Maybe")
+
+
+def _boolq(row: Row) -> Example:
     question = row.text("question")
     question = question if question.endswith("?") else f"{question}?"
-    return f"{row.text('passage')} {question[:1].upper()}{question[1:]}\n"
+    prompt = f"{row.text('passage')} {question[:1].upper()}{question[1:]}\n"
+    is_true = row.label("answer" if "answer" in row else "label", 2)  # the hub's form, and SuperGLUE's
+    return Example(prompt, ("Yes", "No"), 1 - is_true, row.place)
 
 
-def _boolq_label(row: Row) -> int:
-    """0 (Yes) where the answer is true: ``answer`` on the hub, ``label`` in SuperGLUE's form."""
-    return 1 - row.label("answer" if "answer" in row else "label", 2)
+def _wsc(row: Row) -> Example:
+    pronoun, name = row.text("span2_text").lower(), row.text("span1_text")
+    question = f'In the previous sentence, does the pronoun "{pronoun}" refer to {name}? Yes or No?'
+    return _labelled(row, f"{row.text('text')}\n{question}\n", "No", "Yes")
 
+
+def _wic(row: Row) -> Example:
+    question = f'Does the word "{row.text("word")}" have the same meaning in these two sentences? Yes, No?'
+    return _labelled(row, f"{question}\n{row.text('sentence1')}\n{row.text('sentence2')}\n", "No", "Yes")
+
+
+def _multirc(row: Row) -> Example:
+    question = f'Question: {row.text("question")}\nI found this answer "{row.text("answer")}". Is that correct? Yes or No?'
+    return _labelled(row, f"{row.text('paragraph')}\n{question}\n", "No", "Yes")
+
+
+def _copa(row: Row) -> Example:
+    conjunctions = {"effect": " so ", "cause": " because "}
+    if (question := row.text("question")) not in conjunctions:
+        raise UserError(f"{row.place}: expected cause or effect in the field 'question', received {question!r}")
+    premise = row.text("premise").rstrip().removesuffix(".")
+    return _labelled(row, premise + conjunctions[question], *(_uncapitalised(row.text(f"choice{k}")) for k in (1, 2)))
+
+
+def _uncapitalised(sentence: str) -> str:
+    word, blank, rest = sentence.partition(" ")
+    return (word if word == "I" else word.lower()) + blank + rest
+
+
+def _record(row: Row) -> Example:
+    entities, answers, query = row.texts("entities"), row.texts("answers"), row.text("query")
+    if not set(answers) <= set(entities):
+        raise UserError(f"{row.place}: expected answers among the entities, received {answers}")
+    options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
+    accepted = tuple(entities.index(answer) for answer in answers)
+    prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
+    return Example(prompt, options, accepted[0], row.place, accepted=accepted)
+
+
+def _generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
+    """A prompt whose answer is generated, and compared with each of those given; the first one is learned."""
+    return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
+
+
+def _squad(row: Row) -> Example:
+    question = row.text("question").strip()
+    prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
+    return _generated(row, prompt, row.inner("answers").texts("text"))
+
+
+def _drop(row: Row) -> Example:
+    prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
+    return _generated(row, prompt, row.inner("answers_spans").texts("spans"))
+
+
+_superglue = partial(Task, source="aps/super_glue")
 
 TASKS = {
     task.name: task
     for task in (
-        Task(
-            "SST2",
-            "nyu-mll/glue",
-            "sst2",
-            lambda row: f"{row.text('sentence').strip()} It was",
-            (" terrible", " great"),
-            _label(2),
-            (1000, 500, 872),
-        ),
-        Task(
-            "RTE",
-            "aps/super_glue",
-            "rte",
-            lambda row: f'{row.text("premise")}\nDoes this mean that "{row.text("hypothesis")}" is true? Yes or No?\n',
-            ("Yes", "No"),
-            _label(2),
-            (1000, 500, 277),
-        ),
-        Task(
-            "CB",
-            "aps/super_glue",
-            "cb",
-            lambda row: f'Suppose {row.text("premise")} Can we infer that "{row.text("hypothesis")}"? Yes, No, or Maybe?\n',
-            ("Yes", "No", "Maybe"),
-            _label(3),
-            (150, 100, 56),
-        ),
-        Task("BoolQ", "google/boolq", None, _boolq_prompt, ("Yes", "No"), _boolq_label, (1000, 500, 1000)),
+        Task("SST2", "nyu-mll/glue", "sst2", _sst2, (1000, 500, 872)),
+        _superglue("RTE", subset="rte", example=_rte, sizes=(1000, 500, 277)),
+        _superglue("CB", subset="cb", example=_cb, sizes=(150, 100, 56)),
+        Task("BoolQ", "google/boolq", None, _boolq, (1000, 500, 1000)),
+        _superglue("WSC", subset="wsc.fixed", example=_wsc, sizes=(454, 100, 104)),  # 500 for validation would leave 54
+        _superglue("WIC", subset="wic", example=_wic, sizes=(1000, 500, 638)),
+        _superglue("MultiRC", subset="multirc", example=_multirc, sizes=(1000, 500, 1000)),
+        _superglue("COPA", subset="copa", example=_copa, sizes=(300, 100, 100), loss="answer"),
+        _superglue("ReCoRD", subset="record", example=_record, sizes=(1000, 500, 1000), loss="answer"),
+        Task("SQuAD", "rajpurkar/squad", None, _squad, (1000, 500, 1000), "answer"),
+        Task("DROP", "ucinlp/drop", None, _drop, (1000, 500, 1000), "answer"),
     )
 }
 
@@ -90,8 +145,8 @@ def find_task(name: str) -> Task:
         UserError: if there is none; it tells the nearest.
 
     Example:
-        >>> find_task("sst2").options
-        (' terrible', ' great')
+        >>> find_task("sst2").sizes
+        (1000, 500, 872)
     """
     for known, task in TASKS.items():
         if known.lower() == name.lower():

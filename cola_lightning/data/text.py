@@ -7,7 +7,7 @@ from typing import Any, cast
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_sizes
-from cola_lightning.data.encoding import collate_language, encode_response, encode_text
+from cola_lightning.data.encoding import collate_language, encode_messages, encode_response, encode_text
 from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.errors import UserError
 
@@ -21,6 +21,7 @@ class TokenizedDataModule(EpochDataModule):
         max_length: of a sequence, in tokens; the model's own limit holds too.
         split_seed: which rows are in which part.
         num_workers: processes that prepare batches beside the training; 0: none.
+        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class TokenizedDataModule(EpochDataModule):
         max_length: int = 2048,
         split_seed: int = 0,
         num_workers: int = 0,
+        length_grouped: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
+        self.length_grouped = length_grouped
         if max_length < 2:
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
         self._max_length = max_length
@@ -64,6 +67,7 @@ class SourceDataModule(TokenizedDataModule):
         test_split: the split that test and predict read.
         split_seed: which rows are drawn.
         num_workers: processes that prepare batches beside the training; 0: none.
+        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
     """
 
     def __init__(
@@ -79,8 +83,9 @@ class SourceDataModule(TokenizedDataModule):
         test_split: str = "validation",
         split_seed: int = 0,
         num_workers: int = 0,
+        length_grouped: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers)
+        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_sizes(train_size=train_size, val_size=val_size)
         check_subset(source, subset)
         self.source, self.subset, self.test_split = source, subset, test_split
@@ -94,7 +99,7 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage in ("test", "predict"):
-            self.test = self._encode(read_rows(self.source, self.test_split, self.subset))
+            self.test = self._known(self.encode(read_rows(self.source, self.test_split, self.subset)))
             return
         rows = read_rows(self.source, "train", self.subset) if stage == "fit" or self.val_size else []
         if self.val_size is None:
@@ -105,12 +110,12 @@ class SourceDataModule(TokenizedDataModule):
         else:
             sizes = [self.train_size or max(len(rows) - self.val_size, 1), self.val_size]
             train, val = draw(rows, sizes, self.split_seed, f"data.train_size + data.val_size, of {self.source}, train")
-        self.val = self._encode(val)
+        self.val = self._known(self.encode(val))
         if stage == "fit":
-            self.train = self._encode(train)
+            self.train = self._known(self.encode_train(train))
 
-    def _encode(self, rows: Sequence[Row]) -> Sequence[Any]:
-        if not (encoded := self.encode(rows)):
+    def _known(self, encoded: Sequence[Any]) -> Sequence[Any]:
+        if not encoded:
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
         return encoded
 
@@ -118,12 +123,17 @@ class SourceDataModule(TokenizedDataModule):
     def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
         """Makes rows into what ``collate`` takes."""
 
+    def encode_train(self, rows: Sequence[Row]) -> Sequence[Any]:
+        """The same, of rows to be trained on."""
+        return self.encode(rows)
+
 
 class TextDataModule(SourceDataModule):
-    """Plain text (``text``) or instructions (``prompt`` and ``response``) with the language-model loss.
+    """Text (``text``), instructions (``prompt``, ``response``) or conversations (``messages``) with the language-model loss.
 
-    The loss is on all tokens of a text, or on those of the response alone, which follows its prompt as it stands; the
-    end-of-text token is learned too. A text beyond ``max_length`` becomes several rows; a prompt loses its beginning.
+    The loss is on all tokens of a text, on those of the response alone, which follows its prompt as it stands, or on what the
+    assistant says in a conversation, in the tokenizer's chat template; an end-of-text token is learned too. A text beyond
+    ``max_length`` becomes several rows; a prompt, and a conversation, loses its beginning.
 
     Raises:
         UserError: for files, rows and sizes that cannot be.
@@ -133,14 +143,17 @@ class TextDataModule(SourceDataModule):
     def encode(self, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
         encoded = []
         for row in rows:
-            if "text" in row and not row.keys() & {"prompt", "response"}:
+            kinds = row.keys() & {"text", "prompt", "response", "messages"}
+            if kinds == {"messages"}:
+                encoded.append(encode_messages(self.tokenizer, row.messages("messages"), self.max_length, row.place))
+            elif kinds == {"text"}:
                 encoded += encode_text(self.tokenizer, row.text("text"), self.max_length)
-            elif "text" not in row and row.keys() & {"prompt", "response"}:
+            elif kinds and kinds <= {"prompt", "response"}:
                 prompt, response = row.text("prompt"), row.text("response")
                 encoded.append(encode_response(self.tokenizer, prompt, response, self.max_length, row.place))
             else:
                 fields = ", ".join(map(repr, row)) or "no field"
-                raise UserError(f"{row.place}: expected the field 'text', or 'prompt' and 'response', received {fields}")
+                raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")
         return encoded
 
     @override

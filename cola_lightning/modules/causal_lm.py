@@ -1,8 +1,7 @@
 """Causal language models: prompted classification, and the language-model loss."""
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import functools
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,10 @@ from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.modules.generation import ExactMatch, TokenF1, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
-
-Batch = Mapping[str, Any]
+from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits
+from cola_lightning.modules.sharding import is_sharded
 
 IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
 
@@ -31,8 +31,10 @@ class COLACausalLM(LanguageModule):
 
     It takes two kinds of batches:
 
-    * **option batches** (prompted classification; :class:`~cola_lightning.data.PromptDataModule` makes them): the loss is the
-      cross-entropy over the options' mean log-probabilities, the prediction the option with the largest;
+    * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
+      option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
+      language model's on the right option's tokens (``loss: answer``). Where an answer is to be generated (``references``), it
+      is, but for a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` say how near it is;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 where no loss is
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them.
@@ -45,6 +47,11 @@ class COLACausalLM(LanguageModule):
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+
+    def __init__(self, model_name: str, **arguments: Any) -> None:
+        super().__init__(model_name, **arguments)
+        kinds = {"f1": TokenF1, "exact_match": ExactMatch}
+        self.answer_metrics = nn.ModuleDict({f"{stage}_{name}": kinds[name]() for stage in ("val", "test") for name in kinds})
 
     @override
     def make_metric(self) -> Metric:
@@ -61,7 +68,44 @@ class COLACausalLM(LanguageModule):
         if "option_ids" not in batch:
             return self._language_step(batch)
         scores, answer = self.option_scores(batch), batch["answer"]
-        return StepOutput(F.cross_entropy(scores, answer), len(answer), scores.argmax(-1), answer)
+        if batch.get("loss", "options") == "options":
+            loss, size = F.cross_entropy(scores, answer), len(answer)
+        else:  # over the right options' tokens
+            right = answer.unsqueeze(1)
+            lengths = (batch["option_ids"] != IGNORED).sum(-1).gather(1, right)
+            size = int(lengths.sum())
+            loss = -(scores.gather(1, right) * lengths).sum() / size
+        if "references" in batch:
+            return StepOutput(loss, size)
+        chosen = scores.argmax(-1)
+        if "accepted" in batch:
+            answer = torch.where(batch["accepted"].gather(1, chosen.unsqueeze(1)).squeeze(1), chosen, answer)
+        return StepOutput(loss, size, chosen, answer)
+
+    @functools.cached_property
+    def _stop_tokens(self) -> list[int]:
+        return stop_tokens(self.tokenizer)
+
+    def generate(self, batch: Batch) -> list[str]:
+        """What the model writes after each prompt of a batch (``prompt_ids``, ``prompt_mask``): up to a line's end."""
+        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
+        return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=is_in_parts)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        for metric in self.answer_metrics.values():
+            cast(Metric, metric).reset()
+
+    @override
+    def _evaluate(self, batch: Batch, stage: str, metric: Metric) -> None:
+        super()._evaluate(batch, stage, metric)
+        if "references" in batch and self.trainer.state.fn != "fit":
+            texts = self.generate(batch)
+            for name in ("f1", "exact_match"):
+                measure = cast(Metric, self.answer_metrics[f"{stage}_{name}"])
+                measure.update(texts, batch["references"])
+                self.log(f"{stage}_{name}", measure, batch_size=len(texts), prog_bar=True)
 
     def option_scores(self, batch: Batch) -> Tensor:
         """The mean log-probability of each option's tokens after its prompt.
@@ -69,14 +113,17 @@ class COLACausalLM(LanguageModule):
         Args:
             batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): what precedes each option's
                 last token, once for all options that share it; ``option_rows`` (rows x options): which sequence that is;
-                ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens.
+                ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens. Where
+                options of more tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
+                :func:`~cola_lightning.modules.logits.shared_logits`: without gradients it is then computed once.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
         """
         ids = batch["option_ids"]
         n_tokens = ids.shape[-1]
-        logits = logits_of(self.model, batch, n_tokens)  # sequences x tokens x vocabulary
+        logits_at = shared_logits if "n_shared" in batch and self._can_share else logits_of
+        logits = logits_at(self.model, batch, n_tokens)  # sequences x tokens x vocabulary
         rows, places = batch["option_rows"].unsqueeze(-1), torch.arange(n_tokens, device=ids.device)
         is_token = ids != IGNORED
         chosen = logits[rows, places, ids.clamp(min=0)]  # rows x options x tokens
@@ -85,6 +132,12 @@ class COLACausalLM(LanguageModule):
         means = log_probabilities.sum(-1) / lengths.clamp(min=1)
         scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
         return scores
+
+    @property
+    def _can_share(self) -> bool:
+        """Whether options may share the computation of their prompt: no gradients, and nothing that counts forward passes."""
+        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
+        return not (torch.is_grad_enabled() or self.should_compile or is_in_parts) and can_share(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if missing := {"input_ids", "labels"} - set(batch):
@@ -106,57 +159,12 @@ class COLACausalLM(LanguageModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         if "option_ids" not in batch:
             raise UserError("predict: expected rows with options to choose from, received rows with a language-model loss")
+        if "references" in batch:
+            return {"prediction": self.generate(batch), "target": batch["references"], "prompt": batch["prompt"]}
         scores = self.option_scores(batch)
         columns = {"prediction": scores.argmax(-1), "target": batch["answer"]}
         columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
+        if "accepted" in batch:  # several places
+            columns["target"] = [row.nonzero().flatten().tolist() for row in batch["accepted"]]
         counts = (batch["option_ids"] != IGNORED).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
-
-
-def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
-    """The logits of a causal language model, in float32, at the positions that are asked for.
-
-    Args:
-        model: a Hugging Face model.
-        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side.
-        keep: how many positions at the end, or which.
-
-    Shape:
-        result: rows x positions x vocabulary.
-    """
-    taken_by_name = inspect.signature(model.forward).parameters
-    mask = batch.get("attention_mask")
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
-    if mask is not None and mask.dim() == 2:  # behind padding on the left, too, a row begins at position 0
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs |= {name: batch[name] for name in ("position_ids", "token_type_ids") if name in batch}
-    taken = {name: value for name, value in inputs.items() if name in taken_by_name}
-    logits: Tensor = model(**taken).logits
-    if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
-        logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-    return logits.float()
-
-
-@torch.no_grad()
-def check_left_padding(model: nn.Module) -> None:
-    """Refuses a model for which padding on the left changes what a sequence means.
-
-    Such are encoders, encoder-decoders, and models that count positions without asking for them.
-
-    Raises:
-        UserError: if the logits of a few tokens with padding before them are not those without.
-    """
-    config: Any = model.config
-    tokens = torch.arange(3).unsqueeze(0) + config.get_text_config().vocab_size // 2
-    is_training = model.training
-    model.eval()
-    mask = torch.ones_like(tokens)
-    alone = model(input_ids=tokens, attention_mask=mask).logits[:, -1:].float()  # as the model itself counts positions
-    padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    model.train(is_training)
-    tolerance = 1e-2 if model.dtype.itemsize >= 4 else 1e-1  # type: ignore[operator]
-    if not (alone - padded).abs().max() <= tolerance * alone.abs().max():
-        raise UserError(
-            "model.model_name: expected a decoder that can be padded on the left, received "
-            f"{type(model).__name__}, which then gives other logits"
-        )

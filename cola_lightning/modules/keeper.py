@@ -103,6 +103,15 @@ class ChainKeeper(Callback):
         self.module.is_validating_in_fit = False
 
     @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = distributed.gather_objects(trainer.num_predict_batches) if shards(trainer.strategy) else []
+        if any(count != counts[0] for count in counts):
+            raise UserError(
+                "predict: expected as many batches on each process, for a sharded model computes on all of them together "
+                f"(EpochDataModule deals its rows so), received {' and '.join(map(str, counts))}"
+            )
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.module.is_validating_in_fit:  # Lightning leaves the model in evaluation mode: a next fit would lose its dropout
             for part, is_training in self._modes:

@@ -1,0 +1,171 @@
+"""A task of one's own, without code: a prompt with the data's fields in it, and options, or an answer to be written."""
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, get_args
+
+from typing_extensions import override
+
+from cola_lightning.data.encoding import EncodedExample, Example
+from cola_lightning.data.prompts import OptionBatches
+from cola_lightning.data.rows import Row
+from cola_lightning.data.tasks import Loss
+from cola_lightning.data.text import SourceDataModule
+from cola_lightning.errors import UserError
+
+
+class Template:
+    """Text with fields of a row in braces: ``{premise}``, or ``{answers.text}`` for one inside another; ``{{`` is a brace.
+
+    Args:
+        text: the template.
+        option: the option that it is the value of, for messages.
+
+    Raises:
+        UserError: if it is no such text.
+
+    Example:
+        >>> Template("{question}? {{yes}}", "data.prompt").fill(Row({"question": "Is it"}, "line 1"))
+        'Is it? {yes}'
+    """
+
+    def __init__(self, text: str, option: str) -> None:
+        try:
+            parts = list(Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(f"{option}: expected text with fields in braces ({{{{ for a brace), received {text!r}") from error
+        for _, field, spec, conversion in parts:
+            if field is not None and (not field or spec or conversion or "[" in field):
+                raise UserError(f"{option}: expected the names of fields alone in braces, received {text!r}")
+        self.parts = [(literal, field) for literal, field, *_ in parts]
+
+    def fill(self, row: Row) -> str:
+        """The text for a row."""
+        return "".join(literal + (_as_text(row, field) if field else "") for literal, field in self.parts)
+
+
+def _inside(row: Row, path: str) -> tuple[Row, str]:
+    """The row, or what lies in it, and the name of the field there."""
+    *outer, field = path.split(".")
+    for name in outer:
+        row = row.inner(name)
+    return row, field
+
+
+def _as_text(row: Row, path: str) -> str:
+    row, field = _inside(row, path)
+    value = row[field]
+    return str(value) if isinstance(value, int | float) else row.text(field)
+
+
+class TemplateDataModule(OptionBatches, SourceDataModule):
+    """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be written.
+
+    Args:
+        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        subset: on the hub, the name of a configuration.
+        prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
+        options: what is appended to the prompt, each a text with fields in braces, too; or the name of the field that lists
+            them. ``null`` where the answer is written.
+        label: the field with the right option: its place, from 0, or its text.
+        answer: where the answer is written: the field that holds it, or a list of answers, of which the first is learned and
+            the best one counts (``answers.text``: a field inside another).
+        loss: over all ``options``, or the language model's on the right ``answer`` alone; ``null``: ``options`` where there
+            are any.
+        apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
+        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
+        train_size: rows of training, drawn by ``split_seed``; ``null``: all.
+        val_size: rows of validation, drawn together with those of training from the train split; ``null``: the validation
+            split.
+        test_split: the split that test and predict read.
+        split_seed: which rows are drawn.
+        num_workers: processes that prepare batches beside the training; 0: none.
+        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
+
+    Raises:
+        UserError: for a prompt that names what the data lacks, and for files, rows and sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        subset: str | None = None,
+        *,
+        prompt: str,
+        options: list[str] | str | None = None,
+        label: str = "label",
+        answer: str | None = None,
+        loss: Loss | None = None,
+        apply_chat_template: bool = False,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 1024,
+        train_size: int | None = None,
+        val_size: int | None = None,
+        test_split: str = "validation",
+        split_seed: int = 0,
+        num_workers: int = 0,
+        length_grouped: bool = False,
+    ) -> None:
+        super().__init__(
+            source,
+            subset,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            train_size=train_size,
+            val_size=val_size,
+            test_split=test_split,
+            split_seed=split_seed,
+            num_workers=num_workers,
+            length_grouped=length_grouped,
+        )
+        if (options is None) is (answer is None):
+            received = "neither" if options is None else "both"
+            raise UserError(
+                f"data.options, data.answer: expected options to choose from, or the field of an answer, {received}"
+            )
+        if options == []:
+            raise UserError("data.options: expected at least one, received none")
+        if loss not in (None, *get_args(Loss)):
+            raise UserError(f"data.loss: expected {', '.join(get_args(Loss))} or null, received {loss!r}")
+        if loss == "options" and options is None:
+            raise UserError("data.loss: expected null or answer where the answer is written, received options")
+        self.prompt = Template(prompt, "data.prompt")
+        self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
+        self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
+        self.loss = loss or ("answer" if options is None else "options")
+
+    @override
+    def encode(self, rows: Sequence[Row]) -> list[EncodedExample]:
+        return self.encode_examples([self._example(row) for row in rows])
+
+    @override
+    def encode_train(self, rows: Sequence[Row]) -> list[EncodedExample]:
+        examples = [self._example(row) for row in rows]
+        return self.encode_examples([example.right() for example in examples] if self.loss == "answer" else examples)
+
+    def _example(self, row: Row) -> Example:
+        prompt = self.prompt.fill(row)
+        if self.answer is not None:
+            inner, field = _inside(row, self.answer)
+            references = (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field)
+            return Example(prompt, (f" {references[0]}\n",), 0, row.place, references=references)
+        if isinstance(self.options, str):
+            inner, field = _inside(row, self.options)
+            options = inner.texts(field)
+        else:
+            options = tuple(option.fill(row) for option in self.options or ())
+        return Example(prompt, options, self._place(row, options), row.place)
+
+    def _place(self, row: Row, options: tuple[str, ...]) -> int:
+        inner, field = _inside(row, self.label)
+        label: Any = inner[field]
+        if not isinstance(label, str):
+            return inner.label(field, len(options))
+        stripped = [option.strip() for option in options]
+        if label.strip() not in stripped:
+            raise UserError(f"{row.place}: expected one of the options {stripped} in the field {field!r}, received {label!r}")
+        return stripped.index(label.strip())

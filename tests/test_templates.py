@@ -1,0 +1,318 @@
+"""A task without code, and conversations: what becomes of a row, token by token, and each mistake in one line."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cola_lightning import TemplateDataModule, TextDataModule, UserError
+from cola_lightning.cli import main
+from cola_lightning.data.encoding import encode_messages
+from cola_lightning.modules.pretrained import Pretrained
+from tests import tiny
+
+CHAT = (
+    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}]\n{{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+CHANGING = "{% for turn in messages %}{{ loop.length }}{{ turn['content'] }}{% endfor %}"
+ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user comes first') }}{% endif %}" + CHAT
+
+
+def tokenizer(architecture="llama", chat=None, **arguments):
+    made = tiny.tokenizer(architecture, **{"pad": True} | arguments)
+    made.chat_template = chat
+    return made
+
+
+def examples(rows, tmp_path, own=None, stage="test", cls=TemplateDataModule, **arguments):
+    """The rows as the data module encodes them, and the data module."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    data = cls(str(tmp_path), **arguments)
+    module = SimpleNamespace(tokenizer=own or tokenizer(), seed=3)
+    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
+    data.setup(stage)
+    return (data.test if stage == "test" else data.train), data
+
+
+ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
+ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": "", "none": None}
+FIXED = {"options": [" no", " yes"]}
+
+MADE = [
+    ({"prompt": "{text} Is it?", **FIXED}, "It was {old}. Is it?", (" no", " yes"), 1, ()),
+    ({"prompt": "Is it?", "options": [" red", " blue "], "label": "gold"}, "Is it?", (" red", " blue "), 1, ()),
+    ({"prompt": "Is it?", "options": "all"}, "Is it?", ("red", "blue"), 1, ()),
+    ({"prompt": "Is it?", "options": "all", "label": "gold"}, "Is it?", ("red", "blue"), 1, ()),
+    ({"prompt": "Is it?", "options": [" {by.name}", " {gold} {{}}"]}, "Is it?", (" Al", " blue {}"), 1, ()),
+    ({"prompt": "Is it?", "options": "answers.text"}, "Is it?", ("blue", "navy"), 1, ()),
+    ({"prompt": "{by.town.name}, {by.name}:", **FIXED}, "Oslo, Al:", (" no", " yes"), 1, ()),
+    ({"prompt": "{{{size}}} {share} {{text}}", **FIXED}, "{3} 0.5 {text}", (" no", " yes"), 1, ()),
+    ({"prompt": "{empty}Is it{empty}?", **FIXED}, "Is it?", (" no", " yes"), 1, ()),
+    ({"prompt": "Which?", "answer": "gold"}, "Which?", (" blue\n",), 0, ("blue",)),
+    ({"prompt": "Which?", "answer": "all"}, "Which?", (" red\n",), 0, ("red", "blue")),
+    ({"prompt": "Which?", "answer": "answers.text"}, "Which?", (" blue\n",), 0, ("blue", "navy")),
+    ({"prompt": "Which?", "answer": "empty"}, "Which?", (" \n",), 0, ("",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "prompt", "options", "answer", "references"), MADE)
+def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, prompt, options, answer, references):
+    (row,), data = examples([ROW], tmp_path, **arguments)
+    made = row.example
+    assert (made.prompt, made.options, made.answer, made.references) == (prompt, options, answer, references)
+    assert made.place.endswith("validation.jsonl, line 1")
+    assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
+
+
+def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path):
+    asked = {"prompt": "Is it?", "loss": "answer", **FIXED}
+    (row,), data = examples([ROW], tmp_path, stage="fit", **asked)
+    assert (data.loss, row.example.options, data.val[0].example.options) == ("answer", (" yes",), (" no", " yes"))
+    assert data.collate([row])["loss"] == "answer"
+    (row,), data = examples([ROW], tmp_path, stage="fit", prompt="Is it?", loss="options", **FIXED)
+    assert (data.loss, row.example.options) == ("options", (" no", " yes"))
+    (row,), data = examples([ROW], tmp_path, stage="fit", prompt="Which?", answer="gold")
+    assert (row.example.options, data.val[0].example.references) == ((" blue\n",), ("blue",))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # with a beginning of sentence of its own, and without
+def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assistant_says(tmp_path, architecture):
+    own = tokenizer(architecture, CHAT)
+    (row,), _ = examples([ROW], tmp_path, own, prompt="{text} Is it?", options=["no", "yes it is"], apply_chat_template=True)
+    before = "<s>[user]\nIt was {old}. Is it?</s>\n[assistant]\n"
+    n_before = len(own(before, add_special_tokens=False)["input_ids"])
+    for option, prefix, ids in zip(
+        row.example.options, (row.prefixes[place] for place in row.prefix_of), row.option_ids, strict=True
+    ):
+        whole = own(before + option, add_special_tokens=False)["input_ids"]
+        assert (prefix, ids) == (whole[:-1], whole[n_before:])
+        assert whole.count(0) == 1
+    assert row.example.prompt == "It was {old}. Is it?"
+    (row,), _ = examples([ROW], tmp_path, own, prompt="Which?", answer="gold", apply_chat_template=True, max_length=80)
+    assert own.decode(row.prompt_ids) == "<s>[user]\nWhich?</s>\n[assistant]\n"
+    assert own.decode(row.prefixes[0] + row.option_ids[0][-1:]) == "<s>[user]\nWhich?</s>\n[assistant]\n blue\n"
+
+
+TURNS = [("system", "Be kind."), ("user", "Is it 🏠?"), ("assistant", "Yes."), ("user", "Old?"), ("assistant", "No, נו 🏠")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
+    own = tokenizer(chat=CHAT)
+    row, data = examples([{"messages": MESSAGES, "id": 4}], tmp_path, own, cls=TextDataModule)
+    parts = [("<s>[system]\nBe kind.</s>\n[user]\nIs it 🏠?</s>\n[assistant]\n", False), ("Yes.</s>\n", True)]
+    parts += [("[user]\nOld?</s>\n[assistant]\n", False), ("No, נו 🏠</s>\n", True)]
+    ids, labels = [], []
+    for text, is_said in parts:
+        tokens = own(text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if is_said else [-100] * len(tokens)
+    assert row == [{"input_ids": ids, "labels": labels}]
+    assert data.collate(row)["labels"].tolist() == [labels]
+    assert own.decode([label for label in labels if label != -100]) == "Yes.</s>\nNo, נו 🏠</s>\n"
+    assert encode_messages(own, MESSAGES, 12) == {"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}
+
+
+def test_a_long_text_loses_its_beginning_and_keeps_its_option(tmp_path):
+    long = {"text": "The river is long. " * 5264, "label": 0, "messages": [MESSAGES[1], {"role": "assistant", "content": "No"}]}
+    assert len(long["text"]) > 100_000
+    asked = {"prompt": "{text}Is it?", "max_length": 30}
+    (row,), _ = examples([long], tmp_path, options=[" no", " it is one of the longest"], **asked)
+    for place in row.prefix_of:
+        assert len(row.prefixes[place]) == 29
+        assert row.prefixes[place][0] == 0
+    assert [tokenizer().decode(ids) for ids in row.option_ids] == [" no", " it is one of the longest"]
+    (row,), _ = examples([long], tmp_path, tokenizer(chat=CHAT), options=["a", "b"], apply_chat_template=True, **asked)
+    assert tokenizer().decode(row.prefixes[0] + row.option_ids[0][-1:]).endswith("long. Is it?</s>\n[assistant]\na")
+    assert len(row) == 29
+    (row,), _ = examples([long], tmp_path, answer="text", prompt="Which?", max_length=10**6)
+    assert row.example.references == (long["text"],)
+
+
+@pytest.mark.parametrize("text", ["", "🏠👩‍👩‍👧", "שלום עולם", "\u202eRTL\u202c\x00\ufeff", "{label} {{x}} {"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_any_text_comes_through_as_it_is(tmp_path, text, architecture):
+    own = tokenizer(architecture)
+    row = {"text": text, "label": 1, "all": ["no", f"{text}!"]}
+    (row,), data = examples([row], tmp_path, own, prompt="A {text} ", options="all")
+    assert row.example.prompt == f"A {text} "
+    written = own.decode(row.prefixes[row.prefix_of[1]] + row.option_ids[1][-1:], skip_special_tokens=True)
+    assert written == f"A {text} {text}!"
+    assert data.collate([row])["answer"].tolist() == [1]
+
+
+def test_a_tokenizer_without_padding_or_beginning_of_sentence(tmp_path):
+    own = Pretrained(tiny.folder(tmp_path / "model", "gpt2")).tokenizer()
+    assert own.pad_token_id == 1
+    own.bos_token = None
+    rows = [ROW | {"text": "The river is long. " * 9}, ROW | {"text": "It"}]
+    encoded, data = examples(rows, tmp_path, own, prompt="{text}", max_length=9, **FIXED)
+    batch = data.collate(encoded)
+    assert batch["input_ids"].shape[1] == max(map(len, encoded)) == 8
+    assert ((batch["input_ids"] == 1) == (batch["attention_mask"] == 0)).all()
+    assert (batch["attention_mask"] == 0).any()
+    with pytest.raises(UserError, match=r"line 1: expected a prompt of at least one token, received ''"):
+        examples([ROW], tmp_path, own, prompt="{empty}", **FIXED)
+
+
+FIELDS = "'text', 'size', 'share', 'label', 'by', 'all', 'answers', 'gold', 'empty', 'none'"
+MISTAKES = [
+    ({"prompt": "{txt}", **FIXED}, rf"line 1: expected the field 'txt', received {FIELDS}"),
+    ({"prompt": "{by.nme}", **FIXED}, r"line 1: expected the field 'nme', received 'name', 'town'"),
+    ({"prompt": "{text.old}", **FIXED}, r"line 1: expected an object in the field 'text'"),
+    ({"prompt": "{none}", **FIXED}, r"line 1: expected text in the field 'none', received None"),
+    ({"prompt": "{by}", **FIXED}, r"line 1: expected text in the field 'by', received \{"),
+    ({"prompt": "Is it?", "options": ["no", "{txt}"]}, r"line 1: expected the field 'txt', received 'text'"),
+    ({"prompt": "Is it?", "options": "al"}, r"line 1: expected the field 'al', received 'text'"),
+    ({"prompt": "Is it?", "options": "text"}, r"line 1: expected a list of texts in the field 'text'"),
+    ({"prompt": "Is it?", "label": "lbl", **FIXED}, r"line 1: expected the field 'lbl', received 'text'"),
+    ({"prompt": "Is it?", "answer": "answers.txt"}, r"line 1: expected the field 'txt', received 'text'"),
+    ({"prompt": "Is it?", "answer": "none"}, r"line 1: expected a list of texts in the field 'none', received None"),
+    (
+        {"prompt": "{text", **FIXED},
+        r"data\.prompt: expected text with fields in braces \(\{\{ for a brace\), received '\{text'",
+    ),
+    ({"prompt": "text}", **FIXED}, r"data\.prompt: expected text with fields in braces .* received 'text\}'"),
+    ({"prompt": "{}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces, received '\{\}'"),
+    ({"prompt": "{size:03d}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
+    ({"prompt": "{text!r}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
+    ({"prompt": "{all[0]}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
+    ({"prompt": "Is\nit?", "options": ["{", "a"]}, r"data\.options: expected text with fields in braces .* received '\{'"),
+    ({"prompt": "Is it?"}, r"data\.options, data\.answer: expected options to choose from, or the field of an answer, neither"),
+    ({"prompt": "Is it?", "answer": "gold", **FIXED}, r"data\.options, data\.answer: .*, or the field of an answer, both"),
+    ({"prompt": "Is it?", "options": []}, r"data\.options: expected at least one, received none"),
+    ({"prompt": "Is it?", "options": [""], "label": "empty"}, r"line 1: expected options that add tokens to the prompt"),
+    (
+        {"prompt": "Is it?", "options": ["a", "b"], "label": "gold"},
+        r"expected one of the options \['a', 'b'\] .* 'gold', .* 'blue'",
+    ),
+    (
+        {"prompt": "Is it?", "options": ["a", "b"], "label": "size"},
+        r"expected a label from 0 to 1 in the field 'size', received 3",
+    ),
+    ({"prompt": "Is it?", "options": ["a", "b"], "label": "share"}, r"expected a label from 0 to 1 in the field 'share'"),
+    ({"prompt": "Is it?", "options": ["a", "a"]}, r"line 1: expected options that differ, received 'a' twice"),
+    ({"prompt": "Is it?", "options": ["{gold}", "blue"]}, r"line 1: expected options that differ, received 'blue' twice"),
+    ({"prompt": "Is it?", "answer": "gold", "loss": "options"}, r"data\.loss: expected null or answer .* received options"),
+    ({"prompt": "Is it?", "loss": "both", **FIXED}, r"data\.loss: expected .*, received 'both'"),
+    ({"prompt": "Is it?", "apply_chat_template": True, **FIXED}, r"expected a tokenizer with a chat template"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        examples([ROW], tmp_path, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No"}
+BAD_MESSAGES = [
+    ([USER, ASSISTANT], None, r"expected a tokenizer with a chat template"),
+    ([USER], CHAT, r"line 1: expected a turn of the role assistant, received \['user'\]"),
+    ([USER, ASSISTANT, USER, ASSISTANT], CHANGING, r"line 1: expected a chat template that writes turn after turn"),
+    ([], CHAT, r"line 1: expected a list of turns with role and content in 'messages', received \[\]"),
+    ("Old?", CHAT, r"line 1: expected a list of turns with role and content in 'messages', received 'Old\?'"),
+    ([USER, {"role": "assistant"}], CHAT, r"line 1: expected the field 'content', received 'role'"),
+    ([USER, {"role": "assistant", "content": None}], CHAT, r"line 1: expected text in the field 'content', received None"),
+    ([ASSISTANT, USER], CHAT, r"line 1: expected a conversation that somebody else begins"),
+    (
+        [{"role": "system", "content": "Be brief."}, USER, ASSISTANT],
+        ALTERNATING,
+        r"line 1: expected turns that the chat template can write, received: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "chat", "message"), BAD_MESSAGES)
+def test_a_conversation_that_cannot_be_is_one_line(tmp_path, messages, chat, message):
+    with pytest.raises(UserError, match=message) as caught:
+        examples([{"messages": messages}], tmp_path, tokenizer(chat=chat), cls=TextDataModule)
+    assert "\n" not in str(caught.value)
+
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args: {model_name: model, target_modules: [q_proj, v_proj], rank: 2}
+data:
+  class_path: TemplateDataModule
+  init_args:
+    source: rows
+    prompt: "{by.name}'s {thing} is {size} {{m}}. Is it big?\\n"
+    options: ["Yes", "No", Perhaps]
+    label: verdict
+    batch_size: 4
+    train_size: 12
+    val_size: 4
+chain: {every_n_epochs: 1}
+trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+"""
+
+
+@pytest.fixture
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+    tiny.folder("model", "opt")
+    Path("rows").mkdir()
+    verdicts = ["Yes", "No", "Perhaps"]
+    rows = [{"by": {"name": "Al"}, "thing": "mat", "size": k, "verdict": verdicts[k % 3]} for k in range(16)]
+    for split in ("train", "validation"):
+        Path("rows", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("config.yaml").write_text(CONFIG)
+
+
+def predictions(capfd, *arguments):
+    """The rows that are predicted after fit and test."""
+    assert main(["fit", "--config", "config.yaml", *arguments]) == 0, capfd.readouterr().err
+    last = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    for subcommand in ("test", "predict"):
+        assert main([subcommand, *last]) == 0, capfd.readouterr().err
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()], capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_task_in_yaml_is_fitted_tested_and_predicted(capfd):
+    rows, out = predictions(capfd)
+    assert "val_accuracy" in out
+    assert "test_accuracy" in out
+    assert [row["prompt"] for row in rows] == [f"Al's mat is {k} {{m}}. Is it big?\n" for k in range(16)]
+    assert [row["target"] for row in rows] == [k % 3 for k in range(16)]
+    assert {tuple(row["options"]) for row in rows} == {("Yes", "No", "Perhaps")}
+
+
+@pytest.mark.usefixtures("_folder")
+def test_so_is_one_whose_answer_is_written(capfd):
+    Path("config.yaml").write_text(CONFIG.replace('options: ["Yes", "No", Perhaps]', "answer: verdict"))
+    rows, out = predictions(capfd)
+    assert "test_f1" in out
+    assert "val_loss" in out
+    assert "val_f1" not in out
+    assert [row["target"] for row in rows] == [[["Yes", "No", "Perhaps"][k % 3]] for k in range(16)]
+    assert all(isinstance(row["prediction"], str) for row in rows)
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("options: [Yes, No]", "error: data.options: expected str, received 'True'"),  # YAML's own words for true and false
+        ("options: [0, 1]", "error: data.options: expected str, received"),
+        ("answr: verdict", "error: data: expected one of its options, received 'answr'"),
+        ("loss: both", "error: data.loss: expected Literal['options', 'answer'], received 'both'"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_line(capfd, line, message):
+    Path("config.yaml").write_text(CONFIG.replace('options: ["Yes", "No", Perhaps]', line))
+    assert main(["fit", "--config", "config.yaml"]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(message)
+    assert not Path("runs").exists()
