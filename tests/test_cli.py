@@ -253,6 +253,7 @@ def test_help_names_the_commands_and_leaves_heavy_libraries_alone():
     assert not added & {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"}
 
 
+@pytest.mark.slow  # what it would import is seen above
 def test_help_takes_little_longer_than_lightnings_own_command_line():
     def seconds(program):
         start = time.perf_counter()
