@@ -3,7 +3,7 @@
     python benchmarks/prompts.py
 
 trains a model of OPT-125m's shape (random weights, SmolLM2's tokens) on one CPU thread, on rows of RTE and BoolQ in batches
-of 8, and takes about ten minutes. It reads $COLA_DATA_DIR. Results go to ``prompts.jsonl``, one a line, and into a table.
+of 8, and takes about twenty minutes. It reads $COLA_DATA_DIR. Results go to ``prompts.jsonl``, one a line, and into a table.
 
 * ``cola``: this package's step: one sequence a row, for options of one token share it, and the last position's logits alone;
 * ``peft``: peft's LoRA on the same sequences, with the logits of all positions, as the model itself computes its loss;
