@@ -66,8 +66,8 @@ class ChainKeeper(Callback):
         for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a resume may lie inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
-        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
-        self._buffer_names = sorted(pl_module.state_dict().keys() - parameters.keys())
+        parameters = distributed.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
+        self._buffer_names = sorted(pl_module.state_dict().keys() - set(parameters))
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
