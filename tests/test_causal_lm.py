@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 from cola_lightning import COLACausalLM, ReviewsDataModule, TextDataModule, UserError, lora_layers
 from cola_lightning.data.encoding import Example, collate_language, collate_options, encode_examples, encode_response
 from tests import tiny
+from tests.tiny import with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
@@ -22,16 +23,6 @@ EXAMPLES = [
     Example("The cat sat. Is that old?\n", ("Yes", "No", "Maybe"), 2),
     Example("The town", (" is the largest of the country", " is old", "!"), 1),
 ]
-
-
-def with_live_link(module):
-    """Gives every B a value, so that the link takes part and A has a gradient."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(5)
-    for layer in lora_layers(module.model).values():
-        with torch.no_grad():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
-    return module
 
 
 @pytest.fixture(params=ARCHITECTURES)

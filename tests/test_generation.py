@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, lora_layers
+from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule
 from cola_lightning.data.encoding import collate_options, encode_examples
 from cola_lightning.modules.generation import ExactMatch, TokenF1, stop_tokens
 from tests import tiny
@@ -20,13 +20,8 @@ def written(prompt, *references):
 
 
 def with_live_link(module):
-    """Gives every B a value, so that the link takes part."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(5)
-    for layer in lora_layers(module.model).values():
-        with torch.no_grad():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
-    return module.eval()
+    """In evaluation, too."""
+    return tiny.with_live_link(module).eval()
 
 
 @pytest.fixture(params=["opt", "llama", "gpt2"])

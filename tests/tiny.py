@@ -96,6 +96,16 @@ def targets(architecture):
     return TARGETS.get(architecture, ["q_proj", "v_proj"])
 
 
+def with_live_link(module):
+    """Gives every B a value, so that the link takes part and A has a gradient."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(5)
+    for layer in lora_layers(module.model).values():
+        with torch.no_grad():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+    return module
+
+
 def three_links(module):
     """Gives a module links of ranks 4, 2 and 3 and of three alphas, the last one live, and for each what is trained whole."""
     module.configure_model()

@@ -32,6 +32,10 @@ class OptionBatches(TokenizedDataModule):
         """Makes examples into tokens."""
         return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template)
 
+    def encode_learned(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """The same, of examples to be trained on: what their loss needs of them."""
+        return self.encode_examples([example.right() for example in examples] if self.loss == "answer" else examples)
+
     @override
     def length(self, row: EncodedExample) -> int:
         return len(row)
@@ -132,7 +136,7 @@ class PromptDataModule(OptionDataModule):
         train, val = self._draw("train", [self.train_size, self.val_size], "data.train_size + data.val_size")
         self.val = self.encode(val)
         if stage == "fit":
-            self.train = self.encode([example.right() for example in train] if self.loss == "answer" else train)
+            self.train = self.encode_learned(train)
 
     def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Example]]:
         # Examples of all rows, drawn or not: what is wrong is found where it first is.

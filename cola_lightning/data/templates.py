@@ -144,8 +144,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     @override
     def encode_train(self, rows: Sequence[Row]) -> list[EncodedExample]:
-        examples = [self._example(row) for row in rows]
-        return self.encode_examples([example.right() for example in examples] if self.loss == "answer" else examples)
+        return self.encode_learned([self._example(row) for row in rows])
 
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)

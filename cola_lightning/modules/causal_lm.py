@@ -13,7 +13,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.modules.generation import ExactMatch, TokenF1, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits
-from cola_lightning.modules.sharding import is_sharded
 
 IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
 
@@ -88,8 +87,7 @@ class COLACausalLM(LanguageModule):
 
     def generate(self, batch: Batch) -> list[str]:
         """What the model writes after each prompt of a batch (``prompt_ids``, ``prompt_mask``): up to a line's end."""
-        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
-        return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=is_in_parts)
+        return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self._is_in_parts)
 
     @override
     def on_validation_start(self) -> None:
@@ -136,8 +134,7 @@ class COLACausalLM(LanguageModule):
     @property
     def _can_share(self) -> bool:
         """Whether options may share the computation of their prompt: no gradients, and nothing that counts forward passes."""
-        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
-        return not (torch.is_grad_enabled() or self.should_compile or is_in_parts) and can_share(self.model)
+        return not (torch.is_grad_enabled() or self.should_compile or self._is_in_parts) and can_share(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if missing := {"input_ids", "labels"} - set(batch):

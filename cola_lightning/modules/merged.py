@@ -31,6 +31,11 @@ class MergedChain(RestoredChain):
         )
 
     @property
+    def _is_in_parts(self) -> bool:
+        """Whether FSDP2 or FSDP1 has sharded the model."""
+        return is_sharded(self.model) or self.is_wrapped_by_fsdp1
+
+    @property
     def _now(self) -> Counters:
         trainer = self._attached_trainer
         return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
@@ -59,8 +64,7 @@ class MergedChain(RestoredChain):
         layers = self._layers.values()
         is_stacked = any(layer.stack is not None for layer in layers)
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
-        is_in_parts = is_sharded(self.model) or self.is_wrapped_by_fsdp1
-        is_copied = not is_in_parts and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
+        is_copied = not self._is_in_parts and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         if is_copied:
             model = copy.deepcopy(self.model)
             if links < total:
