@@ -37,7 +37,8 @@ from transformers import OPTConfig
 
 from cola_lightning import Example
 from cola_lightning.data.base import EpochSampler
-from cola_lightning.data.encoding import EncodedExample, collate_options, encode_examples
+from cola_lightning.data.batches import collate_options
+from cola_lightning.data.examples import EncodedExample, encode_examples
 from cola_lightning.data.rows import read_rows
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained

@@ -18,7 +18,7 @@ _HOMES = {
     "ChainSchedule": "schedule",
     "DigitsDataModule": "data.digits",
     "EpochDataModule": "data.base",
-    "Example": "data.encoding",
+    "Example": "data.examples",
     "HubError": "errors",
     "LanguageModule": "modules.language",
     "LastCheckpoint": "callbacks.last_checkpoint",

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from cola_lightning import COLACausalLM, ReviewsDataModule, TextDataModule, UserError, lora_layers
-from cola_lightning.data.encoding import Example, collate_language, collate_options, encode_examples, encode_response
+from cola_lightning.data.batches import collate_language, collate_options
+from cola_lightning.data.encoding import encode_responses
+from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
 from tests.tiny import with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
@@ -33,7 +35,7 @@ def module(request, tmp_path):
 
 def plain_scores(module, example):
     """One option at a time, padded on the right, with all logits."""
-    prompt_length = len(module.tokenizer(example.prompt)["input_ids"])
+    prompt_length = len(module.tokenizer(example.prompt.rstrip(" "))["input_ids"])
     scores = []
     for option in example.options:
         ids = module.tokenizer(example.prompt + option)["input_ids"]
@@ -57,7 +59,7 @@ def assert_close(mine, theirs, relative):
         assert torch.linalg.vector_norm(value - theirs[name]) <= relative * torch.linalg.vector_norm(theirs[name]), name
 
 
-def check_against_plain_forwards(module):
+def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
     encoded = encode_examples(module.tokenizer, EXAMPLES, max_length=64)
     batch = collate_options(encoded, module.tokenizer.pad_token_id)
     scores = module.option_scores(batch)
@@ -71,21 +73,6 @@ def check_against_plain_forwards(module):
     assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert output.predictions.tolist() == [int(s.argmax()) for s in plain]
     assert_close(gradients(module, output.loss), gradients(module, loss), 1e-4)
-
-
-def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
-    check_against_plain_forwards(module)
-
-
-@tiny.needs_smollm2
-def test_so_are_smollm2s_and_its_merged_copy_is_a_plain_model(tmp_path):
-    module = COLACausalLM(**tiny.SMOLLM2, target_modules=["q_proj", "v_proj"], seed=0)
-    check_against_plain_forwards(with_live_link(module))
-    ids = torch.tensor([module.tokenizer("It was great")["input_ids"]])
-    expected = module.model(ids).logits
-    module.merged_model().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
-    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 MANY = [
@@ -135,7 +122,7 @@ def test_only_positions_with_a_loss_go_through_the_head(module):
     module.model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:2]))
     examples = [Example("The film. It was", (" great", " terrible"), 0), Example("A", (" great", " terrible"), 1)]
     module.step(collate_options(encode_examples(module.tokenizer, examples, 64), 1))
-    rows = [encode_response(module.tokenizer, prompt, "Yes", 64, "here") for prompt in ("Is the town old? ", "Is it? ")]
+    rows = encode_responses(module.tokenizer, [("Is the town old? ", "Yes"), ("Is it? ", "Yes")], 64, ["here", "there"])
     module.step(collate_language(rows, 1))
     n_response = sum(label != -100 for label in rows[0]["labels"])
     assert seen == [(2, 1), (2, n_response)]
@@ -143,8 +130,8 @@ def test_only_positions_with_a_loss_go_through_the_head(module):
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(module, loss_on):
-    encode = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
-    rows = [encode_response(module.tokenizer, *texts, 64, "here") for texts in encode]
+    pairs = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
+    rows = encode_responses(module.tokenizer, pairs, 64, ["here"] * 3)
     if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
         rows = [row | {"labels": row["input_ids"]} for row in rows]
     assert len({len(row["labels"]) for row in rows}) == 3

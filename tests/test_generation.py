@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule
-from cola_lightning.data.encoding import collate_options, encode_examples
+from cola_lightning.data.batches import collate_options
+from cola_lightning.data.examples import encode_examples
 from cola_lightning.modules.generation import ExactMatch, TokenF1, stop_tokens
 from tests import tiny
 from tests.toy import trainer
@@ -118,7 +119,7 @@ def test_a_long_prompt_leaves_room_for_the_answer(module):
     long = "The capital of the country is the largest town. " * 20
     batch = batch_of(module, [written(long, "x"), written("It", "x")])
     assert batch["prompt_ids"].shape == (2, 14)
-    ids = module.tokenizer(long)["input_ids"]
+    ids = module.tokenizer(long.rstrip())["input_ids"]
     bos = ids[:1] if ids[0] == 0 else []
     assert batch["prompt_ids"][0].tolist() == bos + ids[len(ids) - 14 + len(bos) :]
     assert len(module.generate(batch)) == 2
@@ -169,7 +170,7 @@ def test_scores_of_options_whose_number_differs_are_those_of_plain_forwards(modu
     scores = module.option_scores(batch_of(module, examples))
     assert torch.isinf(scores).tolist() == [[False, False, True, True], [False] * 4, [False, True, True, True]]
     for row, example in zip(scores, examples, strict=True):
-        n_prompt = len(module.tokenizer(example.prompt)["input_ids"])
+        n_prompt = len(module.tokenizer(example.prompt.rstrip(" "))["input_ids"])
         for score, option in zip(row, example.options, strict=False):
             ids = torch.tensor(module.tokenizer(example.prompt + option)["input_ids"])
             logs = module.model(ids[None]).logits[0, n_prompt - 1 : -1].log_softmax(-1)
@@ -199,7 +200,7 @@ LEARNED = {
 def test_the_loss_of_an_answer_is_hugging_faces_on_its_tokens(module, kind):
     examples = LEARNED[kind]
     whole = [module.tokenizer(example.prompt + example.options[example.answer])["input_ids"] for example in examples]
-    starts = [len(module.tokenizer(example.prompt)["input_ids"]) for example in examples]
+    starts = [len(module.tokenizer(example.prompt.rstrip(" "))["input_ids"]) for example in examples]
     length = max(map(len, whole))
     labels = [[-100] * n + ids[n:] + [-100] * (length - len(ids)) for n, ids in zip(starts, whole, strict=True)]
     inputs = torch.tensor([ids + [5] * (length - len(ids)) for ids in whole])

@@ -19,7 +19,8 @@ from cola_lightning import (
     hub,
 )
 from cola_lightning.data.base import EpochSampler
-from cola_lightning.data.encoding import Example, encode_examples, encode_response, encode_text
+from cola_lightning.data.encoding import encode_responses, encode_texts
+from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.rows import draw, read_rows
 from tests import tiny
 
@@ -129,9 +130,22 @@ def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
     assert ending("It was")["input_ids"] == [*plain("It was")["input_ids"], 1]
     (expected,), (received,) = (encode_examples(tokenizer, [example], 500) for tokenizer in (plain, ending))
     assert received == expected
-    assert encode_text(ending, "It was", 8) == encode_text(plain, "It was", 8)
+    assert encode_texts(ending, ["It was"], 8) == encode_texts(plain, ["It was"], 8)
     told = "It was</s>"  # what the text itself says stays
-    assert encode_text(ending, told, 8)[0]["input_ids"] == plain(told)["input_ids"]
+    assert encode_texts(ending, [told], 8)[0]["input_ids"] == plain(told)["input_ids"]
+
+
+def test_white_space_around_a_prompt_is_as_in_the_protocol():
+    """A blank between prompt and option is the option's; what is before the prompt goes; a line's end stays."""
+    tokenizer = tiny.tokenizer()
+    rows = [("\n The film was long so ", "I sat. "), ("The mat\n", "Yes")]
+    (first,), (second,) = (encode_examples(tokenizer, [Example(prompt, (option,), 0)], 500) for prompt, option in rows)
+    assert tokenizer.decode(first.prefixes[0]) == "<s>The film was long so I sat"
+    assert tokenizer.decode(first.option_ids[0]) == " I sat."
+    assert tokenizer.decode(second.option_ids[0]) == "Yes"
+    assert tokenizer.decode(second.prefixes[0][: 1 - len(second.option_ids[0]) or None]) == "<s>The mat\n"
+    written = Example(" Who? ", ("Al",), 0, references=("Al",))
+    assert tokenizer.decode(encode_examples(tokenizer, [written], 500)[0].prompt_ids) == "<s>Who?"
 
 
 def test_the_models_own_limit_holds_too(sst2):
@@ -168,8 +182,8 @@ def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path)
     with pytest.raises(UserError, match=r"expected at least 5 \+ 2 = 7 rows, received 6"):
         attach(TextDataModule(source, train_size=5, val_size=2)).setup("fit")
     with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end among them"):
-        encode_response(tiny.tokenizer(), "Is it? ", "It is one of the oldest.", 4, "here")
-    assert encode_text(tiny.tokenizer("gpt2"), "", 8) == []
+        encode_responses(tiny.tokenizer(), [("Is it? ", "It is one of the oldest.")], 4, ["here"])
+    assert encode_texts(tiny.tokenizer("gpt2"), [""], 8) == []
 
 
 def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
-from cola_lightning.data.encoding import encode_messages
+from cola_lightning.data.chat import encode_conversations
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
@@ -115,7 +115,7 @@ def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
     assert row == [{"input_ids": ids, "labels": labels}]
     assert data.collate(row)["labels"].tolist() == [labels]
     assert own.decode([label for label in labels if label != -100]) == "Yes.</s>\nNo, נו 🏠</s>\n"
-    assert encode_messages(own, MESSAGES, 12) == {"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}
+    assert encode_conversations(own, [MESSAGES], 12, ["here"]) == [{"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}]
 
 
 def test_a_long_text_loses_its_beginning_and_keeps_its_option(tmp_path):

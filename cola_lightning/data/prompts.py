@@ -8,7 +8,8 @@ from typing import Any
 from typing_extensions import override
 
 from cola_lightning.data.base import check_sizes
-from cola_lightning.data.encoding import EncodedExample, Example, collate_options, encode_examples
+from cola_lightning.data.batches import collate_options
+from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.rows import check_subset, draw, fill_cache, read_rows
 from cola_lightning.data.tasks import Loss, find_task
 from cola_lightning.data.text import TokenizedDataModule

@@ -2,7 +2,7 @@
 
 from typing_extensions import override
 
-from cola_lightning.data.encoding import Example
+from cola_lightning.data.examples import Example
 from cola_lightning.data.grammar import Review, write_reviews
 from cola_lightning.data.prompts import OptionDataModule
 

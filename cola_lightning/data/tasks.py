@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from cola_lightning.data.encoding import Example
+from cola_lightning.data.examples import Example
 from cola_lightning.data.rows import Row
 from cola_lightning.errors import UserError, nearest
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from typing_extensions import override
 
-from cola_lightning.data.encoding import EncodedExample, Example
+from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import Loss

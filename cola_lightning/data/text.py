@@ -2,12 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, cast
 
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_sizes
-from cola_lightning.data.encoding import collate_language, encode_messages, encode_response, encode_text
+from cola_lightning.data.batches import collate_language
+from cola_lightning.data.chat import encode_conversations
+from cola_lightning.data.encoding import LanguageRow, encode_responses, encode_texts
 from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.errors import UserError
 
@@ -140,26 +143,36 @@ class TextDataModule(SourceDataModule):
     """
 
     @override
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
+    def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
         encoded = []
-        for row in rows:
-            kinds = row.keys() & {"text", "prompt", "response", "messages"}
-            if kinds == {"messages"}:
-                encoded.append(encode_messages(self.tokenizer, row.messages("messages"), self.max_length, row.place))
-            elif kinds == {"text"}:
-                encoded += encode_text(self.tokenizer, row.text("text"), self.max_length)
-            elif kinds and kinds <= {"prompt", "response"}:
-                prompt, response = row.text("prompt"), row.text("response")
-                encoded.append(encode_response(self.tokenizer, prompt, response, self.max_length, row.place))
+        for kind, some in groupby(rows, _kind):
+            alike = list(some)
+            places = [row.place for row in alike]
+            if kind == "text":
+                encoded += encode_texts(self.tokenizer, [row.text("text") for row in alike], self.max_length)
+            elif kind == "messages":
+                conversations = [row.messages("messages") for row in alike]
+                encoded += encode_conversations(self.tokenizer, conversations, self.max_length, places)
             else:
-                fields = ", ".join(map(repr, row)) or "no field"
-                raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")
+                pairs = [(row.text("prompt"), row.text("response")) for row in alike]
+                encoded += encode_responses(self.tokenizer, pairs, self.max_length, places)
         return encoded
 
     @override
-    def length(self, row: dict[str, list[int]]) -> int:
+    def length(self, row: LanguageRow) -> int:
         return len(row["input_ids"])
 
     @override
-    def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    def collate(self, rows: list[LanguageRow]) -> dict[str, Any]:
         return collate_language(rows, self.tokenizer.pad_token_id)
+
+
+def _kind(row: Row) -> str:
+    """What a row holds: ``text``, ``messages``, or ``prompt`` with its response."""
+    kinds = row.keys() & {"text", "prompt", "response", "messages"}
+    if kinds in ({"text"}, {"messages"}):
+        return next(iter(kinds))
+    if kinds and kinds <= {"prompt", "response"}:
+        return "prompt"
+    fields = ", ".join(map(repr, row)) or "no field"
+    raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")

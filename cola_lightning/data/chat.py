@@ -1,0 +1,74 @@
+"""Conversations in a tokenizer's chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cola_lightning.data.encoding import IGNORED, LanguageRow
+from cola_lightning.data.tokens import tokenize_with_places
+from cola_lightning.errors import UserError
+
+Messages = list[dict[str, str]]  # turns of a role and its content
+
+
+def as_turn(tokenizer: Any, prompt: str, place: str) -> str:
+    """A user's turn, and the beginning of the assistant's."""
+    return _render(tokenizer, [{"role": "user", "content": prompt}], place, is_open=True)
+
+
+def _render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
+    """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
+    if not tokenizer.chat_template:
+        raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
+    import jinja2
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{place}: expected turns that the chat template can write, received: {error}") from error
+    return text
+
+
+def encode_conversations(
+    tokenizer: Any, conversations: Sequence[Messages], max_length: int, places: Sequence[str]
+) -> list[LanguageRow]:
+    """Conversations as tokens in the tokenizer's chat template; the loss is on what the assistant says, its end included.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, a fast one.
+        conversations: turns of a ``role`` and its ``content``.
+        max_length: in tokens; a longer conversation loses its beginning.
+        places: where each stands, for messages.
+
+    Raises:
+        UserError: if nobody says anything as the assistant, or it begins, or the template does not write turn after turn.
+    """
+    written = [_write(tokenizer, messages, place) for messages, place in zip(conversations, places, strict=True)]
+    tokens = tokenize_with_places(tokenizer, [text for text, _ in written])
+    rows = []
+    for (ids, starts, ends), (_, said), place in zip(tokens, written, places, strict=True):
+        is_said = [any(start < end and end > a and start < b for a, b in said) for start, end in zip(starts, ends, strict=True)]
+        labels = [token if said else IGNORED for token, said in zip(ids, is_said, strict=True)]
+        labels = [IGNORED, *labels[-max_length:][1:]]  # a first token is not predicted
+        if set(labels) == {IGNORED}:
+            raise UserError(
+                f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
+            )
+        rows.append({"input_ids": ids[-max_length:], "labels": labels})
+    return rows
+
+
+def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and where in it the assistant speaks."""
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{place}: expected a conversation that somebody else begins, received one that the assistant does")
+    text, said = _render(tokenizer, messages, place, is_open=False), []
+    for k, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            before = _render(tokenizer, messages[:k], place, is_open=True)
+            after = _render(tokenizer, messages[: k + 1], place, is_open=False)
+            if not text.startswith(after) or not after.startswith(before):
+                raise UserError(f"{place}: expected a chat template that writes turn after turn, received one that does not")
+            said.append((len(before), len(after)))
+    if not said:
+        raise UserError(f"{place}: expected a turn of the role assistant, received {[turn['role'] for turn in messages]}")
+    return text, said

@@ -1,0 +1,138 @@
+"""Prompts with their options, and what they are in tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cola_lightning.data.chat import as_turn
+from cola_lightning.data.encoding import n_common, truncate_left
+from cola_lightning.data.tokens import tokenize
+from cola_lightning.errors import UserError
+
+MAX_NEW_TOKENS = 50  # of an answer that is generated: the protocol's
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, the options to choose from, and which one is right; or a prompt whose answer is generated.
+
+    Attributes:
+        prompt: what stands before each option.
+        options: appended to the prompt as they are; where the answer is generated, the one that is learned.
+        answer: the right one's place among them.
+        place: where the row stands, for messages.
+        accepted: places of all options that count as right, where there are several.
+        references: where the answer is generated: what it is compared with.
+
+    Raises:
+        UserError: if there is no option, if two are equal, or if the answer is none of them.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+    place: str = "an example"
+    accepted: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise UserError(f"{self.place}: expected options to choose from, received none")
+        if len(set(self.options)) < len(self.options):
+            twice = next(option for option in self.options if self.options.count(option) > 1)
+            raise UserError(f"{self.place}: expected options that differ, received {twice!r} twice")
+        if not 0 <= self.answer < len(self.options):
+            raise UserError(
+                f"{self.place}: expected the place of one of {len(self.options)} options as the answer, received {self.answer}"
+            )
+
+    def right(self) -> "Example":
+        """The same with the right option alone: what the language model's loss needs."""
+        return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example in tokens.
+
+    Attributes:
+        example: what was encoded.
+        prefixes: what precedes an option's last token: once for all options that share it, so that options of one token
+            need one forward pass.
+        prefix_of: for each option, its place in ``prefixes``.
+        option_ids: for each option, its tokens.
+        prompt_ids: where the answer is generated, the prompt, with room left for the answer; else empty.
+        n_shared: with how many tokens all prefixes begin, without those that an option's tokens are predicted at.
+    """
+
+    example: Example
+    prefixes: list[list[int]]
+    prefix_of: list[int]
+    option_ids: list[list[int]]
+    prompt_ids: list[int]
+    n_shared: int
+
+    def __len__(self) -> int:
+        return max(map(len, self.prefixes))
+
+
+def encode_examples(
+    tokenizer: Any, examples: Sequence[Example], max_length: int, *, is_chat: bool = False
+) -> list[EncodedExample]:
+    """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
+
+    White space before a prompt goes, and blanks at its end and an option's: a blank between the two belongs to the option. A
+    text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is cut.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        examples: what to encode.
+        max_length: of prompt and option, in tokens.
+        is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
+
+    Raises:
+        UserError: if an option alone is too long, or adds no token to its prompt.
+
+    Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
+    """
+    if max_length <= MAX_NEW_TOKENS + 1 and any(example.references for example in examples):
+        raise UserError(
+            f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for an answer that is written takes up to "
+            f"{MAX_NEW_TOKENS} tokens, received {max_length}"
+        )
+    befores = [as_turn(tokenizer, example.prompt, example.place) if is_chat else example.prompt for example in examples]
+    afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
+    if not is_chat:
+        befores, afters = ([text.lstrip().rstrip(" ") for text in some] for some in (befores, afters))
+    prompts, texts = (tokenize(tokenizer, some, is_whole=is_chat) for some in (befores, afters))
+    encoded = []
+    position = 0
+    for example, prompt in zip(examples, prompts, strict=True):
+        prefixes: list[list[int]] = []
+        prefix_of, option_ids = [], []
+        for text in texts[position : position + len(example.options)]:
+            n_option = len(text) - len(prompt)
+            _check_option(example, len(prompt), n_option, max_length)
+            text = truncate_left(text, max_length, tokenizer.bos_token_id)
+            if text[:-1] not in prefixes:
+                prefixes.append(text[:-1])
+            prefix_of.append(prefixes.index(text[:-1]))
+            option_ids.append(text[-n_option:])
+        position += len(example.options)
+        room = max_length - MAX_NEW_TOKENS
+        prompt_ids = truncate_left(prompt, room, tokenizer.bos_token_id) if example.references else []
+        n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
+        n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
+        encoded.append(EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0)))
+    return encoded
+
+
+def _check_option(example: Example, n_prompt: int, n_option: int, max_length: int) -> None:
+    if not n_prompt:
+        raise UserError(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
+    if n_option < 1:
+        raise UserError(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
+    if n_option >= max_length:  # one token of the prompt must stay
+        raise UserError(
+            f"{example.place}: expected options of fewer than {max_length} tokens (data.max_length), received one of {n_option}"
+        )

@@ -1,0 +1,108 @@
+"""Texts as tokens. Many texts are tokenised once: their tokens are kept in the cache of ``datasets``."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+WORTH_CACHING = 250_000  # characters; fewer are tokenised before a cache is opened
+
+Tokens = dict[str, list[list[int]]]  # columns, each with a list for each text
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
+    """Tokens with what the tokenizer puts before a text, and without an end-of-text token that it puts behind it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: what is tokenised.
+        is_whole: whether the texts have all of that already, as a chat template writes it.
+    """
+    if not texts:
+        return []
+    rows = _cached(tokenizer, texts, is_whole=is_whole)["ids"]
+    adds_end = not is_whole and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [ids[:-1] for ids in rows] if adds_end else rows
+
+
+def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int], list[int]]]:
+    """For each text, as a chat template writes it: its tokens, and where in the text each begins and ends, in characters."""
+    columns = _cached(tokenizer, texts, is_whole=True, with_places=True)
+    return list(zip(columns["ids"], columns["starts"], columns["ends"], strict=True))
+
+
+def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places: bool = False) -> Tokens:
+    """What :func:`_compute` does, or did when it was last asked for the same."""
+    how = {"is_whole": is_whole, "with_places": with_places}
+    if sum(map(len, texts)) < WORTH_CACHING:
+        return _compute(tokenizer, texts, **how)
+    import datasets
+
+    fingerprint = _fingerprint(tokenizer, texts, how)
+    if fingerprint is None or not datasets.is_caching_enabled():
+        return _compute(tokenizer, texts, **how)
+    names = ("ids", "starts", "ends") if with_places else ("ids",)
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        columns = _compute(tokenizer, texts, **how)
+        for values in zip(*(columns[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names})
+    try:
+        with _without_progress_bar():  # one process fills the cache, others wait for it
+            kept = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)[:]
+        return {name: kept[name] for name in names}
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a full or read-only disk, a broken file
+        log.warning("Tokens are computed anew, for the cache in %s fails: %s", datasets.config.HF_DATASETS_CACHE, error)
+        return _compute(tokenizer, texts, **how)
+
+
+def _compute(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places: bool) -> Tokens:
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=not is_whole,
+        return_offsets_mapping=with_places,
+        verbose=False,  # of texts that are too long: they are cut later
+    )
+    columns = {"ids": encoded["input_ids"]}
+    if with_places:
+        columns["starts"] = [[start for start, _ in places] for places in encoded["offset_mapping"]]
+        columns["ends"] = [[end for _, end in places] for places in encoded["offset_mapping"]]
+    return columns
+
+
+def _fingerprint(tokenizer: Any, texts: Sequence[str], how: dict[str, bool]) -> str | None:
+    """Of all that tokens follow from; None for a tokenizer written in Python, which does not tell all about itself.
+
+    What a template makes of a row is in the texts; a maximum length cuts tokens that are the same for all lengths.
+    """
+    import tokenizers
+    import transformers
+
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    digest = hashlib.sha256()
+    versions = (transformers.__version__, tokenizers.__version__)
+    for part in (versions, type(tokenizer).__qualname__, sorted(how.items()), [len(text) for text in texts]):
+        digest.update(repr(part).encode())
+    for text in (tokenizer.backend_tokenizer.to_str(), *texts):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -1,0 +1,88 @@
+"""A real model, SmolLM2, and real rows of the eleven tasks: their scores, and what they cost to prepare."""
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from cola_lightning import COLACausalLM, PromptDataModule
+from cola_lightning.data.batches import collate_options
+from cola_lightning.data.examples import encode_examples
+from cola_lightning.data.rows import read_rows
+from cola_lightning.data.tasks import TASKS
+
+pytestmark = tiny.needs_smollm2
+needs_data = pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
+CHOICES = [name for name, task in TASKS.items() if name not in ("SQuAD", "DROP")]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    module = COLACausalLM(**tiny.SMOLLM2, target_modules=["q_proj", "v_proj"], seed=0)
+    return tiny.with_live_link(module).eval()
+
+
+@torch.no_grad()
+def test_its_merged_copy_is_a_plain_model(smollm2, tmp_path):
+    ids = torch.tensor([smollm2.tokenizer("It was great")["input_ids"]])
+    expected = smollm2.model(ids).logits
+    smollm2.merged_model().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def one_at_a_time(module, example, max_length):
+    """The mean log-probability of each option's tokens, in a forward pass of its own."""
+    prompt, scores = module.tokenizer(example.prompt.strip(" "))["input_ids"], []
+    for option in example.options:
+        ids = module.tokenizer((example.prompt + option).strip(" "))["input_ids"]
+        n_option = len(ids) - len(prompt)
+        logits = module.model(input_ids=torch.tensor([ids[-max_length:]])).logits[0]
+        logs = logits[-n_option - 1 : -1].log_softmax(-1)
+        scores.append(logs.gather(1, torch.tensor(ids[-n_option:])[:, None]).mean().item())
+    return scores
+
+
+@torch.no_grad()
+def check_scores(module, task, n_rows, max_length=512):
+    rows = read_rows(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()), "validation")[:n_rows]
+    examples = [TASKS[task].example(row) for row in rows]
+    encoded = encode_examples(module.tokenizer, examples, max_length)
+    for start in range(0, n_rows, 8):
+        batch = collate_options(encoded[start : start + 8], module.tokenizer.pad_token_id)
+        for mine, example in zip(module.option_scores(batch), examples[start:], strict=False):
+            expected = one_at_a_time(module, example, max_length)
+            assert mine[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+            assert int(mine.argmax()) == max(range(len(expected)), key=expected.__getitem__)
+
+
+@needs_data
+@pytest.mark.parametrize(("task", "n_rows"), [("SST2", 4), ("COPA", 4), ("CB", 2)])
+def test_scores_are_those_of_one_option_at_a_time(smollm2, task, n_rows):
+    check_scores(smollm2, task, n_rows)
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOICES)
+def test_scores_of_twenty_rows_are_those_of_one_option_at_a_time(smollm2, task):
+    check_scores(smollm2, task, 20)
+
+
+@needs_data
+@pytest.mark.parametrize("task", ["RTE", "MultiRC"])
+def test_a_thousand_rows_take_three_seconds_and_the_second_time_half_a_second(smollm2, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for limit in (3, 0.5):
+        data = PromptDataModule(task, train_size=700, val_size=300)
+        data.trainer = SimpleNamespace(lightning_module=smollm2)
+        start = time.perf_counter()
+        data.setup("fit")
+        assert time.perf_counter() - start < 1.25 * limit
+        assert len(data.train) + len(data.val) == 1000
