@@ -12,7 +12,7 @@ from typing_extensions import override
 from cola_lightning.errors import UserError
 from cola_lightning.modules.generation import ExactMatch, TokenF1, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits
+from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits, split_by_length
 
 IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
 
@@ -38,8 +38,8 @@ class COLACausalLM(LanguageModule):
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them.
 
-    Only the positions that carry the loss go through the language-model head, and options that differ in their last token
-    alone share one forward pass.
+    Only the positions that carry the loss go through the language-model head, options that differ in their last token
+    alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
 
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), appendix; the loss and
         the scores are those of its code (princeton-nlp/MeZO, large_models).
@@ -120,8 +120,7 @@ class COLACausalLM(LanguageModule):
         """
         ids = batch["option_ids"]
         n_tokens = ids.shape[-1]
-        logits_at = shared_logits if "n_shared" in batch and self._can_share else logits_of
-        logits = logits_at(self.model, batch, n_tokens)  # sequences x tokens x vocabulary
+        logits = self._last_logits(batch, n_tokens)
         rows, places = batch["option_rows"].unsqueeze(-1), torch.arange(n_tokens, device=ids.device)
         is_token = ids != IGNORED
         chosen = logits[rows, places, ids.clamp(min=0)]  # rows x options x tokens
@@ -131,26 +130,41 @@ class COLACausalLM(LanguageModule):
         scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
         return scores
 
+    def _last_logits(self, batch: Batch, n_positions: int) -> Tensor:
+        """The logits at the last positions, sequences x positions x vocabulary, computed in the passes that cost least."""
+        if not self._may_split:
+            return logits_of(self.model, batch, n_positions)
+        if "n_shared" in batch and not torch.is_grad_enabled() and can_share(self.model):
+            return shared_logits(self.model, batch, n_positions)
+        parts, places = split_by_length(batch)
+        logits = [logits_of(self.model, part, n_positions) for part in parts]
+        return torch.cat([F.pad(some, (0, 0, n_positions - some.shape[1], 0)) for some in logits])[places]
+
     @property
-    def _can_share(self) -> bool:
-        """Whether options may share the computation of their prompt: no gradients, and nothing that counts forward passes."""
-        return not (torch.is_grad_enabled() or self.should_compile or self._is_in_parts) and can_share(self.model)
+    def _may_split(self) -> bool:
+        """Whether a batch may take several forward passes: not where each has new shapes, or all processes must join in."""
+        return not (self.should_compile or self._is_in_parts)
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if missing := {"input_ids", "labels"} - set(batch):
             raise UserError(
                 f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
             )
+        parts = split_by_length(batch)[0] if self._may_split else [batch]
+        totals, counts = zip(*map(self._language_loss, parts), strict=True)
+        return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1), sum(counts))
+
+    def _language_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The sum of the losses of a batch's tokens, and how many these are."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # each position predicts the next token
         if (mask := batch.get("attention_mask")) is not None:  # a row's first token follows on padding, which predicts nothing
             labels = labels.masked_fill(mask == 0, IGNORED)
         (places,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
         places = places if len(places) else places.new_zeros(1)
         labels = labels[:, places]
-        n_tokens = int((labels != IGNORED).sum())
         logits = logits_of(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return StepOutput(total / max(n_tokens, 1), n_tokens)
+        return total, int((labels != IGNORED).sum())
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

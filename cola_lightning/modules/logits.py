@@ -1,7 +1,7 @@
 """Logits of a causal language model, at the positions that are asked for and with as little computed as can be."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,14 @@ Batch = Mapping[str, Any]
 
 # Options share their prompt where that leaves less than half of the tokens to be computed: a row then takes two passes.
 WORTH_SHARING = 2
+
+# What one more forward pass costs, in tokens. On a CPU that is to read the weights once more (about 20 to 60 were measured);
+# elsewhere, unmeasured, so many that a pass over them keeps a GPU busy.
+PASS_COST = {"cpu": 64}
+PASS_COST_ELSEWHERE = 4096
+
+# What a batch has for each token.
+BY_TOKEN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 
 
 def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
@@ -38,6 +46,63 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
     if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
         logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
     return logits.float()
+
+
+def split_by_length(batch: Batch) -> tuple[list[Batch], Tensor]:
+    """A batch as parts whose rows are of like length, without the padding that only longer rows of other parts need.
+
+    A part is a forward pass of its own, so there are no more of them than save time. Splitting asks for the lengths, and so
+    waits for the device.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and what else it has for each token.
+
+    Returns:
+        the parts, and for each row of the batch its place in the parts one after another. A batch without padding on the left
+        is one part, itself.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    whole = [batch], torch.arange(len(ids), device=ids.device)
+    if mask is None or len(ids) == 1 or any(batch[name].shape != ids.shape for name in BY_TOKEN & batch.keys()):
+        return whole
+    starts = mask.bool().int().argmax(1).tolist()  # each row's first token
+    order = sorted(range(len(starts)), key=lambda row: starts[row])
+    lengths = [ids.shape[1] - starts[row] for row in order]
+    cuts = cut_by_length(lengths, PASS_COST.get(ids.device.type, PASS_COST_ELSEWHERE))
+    if len(cuts) == 1:
+        return whole
+    rows = torch.tensor(order, device=ids.device)
+    by_token = {name: batch[name] for name in BY_TOKEN & batch.keys()}
+    parts: list[Batch] = []
+    for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
+        here, length = rows[start:end], lengths[start]
+        parts.append({name: value[here, -length:] for name, value in by_token.items()})
+    return parts, rows.argsort()
+
+
+def cut_by_length(lengths: Sequence[int], pass_cost: int) -> list[int]:
+    """Where to cut rows, so that their parts, each padded to its longest row, are cheapest together.
+
+    Args:
+        lengths: of the rows, from the longest to the shortest.
+        pass_cost: of a part, besides its tokens.
+
+    Returns:
+        where each part begins.
+
+    Example:
+        >>> cut_by_length([90, 80, 20, 20], 10), cut_by_length([90, 80, 20, 20], 200)
+        ([0, 2], [0])
+    """
+    cheapest = [(0, 0)]  # of the first rows: the cost, and where the last part begins
+    for end in range(1, len(lengths) + 1):
+        costs = ((cheapest[start][0] + lengths[start] * (end - start) + pass_cost, start) for start in range(end))
+        cheapest.append(min(costs))
+    cuts, end = [], len(lengths)
+    while end:
+        end = cheapest[end][1]
+        cuts.append(end)
+    return cuts[::-1]
 
 
 @torch.no_grad()

@@ -1,0 +1,118 @@
+"""A batch in several forward passes, each of rows of like length."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from cola_lightning import COLACausalLM, Example
+from cola_lightning.data.batches import collate_language, collate_options
+from cola_lightning.data.encoding import encode_texts
+from cola_lightning.data.examples import encode_examples
+from cola_lightning.modules import logits
+from cola_lightning.modules.logits import cut_by_length, split_by_length
+
+TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was great", "A"]
+
+
+@pytest.fixture(params=["opt", "llama", "gpt2"])
+def module(request, tmp_path):
+    name = tiny.folder(tmp_path / "model", request.param)
+    module = COLACausalLM(name, target_modules=tiny.targets(request.param), rank=2, alpha=4, seed=0)
+    module.configure_model()
+    return module
+
+
+def batches(module):
+    """Language and option batches, of options of one token and of several."""
+    pad = module.tokenizer.pad_token_id
+    yield collate_language(encode_texts(module.tokenizer, TEXTS, 64), pad)
+    for options in ((" old", " great"), (" old", " the film was long", "."), (" one of the largest towns",)):
+        examples = [Example(text, options, 0) for text in TEXTS]
+        yield collate_options(encode_examples(module.tokenizer, examples, 64), pad, "options" if len(options) > 1 else "answer")
+
+
+def lengths_seen(module, batch, monkeypatch):
+    seen = []
+    with monkeypatch.context() as patch:
+        forward = module.model.get_input_embeddings().forward
+        patch.setattr(module.model.get_input_embeddings(), "forward", lambda ids: seen.append(tuple(ids.shape)) or forward(ids))
+        loss = module.step(batch).loss
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return seen, loss, torch.autograd.grad(loss, trained)
+
+
+def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
+    for layer in module.model.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    for batch in batches(module):
+        monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1e9})
+        one, expected, theirs = lengths_seen(module, batch, monkeypatch)
+        monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1})
+        several, loss, mine = lengths_seen(module, batch, monkeypatch)
+        assert len(one) == 1 < len(several)
+        assert sum(n * length for n, length in several) < 0.8 * one[0][0] * one[0][1]
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+        for value, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_has_its_rows_without_padding_and_places_bring_them_back():
+    lengths = [3, 90, 4, 80, 3]
+    ids = torch.arange(5 * 90).view(5, 90)
+    mask = torch.stack([F.pad(torch.ones(n, dtype=torch.long), (90 - n, 0)) for n in lengths])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": -ids, "answer": torch.arange(5)}
+    parts, places = split_by_length(batch)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 90), (3, 4)]
+    assert all(part.keys() == {"input_ids", "attention_mask", "labels"} for part in parts)
+    last = torch.cat([part["input_ids"][:, -1] for part in parts])[places]
+    assert last.tolist() == ids[:, -1].tolist()
+    assert torch.cat([part["labels"][:, -1] for part in parts])[places].tolist() == (-ids)[:, -1].tolist()
+    assert sum(part["attention_mask"].sum() for part in parts) == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_mask": None},
+        {"attention_mask": F.pad(torch.ones(2, 3), (0, 96))},  # padded on the right
+        {"attention_mask": torch.ones(2, 1, 99, 99)},
+        {"position_ids": torch.arange(99)[None]},
+    ],
+    ids=["none", "right", "4d", "positions"],
+)
+def test_a_batch_that_cannot_be_split_is_one_part(change):
+    mask = F.pad(torch.ones(2, 1), (98, 0))
+    mask[0] = 1
+    batch = {"input_ids": torch.zeros(2, 99, dtype=torch.long), "attention_mask": mask}
+    assert len(split_by_length(batch)[0]) == 2
+    batch |= change
+    if batch["attention_mask"] is None:
+        del batch["attention_mask"]
+    elif change.keys() == {"attention_mask"} and batch["attention_mask"].dim() == 2:
+        batch["attention_mask"][:, 0] = 1
+    ((part,), places) = split_by_length(batch)
+    assert part is batch
+    assert places.tolist() == [0, 1]
+
+
+def test_cuts_are_the_cheapest_that_there_are():
+    generator = torch.Generator().manual_seed(0)
+    for pass_cost in (0, 10, 100):
+        lengths = sorted(torch.randint(1, 99, (7,), generator=generator).tolist(), reverse=True)
+
+        def cost(cuts, lengths=lengths, pass_cost=pass_cost):
+            return sum(pass_cost + lengths[start] * (end - start) for start, end in itertools.pairwise([*cuts, len(lengths)]))
+
+        all_cuts = [(0, *some) for n in range(7) for some in itertools.combinations(range(1, 7), n)]
+        assert cost(cut_by_length(lengths, pass_cost)) == min(map(cost, all_cuts))
+
+
+def test_a_compiled_model_takes_a_batch_in_one_pass(module, monkeypatch):
+    monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1})
+    monkeypatch.setattr(module, "should_compile", True)
+    for batch in batches(module):
+        assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1
