@@ -5,7 +5,8 @@
 trains a model of OPT-125m's shape (random weights, SmolLM2's tokens) on one CPU thread, on rows of RTE and BoolQ in batches
 of 8, and takes about twenty minutes. It reads $COLA_DATA_DIR. Results go to ``prompts.jsonl``, one a line, and into a table.
 
-* ``cola``: this package's step: one sequence a row, for options of one token share it, and the last position's logits alone;
+* ``cola``: this package's step: one sequence a row, for options of one token share it, in passes of rows of like length, and
+  the last position's logits alone;
 * ``peft``: peft's LoRA on the same sequences, with the logits of all positions, as the model itself computes its loss;
 * ``protocol``: peft's LoRA on every option as a row of its own, with the logits of all positions;
 * ``evaluation``: 200 rows in batches sorted by length, against one option at a time.

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
-from cola_lightning import COLACausalLM, ReviewsDataModule, TextDataModule, UserError, lora_layers
+from cola_lightning import COLACausalLM, PredictionWriter, ReviewsDataModule, TextDataModule, UserError, lora_layers
 from cola_lightning.data.batches import collate_language, collate_options
 from cola_lightning.data.encoding import encode_responses
 from cola_lightning.data.examples import Example, encode_examples
@@ -285,7 +285,23 @@ def test_predictions_come_in_the_order_of_the_data(tmp_path):
     data = ReviewsDataModule(eval_batch_size=30)
     batches = trainer(tmp_path).predict(module, datamodule=data)
     assert [len(batch["prompt"]) for batch in batches] == [30, 30, 30, 10]
-    assert [prompt for batch in batches for prompt in batch["prompt"]] == [row.example.prompt for row in data.test]
+    prompts = [row.example.prompt for row in data.test]
+    assert [prompt for batch in batches for prompt in batch["prompt"]] == prompts
+
+
+def test_predictions_that_are_written_are_computed_by_length_and_come_in_the_same_order(tmp_path, monkeypatch):
+    module = COLACausalLM(tiny.folder(tmp_path / "model", "opt"), rank=2, seed=0)
+    data, lengths = ReviewsDataModule(eval_batch_size=30), []
+    monkeypatch.setattr(
+        module,
+        "predict_step",
+        lambda batch, batch_idx: lengths.append(batch["input_ids"].shape[1]) or {"prompt": batch["prompt"]},
+    )
+    trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert rows == [{"index": k, "prompt": row.example.prompt} for k, row in enumerate(data.test)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
 
 
 def test_a_data_module_goes_with_the_tokenizer_of_the_module_that_is_trained(tmp_path):

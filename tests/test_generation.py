@@ -9,7 +9,8 @@ import torch
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import encode_examples
-from cola_lightning.modules.generation import ExactMatch, TokenF1, stop_tokens
+from cola_lightning.modules.generation import stop_tokens
+from cola_lightning.modules.metrics import ExactMatch, TokenF1
 from tests import tiny
 from tests.toy import trainer
 
@@ -113,6 +114,23 @@ def test_a_models_own_settings_of_generation_do_not_count(tmp_path, settings):
     with ending_by_chance(module, newline):
         plain = [plain_answer(module, prompt)[0] for prompt in PROMPTS]
         assert module.generate(batch_of(module, [written(prompt, "x") for prompt in PROMPTS])) == plain
+
+
+def test_a_compiled_model_is_not_compiled_anew_to_write(module):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    batch = batch_of(module, [written(prompt, "x") for prompt in PROMPTS])
+    plain = module.generate(batch)
+    module.should_compile = True
+    module.model.compile(backend=backend)
+    assert module.generate(batch) == plain
+    assert not compiled
+    module.option_scores(batch)
+    assert compiled
 
 
 def test_a_long_prompt_leaves_room_for_the_answer(module):

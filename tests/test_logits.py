@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from cola_lightning.data.encoding import encode_texts
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.modules import logits
 from cola_lightning.modules.logits import cut_by_length, split_by_length
+from tests import tiny
 
 TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was great", "A"]
 
@@ -49,9 +49,9 @@ def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
         if hasattr(layer, "lora_B"):
             torch.nn.init.normal_(layer.lora_B, std=0.1)
     for batch in batches(module):
-        monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1e9})
+        monkeypatch.setattr(logits, "pass_cost", lambda device: 1e9)
         one, expected, theirs = lengths_seen(module, batch, monkeypatch)
-        monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1})
+        monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
         several, loss, mine = lengths_seen(module, batch, monkeypatch)
         assert len(one) == 1 < len(several)
         assert sum(n * length for n, length in several) < 0.8 * one[0][0] * one[0][1]
@@ -111,8 +111,13 @@ def test_cuts_are_the_cheapest_that_there_are():
         assert cost(cut_by_length(lengths, pass_cost)) == min(map(cost, all_cuts))
 
 
+def test_a_pass_costs_more_where_more_is_computed_at_once():
+    assert logits.pass_cost(torch.device("cpu")) == 16 * torch.get_num_threads()
+    assert logits.pass_cost(torch.device("cuda")) > 1000
+
+
 def test_a_compiled_model_takes_a_batch_in_one_pass(module, monkeypatch):
-    monkeypatch.setattr(logits, "PASS_COST", {"cpu": 1})
+    monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
     monkeypatch.setattr(module, "should_compile", True)
     for batch in batches(module):
         assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1

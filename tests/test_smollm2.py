@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.data.rows import read_rows
 from cola_lightning.data.tasks import TASKS
+from tests import tiny
 
 pytestmark = tiny.needs_smollm2
 needs_data = pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")

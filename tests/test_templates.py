@@ -1,11 +1,13 @@
 """A task without code, and conversations: what becomes of a row, token by token, and each mistake in one line."""
 
+import csv
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sklearn.metrics import f1_score
 
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
@@ -200,6 +202,15 @@ MISTAKES = [
     ({"prompt": "Is it?", "options": ["{gold}", "blue"]}, r"line 1: expected options that differ, received 'blue' twice"),
     ({"prompt": "Is it?", "answer": "gold", "loss": "options"}, r"data\.loss: expected null or answer .* received options"),
     ({"prompt": "Is it?", "loss": "both", **FIXED}, r"data\.loss: expected .*, received 'both'"),
+    ({"prompt": "Is it?", "metric": "bleu", **FIXED}, r"data\.metric: expected accuracy, f1, .* options, received 'bleu'"),
+    (
+        {"prompt": "Is it?", "answer": "gold", "metric": "accuracy"},
+        r"data\.metric: expected f1, exact_match or null",
+    ),
+    (
+        {"prompt": "Is it?", "options": "all", "metric": "f1"},
+        r"data\.metric: expected accuracy or null where the options are a field",
+    ),
     ({"prompt": "Is it?", "apply_chat_template": True, **FIXED}, r"expected a tokenizer with a chat template"),
 ]
 
@@ -281,9 +292,12 @@ def predictions(capfd, *arguments):
 
 @pytest.mark.usefixtures("_folder")
 def test_a_task_in_yaml_is_fitted_tested_and_predicted(capfd):
-    rows, out = predictions(capfd)
-    assert "val_accuracy" in out
-    assert "test_accuracy" in out
+    rows, out = predictions(capfd, "--data.metric", "f1")
+    assert "accuracy" not in out
+    tables = [csv.DictReader(path.read_text().splitlines()) for path in Path("runs").rglob("metrics.csv")]
+    measured = [row for table in tables for row in table if row.get("test_f1")]
+    expected = f1_score([row["target"] for row in rows], [row["prediction"] for row in rows], average="macro")
+    assert [float(row["test_f1"]) for row in measured] == pytest.approx([expected])
     assert [row["prompt"] for row in rows] == [f"Al's mat is {k} {{m}}. Is it big?\n" for k in range(16)]
     assert [row["target"] for row in rows] == [k % 3 for k in range(16)]
     assert {tuple(row["options"]) for row in rows} == {("Yes", "No", "Perhaps")}
@@ -292,10 +306,11 @@ def test_a_task_in_yaml_is_fitted_tested_and_predicted(capfd):
 @pytest.mark.usefixtures("_folder")
 def test_so_is_one_whose_answer_is_written(capfd):
     Path("config.yaml").write_text(CONFIG.replace('options: ["Yes", "No", Perhaps]', "answer: verdict"))
-    rows, out = predictions(capfd)
-    assert "test_f1" in out
+    rows, out = predictions(capfd, "--data.metric", "exact_match")
+    assert "test_exact_match" in out
     assert "val_loss" in out
-    assert "val_f1" not in out
+    assert "val_exact_match" not in out
+    assert "f1" not in out
     assert [row["target"] for row in rows] == [[["Yes", "No", "Perhaps"][k % 3]] for k in range(16)]
     assert all(isinstance(row["prediction"], str) for row in rows)
 

@@ -4,13 +4,13 @@ import logging
 
 import datasets
 import pytest
-import tiny
 import transformers
-from test_templates import CHAT, MESSAGES
 
 from cola_lightning.data import tokens
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.tokens import tokenize
+from tests import tiny
+from tests.test_templates import CHAT, MESSAGES
 
 TEXTS = ["The town is old", "", "Is it 🏠?", "שלום"]
 

@@ -85,6 +85,30 @@ def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, g
     return [row for place in [*shuffled, *range(n_whole, len(batches))] for row in batches[place]]
 
 
+class DealingSampler(DistributedSampler[int]):
+    """Deals rows out to processes, one after another in an order.
+
+    Some are dealt twice, so that each process has as many: where a model is sharded, all must compute together.
+
+    Args:
+        order: of the rows.
+        n_processes: how many share them.
+        rank: which of them this is.
+
+    Example:
+        >>> [list(DealingSampler([4, 2, 3], n_processes=2, rank=rank)) for rank in (0, 1)]
+        [[4, 3], [2, 4]]
+    """
+
+    def __init__(self, order: Sequence[int], n_processes: int, rank: int) -> None:
+        super().__init__(cast(Dataset[int], order), n_processes, rank, shuffle=False)
+        self.order = order
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return (self.order[place] for place in super().__iter__())
+
+
 def batches_done(trainer: Trainer | None) -> int:
     """Training batches of the current epoch that a resumed run has behind it; 0 in a run that is not resumed."""
     if trainer is None or not trainer.training:
@@ -196,15 +220,18 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> EpochLoader:
+        # Where predictions are returned, they come in the data's order; where they are only written, with their places.
+        is_returned = self.trainer is None or self.trainer.predict_loop.return_predictions
+        order = list(range(len(self.test))) if is_returned else self._by_length(self.test)
         n_processes, rank = self._processes
-        # In the data's order: predictions come back in it. Some rows are dealt twice, so that each process has as many batches:
-        # where a model is sharded, all must compute together.
-        sampler: Any = DistributedSampler(self.test, n_processes, rank, shuffle=False) if n_processes > 1 else None
+        sampler: Any = DealingSampler(order, n_processes, rank) if n_processes > 1 else order
         return self._loader(self.test, self.eval_batch_size, sampler)
 
     def _evaluation_loader(self, data: Any) -> EpochLoader:
-        by_length = sorted(range(len(data)), key=lambda place: -self.length(data[place]))
-        return self._loader(data, self.eval_batch_size, by_length)
+        return self._loader(data, self.eval_batch_size, self._by_length(data))
+
+    def _by_length(self, data: Any) -> list[int]:
+        return sorted(range(len(data)), key=lambda place: -self.length(data[place]))
 
     def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
         # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data

@@ -10,7 +10,9 @@ from cola_lightning.data.encoding import IGNORED, LanguageRow
 from cola_lightning.data.examples import EncodedExample
 
 
-def collate_options(rows: Sequence[EncodedExample], pad: int, loss: str = "options") -> dict[str, Any]:
+def collate_options(
+    rows: Sequence[EncodedExample], pad: int, loss: str = "options", metric: str | None = None
+) -> dict[str, Any]:
     """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
     prefixes = [prefix for row in rows for prefix in row.prefixes]
     n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
@@ -22,7 +24,7 @@ def collate_options(rows: Sequence[EncodedExample], pad: int, loss: str = "optio
             option_ids[i, k, n_tokens - len(ids) :] = torch.tensor(ids)
             option_rows[i, k] = first + prefix
         first += len(row.prefixes)
-    batch: dict[str, Any] = {"loss": loss}
+    batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
     if any(row.example.accepted for row in rows):
         accepted = torch.zeros(len(rows), n_options, dtype=torch.bool)
         for i, row in enumerate(rows):

@@ -23,10 +23,12 @@ class OptionBatches(TokenizedDataModule):
 
     Attributes:
         loss: over all ``options``, or the language model's on the right ``answer`` alone.
+        metric: what is measured; None: accuracy of options, F1 and exact match of answers that are written.
         apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
     """
 
     loss: Loss = "options"
+    metric: str | None = None
     apply_chat_template = False
 
     def encode_examples(self, examples: Sequence[Example]) -> list[EncodedExample]:
@@ -43,7 +45,7 @@ class OptionBatches(TokenizedDataModule):
 
     @override
     def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
-        return collate_options(rows, self.tokenizer.pad_token_id, self.loss)
+        return collate_options(rows, self.tokenizer.pad_token_id, self.loss, self.metric)
 
 
 class OptionDataModule(OptionBatches):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from string import Formatter
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
@@ -12,6 +12,9 @@ from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import Loss
 from cola_lightning.data.text import SourceDataModule
 from cola_lightning.errors import UserError
+
+OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
+AnswerMetric = Literal["f1", "exact_match"]
 
 
 class Template:
@@ -72,6 +75,9 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             the best one counts (``answers.text``: a field inside another).
         loss: over all ``options``, or the language model's on the right ``answer`` alone; ``null``: ``options`` where there
             are any.
+        metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
+            ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of an answer that is written. ``null``:
+            accuracy of options, both of an answer.
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
@@ -98,6 +104,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         label: str = "label",
         answer: str | None = None,
         loss: Loss | None = None,
+        metric: OptionMetric | AnswerMetric | None = None,
         apply_chat_template: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -133,6 +140,15 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             raise UserError(f"data.loss: expected {', '.join(get_args(Loss))} or null, received {loss!r}")
         if loss == "options" and options is None:
             raise UserError("data.loss: expected null or answer where the answer is written, received options")
+        kind = get_args(AnswerMetric if options is None else OptionMetric)
+        if metric not in (None, *kind):
+            which = "an answer that is written" if options is None else "options"
+            raise UserError(f"data.metric: expected {', '.join(kind)} or null for {which}, received {metric!r}")
+        if isinstance(options, str) and metric not in (None, "accuracy"):
+            raise UserError(
+                f"data.metric: expected accuracy or null where the options are a field, that differ by row, received {metric!r}"
+            )
+        self.metric = metric
         self.prompt = Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template

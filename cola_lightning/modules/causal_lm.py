@@ -1,28 +1,26 @@
 """Causal language models: prompted classification, and the language-model loss."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.modules.generation import ExactMatch, TokenF1, generate, stop_tokens
+from cola_lightning.modules.generation import generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits, split_by_length
+from cola_lightning.modules.metrics import F1, Accuracy, ExactMatch, MatthewsCorrCoef, TokenF1
+
+# What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of answers that are written.
+OPTION_METRICS = {"f1": F1, "matthews_corrcoef": MatthewsCorrCoef}
+ANSWER_METRICS = {"f1": TokenF1, "exact_match": ExactMatch}
 
 IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
-
-
-class Accuracy(MeanMetric):
-    """The share of predictions that equal their targets."""
-
-    @override
-    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        super().update((predictions == targets).float())
 
 
 class COLACausalLM(LanguageModule):
@@ -33,7 +31,8 @@ class COLACausalLM(LanguageModule):
     * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
       option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
       language model's on the right option's tokens (``loss: answer``). Where an answer is to be generated (``references``), it
-      is, but for a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` say how near it is;
+      is, but for a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` say how near it is.
+      A batch may name another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 where no loss is
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them.
@@ -49,8 +48,10 @@ class COLACausalLM(LanguageModule):
 
     def __init__(self, model_name: str, **arguments: Any) -> None:
         super().__init__(model_name, **arguments)
-        kinds = {"f1": TokenF1, "exact_match": ExactMatch}
-        self.answer_metrics = nn.ModuleDict({f"{stage}_{name}": kinds[name]() for stage in ("val", "test") for name in kinds})
+        self.option_metrics, self.answer_metrics = (
+            nn.ModuleDict({f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()})
+            for kinds in (OPTION_METRICS, ANSWER_METRICS)
+        )
 
     @override
     def make_metric(self) -> Metric:
@@ -87,23 +88,34 @@ class COLACausalLM(LanguageModule):
 
     def generate(self, batch: Batch) -> list[str]:
         """What the model writes after each prompt of a batch (``prompt_ids``, ``prompt_mask``): up to a line's end."""
-        return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self._is_in_parts)
+        # Each token has a shape of its own: a compiled model would be compiled for each.
+        with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
+            return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self._is_in_parts)
 
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        for metric in self.answer_metrics.values():
+        for metric in (*self.option_metrics.values(), *self.answer_metrics.values()):
             cast(Metric, metric).reset()
 
     @override
-    def _evaluate(self, batch: Batch, stage: str, metric: Metric) -> None:
-        super()._evaluate(batch, stage, metric)
-        if "references" in batch and self.trainer.state.fn != "fit":
-            texts = self.generate(batch)
-            for name in ("f1", "exact_match"):
-                measure = cast(Metric, self.answer_metrics[f"{stage}_{name}"])
-                measure.update(texts, batch["references"])
-                self.log(f"{stage}_{name}", measure, batch_size=len(texts), prog_bar=True)
+    def measure(self, batch: Batch, output: StepOutput, stage: str, metric: Metric) -> None:
+        asked = batch.get("metric")
+        if "references" in batch:
+            if self.trainer.state.fn != "fit":
+                texts = self.generate(batch)
+                for name in [asked] if asked else ANSWER_METRICS:
+                    self._measure(self.answer_metrics, f"{stage}_{name}", texts, batch["references"])
+        elif asked in OPTION_METRICS:
+            n_options = batch["option_ids"].shape[1]
+            self._measure(self.option_metrics, f"{stage}_{asked}", output.predictions, output.targets, n_options)
+        else:
+            super().measure(batch, output, stage, metric)
+
+    def _measure(self, metrics: nn.ModuleDict, name: str, *values: Any) -> None:
+        metric = cast(Metric, metrics[name])
+        metric.update(*values)
+        self.log(name, metric, batch_size=len(values[0]), prog_bar=True)
 
     def option_scores(self, batch: Batch) -> Tensor:
         """The mean log-probability of each option's tokens after its prompt.

@@ -1,4 +1,4 @@
-"""Answers that a causal language model writes, and how near they are to those that it should have written."""
+"""Answers that a causal language model writes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics.text import SQuAD
-from typing_extensions import override
 
 MAX_NEW_TOKENS = 50  # the protocol's
 
@@ -58,33 +56,3 @@ def _only(config: Any, model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
-
-
-class _SQuADShare(SQuAD):
-    """One of SQuAD's two measures of answers, from 0 to 1."""
-
-    name: str
-
-    @override
-    def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
-        """Takes answers, and for each those that it should have been; the best of them counts."""
-        predictions = [{"prediction_text": text, "id": str(k)} for k, text in enumerate(texts)]
-        answers = ({"text": some, "answer_start": [0] * len(some)} for some in references)
-        targets: list[Any] = [{"answers": some, "id": str(k)} for k, some in enumerate(answers)]
-        super().update(predictions, targets)
-
-    @override
-    def compute(self) -> torch.Tensor:  # type: ignore[override]
-        return super().compute()[self.name] / 100
-
-
-class TokenF1(_SQuADShare):
-    """The mean over rows of an answer's F1 in words, without case, punctuation and articles."""
-
-    name = "f1"
-
-
-class ExactMatch(_SQuADShare):
-    """The share of answers that are right but for case, punctuation, articles and blanks."""
-
-    name = "exact_match"

@@ -181,6 +181,10 @@ class LanguageModule(COLAModule, ABC):
     def _evaluate(self, batch: Any, stage: str, metric: Metric) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
+        self.measure(batch, output, stage, metric)
+
+    def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
+        """Takes a batch of ``stage`` (``val``, ``test``) into its metric, and logs it."""
         if output.predictions is not None:
             metric.update(output.predictions, output.targets)
             self.log(f"{stage}_{self.metric_name}", metric, batch_size=output.size, prog_bar=True)

@@ -15,9 +15,9 @@ Batch = Mapping[str, Any]
 # Options share their prompt where that leaves less than half of the tokens to be computed: a row then takes two passes.
 WORTH_SHARING = 2
 
-# What one more forward pass costs, in tokens. On a CPU that is to read the weights once more (about 20 to 60 were measured);
-# elsewhere, unmeasured, so many that a pass over them keeps a GPU busy.
-PASS_COST = {"cpu": 64}
+# What one more forward pass costs, in tokens. On a CPU it reads the weights once more: 14 to 20 for each thread were measured
+# (135 million parameters, 1 and 2 threads). Elsewhere, unmeasured, so many that a pass over them keeps a GPU busy.
+PASS_COST_A_THREAD = 16
 PASS_COST_ELSEWHERE = 4096
 
 # What a batch has for each token.
@@ -68,7 +68,7 @@ def split_by_length(batch: Batch) -> tuple[list[Batch], Tensor]:
     starts = mask.bool().int().argmax(1).tolist()  # each row's first token
     order = sorted(range(len(starts)), key=lambda row: starts[row])
     lengths = [ids.shape[1] - starts[row] for row in order]
-    cuts = cut_by_length(lengths, PASS_COST.get(ids.device.type, PASS_COST_ELSEWHERE))
+    cuts = cut_by_length(lengths, pass_cost(ids.device))
     if len(cuts) == 1:
         return whole
     rows = torch.tensor(order, device=ids.device)
@@ -80,12 +80,17 @@ def split_by_length(batch: Batch) -> tuple[list[Batch], Tensor]:
     return parts, rows.argsort()
 
 
-def cut_by_length(lengths: Sequence[int], pass_cost: int) -> list[int]:
+def pass_cost(device: torch.device) -> float:
+    """What one more forward pass costs on a device, in tokens."""
+    return PASS_COST_A_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
+
+
+def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
     """Where to cut rows, so that their parts, each padded to its longest row, are cheapest together.
 
     Args:
         lengths: of the rows, from the longest to the shortest.
-        pass_cost: of a part, besides its tokens.
+        part_cost: of a part, besides its tokens.
 
     Returns:
         where each part begins.
@@ -94,9 +99,9 @@ def cut_by_length(lengths: Sequence[int], pass_cost: int) -> list[int]:
         >>> cut_by_length([90, 80, 20, 20], 10), cut_by_length([90, 80, 20, 20], 200)
         ([0, 2], [0])
     """
-    cheapest = [(0, 0)]  # of the first rows: the cost, and where the last part begins
+    cheapest: list[tuple[float, int]] = [(0, 0)]  # of the first rows: the cost, and where the last part begins
     for end in range(1, len(lengths) + 1):
-        costs = ((cheapest[start][0] + lengths[start] * (end - start) + pass_cost, start) for start in range(end))
+        costs = ((cheapest[start][0] + lengths[start] * (end - start) + part_cost, start) for start in range(end))
         cheapest.append(min(costs))
     cuts, end = [], len(lengths)
     while end:

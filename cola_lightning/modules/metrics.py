@@ -1,0 +1,96 @@
+"""How good choices among options are, and answers that are written."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score, multiclass_matthews_corrcoef
+from torchmetrics.text import SQuAD
+from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
+
+
+class Accuracy(MeanMetric):
+    """The share of predictions that equal their targets."""
+
+    @override
+    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        super().update((predictions == targets).float())
+
+
+class _OfAllRows(Metric):
+    """A measure that is no mean over rows: it keeps them all, for how many options there are shows in a batch alone."""
+
+    predictions: list[Tensor]
+    targets: list[Tensor]
+    n_options: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("n_options", torch.tensor(2), dist_reduce_fx="max")
+        self.add_state("predictions", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    @override
+    def update(self, predictions: Tensor, targets: Tensor, n_options: int) -> None:
+        self.predictions.append(predictions)
+        self.targets.append(targets)
+        self.n_options = self.n_options.clamp(min=n_options)
+
+    @override
+    def compute(self) -> Tensor:
+        return self.measure(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
+
+    @abstractmethod
+    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+        """The measure over all rows."""
+
+
+class F1(_OfAllRows):
+    """The F1 of the second of two options, or the mean of those of more."""
+
+    @override
+    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+        if n_options == 2:
+            return binary_f1_score(predictions, targets)
+        return multiclass_f1_score(predictions, targets, n_options, average="macro")
+
+
+class MatthewsCorrCoef(_OfAllRows):
+    """Matthews' correlation coefficient, from -1 to 1."""
+
+    @override
+    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+        return multiclass_matthews_corrcoef(predictions, targets, n_options)
+
+
+class _SQuADShare(SQuAD):
+    """One of SQuAD's two measures of answers, from 0 to 1."""
+
+    name: str
+
+    @override
+    def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
+        """Takes answers, and for each those that it should have been; the best of them counts."""
+        predictions = [{"prediction_text": text, "id": str(k)} for k, text in enumerate(texts)]
+        answers = ({"text": some, "answer_start": [0] * len(some)} for some in references)
+        targets: list[Any] = [{"answers": some, "id": str(k)} for k, some in enumerate(answers)]
+        super().update(predictions, targets)
+
+    @override
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
+        return super().compute()[self.name] / 100
+
+
+class TokenF1(_SQuADShare):
+    """The mean over rows of an answer's F1 in words, without case, punctuation and articles."""
+
+    name = "f1"
+
+
+class ExactMatch(_SQuADShare):
+    """The share of answers that are right but for case, punctuation, articles and blanks."""
+
+    name = "exact_match"
