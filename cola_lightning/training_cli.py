@@ -154,8 +154,8 @@ class COLACLI(LightningCLI):
                 "trainer.strategy: expected a class and its sizes, as --config configs/overlays/fsdp2.yaml gives them, "
                 f"received {strategy}"
             )
-        if self.subcommand == "predict" and self.config.predict.return_predictions is None:
-            self.config.predict.return_predictions = False  # nobody sees them here: they are written
+        if self.subcommand == "predict" and not self.config.predict.trainer.callbacks:
+            self.config.predict.return_predictions = False  # nobody sees them: they are written
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -297,11 +297,16 @@ def test_predictions_that_are_written_are_computed_by_length_and_come_in_the_sam
         "predict_step",
         lambda batch, batch_idx: lengths.append(batch["input_ids"].shape[1]) or {"prompt": batch["prompt"]},
     )
+    path = tmp_path / "predictions.jsonl"
     trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
-    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [{"index": k, "prompt": row.example.prompt} for k, row in enumerate(data.test)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[-1]
+    first = trainer(tmp_path, PredictionWriter(), limit_predict_batches=1)  # the first ones, not the longest
+    first.predict(module, datamodule=data, return_predictions=False)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:30]
+    assert list(data.predict_dataloader().sampler) == list(range(100))  # who asks for it between two runs
 
 
 def test_a_data_module_goes_with_the_tokenizer_of_the_module_that_is_trained(tmp_path):

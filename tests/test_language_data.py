@@ -18,10 +18,10 @@ from cola_lightning import (
     UserError,
     hub,
 )
-from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_responses, encode_texts
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.rows import draw, read_rows
+from cola_lightning.data.sampling import EpochSampler
 from tests import tiny
 
 
@@ -120,6 +120,10 @@ def test_no_option_is_cut(sst2):
         encode_examples(tokenizer, [example], n_option)
     with pytest.raises(UserError, match="expected options that add tokens"):
         encode_examples(tokenizer, [Example("It was", ("", " great"), 0)], 500)
+    with pytest.raises(
+        UserError, match=r"expected options that differ not in blanks alone, received \('Yes', 'Yes '"
+    ):
+        encode_examples(tokenizer, [Example("It was", ("Yes", "Yes "), 0)], 500)
     with pytest.raises(UserError, match="expected a prompt of at least one token"):
         encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
 
@@ -132,7 +136,7 @@ def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
     assert received == expected
     assert encode_texts(ending, ["It was"], 8) == encode_texts(plain, ["It was"], 8)
     told = "It was</s>"  # what the text itself says stays
-    assert encode_texts(ending, [told], 8)[0]["input_ids"] == plain(told)["input_ids"]
+    assert encode_texts(ending, [told], 8)[0][0]["input_ids"] == plain(told)["input_ids"]
 
 
 def test_white_space_around_a_prompt_is_as_in_the_protocol():
@@ -146,6 +150,15 @@ def test_white_space_around_a_prompt_is_as_in_the_protocol():
     assert tokenizer.decode(second.prefixes[0][: 1 - len(second.option_ids[0]) or None]) == "<s>The mat\n"
     written = Example(" Who? ", ("Al",), 0, references=("Al",))
     assert tokenizer.decode(encode_examples(tokenizer, [written], 500)[0].prompt_ids) == "<s>Who?"
+
+
+def test_rows_of_several_kinds_keep_their_order(tmp_path):
+    rows = [{"text": "It was old. " * 40}, {"prompt": "Is it?", "response": " Yes"}, {"text": "A"}, {"text": "A town."}] * 2
+    data = attach(TextDataModule(write(tmp_path / "own", "validation", rows)))
+    data.setup("test")
+    texts = [data.tokenizer.decode(row["input_ids"]) for row in data.test]
+    whole = "<s>" + "It was old. " * 40 + "</s>"
+    assert "".join(texts) == (whole + "<s>Is it? Yes</s>" + "<s>A</s>" + "<s>A town.</s>") * 2
 
 
 def test_the_models_own_limit_holds_too(sst2):
@@ -183,7 +196,7 @@ def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path)
         attach(TextDataModule(source, train_size=5, val_size=2)).setup("fit")
     with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end among them"):
         encode_responses(tiny.tokenizer(), [("Is it? ", "It is one of the oldest.")], 4, ["here"])
-    assert encode_texts(tiny.tokenizer("gpt2"), [""], 8) == []
+    assert encode_texts(tiny.tokenizer("gpt2"), [""], 8) == [[]]
 
 
 def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, TemplateDataModule
-from cola_lightning.data.base import EpochSampler
+from cola_lightning.data.sampling import EpochSampler
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer
 

@@ -28,7 +28,7 @@ def module(request, tmp_path):
 def batches(module):
     """Language and option batches, of options of one token and of several."""
     pad = module.tokenizer.pad_token_id
-    yield collate_language(encode_texts(module.tokenizer, TEXTS, 64), pad)
+    yield collate_language([row for (row,) in encode_texts(module.tokenizer, TEXTS, 64)], pad)
     for options in ((" old", " great"), (" old", " the film was long", "."), (" one of the largest towns",)):
         examples = [Example(text, options, 0) for text in TEXTS]
         yield collate_options(encode_examples(module.tokenizer, examples, 64), pad, "options" if len(options) > 1 else "answer")
@@ -60,18 +60,20 @@ def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_part_has_its_rows_without_padding_and_places_bring_them_back():
+@pytest.mark.parametrize("given", [None, [3, 90, 4, 80, 3]])
+def test_a_part_has_its_rows_without_padding(given):
     lengths = [3, 90, 4, 80, 3]
     ids = torch.arange(5 * 90).view(5, 90)
     mask = torch.stack([F.pad(torch.ones(n, dtype=torch.long), (90 - n, 0)) for n in lengths])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": -ids, "answer": torch.arange(5)}
-    parts, places = split_by_length(batch)
-    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 90), (3, 4)]
-    assert all(part.keys() == {"input_ids", "attention_mask", "labels"} for part in parts)
-    last = torch.cat([part["input_ids"][:, -1] for part in parts])[places]
-    assert last.tolist() == ids[:, -1].tolist()
-    assert torch.cat([part["labels"][:, -1] for part in parts])[places].tolist() == (-ids)[:, -1].tolist()
-    assert sum(part["attention_mask"].sum() for part in parts) == sum(lengths)
+    parts = split_by_length(batch, given)
+    assert [rows.tolist() for rows, _ in parts] == [[1, 3], [2, 0, 4]]
+    for rows, part in parts:
+        assert part.keys() == {"input_ids", "attention_mask", "labels"}
+        length = max(lengths[row] for row in rows.tolist())
+        assert part["input_ids"].tolist() == ids[rows, -length:].tolist()
+        assert part["labels"].tolist() == (-ids)[rows, -length:].tolist()
+        assert part["attention_mask"].sum(1).tolist() == [lengths[row] for row in rows.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -88,15 +90,15 @@ def test_a_batch_that_cannot_be_split_is_one_part(change):
     mask = F.pad(torch.ones(2, 1), (98, 0))
     mask[0] = 1
     batch = {"input_ids": torch.zeros(2, 99, dtype=torch.long), "attention_mask": mask}
-    assert len(split_by_length(batch)[0]) == 2
+    assert len(split_by_length(batch | {"token_type_ids": None})) == 2
     batch |= change
     if batch["attention_mask"] is None:
         del batch["attention_mask"]
     elif change.keys() == {"attention_mask"} and batch["attention_mask"].dim() == 2:
         batch["attention_mask"][:, 0] = 1
-    ((part,), places) = split_by_length(batch)
+    ((rows, part),) = split_by_length(batch)
     assert part is batch
-    assert places.tolist() == [0, 1]
+    assert rows.tolist() == [0, 1]
 
 
 def test_cuts_are_the_cheapest_that_there_are():
@@ -114,6 +116,17 @@ def test_cuts_are_the_cheapest_that_there_are():
 def test_a_pass_costs_more_where_more_is_computed_at_once():
     assert logits.pass_cost(torch.device("cpu")) == 16 * torch.get_num_threads()
     assert logits.pass_cost(torch.device("cuda")) > 1000
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_model_that_rotates_by_the_longest_row_takes_a_batch_in_one_pass(tmp_path, monkeypatch, kind):
+    module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
+    module.configure_model()
+    monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
+    batch = next(batches(module))
+    assert len(lengths_seen(module, batch, monkeypatch)[0]) > 1
+    module.model.config.rope_parameters = {"rope_type": kind}
+    assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1
 
 
 def test_a_compiled_model_takes_a_batch_in_one_pass(module, monkeypatch):

@@ -1,6 +1,7 @@
 """A real model, SmolLM2, and real rows of the eleven tasks: their scores, and what they cost to prepare."""
 
 import os
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,10 +80,14 @@ def test_scores_of_twenty_rows_are_those_of_one_option_at_a_time(smollm2, task):
 @pytest.mark.parametrize("task", ["RTE", "MultiRC"])
 def test_a_thousand_rows_take_three_seconds_and_the_second_time_half_a_second(smollm2, task, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    for limit in (3, 0.5):
+
+    def prepare():
         data = PromptDataModule(task, train_size=700, val_size=300)
         data.trainer = SimpleNamespace(lightning_module=smollm2)
         start = time.perf_counter()
         data.setup("fit")
-        assert time.perf_counter() - start < 1.25 * limit
         assert len(data.train) + len(data.val) == 1000
+        return time.perf_counter() - start
+
+    assert prepare() < 1.25 * 3
+    assert statistics.median(prepare() for _ in range(3)) < 1.25 * 0.5

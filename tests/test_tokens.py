@@ -50,7 +50,13 @@ def test_the_same_texts_are_tokenised_once_and_read_again(cache, computed):
 def test_other_texts_or_another_tokenizer_are_tokenised_anew(cache, computed):
     plain, longer, added = tiny.tokenizer(), tiny.tokenizer(), tiny.tokenizer("gpt2")
     longer.add_tokens(["own is"])
+    plainly = tiny.tokenizer()
+    plainly.split_special_tokens = True
+    with_end = ["The </s> town", *TEXTS[1:]]
+    assert plainly(with_end)["input_ids"] != plain(with_end)["input_ids"]
     asked = [
+        (plain, with_end),
+        (plainly, with_end),
         (plain, TEXTS),
         (plain, TEXTS[::-1]),
         (plain, ["The town is ol", "d", *TEXTS[2:]]),
@@ -81,13 +87,16 @@ def test_few_texts_are_not_kept(cache, computed, monkeypatch):
     assert not cache.exists()
 
 
-def test_what_a_tokenizer_in_python_makes_is_not_kept(cache, computed):
-    class InPython(transformers.PreTrainedTokenizerFast):
+def test_what_a_tokenizer_with_code_of_its_own_makes_is_not_kept(cache, computed):
+    class WithCode(transformers.PreTrainedTokenizerFast):
+        pass
+
+    class InPython(WithCode):
         is_fast = False  # as such a one says
 
-    for _ in range(2):
-        tokenize(InPython(tokenizer_object=tiny.tokenizer().backend_tokenizer), TEXTS)
-    assert len(computed) == 2
+    for kind in (WithCode, InPython) * 2:
+        tokenize(kind(tokenizer_object=tiny.tokenizer().backend_tokenizer), TEXTS)
+    assert len(computed) == 4
     assert not cache.exists()
 
 

@@ -40,6 +40,7 @@ def collate_options(
     return batch | {
         "input_ids": _pad_left(prefixes, pad),
         "attention_mask": _pad_left([[1] * len(prefix) for prefix in prefixes], 0),
+        "sequence_lengths": [len(prefix) for prefix in prefixes],
         "option_ids": option_ids,
         "option_rows": option_rows,
         "answer": torch.tensor([row.example.answer for row in rows]),

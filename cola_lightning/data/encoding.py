@@ -11,14 +11,14 @@ IGNORED = -100  # no token, or no loss: Hugging Face's value
 LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORED where no loss is wanted
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[LanguageRow]:
-    """Texts as tokens with a loss on all of them; a longer one becomes several pieces, one of a token alone becomes none."""
+def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
+    """Texts as tokens with a loss on all of them; a longer one becomes several rows, one of a token alone becomes none."""
     rows = []
     for ids in tokenize(tokenizer, texts):
         ids = ids + _end_of_text(tokenizer, ids)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        rows += [{"input_ids": piece, "labels": [IGNORED, *piece[1:]]} for piece in pieces if len(piece) > 1]
+        rows.append([{"input_ids": piece, "labels": [IGNORED, *piece[1:]]} for piece in pieces if len(piece) > 1])
     return rows
 
 

@@ -18,7 +18,7 @@ class Example:
 
     Attributes:
         prompt: what stands before each option.
-        options: appended to the prompt as they are; where the answer is generated, the one that is learned.
+        options: appended to the prompt, without blanks at their ends; where the answer is generated, the one that is learned.
         answer: the right one's place among them.
         place: where the row stands, for messages.
         accepted: places of all options that count as right, where there are several.
@@ -81,8 +81,9 @@ def encode_examples(
 ) -> list[EncodedExample]:
     """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
 
-    White space before a prompt goes, and blanks at its end and an option's: a blank between the two belongs to the option. A
-    text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is cut.
+    White space before a prompt goes, and blanks at its end and an option's (not in a chat template): a blank between the two
+    belongs to the option. A text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is
+    cut.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -91,7 +92,7 @@ def encode_examples(
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
 
     Raises:
-        UserError: if an option alone is too long, or adds no token to its prompt.
+        UserError: if an option alone is too long, or adds no token to its prompt, or differs from another in blanks alone.
 
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
@@ -110,7 +111,10 @@ def encode_examples(
     for example, prompt in zip(examples, prompts, strict=True):
         prefixes: list[list[int]] = []
         prefix_of, option_ids = [], []
-        for text in texts[position : position + len(example.options)]:
+        own = afters[position : position + len(example.options)]
+        if len(set(own)) < len(own):
+            raise UserError(f"{example.place}: expected options that differ not in blanks alone, received {example.options}")
+        for text in texts[position : position + len(own)]:
             n_option = len(text) - len(prompt)
             _check_option(example, len(prompt), n_option, max_length)
             text = truncate_left(text, max_length, tokenizer.bos_token_id)
@@ -118,7 +122,7 @@ def encode_examples(
                 prefixes.append(text[:-1])
             prefix_of.append(prefixes.index(text[:-1]))
             option_ids.append(text[-n_option:])
-        position += len(example.options)
+        position += len(own)
         room = max_length - MAX_NEW_TOKENS
         prompt_ids = truncate_left(prompt, room, tokenizer.bos_token_id) if example.references else []
         n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, cast
 
 from typing_extensions import override
@@ -144,19 +143,21 @@ class TextDataModule(SourceDataModule):
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
-        encoded = []
-        for kind, some in groupby(rows, _kind):
-            alike = list(some)
-            places = [row.place for row in alike]
-            if kind == "text":
-                encoded += encode_texts(self.tokenizer, [row.text("text") for row in alike], self.max_length)
-            elif kind == "messages":
-                conversations = [row.messages("messages") for row in alike]
-                encoded += encode_conversations(self.tokenizer, conversations, self.max_length, places)
-            else:
-                pairs = [(row.text("prompt"), row.text("response")) for row in alike]
-                encoded += encode_responses(self.tokenizer, pairs, self.max_length, places)
-        return encoded
+        kinds = [_kind(row) for row in rows]
+        alike = {kind: [row for row, of in zip(rows, kinds, strict=True) if of == kind] for kind in dict.fromkeys(kinds)}
+        encoded = {kind: iter(self._encode(kind, some)) for kind, some in alike.items()}
+        return [piece for kind in kinds for piece in next(encoded[kind])]
+
+    def _encode(self, kind: str, rows: Sequence[Row]) -> list[list[LanguageRow]]:
+        """Rows of one kind, all at once; a text may become several."""
+        if kind == "text":
+            return encode_texts(self.tokenizer, [row.text("text") for row in rows], self.max_length)
+        places = [row.place for row in rows]
+        if kind == "messages":
+            conversations = [row.messages("messages") for row in rows]
+            return [[row] for row in encode_conversations(self.tokenizer, conversations, self.max_length, places)]
+        pairs = [(row.text("prompt"), row.text("response")) for row in rows]
+        return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
 
     @override
     def length(self, row: LanguageRow) -> int:

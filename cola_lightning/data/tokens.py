@@ -21,8 +21,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
         texts: what is tokenised.
         is_whole: whether the texts have all of that already, as a chat template writes it.
     """
-    if not texts:
-        return []
     rows = _cached(tokenizer, texts, is_whole=is_whole)["ids"]
     adds_end = not is_whole and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
     return [ids[:-1] for ids in rows] if adds_end else rows
@@ -36,6 +34,9 @@ def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[lis
 
 def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places: bool = False) -> Tokens:
     """What :func:`_compute` does, or did when it was last asked for the same."""
+    names = ("ids", "starts", "ends") if with_places else ("ids",)
+    if not texts:
+        return {name: [] for name in names}
     how = {"is_whole": is_whole, "with_places": with_places}
     if sum(map(len, texts)) < WORTH_CACHING:
         return _compute(tokenizer, texts, **how)
@@ -44,7 +45,6 @@ def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places
     fingerprint = _fingerprint(tokenizer, texts, how)
     if fingerprint is None or not datasets.is_caching_enabled():
         return _compute(tokenizer, texts, **how)
-    names = ("ids", "starts", "ends") if with_places else ("ids",)
 
     def rows() -> Iterator[dict[str, list[int]]]:
         columns = _compute(tokenizer, texts, **how)
@@ -56,8 +56,9 @@ def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places
         with _without_progress_bar():  # one process fills the cache, others wait for it
             kept = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)[:]
         return {name: kept[name] for name in names}
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a full or read-only disk, a broken file
-        log.warning("Tokens are computed anew, for the cache in %s fails: %s", datasets.config.HF_DATASETS_CACHE, error)
+    except Exception as error:  # a full or read-only disk, a broken file: no reason to end a run
+        cause = error.__cause__ or error
+        log.warning("Tokens are computed anew, for the cache in %s fails: %s", datasets.config.HF_DATASETS_CACHE, cause)
         return _compute(tokenizer, texts, **how)
 
 
@@ -76,18 +77,20 @@ def _compute(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_place
 
 
 def _fingerprint(tokenizer: Any, texts: Sequence[str], how: dict[str, bool]) -> str | None:
-    """Of all that tokens follow from; None for a tokenizer written in Python, which does not tell all about itself.
+    """Of all that tokens follow from; None for a tokenizer that has code of its own, which may change.
 
     What a template makes of a row is in the texts; a maximum length cuts tokens that are the same for all lengths.
     """
     import tokenizers
     import transformers
 
-    if not getattr(tokenizer, "is_fast", False):
+    kind = type(tokenizer)
+    if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
         return None
     digest = hashlib.sha256()
-    versions = (transformers.__version__, tokenizers.__version__)
-    for part in (versions, type(tokenizer).__qualname__, sorted(how.items()), [len(text) for text in texts]):
+    told = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__, sorted(how.items()))
+    # The backend's own text leaves split_special_tokens out.
+    for part in (*told, tokenizer.split_special_tokens, [len(text) for text in texts]):
         digest.update(repr(part).encode())
     for text in (tokenizer.backend_tokenizer.to_str(), *texts):
         digest.update(text.encode())

@@ -1,6 +1,7 @@
 """Causal language models: prompted classification, and the language-model loss."""
 
 import functools
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -13,14 +14,26 @@ from typing_extensions import override
 from cola_lightning.errors import UserError
 from cola_lightning.modules.generation import generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.logits import Batch, can_share, check_left_padding, logits_of, shared_logits, split_by_length
-from cola_lightning.modules.metrics import F1, Accuracy, ExactMatch, MatthewsCorrCoef, TokenF1
+from cola_lightning.modules.logits import (
+    Batch,
+    can_share,
+    check_left_padding,
+    is_free_of_length,
+    logits_of,
+    shared_logits,
+    split_by_length,
+)
+from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 
 # What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of answers that are written.
-OPTION_METRICS = {"f1": F1, "matthews_corrcoef": MatthewsCorrCoef}
-ANSWER_METRICS = {"f1": TokenF1, "exact_match": ExactMatch}
+OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
+ANSWER_METRICS: dict[str, type[Metric]] = {"f1": TokenF1, "exact_match": ExactMatch}
 
 IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
+
+
+def _for_each_stage(kinds: dict[str, type[Metric]]) -> nn.ModuleDict:
+    return nn.ModuleDict({f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()})
 
 
 class COLACausalLM(LanguageModule):
@@ -48,10 +61,7 @@ class COLACausalLM(LanguageModule):
 
     def __init__(self, model_name: str, **arguments: Any) -> None:
         super().__init__(model_name, **arguments)
-        self.option_metrics, self.answer_metrics = (
-            nn.ModuleDict({f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()})
-            for kinds in (OPTION_METRICS, ANSWER_METRICS)
-        )
+        self.option_metrics, self.answer_metrics = _for_each_stage(OPTION_METRICS), _for_each_stage(ANSWER_METRICS)
 
     @override
     def make_metric(self) -> Metric:
@@ -93,20 +103,23 @@ class COLACausalLM(LanguageModule):
             return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self._is_in_parts)
 
     @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        for metric in (*self.option_metrics.values(), *self.answer_metrics.values()):
-            cast(Metric, metric).reset()
+    def metrics_of(self, stage: str) -> list[Metric]:
+        own = (*self.option_metrics.items(), *self.answer_metrics.items())
+        return [*super().metrics_of(stage), *(cast(Metric, metric) for name, metric in own if name.startswith(stage))]
 
     @override
-    def measure(self, batch: Batch, output: StepOutput, stage: str, metric: Metric) -> None:
-        asked = batch.get("metric")
-        if "references" in batch:
+    def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
+        asked = batch.get("metric") if isinstance(batch, Mapping) else None
+        is_written = "references" in batch
+        known = [*ANSWER_METRICS] if is_written else ["accuracy", *OPTION_METRICS]
+        if asked is not None and asked not in known:
+            raise UserError(f"data.metric: expected {', '.join(known)} or null, received {asked!r}")
+        if is_written:
             if self.trainer.state.fn != "fit":
                 texts = self.generate(batch)
                 for name in [asked] if asked else ANSWER_METRICS:
                     self._measure(self.answer_metrics, f"{stage}_{name}", texts, batch["references"])
-        elif asked in OPTION_METRICS:
+        elif asked in OPTION_METRICS and output.predictions is not None:
             n_options = batch["option_ids"].shape[1]
             self._measure(self.option_metrics, f"{stage}_{asked}", output.predictions, output.targets, n_options)
         else:
@@ -126,6 +139,7 @@ class COLACausalLM(LanguageModule):
                 ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens. Where
                 options of more tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
                 :func:`~cola_lightning.modules.logits.shared_logits`: without gradients it is then computed once.
+                ``sequence_lengths``: those of the sequences in a list, so that the device need not be asked.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
@@ -148,21 +162,28 @@ class COLACausalLM(LanguageModule):
             return logits_of(self.model, batch, n_positions)
         if "n_shared" in batch and not torch.is_grad_enabled() and can_share(self.model):
             return shared_logits(self.model, batch, n_positions)
-        parts, places = split_by_length(batch)
-        logits = [logits_of(self.model, part, n_positions) for part in parts]
-        return torch.cat([F.pad(some, (0, 0, n_positions - some.shape[1], 0)) for some in logits])[places]
+        parts = split_by_length(batch, batch.get("sequence_lengths"))
+        if len(parts) == 1:
+            return logits_of(self.model, batch, n_positions)
+        logits: Tensor | None = None
+        for rows, part in parts:
+            some = logits_of(self.model, part, n_positions)
+            if logits is None:
+                logits = some.new_zeros(len(batch["input_ids"]), n_positions, some.shape[-1])
+            logits[rows, n_positions - some.shape[1] :] = some  # a part's own sequences may be shorter
+        return cast(Tensor, logits)
 
     @property
     def _may_split(self) -> bool:
         """Whether a batch may take several forward passes: not where each has new shapes, or all processes must join in."""
-        return not (self.should_compile or self._is_in_parts)
+        return not (self.should_compile or self._is_in_parts) and is_free_of_length(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if missing := {"input_ids", "labels"} - set(batch):
             raise UserError(
                 f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
             )
-        parts = split_by_length(batch)[0] if self._may_split else [batch]
+        parts = [part for _, part in split_by_length(batch)] if self._may_split else [batch]
         totals, counts = zip(*map(self._language_loss, parts), strict=True)
         return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1), sum(counts))
 

@@ -160,9 +160,19 @@ class LanguageModule(COLAModule, ABC):
 
     # ------------------------------------------------------------------ the steps
 
+    def metrics_of(self, stage: str) -> list[Metric]:
+        """The metrics of ``val`` or ``test``: what an interrupted one has left in them goes before the next."""
+        return [self.val_metric if stage == "val" else self.test_metric]
+
     @override
     def on_validation_start(self) -> None:
-        self.val_metric.reset()  # what an interrupted validation has left
+        for metric in self.metrics_of("val"):
+            metric.reset()
+
+    @override
+    def on_test_start(self) -> None:
+        for metric in self.metrics_of("test"):
+            metric.reset()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -184,7 +194,7 @@ class LanguageModule(COLAModule, ABC):
         self.measure(batch, output, stage, metric)
 
     def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
-        """Takes a batch of ``stage`` (``val``, ``test``) into its metric, and logs it."""
+        """Takes a batch's predictions, if any, into the metric of its ``stage`` (``val``, ``test``), and logs that."""
         if output.predictions is not None:
             metric.update(output.predictions, output.targets)
             self.log(f"{stage}_{self.metric_name}", metric, batch_size=output.size, prog_bar=True)

@@ -48,36 +48,34 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
     return logits.float()
 
 
-def split_by_length(batch: Batch) -> tuple[list[Batch], Tensor]:
+def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[Tensor, Batch]]:
     """A batch as parts whose rows are of like length, without the padding that only longer rows of other parts need.
 
-    A part is a forward pass of its own, so there are no more of them than save time. Splitting asks for the lengths, and so
-    waits for the device.
+    A part is a forward pass of its own, so there are no more of them than save time.
 
     Args:
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and what else it has for each token.
+        lengths: of the rows; None: the mask is asked, which waits for the device.
 
     Returns:
-        the parts, and for each row of the batch its place in the parts one after another. A batch without padding on the left
-        is one part, itself.
+        each part, and which rows of the batch it has. A batch without padding on the left is one part, itself.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    whole = [batch], torch.arange(len(ids), device=ids.device)
-    if mask is None or len(ids) == 1 or any(batch[name].shape != ids.shape for name in BY_TOKEN & batch.keys()):
+    ids = batch["input_ids"]
+    whole = [(torch.arange(len(ids), device=ids.device), batch)]
+    by_token = {name: batch[name] for name in BY_TOKEN & batch.keys() if batch[name] is not None}
+    if "attention_mask" not in by_token or len(ids) == 1 or any(some.shape != ids.shape for some in by_token.values()):
         return whole
-    starts = mask.bool().int().argmax(1).tolist()  # each row's first token
-    order = sorted(range(len(starts)), key=lambda row: starts[row])
-    lengths = [ids.shape[1] - starts[row] for row in order]
-    cuts = cut_by_length(lengths, pass_cost(ids.device))
+    if lengths is None:
+        lengths = (ids.shape[1] - batch["attention_mask"].bool().int().argmax(1)).tolist()
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    cuts = cut_by_length([lengths[row] for row in order], pass_cost(ids.device))
     if len(cuts) == 1:
         return whole
-    rows = torch.tensor(order, device=ids.device)
-    by_token = {name: batch[name] for name in BY_TOKEN & batch.keys()}
-    parts: list[Batch] = []
+    parts: list[tuple[Tensor, Batch]] = []
     for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
-        here, length = rows[start:end], lengths[start]
-        parts.append({name: value[here, -length:] for name, value in by_token.items()})
-    return parts, rows.argsort()
+        rows, longest = torch.tensor(order[start:end], device=ids.device), lengths[order[start]]
+        parts.append((rows, {name: value[rows, -longest:] for name, value in by_token.items()}))
+    return parts
 
 
 def pass_cost(device: torch.device) -> float:
@@ -183,6 +181,13 @@ def _name_of_cache(model: nn.Module) -> str | None:
     """What a model calls the keys and values of what it has read; transformers renames it between its versions 5.0 and 5.40."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
+def is_free_of_length(model: nn.Module) -> bool:
+    """Whether a token's place means the same in a batch of any length: some rotate by the longest row that there is."""
+    config: Any = model.config
+    rotation = str(getattr(config.get_text_config(), "rope_parameters", None))
+    return not any(kind in rotation for kind in ("longrope", "dynamic"))
 
 
 def can_share(model: nn.Module) -> bool:

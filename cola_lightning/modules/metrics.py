@@ -21,7 +21,7 @@ class Accuracy(MeanMetric):
 
 
 class _OfAllRows(Metric):
-    """A measure that is no mean over rows: it keeps them all, for how many options there are shows in a batch alone."""
+    """A measure that is no mean over rows: it keeps them all. How many options there are is told by the batches."""
 
     predictions: list[Tensor]
     targets: list[Tensor]
@@ -41,18 +41,18 @@ class _OfAllRows(Metric):
 
     @override
     def compute(self) -> Tensor:
-        return self.measure(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
+        return self.value(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
 
     @abstractmethod
-    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
         """The measure over all rows."""
 
 
-class F1(_OfAllRows):
+class OptionF1(_OfAllRows):
     """The F1 of the second of two options, or the mean of those of more."""
 
     @override
-    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
         if n_options == 2:
             return binary_f1_score(predictions, targets)
         return multiclass_f1_score(predictions, targets, n_options, average="macro")
@@ -62,7 +62,7 @@ class MatthewsCorrCoef(_OfAllRows):
     """Matthews' correlation coefficient, from -1 to 1."""
 
     @override
-    def measure(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
         return multiclass_matthews_corrcoef(predictions, targets, n_options)
 
 
