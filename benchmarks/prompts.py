@@ -3,7 +3,7 @@
     python benchmarks/prompts.py
 
 trains a model of OPT-125m's shape (random weights, SmolLM2's tokens) on one CPU thread, on rows of RTE and BoolQ in batches
-of 8, and takes about twenty minutes. It reads $COLA_DATA_DIR. Results go to ``prompts.jsonl``, one a line, and into a table.
+of 8, and takes about half an hour. It reads $COLA_DATA_DIR. Results go to ``prompts.jsonl``, one a line, and into a table.
 
 * ``cola``: this package's step: one sequence a row, for options of one token share it, in passes of rows of like length, and
   the last position's logits alone;
@@ -189,10 +189,14 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             result["task"],
             f"{result['value']:.2f}",
             "" if result["limit"] is None else f"{result['limit']:.2f}",
-            ", ".join(f"{name} {statistics.median(values):.3g}" for name, values in result["values"].items()),
+            ", ".join(f"{name} {_short(statistics.median(values))}" for name, values in result["values"].items()),
         ]
         for result in results
     ]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:

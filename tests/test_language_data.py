@@ -120,9 +120,7 @@ def test_no_option_is_cut(sst2):
         encode_examples(tokenizer, [example], n_option)
     with pytest.raises(UserError, match="expected options that add tokens"):
         encode_examples(tokenizer, [Example("It was", ("", " great"), 0)], 500)
-    with pytest.raises(
-        UserError, match=r"expected options that differ not in blanks alone, received \('Yes', 'Yes '"
-    ):
+    with pytest.raises(UserError, match=r"expected options that differ not in blanks alone, received \('Yes', 'Yes '"):
         encode_examples(tokenizer, [Example("It was", ("Yes", "Yes "), 0)], 500)
     with pytest.raises(UserError, match="expected a prompt of at least one token"):
         encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)

@@ -100,7 +100,7 @@ def test_the_table_of_bases_is_the_benchmarks(monkeypatch):
         assert f"| {' | '.join(row)} |" in README
 
 
-@pytest.mark.parametrize("name", ["tasks"])
+@pytest.mark.parametrize("name", ["tasks", "prompts"])
 def test_the_tables_of_tasks_and_of_their_costs_are_the_benchmarks(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module(name)
