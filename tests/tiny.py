@@ -80,10 +80,12 @@ def config(architecture):
     return made
 
 
-def folder(path, architecture="llama", auto_class="AutoModelForCausalLM"):
-    """A folder with such a model and its tokenizer, as a user would have it."""
+def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", **changes):
+    """A folder with such a model and its tokenizer, as a user would have it; ``changes`` are to its configuration."""
     torch.manual_seed(0)
-    model = getattr(transformers, auto_class).from_config(config(architecture))
+    made = config(architecture)
+    made.update(changes)
+    model = getattr(transformers, auto_class).from_config(made)
     with torch.no_grad():  # weights of a size at which attention and position matter
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else None

@@ -1,4 +1,4 @@
-"""A real model, SmolLM2, and real rows of the eleven tasks: their scores, and what they cost to prepare."""
+"""Real rows of the eleven tasks, on tiny models and on a real one, SmolLM2: their scores, and what they cost to prepare."""
 
 import os
 import statistics
@@ -18,7 +18,6 @@ from cola_lightning.data.rows import read_rows
 from cola_lightning.data.tasks import TASKS
 from tests import tiny
 
-pytestmark = tiny.needs_smollm2
 needs_data = pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
 CHOICES = [name for name, task in TASKS.items() if name not in ("SQuAD", "DROP")]
 
@@ -29,8 +28,9 @@ def smollm2():
     return tiny.with_live_link(module).eval()
 
 
+@tiny.needs_smollm2
 @torch.no_grad()
-def test_its_merged_copy_is_a_plain_model(smollm2, tmp_path):
+def test_smollm2s_merged_copy_is_a_plain_model(smollm2, tmp_path):
     ids = torch.tensor([smollm2.tokenizer("It was great")["input_ids"]])
     expected = smollm2.model(ids).logits
     smollm2.merged_model().save_pretrained(tmp_path)
@@ -44,7 +44,9 @@ def one_at_a_time(module, example, max_length):
     for option in example.options:
         ids = module.tokenizer((example.prompt + option).strip(" "))["input_ids"]
         n_option = len(ids) - len(prompt)
-        logits = module.model(input_ids=torch.tensor([ids[-max_length:]])).logits[0]
+        begin = ids[:1] if ids[0] == module.tokenizer.bos_token_id and len(ids) > max_length else []
+        shown = begin + ids[-(max_length - len(begin)) :]
+        logits = module.model(input_ids=torch.tensor([shown])).logits[0]
         logs = logits[-n_option - 1 : -1].log_softmax(-1)
         scores.append(logs.gather(1, torch.tensor(ids[-n_option:])[:, None]).mean().item())
     return scores
@@ -64,18 +66,30 @@ def check_scores(module, task, n_rows, max_length=512):
 
 
 @needs_data
+@pytest.mark.parametrize("task", CHOICES)
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])  # with a beginning of sentence, which stays, and without
+def test_scores_on_tiny_models_are_those_of_one_option_at_a_time(tmp_path, architecture, task):
+    name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=512)
+    module = COLACausalLM(name, target_modules=tiny.targets(architecture), rank=2, alpha=4, seed=0)
+    check_scores(tiny.with_live_link(module).eval(), task, 20)
+
+
+@tiny.needs_smollm2
+@needs_data
 @pytest.mark.parametrize(("task", "n_rows"), [("SST2", 4), ("COPA", 4), ("CB", 2)])
-def test_scores_are_those_of_one_option_at_a_time(smollm2, task, n_rows):
+def test_scores_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task, n_rows):
     check_scores(smollm2, task, n_rows)
 
 
+@tiny.needs_smollm2
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("task", CHOICES)
-def test_scores_of_twenty_rows_are_those_of_one_option_at_a_time(smollm2, task):
+def test_scores_of_twenty_rows_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task):
     check_scores(smollm2, task, 20)
 
 
+@tiny.needs_smollm2
 @needs_data
 @pytest.mark.parametrize("task", ["RTE", "MultiRC"])
 def test_a_thousand_rows_take_three_seconds_and_the_second_time_half_a_second(smollm2, task, tmp_path, monkeypatch):
