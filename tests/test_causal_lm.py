@@ -15,7 +15,7 @@ from cola_lightning.data.batches import collate_language, collate_options
 from cola_lightning.data.encoding import encode_responses
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
-from tests.tiny import with_live_link
+from tests.tiny import plain_scores, with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
@@ -31,20 +31,6 @@ EXAMPLES = [
 def module(request, tmp_path):
     name = tiny.folder(tmp_path / "model", request.param)
     return with_live_link(COLACausalLM(name, target_modules=tiny.targets(request.param), rank=2, alpha=4, seed=0))
-
-
-def plain_scores(module, example):
-    """One option at a time, padded on the right, with all logits."""
-    prompt_length = len(module.tokenizer(example.prompt.rstrip(" "))["input_ids"])
-    scores = []
-    for option in example.options:
-        ids = module.tokenizer(example.prompt + option)["input_ids"]
-        padded = torch.tensor([ids + [module.tokenizer.pad_token_id] * 5])
-        mask = torch.tensor([[1] * len(ids) + [0] * 5])
-        log_probabilities = module.model(input_ids=padded, attention_mask=mask).logits.log_softmax(-1)
-        chosen = [log_probabilities[0, t - 1, ids[t]] for t in range(prompt_length, len(ids))]
-        scores.append(torch.stack(chosen).mean())
-    return torch.stack(scores)
 
 
 def gradients(module, loss):

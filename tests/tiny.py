@@ -108,6 +108,23 @@ def with_live_link(module):
     return module
 
 
+def plain_scores(module, example, max_length=None):
+    """The mean log-probability of each option's tokens, one option at a time, padded on the right, with all logits."""
+    tokenizer, scores = module.tokenizer, []
+    n_prompt = len(tokenizer(example.prompt.strip(" "))["input_ids"])
+    for option in example.options:
+        ids = tokenizer((example.prompt + option).strip(" "))["input_ids"]
+        n_option = len(ids) - n_prompt
+        if max_length is not None and len(ids) > max_length:  # a beginning of sentence stays
+            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            ids = begin + ids[len(begin) - max_length :]
+        padded = torch.tensor([ids + [tokenizer.pad_token_id] * 5])
+        mask = torch.tensor([[1] * len(ids) + [0] * 5])
+        logs = module.model(input_ids=padded, attention_mask=mask).logits[0].log_softmax(-1)
+        scores.append(torch.stack([logs[t - 1, ids[t]] for t in range(len(ids) - n_option, len(ids))]).mean())
+    return torch.stack(scores)
+
+
 def three_links(module):
     """Gives a module links of ranks 4, 2 and 3 and of three alphas, the last one live, and for each what is trained whole."""
     module.configure_model()
