@@ -16,6 +16,7 @@ from torch import Tensor
 from cola_lightning import distributed
 from cola_lightning.errors import UserError
 from cola_lightning.layers import LoRALayer, low_rank_delta
+from cola_lightning.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -204,5 +205,5 @@ def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
-        generator = torch.Generator("cpu").manual_seed(distributed.derive_seed(seed, index, name))
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
         layer.reset(generator, rank=rank, alpha=alpha)

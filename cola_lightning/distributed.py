@@ -7,7 +7,6 @@ matrix, and are made whole for as long as something is done with them: :func:`un
 Everything else in the package treats a parameter as one full tensor and goes through the functions below.
 """
 
-import hashlib
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -169,17 +168,6 @@ def leave() -> None:
     """Ends this process' part in what several do together; gloo's threads may abort a process that does not."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed for torch's generators that depends on the parts alone: equal on every process, whatever else was drawn.
-
-    Example:
-        >>> derive_seed(0, 1, "fc") == derive_seed(0, 1, "fc") != derive_seed(0, 2, "fc")
-        True
-    """
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def draw_seed() -> int:

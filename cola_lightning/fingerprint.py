@@ -1,16 +1,17 @@
-"""Which base a chain was trained on: its name, a fingerprint of its weights, and the checks of a base against it."""
+"""Which base a chain was trained on: its name, fingerprints of its values, and the checks of a base against them."""
 
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
 from cola_lightning.errors import UserError
 
-SAMPLED_VALUES = 64  # of each adapted layer's weight
+SAMPLED_VALUES = 64  # of each parameter and buffer
 
 
 def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
@@ -22,28 +23,60 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
 
     Returns:
         ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the
-        dtypes they came in (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name.
+        dtypes they came in (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name;
+        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None where it is
+        trained (format version 2).
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)
     norms = {}
     for layer_name, layer in layers.items():
         weight = layer.full_weight()
-        generator = torch.Generator("cpu").manual_seed(0)
-        places = torch.randint(weight.numel(), (SAMPLED_VALUES,), generator=generator, device="cpu")
-        sample = weight.flatten()[places.to(weight.device)].cpu().double()
-        digest.update(f"{layer_name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+        digest.update(f"{layer_name} {tuple(weight.shape)}".encode() + _bytes(_sample(weight)))
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
-    return {"name": name, "fingerprint": digest.hexdigest(), "dtypes": dtypes, "weight_norms": norms}
+    return {
+        "name": name,
+        "fingerprint": digest.hexdigest(),
+        "dtypes": dtypes,
+        "weight_norms": norms,
+        "values": _hashes(model, layers),
+    }
+
+
+def _hashes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
+    links = {f"{name}.lora_{factor}" for name in layers for factor in "AB"}
+    named = model.named_parameters(remove_duplicate=False)
+    trained = set(distributed.plain_names(name for name, parameter in named if parameter.requires_grad))
+    return {
+        name: None if name in trained else _hash(value)
+        for name, value in distributed.state_dict(model).items()
+        if isinstance(value, Tensor) and name not in links
+    }
+
+
+def _hash(value: Tensor) -> str:
+    sample = value.flatten() if value.numel() <= SAMPLED_VALUES else _sample(value)
+    return hashlib.sha256(f"{tuple(value.shape)}".encode() + _bytes(sample)).hexdigest()[:16]
+
+
+def _sample(value: Tensor) -> Tensor:
+    places = torch.randint(value.numel(), (SAMPLED_VALUES,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return value.flatten()[places.to(value.device)]
+
+
+def _bytes(sample: Tensor) -> bytes:
+    """The values in float64: the same bytes in whatever wider dtype they are kept."""
+    wide = torch.view_as_real(sample) if sample.is_complex() else sample
+    return wide.detach().cpu().double().numpy().tobytes()
 
 
 def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
     """Refuses a base on which the chain was not trained.
 
     Args:
-        expected: what :func:`describe_base` said of the chain's base.
+        expected: what :func:`describe_base` said of the chain's base; what format version 1 does not hold is not compared.
         received: what it says of this one.
 
     Raises:
@@ -55,11 +88,37 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
             f"base: expected one in {' and '.join(expected['dtypes'])}, in which the chain was trained, "
             f"received one in {' and '.join(received['dtypes'])}"
         )
-    if expected["fingerprint"] != received["fingerprint"]:
+    if (where := _difference(expected, received)) is not None:
         raise UserError(
             f"base: expected the one on which the chain was trained, {_named(expected)}, received another, "
-            f"{_named(received)}: the same model, revision, seed and target_modules are needed, or save_base: true in training"
+            f"{_named(received)}, {where}: the same model, revision, seed and target_modules are needed, or save_base: true in "
+            "training"
         )
+
+
+def check_made_again(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+    """Refuses a base that ``build_model`` has made anew, and not as before.
+
+    Raises:
+        UserError: if it has other values.
+    """
+    if (where := _difference(expected, received)) is not None:
+        raise UserError(
+            f"base: expected build_model to make the same base again, received another, {where}: it may draw from the global "
+            "generators of Python, numpy and torch, which are seeded for it, or save_base: true keeps the first"
+        )
+
+
+def _difference(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str | None:
+    """Where two bases differ; None where they are the same by all that is known of both."""
+    mine, theirs = received.get("values", {}), expected.get("values", received.get("values", {}))
+    if alone := sorted(mine.keys() ^ theirs.keys()):
+        return f"{'with' if alone[0] in mine else 'without'} {alone[0]!r}"
+    pairs = ((name, value, theirs[name]) for name, value in mine.items())
+    if different := [name for name, value, other in pairs if value != other and None not in (value, other)]:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        return f"with other values of {different[0]!r}{more}"
+    return None if expected["fingerprint"] == received["fingerprint"] else "with other values of adapted layers"
 
 
 def _named(base: Mapping[str, Any]) -> str:

@@ -36,10 +36,11 @@ MAY_IMPORT = {
     "errors": set(),
     "writing": set(),
     "hub": set(),
+    "seeding": set(),
 }
 
 # What any part may use.
-OPEN_TO_ALL = {"errors", "hub", "writing", "__version__"}
+OPEN_TO_ALL = {"errors", "hub", "seeding", "writing", "__version__"}
 
 # What the engine's own files may take from outside: torch, the standard library and, for chains on disk, safetensors.
 TORCH_ONLY = {"stack", "lora_layer", "quantization", "layers", "adapt", "fingerprint", "chain", "chain_files", "chain_folder"}

@@ -1,15 +1,17 @@
 """What data modules share: loaders whose training order goes on where a run stopped."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from cola_lightning.data.sampling import DealingSampler, EpochSampler
 from cola_lightning.errors import UserError
+from cola_lightning.seeding import derive_seed, seeded
 
 
 def batches_done(trainer: Trainer | None) -> int:
@@ -19,12 +21,38 @@ def batches_done(trainer: Trainer | None) -> int:
     return (trainer.fit_loop.batch_idx + 1) % int(trainer.num_training_batches)  # all of them: the next epoch begins
 
 
+class SeededBatches(Dataset[Any]):
+    """Batches of a data set's rows, each made under a seed of its own: random augmentation is the same in a resumed epoch.
+
+    Args:
+        rows: the data set.
+        collate: makes a batch of rows.
+        seed: of all draws, with the epoch and the places of a batch's rows.
+    """
+
+    def __init__(self, rows: Any, collate: Callable[[list[Any]], Any], seed: int | str) -> None:
+        self.rows, self.collate, self.seed, self.epoch = rows, collate, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.rows[place]
+
+    def __getitems__(self, places: list[int]) -> Any:
+        """The batch of the rows at these places; in a worker process, where there are any."""
+        with seeded(derive_seed(self.seed, self.epoch, *places)):
+            return self.collate([self.rows[place] for place in places])
+
+
 class EpochLoader(DataLoader[Any]):
     """A loader over an :class:`EpochSampler`. It has no state: the order is a function, the place in it is the trainer's."""
 
     @override
     def __iter__(self) -> Any:
         # A generator: workers would ask for the epoch's first rows at once, before the run knows its epoch and its place in it.
+        if isinstance(self.dataset, SeededBatches):
+            self.dataset.epoch = getattr(self.sampler, "epoch", 0)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -33,6 +61,10 @@ class EpochLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -146,8 +178,9 @@ class EpochDataModule(LightningDataModule, ABC):
     def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
         # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
         # would draw from the global one.
-        how: dict[str, Any] = {"collate_fn": self.collate, "num_workers": self.num_workers, "generator": torch.Generator()}
-        return EpochLoader(data, batch_size=batch_size, sampler=sampler, **how)
+        how: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator(), "collate_fn": _as_it_is}
+        batches = SeededBatches(data, self.collate, self.order_seed)
+        return EpochLoader(batches, batch_size=batch_size, sampler=sampler, **how)
 
     # ------------------------------------------------------------------ the place in an epoch, in a checkpoint
 

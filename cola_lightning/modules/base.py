@@ -22,7 +22,7 @@ from cola_lightning.adapt import check_numbers, inject_lora
 from cola_lightning.chain import Chain, Link, begin_link
 from cola_lightning.chain_files import read_chain
 from cola_lightning.errors import UserError
-from cola_lightning.fingerprint import describe_base
+from cola_lightning.fingerprint import check_made_again, describe_base
 from cola_lightning.layers import FinishedLinks, Init
 from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
@@ -38,6 +38,7 @@ from cola_lightning.modules.sharding import (
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
 from cola_lightning.quantization import is_quantized_model
 from cola_lightning.schedule import ChainSchedule, LRSchedule
+from cola_lightning.seeding import seeded
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,11 @@ class COLAModule(LinkTraining):
     # ------------------------------------------------------------------ what a subclass writes
 
     def build_model(self) -> nn.Module:
-        """Makes the base model. Called under the default dtype float32 and a seed of its own, ``self.seed``."""
+        """Makes the base model.
+
+        It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
+        ``self.seed``.
+        """
         raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
 
     def checkpoint_activations(self) -> None:
@@ -237,9 +242,14 @@ class COLAModule(LinkTraining):
     def _make_adapted_base(self) -> nn.Module:
         assert self.seed is not None
         # Whatever the caller is in: build_model may train, and the base must not depend on the device or the precision.
-        with torch.inference_mode(False), torch.enable_grad(), _default_dtype(torch.float32), torch.device("cpu"):
-            with _seeded(self.seed):
-                model = self.build_model()
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _default_dtype(torch.float32),
+            torch.device("cpu"),
+            seeded(self.seed),
+        ):
+            model = self.build_model()
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
@@ -253,6 +263,15 @@ class COLAModule(LinkTraining):
                     init=self.init,
                     finished_links=self.finished_links,
                 )
+        return model
+
+    @override
+    def _make_base_again(self) -> nn.Module:
+        model = self._make_adapted_base()
+        if self._base_weights is None:
+            check_made_again(self.chain.base, describe_base(model))
+        else:
+            self._write_base(model)
         return model
 
     @rank_zero_only
@@ -339,14 +358,6 @@ class COLAModule(LinkTraining):
             return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]
 
         cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A seed for torch's generators inside the block; outside they go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -132,7 +132,12 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         except RuntimeError:  # Lightning's way of saying that there is none
             return None
 
-    def _make_adapted_base(self) -> nn.Module:
+    def _make_base_again(self) -> nn.Module:
+        """The adapted base without any link: made anew, and checked, or with the weights that are kept.
+
+        Raises:
+            UserError: if ``build_model`` makes another base than before.
+        """
         raise NotImplementedError
 
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:

@@ -5,6 +5,7 @@ seed, and the watch over the loss.
 """
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.modules.recipe import is_readable
 from cola_lightning.modules.sharding import check_sharding, shards, take_over
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
+from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
@@ -34,6 +36,7 @@ class ChainKeeper(Callback):
 
     def __init__(self, module: "COLAModule") -> None:
         self.module = module
+        self._batch = ExitStack()  # the scope of its seed
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -83,14 +86,35 @@ class ChainKeeper(Callback):
             self.module.window_start = trainer.current_epoch, batch_idx
             self.module.window_buffers = {name: distributed.gather(state[name]) for name in self._buffer_names}
         align_logged_step(trainer)
+        self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    def _seed_batch(self, *place: object) -> None:
+        """Seeds the global generators until the batch ends: a resumed run draws its dropout, say, as the first would have."""
+        self._batch.close()
         assert self.module.seed is not None
-        seed_batch(self.module.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place)))
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._batch.close()
         if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
             state = pl_module.state_dict()
             distributed.share_(state[name] for name in self._buffer_names if name.startswith("model."))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch.close()  # of an epoch that a hook has cut short
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.module.is_validating_in_fit:
+            self._seed_batch("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._batch.close()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +137,7 @@ class ChainKeeper(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._batch.close()
         if self.module.is_validating_in_fit:  # Lightning leaves the model in evaluation mode: a next fit would lose its dropout
             for part, is_training in self._modes:
                 part.training = is_training
@@ -124,14 +149,6 @@ class ChainKeeper(Callback):
                 f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
                 f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
             )
-
-
-def seed_batch(seed: int, rank: int, epoch: int, batch_idx: int) -> None:
-    """Seeds torch's global generators for one batch (its dropout), so that a resumed run draws what the first would have.
-
-    This is the one place that touches the global generators.
-    """
-    torch.manual_seed(distributed.derive_seed(seed, rank, epoch, batch_idx))
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:

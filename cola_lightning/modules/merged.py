@@ -72,9 +72,7 @@ class MergedChain(RestoredChain):
                     nn.init.zeros_(layer.lora_B)
                 model.load_state_dict(self._extras_after(chain), strict=False)
         else:
-            model = self._make_adapted_base()
-            if self._base_weights is not None:
-                self._write_base(model)
+            model = self._make_base_again()
             if links == total and layers:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}

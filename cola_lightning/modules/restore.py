@@ -84,6 +84,7 @@ class RestoredChain(CheckpointedChain):
             check_links(links, len(chain))
             chain = chain_of(checkpoint).truncate(links)
         self._restore_base(chain, state["base_weights"])
+        chain = Chain(chain.links, self.chain.base | chain.base)  # an older format says less of the base
         trainer = self._attached_trainer
         is_fit = trainer is not None and trainer.state.fn == "fit"
         if state["dtype"] is not None and links != 0:  # the base itself was not trained in any
@@ -174,7 +175,7 @@ class RestoredChain(CheckpointedChain):
                 f"which cast them to {mine}"
             )
         if self._kept_dtype.itemsize < 4:  # what was rounded comes back with the base
-            made = self._make_adapted_base()
+            made = self._make_base_again()
             for name, part in made.named_modules():
                 tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
                 wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
@@ -189,7 +190,7 @@ class RestoredChain(CheckpointedChain):
         names, extras = self._extras().keys(), chain.links[-1].extras if chain.links else {}
         if names <= extras.keys():  # nothing for which a base would have to be made
             return extras
-        weights = base_weights(self._make_adapted_base()) if self._base_weights is None else self._base_weights
+        weights = base_weights(self._make_base_again()) if self._base_weights is None else self._base_weights
         return {name: weights[name] for name in names} | extras
 
     def _start_from(self, chain: Chain) -> None:
@@ -238,7 +239,7 @@ class RestoredChain(CheckpointedChain):
         """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
         weights = self._base_weights
         if weights is None:
-            weights = base_weights(self._make_adapted_base() if made is None else made)
+            weights = base_weights(self._make_base_again() if made is None else made)
         state = model.state_dict()
         for name, value in weights.items():
             distributed.copy_(state[name], value)
