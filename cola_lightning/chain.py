@@ -61,7 +61,7 @@ class Link:
             for name, pair in self.factors.items()
             for mine, theirs in zip(pair, other.factors[name], strict=True)
         ]
-        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+        return all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def norm(self) -> float:
         """Frobenius norm of the link's update over all layers."""

@@ -27,6 +27,8 @@ from cola_lightning.modules.reading import READING
 from cola_lightning.modules.recipe import RemembersArguments
 from cola_lightning.schedule import ChainSchedule, Counters
 
+EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
+
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
@@ -159,7 +161,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight."""
+        """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight.
+
+        The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs.
+        """
         prefix, frozen = kwargs.get("prefix", ""), set(self._frozen_names())
         if distributed.has_fsdp1(self):
             state = distributed.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
@@ -178,13 +183,28 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
 
     @override
+    def get_extra_state(self) -> dict[str, Any] | None:
+        """The finished links, their base, and the live link's rank, alpha and beginning; None before the model is made."""
+        if not hasattr(self, "model"):
+            return None
+        layer = next(iter(self._layers.values()), None)
+        live = layer and {"rank": layer.rank, "alpha": layer.alpha}
+        return {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}
+
+    @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a :meth:`state_dict`, with its names and shapes checked.
+        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or taken back.
 
         Raises:
-            UserError: if a name is missing or unknown, or a shape differs.
+            UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
         """
+        self.configure_model()
         own = self.state_dict()
+        if EXTRA_STATE not in state_dict:
+            raise UserError(
+                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
+                "load_from_checkpoint loads a checkpoint"
+            )
         if missing := sorted(own.keys() - state_dict.keys()):
             raise UserError(f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none")
         if unknown := sorted(state_dict.keys() - own.keys() - set(self._frozen_names())):
@@ -247,6 +267,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{name!r} is no longer finite, in link {self.link}: this checkpoint is not written")
         checkpoint[CHECKPOINT_KEY] = self.chain_state()
+        checkpoint["state_dict"].pop(EXTRA_STATE, None)  # it is in there
         trainer = self._attached_trainer
         if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
             return

@@ -70,7 +70,8 @@ class ChainKeeper(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = distributed.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(pl_module.state_dict().keys() - set(parameters))
+        values = {name for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        self._buffer_names = sorted(values - set(parameters))
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None

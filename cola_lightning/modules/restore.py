@@ -17,7 +17,7 @@ from cola_lightning.chain_folder import check_version
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
-from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
+from cola_lightning.modules.checkpoint import EXTRA_STATE, CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import find_class
 from cola_lightning.modules.sharding import is_sharded
@@ -89,24 +89,52 @@ class RestoredChain(CheckpointedChain):
         is_fit = trainer is not None and trainer.state.fn == "fit"
         if state["dtype"] is not None and links != 0:  # the base itself was not trained in any
             self._take_dtype(getattr(torch, state["dtype"]), is_fit=is_fit)
-        if not self.chain.is_beginning_of(chain):
-            if self.finished_links == "merge":
-                self._write_base(self.model)
-            self._forget_links(chain.base)
-        self._replay(chain)
+        self._go_to(chain)
         if is_fit:
             self._check_same_choices(checkpoint)
         self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
             self._metrics_before = dict(state["live"]["metrics"]) if state["live"] else {}
-            for layer in self._layers.values():
-                layer.rank, layer.alpha = int(state["live"]["rank"]), float(state["live"]["alpha"])
+            self._resume_link(state["live"])
+            checkpoint["state_dict"][EXTRA_STATE] = self.get_extra_state()
             return
         self._begin_link()
         extras = self._extras_after(chain)
         now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()}
         checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"][EXTRA_STATE] = now[EXTRA_STATE]
+
+    @override
+    def set_extra_state(self, state: Mapping[str, Any] | None) -> None:
+        """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
+
+        Raises:
+            UserError: if these were trained on another base.
+        """
+        if state is None:
+            return
+        self.configure_model()
+        chain = Chain.from_state_dict(state["chain"])
+        check_same_base(chain.base, self.chain.base)
+        self._go_to(chain)
+        self._resume_link(state["live"])
+        self.link_start = Counters(*state["link_start"])
+
+    def _go_to(self, chain: Chain) -> None:
+        """Has the layers hold these links, whichever they hold: replays what is missing, on the base made anew if need be."""
+        if not self.chain.is_beginning_of(chain):
+            if self.finished_links == "merge":
+                self._write_base(self.model)
+            self._forget_links(chain.base)
+        self._replay(chain)
+
+    def _resume_link(self, live: Mapping[str, Any] | None) -> None:
+        """Gives the layers the rank and alpha of a live link, whose factors are loaded later."""
+        if live is None:  # trained without links
+            return
+        for layer in self._layers.values():
+            layer.rank, layer.alpha = int(live["rank"]), float(live["alpha"])
 
     def _restore_base(self, chain: Chain, base: dict[str, Tensor] | None) -> None:
         """Checks that the base is the chain's, or writes the one that the checkpoint holds."""
