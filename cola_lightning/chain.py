@@ -30,8 +30,9 @@ class Link:
         start_step: global step (optimizer steps of the run) at its initialisation.
         end_step: global step at its knot.
         factors: A (rank x in) and B (out x rank) by the layer's name in the model.
-        extras: what else training changes, as it was at the knot: parameters that are trained whole, and buffers.
+        extras: what else training changes in the model, as it was at the knot: parameters that are trained whole, and buffers.
         metrics: what was logged last before the knot.
+        outside: the same of the Lightning module outside of its model, by name in the module.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Link:
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    outside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -189,7 +191,7 @@ def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.
-        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras`` and ``metrics``.
+        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras``, ``metrics`` and ``outside``.
     """
     first = next(iter(layers.values()))
     factors = {}

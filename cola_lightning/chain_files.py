@@ -86,5 +86,6 @@ def chain_of(checkpoint: Mapping[str, Any]) -> Chain:
         factors=factors,
         extras={name: weights[f"model.{name}"] for name in live["extras"]},
         metrics=dict(live["metrics"]),
+        outside={name: weights[name] for name in live.get("outside", ())},
     )
     return Chain([*chain.links, link], chain.base)

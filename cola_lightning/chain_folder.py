@@ -1,7 +1,9 @@
 """A chain as a folder of its own, which needs no pickle.
 
-``chain.safetensors`` holds the tensors under ``links.{k}.{layer}.lora_A``, ``links.{k}.{layer}.lora_B`` and
-``links.{k}.extras.{name}``; ``chain.json`` says the rest, and people can read it.
+``chain.safetensors`` holds the tensors under ``links.{k}.{layer}.lora_A``, ``links.{k}.{layer}.lora_B``,
+``links.{k}.extras.{name}`` and ``links.{k}.outside.{name}``; ``chain.json`` says the rest, and people can read it.
+
+Version 2 has what is trained outside of the model, and a hash of each value of the base; version 1 is read too.
 """
 
 import hashlib
@@ -19,9 +21,11 @@ from cola_lightning.chain import Chain, Link
 from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 FACTORS = (".lora_A", ".lora_B")
+WHOLE = ("extras", "outside")  # what a link holds beside its factors
 
 
 def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None:
@@ -30,7 +34,8 @@ def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None
     for link in chain.links:
         for name, (lora_A, lora_B) in link.factors.items():
             tensors |= {f"links.{link.index}.{name}.lora_A": lora_A, f"links.{link.index}.{name}.lora_B": lora_B}
-        tensors |= {f"links.{link.index}.extras.{name}": value for name, value in link.extras.items()}
+        for kind in WHOLE:
+            tensors |= {f"links.{link.index}.{kind}.{name}": value for name, value in getattr(link, kind).items()}
     with whole_folder(Path(folder), overwrite=overwrite) as partial:
         # Clones, for slices of a larger tensor may not be written, nor tensors that share their memory.
         save_file({name: value.clone().contiguous() for name, value in tensors.items()}, partial / TENSORS_NAME)
@@ -71,16 +76,16 @@ def check_version(version: Any, where: str) -> None:
     Raises:
         UserError: if the format's version is not one that this release knows.
     """
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise UserError(
-            f"chain: expected format version {FORMAT_VERSION}, which this release of cola_lightning reads, received {version} "
-            f"in {where}: a newer release is needed"
+            f"chain: expected format version {' or '.join(map(str, READABLE_VERSIONS))}, which this release of cola_lightning "
+            f"reads, received {version} in {where}: a newer release is needed"
         )
 
 
 def _describe(link: Link) -> dict[str, Any]:
     """A link without its tensors; a metric that is not finite is null."""
-    facts = {name: value for name, value in vars(link).items() if name not in ("factors", "extras", "metrics")}
+    facts = {name: value for name, value in vars(link).items() if name not in ("factors", "metrics", *WHOLE)}
     metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
     return {**facts, "layers": len(link.factors), "metrics": metrics}
 
@@ -101,13 +106,17 @@ def _link(place: int, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
     prefix = f"links.{place}."
     mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     layers = [name.removesuffix(".lora_A") for name in mine if name.endswith(".lora_A")]
-    extras = {name.removeprefix("extras."): tensor for name, tensor in mine.items() if not name.endswith(FACTORS)}
+    whole = {name: tensor for name, tensor in mine.items() if not name.endswith(FACTORS)}
+    extras, outside = (
+        {name.removeprefix(f"{kind}."): tensor for name, tensor in whole.items() if name.startswith(f"{kind}.")}
+        for kind in WHOLE
+    )
     factors = {name: (mine[f"{name}.lora_A"], mine[f"{name}.lora_B"]) for name in layers}
-    if len(factors) != n_layers or 2 * len(factors) + len(extras) != len(mine):
+    if len(factors) != n_layers or 2 * len(factors) + len(extras) + len(outside) != len(mine):
         raise ValueError(f"link {place} has {len(factors)} layers in place of {n_layers}")
     if wrong := [name for name, (A, B) in factors.items() if A.shape[0] != rank or B.shape[1] != rank]:
         raise ValueError(f"link {place} is not of rank {rank} in {wrong[0]!r}")
-    return Link(**facts, factors=factors, extras=extras)
+    return Link(**facts, factors=factors, extras=extras, outside=outside)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Writes ``tests/fixtures/chain-1``: a chain folder of format version 1, and the logits that it is to give.
+"""Writes a chain folder and a checkpoint of the present format into ``tests/fixtures``, with the logits that they are to give.
 
 To be run once for each version of the format; what is committed stays, so that later releases keep loading it.
 """
@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
-from cola_lightning import Chain, COLAModule, lora_layers
+from cola_lightning import Chain, ChainOfLoRA, COLAModule, lora_layers
+from cola_lightning.chain_folder import FORMAT_VERSION
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -26,6 +29,13 @@ class Fixed(COLAModule):
         return model
 
 
+class Trained(Fixed):
+    """The same, trained for a checkpoint."""
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch).square().mean()
+
+
 def fill(tensor, offset):
     with torch.no_grad():  # in numbers that float32 has: the same bits on every machine
         tensor.copy_(((torch.arange(tensor.numel()) * 37 + 11 * offset) % 64 - 32).reshape(tensor.shape) / 64)
@@ -38,7 +48,7 @@ def inputs():
 
 
 def main():
-    """Three links of ranks 3, 1 and 2, with a head that is trained whole."""
+    """Three links of ranks 3, 1 and 2 each, with a head that is trained whole."""
     module = Fixed(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
     module.configure_model()
     for link, (rank, alpha) in enumerate([(1, 4.0), (2, 8.0), (3, 6.0)]):
@@ -49,9 +59,24 @@ def main():
         if link < 2:
             module.tie_knot(rank=rank, alpha=alpha)
     chain = Chain([*module.chain.links, module.live_link()], module.chain.base)
-    chain.save(FIXTURES / "chain-1", overwrite=True)
+    chain.save(FIXTURES / f"chain-{FORMAT_VERSION}", overwrite=True)
+    write_logits(module, FIXTURES / f"chain-{FORMAT_VERSION}.logits.json")
+    module = Trained(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[ChainOfLoRA(every_n_epochs=1, ranks=[3, 1, 2])],
+        logger=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, DataLoader(inputs(), batch_size=2))
+    trainer.save_checkpoint(FIXTURES / f"checkpoint-{FORMAT_VERSION}.ckpt")
+    write_logits(module, FIXTURES / f"checkpoint-{FORMAT_VERSION}.logits.json")
+
+
+def write_logits(module, path):
     logits = [module.merged_model(links)(inputs()).tolist() for links in range(4)]
-    (FIXTURES / "chain-1.logits.json").write_text(json.dumps(logits) + "\n")
+    path.write_text(json.dumps(logits) + "\n")
 
 
 if __name__ == "__main__":

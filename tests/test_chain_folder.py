@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from cola_lightning import Chain, Link, UserError
-from tests.make_fixture import FIXTURES, Fixed, inputs
+from tests.make_fixture import FIXTURES, Fixed, Trained, inputs
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -45,7 +45,7 @@ def test_the_two_files_can_be_read_without_this_package(tmp_path):
         names = sorted(file.keys())
     assert names == ["links.0.a.b.lora_A", "links.0.a.b.lora_B", "links.0.c.lora_A", "links.0.c.lora_B", "links.0.extras.head"]
     description = json.loads((tmp_path / "chain" / "chain.json").read_text(), parse_constant=pytest.fail)
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert description["targets"] == ["a.b", "c"]
     link = {"index": 0, "rank": 2, "alpha": 4.0, "start_step": 0, "end_step": 10, "layers": 2, "metrics": {}}
     assert description["links"] == [link]
@@ -65,15 +65,42 @@ def test_an_empty_chain_is_a_folder_too(tmp_path):
     assert len(Chain.load(tmp_path / "chain")) == 0
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("links", range(4))
-def test_a_chain_of_format_1_gives_the_logits_that_it_gave(links):
+def test_a_chain_of_any_format_gives_the_logits_that_it_gave(links, version):
     """The folder is that of the release that began this format; it is never written again."""
-    expected = json.loads((FIXTURES / "chain-1.logits.json").read_text())[links]
+    expected = json.loads((FIXTURES / f"chain-{version}.logits.json").read_text())[links]
     how = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
-    module = Fixed(**how, init_chain=str(FIXTURES / "chain-1"), init_links=links)
+    module = Fixed(**how, init_chain=str(FIXTURES / f"chain-{version}"), init_links=links)
     module.configure_model()
     torch.testing.assert_close(module.model(inputs()), torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("links", range(4))
+def test_a_checkpoint_of_any_format_gives_the_logits_that_it_gave(links, version):
+    expected = json.loads((FIXTURES / f"checkpoint-{version}.logits.json").read_text())[links]
+    module = Trained.load_from_checkpoint(FIXTURES / f"checkpoint-{version}.ckpt", links=links)
+    torch.testing.assert_close(module.merged_model()(inputs()), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["chain-1", "checkpoint-1.ckpt"])
+def test_a_base_is_held_against_what_format_1_holds_of_it(path):
+    class Other(Trained):
+        changed = 0.5
+
+        def build_model(self):
+            model = super().build_model()
+            with torch.no_grad():
+                model[0].weight.mul_(self.changed)
+            return model
+
+    how = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
+    with pytest.raises(UserError, match="base: expected the one on which the chain was trained"):
+        Other(**how, init_chain=str(FIXTURES / path)).configure_model()
+    Other.changed = 1
+    Other(**how, init_chain=str(FIXTURES / path)).configure_model()
 
 
 def test_a_chain_of_another_base_is_refused_by_name():

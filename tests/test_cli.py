@@ -214,7 +214,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
     process.send_signal(number)
     process.wait(timeout=60)
     assert process.returncode == status
-    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 1
+    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 2
     assert not list(checkpoint.parent.glob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("go on: cola fit")]
     assert str(checkpoint.absolute()) in command

@@ -138,7 +138,7 @@ def rename_targets(path):
 
 def another_version(path):
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cola"]["format_version"] = 2
+    checkpoint["cola"]["format_version"] = 3
     torch.save(checkpoint, path)
 
 
@@ -169,8 +169,13 @@ DAMAGE = [
     (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged file"),
     (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "received a damaged file"),
     (truncate, "chain/chain.json", INSPECT, "received a damaged one"),
-    (edit_json(lambda d: d.update(format_version=2)), "chain", INSPECT, "expected format version 1, which this release"),
-    (edit_json(lambda d: d.update(format_version=2)), "chain", FROM_CHAIN, "expected format version 1, which this release"),
+    (edit_json(lambda d: d.update(format_version=3)), "chain", INSPECT, "expected format version 1 or 2, which this release"),
+    (
+        edit_json(lambda d: d.update(format_version=3)),
+        "chain",
+        FROM_CHAIN,
+        "expected format version 1 or 2, which this release",
+    ),
     (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 2 is not told of"),
     (edit_json(lambda d: d["links"].pop(2)), "chain", INSPECT, "link 2 is not told of"),
     (edit_json(lambda d: d["links"][1].update(index=5)), "chain", INSPECT, "link 1 is missing"),

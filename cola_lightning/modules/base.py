@@ -193,6 +193,7 @@ class COLAModule(LinkTraining):
         if dtype == torch.float64:  # before a checkpoint's values are loaded, not after
             self.model.double()
         self._cast_adapted(dtype)
+        self.note_outside()
         if self._first_chain is not None:
             self._start_from(self._first_chain)
         if self.target_modules is not None:

@@ -63,6 +63,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         is_validating_in_fit: whether a validation of a fit has begun and not ended.
         window_start: epoch and batch at which the accumulation window began.
         window_buffers: the persistent buffers as they were then.
+        first_outside: what is trained outside of the model, as it was before the first link.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
+        self.first_outside: dict[str, Tensor] = {}
         self.forget_checkpoint()
 
     def forget_checkpoint(self) -> None:
@@ -233,6 +235,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "scheduled": self._scheduled,
             "metrics": self._metrics(),
             "extras": list(self._extras()),
+            "outside": list(self._outside()),
         }
         return {
             "format_version": FORMAT_VERSION,
@@ -247,6 +250,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "optimizer": self._optimizer_class,
             "has_rate_of_saved": self.modules_to_save_lr is not None,
             "base_weights": self._base_weights,
+            "outside": self.first_outside,
         }
 
     def _metrics(self) -> dict[str, float]:
@@ -255,9 +259,20 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         logged = trainer.callback_metrics if trainer else {}
         return self._metrics_before | {name: float(value) for name, value in logged.items()}
 
+    def _outside(self) -> dict[str, Tensor]:
+        """CPU copies of what training changes outside of the model, by name in this module: a head of its own, and buffers."""
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        values = {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
+        names = [name for name in values if not name.startswith("model.") and name not in frozen]
+        return {name: distributed.gather(values[name]) for name in names}
+
     def _extras(self) -> dict[str, Tensor]:
         """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
         return base_weights(self.model, without={name.removeprefix("model.") for name in self._frozen_names()})
+
+    def note_outside(self) -> None:
+        """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""
+        self.first_outside = self._outside() | self.first_outside
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -63,6 +63,8 @@ class ChainKeeper(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.check_trained_whole()
+        if trainer.ckpt_path is None:  # what a hook has made since the model was
+            self.module.note_outside()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

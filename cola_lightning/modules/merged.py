@@ -1,6 +1,7 @@
 """The live link as a finished one, and the model with its links in its weights."""
 
 import copy
+import logging
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from cola_lightning.modules.running import keep_activations
 from cola_lightning.modules.sharding import is_sharded
 from cola_lightning.quantization import dequantize
 from cola_lightning.schedule import Counters
+
+log = logging.getLogger(__name__)
 
 
 class MergedChain(RestoredChain):
@@ -28,6 +31,7 @@ class MergedChain(RestoredChain):
             end_step=self._now.global_step,
             extras=self._extras(),
             metrics=self._metrics(),
+            outside=self._outside(),
         )
 
     @property
@@ -49,6 +53,8 @@ class MergedChain(RestoredChain):
         Raises:
             UserError: if there are not as many links.
 
+        What is trained outside of ``self.model`` is not in the copy, and a warning says so.
+
         Where the model is sharded, the copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all
         is trained, all is gathered: every process must ask for it.)
 
@@ -60,6 +66,8 @@ class MergedChain(RestoredChain):
         total = self.link + 1
         links = total if links is None else links
         check_links(links, self.link)
+        if outside := self._outside():
+            log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         chain = self.chain.truncate(min(links, self.link))
         layers = self._layers.values()
         is_stacked = any(layer.stack is not None for layer in layers)

@@ -93,6 +93,7 @@ class RestoredChain(CheckpointedChain):
         if is_fit:
             self._check_same_choices(checkpoint)
         self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
+        self.first_outside = dict(state.get("outside", {}))
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
             self._metrics_before = dict(state["live"]["metrics"]) if state["live"] else {}
@@ -101,7 +102,7 @@ class RestoredChain(CheckpointedChain):
             return
         self._begin_link()
         extras = self._extras_after(chain)
-        now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()}
+        now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()} | self._outside_after(chain)
         checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
         checkpoint["state_dict"][EXTRA_STATE] = now[EXTRA_STATE]
 
@@ -221,6 +222,20 @@ class RestoredChain(CheckpointedChain):
         weights = base_weights(self._make_base_again()) if self._base_weights is None else self._base_weights
         return {name: weights[name] for name in names} | extras
 
+    def _outside_after(self, chain: Chain) -> dict[str, Tensor]:
+        """What is trained outside of the model, as it was after the last of these links; before the first where it has none.
+
+        Raises:
+            UserError: if that was not recorded, as by format version 1.
+        """
+        outside = chain.links[-1].outside if chain.links else self.first_outside
+        if missing := sorted(self._outside().keys() - outside.keys()):
+            raise UserError(
+                f"links: expected null, for the checkpoint does not hold {missing[0]!r}, which is trained outside of the "
+                f"model, as it was then; received {len(chain)}"
+            )
+        return outside
+
     def _start_from(self, chain: Chain) -> None:
         """Takes up the links of another run's chain, and takes over what it trained whole."""
         if chain.base:
@@ -236,17 +251,10 @@ class RestoredChain(CheckpointedChain):
                         f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
                     )
         self._replay(Chain(chain.links, self.chain.base))
-        self._load_extras(chain.links[-1].extras if chain.links else {})
-
-    def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
-        own = self._extras()
-        for name, value in extras.items():
-            if name not in own or own[name].shape != value.shape:
-                raise UserError(
-                    f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
-                    f"{name!r} of shape {tuple(value.shape)}"
-                )
-            distributed.copy_(distributed.state_dict(self.model)[name], value)
+        if chain.links:
+            last, model = chain.links[-1], distributed.state_dict(self.model)
+            _load_whole(last.extras, {name: model[name] for name in self._extras()})
+            _load_whole(last.outside, {name: self.state_dict()[name] for name in self._outside()})
 
     def _cast_adapted(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers to the training's dtype as Lightning will: its own cast comes only after the replay.
@@ -282,6 +290,17 @@ def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:
             return asked
         log.warning("%s; it is loaded as %s", error, asked.__name__)
         return None
+
+
+def _load_whole(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Writes a chain's values of what is trained whole into those that this module trains."""
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise UserError(
+                f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
+                f"{name!r} of shape {tuple(value.shape)}"
+            )
+        distributed.copy_(own[name], value)
 
 
 def check_links(links: int, n_finished: int) -> None:

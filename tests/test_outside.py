@@ -1,0 +1,115 @@
+"""Parameters that a module trains outside of ``self.model`` are part of each link, as those in it are."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cola_lightning import Chain, UserError
+from tests.toy import Toy, batches, toy, trainer
+
+
+class Headed(Toy):
+    """The toy with a head of its own, which has a buffer that moves and a parameter that is frozen."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        torch.manual_seed(4)
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))
+        self.head[1].bias.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.head(self.model(x)), y)
+
+
+NAMES = [
+    "head.0.weight",
+    "head.0.bias",
+    "head.0.running_mean",
+    "head.0.running_var",
+    "head.0.num_batches_tracked",
+    "head.1.weight",
+]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """After 4 links: the module, and its head as it was before each of them and at the end."""
+    heads = []
+
+    class Recorded(Headed):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 0:
+                heads.append({name: value.clone() for name, value in self.head.state_dict().items()})
+
+    module = toy(Recorded)
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    heads.append({name: value.clone() for name, value in module.head.state_dict().items()})
+    return module, heads
+
+
+def assert_same_head(module, head):
+    for name, value in module.head.state_dict().items():
+        assert torch.equal(value, head[name]), name
+
+
+def test_each_link_records_it(trained):
+    module, heads = trained
+    for link, head in zip([*module.chain.links, module.live_link()], heads[1:], strict=True):
+        assert list(link.outside) == NAMES
+        for name in NAMES:
+            assert torch.equal(link.outside[name], head[name.removeprefix("head.")])
+
+
+@pytest.mark.parametrize("links", [0, 1, 3, 4, None])
+def test_a_checkpoint_gives_it_as_it_was_after_any_link(trained, tmp_path, links):
+    module, heads = trained
+    loaded = Headed.load_from_checkpoint(tmp_path / "run.ckpt", links=links, rank=2, alpha=4)
+    assert_same_head(loaded, heads[4 if links is None else links])
+    x = next(iter(batches()))[0]
+    torch.testing.assert_close(loaded.model(x), module.merged_model(links)(x))
+
+
+@pytest.mark.parametrize("links", [1, 4])
+@pytest.mark.parametrize("source", ["run.ckpt", "chain"])
+def test_another_run_begins_with_it(trained, tmp_path, source, links):
+    module, heads = trained
+    Chain([*module.chain.links, module.live_link()], module.chain.base).save(tmp_path / "chain")
+    second = toy(Headed, init_chain=str(tmp_path / source), init_links=links)
+    second.configure_model()
+    assert_same_head(second, heads[links])
+    with pytest.raises(UserError, match=r"what this module trains whole .* received .head\.0\."):
+        toy(init_chain=str(tmp_path / source)).configure_model()
+
+
+def test_a_merged_copy_says_that_it_has_it_not(trained, caplog):
+    module, _ = trained
+    with caplog.at_level(logging.WARNING):
+        module.merged_model()
+    assert "merged_model: head.0.weight and head.0.bias" in caplog.text
+    assert "trained outside of self.model, and not in the copy" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_hold_it_is_refused_for_some_links_alone(trained, tmp_path):
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    del checkpoint["cola"]["outside"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match=r"links: expected null, .* does not hold 'head\.0\.bias'.*received 0"):
+        Headed.load_from_checkpoint(tmp_path / "old.ckpt", links=0, rank=2, alpha=4)
+
+
+def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
+    class Late(Toy):
+        def setup(self, stage):
+            self.head = nn.Linear(6, 6)
+
+        training_step = Headed.training_step
+
+    module = toy(Late)
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+    assert list(module.chain.links[0].outside) == list(module.first_outside) == ["head.weight", "head.bias"]
