@@ -174,11 +174,13 @@ class ChainSchedule:
         if self.is_open or end == math.inf:
             raise ValueError("expected a run and links of known length")
         lengths = []
-        epoch_start = run.step_at(start.epoch)
+        epoch = max(start.epoch, run.origin.epoch)  # how long earlier epochs were is not known
+        epoch_start = run.step_at(epoch)
         while start.global_step < end:
             knot = stop = self.next_knot(start)
             if self._counts_epochs and knot < math.inf:
-                stop = epoch_start = epoch_start + sum(run.steps_in_epoch(e) for e in range(start.epoch, int(knot)))
+                stop = epoch_start = epoch_start + sum(run.steps_in_epoch(e) for e in range(epoch, int(knot)))
+                epoch = max(epoch, int(knot))
             stop = int(min(stop, end))
             lengths.append(stop - start.global_step)
             start = Counters(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)

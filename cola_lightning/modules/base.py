@@ -285,10 +285,9 @@ class COLAModule(LinkTraining):
                 widened[0].source_dtype,
             )
 
-    @property
     @override
-    def _scheduled(self) -> list[float]:
-        return [self.schedule.rank(self.link, self.rank), self.schedule.alpha(self.link, self.alpha)]
+    def _scheduled(self, link: int) -> list[float]:
+        return [self.schedule.rank(link, self.rank), self.schedule.alpha(link, self.alpha)]
 
     @property
     @override
@@ -302,6 +301,7 @@ class COLAModule(LinkTraining):
         alpha = self.schedule.alpha(self.link, self.alpha) if alpha is None else alpha
         assert self.seed is not None
         begin_link(self._layers, self.seed, self.link, rank, alpha)
+        self._forget_metrics()
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A, drops the optimizer.

@@ -63,6 +63,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         is_validating_in_fit: whether a validation of a fit has begun and not ended.
         window_start: epoch and batch at which the accumulation window began.
         window_buffers: the persistent buffers as they were then.
+        left_at: the counters of the Trainer when the last fit ended; with the same, the next one continues it.
         first_outside: what is trained outside of the model, as it was before the first link.
     """
 
@@ -81,6 +82,9 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
         self._is_tying = False
+        self._metrics_before: dict[str, float] = {}
+        self._logged_before: dict[str, Tensor] = {}
+        self.left_at: Counters | None = None
         self.is_wrapped_by_fsdp1 = False
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
@@ -92,7 +96,6 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """A fit begins: what a checkpoint said of its run no longer counts."""
         self._had_knots = False
         self._had_optimizer: str | None = None
-        self._metrics_before: dict[str, float] = {}
 
     @property
     def link(self) -> int:
@@ -156,9 +159,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """The path of the chain that the run began from, and how many of its links were asked for."""
         raise NotImplementedError
 
-    @property
-    def _scheduled(self) -> list[float]:
-        """Rank and alpha of the live link, as they were asked for."""
+    def _scheduled(self, link: int) -> list[float]:
+        """Rank and alpha of a link, as they were asked for."""
         raise NotImplementedError
 
     @override
@@ -232,7 +234,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         live = layer and {
             "rank": layer.rank,
             "alpha": layer.alpha,
-            "scheduled": self._scheduled,
+            "scheduled": self._scheduled(self.link),
             "metrics": self._metrics(),
             "extras": list(self._extras()),
             "outside": list(self._outside()),
@@ -244,6 +246,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "live": live,
             "dtype": str(self._kept_dtype).removeprefix("torch.") if layer else None,
             "link_start": list(self.link_start),
+            "scheduled": [self._scheduled(link) for link in range(self.link + 1)],
             "has_knots": self.schedule.has_knots,
             "seed": self.seed,
             "origin": self._origin,
@@ -254,10 +257,22 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         }
 
     def _metrics(self) -> dict[str, float]:
-        """What was logged last, before a resume or since."""
+        """What was logged last since the live link began, in this run of a Trainer or before."""
         trainer = self._attached_trainer
-        logged = trainer.callback_metrics if trainer else {}
-        return self._metrics_before | {name: float(value) for name, value in logged.items()}
+        if trainer is None or (trainer.training and trainer.global_step == self.link_start.global_step):
+            return dict(self._metrics_before)  # not one step of this link yet: what is logged is of the link before
+        logged = trainer.callback_metrics.items()
+        new = {name: float(value) for name, value in logged if value is not self._logged_before.get(name)}
+        return self._metrics_before | new
+
+    def keep_metrics(self) -> None:
+        """Keeps the live link's metrics beyond this run of a Trainer, which forgets them when the next begins."""
+        self._metrics_before = self._metrics()
+
+    def _forget_metrics(self) -> None:
+        """A link begins: what was logged so far is not its own."""
+        trainer = self._attached_trainer
+        self._metrics_before, self._logged_before = {}, dict(trainer.callback_metrics) if trainer else {}
 
     def _outside(self) -> dict[str, Tensor]:
         """CPU copies of what training changes outside of the model, by name in this module: a head of its own, and buffers."""

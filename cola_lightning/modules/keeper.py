@@ -55,7 +55,9 @@ class ChainKeeper(Callback):
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
             _check_hyperparameters(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
             module.forget_checkpoint()
-            module.link_start = Counters(trainer.current_epoch, trainer.global_step)
+            now = Counters(trainer.current_epoch, trainer.global_step)
+            if not now.global_step or now != module.left_at:  # else this Trainer continues its own fit
+                module.link_start = now
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(getattr(callback, "schedule", None) is module.schedule for callback in callbacks):
                 module.schedule = ChainSchedule()  # an earlier fit's
@@ -77,10 +79,10 @@ class ChainKeeper(Callback):
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        run = run_length(trainer, START if is_resumed else now)
+        run = run_length(trainer, START if is_resumed or now == self.module.left_at else now)
         if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
             run = run_length(trainer, now)  # resumed with epochs of another length
-        self.module.start_run(run, None if is_resumed else now)
+        self.module.start_run(run, now, is_resumed=is_resumed)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -139,8 +141,20 @@ class ChainKeeper(Callback):
             )
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        """A run of the Trainer ends."""
         self._batch.close()
+        if trainer.state.fn == "fit":
+            self.module.left_at = Counters(trainer.current_epoch, trainer.global_step)
+        if trainer.state.fn in ("fit", "validate") and hasattr(self.module, "model"):
+            self.module.keep_metrics()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
         if self.module.is_validating_in_fit:  # Lightning leaves the model in evaluation mode: a next fit would lose its dropout
             for part, is_training in self._modes:
                 part.training = is_training

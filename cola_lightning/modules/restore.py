@@ -96,7 +96,7 @@ class RestoredChain(CheckpointedChain):
         self.first_outside = dict(state.get("outside", {}))
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
-            self._metrics_before = dict(state["live"]["metrics"]) if state["live"] else {}
+            self._metrics_before, self._logged_before = dict(state["live"]["metrics"]) if state["live"] else {}, {}
             self._resume_link(state["live"])
             checkpoint["state_dict"][EXTRA_STATE] = self.get_extra_state()
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,6 +46,7 @@ class LinkTraining(MergedChain):
     rank: int
     alpha: float
     run_length: RunLength | None
+    _own_optimizer: Optimizer | None = None
     _own_scheduler: LambdaLR | None = None
 
     @override
@@ -57,12 +58,9 @@ class LinkTraining(MergedChain):
             raise UserError(
                 f"model.seed, or seed_everything: expected {state['seed']}, the checkpoint's, received {self._given_seed}"
             )
-        if live is not None and live["scheduled"] != self._scheduled:
-            (rank, alpha), (my_rank, my_alpha) = live["scheduled"], self._scheduled
-            raise UserError(
-                f"model.rank, model.alpha, chain.ranks, chain.alphas: expected rank {rank} and alpha {alpha:g} for link "
-                f"{self.link}, in which the checkpoint lies, received {my_rank} and {my_alpha:g}"
-            )
+        if live is not None:  # format version 1 knows the live link's alone
+            known = dict(enumerate(state.get("scheduled", []))) | {self.link: live["scheduled"]}
+            self._check_same_ranks(known)
         if self._origin[0] is not None and self._origin != state["origin"]:
             (had, had_links), (mine, my_links) = state["origin"], self._origin
             raise UserError(
@@ -75,25 +73,53 @@ class LinkTraining(MergedChain):
                 f"model.modules_to_save_lr: expected {expected}, as in the checkpoint's run, received {self.modules_to_save_lr}"
             )
 
+    def _check_same_ranks(self, known: Mapping[int, list[float]]) -> None:
+        for link, (rank, alpha) in sorted(known.items()):
+            mine = self._scheduled(link)
+            if mine != [rank, alpha]:
+                what = "in which the checkpoint lies" if link == self.link else "which is finished"
+                raise UserError(
+                    f"model.rank, model.alpha, chain.ranks, chain.alphas: expected rank {rank} and alpha {alpha:g} for link "
+                    f"{link}, {what}, received {mine[0]} and {mine[1]:g}"
+                )
+
     @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
         try:
             optimizer = self.optimizer(self._parameter_groups())
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
-        self._wanted_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        self._own_scheduler = LambdaLR(optimizer, self._lr_lambda())
+        self._wanted_groups = [_without_parameters(group) for group in optimizer.param_groups]
+        self._own_optimizer, self._own_scheduler = optimizer, self._scheduler(optimizer)
         self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         if self._had_optimizer not in (None, self._optimizer_class) and self.run_length is None:
             raise UserError(
                 f"model.optimizer: expected {self._had_optimizer}, whose state the checkpoint holds, "
                 f"received {self._optimizer_class}"
             )
+        if self._own_scheduler is None:
+            return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._own_scheduler, "interval": "step"},
         }
+
+    def _scheduler(self, optimizer: Optimizer) -> LambdaLR | None:
+        """The learning-rate schedule of the live link, from where it stands; None for an optimizer with rates of its own."""
+        if any(group["lr"] is None for group in optimizer.param_groups):
+            if self._needs_horizon or self.warmup_steps:
+                raise UserError(
+                    "model.optimizer: expected a learning rate, for model.lr_schedule and model.warmup_steps to scale, "
+                    f"received {type(optimizer).__name__} with none, which has rates of its own: that goes with "
+                    "model.lr_schedule constant and model.warmup_steps 0"
+                )
+            return None
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            group["initial_lr"] = rate.clone() if isinstance(rate, Tensor) else rate
+        done = max(0, self._now.global_step - self.link_start.global_step)  # by an earlier fit of the same Trainer
+        return LambdaLR(optimizer, self._lr_lambda(), last_epoch=done - 1)
 
     def _parameter_groups(self) -> list[Any]:
         """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
@@ -131,26 +157,26 @@ class LinkTraining(MergedChain):
     def _needs_horizon(self) -> bool:
         return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
 
-    def start_run(self, run_length: RunLength, now: Counters | None) -> None:
+    def start_run(self, run_length: RunLength, now: Counters, *, is_resumed: bool) -> None:
         """Takes note of a fit that begins, and refuses what cannot go well; called once the data's length is known.
 
         Args:
             run_length: how far the fit goes.
-            now: its counters; None for a resumed one, which has them from its checkpoint.
+            now: its counters.
+            is_resumed: whether it goes on from a checkpoint.
 
         Raises:
             UserError: if the learning-rate schedule needs a length that is not known, if ``ranks`` or ``alphas`` are
                 too short, or if a link is shorter than its warm-up.
         """
         self.run_length = run_length
-        if now is None and self._had_knots and not self.schedule.has_knots:
+        if is_resumed and self._had_knots and not self.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
-        if now is None:
+        if is_resumed:
             self._take_up_optimizer()
         else:
-            self.link_start = now
             self._apply_schedule()
-            if now.global_step and self.schedule_scope == "run":  # the first rate was set before the run's length was known
+            if now.global_step:  # the first rate was set before the run's length was known
                 self.trainer.strategy.setup_optimizers(self.trainer)
         if not self.schedule.is_open and run_length.end_step < math.inf:
             lengths = self.schedule.links(self.link_start, run_length)
@@ -198,26 +224,42 @@ class LinkTraining(MergedChain):
         Its state stays. With the same hyperparameters, and as many steps to go, nothing changes. What a subclass'
         ``configure_optimizers`` makes is left to it.
         """
-        scheduler = self._own_scheduler
-        if scheduler is None or [config.scheduler for config in self.trainer.lr_scheduler_configs] != [scheduler]:
+        scheduler, schedulers = self._own_scheduler, [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self.trainer.optimizers != [self._own_optimizer] or schedulers != ([scheduler] if scheduler else []):
             return
-        for k, (group, wanted) in enumerate(zip(scheduler.optimizer.param_groups, self._wanted_groups, strict=True)):
-            before = group | {"lr": group["initial_lr"]}
+        for k, (group, wanted) in enumerate(zip(self.trainer.optimizers[0].param_groups, self._wanted_groups, strict=True)):
+            before = group | {"lr": group.get("initial_lr", group["lr"])}
             if changed := {name: value for name, value in wanted.items() if not _is_same(before.get(name), value)}:
                 told = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
                 log.info("model.optimizer: from here on %s", told)
+            if scheduler is None:
+                group |= wanted
+                continue
             rate = wanted["lr"]
             group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
             scheduler.base_lrs[k] = rate
 
     def _apply_schedule(self) -> None:
-        """Begins link 0 again if the model is older than the schedule, which wants another rank or alpha."""
+        """Begins the live link again if it is older than the schedule, which asks for another rank or alpha.
+
+        Raises:
+            UserError: if it has been trained already.
+        """
         layers = list(self._layers.values())
-        if self.link or not layers or any(layer.lora_B.any() for layer in layers):
+        if not layers:
             return
-        wanted = self.schedule.rank(0, self.rank), self.schedule.alpha(0, self.alpha)
-        if (layers[0].rank, layers[0].alpha) != wanted:
+        (rank, alpha), asked = self._scheduled(self.link), (self.schedule.ranks, self.schedule.alphas)
+        mine = layers[0].rank, layers[0].alpha
+        differs = [one != other for one, other in zip((rank, alpha), mine, strict=True)]
+        is_asked = any(other and values is not None for other, values in zip(differs, asked, strict=True))
+        is_new = not any(layer.lora_B.any() for layer in layers)
+        if is_new and (is_asked or (any(differs) and not self.link)):
             self._begin_link()
+        elif is_asked:
+            raise UserError(
+                f"chain.ranks, chain.alphas: expected rank {mine[0]} and alpha {mine[1]:g} for link {self.link}, which has "
+                f"been trained with these and goes on, received {rank} and {alpha:g}"
+            )
 
     def _check_links(self, lengths: list[int]) -> None:
         """Refuses or warns of what does not fit this fit's links: their lengths in optimizer steps, the live one first."""
@@ -239,6 +281,12 @@ class LinkTraining(MergedChain):
             )
         if lengths[-1] < shortest / 2:
             log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's hyperparameters; a rate that is a tensor is written in place later."""
+    copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
+    return {name: value for name, value in copies if name != "params"}
 
 
 def _is_same(mine: Any, theirs: Any) -> bool:

@@ -1,0 +1,167 @@
+"""A Trainer that fits once more goes on with its own run; its knots, starts, rates and ranks are those of one fit."""
+
+import logging
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+from cola_lightning import ChainOfLoRA, UserError
+from tests.test_resume import Data, Normed
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+
+class Watched(Toy):
+    """Writes down link and rate of each step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.__dict__.setdefault("steps", []).append((self.trainer.global_step, self.link, float(rate)))
+
+
+def make(cls=Watched, **arguments):
+    return toy(cls, **{"optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
+
+
+@pytest.mark.parametrize("at_once", [4, 6])
+@pytest.mark.parametrize("data", ["a loader", "an EpochDataModule"])
+def test_a_fit_that_continues_at_a_knot_is_one_fit(tmp_path, at_once, data):
+    given = {"train_dataloaders": batches()} if data == "a loader" else {"datamodule": Data(batch_size=4)}
+    cls = Watched if data == "a loader" else type("WatchedNormed", (Watched, Normed), {})
+    arguments = {"target_modules": ["0"], "dropout": 0.2}
+    whole = make(cls, **arguments)
+    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=8).fit(whole, **given)
+    module = make(cls, **arguments)
+    run = trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=at_once)
+    run.fit(module, **given)
+    run.fit_loop.max_epochs = 8
+    run.fit(module, **given)
+    assert module.steps == whole.steps
+    assert [(link.start_step, link.end_step) for link in module.chain.links] == [
+        (link.start_step, link.end_step) for link in whole.chain.links
+    ]
+    assert_bit_equal(weights(module), weights(whole))
+
+
+@pytest.mark.parametrize("scope", ["link", "run"])
+def test_inside_a_link_the_rate_goes_on_where_it_stood(tmp_path, scope):
+    whole = make(schedule_scope=scope, warmup_steps=3)
+    trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8).fit(whole, batches())
+    module = make(schedule_scope=scope, warmup_steps=3)
+    run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=6)
+    run.fit(module, batches())
+    n_first = len(module.steps)
+    run.fit_loop.max_epochs = 8
+    run.fit(module, batches())
+    assert [step[:2] for step in module.steps] == [step[:2] for step in whole.steps]
+    assert [step[2] for step in module.steps[n_first:]] == pytest.approx([step[2] for step in whole.steps[n_first:]])
+    assert module.live_link().start_step == 40
+
+
+def test_another_module_on_the_same_trainer_begins_where_that_stands(tmp_path):
+    run = trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=3)
+    run.fit(make(), batches())
+    run.fit_loop.max_epochs = 5
+    second = make()
+    run.fit(second, batches())
+    assert second.link_start == (4, 40)
+    assert [(link.start_step, link.end_step) for link in second.chain.links] == [(30, 40)]
+
+
+@pytest.mark.parametrize(("chain", "received"), [({"ranks": [1]}, "1 and 4"), ({"alphas": [8]}, "2 and 8")])
+def test_another_rank_or_alpha_of_a_link_that_has_been_trained_is_refused(tmp_path, chain, received):
+    module = make()
+    trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches())
+    with pytest.raises(UserError, match=rf"chain\.ranks, .* rank 2 and alpha 4 for link 0, .* received {received}"):
+        trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
+
+
+def test_a_link_that_is_new_begins_as_the_schedule_says(tmp_path):
+    first = make()
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(first, batches())
+    first.chain.save(tmp_path / "chain")
+    module = make(init_chain=str(tmp_path / "chain"))
+    module.configure_model()  # before there is a schedule
+    trainer(tmp_path, chain={"ranks": [2, 2, 1], "alphas": [4, 4, 9]}, max_epochs=1).fit(module, batches())
+    assert (module.live_link().rank, module.live_link().alpha) == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([1, 1, 2], "rank 2 and alpha 4 for link 0, which is finished, received 1"), ([2, 1, 2], None)]
+)
+def test_another_rank_of_a_finished_link_beside_a_checkpoint_is_refused(tmp_path, ranks, expected):
+    run = trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1, 2]}, max_epochs=3)
+    run.fit(make(), batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [*ranks, 2]}, max_epochs=4)
+    if expected is None:
+        again.fit(make(), batches(), ckpt_path=tmp_path / "run.ckpt")
+        return
+    with pytest.raises(UserError, match=expected):
+        again.fit(make(), batches(), ckpt_path=tmp_path / "run.ckpt")
+
+
+# ---------------------------------------------------------------------- a link's metrics
+
+
+def test_a_links_metrics_are_of_its_own_validations(tmp_path, caplog):
+    class Stepped(ValidatedToy):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_step", float(self.trainer.global_step))
+
+    module = make(Stepped)
+    run = trainer(tmp_path, chain={"at_steps": [12, 24]}, max_steps=27)
+    with caplog.at_level(logging.INFO):
+        run.fit(module, batches(), batches(2))
+    assert [link.metrics.get("val_step") for link in module.chain.links] == [10, 20]
+    live = module.live_link().metrics
+    assert "val_step" not in live
+    assert "train_loss" in live
+    assert "val_step" not in next(line for line in caplog.messages if "live at the end" in line)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = Stepped.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.live_link().metrics == live
+    run.validate(module, batches(2), verbose=False)
+    assert module.live_link().metrics["val_step"] == 27
+
+
+def test_a_link_keeps_its_metrics_in_a_next_fit(tmp_path):
+    module = make(ValidatedToy)
+    run = trainer(tmp_path, chain={}, max_epochs=1)
+    run.fit(module, batches(), batches(2))
+    value = module.live_link().metrics["val_loss"]
+    trainer(tmp_path, ChainOfLoRA(), max_steps=2, limit_val_batches=0).fit(module, batches(), batches(2))
+    assert module.live_link().metrics["val_loss"] == value
+    module.tie_knot()
+    assert module.chain.links[0].metrics["val_loss"] == value
+    assert module.live_link().metrics == {}
+
+
+# ---------------------------------------------------------------------- rates
+
+
+def test_a_rate_that_is_a_tensor_resumes_as_one_that_is_a_number(tmp_path):
+    weights_of = {}
+    for kind in (float, torch.tensor):
+        arguments = {"warmup_steps": 4, "optimizer": lambda p, kind=kind: AdamW(p, lr=kind(1e-2), foreach=False)}
+        folder = tmp_path / kind.__name__
+        run = trainer(folder, chain={}, max_epochs=1)
+        run.fit(make(**arguments), batches(2))
+        run.save_checkpoint(folder / "run.ckpt")
+        resumed = make(**arguments)
+        trainer(folder, chain={}, max_epochs=3).fit(resumed, batches(2), ckpt_path=folder / "run.ckpt")
+        assert [rate for *_, rate in resumed.steps][:2] == pytest.approx([0.005, 0.0075])
+        weights_of[kind] = weights(resumed)
+    first, second = weights_of.values()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name])
+
+
+def test_an_optimizer_with_rates_of_its_own_needs_a_constant_schedule(tmp_path):
+    from transformers import Adafactor
+
+    with pytest.raises(UserError, match=r"model\.optimizer: expected a learning rate, .* received Adafactor with none"):
+        trainer(tmp_path, chain={}, max_epochs=1).fit(make(optimizer=Adafactor), batches())
+    module = toy(optimizer=Adafactor, lr_schedule="constant")
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+    assert module.link == 1
