@@ -74,6 +74,22 @@ class MLP(COLAModule):
         return {"prediction": self.model(batch["x"]).sum(-1), "target": batch["y"].sum(-1)}
 
 
+class Beside(nn.Sequential):
+    """Its last layer computes nothing."""
+
+    def forward(self, x):
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+class Idle(MLP):
+    """An MLP beside a layer that is trained whole and has no gradient on any process."""
+
+    def build_model(self):
+        return Beside(*super().build_model(), nn.Linear(6, 6))
+
+
 class Decoder(MLP):
     """A tiny decoder with the language-model loss; it is sharded by its blocks."""
 
@@ -125,7 +141,8 @@ STRATEGIES = {
 
 def make(model, **arguments):
     arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 8, "seed": 1} | arguments
-    return MLP(**arguments) if model == "mlp" else Decoder(model, **arguments)
+    own = {"mlp": MLP, "idle": Idle}
+    return own[model](**arguments) if model in own else Decoder(model, **arguments)
 
 
 def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=None, callbacks=(), arguments=None, **options):
@@ -162,7 +179,7 @@ def held(module):
             if layer.stack is not None:
                 A, B = layer.stack.factors
                 found[name] += (B @ A).T if layer.weight_is_transposed else B @ A
-    state = {name: distributed.gather(value) for name, value in module.state_dict().items()}
+    state = {name: distributed.gather(value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     return found | {name: value for name, value in state.items() if ".lora_" not in name}
 
 
@@ -215,6 +232,7 @@ def same(folder):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
+    fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
     for model in ("mlp", "llama"):
         fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
 

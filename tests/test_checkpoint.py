@@ -112,6 +112,25 @@ def test_a_subclass_that_forgets_super_keeps_the_chain(tmp_path):
     assert_bit_equal(weights(loaded), weights(module))
 
 
+@pytest.mark.parametrize("order", ["the mixin first", "inherited"])
+def test_a_mixin_that_forgets_super_keeps_the_chain_too(tmp_path, order):
+    class Notes:
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["notes"] = 1
+
+        def on_load_checkpoint(self, checkpoint):
+            self.notes = checkpoint["notes"]
+
+    class Mixed(Notes, Toy):
+        pass
+
+    cls = type("Further", (Mixed,), {}) if order == "inherited" else Mixed
+    module = run(tmp_path, make(cls))
+    again = cls.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
+    assert again.notes == 1
+    assert_bit_equal(weights(again), weights(module))
+
+
 def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
     run(tmp_path, make())
     path = tmp_path / "step=20.ckpt"

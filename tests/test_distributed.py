@@ -55,6 +55,7 @@ SAME = {
     "mlp-stack-ddp": (1e-12, {"precision": "64-true", "arguments": {"finished_links": "stack"}}),
     "llama-ddp": (1e-12, {"model": "llama", "precision": "64-true"}),
     "whole-fsdp2": (1e-5, run.WHOLE),
+    "idle-fsdp2": (1e-5, {"model": "idle", "arguments": {"modules_to_save": ["3"]}}),
     "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
     "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
 }

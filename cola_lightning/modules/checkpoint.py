@@ -310,11 +310,15 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self.restore_chain(checkpoint)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keeps the chain in the checkpoints of a subclass whose hooks forget ``super()``; called twice, ours do the same."""
+        """Keeps the chain in the checkpoints of a subclass whose hooks, its own or a mixin's, forget ``super()``.
+
+        Called twice, ours do the same.
+        """
         super().__init_subclass__(**kwargs)
         for name in ("on_save_checkpoint", "on_load_checkpoint"):
-            if name in vars(cls):
-                setattr(cls, name, _after(getattr(CheckpointedChain, name), vars(cls)[name]))
+            ours, found = getattr(CheckpointedChain, name), getattr(cls, name)
+            if found is not ours and not hasattr(found, "comes_after_ours"):
+                setattr(cls, name, _after(ours, found))
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
@@ -325,4 +329,5 @@ def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...,
         ours(self, checkpoint)
         own(self, checkpoint)
 
+    hook.comes_after_ours = True  # type: ignore[attr-defined]
     return hook

@@ -8,7 +8,7 @@ Where all is trained (``target_modules: null``), all is sharded, as FSDP2 does i
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -198,15 +198,22 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
 
 
 def _average_gradients(optimizer: Optimizer) -> None:
-    gradients = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if distributed.is_sharded(parameter):  # FSDP2 has done it
-                continue
-            if parameter.grad is None:  # not on this process: on another, perhaps
-                parameter.grad = parameter.new_zeros(parameter.shape)
-            gradients.append(parameter.grad)
-    distributed.average_(gradients)
+    """Averages the gradients of what is replicated; a parameter without one on any process has none afterwards, either.
+
+    It has minus zeros in the message, and only it: their sum is minus zero, and with any other number it is that number.
+    """
+    everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for parameter in everything if not distributed.is_sharded(parameter)]  # FSDP2 does the others
+    without = [parameter for parameter in parameters if parameter.grad is None]  # on this process
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.full_like(parameter, -0.0)
+        else:
+            parameter.grad += 0.0  # its own minus zeros are zeros
+    distributed.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
+    for parameter in without:
+        if torch.signbit(cast(Tensor, parameter.grad)).all() and not cast(Tensor, parameter.grad).any():
+            parameter.grad = None
 
 
 def _all_whole(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
