@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cola_lightning import distributed
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_layer, is_adaptable, plain_layer
-from cola_lightning.quantization import dequantized, is_quantized, keep_layout
+from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_, cast_, is_adaptable, obstacle
+from cola_lightning.quantization import dequantize_, is_quantized, keep_layout
 
 ALL_LINEAR = "all-linear"
 
@@ -30,8 +30,9 @@ def inject_lora(
     init: Init = "kaiming",
     finished_links: FinishedLinks = "merge",
 ) -> list[str]:
-    """Swaps the target layers for LoRA layers, in place, and freezes everything else.
+    """Makes the target layers LoRA layers, in place, and freezes everything else.
 
+    They stay the objects that they are, with their parameters, buffers, hooks and attributes; only their class changes.
     Afterwards only the links' A and B and the parameters of ``modules_to_save`` are trainable.
 
     Args:
@@ -79,7 +80,7 @@ def inject_lora(
         if is_quantized(module):
             keep_layout(module)
     for name in names:
-        model.set_submodule(name, adapt_layer(modules[name], rank, alpha, dropout, init, finished_links))
+        adapt_(modules[name], rank, alpha, dropout, init, finished_links)
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -99,7 +100,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
-    """Swaps the LoRA layers back for plain ones around the same ``Parameter`` objects, in place.
+    """Makes the LoRA layers plain ones again, in place, with all that they had before and the same ``Parameter`` objects.
 
     Args:
         merge: add each live link, and what is stacked, to its weight first: in float32, rounded once. 4-bit weights that are
@@ -119,7 +120,10 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
             layer.absorb(*stacked[name], 1.0)
         if merge:
             layer.merge()
-        model.set_submodule(name, plain_layer(layer).to(dtypes[name]))
+        layer.strip_()
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None and parameter.is_floating_point():
+                cast_(parameter, dtypes[name])
 
 
 def _base_dtype(layer: LoRALayer) -> torch.dtype:
@@ -135,9 +139,9 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     Returns:
         What was stacked: A (rank x in) and B (out x rank) by the layer's name.
     """
-    for name, layer in lora_layers(model).items():
+    for layer in lora_layers(model).values():
         if is_quantized(layer):
-            model.set_submodule(name, dequantized(layer, torch.float32))
+            dequantize_(layer, torch.float32)
     return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
 
 
@@ -244,6 +248,10 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
 
 
 def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
+    if (reason := obstacle(module)) is not None:
+        raise UserError(
+            f"model.target_modules: expected layers that stay as they are with a link beside, received {name!r}, {reason}"
+        )
     if is_quantized(module):
         if finished_links == "merge":
             raise UserError(
@@ -258,6 +266,11 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
         shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
     else:
         assert isinstance(module.weight, Tensor)
+        if finished_links == "merge" and not (type(module.weight) is nn.Parameter or distributed.is_sharded(module.weight)):
+            raise UserError(
+                f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
+                f"{type(module.weight).__name__}; received merge"
+            )
         shape = tuple(module.weight.shape)
     if rank > min(shape):
         raise UserError(f"model.rank: expected at most {min(shape)}, the smaller side of {name!r} ({shape}), received {rank}")

@@ -1,7 +1,8 @@
 r"""A layer plus its live link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 
-``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`LoRALinear` *is* the ``nn.Linear`` it replaces, with
-the same weight and bias ``Parameter`` objects, and two more, ``lora_A`` and ``lora_B``. They are allocated once at the largest
+``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`LoRALinear` *is* the ``nn.Linear`` that was there, the
+same object with another class, and so with the same parameters, buffers, hooks and attributes. It gets two more parameters,
+``lora_A`` and ``lora_B``. They are allocated once at the largest
 rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new
 parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
 
@@ -11,6 +12,7 @@ beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never wri
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ from cola_lightning.stack import Stack
 
 Init = Literal["kaiming", "gaussian"]
 FinishedLinks = Literal["merge", "stack"]
+
+# What a LoRA layer has beside all that its base layer has.
+LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype")
 
 
 @torch.no_grad()
@@ -98,10 +103,10 @@ class LoRALayer(nn.Module):
         init: Init = "kaiming",
         finished_links: FinishedLinks = "merge",
     ) -> Self:
-        """Adapts a layer of the base class, keeping its weight and bias ``Parameter`` objects.
+        """A LoRA layer on the same parameters, buffers and hooks as a layer of the base class, which is not changed itself.
 
         Args:
-            linear: the layer to adapt; it can be thrown away afterwards.
+            linear: the layer to adapt.
             rank: largest rank of a link, and the first link's.
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
@@ -109,13 +114,28 @@ class LoRALayer(nn.Module):
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 keeps them beside it, and never writes it.
         """
-        layer: Self = empty_like(linear, cls)
-        layer._take_over(linear)
-        layer._add_link(*sizes(linear), rank, alpha, dropout, init, finished_links)
+        return cls.adapt_(shallow_copy(linear), rank, alpha, dropout, init, finished_links)
+
+    @classmethod
+    def adapt_(
+        cls, linear: Any, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks = "merge"
+    ) -> Self:
+        """Makes a layer of the base class a LoRA layer, in place: whoever holds it holds the LoRA layer.
+
+        See :meth:`from_linear` for the arguments.
+        """
+        linear.__class__ = cls
+        layer: Self = linear
+        layer._add_link(*sizes(layer), rank, alpha, dropout, init, finished_links)
         return layer
 
-    def _take_over(self, base: Any) -> None:
-        take_over(self, base)
+    def strip_(self) -> nn.Module:
+        """Makes this layer one of its base class again, in place; its link, and what is stacked, are gone."""
+        for name in LINK_ATTRIBUTES:
+            delattr(self, name)
+        classes = type(self).__mro__
+        self.__class__ = classes[classes.index(LoRALayer) + 1]
+        return self
 
     def _add_link(
         self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
@@ -274,13 +294,14 @@ class LoRALayer(nn.Module):
         Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
         bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
         """
-        live = {id(tensor) for factor in (self.lora_A, self.lora_B) for tensor in (factor, factor.grad)}
+        merged_into = (self.weight, self.bias) if self.stack is None else ()
+        kept = [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
+        kept_ids = {id(tensor) for parameter in kept for tensor in (parameter, parameter.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             is_narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            is_kept = is_narrowed and (self.stack is None or id(tensor) in live)
-            return tensor.to(moved.device) if is_kept else moved
+            return tensor.to(moved.device) if is_narrowed and id(tensor) in kept_ids else moved
 
         result: Self = super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         if self.stack is not None:
@@ -308,22 +329,31 @@ def sizes(layer: Any) -> tuple[int, int]:
     return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
 
 
-def empty_like(layer: Any, cls: Any) -> Any:
-    """A layer of a class, on the meta device, of the same sizes."""
-    n_in, n_out = sizes(layer)
-    with torch.device("meta"):
-        return cls(n_out, n_in) if hasattr(layer, "nf") else cls(n_in, n_out, layer.bias is not None)
+def names_of_links() -> list[str]:
+    """The attributes and methods that make a layer a LoRA layer: what it adapts must have none of these names."""
+    return [*LINK_ATTRIBUTES, *(name for name in vars(LoRALayer) if not hasattr(nn.Linear, name))]
 
 
-def take_over(layer: Any, base: Any) -> None:
-    """Gives the layer, which was made on the meta device, the base's parameters and mode."""
-    layer.weight, layer.bias = base.weight, base.bias
-    layer.train(base.training)
+def shallow_copy(module: Any) -> Any:
+    """Another module on the same parameters, buffers, children and hooks; what is then added to one, the other has not.
+
+    torch has no public way: ``copy.copy`` shares the dictionaries in which a module registers them, too. The hooks' stay
+    shared, for the handles that remove hooks know them.
+    """
+    twin = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        setattr(twin, registry, getattr(module, registry).copy())
+    return twin
+
+
+def _widen(layer: Any) -> None:
+    """Casts a layer's weight and bias to float32 where they are in half precision."""
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None and parameter.dtype.itemsize < 4:
+            cast_(parameter, torch.float32)
 
 
 @torch.no_grad()
-def _widen(layer: Any) -> None:
-    """Casts a layer's weight and bias to float32 where they are in half precision; the ``Parameter`` objects stay."""
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()  # as nn.Module.to does: the one way to keep the object
+def cast_(parameter: Tensor, dtype: torch.dtype) -> None:
+    """Casts a parameter in place; the ``Parameter`` object stays."""
+    parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object

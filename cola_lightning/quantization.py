@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora_layer import FinishedLinks, LoRALayer, LoRALinear, empty_like, take_over
+from cola_lightning.lora_layer import FinishedLinks, LoRALayer, LoRALinear
 
 Quantization = Literal["nf4"]
 
@@ -65,38 +65,32 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     Raises:
         UserError: if there is no other.
     """
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip}
+    layers = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
     if not layers:
         raise UserError(f"{FIELD}: expected null, for a {type(model).__name__} has no Linear layers to quantise; received nf4")
-    for name, layer in layers.items():
-        model.set_submodule(name, _quantized(layer, dtype).train(layer.training))
+    for layer in layers:
+        _quantized(layer, dtype)
 
 
-def _quantized(linear: nn.Linear, dtype: torch.dtype) -> Any:
+def _quantized(linear: Any, dtype: torch.dtype) -> Any:
+    """Makes a linear layer a 4-bit one, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
-    layer = Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None, dtype, **how, device=torch.device("meta")
-    )
-    layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, **how, module=layer)
-    layer.bias = linear.bias
-    layer = layer.to("cpu")  # which quantises it
-    keep_layout(layer)
-    return layer
+    with torch.device("meta"):
+        like = Linear4bit(1, 1, compute_dtype=dtype, **how)
+    vars(linear).update({name: value for name, value in vars(like).items() if not hasattr(linear, name)})
+    linear.__class__ = Linear4bit
+    linear.weight = Params4bit(linear.weight.detach(), requires_grad=False, **how, module=linear)
+    linear.to("cpu")  # which quantises it
+    keep_layout(linear)
+    return linear
 
 
-def keep_layout(layer: Any, like: Any = None) -> None:
-    """Keeps bitsandbytes from packing a 4-bit weight anew, and computing with other kernels, in evaluation on some CPUs.
-
-    Args:
-        layer: a 4-bit layer.
-        like: another one, in whose dtype it is to compute.
-    """
+def keep_layout(layer: Any) -> None:
+    """Keeps bitsandbytes from packing a 4-bit weight anew, and computing with other kernels, in evaluation on some CPUs."""
     layer.state_dict()  # packs it back where that has happened
     layer.support_avx512bf16_for_cpu = False
-    if like is not None:
-        layer.compute_dtype, layer.compute_type_is_set = like.compute_dtype, like.compute_type_is_set
 
 
 def dequantized_weight(layer: Any) -> Tensor:
@@ -108,34 +102,32 @@ def dequantized_weight(layer: Any) -> Tensor:
 
 
 def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Swaps the 4-bit layers of a model, where it has any, for plain ones, in place. See :func:`dequantized`."""
-    layers = {name: layer for name, layer in model.named_modules() if is_quantized(layer)}
-    for name, layer in layers.items():
-        model.set_submodule(name, dequantized(layer, dtype))
+    """Swaps the 4-bit layers of a model, where it has any, for plain ones, in place. See :func:`dequantize_`."""
+    for layer in model.modules():
+        if is_quantized(layer):
+            dequantize_(layer, dtype)
     if getattr(model, "is_loaded_in_4bit", False):  # by transformers, which would refuse to cast or save it as it is now
         model.hf_quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = False
 
 
 @torch.no_grad()
-def dequantized(layer: Any, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer with the weight that a 4-bit one computes with; one that is adapted keeps its links.
+def dequantize_(layer: Any, dtype: torch.dtype) -> None:
+    """Makes a 4-bit layer a plain one with the weight that it computes with, in place; one that is adapted keeps its links.
 
     Args:
         layer: a 4-bit layer, adapted or not.
         dtype: of the new weight.
     """
-    linear: nn.Linear = empty_like(layer, nn.Linear)
-    linear.weight = nn.Parameter(dequantized_weight(layer).to(dtype), requires_grad=False)
-    linear.bias = layer.bias
-    linear.train(layer.training)
-    if not isinstance(layer, LoRALayer):
-        return linear
-    adapted: LoRALinear = empty_like(linear, LoRALinear)
-    take_over(adapted, linear)
-    for name in ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype"):
-        setattr(adapted, name, getattr(layer, name))
-    return adapted
+    from bitsandbytes.nn import Linear4bit
+
+    weight = dequantized_weight(layer).to(dtype)
+    with torch.device("meta"):
+        of_4_bits = vars(Linear4bit(1, 1)).keys() - vars(nn.Linear(1, 1)).keys()
+    for name in of_4_bits & vars(layer).keys():
+        delattr(layer, name)
+    layer.__class__ = LoRALinear if isinstance(layer, LoRALayer) else nn.Linear
+    layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 @functools.cache
@@ -151,14 +143,10 @@ def lora_linear_4bit() -> type[LoRALayer]:
         compute_dtype: torch.dtype | None
 
         @override
-        def _take_over(self, base: Any) -> None:
-            super()._take_over(base)
-            keep_layout(self, base)
-
-        @override
         def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
             if finished_links == "merge":
                 raise UserError("model.finished_links: expected stack for a 4-bit weight, received merge")
+            keep_layout(self)
             self.source_dtype = self.weight.quant_type
             return self.compute_dtype or torch.float32
 

@@ -1,6 +1,10 @@
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from cola_lightning import UserError, inject_lora, lora_layers, strip_lora
 
@@ -153,3 +157,164 @@ def test_a_second_adaptation_is_refused(model):
     inject_lora(model, ["q_proj"], rank=2, alpha=4)
     with pytest.raises(UserError, match="adapted already"):
         inject_lora(model, ["k_proj"], rank=2, alpha=4)
+
+
+# ---------------------------------------------------------------------- adapting changes nothing else of a layer
+
+
+def doubled(module, args, output):
+    return output * 2
+
+
+def shifted(module, args):
+    return (args[0] + module.shift,)
+
+
+def adorned():
+    """A layer with all that can hang on one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    layer = model[0]
+    layer.register_buffer("shift", torch.full((6,), 0.5))
+    layer.register_buffer("calls", torch.zeros(()), persistent=False)
+    layer.note = "of the user's"
+    layer.register_forward_pre_hook(shifted)
+    layer.register_forward_hook(doubled)
+    return model
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("twin", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
+def test_what_hangs_on_a_layer_stays_on_it(twin, finished_links):
+    model, x = adorned(), torch.randn(3, 6)
+    expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    inject_lora(model, ["0"], rank=2, alpha=4, finished_links=finished_links)
+    model = twin(model)
+    for is_stripped in (False, True):
+        layer = model[0]
+        assert torch.equal(model(x), expected)
+        assert torch.equal(layer.shift, torch.full((6,), 0.5))
+        assert (layer.note, layer.calls.item()) == ("of the user's", 0)
+        kept = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
+        assert kept.keys() == state.keys()  # a buffer that is not persistent stays so
+        assert all(torch.equal(kept[name], state[name]) for name in state)
+        if not is_stripped:
+            strip_lora(model)
+    assert type(model[0]) is nn.Linear
+    assert vars(model[0]).keys() == vars(adorned()[0]).keys()
+
+
+def test_a_hook_of_before_can_be_removed_after():
+    model, calls = nn.Sequential(nn.Linear(4, 4)), []
+    first, second = (model[0].register_forward_hook(lambda *_, k=k: calls.append(k)) for k in (1, 2))
+    inject_lora(model, ["0"], rank=1, alpha=1)
+    first.remove()
+    model(torch.randn(1, 4))
+    strip_lora(model)
+    second.remove()
+    model(torch.randn(1, 4))
+    assert calls == [2]
+
+
+def test_backward_hooks_and_those_with_keywords_stay():
+    model, seen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), []
+    model[1].register_full_backward_hook(lambda module, into, out: seen.append("backward"))
+    model[1].register_forward_pre_hook(lambda module, args, kwargs: seen.append("pre"), with_kwargs=True)
+    model[1].register_state_dict_post_hook(lambda *_: seen.append("state"))
+    inject_lora(model, "all-linear", rank=1, alpha=1)
+    model(torch.randn(1, 4)).sum().backward()
+    model.state_dict()
+    assert seen == ["pre", "backward", "state"]
+
+
+def test_a_layer_that_the_model_also_holds_outside_its_modules_is_adapted_there_too():
+    """In a plain list, say, as models do that call their layers in an order of their own."""
+    model = Block()
+    model.order = [model.q_proj, model.v_proj]
+    q_proj = model.q_proj
+    inject_lora(model, ["q_proj", "v_proj"], rank=2, alpha=4)
+    assert model.order == [model.q_proj, model.v_proj]
+    assert model.q_proj is q_proj
+    strip_lora(model)
+    assert (model.order, type(q_proj)) == ([model.q_proj, model.v_proj], nn.Linear)
+
+
+def test_a_cast_that_merging_made_is_taken_back_from_the_weight_alone():
+    model = nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    model[0].register_buffer("scale", torch.full((), 1 / 3))
+    inject_lora(model, ["0"], rank=1, alpha=1)
+    strip_lora(model)
+    assert (model[0].weight.dtype, model[0].bias.dtype, model[0].scale.dtype) == (*[torch.bfloat16] * 2, torch.float32)
+
+
+def own_forward(linear):
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight)
+    return linear
+
+
+def hooked_by_accelerate(linear):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    return add_hook_to_module(linear, ModelHook())
+
+
+def taken(linear):
+    linear.rank = 3
+    return linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("target_modules", [["1"], "all-linear"], ids=["named", "all-linear"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (nn.utils.weight_norm, r"whose weight is computed .*\(weight_g, weight_v\)"),
+        (nn.utils.spectral_norm, r"whose weight is computed .*\(weight_orig\)"),
+        (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), r"whose weight is computed .*\(weight_orig\)"),
+        (lambda linear: prune.l1_unstructured(linear, "bias", 0.5), r"whose bias is computed .*\(bias_orig\)"),
+        (parametrizations.weight_norm, r"whose weight is computed .*\(parametrizations\)"),
+        (parametrizations.spectral_norm, r"whose weight is computed .*\(parametrizations\)"),
+        (own_forward, "which has a forward of its own"),
+        (hooked_by_accelerate, "which has a forward of its own"),
+        (taken, "which has an attribute 'rank'"),
+    ],
+    ids=[
+        "weight_norm",
+        "spectral_norm",
+        "pruned",
+        "pruned_bias",
+        "new_weight_norm",
+        "new_spectral_norm",
+        "forward",
+        "accelerate",
+        "attribute",
+    ],
+)
+def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_is_changed(change, reason, target_modules):
+    model, x = nn.Sequential(nn.Linear(4, 4), change(nn.Linear(4, 4))).eval(), torch.randn(2, 4)
+    expected, types = model(x), [type(module) for module in model.modules()]
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError, match=rf"^model\.target_modules: .*'1', {reason}") as caught:
+        inject_lora(model, target_modules, rank=2, alpha=4)
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == types
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed
+    assert torch.equal(model(x), expected)
+
+
+class Packed(torch.Tensor):
+    """A tensor of a library's own, as packages for quantisation make them."""
+
+
+def test_a_weight_that_is_no_plain_parameter_is_not_merged_into():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed))
+    with pytest.raises(UserError, match=r"^model\.finished_links: expected stack, .* weight of '0', a Packed; received merge"):
+        inject_lora(model, ["0"], rank=1, alpha=1)

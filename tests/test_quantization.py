@@ -475,6 +475,23 @@ def test_stripped_of_nothing_it_computes_in_the_same_dtype():
     assert model[0].compute_dtype == torch.bfloat16
 
 
+def test_what_hangs_on_a_layer_stays_through_quantisation_links_and_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96))
+    layer, attributes = model[0], vars(model[0]).keys()
+    layer.register_buffer("scale", torch.tensor(3.0))
+    layer.register_forward_hook(lambda module, args, output: output * module.scale)
+    quantization.quantize(model, torch.float32)
+    x = inputs().detach()
+    expected = 3 * F.linear(x, quantization.dequantized_weight(layer), layer.bias)
+    assert_near(model(x), expected, 1e-5)
+    inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")
+    assert_near(copy.deepcopy(model)(x), expected, 1e-5)
+    strip_lora(model, merge=True)
+    assert_near(model(x), expected, 1e-5)
+    assert (model[0] is layer, type(layer), vars(layer).keys()) == (True, nn.Linear, attributes)
+
+
 def test_a_layer_can_be_pickled():
     layer, x = adapted(), inputs()
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
