@@ -81,6 +81,10 @@ def inject_lora(
             keep_layout(module)
     for name in names:
         adapt_(modules[name], rank, alpha, dropout, init, finished_links)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in lora_layers(module).values():
+                layer.close_fused_paths()
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names

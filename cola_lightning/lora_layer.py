@@ -133,9 +133,19 @@ class LoRALayer(nn.Module):
         """Makes this layer one of its base class again, in place; its link, and what is stacked, are gone."""
         for name in LINK_ATTRIBUTES:
             delattr(self, name)
+        for key in [key for key, hook in self._forward_hooks.items() if hook is _call_forward]:
+            del self._forward_hooks[key]  # a handle would do so in public, but not in a copy of this layer
         classes = type(self).__mro__
         self.__class__ = classes[classes.index(LoRALayer) + 1]
         return self
+
+    def close_fused_paths(self) -> None:
+        """Has torch's fused encoder layers call this layer, in place of reading its weight.
+
+        :class:`torch.nn.TransformerEncoderLayer` in evaluation asks whether any part of it has a hook, and if not it computes
+        with the weights themselves, without the links.
+        """
+        self.register_forward_hook(_call_forward)
 
     def _add_link(
         self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
@@ -329,20 +339,21 @@ def sizes(layer: Any) -> tuple[int, int]:
     return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
 
 
+def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that does nothing but be there; see :meth:`LoRALayer.close_fused_paths`."""
+
+
 def names_of_links() -> list[str]:
     """The attributes and methods that make a layer a LoRA layer: what it adapts must have none of these names."""
     return [*LINK_ATTRIBUTES, *(name for name in vars(LoRALayer) if not hasattr(nn.Linear, name))]
 
 
 def shallow_copy(module: Any) -> Any:
-    """Another module on the same parameters, buffers, children and hooks; what is then added to one, the other has not.
-
-    torch has no public way: ``copy.copy`` shares the dictionaries in which a module registers them, too. The hooks' stay
-    shared, for the handles that remove hooks know them.
-    """
-    twin = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-        setattr(twin, registry, getattr(module, registry).copy())
+    """Another module on the same parameters, buffers and children; what is then added to one, the other has not."""
+    twin = copy.copy(module)  # which shares the dictionaries in which a module registers parameters, hooks and so on
+    for name, value in list(vars(twin).items()):
+        if isinstance(value, dict | set):
+            setattr(twin, name, value.copy())
     return twin
 
 

@@ -84,7 +84,7 @@ class Stack:
             A, B = A[: self.rank], B[: self.rank]
         if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the weight is cast for its product alone
             A, B = A.to(x.dtype), B.to(x.dtype)
-        return y + F.linear(x, A) @ B if len(A) else y
+        return y + F.linear(F.linear(x, A), B.T) if len(A) else y  # nested tensors know no other product
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""

@@ -318,3 +318,62 @@ def test_a_weight_that_is_no_plain_parameter_is_not_merged_into():
     model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed))
     with pytest.raises(UserError, match=r"^model\.finished_links: expected stack, .* weight of '0', a Packed; received merge"):
         inject_lora(model, ["0"], rank=1, alpha=1)
+
+
+# ---------------------------------------------------------------------- torch's fused encoder layers
+
+
+def encoder(nested=True):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+
+
+def with_links(model):
+    generator = torch.Generator().manual_seed(2)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, generator=generator)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("twin", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize(("nested", "is_padded"), [(False, False), (False, True), (True, True)])
+def test_an_encoder_layer_of_torchs_evaluates_with_its_links(nested, is_padded, twin, finished_links):
+    """Its fused path would read the weights and leave the links out, and a knot would move its outputs."""
+    model, x = encoder(nested), torch.randn(2, 5, 8)
+    pads = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if is_padded else None
+
+    def outputs(*, is_fused):
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(is_fused)
+        try:
+            with torch.no_grad():
+                y = model(x, src_key_padding_mask=pads)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+        return y if pads is None else y[~pads]
+
+    base = outputs(is_fused=True)
+    inject_lora(model, ["linear1", "linear2"], rank=2, alpha=4, finished_links=finished_links)
+    model = twin(with_links(model))
+    expected = outputs(is_fused=False)
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(outputs(is_fused=True), expected)
+    for layer in lora_layers(model).values():
+        layer.finish()
+    torch.testing.assert_close(outputs(is_fused=True), expected, rtol=1e-4, atol=1e-5)
+    with_links(model)
+    expected = outputs(is_fused=False)
+    torch.testing.assert_close(outputs(is_fused=True), expected)
+    strip_lora(model, merge=True)
+    torch.testing.assert_close(outputs(is_fused=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stripped_encoder_layer_has_its_fused_path_again():
+    model, fresh = encoder(), encoder()
+    inject_lora(model, "all-linear", rank=2, alpha=4)
+    strip_lora(model)
+    for layer, other in zip(model.modules(), fresh.modules(), strict=True):
+        assert len(layer._forward_hooks) == len(other._forward_hooks) == 0
