@@ -4,6 +4,7 @@ It holds what a subclass could lose by overriding a hook without ``super()``: th
 seed, and the watch over the loss.
 """
 
+import logging
 import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import BitsandbytesPrecision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from cola_lightning import distributed
+from cola_lightning.adapt import lora_layers
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.modules.recipe import is_readable
@@ -25,6 +28,8 @@ from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +83,7 @@ class ChainKeeper(Callback):
         self._buffer_names = sorted(values - set(parameters))
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
+        self._is_first_step = True
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run = run_length(trainer, START if is_resumed or now == self.module.left_at else now)
         if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
@@ -166,6 +172,34 @@ class ChainKeeper(Callback):
                 f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
                 f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
             )
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
+            self._without_gradient = _without_gradient(self.module.model)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._is_first_step and self._without_gradient and trainer.is_global_zero:
+            named = ", ".join([*self._without_gradient[:3], *["..."] * (len(self._without_gradient) > 3)])
+            log.warning(
+                "model.target_modules: %d of %d adapted layers got no gradient in the first step's batches (%s): the link of a "
+                "layer whose weight the model reads without calling the layer is never trained; a part that these batches did "
+                "not use, such as an expert without tokens, is when it is used",
+                len(self._without_gradient),
+                len(lora_layers(self.module.model)),
+                named,
+            )
+        self._is_first_step = False
+
+
+def _without_gradient(model: nn.Module) -> list[str]:
+    """Names of the adapted layers whose links are to be trained and have no gradient; one that is zero is one."""
+    return [
+        name
+        for name, layer in lora_layers(model).items()
+        if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
+    ]
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
