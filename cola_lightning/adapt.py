@@ -4,6 +4,7 @@ Every reason to refuse a model is here: a target that matches nothing, a weight 
 cannot have, a quantised base to be merged into.
 """
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cola_lightning import distributed
 from cola_lightning.errors import UserError, nearest
@@ -18,6 +20,13 @@ from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_, cast_,
 from cola_lightning.quantization import dequantize_, is_quantized, keep_layout
 
 ALL_LINEAR = "all-linear"
+
+log = logging.getLogger(__name__)
+
+# Modules whose parameters are no matrices that a Linear layer could hold in their place.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
+NEGLIGIBLE = 0.01  # a share of the parameters of which nothing is told
 
 
 def inject_lora(
@@ -75,6 +84,8 @@ def inject_lora(
     if inside := [name for name in names if _is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
+    if target_modules == ALL_LINEAR:
+        _tell_of_left_out(model, names, saved)
     model.requires_grad_(False)
     for module in modules.values():
         if is_quantized(module):
@@ -178,18 +189,54 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
         head = get_output_embeddings() if get_output_embeddings is not None else None
         names = [n for n in adaptable if model.get_submodule(n) is not head and not _is_inside(n, saved)]
         if not names:
+            kin = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+            passed_over = f"; passed over: {_first(kin)}" if kin else ""
             raise UserError(
                 "model.target_modules: expected a model with Linear, Conv1D or Linear4bit layers for all-linear, received none"
+                f"{passed_over}"
             )
         return names
     matched = set(_matches(model, target_modules, "model.target_modules", adaptable))
     if other := sorted(matched - set(adaptable)):
-        kind = type(model.get_submodule(other[0])).__name__
+        module = model.get_submodule(other[0])
+        kind = type(module).__name__
+        why = " and does not compute, or is not called, as a Linear" if isinstance(module, nn.Linear) else ""
         raise UserError(
             "model.target_modules: expected layers of type Linear, Conv1D or Linear4bit, received "
-            f"{other[0]!r}, which is a {kind}"
+            f"{other[0]!r}, which is a {kind}{why}"
         )
     return [name for name in adaptable if name in matched]
+
+
+def _tell_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> None:
+    """Warns of matrices that all-linear leaves frozen though they are multiplied with as a Linear's are: experts, say."""
+    total = sum(_count(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    lines, is_worth_it = [], False
+    kinds = _left_out(model, names, saved)
+    for (attribute, cls), places in sorted(kinds.items(), key=lambda kind: -sum(kind[1].values())):
+        share = sum(places.values()) / total
+        is_worth_it |= issubclass(cls, nn.Linear) or share >= NEGLIGIBLE
+        told = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
+        lines.append(f"{attribute} of {cls.__name__} ({told} of the parameters: {_first(list(places))})")
+    if is_worth_it:
+        log.warning("model.target_modules: all-linear leaves frozen what is no Linear layer: %s", "; ".join(lines[:4]))
+
+
+def _left_out(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple[str, type], dict[str, int]]:
+    """Parameters that are matrices, or several, and in no target: by name and owner's class, how large they are and where.
+
+    Embeddings (a table that is looked up, a position's with a first dimension of 1) and convolutions are no such matrices.
+    """
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_output_embeddings() if get_output_embeddings is not None else None
+    others = [name for name, module in model.named_modules() if module is head or isinstance(module, NO_MATRICES)]
+    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_inside(name, [*names, *saved, *others])}
+    kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)
+    for place, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and not is_lazy(parameter) and parameter.dim() >= 2 and parameter.shape[0] > 1:
+                kinds[attribute, type(module)][place] = _count(module, parameter)
+    return kinds
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str, offered: Iterable[str]) -> list[str]:
@@ -226,6 +273,18 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _count(module: nn.Module, parameter: Tensor) -> int:
+    """How many values a parameter of the module holds: two in each byte of a 4-bit weight."""
+    if is_lazy(parameter):  # a layer that has no size yet
+        return 0
+    return parameter.numel() * (2 if is_quantized(module) and not parameter.is_floating_point() else 1)
+
+
+def _first(names: list[str]) -> str:
+    """The first three names."""
+    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def _check_not_shared(model: nn.Module, names: list[str]) -> None:

@@ -1,10 +1,15 @@
 """The layers that can be adapted, and the LoRA layer of each; those of other packages are made when first asked for."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from typing_extensions import override
 
 from cola_lightning.lora_layer import (
     FinishedLinks,
@@ -33,16 +38,57 @@ __all__ = [
     "plain_layer",
 ]
 
+# The output layer of nn.MultiheadAttention, which reads its weight in every mode.
+NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether there is a LoRA layer for exactly this type: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 4-bit layer.
+    """Whether there is a LoRA layer for it: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 4-bit layer.
 
-    A subclass may compute something else in its forward (torch's own attention never calls its output layer's), so it is not
-    taken for its parent.
+    A subclass of ``nn.Linear`` may compute something else in its forward (a router, a masked layer), so it is one of them only
+    where a probe shows that it does not, as for Falcon's.
     """
     kind = type_before_parametrizations(module)
     is_linear_4bit = is_quantized(module) and kind.__module__.startswith("bitsandbytes.")
-    return kind is nn.Linear or _is_conv1d(kind) or is_linear_4bit
+    if kind is nn.Linear or _is_conv1d(kind) or is_linear_4bit:
+        return True
+    return isinstance(module, nn.Linear) and not isinstance(module, NEVER_CALLED) and _computes_as_linear(module)
+
+
+@torch.no_grad()
+def _computes_as_linear(layer: nn.Linear) -> bool:
+    """Whether the forward of a subclass of ``nn.Linear`` gives ``x W^T + b``, for other weights than its own, too.
+
+    A copy of the layer is asked, in both modes, for it may draw or count.
+    """
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    weight = layer.weight
+    is_computed_with = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in FLOATS
+    has_more = {name for name, _ in layer.named_parameters()} - {"weight", "bias"} or list(layer.children())
+    if not is_computed_with or has_more or weight.shape != (layer.out_features, layer.in_features):
+        return False
+    probe = shallow_copy(layer)
+    for name, buffer in layer.named_buffers(recurse=False):
+        setattr(probe, name, buffer.clone())
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        for values in (weight, weight.flip(0).mul_(-50).add_(1)):  # larger for a clamp, and none zero for a mask
+            probe.weight = nn.Parameter(values, requires_grad=False)
+            expected = F.linear(x, values, layer.bias)
+            for is_training in (True, False):
+                try:
+                    y = type(layer).forward(probe.train(is_training), x)
+                except Exception:  # what it needs beside its input is its own
+                    return False
+                if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+                    return False
+                tolerance = 4 * torch.finfo(y.dtype).eps * torch.linalg.vector_norm(expected, dtype=torch.float32)
+                if not torch.linalg.vector_norm(y - expected, dtype=torch.float32) <= tolerance:
+                    return False
+    return True
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -57,6 +103,8 @@ def obstacle(module: nn.Module) -> str | None:
             "it back)"
         )
     own = dict(module.named_parameters(recurse=False))
+    if "weight" in own and is_lazy(own["weight"]):
+        return "whose weight has no size yet: a first forward pass of the model gives it one"
     for part in ("weight", "bias"):
         sources = [name for name in own if name.startswith(f"{part}_")]
         if is_parametrized(module, part):  # first: to ask for it would compute it, and spectral norm take a step
@@ -86,7 +134,7 @@ def adapt_layer(
 
 def adapt_(module: nn.Module, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks) -> LoRALayer:
     """Makes an adaptable module a LoRA layer, in place."""
-    lora_class: Any = LoRALinear
+    lora_class: Any = LoRALinear if type(module) is nn.Linear else lora_subclass(cast(Any, type(module)))
     if _is_conv1d(type(module)):
         lora_class = lora_conv1d()
     elif is_quantized(module):
@@ -113,6 +161,25 @@ def lora_conv1d() -> type[LoRALayer]:
 
     LoRAConv1D.__qualname__ = "LoRAConv1D"
     return LoRAConv1D
+
+
+@functools.cache
+def lora_subclass(base: Any) -> type[LoRALayer]:
+    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does: its own forward, with a live link."""
+
+    class LoRASubclass(LoRALayer, base):  # type: ignore[misc]
+        @override
+        def __reduce__(self) -> tuple[Any, ...]:  # pickle would look for the class by its name
+            return _new_lora_subclass, (base,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    LoRASubclass.__name__ = LoRASubclass.__qualname__ = f"LoRA{base.__name__}"
+    return LoRASubclass
+
+
+def _new_lora_subclass(base: type) -> LoRALayer:
+    """An empty layer, for pickle and copies to fill."""
+    cls = lora_subclass(base)
+    return cls.__new__(cls)
 
 
 def _is_conv1d(kind: type) -> bool:

@@ -377,3 +377,180 @@ def test_a_stripped_encoder_layer_has_its_fused_path_again():
     strip_lora(model)
     for layer, other in zip(model.modules(), fresh.modules(), strict=True):
         assert len(layer._forward_hooks) == len(other._forward_hooks) == 0
+
+
+# ---------------------------------------------------------------------- kin of Linear, and weights that no Linear holds
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("cola_lightning")]
+
+
+def tiny_falcon():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, bias=True)).eval()
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("twin", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
+def test_a_subclass_that_computes_as_linear_does_is_adapted(twin, finished_links, caplog):
+    model, ids = tiny_falcon(), torch.arange(12).view(2, 6)
+    parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    expected, types = model(ids).logits, [type(module) for module in model.modules()]
+    names = inject_lora(model, "all-linear", rank=2, alpha=4, finished_links=finished_links)
+    assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
+    assert told(caplog) == []
+    model = twin(model)
+    assert {type(layer).__name__ for layer in lora_layers(model).values()} == {"LoRAFalconLinear"}
+    torch.testing.assert_close(model(ids).logits, expected)
+    with_links(model)
+    expected = model(ids).logits
+    for layer in lora_layers(model).values():
+        layer.finish()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    strip_lora(model, merge=True)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert [type(module) for module in model.modules()] == types
+
+
+class Plain(nn.Linear):
+    """Inherits all."""
+
+
+class Masked(nn.Linear):
+    """Computes with some of its weights alone: what is merged into the others has no effect."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mask", (torch.arange(sizes[0]) < 2).float())
+        with torch.no_grad():
+            self.weight.mul_(self.mask)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + torch.randn_like(y) if self.training else y
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.softmax(-1)
+
+
+class Counting(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + 0
+
+
+@pytest.mark.parametrize("kind", [Plain, Counting])
+@pytest.mark.parametrize("target_modules", [["0"], "all-linear"], ids=["named", "all-linear"])
+def test_a_users_subclass_is_adapted_where_it_computes_the_same(kind, target_modules):
+    model = nn.Sequential(kind(4, 4))
+    assert inject_lora(model, target_modules, rank=1, alpha=1) == ["0"]
+    assert isinstance(model[0], kind)
+    assert not any(buffer.any() for buffer in model.buffers())  # it was asked, and has not noticed
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("kind", [Masked, Noisy, Router])
+def test_a_subclass_that_computes_something_else_is_refused_or_named(kind, is_training, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4)).train(is_training)
+    with pytest.raises(
+        UserError, match=rf"^model\.target_modules: expected layers of type Linear.*received '1', which is a {kind.__name__}"
+    ):
+        inject_lora(model, ["1"], rank=1, alpha=1)
+    state = torch.random.get_rng_state()
+    with pytest.raises(UserError, match=rf"for all-linear, received none; passed over: 0 \({kind.__name__}\)$"):
+        inject_lora(nn.Sequential(model[1]), "all-linear", rank=1, alpha=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert told(caplog) == []
+    assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
+    (message,) = told(caplog)
+    assert message == (
+        f"model.target_modules: all-linear leaves frozen what is no Linear layer: weight of {kind.__name__} "
+        "(40 % of the parameters: 1)"
+    )
+
+
+class InEightBits(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (InEightBits, "received '1', which is a InEightBits and does not compute, or is not called, as a Linear"),
+        (nn.LazyLinear, "received '1', whose weight has no size yet: a first forward pass of the model gives it one"),
+    ],
+)
+def test_a_subclass_that_cannot_be_asked_is_refused(kind, message):
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4) if kind is InEightBits else kind(4))
+    with pytest.raises(UserError, match=f"{message}$"):
+        inject_lora(model, ["1"], rank=1, alpha=1)
+
+
+def test_torchs_own_attention_is_told_of(caplog):
+    model = encoder()
+    assert inject_lora(model, "all-linear", rank=1, alpha=1) == [f"layers.{k}.linear{n}" for k in (0, 1) for n in (1, 2)]
+    (message,) = told(caplog)
+    assert "in_proj_weight of MultiheadAttention (" in message
+    assert "of the parameters: layers.0.self_attn, layers.1.self_attn)" in message
+    assert "weight of NonDynamicallyQuantizableLinear (" in message
+
+
+def tiny_mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+
+
+def test_experts_that_are_no_linear_layers_are_told_of(caplog):
+    model = tiny_mixtral()
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate_up_proj")) / total
+    names = inject_lora(model, "all-linear", rank=2, alpha=4)
+    assert all(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in names)
+    (message,) = told(caplog)
+    assert f"gate_up_proj of MixtralExperts ({share:.0%}".replace("%", " % of the parameters: model.layers.0.mlp") in message
+    assert "down_proj of MixtralExperts (" in message
+    assert "model.layers.2.mlp.experts, ...)" in message
+    assert "embed_tokens" not in message
+    assert "lm_head" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "gpt_neox", "phi3", "bert", "roberta", "bart"])
+def test_of_a_model_whose_weights_are_all_linear_layers_nothing_is_told(architecture, caplog):
+    from transformers import AutoModel
+
+    from tests import tiny
+
+    inject_lora(AutoModel.from_config(tiny.config(architecture)), "all-linear", rank=2, alpha=4)
+    assert told(caplog) == []
+
+
+def test_what_is_trained_whole_and_convolutions_are_not_told_of(caplog):
+    model = nn.ModuleDict(
+        {"conv": nn.Conv2d(3, 8, 3), "body": nn.Linear(8, 8), "head": Router(8, 8), "place": nn.Embedding(9, 8)}
+    )
+    inject_lora(model, "all-linear", rank=1, alpha=1, modules_to_save=["head"])
+    assert told(caplog) == []
