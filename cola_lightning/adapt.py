@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,13 +173,13 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
 
 def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
     """Refuses a module to be trained whole whose weight the model uses outside of it, too: that would be trained with it."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    inside = {id(parameter): name for name, parameter in named if _is_inside(name, saved)}
-    for name, parameter in named:
-        if id(parameter) in inside and not _is_inside(name, saved):
+    for names in _in_one_memory(model):
+        inside = [name for name in names if _is_inside(name, saved)]
+        outside = [name for name in names if name not in inside]
+        if inside and outside:
             raise UserError(
-                "model.modules_to_save: expected modules with weights of their own, received "
-                f"{inside[id(parameter)]!r}, which is also {name!r}"
+                f"model.modules_to_save: expected modules with weights of their own, received {inside[-1]!r}, which is also "
+                f"{outside[0]!r}"
             )
 
 
@@ -234,7 +235,8 @@ def _left_out(model: nn.Module, names: list[str], saved: list[str]) -> dict[tupl
     kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)
     for place, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and not is_lazy(parameter) and parameter.dim() >= 2 and parameter.shape[0] > 1:
+            is_known = id(parameter) in seen or is_lazy(parameter) or attribute.endswith("bias")
+            if not is_known and parameter.dim() >= 2 and parameter.shape[0] > 1:
                 kinds[attribute, type(module)][place] = _count(module, parameter)
     return kinds
 
@@ -292,9 +294,6 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
     places = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         places[id(module)].append(name)
-    parameters = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameters[id(parameter)].append(name)
     for name in names:
         module = model.get_submodule(name)
         if len(places[id(module)]) > 1:
@@ -302,12 +301,42 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
                 "model.target_modules: expected layers that the model uses under one name, received "
                 f"{' = '.join(places[id(module)])}"
             )
-        for parameter in module.parameters():
-            if len(parameters[id(parameter)]) > 1:
+    for shared in _in_one_memory(model):
+        for name in names:
+            if any(_is_inside(one, [name]) for one in shared):
                 raise UserError(
                     "model.target_modules: expected layers with weights of their own, received "
-                    f"{name!r}, whose weight is shared ({' = '.join(parameters[id(parameter)])})"
+                    f"{name!r}, whose weight is shared ({' = '.join(shared)})"
                 )
+
+
+def _in_one_memory(model: nn.Module) -> list[list[str]]:
+    """Names of parameters and buffers that are one tensor, or lie in part in the same memory, as views of one do."""
+    spans: dict[Any, list[tuple[int, int, str]]] = defaultdict(list)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        memory, start, end = _span(tensor)
+        spans[memory].append((start, end, name))
+    groups: list[list[str]] = []
+    for places in spans.values():
+        reached, group = -1, [""]
+        for start, end, name in sorted(places, key=lambda place: place[:2]):  # a stable sort: the model's order where equal
+            if start >= reached:
+                group = []
+                groups.append(group)
+            group.append(name)
+            reached = max(reached, end)
+    return [group for group in groups if len(group) > 1]
+
+
+def _span(tensor: Tensor) -> tuple[Any, int, int]:
+    """The memory in which a tensor lies, and where in it the tensor begins and ends; one without a memory is one of its own."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    if not is_plain or not tensor.numel() or not tensor.untyped_storage().nbytes():
+        return id(tensor), 0, 1
+    first = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.device, tensor.untyped_storage().data_ptr()), first, first + (last + 1) * tensor.element_size()
 
 
 def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
@@ -335,5 +364,13 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
                 f"{type(module.weight).__name__}; received merge"
             )
         shape = tuple(module.weight.shape)
+        if any(stride == 0 < size - 1 for size, stride in zip(shape, module.weight.stride(), strict=True)):
+            raise UserError(
+                "model.target_modules: expected layers whose weights can be written, received "
+                f"{name!r}, whose weight repeats values in memory (clone() makes it a plain one)"
+            )
     if rank > min(shape):
-        raise UserError(f"model.rank: expected at most {min(shape)}, the smaller side of {name!r} ({shape}), received {rank}")
+        raise UserError(
+            f"model.rank: expected at most {min(shape)}, the smaller side of {name!r} {shape} (or model.target_modules without "
+            f"it), received {rank}"
+        )

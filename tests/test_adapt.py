@@ -118,6 +118,10 @@ def test_strip_refuses_to_lose_a_live_link_and_merges_it_if_asked(model):
         ({"rank": 0}, r"model\.rank: .* received 0"),
         ({"rank": -2}, r"model\.rank: .* received -2"),
         ({"rank": 9}, r"model\.rank: expected at most 8, .*'layers\.0\.q_proj'.* received 9"),
+        (
+            {"target_modules": "all-linear", "rank": 5},
+            r"at most 4, .*'layers\.0\.v_proj' .*\(or model\.target_modules without it\)",
+        ),
         ({"alpha": 0}, r"model\.alpha: .* received 0"),
         ({"dropout": 1.0}, r"model\.dropout: .* received 1\.0"),
         ({"modules_to_save": ["haed"]}, r"model\.modules_to_save: .* received 'haed'; the nearest that exist: head"),
@@ -138,6 +142,54 @@ def test_shared_weights_and_modules_are_refused(model):
     model.layers[1].q_proj = model.layers[0].q_proj
     with pytest.raises(UserError, match=r"received layers\.0\.q_proj = layers\.1\.q_proj"):
         inject_lora(model, ["q_proj"], rank=2, alpha=4)
+
+
+def whole_and_part():
+    """A fused weight, and a layer of a part of it."""
+    model = nn.ModuleDict({"fused": nn.Linear(4, 12), "query": nn.Linear(4, 4), "own": nn.Linear(4, 4)})
+    model["query"].weight = nn.Parameter(model["fused"].weight.detach()[:4])
+    return model
+
+
+def transposed():
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "query": nn.Linear(6, 4, bias=False), "own": nn.Linear(4, 4)})
+    model["query"].weight = nn.Parameter(model["embed"].weight.detach().T)
+    return model
+
+
+def kept_as_buffer():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "own": nn.Linear(4, 4)})
+    model.register_buffer("start", model["query"].weight.detach())
+    return model
+
+
+@pytest.mark.parametrize("make", [whole_and_part, transposed, kept_as_buffer])
+def test_a_weight_that_is_a_view_of_another_is_refused(make):
+    model = make()
+    with pytest.raises(
+        UserError, match=r"^model\.target_modules: .*received 'query', whose weight is shared \(.*query\.weight"
+    ):
+        inject_lora(model, ["query"], rank=2, alpha=4)
+    assert inject_lora(model, ["own"], rank=2, alpha=4) == ["own"]
+
+
+def test_a_module_to_save_whose_weight_is_a_view_of_another_is_refused():
+    with pytest.raises(UserError, match=r"^model\.modules_to_save: .* received 'query\.weight', which is also 'fused\.weight'"):
+        inject_lora(whole_and_part(), ["own"], rank=2, alpha=4, modules_to_save=["query"])
+
+
+def test_weights_in_one_buffer_that_do_not_overlap_are_of_their_own():
+    model, flat = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)), torch.randn(32)
+    for k in (0, 1):
+        model[k].weight = nn.Parameter(flat[16 * k : 16 * (k + 1)].view(4, 4))
+    assert inject_lora(model, "all-linear", rank=2, alpha=4) == ["0", "1"]
+
+
+def test_a_weight_of_repeated_values_is_refused_before_a_knot_would_fail():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4))
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'0', whose weight repeats values in memory \(clone\(\)"):
+        inject_lora(model, ["0"], rank=2, alpha=4)
 
 
 def test_torchs_attention_output_is_not_taken_for_a_linear_layer():
@@ -546,6 +598,19 @@ def test_of_a_model_whose_weights_are_all_linear_layers_nothing_is_told(architec
 
     inject_lora(AutoModel.from_config(tiny.config(architecture)), "all-linear", rank=2, alpha=4)
     assert told(caplog) == []
+
+
+def test_biases_of_experts_are_not_told_of(caplog):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = GptOssForCausalLM(
+        GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    )
+    inject_lora(model, "all-linear", rank=2, alpha=4)
+    (message,) = told(caplog)
+    assert "down_proj of GptOssExperts" in message
+    assert "bias" not in message
 
 
 def test_what_is_trained_whole_and_convolutions_are_not_told_of(caplog):
