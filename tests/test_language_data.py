@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from cola_lightning import (
+    COLACausalLM,
     HubError,
     PromptDataModule,
     ReviewsDataModule,
+    TemplateDataModule,
     TextClassificationDataModule,
     TextDataModule,
     UserError,
@@ -23,6 +25,7 @@ from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.rows import draw, read_rows
 from cola_lightning.data.sampling import EpochSampler
 from tests import tiny
+from tests.toy import trainer
 
 
 def attach(data, architecture="llama", num_labels=2):
@@ -30,7 +33,9 @@ def attach(data, architecture="llama", num_labels=2):
     tokenizer = tiny.tokenizer(architecture, pad=True)
     tokenizer.model_max_length = 64
     module = SimpleNamespace(tokenizer=tokenizer, seed=3, num_labels=num_labels)
-    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
+    data.trainer = SimpleNamespace(
+        lightning_module=module, training=False, world_size=1, global_rank=0, limit_val_batches=1.0, limit_test_batches=1.0
+    )
     return data
 
 
@@ -231,6 +236,44 @@ def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_training_by_se
     order = list(data.train_dataloader().sampler)
     assert order == list(EpochSampler(data.train, "0 3"))
     assert sorted(order) == list(range(400))
+
+
+@pytest.mark.parametrize(
+    ("limits", "n_rows"),
+    [
+        ({"limit_val_batches": 1, "limit_test_batches": 1}, 10),
+        ({"limit_val_batches": 2, "limit_test_batches": 2}, 20),
+        ({"limit_val_batches": 0.3, "limit_test_batches": 0.3}, 30),
+        ({"fast_dev_run": 2}, 20),
+        ({"limit_val_batches": 1.0, "limit_test_batches": 1.0, "num_sanity_val_steps": 2}, 100),
+        ({}, 100),
+    ],
+    ids=str,
+)
+def test_a_limited_evaluation_takes_the_first_rows_and_not_the_longest(tmp_path, limits, n_rows):
+    """All of one label are long, and come last: of ten rows of the split's first, none is."""
+    rows = [{"sentence": "old " * (20 if k >= 90 else 1 + k % 3) + str(k), "label": int(k >= 90)} for k in range(100)]
+    write(tmp_path / "own", "train", rows)
+    source = write(tmp_path / "own", "validation", rows)
+    data = TemplateDataModule(source, prompt="{sentence}", options=[" no", " yes"], eval_batch_size=10)
+
+    class Seen(COLACausalLM):
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                seen["val"] += batch["prompt"]
+
+        def test_step(self, batch, batch_idx):
+            seen["test"] += batch["prompt"]
+
+    seen = {"val": [], "test": []}
+    module = Seen(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
+    trainer(tmp_path, **{"max_epochs": 1, "limit_train_batches": 1} | limits).fit(module, datamodule=data)
+    trainer(tmp_path, **limits).test(module, datamodule=data, verbose=False)
+    prompts = [row["sentence"] for row in rows]
+    for some in seen.values():
+        assert sorted(some) == sorted(prompts[:n_rows])
+        lengths = [len(prompt) for prompt in some]
+        assert some == prompts[:n_rows] if n_rows < 100 else lengths[0] > 70 > lengths[-1]
 
 
 def test_reviews_are_prompted_as_sst2_is():

@@ -120,7 +120,7 @@ class EpochDataModule(LightningDataModule, ABC):
         return f"{self.split_seed} {getattr(self.trainer and self.trainer.lightning_module, 'seed', None)}"
 
     def length(self, row: Any) -> int:
-        """How long a row is; evaluation goes from the longest to the shortest, so that little is padding."""
+        """How long a row is; evaluation of all rows goes from the longest to the shortest, so that little is padding."""
         return 0
 
     def collate(self, rows: list[Any]) -> Any:
@@ -147,11 +147,11 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def val_dataloader(self) -> EpochLoader:
-        return self._evaluation_loader(self.val)
+        return self._evaluation_loader(self.val, "limit_val_batches")
 
     @override
     def test_dataloader(self) -> EpochLoader:
-        return self._evaluation_loader(self.test)
+        return self._evaluation_loader(self.test, "limit_test_batches")
 
     @override
     def predict_dataloader(self) -> EpochLoader:
@@ -166,11 +166,17 @@ class EpochDataModule(LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is None or not trainer.predicting or trainer.predict_loop.return_predictions:
             return False
-        limit = trainer.limit_predict_batches
-        return isinstance(limit, float) and limit == 1.0  # the whole number 1 is one batch
+        return self._takes_all("limit_predict_batches")
 
-    def _evaluation_loader(self, data: Any) -> EpochLoader:
-        return self._loader(data, self.eval_batch_size, self._by_length(data))
+    def _takes_all(self, limit: str) -> bool:
+        """Whether all rows of a part are taken, as far as a limit of the trainer's says so."""
+        value = getattr(self.trainer, limit, None)
+        return isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
+
+    def _evaluation_loader(self, data: Any, limit: str) -> EpochLoader:
+        # Under a limit, the first rows, and not the longest: a label whose rows are long could be all of them.
+        order = self._by_length(data) if self._takes_all(limit) else list(range(len(data)))
+        return self._loader(data, self.eval_batch_size, order)
 
     def _by_length(self, data: Any) -> list[int]:
         return sorted(range(len(data)), key=lambda place: -self.length(data[place]))
