@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import inspect
 import json
 
 import pytest
 import torch
+import transformers
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
@@ -77,6 +79,8 @@ def test_options_share_the_computation_of_a_long_prompt(module, monkeypatch):
     encoded = encode_examples(module.tokenizer, MANY, max_length=64)
     batch = collate_options(encoded, module.tokenizer.pad_token_id)
     module.model.eval()
+    with torch.no_grad():
+        module.option_scores(batch)  # whether the model can share is tried out once
     tokens = []
     forward = module.model.forward
     monkeypatch.setattr(
@@ -94,6 +98,49 @@ def test_options_share_the_computation_of_a_long_prompt(module, monkeypatch):
         assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
         assert not torch.isfinite(mine[len(theirs) :]).any()
     torch.testing.assert_close(scores, module.option_scores(batch), rtol=0, atol=1e-5)  # with gradients, the plain way
+
+
+WINDOWED = {
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **tiny.SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=4
+    ),
+    "mistral": lambda: transformers.MistralConfig(**tiny.SIZES, **tiny.BODY, num_key_value_heads=2, sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
+@torch.no_grad()
+def test_scores_are_plain_ones_where_attention_depends_on_how_far_a_token_lies_back(tmp_path, monkeypatch, architecture):
+    monkeypatch.setitem(tiny.CONFIGS, architecture, WINDOWED[architecture])
+    module = COLACausalLM(tiny.folder(tmp_path / "model", architecture), rank=2, alpha=4, seed=0)
+    with_live_link(module).eval()
+    batch = collate_options(encode_examples(module.tokenizer, MANY, max_length=64), module.tokenizer.pad_token_id)
+    for mine, example in zip(module.option_scores(batch), MANY, strict=True):
+        theirs = plain_scores(module, example)
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("mistake", ["forgets", "crashes"])
+@torch.no_grad()
+def test_a_model_that_does_not_take_up_its_keys_and_values_computes_each_option_alone(tmp_path, monkeypatch, mistake):
+    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, alpha=4, seed=0)).eval()
+    forward = module.model.forward
+
+    def wrong(**given):
+        name = next(name for name in ("cache", "past_key_values") if name in inspect.signature(forward).parameters)
+        if given.get(name) is not None:
+            if mistake == "crashes":
+                raise AttributeError(name)
+            given |= {name: None, "attention_mask": given["attention_mask"][:, -given["input_ids"].shape[1] :]}
+        return forward(**given)
+
+    monkeypatch.setattr(module.model, "forward", functools.wraps(forward)(wrong))
+    batch = collate_options(encode_examples(module.tokenizer, MANY, max_length=64), module.tokenizer.pad_token_id)
+    scores = module.option_scores(batch)
+    monkeypatch.setattr(module.model, "forward", forward)
+    for mine, example in zip(scores, MANY, strict=True):
+        theirs = plain_scores(module, example)
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
 
 
 def test_options_of_one_token_share_one_forward(module):

@@ -160,7 +160,7 @@ class COLACausalLM(LanguageModule):
         """The logits at the last positions, sequences x positions x vocabulary, computed in the passes that cost least."""
         if not self._may_split:
             return logits_of(self.model, batch, n_positions)
-        if "n_shared" in batch and not torch.is_grad_enabled() and can_share(self.model):
+        if "n_shared" in batch and not torch.is_grad_enabled() and self._can_share:
             return shared_logits(self.model, batch, n_positions)
         parts = split_by_length(batch, batch.get("sequence_lengths"))
         if len(parts) == 1:
@@ -172,6 +172,10 @@ class COLACausalLM(LanguageModule):
                 logits = some.new_zeros(len(batch["input_ids"]), n_positions, some.shape[-1])
             logits[rows, n_positions - some.shape[1] :] = some  # a part's own sequences may be shorter
         return cast(Tensor, logits)
+
+    @functools.cached_property
+    def _can_share(self) -> bool:
+        return can_share(self.model)
 
     @property
     def _may_split(self) -> bool:

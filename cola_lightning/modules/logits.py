@@ -1,7 +1,9 @@
 """Logits of a causal language model, at the positions that are asked for and with as little computed as can be."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -108,6 +112,24 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
     return cuts[::-1]
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside the block; after it, each module is in the mode that it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in before.items():
+            module.training = is_training
+
+
+def _are_same(model: Any, logits: Tensor, expected: Tensor) -> bool:
+    """Whether logits are equal but for rounding."""
+    tolerance = 1e-2 if model.dtype.itemsize >= 4 else 1e-1
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
 @torch.no_grad()
 def check_left_padding(model: nn.Module) -> None:
     """Refuses a model for which padding on the left changes what a sequence means.
@@ -119,14 +141,11 @@ def check_left_padding(model: nn.Module) -> None:
     """
     config: Any = model.config
     tokens = torch.arange(3).unsqueeze(0) + config.get_text_config().vocab_size // 2
-    is_training = model.training
-    model.eval()
     mask = torch.ones_like(tokens)
-    alone = model(input_ids=tokens, attention_mask=mask).logits[:, -1:].float()  # as the model itself counts positions
-    padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    model.train(is_training)
-    tolerance = 1e-2 if model.dtype.itemsize >= 4 else 1e-1  # type: ignore[operator]
-    if not (alone - padded).abs().max() <= tolerance * alone.abs().max():
+    with _evaluating(model):
+        alone = model(input_ids=tokens, attention_mask=mask).logits[:, -1:].float()  # as the model itself counts positions
+        padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
+    if not _are_same(model, padded, alone):
         raise UserError(
             "model.model_name: expected a decoder that can be padded on the left, received "
             f"{type(model).__name__}, which then gives other logits"
@@ -151,30 +170,44 @@ def shared_logits(model: Any, batch: Batch, n_positions: int) -> Tensor:
         result: sequences x positions x vocabulary, in float32.
     """
     logits: list[Tensor] = []
-    first, name = 0, str(_name_of_cache(model))
+    first = 0
     for n_sequences, n_shared in zip(batch["n_sequences"].tolist(), batch["n_shared"].tolist(), strict=True):
         row = slice(first, first + n_sequences)
         ids, mask = batch["input_ids"][row], batch["attention_mask"][row]
         lengths = mask.sum(1)
         longest = int(lengths.max())
-        ids, mask, pads = ids[:, -longest:], mask[:, -longest:], longest - lengths
+        ids, mask = ids[:, -longest:], mask[:, -longest:]
         first += n_sequences
         if n_sequences * longest < WORTH_SHARING * (n_shared + n_sequences * (longest - n_shared)):
             logits.append(logits_of(model, {"input_ids": ids, "attention_mask": mask}, n_positions))
-            continue
-        whole = int(pads.argmin())
-        beginning = model(input_ids=ids[whole : whole + 1, :n_shared], use_cache=True, logits_to_keep=1)[name]
-        beginning.batch_repeat_interleave(n_sequences)
-        places = torch.arange(longest - n_shared, device=ids.device)
-        is_rest = (places >= pads.unsqueeze(1)).to(mask.dtype)  # a shorter one is padded between its beginning and its rest
-        rest: dict[str, Any] = {
-            "input_ids": ids[:, n_shared:],
-            "attention_mask": torch.cat([mask.new_ones(n_sequences, n_shared), is_rest], 1),
-            "position_ids": n_shared + (is_rest.cumsum(-1) - 1).clamp(min=0),
-        }
-        rest |= {name: beginning, "use_cache": True, "logits_to_keep": n_positions}
-        logits.append(model(**rest).logits.float())
+        else:
+            logits.append(_logits_behind_beginning(model, ids, lengths, n_shared, n_positions))
     return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits])  # a row's own may be fewer
+
+
+def _logits_behind_beginning(model: Any, ids: Tensor, lengths: Tensor, n_shared: int, n_positions: int) -> Tensor:
+    """The logits at the last positions of sequences, padded on the left, of which the shared beginning is computed once.
+
+    They are padded on the right here: with padding between the beginning and the rest, a model that counts how far a token
+    lies back (a window of local attention, a bias by distance) would count the padding, too.
+    """
+    n_sequences, longest = ids.shape
+    rows, places = torch.arange(n_sequences, device=ids.device).unsqueeze(1), torch.arange(longest, device=ids.device)
+    ids = ids[rows, (places + longest - lengths.unsqueeze(1)) % longest]
+    name = str(_name_of_cache(model))
+    beginning = model(input_ids=ids[:1, :n_shared], use_cache=True, logits_to_keep=1)[name]
+    beginning.batch_repeat_interleave(n_sequences)
+    starts = lengths - n_positions  # of the positions that are asked for; those before the rest are of no option's token
+    start = max(int(starts.min()), n_shared)
+    rest: dict[str, Any] = {
+        "input_ids": ids[:, n_shared:],
+        "attention_mask": (places < lengths.unsqueeze(1)).long(),
+        "position_ids": places[n_shared:].expand(n_sequences, -1),
+    }
+    rest |= {name: beginning, "use_cache": True, "logits_to_keep": longest - start}
+    logits: Tensor = model(**rest).logits
+    kept = torch.arange(n_positions, device=ids.device) + (starts - start).unsqueeze(1)
+    return logits[rows, kept.clamp(min=0)].float()
 
 
 def _name_of_cache(model: nn.Module) -> str | None:
@@ -190,8 +223,31 @@ def is_free_of_length(model: nn.Module) -> bool:
     return not any(kind in rotation for kind in ("longrope", "dynamic"))
 
 
+@torch.no_grad()
 def can_share(model: nn.Module) -> bool:
-    """Whether a model keeps plain keys and values of all that it has read, and takes them up again."""
+    """Whether options can share the computation of their prompt: tried out on a few tokens, in three forward passes.
+
+    A model must keep plain keys and values of all that it has read, and take them up again to the same logits.
+    """
+    if not _keeps_all(model):
+        return False
+    ids, mask = torch.arange(48, device=next(model.parameters()).device).view(4, 12) // 2, torch.ones(4, 12, dtype=torch.long)
+    for row in range(4):  # of 12, 11, 10 and 9 tokens, of which the first 8 are the same
+        ids[row, row : row + 8], mask[row, :row] = ids[0, :8], 0
+    batch = {"input_ids": ids, "attention_mask": mask.to(ids.device)}
+    batch |= {"n_sequences": torch.tensor([4]), "n_shared": torch.tensor([8])}
+    with _evaluating(model):
+        expected = logits_of(model, batch, 1)
+        try:
+            received = shared_logits(model, batch, 1)
+        except Exception as error:  # whatever a model raises that does not take up its keys and values: the plain way is left
+            log.info("Options do not share their prompt's computation, for %s fails to: %s", type(model).__name__, error)
+            return False
+    return _are_same(model, received, expected)
+
+
+def _keeps_all(model: nn.Module) -> bool:
+    """Whether a model, as its configuration says, keeps keys and values of all that it has read."""
     config: Any = model.config
     taken = inspect.signature(model.forward).parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
