@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from cola_lightning import COLACausalLM, PredictionWriter, ReviewsDataModule, TextDataModule, UserError, lora_layers
 from cola_lightning.data.batches import collate_language, collate_options
-from cola_lightning.data.encoding import encode_responses
+from cola_lightning.data.encoding import encode_responses, encode_texts
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
 from tests.tiny import plain_scores, with_live_link
@@ -181,6 +181,53 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
         assert output.loss.item() == pytest.approx(theirs.item(), abs=1e-5)
         assert output.size == int((right["labels"][:, 1:] != -100).sum())
         assert_close(gradients(module, output.loss), gradients(module, module.model(**right).loss), 1e-4)
+
+
+EXPERTS = {
+    "mixtral": lambda: transformers.MixtralConfig(**tiny.SIZES, **tiny.BODY, num_key_value_heads=2, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **tiny.SIZES, **tiny.BODY, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
+    ),
+    "jetmoe": lambda: transformers.JetMoeConfig(
+        **tiny.SIZES, hidden_size=32, num_hidden_layers=2, num_key_value_heads=4, kv_channels=8, intermediate_size=48
+    ),
+}
+
+
+def with_experts(tmp_path, monkeypatch, architecture, **changes):
+    monkeypatch.setitem(tiny.CONFIGS, architecture, EXPERTS[architecture])
+    name = tiny.folder(tmp_path / "model", architecture, **changes)
+    return with_live_link(COLACausalLM(name, target_modules=".*_proj", rank=2, alpha=4, seed=0))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_path, monkeypatch, architecture, is_training):
+    coef = "aux_loss_coef" if architecture == "jetmoe" else "router_aux_loss_coef"
+    losses = []
+    for changes in ({}, {"output_router_logits": True, coef: 0.5}, {"output_router_logits": True, coef: 0.0}):
+        module = with_experts(tmp_path, monkeypatch, architecture, **changes).train(is_training)
+        texts = ["The town is old and the river is long. " * 2, "It was"]
+        rows = [row for (row,) in encode_texts(module.tokenizer, texts, 64)]
+        batch = collate_language(rows, module.tokenizer.pad_token_id)
+        theirs = module.model(**batch).loss
+        losses.append(module.step(batch).loss)
+        assert losses[-1].item() == pytest.approx(theirs.item(), abs=1e-5)
+        if is_training and changes:
+            assert_close(gradients(module, losses[-1]), gradients(module, theirs), 1e-3)
+    assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
+    assert losses[2].item() == pytest.approx(losses[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["options", "answer"])
+def test_so_has_that_of_options(tmp_path, monkeypatch, loss):
+    losses = []
+    for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
+        module = with_experts(tmp_path, monkeypatch, "mixtral", **changes).eval()
+        batch = collate_options(encode_examples(module.tokenizer, MANY, max_length=64), module.tokenizer.pad_token_id, loss)
+        losses += [module.step(batch).loss]
+        router_loss = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+    assert losses[1].item() == pytest.approx((losses[0] + 0.5 * router_loss).item(), abs=1e-4)
 
 
 def test_a_hugging_face_collators_batch_works_as_it_is(module):

@@ -18,7 +18,9 @@ from cola_lightning.modules.logits import (
     Batch,
     can_share,
     check_left_padding,
+    has_router_loss,
     is_free_of_length,
+    logits_and_router_loss,
     logits_of,
     shared_logits,
     split_by_length,
@@ -53,6 +55,9 @@ class COLACausalLM(LanguageModule):
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
 
+    A mixture of experts whose configuration has ``output_router_logits`` adds its router's auxiliary loss, times
+    ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.
+
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), appendix; the loss and
         the scores are those of its code (princeton-nlp/MeZO, large_models).
     """
@@ -77,7 +82,13 @@ class COLACausalLM(LanguageModule):
     def step(self, batch: Batch) -> StepOutput:
         if "option_ids" not in batch:
             return self._language_step(batch)
-        scores, answer = self.option_scores(batch), batch["answer"]
+        router_loss = None
+        if has_router_loss(self.model):  # in one pass: it is no sum over rows
+            logits, router_loss = logits_and_router_loss(self.model, batch, batch["option_ids"].shape[-1])
+            scores = _mean_log_probabilities(logits, batch)
+        else:
+            scores = self.option_scores(batch)
+        answer = batch["answer"]
         if batch.get("loss", "options") == "options":
             loss, size = F.cross_entropy(scores, answer), len(answer)
         else:  # over the right options' tokens
@@ -85,6 +96,7 @@ class COLACausalLM(LanguageModule):
             lengths = (batch["option_ids"] != IGNORED).sum(-1).gather(1, right)
             size = int(lengths.sum())
             loss = -(scores.gather(1, right) * lengths).sum() / size
+        loss = loss if router_loss is None else loss + router_loss
         if "references" in batch:
             return StepOutput(loss, size)
         chosen = scores.argmax(-1)
@@ -144,17 +156,7 @@ class COLACausalLM(LanguageModule):
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
         """
-        ids = batch["option_ids"]
-        n_tokens = ids.shape[-1]
-        logits = self._last_logits(batch, n_tokens)
-        rows, places = batch["option_rows"].unsqueeze(-1), torch.arange(n_tokens, device=ids.device)
-        is_token = ids != IGNORED
-        chosen = logits[rows, places, ids.clamp(min=0)]  # rows x options x tokens
-        log_probabilities = (chosen - logits.logsumexp(-1)[rows, places]) * is_token
-        lengths = is_token.sum(-1)
-        means = log_probabilities.sum(-1) / lengths.clamp(min=1)
-        scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
-        return scores
+        return _mean_log_probabilities(self._last_logits(batch, batch["option_ids"].shape[-1]), batch)
 
     def _last_logits(self, batch: Batch, n_positions: int) -> Tensor:
         """The logits at the last positions, sequences x positions x vocabulary, computed in the passes that cost least."""
@@ -187,21 +189,23 @@ class COLACausalLM(LanguageModule):
             raise UserError(
                 f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
             )
-        parts = [part for _, part in split_by_length(batch)] if self._may_split else [batch]
-        totals, counts = zip(*map(self._language_loss, parts), strict=True)
-        return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1), sum(counts))
+        may_split = self._may_split and not has_router_loss(self.model)
+        parts = [part for _, part in split_by_length(batch)] if may_split else [batch]
+        totals, counts, router_losses = zip(*map(self._language_loss, parts), strict=True)
+        loss = torch.stack(totals).sum() / max(sum(counts), 1)
+        return StepOutput(loss if router_losses[0] is None else loss + router_losses[0], sum(counts))
 
-    def _language_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The sum of the losses of a batch's tokens, and how many these are."""
+    def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
+        """The sum of the losses of a batch's tokens, how many these are, and a mixture of experts' router's loss."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # each position predicts the next token
         if (mask := batch.get("attention_mask")) is not None:  # a row's first token follows on padding, which predicts nothing
             labels = labels.masked_fill(mask == 0, IGNORED)
         (places,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
         places = places if len(places) else places.new_zeros(1)
         labels = labels[:, places]
-        logits = logits_of(self.model, batch, places)
+        logits, router_loss = logits_and_router_loss(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, int((labels != IGNORED).sum())
+        return total, int((labels != IGNORED).sum()), router_loss
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -216,3 +220,16 @@ class COLACausalLM(LanguageModule):
             columns["target"] = [row.nonzero().flatten().tolist() for row in batch["accepted"]]
         counts = (batch["option_ids"] != IGNORED).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
+
+
+def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean log-probability of each option's tokens, rows x options, by the logits at the sequences' last positions."""
+    ids = batch["option_ids"]
+    rows, places = batch["option_rows"].unsqueeze(-1), torch.arange(ids.shape[-1], device=ids.device)
+    is_token = ids != IGNORED
+    chosen = logits[rows, places, ids.clamp(min=0)]  # rows x options x tokens
+    log_probabilities = (chosen - logits.logsumexp(-1)[rows, places]) * is_token
+    lengths = is_token.sum(-1)
+    means = log_probabilities.sum(-1) / lengths.clamp(min=1)
+    scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
+    return scores

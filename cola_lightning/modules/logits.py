@@ -39,6 +39,11 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
     Shape:
         result: rows x positions x vocabulary.
     """
+    return logits_and_router_loss(model, batch, keep)[0]
+
+
+def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    """What :func:`logits_of` gives, and what Hugging Face's loss adds to that of the tokens, where :func:`has_router_loss`."""
     taken_by_name = inspect.signature(model.forward).parameters
     mask = batch.get("attention_mask")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
@@ -46,10 +51,25 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs |= {name: batch[name] for name in ("position_ids", "token_type_ids") if name in batch}
     taken = {name: value for name, value in inputs.items() if name in taken_by_name}
-    logits: Tensor = model(**taken).logits
+    output = model(**taken)
+    logits: Tensor = output.logits
     if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
         logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-    return logits.float()
+    if not has_router_loss(model) or output.aux_loss is None:
+        return logits.float(), None
+    return logits.float(), output.aux_loss * _router_loss_weight(model)
+
+
+def has_router_loss(model: nn.Module) -> bool:
+    """Whether a mixture of experts' load balance is part of its loss: ``output_router_logits`` of its configuration."""
+    config: Any = model.config
+    return bool(getattr(config.get_text_config(), "output_router_logits", False))
+
+
+def _router_loss_weight(model: Any) -> float:
+    config = model.config.get_text_config()
+    name = "router_aux_loss_coef" if hasattr(config, "router_aux_loss_coef") else "aux_loss_coef"  # the latter is JetMoE's
+    return float(getattr(model, name, None) or getattr(config, name))
 
 
 def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[Tensor, Batch]]:
