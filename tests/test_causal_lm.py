@@ -337,6 +337,28 @@ def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tm
         COLACausalLM(tiny.folder(tmp_path / "model", architecture), seed=0).configure_model()
 
 
+@pytest.mark.parametrize("architecture", ["bert", "electra"])
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, monkeypatch, architecture):
+    monkeypatch.setitem(
+        tiny.CONFIGS, "electra", lambda: transformers.ElectraConfig(**tiny.SIZES, **tiny.BODY, embedding_size=32)
+    )
+    name = tiny.folder(tmp_path / "model", architecture)
+    with pytest.raises(UserError, match=r"model\.model_name: expected a decoder, whose logits follow from a token and those"):
+        COLACausalLM(name, seed=0).configure_model()
+    name = tiny.folder(tmp_path / "decoder", architecture, is_decoder=True)
+    COLACausalLM(name, seed=0).configure_model()
+
+
+def test_a_model_that_fails_on_a_few_tokens_is_refused(tmp_path, monkeypatch):
+    def forward(self, input_ids, attention_mask):
+        raise ValueError("You have to specify\ndecoder_input_ids")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    message = r"expected a decoder, received LlamaForCausalLM, which fails on three tokens: ValueError: .* decoder_input_ids$"
+    with pytest.raises(UserError, match=message):
+        COLACausalLM(tiny.folder(tmp_path / "model"), seed=0).configure_model()
+
+
 def test_a_batchs_own_position_ids_are_used(module):
     batch = collate_options(encode_examples(module.tokenizer, EXAMPLES[:1], 64), 1)
     shifted = batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).unsqueeze(0).repeat(1, 1) * 2}

@@ -17,7 +17,7 @@ from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import (
     Batch,
     can_share,
-    check_left_padding,
+    check_decoder,
     has_router_loss,
     is_free_of_length,
     logits_and_router_loss,
@@ -75,7 +75,7 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        check_left_padding(model)
+        check_decoder(model)
         return model
 
     @override

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -144,32 +144,51 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = is_training
 
 
-def _are_same(model: Any, logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits are equal but for rounding."""
-    tolerance = 1e-2 if model.dtype.itemsize >= 4 else 1e-1
+def _are_same(model: Any, logits: Tensor, expected: Tensor, tolerance: float = 1e-2) -> bool:
+    """Whether logits are equal but for rounding; ``tolerance`` is float32's, half precision has a larger one."""
+    tolerance = tolerance if model.dtype.itemsize >= 4 else 1e-1
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @torch.no_grad()
-def check_left_padding(model: nn.Module) -> None:
-    """Refuses a model for which padding on the left changes what a sequence means.
+def check_decoder(model: nn.Module) -> None:
+    """Refuses a model that is no decoder, or for which padding on the left changes what a sequence means.
 
-    Such are encoders, encoder-decoders, and models that count positions without asking for them.
+    The latter are models that count positions without asking for them.
 
     Raises:
-        UserError: if the logits of a few tokens with padding before them are not those without.
+        UserError: if the logits of a few tokens are not those with padding before them, or depend on a later token, or fail.
     """
-    config: Any = model.config
-    tokens = torch.arange(3).unsqueeze(0) + config.get_text_config().vocab_size // 2
-    mask = torch.ones_like(tokens)
-    with _evaluating(model):
-        alone = model(input_ids=tokens, attention_mask=mask).logits[:, -1:].float()  # as the model itself counts positions
-        padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    if not _are_same(model, padded, alone):
+    name = type(model).__name__
+    try:
+        with _evaluating(model):
+            alone, changed, padded = _logits_of_probes(model)
+    except Exception as error:  # whatever a model raises for its inputs, an encoder-decoder for example
+        raise UserError(
+            f"model.model_name: expected a decoder, received {name}, which fails on three tokens: "
+            f"{type(error).__name__}: {one_line(str(error))}"
+        ) from error
+    if not _are_same(model, padded, alone[:, -1:]):
         raise UserError(
             "model.model_name: expected a decoder that can be padded on the left, received "
-            f"{type(model).__name__}, which then gives other logits"
+            f"{name}, which then gives other logits"
         )
+    if not _are_same(model, changed[:, :-1], alone[:, :-1], tolerance=1e-3):
+        raise UserError(
+            "model.model_name: expected a decoder, whose logits follow from a token and those before it, received "
+            f"{name}, in which they change with a later token (an encoder, or is_decoder is false in its config.json)"
+        )
+
+
+def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of three tokens, as the model itself counts positions; with another last one; and, padded, of the last one."""
+    tokens = torch.arange(3).unsqueeze(0) + model.config.get_text_config().vocab_size // 2
+    mask = torch.ones_like(tokens)
+    alone, changed = (
+        model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
+    )
+    padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
+    return alone, changed, padded
 
 
 @torch.no_grad()
