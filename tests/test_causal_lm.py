@@ -183,6 +183,52 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
         assert_close(gradients(module, output.loss), gradients(module, module.model(**right).loss), 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bool", "int", "additive", "additive in another dtype"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tmp_path, architecture, attention, kind):
+    name = tiny.folder(tmp_path / "model", architecture)
+    arguments = {"target_modules": tiny.targets(architecture), "attn_implementation": attention}
+    module = with_live_link(COLACausalLM(name, rank=2, alpha=4, seed=0, **arguments))
+    texts = ["The town is old and the river is long.", "It was", "A film with great actors"]
+    rows = [row["input_ids"] for (row,) in encode_texts(module.tokenizer, texts, 64)]
+    lengths = torch.tensor([len(ids) for ids in rows])
+    own = torch.repeat_interleave(torch.arange(3), lengths)
+    mask = ((own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool())[None, None]
+    if kind == "int":
+        mask = mask.long()
+    elif kind != "bool":
+        dtype = torch.float32 if kind == "additive" else torch.float64
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    packed = {"input_ids": torch.tensor([[token for ids in rows for token in ids]]), "attention_mask": mask}
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed["labels"] = torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]])
+    output = module.step(packed)
+    separate = module.step(collate_language([{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows], 1))
+    assert output.size == separate.size == sum(lengths) - 3
+    assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.step(packed).loss.item() == pytest.approx(separate.loss.item(), abs=0.05)
+    if kind == "additive" or (kind == "bool" and attention == "sdpa"):
+        assert output.loss.item() == pytest.approx(module.model(**packed).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            torch.ones(1, 1, 9, 9),
+            r"attention_mask of four dimensions with booleans, or with numbers .* received numbers up to 1$",
+        ),
+        (torch.ones(1, 9, 9), r"attention_mask of rows x length, or rows x 1 x length x length, received .* \(1, 9, 9\)"),
+    ],
+)
+def test_a_mask_that_could_mean_anything_is_refused(module, mask, message):
+    ids = torch.full((1, 9), 5)
+    with pytest.raises(UserError, match=f"batch: expected {message}"):
+        module.step({"input_ids": ids, "labels": ids, "attention_mask": mask})
+
+
 EXPERTS = {
     "mixtral": lambda: transformers.MixtralConfig(**tiny.SIZES, **tiny.BODY, num_key_value_heads=2, num_local_experts=4),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(

@@ -50,7 +50,8 @@ class COLACausalLM(LanguageModule):
       A batch may name another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 where no loss is
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
-      each token, counts alike. Any Hugging Face collator makes them.
+      each token, counts alike. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for packed
+      sequences, is one of pairs of tokens; ``position_ids`` go with it.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
@@ -198,7 +199,8 @@ class COLACausalLM(LanguageModule):
     def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
         """The sum of the losses of a batch's tokens, how many these are, and a mixture of experts' router's loss."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # each position predicts the next token
-        if (mask := batch.get("attention_mask")) is not None:  # a row's first token follows on padding, which predicts nothing
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
             labels = labels.masked_fill(mask == 0, IGNORED)
         (places,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
         places = places if len(places) else places.new_zeros(1)

@@ -33,11 +33,15 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
 
     Args:
         model: a Hugging Face model.
-        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side.
+        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side; or a mask for each pair of tokens
+            (rows x 1 x length x length), true or 1 where attention is allowed, or additive, as for packed sequences.
         keep: how many positions at the end, or which.
 
     Shape:
         result: rows x positions x vocabulary.
+
+    Raises:
+        UserError: for a mask that is neither.
     """
     return logits_and_router_loss(model, batch, keep)[0]
 
@@ -49,6 +53,8 @@ def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
     if mask is not None and mask.dim() == 2:  # behind padding on the left, too, a row begins at position 0
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    elif mask is not None:
+        inputs["attention_mask"] = _additive(mask, model)
     inputs |= {name: batch[name] for name in ("position_ids", "token_type_ids") if name in batch}
     taken = {name: value for name, value in inputs.items() if name in taken_by_name}
     output = model(**taken)
@@ -58,6 +64,26 @@ def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -
     if not has_router_loss(model) or output.aux_loss is None:
         return logits.float(), None
     return logits.float(), output.aux_loss * _router_loss_weight(model)
+
+
+def _additive(mask: Tensor, model: Any) -> Tensor:
+    """A mask of pairs of tokens as any attention takes it: eager attention adds one of booleans, sdpa refuses another dtype."""
+    if mask.dim() != 4:
+        raise UserError(
+            "batch: expected attention_mask of rows x length, or rows x 1 x length x length, received one of shape "
+            f"{tuple(mask.shape)}"
+        )
+    device = mask.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    lowest = torch.finfo(dtype).min  # not -inf: a row without any true value would become NaN
+    if not mask.is_floating_point():
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, lowest)
+    if (mask > 0).any():
+        raise UserError(
+            "batch: expected attention_mask of four dimensions with booleans, or with numbers to be added (0, or far below), "
+            f"received numbers up to {mask.max():g}"
+        )
+    return mask.float().clamp(min=lowest).to(dtype)
 
 
 def has_router_loss(model: nn.Module) -> bool:
