@@ -1,15 +1,27 @@
 """Measures of options that are chosen, against scikit-learn's; those of answers are in test_generation.py."""
 
+import json
+
 import pytest
 import sklearn.metrics
 import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
-from cola_lightning import COLACausalLM, Example, UserError
+from cola_lightning import (
+    COLACausalLM,
+    COLASequenceClassifier,
+    Example,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    UserError,
+)
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.modules.language import StepOutput
 from cola_lightning.modules.metrics import MatthewsCorrCoef, OptionF1
 from tests import tiny
+from tests.toy import trainer
 
 
 def rows(n_options, seed, n=30):
@@ -81,3 +93,68 @@ def test_a_batch_of_ones_own_is_measured_as_step_says(tmp_path, monkeypatch):
     output = StepOutput(torch.tensor(0.0), 2, torch.tensor([0, 1]), torch.tensor([0, 1]))
     module.measure([torch.ones(2, 3), torch.ones(2)], output, "val", module.val_metric)
     assert names == ["val_accuracy"]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two data sets, of which a label is more frequent in one, and the sizes of their batches."""
+    for name, every in (("often", 2), ("seldom", 5)):
+        rows = [{"text": f"It was {'old ' * (k % 4)}{k}", "label": int(k % every == 0)} for k in range(20)]
+        rows = [row | {"said": "old" if row["label"] else "new"} for row in rows]
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / name) for name in ("often", "seldom")]
+
+
+class Old(COLACausalLM):
+    """What it writes is known."""
+
+    def generate(self, batch):
+        return ["old"] * len(batch["prompt"])
+
+
+CHOSEN = {"prompt": "{text}", "options": [" no", " yes"]}
+KINDS = {
+    "accuracy": (COLACausalLM, TemplateDataModule, CHOSEN),
+    "f1": (COLACausalLM, TemplateDataModule, CHOSEN | {"metric": "f1"}),
+    "answers": (Old, TemplateDataModule, {"prompt": "{text}", "answer": "said"}),
+    "classifier": (COLASequenceClassifier, TextClassificationDataModule, {"text_fields": ["text"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
+    make_module, make_data, arguments = KINDS[kind]
+    auto_class = "AutoModel" if kind == "classifier" else "AutoModelForCausalLM"
+    name = tiny.folder(tmp_path / "model", "llama", auto_class, max_position_embeddings=128)
+    module = make_module(name, target_modules=["q_proj"], rank=2, seed=0)
+    datas = [make_data(source, batch_size=8, **arguments) for source in sources]
+    first = trainer(tmp_path)
+    alone = {fn: [getattr(first, fn)(module, data, verbose=False)[0] for data in datas] for fn in ("validate", "test")}
+    rows = [[row for batch in first.predict(module, data) for row in batch["prediction"]] for data in datas]
+    for data in datas:
+        data.trainer = first
+        data.setup("validate")
+
+    class Both(LightningDataModule):
+        def val_dataloader(self):
+            return [DataLoader(data.val, batch_size=8, collate_fn=data.collate) for data in datas]
+
+        def test_dataloader(self):
+            return [DataLoader(data.test, batch_size=8, collate_fn=data.collate) for data in datas]
+
+        predict_dataloader = test_dataloader
+
+    for _ in range(2):  # nothing is left of the first time
+        for fn, expected in alone.items():
+            received = getattr(trainer(tmp_path), fn)(module, Both(), verbose=False)
+            named = [{f"{name}/dataloader_idx_{k}": value for name, value in one.items()} for k, one in enumerate(expected)]
+            assert received == [pytest.approx(some, abs=1e-5) for some in named]
+    assert alone["test"][0] != pytest.approx(alone["test"][1], abs=1e-3)
+    assert [
+        [row for batch in some for row in batch["prediction"]] for some in trainer(tmp_path).predict(module, Both())
+    ] == rows
+    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run.fit(module, Both().val_dataloader()[0], Both().val_dataloader())
+    assert {f"val_loss/dataloader_idx_{k}" for k in (0, 1)} < run.callback_metrics.keys()

@@ -130,18 +130,14 @@ class COLACausalLM(LanguageModule):
         if is_written:
             if self.trainer.state.fn != "fit":
                 texts = self.generate(batch)
-                for name in [asked] if asked else ANSWER_METRICS:
-                    self._measure(self.answer_metrics, f"{stage}_{name}", texts, batch["references"])
+                for name in [f"{stage}_{asked}"] if asked else [f"{stage}_{name}" for name in ANSWER_METRICS]:
+                    self.update_metric(name, cast(Metric, self.answer_metrics[name]), len(texts), texts, batch["references"])
         elif asked in OPTION_METRICS and output.predictions is not None:
-            n_options = batch["option_ids"].shape[1]
-            self._measure(self.option_metrics, f"{stage}_{asked}", output.predictions, output.targets, n_options)
+            name, n_options = f"{stage}_{asked}", batch["option_ids"].shape[1]
+            own = cast(Metric, self.option_metrics[name])
+            self.update_metric(name, own, output.size, output.predictions, output.targets, n_options)
         else:
             super().measure(batch, output, stage, metric)
-
-    def _measure(self, metrics: nn.ModuleDict, name: str, *values: Any) -> None:
-        metric = cast(Metric, metrics[name])
-        metric.update(*values)
-        self.log(name, metric, batch_size=len(values[0]), prog_bar=True)
 
     def option_scores(self, batch: Batch) -> Tensor:
         """The mean log-probability of each option's tokens after its prompt.
@@ -210,7 +206,7 @@ class COLACausalLM(LanguageModule):
         return total, int((labels != IGNORED).sum()), router_loss
 
     @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         if "option_ids" not in batch:
             raise UserError("predict: expected rows with options to choose from, received rows with a language-model loss")
         if "references" in batch:

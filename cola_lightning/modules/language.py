@@ -77,6 +77,8 @@ class LanguageModule(COLAModule, ABC):
         if quantization is not None:
             self._check_quantization(quantization)
         self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
+        self.metrics_of_loaders = nn.ModuleDict()  # of those after the first, made when they are needed
+        self._dataloader_idx = 0  # of the batch that is evaluated
 
     def _check_quantization(self, quantization: str) -> None:
         if self.finished_links == "merge":
@@ -162,7 +164,8 @@ class LanguageModule(COLAModule, ABC):
 
     def metrics_of(self, stage: str) -> list[Metric]:
         """The metrics of ``val`` or ``test``: what an interrupted one has left in them goes before the next."""
-        return [self.val_metric if stage == "val" else self.test_metric]
+        others = [cast(Metric, metric) for name, metric in self.metrics_of_loaders.items() if name.startswith(stage)]
+        return [self.val_metric if stage == "val" else self.test_metric, *others]
 
     @override
     def on_validation_start(self) -> None:
@@ -181,14 +184,15 @@ class LanguageModule(COLAModule, ABC):
         return output.loss
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metric)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "val", self.val_metric, dataloader_idx)
 
     @override
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metric)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test", self.test_metric, dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, metric: Metric) -> None:
+    def _evaluate(self, batch: Any, stage: str, metric: Metric, dataloader_idx: int) -> None:
+        self._dataloader_idx = dataloader_idx
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
         self.measure(batch, output, stage, metric)
@@ -196,5 +200,23 @@ class LanguageModule(COLAModule, ABC):
     def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
         """Takes a batch's predictions, if any, into the metric of its ``stage`` (``val``, ``test``), and logs that."""
         if output.predictions is not None:
-            metric.update(output.predictions, output.targets)
-            self.log(f"{stage}_{self.metric_name}", metric, batch_size=output.size, prog_bar=True)
+            self.update_metric(f"{stage}_{self.metric_name}", metric, output.size, output.predictions, output.targets)
+
+    def update_metric(self, name: str, metric: Metric, size: int, *values: Any) -> None:
+        """Takes a batch's values into a metric, and logs it; each of several loaders has a metric of its own.
+
+        Args:
+            name: under which it is logged.
+            metric: the first loader's.
+            size: of the batch.
+            *values: what the metric's ``update`` takes.
+        """
+        attribute = None  # Lightning finds the first loader's by itself
+        if self._dataloader_idx:
+            key = f"{name}_{self._dataloader_idx}"
+            if key not in self.metrics_of_loaders:
+                self.metrics_of_loaders[key] = copy = metric.clone().train()  # as all else is when training begins
+                copy.reset()
+            metric, attribute = cast(Metric, self.metrics_of_loaders[key]), f"metrics_of_loaders.{key}"
+        metric.update(*values)
+        self.log(name, metric, batch_size=size, prog_bar=True, metric_attribute=attribute)

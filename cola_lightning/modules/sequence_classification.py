@@ -83,7 +83,7 @@ class COLASequenceClassifier(LanguageModule):
         return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
 
     @override
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         logits = self._logits(batch)
         return {"prediction": logits.argmax(-1), "target": batch["labels"], "scores": logits.log_softmax(-1)}
 
