@@ -1,6 +1,7 @@
 """Where models come from, and what is said of names and files that are not there."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -117,6 +118,97 @@ def test_broken_weights_and_a_missing_or_too_large_tokenizer_are_named(folder, t
     ]:
         with pytest.raises(UserError, match=rf"model\.model_name: {message}"):
             COLACausalLM(str(name)).configure_model()
+
+
+def changed_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def garbage(name, content):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def without_vocabulary(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "BPE", "vocab": 3}}))
+
+
+BROKEN = {
+    "other sizes": (lambda folder: changed_config(folder, hidden_size=64), "ignore_mismatched_sizes"),
+    "no such activation": (lambda folder: changed_config(folder, hidden_act="nope"), "KeyError 'nope'"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "a pointer": (garbage("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1"), "Weights only load failed"),
+    "other bytes": (garbage("pytorch_model.bin", b"abcdef"), "pop from empty list"),
+    "no bytes": (garbage("pytorch_model.bin", b""), "EOFError"),
+    "half an archive": (garbage("pytorch_model.bin", b"PK\x03\x04" + bytes(99)), "PytorchStreamReader"),
+    "a tokenizer of another kind": (without_vocabulary, "invalid type: integer `3`, expected a map"),
+    "no flash attention": (lambda folder: None, "FlashAttention2 has been toggled on"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_files_that_are_not_what_they_must_be_are_the_users_to_mend(folder, tmp_path, kind):
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    change, reason = BROKEN[kind]
+    change(own)
+    attention = "flash_attention_2" if "attention" in kind else None
+    with pytest.raises(
+        UserError, match=rf"model\.model_name: expected a model that Auto\w+ can load, .*own'.*{reason}"
+    ) as caught:
+        COLACausalLM(str(own), target_modules=["q_proj"], attn_implementation=attention).configure_model()
+    assert "\n" not in str(caught.value)
+
+
+MODEL = """
+from transformers import LlamaForCausalLM
+class Own(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("raise ValueError('x')", ValueError),
+        ("raise OSError('x')", OSError),
+        ("{}['x']", KeyError),
+        ("config.no_such_field", AttributeError),
+        ("1 / 0", ZeroDivisionError),
+    ],
+)
+def test_a_failure_of_a_models_own_code_is_not_the_users_mistake(tmp_path, monkeypatch, code, kind):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "cache")
+    own = Path(tiny.folder(tmp_path / f"own_{kind.__name__}"))
+    changed_config(own, auto_map={"AutoModelForCausalLM": "own.Own"})
+    (own / "own.py").write_text(MODEL.format(code))
+    module = COLACausalLM(str(own), target_modules=["q_proj"], trust_remote_code=True)
+    with pytest.raises(kind) as caught:
+        module.configure_model()
+    assert not isinstance(caught.value, UserError)
+    (own / "own.py").write_text(MODEL.format("pass  # mended"))
+    module.configure_model()
+    assert type(module.model).__name__ == "Own"
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("a bug"), RuntimeError("can't allocate memory"), MemoryError(), NameError("x")]
+)
+def test_nor_is_a_bug_or_too_little_memory(folder, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", fail)
+    with pytest.raises(type(error)) as caught:
+        COLACausalLM(folder, target_modules=["q_proj"]).configure_model()
+    assert caught.value is error
 
 
 def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_path):

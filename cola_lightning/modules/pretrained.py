@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import struct
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -118,13 +120,13 @@ class Pretrained:
         where |= {"revision": self.revision} if self.revision else {}
         try:
             return auto_class.from_pretrained(place, **where, **arguments)
-        except MemoryError:
-            raise
-        # transformers raises all kinds for missing files, unknown architectures, attention that is not there, broken weights.
         except Exception as error:
+            if not _is_of_the_files(error):
+                raise
+            name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # which say little themselves
             raise UserError(
                 f"model.model_name: expected a model that {auto_class.__name__} can load, received {self.model_name!r}: "
-                f"{one_line(str(error))}"
+                f"{name}{one_line(str(error))}"
             ) from error
 
     def config(self, **fields: Any) -> Any:
@@ -162,3 +164,28 @@ class Pretrained:
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model
+
+
+def _is_of_the_files(error: Exception) -> bool:
+    """Whether an error of ``from_pretrained`` says that a model's files, or the packages they need, are not what they must be.
+
+    Any other is a failure, of the model's own code (``trust_remote_code``) or of memory for example, and nobody's mistake.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if modules[-1] in ("torch.serialization", "torch._weights_only_unpickler"):  # broken weights: errors of all kinds
+        return True
+    packages = [module.partition(".")[0] for module in modules]
+    own, theirs = TRANSFORMERS_DYNAMIC_MODULE_NAME, "transformers"
+    raised_in = next((name for name in reversed(packages) if name in (own, theirs)), theirs)
+    if raised_in == own or "allocate" in str(error):
+        return False
+    # Missing and broken files, unknown architectures, attention and activations, packages that are missing, and GGUF files.
+    kinds = (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError, StrictDataclassError, struct.error)
+    is_of_shapes = (
+        isinstance(error, RuntimeError) and packages[-1] == "transformers"
+    )  # weights that do not fit the configuration
+    return isinstance(error, kinds) or is_of_shapes or type(error) is Exception  # the latter is all that tokenizers raises
