@@ -1,16 +1,30 @@
 """The Hugging Face hub: what could be on it, and whether it answers.
 
-That is asked once and in seconds: the hub's own libraries retry for half a minute a file.
+That is asked in seconds, for the hub's own libraries retry for half a minute a file, and not for each file anew.
 """
 
-import functools
 import logging
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+MEMORY_SECONDS = 60.0  # of a failure: a connection may come back while a notebook is open
+
+
+@dataclass
+class _Memory:
+    """What the hub said when it was last asked, and until when that counts."""
+
+    answer: bool = False
+    until: float = 0.0
+
+
+_memory = _Memory()
 
 
 def is_repo_id(name: str) -> bool:
@@ -25,9 +39,18 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-@functools.cache
 def is_reachable() -> bool:
-    """Whether the hub answers; without it, what lies in the local cache can still be used."""
+    """Whether the hub answers, or has done so in this process; without it, what lies in the local cache can still be used.
+
+    It is asked again a minute after it did not.
+    """
+    if time.monotonic() >= _memory.until:
+        _memory.answer = _probe()
+        _memory.until = math.inf if _memory.answer else time.monotonic() + MEMORY_SECONDS
+    return _memory.answer
+
+
+def _probe() -> bool:
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 

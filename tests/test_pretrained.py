@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,26 +266,44 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_the_cache_is_tried(monke
         _ = COLACausalLM("no/such").tokenizer
 
 
-def test_the_hub_is_probed_once_with_a_short_timeout(monkeypatch):
+def test_the_hub_is_probed_with_a_short_timeout_until_it_answers_but_not_for_each_file(monkeypatch):
     import huggingface_hub
 
     class Session:
         def head(self, url, timeout):
-            asked.append((url, timeout))
-            if len(asked) == 1:
-                raise huggingface_hub.errors.OfflineModeIsEnabled
-            if len(asked) == 2:
+            asked.append((now, url, timeout))
+            if now < 100:
                 raise OSError("no route")
+            if now < 200:
+                raise huggingface_hub.errors.OfflineModeIsEnabled
 
     asked = []
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    answers = []
-    for _ in range(3):
-        hub.is_reachable.cache_clear()
-        answers += [hub.is_reachable(), hub.is_reachable()]
-    hub.is_reachable.cache_clear()
-    assert answers == [False, False, False, False, True, True]
-    assert asked == [(huggingface_hub.constants.ENDPOINT, 5.0)] * 3
+    monkeypatch.setattr(hub, "_memory", hub._Memory())
+    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: now))
+    answers = {}
+    for now in (10, 11, 69, 70, 129, 130, 189, 190, 249, 250, 251, 100_000):
+        answers[now] = hub.is_reachable()
+    assert answers == {now: now >= 250 for now in answers}
+    assert asked == [(now, huggingface_hub.constants.ENDPOINT, 5.0) for now in (10, 70, 130, 190, 250)]
+
+
+def test_a_model_is_loaded_once_the_hub_is_there_again(monkeypatch):
+    from huggingface_hub import constants
+
+    def from_pretrained(name, **_):
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("not in the cache")
+        return name
+
+    monkeypatch.setattr(hub, "_memory", hub._Memory())
+    monkeypatch.setattr(hub, "MEMORY_SECONDS", 0.0)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(hub, "_probe", lambda: False)
+    with pytest.raises(HubError):
+        Pretrained("an/id").config()
+    monkeypatch.setattr(hub, "_probe", lambda: True)
+    assert Pretrained("an/id").config() == "an/id"
 
 
 def test_the_package_of_a_model_is_not_imported(tmp_path, monkeypatch):
