@@ -51,16 +51,16 @@ def is_reachable() -> bool:
 
 
 def _probe() -> bool:
-    import huggingface_hub
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    session = huggingface_hub.get_session()  # with the user's proxies, certificates and HF_HUB_OFFLINE
+    session = get_session()  # with the user's proxies, certificates and HF_HUB_OFFLINE
     try:
-        session.head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
+        session.head(constants.ENDPOINT, timeout=PROBE_SECONDS)
     except OfflineModeIsEnabled:
         return False
     except Exception as error:  # the HTTP library changes with huggingface_hub's version
-        log.warning("%s cannot be reached (%s): the local cache alone", huggingface_hub.constants.ENDPOINT, error)
+        log.warning("%s cannot be reached (%s): the local cache alone", constants.ENDPOINT, error)
         return False
     return True
 

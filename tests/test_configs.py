@@ -1,10 +1,12 @@
 """Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from cola_lightning.cli import main
@@ -29,6 +31,14 @@ def test_a_config_is_short_and_says_what_it_is_for(path):
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert f"cola fit --config configs/{path.name}" in header
     assert {"model", "data", "chain", "trainer", "seed_everything"} <= yaml.safe_load(path.read_text()).keys()
+
+
+@pytest.mark.parametrize("name", ["opt-1.3b", "llama-2-7b"])
+def test_the_papers_configs_clip_gradients_as_hugging_faces_trainer(name):
+    config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    theirs = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert config["trainer"]["gradient_clip_val"] == theirs["max_grad_norm"] == 1.0
+    assert config["trainer"].get("gradient_clip_algorithm", "norm") == "norm"
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

@@ -68,7 +68,7 @@ def _trained_tokenizer(bos, eos=False):
 
 
 def tokenizer(architecture="llama", *, pad=False, eos=False):
-    """A byte-level BPE tokenizer; OPT's, Llama's and RoBERTa's begin a text with <s>, as theirs do."""
+    """A byte-level BPE tokenizer; OPT's, Llama's and RoBERTa's begin a text with <s>, as the latter two do (OPT: </s>)."""
     bos = architecture in ("opt", "llama", "roberta")
     special = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "</s>"} if pad else {})
     return transformers.PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(bos, eos), **special)

@@ -77,8 +77,9 @@ class PromptDataModule(OptionDataModule):
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
-        train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300, WSC 454).
-        val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC 100 in place of 500.
+        train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300), but for WSC.
+        val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
+            protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation.
         test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
             WSC 104).
         split_seed: which rows are drawn.

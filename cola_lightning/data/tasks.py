@@ -24,7 +24,7 @@ class Task:
         source: id of the data set on the hub.
         subset: its configuration there.
         example: makes a row's prompt, with options to choose from, or the text to be generated.
-        sizes: rows for training, validation and test.
+        sizes: rows for training, validation and test: the protocol's, but for WSC.
         loss: over all ``options``, or the language model's on the right ``answer`` alone.
     """
 
@@ -127,7 +127,7 @@ TASKS = {
         _superglue("RTE", subset="rte", example=_rte, sizes=(1000, 500, 277)),
         _superglue("CB", subset="cb", example=_cb, sizes=(150, 100, 56)),
         Task("BoolQ", "google/boolq", None, _boolq, (1000, 500, 1000)),
-        _superglue("WSC", subset="wsc.fixed", example=_wsc, sizes=(454, 100, 104)),  # 500 for validation would leave 54
+        _superglue("WSC", subset="wsc.fixed", example=_wsc, sizes=(454, 100, 104)),  # the protocol's: 54, 500, 104
         _superglue("WIC", subset="wic", example=_wic, sizes=(1000, 500, 638)),
         _superglue("MultiRC", subset="multirc", example=_multirc, sizes=(1000, 500, 1000)),
         _superglue("COPA", subset="copa", example=_copa, sizes=(300, 100, 100), loss="answer"),

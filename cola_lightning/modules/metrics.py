@@ -85,7 +85,11 @@ class _SQuADShare(SQuAD):
 
 
 class TokenF1(_SQuADShare):
-    """The mean over rows of an answer's F1 in words, without case, punctuation and articles."""
+    """The mean over rows of an answer's F1 in words, without case, punctuation and articles.
+
+    Where neither an answer nor a reference has a word left ("the" and "A"), it is 1, as the exact match is, and as in SQuAD's
+    evaluation since version 2; the protocol's code, like that of version 1, has 0 there, beside an exact match of 1.
+    """
 
     name = "f1"
 
