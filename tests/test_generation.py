@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule
+from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, UserError
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.modules.generation import stop_tokens
@@ -143,6 +143,27 @@ def test_a_long_prompt_leaves_room_for_the_answer(module):
     assert len(module.generate(batch)) == 2
 
 
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])  # with a beginning of sentence, which stays, and without
+def test_what_is_learned_leaves_that_room_too_as_in_the_protocol(architecture):
+    tokenizer = tiny.tokenizer(architecture)
+    long = written("The capital of the country is the largest town. " * 20 + "Answer:", "the town", "a town")
+    short = written("It", "x")
+    whole = tokenizer(long.prompt + long.options[0])["input_ids"]
+    bos = whole[:1] if whole[0] == 0 else []
+    for is_learned in (True, False):  # in training, and in validation
+        cut, other = encode_examples(tokenizer, [long, short], 80, is_learned=is_learned)
+        received = cut.prefixes[0] + cut.option_ids[0][-1:]
+        assert received == bos + whole[len(whole) - 30 + len(bos) :]
+        assert other.prefixes[0] + other.option_ids[0][-1:] == tokenizer("It x\n")["input_ids"]
+        assert bool(cut.prompt_ids) is not is_learned
+    chosen = Example(long.prompt, long.options, 0)  # nothing is generated: all of the room
+    (cut,) = encode_examples(tokenizer, [chosen], 80)
+    assert len(cut.prefixes[0]) == 79
+    n_option = len(encode_examples(tokenizer, [long], 120)[0].option_ids[0])
+    with pytest.raises(UserError, match=rf"fewer than {n_option} tokens \(data.max_length less 50, for an answer is gen"):
+        encode_examples(tokenizer, [long], 50 + n_option, is_learned=True)
+
+
 MEASURED = [  # what is written, what should be, F1, exact match
     ("The Cat.", ["cat"], 1, 1),
     ("  two   towns ", ["two towns"], 1, 1),
@@ -222,7 +243,7 @@ def test_the_loss_of_an_answer_is_hugging_faces_on_its_tokens(module, kind):
     mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in whole])
     theirs = module.model(input_ids=inputs, attention_mask=mask, labels=torch.tensor(labels)).loss
     for rows in (examples, [example.right() for example in examples]):  # as in validation, and in training
-        output = module.step(batch_of(module, rows))
+        output = module.step(batch_of(module, rows, max_length=114))  # in room for all, 50 tokens less where they are written
         assert output.loss.item() == pytest.approx(theirs.item(), abs=1e-5)
         assert output.size == sum(len(ids) - n for n, ids in zip(starts, whole, strict=True))
 

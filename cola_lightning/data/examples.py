@@ -47,7 +47,7 @@ class Example:
             )
 
     def right(self) -> "Example":
-        """The same with the right option alone: what the language model's loss needs."""
+        """The same with the right option alone, and not to be generated: what the language model's loss needs."""
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
@@ -77,19 +77,20 @@ class EncodedExample:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Sequence[Example], max_length: int, *, is_chat: bool = False
+    tokenizer: Any, examples: Sequence[Example], max_length: int, *, is_chat: bool = False, is_learned: bool = False
 ) -> list[EncodedExample]:
     """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
 
     White space before a prompt goes, and blanks at its end and an option's (not in a chat template): a blank between the two
     belongs to the option. A text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is
-    cut.
+    cut. Where the answer is generated, prompt and option have 50 tokens less, as many as are generated behind a prompt.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         examples: what to encode.
         max_length: of prompt and option, in tokens.
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
+        is_learned: whether the language model's loss on the right options is all that is needed of them.
 
     Raises:
         UserError: if an option alone is too long, or adds no token to its prompt, or differs from another in blanks alone.
@@ -101,6 +102,9 @@ def encode_examples(
             f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for an answer that is written takes up to "
             f"{MAX_NEW_TOKENS} tokens, received {max_length}"
         )
+    rooms = [max_length - MAX_NEW_TOKENS if example.references else max_length for example in examples]
+    if is_learned:
+        examples = [example.right() for example in examples]
     befores = [as_turn(tokenizer, example.prompt, example.place) if is_chat else example.prompt for example in examples]
     afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
     if not is_chat:
@@ -108,7 +112,7 @@ def encode_examples(
     prompts, texts = (tokenize(tokenizer, some, is_whole=is_chat) for some in (befores, afters))
     encoded = []
     position = 0
-    for example, prompt in zip(examples, prompts, strict=True):
+    for example, prompt, room in zip(examples, prompts, rooms, strict=True):
         prefixes: list[list[int]] = []
         prefix_of, option_ids = [], []
         own = afters[position : position + len(example.options)]
@@ -116,14 +120,13 @@ def encode_examples(
             raise UserError(f"{example.place}: expected options that differ not in blanks alone, received {example.options}")
         for text in texts[position : position + len(own)]:
             n_option = len(text) - len(prompt)
-            _check_option(example, len(prompt), n_option, max_length)
-            text = truncate_left(text, max_length, tokenizer.bos_token_id)
+            _check_option(example, len(prompt), n_option, room, max_length)
+            text = truncate_left(text, room, tokenizer.bos_token_id)
             if text[:-1] not in prefixes:
                 prefixes.append(text[:-1])
             prefix_of.append(prefixes.index(text[:-1]))
             option_ids.append(text[-n_option:])
         position += len(own)
-        room = max_length - MAX_NEW_TOKENS
         prompt_ids = truncate_left(prompt, room, tokenizer.bos_token_id) if example.references else []
         n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
         n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
@@ -131,12 +134,11 @@ def encode_examples(
     return encoded
 
 
-def _check_option(example: Example, n_prompt: int, n_option: int, max_length: int) -> None:
+def _check_option(example: Example, n_prompt: int, n_option: int, room: int, max_length: int) -> None:
     if not n_prompt:
         raise UserError(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
     if n_option < 1:
         raise UserError(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
-    if n_option >= max_length:  # one token of the prompt must stay
-        raise UserError(
-            f"{example.place}: expected options of fewer than {max_length} tokens (data.max_length), received one of {n_option}"
-        )
+    if n_option >= room:  # one token of the prompt must stay
+        of = "data.max_length" if room == max_length else f"data.max_length less {MAX_NEW_TOKENS}, for an answer is generated"
+        raise UserError(f"{example.place}: expected options of fewer than {room} tokens ({of}), received one of {n_option}")

@@ -37,7 +37,8 @@ class OptionBatches(TokenizedDataModule):
 
     def encode_learned(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """The same, of examples to be trained on: what their loss needs of them."""
-        return self.encode_examples([example.right() for example in examples] if self.loss == "answer" else examples)
+        how = {"is_chat": self.apply_chat_template, "is_learned": self.loss == "answer"}
+        return encode_examples(self.tokenizer, examples, self.max_length, **how)
 
     @override
     def length(self, row: EncodedExample) -> int:
