@@ -1,5 +1,6 @@
 """Chains as PEFT adapters: any LoRA of PEFT's is one link, and a whole chain is one LoRA of rank sum(r)."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -10,19 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain_folder import FORMAT_VERSION, check_version
-from cola_lightning.errors import UserError
+from cola_lightning.chain_folder import FORMAT_VERSION, base_facts, check_version, describe_link, link_facts, parse_json
+from cola_lightning.errors import UserError, one_line
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINKS_KEY = "cola_chain"  # in the metadata of the tensors' file: of which links the factors are made
 
-# Fields of PEFT's configuration under which an adapter is more, or other, than (alpha / rank) B A beside a weight ...
-OTHER_KINDS = ["use_dora", "use_qalora", "use_bdlora", "layer_replication", "megatron_config", "trainable_token_indices"]
-OTHER_KINDS += ["target_parameters", "lora_bias", "alora_invocation_tokens"]
-OTHER_KINDS += ["arrow_config", "kasa_config", "monteclora_config"]
-# ... and initialisations that change the base beside it.
-OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The fields of PEFT's configuration that are read here ...
+READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+# ... those that say where the tensors belong, which their names say, too ...
+WITHOUT_MEANING = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
+WITHOUT_MEANING |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+# ... and those of training, of memory, and of what others that are refused stand for. Any other that is set may change what
+# an adapter computes.
+WITHOUT_MEANING |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
+WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # see INITS
+# Initialisations that leave the base as it is; others are of another one, which is not at hand.
+INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(folder: str | Path) -> Chain:
@@ -37,32 +43,48 @@ def read_adapter(folder: str | Path) -> Chain:
 
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = parse_json((folder / CONFIG_NAME).read_text())
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             links = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_NAME} holds no fields")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"adapter: expected {CONFIG_NAME} and {TENSORS_NAME} of PEFT in {str(folder)!r}, received what cannot be read "
-            f"({error})"
+            f"({one_line(str(error))})"
         ) from error
     if (kind := _other_kind(config)) is not None:
         raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {kind}")
 
     pairs, extras = _sort(tensors, str(folder))
+    try:
+        link = _as_link(pairs, extras, config)
+        if links is None:
+            return Chain([link], {})
+        check_version(links.get("format_version"), str(folder / TENSORS_NAME))
+        return _split(link, links)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"adapter: expected a whole LoRA of PEFT in {str(folder)!r}, received a damaged one ({one_line(repr(error))})"
+        ) from error
+
+
+def _as_link(pairs: Mapping[str, tuple[Tensor, Tensor]], extras: dict[str, Tensor], config: dict[str, Any]) -> Link:
+    """The factors as one link, whose scaling, alpha / rank, is in B.
+
+    Raises:
+        TypeError, ValueError: if they are not those that the configuration tells of.
+    """
     rank = max(A.shape[0] for A, _ in pairs.values())
     factors = {}
     for name, pair in pairs.items():
         lora_A, lora_B = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
-        factors[name] = _padded(lora_A, lora_B * _scaling(config, name, lora_A.shape[0]), rank)
-    # alpha = rank: the scaling, alpha / rank, is in B.
-    link = Link(index=0, rank=rank, alpha=float(rank), start_step=0, end_step=0, factors=factors, extras=extras)
-    if links is None:
-        return Chain([link], {})
-    check_version(links.get("format_version"), str(folder / TENSORS_NAME))
-    return _split(link, links)
+        scaling = _scaling(config, name, lora_A.shape[0])
+        factors[name] = _padded(lora_A, lora_B * scaling, rank)
+    return Link(index=0, rank=rank, alpha=float(rank), start_step=0, end_step=0, factors=factors, extras=extras)
 
 
 def _other_kind(config: dict[str, Any]) -> str | None:
@@ -71,9 +93,21 @@ def _other_kind(config: dict[str, Any]) -> str | None:
         return f"peft_type {config.get('peft_type')}"
     if config.get("bias", "none") != "none":
         return f"bias {config['bias']}"
-    if str(config.get("init_lora_weights")).lower().startswith(OTHER_BASES):
-        return f"init_lora_weights {config['init_lora_weights']}"
-    return next((kind for kind in OTHER_KINDS if config.get(kind)), None)
+    init = config.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in INITS:
+        return f"init_lora_weights {init}"
+    unknown = {name: value for name, value in config.items() if value and name not in READ | WITHOUT_MEANING}
+    return next((name for name, value in unknown.items() if value != _defaults().get(name)), None)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """What the fields of PEFT's configuration are where nobody sets them; nothing is known of them without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        return {}
+    return dict(LoraConfig().to_dict())  # type: ignore[no-untyped-call]
 
 
 def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -84,7 +118,8 @@ def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tenso
         pairs = {layer: (names.pop(f"{layer}.lora_A.weight"), names.pop(f"{layer}.lora_B.weight")) for layer in layers}
     except KeyError as error:
         raise UserError(f"adapter: expected two factors for each layer in {where}, received none of {error}") from error
-    unknown = [name for name in names if ".lora_" in name] + [name for name, pair in pairs.items() if pair[0].dim() != 2]
+    unknown = [name for name in names if ".lora_" in name]
+    unknown += [name for name, (A, B) in pairs.items() if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]]
     if not pairs or unknown:
         raise UserError(f"adapter: expected the factors of linear layers in {where}, received {(unknown or ['none'])[0]!r}")
     return pairs, names
@@ -93,11 +128,23 @@ def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tenso
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
     """PEFT's factor in front of B A; a pattern's keys are regular expressions for the end of a layer's name.
 
-    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is its ``lora_alpha`` where none is written).
+    Raises:
+        TypeError, ValueError: if the numbers are none, or the layer's rank is another than the configuration's.
+
+    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is its ``r`` and ``lora_alpha`` where none is
+    written).
     """
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+    def value_of(field: str, pattern: str) -> Any:
+        patterns = config.get(pattern) or {}
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
+
+    alpha, expected, is_root = value_of("lora_alpha", "alpha_pattern"), value_of("r", "rank_pattern"), config.get("use_rslora")
+    if type(expected) is not int or expected != rank:
+        raise ValueError(f"rank of {name!r} is {rank}, and not {expected!r}")
+    if type(alpha) not in (int, float) or not isinstance(is_root, bool | None):
+        raise TypeError(f"lora_alpha and use_rslora are {alpha!r} and {is_root!r}")
+    return float(alpha / (rank**0.5 if is_root else rank))
 
 
 def _padded(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -145,19 +192,25 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
 
 def describe_links(chain: Chain) -> dict[str, Any]:
     """What is lost when factors are concatenated: which belong to which link, and what is known of it."""
-    names = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
-    links = [{name: getattr(link, name) for name in names} for link in chain.links]
-    return {"format_version": FORMAT_VERSION, "base": chain.base, "links": links}
+    return {"format_version": FORMAT_VERSION, "base": chain.base, "links": list(map(describe_link, chain.links))}
 
 
 def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
+    """The links of which a description tells, out of the factors of all.
+
+    Raises:
+        LookupError, TypeError, ValueError: if it does not tell of these factors.
+    """
     links, start = [], 0
-    for facts in description["links"]:
+    told = [link_facts(facts) for facts in description["links"]]
+    if sum(facts["rank"] for facts in told) != whole.rank or [facts["index"] for facts in told] != list(range(len(told))):
+        raise ValueError(f"the links are not those of rank {whole.rank} in all")
+    for facts in told:
         end, scaling = start + facts["rank"], facts["alpha"] / facts["rank"]
         factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
         links.append(Link(**facts, factors=factors, extras=whole.extras if end == whole.rank else {}))
         start = end
-    return Chain(links, description["base"])
+    return Chain(links, base_facts(description["base"]))
 
 
 def peft_config(

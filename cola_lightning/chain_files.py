@@ -1,8 +1,9 @@
 """Chains wherever they lie: in a checkpoint, in a folder of their own, or in a PEFT adapter."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -41,25 +42,52 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     return chain if links is None else chain.truncate(links)
 
 
-def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, Any]:
-    """A checkpoint of a COLA module, on the CPU and mapped from the file where it can be.
+def check_archive(file: str | Path | IO[bytes], field: str = "checkpoint", *, name: str | None = None) -> None:
+    """Refuses a checkpoint whose bytes are not those that were written: torch.load itself does not look at their checksums.
+
+    Args:
+        file: the checkpoint, which is read once, from its beginning to its end.
+        field: what the user calls it, for messages.
+        name: of an open file; None: what it says.
 
     Raises:
-        UserError: for a path that is none.
+        UserError: if a part of it is damaged or missing, or it is no file of ``torch.save``.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"its part {part!r} is damaged")
+    except Exception as error:  # whatever zipfile makes of the bytes
+        raise _unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
+
+
+def _unreadable(path: str, field: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:120]
+    return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
+
+
+def read_checkpoint(path: str | Path, field: str = "checkpoint", *, is_checked: bool = True) -> dict[str, Any]:
+    """A checkpoint of a COLA module, on the CPU and mapped from the file where it can be.
+
+    Args:
+        path: it.
+        field: what the user calls the path, for messages.
+        is_checked: look for damage, which reads all of it; not needed where it is about to be loaded, which does that.
+
+    Raises:
+        UserError: for a path that is none, or a damaged one.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
+    if is_checked:
+        check_archive(path, field)
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        is_ours = CHECKPOINT_KEY in checkpoint
     except Exception as error:  # whatever torch.load makes of the bytes
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{field}: expected a checkpoint file, received {str(path)!r}, which cannot be read ({reason})"
-        ) from error
-    if not is_ours:
+        raise _unreadable(str(path), field, error) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
     check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), str(path))
     loaded: dict[str, Any] = checkpoint

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,8 @@ READABLE_VERSIONS = (1, FORMAT_VERSION)
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 FACTORS = (".lora_A", ".lora_B")
 WHOLE = ("extras", "outside")  # what a link holds beside its factors
+JSON_CHECKSUM = "sha256_of_json"  # of all other fields; version 1 has none
+BASE_FACTS = {"fingerprint", "dtypes", "weight_norms"}
 
 
 def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None:
@@ -43,9 +45,10 @@ def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None
             "format_version": FORMAT_VERSION,
             "base": chain.base,
             "targets": chain.layers,
-            "links": [_describe(link) for link in chain.links],
+            "links": [describe_link(link) | {"layers": len(link.factors)} for link in chain.links],
             "sha256": _sha256(partial / TENSORS_NAME),
         }
+        description[JSON_CHECKSUM] = _sha256_of_json(description)
         (partial / JSON_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -54,44 +57,114 @@ def read_folder(folder: Path) -> Chain:
     if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
         raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
     try:
-        description = json.loads((folder / JSON_NAME).read_text())
+        description = parse_json((folder / JSON_NAME).read_text())
         check_version(description["format_version"], str(folder / JSON_NAME))
-        is_whole = description["sha256"] == _sha256(folder / TENSORS_NAME)
-        links = [{**link, "metrics": _numbers(link["metrics"])} for link in description["links"]]
-        if is_whole:
-            tensors = load_file(folder / TENSORS_NAME)
-            if extra := {int(name.split(".")[1]) for name in tensors} - set(range(len(links))):
-                raise ValueError(f"link {min(extra)} is not told of")
-            return Chain([_link(k, link, tensors) for k, link in enumerate(links)], dict(description["base"]))
-    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        if description["sha256"] == _sha256(folder / TENSORS_NAME):
+            return _chain(description, load_file(folder / TENSORS_NAME))
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"chain: expected a whole chain in {str(folder)!r}, received a damaged one ({error!r})") from error
     raise UserError(f"chain: expected the tensors that {JSON_NAME} tells of in {str(folder)!r}, received a damaged file")
 
 
-def check_version(version: Any, where: str) -> None:
-    """Refuses what a newer release wrote.
+def _chain(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> Chain:
+    """The chain of a description.
 
     Raises:
-        UserError: if the format's version is not one that this release knows.
+        ValueError: if it is not that of these tensors, or not as it was written.
     """
-    if version not in READABLE_VERSIONS:
-        raise UserError(
-            f"chain: expected format version {' or '.join(map(str, READABLE_VERSIONS))}, which this release of cola_lightning "
-            f"reads, received {version} in {where}: a newer release is needed"
-        )
+    if extra := {int(name.split(".")[1]) for name in tensors} - set(range(len(description["links"]))):
+        raise ValueError(f"link {min(extra)} is not told of")
+    links = [_link(place, facts, tensors) for place, facts in enumerate(description["links"])]
+    chain = Chain(links, base_facts(description["base"]))
+    if (checksum := description.pop(JSON_CHECKSUM, None)) is not None and checksum != _sha256_of_json(description):
+        raise ValueError(f"{JSON_NAME} holds other values than were written; if it was edited, take {JSON_CHECKSUM} out")
+    return chain
 
 
-def _describe(link: Link) -> dict[str, Any]:
-    """A link without its tensors; a metric that is not finite is null."""
+def check_version(version: Any, where: str) -> None:
+    """Refuses a format that this release does not know.
+
+    Raises:
+        UserError: that tells a newer release's, an older one's, and what is no version apart.
+    """
+    if version in READABLE_VERSIONS and type(version) is int:
+        return
+    if type(version) is not int or version < 1:
+        what = "it is damaged, or another program's"
+    else:
+        what = f"{'a newer' if version > FORMAT_VERSION else 'an older'} release is needed"
+    raise UserError(
+        f"chain: expected format version {' or '.join(map(str, READABLE_VERSIONS))}, which this release of cola_lightning "
+        f"reads, received {'none' if version is None else repr(version)} in {where}: {what}"
+    )
+
+
+def parse_json(text: str) -> Any:
+    """The value of strict JSON.
+
+    Raises:
+        ValueError: if it is none: Python's own parser takes ``NaN`` and ``Infinity`` for numbers.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def link_facts(facts: Any) -> dict[str, Any]:
+    """What JSON says of a link beside its tensors, each value of its own type; a metric that is null is NaN.
+
+    Raises:
+        KeyError, TypeError, ValueError: if something is missing, unknown, or of another type.
+    """
+    if unknown := facts.keys() - {"index", "rank", "alpha", "start_step", "end_step", "metrics"}:
+        raise ValueError(f"a link has no {min(unknown)!r}")
+    metrics = {name: math.nan if value is None else _number(value, name) for name, value in facts["metrics"].items()}
+    counts = {name: _whole_number(facts[name], name) for name in ("index", "rank", "start_step", "end_step")}
+    alpha = _number(facts["alpha"], "alpha")
+    if counts["rank"] < 1 or not 0 < alpha < math.inf or counts["end_step"] < counts["start_step"]:
+        raise ValueError(f"link {counts['index']} cannot be one of rank {counts['rank']} and alpha {alpha:g}, or of its steps")
+    return {**counts, "alpha": alpha, "metrics": metrics}
+
+
+def base_facts(base: Any) -> dict[str, Any]:
+    """What JSON says of a chain's base (see :attr:`~cola_lightning.chain.Chain.base`), each value of its own type.
+
+    Raises:
+        KeyError, TypeError, ValueError: if something is of another type, or a part of what identifies a base is missing.
+    """
+    if not isinstance(base, dict) or not isinstance(base.get("name", ""), str):
+        raise TypeError(f"base is {base!r}"[:80])
+    if not base.keys() & BASE_FACTS:  # it is not known
+        return dict(base)
+    dtypes, norms = base["dtypes"], {name: _number(norm, name) for name, norm in base["weight_norms"].items()}
+    texts = [base["fingerprint"], *dtypes]
+    if not isinstance(dtypes, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"fingerprint and dtypes of base are {texts!r}"[:160])
+    if wrong := [value for value in base.get("values", {}).values() if not isinstance(value, str | None)]:
+        raise TypeError(f"a hash of base is {wrong[0]!r}"[:80])
+    return {**base, "weight_norms": norms}
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}"[:80])
+    return float(value)
+
+
+def _whole_number(value: Any, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{name} is {value!r}"[:80])
+    return value
+
+
+def describe_link(link: Link) -> dict[str, Any]:
+    """A link without its tensors, for strict JSON: a metric that is not finite is null."""
     facts = {name: value for name, value in vars(link).items() if name not in ("factors", "metrics", *WHOLE)}
-    metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
-    return {**facts, "layers": len(link.factors), "metrics": metrics}
-
-
-def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else float(value) for name, value in metrics.items()}
+    return facts | {"metrics": {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}}
 
 
 def _link(place: int, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> Link:
@@ -100,7 +173,9 @@ def _link(place: int, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
     Raises:
         ValueError: if it is not the next one, or if tensors are missing or of another shape.
     """
-    n_layers, rank = facts.pop("layers"), facts["rank"]
+    n_layers = _whole_number(facts["layers"], "layers")
+    facts = link_facts({name: value for name, value in facts.items() if name != "layers"})
+    rank = facts["rank"]
     if facts["index"] != place:
         raise ValueError(f"link {place} is missing")
     prefix = f"links.{place}."
@@ -114,9 +189,13 @@ def _link(place: int, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
     factors = {name: (mine[f"{name}.lora_A"], mine[f"{name}.lora_B"]) for name in layers}
     if len(factors) != n_layers or 2 * len(factors) + len(extras) + len(outside) != len(mine):
         raise ValueError(f"link {place} has {len(factors)} layers in place of {n_layers}")
-    if wrong := [name for name, (A, B) in factors.items() if A.shape[0] != rank or B.shape[1] != rank]:
+    if wrong := [name for name, (A, B) in factors.items() if (*A.shape[:-1], *B.shape[1:]) != (rank, rank)]:
         raise ValueError(f"link {place} is not of rank {rank} in {wrong[0]!r}")
     return Link(**facts, factors=factors, extras=extras, outside=outside)
+
+
+def _sha256_of_json(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

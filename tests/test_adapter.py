@@ -1,6 +1,7 @@
 """An ordinary LoRA of peft's as a link, against peft itself; and what is no ordinary LoRA."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, export
+from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, adapter, export
 from cola_lightning.adapter import read_adapter
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import read_chain
@@ -345,3 +346,42 @@ def test_factors_of_other_shapes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="expected factors of 8 inputs and 12 outputs for '0', received 9 and 12") as error:
         toy(init_chain=str(tmp_path / "peft")).configure_model()
     assert "\n" not in str(error.value)
+
+
+def test_a_field_of_a_later_peft_that_is_set_is_named_and_one_that_is_not_is_no_matter(tmp_path, monkeypatch):
+    lora(tmp_path, "llama")
+    path = tmp_path / "peft" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    whole = read_adapter(tmp_path / "peft")
+    for value in (None, False, {}, [], 0):
+        path.write_text(json.dumps(config | {"use_something": value}))
+        assert read_adapter(tmp_path / "peft").links[0].is_same_update(whole.links[0])
+    for value in (True, 1, "x", {"a": 1}):
+        path.write_text(json.dumps(config | {"use_something": value}))
+        with pytest.raises(UserError, match=r"received one with use_something$"):
+            read_adapter(tmp_path / "peft")
+    monkeypatch.setattr(LoraConfig, "to_dict", lambda self: {"use_something": "x"})
+    adapter._defaults.cache_clear()
+    path.write_text(json.dumps(config | {"use_something": "x"}))  # what the installed peft writes where nobody sets it
+    assert read_adapter(tmp_path / "peft").links[0].is_same_update(whole.links[0])
+    adapter._defaults.cache_clear()
+
+
+def test_without_peft_an_adapter_is_read_too(tmp_path, monkeypatch):
+    lora(tmp_path, "llama")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    adapter._defaults.cache_clear()
+    assert len(read_adapter(tmp_path / "peft")) == 1
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"velora_config": {"rank": 1}}))
+    with pytest.raises(UserError, match=r"received one with velora_config$"):
+        read_adapter(tmp_path / "peft")
+    adapter._defaults.cache_clear()
+
+
+def test_a_rank_that_is_not_the_tensors_is_refused(tmp_path):
+    lora(tmp_path, "llama")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 6}))
+    with pytest.raises(UserError, match=r"received a damaged one .*rank of '.*layers.0.self_attn.q_proj' is 3, and not 6"):
+        read_adapter(tmp_path / "peft")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cola_lightning import Chain, Link, UserError
+from cola_lightning import Chain, Link, UserError, chain_folder
 from tests.make_fixture import FIXTURES, Fixed, Trained, inputs
+from tests.toy import toy
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -115,3 +116,51 @@ def test_a_chain_of_another_base_is_refused_by_name():
     module = Other(target_modules=["0", "2"], modules_to_save=["4"], rank=3, seed=0, init_chain=str(FIXTURES / "chain-1"))
     with pytest.raises(UserError, match=r"trained, 'fixture' \(fingerprint .* received another, 'another' \("):
         module.configure_model()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, r"received 3 in .*: a newer release is needed"),
+        (0, r"received 0 in .*: it is damaged, or another program's"),
+        (None, r"received none in .*: it is damaged, or another program's"),
+        ("1", r"received '1' in .*: it is damaged, or another program's"),
+        (True, r"received True in .*: it is damaged, or another program's"),
+    ],
+)
+def test_a_newer_version_is_told_from_what_is_none(tmp_path, version, message):
+    Chain([make_link(0, 2)]).save(tmp_path / "chain")
+    path = tmp_path / "chain" / "chain.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
+    with pytest.raises(UserError, match=f"^chain: expected format version 1 or 2, .*{message}$"):
+        Chain.load(tmp_path / "chain")
+
+
+def test_an_older_version_is_told_from_a_newer_one(monkeypatch):
+    monkeypatch.setattr(chain_folder, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(chain_folder, "READABLE_VERSIONS", (3,))
+    for version, needed in ((1, "an older"), (2, "an older"), (4, "a newer")):
+        with pytest.raises(UserError, match=f"received {version} in here: {needed} release is needed$"):
+            chain_folder.check_version(version, "here")
+
+
+@pytest.mark.parametrize("change", [lambda j: j["links"][0].update(alpha=5.0), lambda j: j["base"].update(name="b")])
+def test_another_number_or_name_in_the_json_is_seen_unless_its_checksum_is_taken_out(tmp_path, change):
+    Chain([make_link(0, 2)], {"name": "a"}).save(tmp_path / "chain")
+    path = tmp_path / "chain" / "chain.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="holds other values than were written; if it was edited, take sha256_of_json out"):
+        Chain.load(tmp_path / "chain")
+    del description["sha256_of_json"]
+    path.write_text(json.dumps(description))
+    assert len(Chain.load(tmp_path / "chain")) == 1
+
+
+def test_a_chain_whose_base_is_not_known_begins_a_run(tmp_path):
+    factors = {name: (torch.ones(1, n_in), torch.ones(n_out, 1)) for name, n_in, n_out in (("0", 8, 12), ("2", 12, 6))}
+    Chain([Link(0, 1, 1.0, 0, 1, factors)], {"name": "a model"}).save(tmp_path / "chain")
+    module = toy(init_chain=str(tmp_path / "chain"))
+    module.configure_model()
+    assert module.link == 1

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import Chain, ChainOfLoRA, UserError, base_from_checkpoint, lora_layers
-from cola_lightning.callbacks import AtomicCheckpointIO
+from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import DiskError
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 

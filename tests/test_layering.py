@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "study": {"modules", "data", "callbacks"},
     "callbacks": {"schedule", "chain", "layers"},
     "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers", "distributed"}
-    | {"quantization"},
+    | {"quantization", "checkpoint_io"},
+    "checkpoint_io": {"chain_files"},
     "export": {"chain", "adapt", "adapter"},
     "inspection": {"chain"},
     "chain_files": {"chain", "chain_folder", "adapter"},

@@ -1,14 +1,12 @@
 """Callbacks: when knots are tied, and what is written."""
 
 from cola_lightning.callbacks.chain_of_lora import NO_DEEPSPEED, ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_watch import Interruption, RunWatch
 
 __all__ = [
     "NO_DEEPSPEED",
-    "AtomicCheckpointIO",
     "ChainOfLoRA",
     "Interruption",
     "LastCheckpoint",

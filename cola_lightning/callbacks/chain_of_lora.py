@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -19,7 +18,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from cola_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.chain import Chain, Link
 from cola_lightning.errors import UserError
 from cola_lightning.schedule import ChainSchedule, Counters
@@ -101,8 +99,6 @@ class ChainOfLoRA(Callback):
         self._asked_at = None
         # A new list: the trainer is going through the old one. Checkpoints stay last, as Lightning has them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

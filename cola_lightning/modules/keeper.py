@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import BitsandbytesPrecision
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
+from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
 from cola_lightning.modules.recipe import is_readable
@@ -53,6 +55,8 @@ class ChainKeeper(Callback):
         module = self.module
         check_sharding(trainer.strategy, module)
         take_over(trainer.strategy)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if shards(trainer.strategy):  # in a next fit FSDP2 would gather into what was made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False

@@ -38,7 +38,7 @@ def base_from_checkpoint(path: str | Path, links: int | None = None) -> Iterator
     Raises:
         UserError: for a path that is no checkpoint.
     """
-    state = read_checkpoint(path, "ckpt_path")[CHECKPOINT_KEY]
+    state = read_checkpoint(path, "ckpt_path", is_checked=False)[CHECKPOINT_KEY]
     token = READING.set(Reading(state["seed"], state["base_weights"] is not None, links))
     try:
         yield

@@ -14,6 +14,7 @@ from cola_lightning import distributed
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
 from cola_lightning.chain_folder import check_version
+from cola_lightning.checkpoint_io import check_source
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
@@ -45,11 +46,12 @@ class RestoredChain(CheckpointedChain):
                 there.
 
         Raises:
-            UserError: for a path that is no checkpoint, or another base.
+            UserError: for a path that is no checkpoint, or a damaged one, and for another base.
         """
         if not isinstance(checkpoint_path, str | PathLike) or "://" in str(checkpoint_path):
             if links is not None:
                 raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
+            check_source(checkpoint_path)
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         path = Path(checkpoint_path)
         recipe = read_checkpoint(path)[CHECKPOINT_KEY]["module"]
@@ -238,9 +240,9 @@ class RestoredChain(CheckpointedChain):
 
     def _start_from(self, chain: Chain) -> None:
         """Takes up the links of another run's chain, and takes over what it trained whole."""
-        if chain.base:
+        if "fingerprint" in chain.base:
             check_same_base(chain.base, self.chain.base)
-        elif chain.links:  # of PEFT
+        elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
         for link in chain.links:
             for name, (lora_A, lora_B) in link.factors.items():
