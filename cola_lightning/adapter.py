@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,43 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
     return Chain(links, base_facts(description["base"]))
 
 
+def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes from an adapter as a whole, where these are to be: it matches the ends of names.
+
+    Args:
+        base: the plain model.
+        layers: the adapted layers.
+        modules_to_save: names or dotted name endings.
+
+    Returns:
+        Names, written as which PEFT takes these modules alone: those asked for, and others whose names end in one of them.
+
+    Raises:
+        UserError: if one of them is, or lies in or around, what is adapted or saved by itself.
+
+    Source: ``peft.utils.other._set_trainable``, and ``PeftModelForSequenceClassification``, which adds two endings.
+    """
+    asked = tuple(modules_to_save)
+    names = [name for name, _ in base.named_modules() if name]
+    wanted = tuple(name for name in names if name in asked or name.endswith(tuple(f".{one}" for one in asked)))
+    endings = (*wanted, *(("classifier", "score") if _task(base) == "SEQ_CLS" else ()))
+    saved = [name for name in names if name.endswith(endings)]
+    for name in saved:
+        others = [*layers, *(other for other in saved if other != name)]
+        if any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in others):
+            ending = next(one for one in endings if name.endswith(one))
+            raise UserError(
+                f"format: expected merged, for PEFT takes {name!r} for {ending!r}, and something in or around it is adapted or "
+                "saved, too; received peft"
+            )
+    return saved
+
+
+def _task(base: nn.Module) -> str | None:
+    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    return next((task for ending, task in kinds.items() if type(base).__name__.endswith(ending)), None)
+
+
 def peft_config(
     base: nn.Module, layers: list[str], rank: int, modules_to_save: list[str], base_name: str, revision: str | None
 ) -> Any:
@@ -225,10 +262,9 @@ def peft_config(
         from peft import LoraConfig
     except ImportError as error:
         raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'") from error
-    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
     modules = dict(base.named_modules())
     return LoraConfig(
-        task_type=next((task for ending, task in kinds.items() if type(base).__name__.endswith(ending)), None),
+        task_type=_task(base),
         base_model_name_or_path=base_name,
         revision=revision,
         r=rank,

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import CHECKPOINT_KEY, read_chain, read_checkpoint
+from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_chain, read_checkpoint
 from cola_lightning.errors import UserError
 from cola_lightning.writing import check_free
 
@@ -93,7 +94,7 @@ def _export(words: Sequence[str]) -> None:
 
 
 def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
-    chain = read_chain(options.checkpoint, options.links)
+    chain = _links(checkpoint, options.links)
     if checkpoint[CHECKPOINT_KEY]["live"] is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
     chain.save(options.output, overwrite=options.overwrite)
@@ -125,7 +126,7 @@ def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
     find_class(recipe["class_path"])
     with quiet():
         module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
-        return (_export_adapter if is_adapter else _export_merged)(options, module)
+        return _export_adapter(options, checkpoint, module) if is_adapter else _export_merged(options, module)
 
 
 def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
@@ -156,28 +157,42 @@ def _probe(options: argparse.Namespace, module: Any) -> Any:
     return make_probe(module.model, module.example_input_array)
 
 
-def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
+def _links(checkpoint: dict[str, Any], links: int | None) -> Chain:
+    chain = chain_of(checkpoint)
+    return chain if links is None else chain.truncate(links)
+
+
+def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], module: Any) -> list[str]:
     from cola_lightning.adapt import lora_layers
     from cola_lightning.export import export_adapter
-    from cola_lightning.modules.pretrained import PACKAGE_PREFIX
+    from cola_lightning.modules.pretrained import PACKAGE_PREFIX, new_modules
     from cola_lightning.quantization import is_quantized
 
     pretrained, layers = getattr(module, "pretrained", None), lora_layers(module.model).values()
     rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
     in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
+    quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
     probe = _probe(options, module)  # first: it widens the module, whose base then is the one that was trained on
+    base, saved, where, hints = module.merged_model(0), list(module.modules_to_save), "", list[str]()
+    if pretrained is not None:
+        saved += new_modules(base, module.new_weights)
+    if pretrained is not None and not options.no_verify:
+        base, hints = _named_base(module, base, probe, saved, quantized, rounded)
+        where = f", on {pretrained.model_name!r}, loaded by its name"
     lines = export_adapter(
-        read_chain(options.checkpoint, options.links),
-        module.merged_model(0),
+        _links(checkpoint, options.links),
+        base,
         options.output,
         probe,
-        base_name=pretrained.model_name if pretrained else module.base_name,
+        where=where,
+        base_name=os.path.expanduser(pretrained.model_name) if pretrained else module.base_name,
         revision=pretrained.revision if pretrained else None,
-        modules_to_save=module.modules_to_save,
+        modules_to_save=saved,
         max_rank=options.max_rank,
         verify=not options.no_verify,
         overwrite=options.overwrite,
     )
+    lines += hints
     for dtype in sorted(rounded):
         lines.append(f"its base was rounded to {dtype} in training: load it in that dtype")
     for kind in in_4_bits:
@@ -188,3 +203,56 @@ def _export_adapter(options: argparse.Namespace, module: Any) -> list[str]:
     if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
         lines.append(f"peft cannot find its base, {pretrained.model_name!r}, by itself: load that with transformers first")
     return lines
+
+
+def _named_base(
+    module: Any, base: Any, probe: Any, saved: list[str], quantized: list[str], rounded: set[str]
+) -> tuple[Any, list[str]]:
+    """The base as others load it, by the name that the adapter gives, and what they must be told of it.
+
+    Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others.
+
+    Args:
+        module: which the checkpoint is of.
+        base: its plain base.
+        probe: inputs to compare logits with.
+        saved: names or dotted name endings of what the adapter holds; what is new there is added.
+        quantized: the names of the weights that are in 4 bits in the module.
+        rounded: the dtypes to which the training has rounded the base.
+    """
+    import torch
+    import transformers
+
+    from cola_lightning.export import check_named_base
+    from cola_lightning.modules.pretrained import new_modules
+    from cola_lightning.seeding import derive_seed, seeded
+
+    pretrained, hints = module.pretrained, []
+    with seeded(derive_seed(module.seed, "another")):  # what is new there is not what it is here
+        named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **module.model_fields())
+    saved += [name for name in new_modules(named, new_weights) if name not in saved]
+    named.to(next(base.parameters()).dtype).eval()
+    dtypes = [getattr(torch, dtype) for dtype in rounded]
+    check_named_base(named, base, type(module).__name__, module.base_name, [*saved, *quantized], dtypes)
+    named.load_state_dict(base.state_dict())
+    own_pad, pad = (getattr(model.config, "pad_token_id", None) for model in (named, base))
+    if own_pad != pad and probe is not None and (own_pad is not None or not _takes_batches(named, probe)):
+        named.config.pad_token_id = pad
+        hints.append(f"for batches its base needs model.config.pad_token_id = {pad}, as in training")
+    own = str(getattr(pretrained.config(), "dtype", None)).removeprefix("torch.") if not pretrained.gguf_file else None
+    if own not in (pretrained.dtype, None, "None") and not rounded:
+        hints.append(
+            f"its base was loaded in {pretrained.dtype} for training, and is in {own} by itself: load it in that dtype"
+        )
+    return named, hints
+
+
+def _takes_batches(base: Any, probe: Any) -> bool:
+    """Whether a model takes several rows as it is: a classifier that reads where a text ends needs a padding token for that."""
+    from cola_lightning.export import logits_of
+
+    try:
+        logits_of(base, probe.inputs)
+    except ValueError:
+        return False
+    return True

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cola_lightning.adapter import compress, concatenate, describe_links, peft_config, write_adapter
+from cola_lightning.adapter import compress, concatenate, describe_links, peft_config, saved_by_peft, write_adapter
 from cola_lightning.chain import Chain
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.writing import whole_folder
@@ -36,8 +36,14 @@ class Probe:
     logits: Tensor
     is_half: bool = False
 
-    def compare(self, model: nn.Module, how: str, *, is_same: bool = True) -> str:
+    def compare(self, model: nn.Module, how: str, *, where: str = "", is_same: bool = True) -> str:
         """Says how far the logits of a model, loaded again, are from the expected.
+
+        Args:
+            model: it.
+            how: how it was loaded, to begin with.
+            where: on what, to end with.
+            is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
             ExportError: if they are further away than float32 rounds, or, in half precision or not ``is_same``, not finite.
@@ -45,6 +51,7 @@ class Probe:
         difference = float((logits_of(model, self.inputs) - self.logits).abs().max())
         largest = float(self.logits.abs().max())
         says = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
+        says += where
         is_close = is_same and not self.is_half and not _is_half(model)
         if not (difference <= TOLERANCE * largest if is_close else math.isfinite(difference)):
             raise ExportError(f"{says}: it is not kept")
@@ -179,6 +186,7 @@ def export_adapter(
     probe: Probe | None = None,
     *,
     base_name: str,
+    where: str = "",
     revision: str | None = None,
     modules_to_save: Sequence[str] = (),
     max_rank: int | None = None,
@@ -193,8 +201,9 @@ def export_adapter(
         folder: where.
         probe: what the chain's module gave; None: no input is known, and nothing is compared.
         base_name: where PEFT finds the base.
+        where: what to say of the base with which it is compared.
         revision: of the base, on the hub.
-        modules_to_save: names (or their endings) of what was trained whole.
+        modules_to_save: names (or dotted name endings) of what was trained whole, or is not to be had by the base's name.
         max_rank: recompress each layer's update to this rank, by SVD.
         verify: load what was written with peft, and compare.
         overwrite: replace a folder that is not empty.
@@ -216,35 +225,83 @@ def export_adapter(
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
-    trained_whole = _trained_whole(chain, base, modules_to_save)
-    config = peft_config(base, list(factors), rank, list(modules_to_save), base_name, revision)
+    saved = saved_by_peft(base, factors, modules_to_save)
+    whole = _whole(chain, base, saved)
+    config = peft_config(base, list(factors), rank, saved, base_name, revision)
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
-        write_adapter(partial, factors, trained_whole, config, describe_links(chain) if rank == total else None)
+        write_adapter(partial, factors, whole, config, describe_links(chain) if rank == total else None)
         if not verify or probe is None:
             return [*lines, "not compared" + (", for no input is known" if verify else "")]
-        from peft import PeftModel
+        return [
+            *lines,
+            probe.compare(_with_adapter(base, partial), "loaded again with peft", where=where, is_same=rank == total),
+        ]
 
-        loaded = PeftModel.from_pretrained(base, str(partial))
-        return [*lines, probe.compare(loaded, "loaded again with peft", is_same=rank == total)]
+
+def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:  # a name that it takes otherwise, say
+        raise ExportError(f"peft cannot load it ({error!r}): it is not kept") from error
+    return loaded
 
 
-def _trained_whole(chain: Chain, base: nn.Module, modules_to_save: Sequence[str]) -> dict[str, Tensor]:
-    """What an adapter holds beside its factors.
+def _whole(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:
+    """What an adapter holds beside its factors: all of the saved modules, as it was trained, or else is in the base.
 
     Raises:
         UserError: for a buffer elsewhere that training has moved: PEFT has no place for it.
     """
-    state = base.state_dict()
-    whole = {}
-    for name, value in chain.links[-1].extras.items():
-        if any(f".{module}." in f".{name}" for module in modules_to_save):
-            whole[name] = value
-        elif not torch.equal(state[name], value):
-            raise UserError(
-                f"format: expected merged, for training has moved {name!r}, which an adapter cannot hold; received peft"
-            )
+    state, trained = base.state_dict(), chain.links[-1].extras
+    whole = {
+        name: trained.get(name, value) for name, value in state.items() if name.startswith(tuple(f"{one}." for one in saved))
+    }
+    if moved := [name for name, value in trained.items() if name not in whole and not torch.equal(state[name], value)]:
+        raise UserError(
+            f"format: expected merged, for training has moved {moved[0]!r}, which an adapter cannot hold; received peft"
+        )
     return whole
+
+
+def check_named_base(
+    named: nn.Module, base: nn.Module, module_name: str, base_name: str, saved: Sequence[str], rounded: Sequence[torch.dtype]
+) -> None:
+    """Refuses an adapter whose base would not be had by its name.
+
+    Args:
+        named: what was loaded by the name.
+        base: the plain base on which the chain was trained.
+        module_name: the class that has made it, for messages.
+        base_name: the name.
+        saved: names or dotted name endings of modules that are in the adapter, and names of weights not to be compared.
+        rounded: the dtypes to which the training has rounded the base.
+
+    Raises:
+        UserError: naming a weight of another shape or value.
+    """
+    mine, theirs = base.state_dict(), named.state_dict()
+    for name in mine | theirs:
+        value, other = mine.get(name), theirs.get(name)
+        if value is None or other is None:
+            what = "is in one of them alone"
+        elif value.shape != other.shape:
+            what = "has another shape"
+        elif any(f".{one}." in f".{name}." for one in saved) or _is_rounded(value, other, rounded):
+            continue
+        else:
+            what = "has other values"
+        raise UserError(
+            f"format: expected merged, for the base of {module_name} is not {base_name!r}: {name!r} {what}, and an adapter is "
+            "put on the base that it names; received peft"
+        )
+
+
+def _is_rounded(value: Tensor, other: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether a value is the other one, or that rounded to one of the dtypes."""
+    return any(torch.equal(value, other.to(dtype).to(value.dtype)) for dtype in (value.dtype, *dtypes))
 
 
 def _vllm_rank(rank: int) -> str:

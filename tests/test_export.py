@@ -753,3 +753,162 @@ def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base
     assert main([*words, "--format", "merged", "--output", str(tmp_path / "base"), "--links", "0"]) == 0
     base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
     assert_bit_equal(again.state_dict(), base.state_dict())
+
+
+# ---------------------------------------------------------------------- an adapter on the base that it names
+
+
+class Noisy(COLACausalLM):
+    """A module whose base is not what its name stands for."""
+
+    def build_model(self):
+        model = super().build_model()
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+        return model
+
+
+class Scaled(COLACausalLM):
+    """The same weights, and another function of them."""
+
+    def build_model(self):
+        model = super().build_model()
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 2
+        return model
+
+
+class Wider(COLACausalLM):
+    """A base with more tokens than its name stands for."""
+
+    def build_model(self):
+        model = super().build_model()
+        model.resize_token_embeddings(410)
+        return model
+
+
+def saved(module, path):
+    """The checkpoint of a module with three links."""
+    tiny.three_links(module)
+    run = trainer(path)
+    run.strategy.connect(module)
+    run.save_checkpoint(path / "end.ckpt")
+    return path / "end.ckpt"
+
+
+ON_ITS_BASE = {
+    "a head and a new pooler": (COLASequenceClassifier, "bert", "AutoModelForMaskedLM", {"num_labels": 3}),
+    "a new pooler that stays frozen": (
+        COLASequenceClassifier,
+        "bert",
+        "AutoModelForMaskedLM",
+        {"num_labels": 3, "modules_to_save": ["classifier"]},
+    ),
+    "a new language model's head, frozen": (COLACausalLM, "llama", "AutoModel", {}),
+    "a new language model's head beside a saved base": (COLACausalLM, "llama", "AutoModel", {"save_base": True}),
+    "a classifier by its last token": (COLASequenceClassifier, "llama", "AutoModel", {"num_labels": 3}),
+    "a base in half precision": (COLACausalLM, "llama", "AutoModelForCausalLM", {"dtype": "bfloat16"}),
+    "one norm of several": (COLACausalLM, "llama", "AutoModelForCausalLM", {"modules_to_save": ["norm"]}),
+    "norms in each layer": (COLACausalLM, "llama", "AutoModelForCausalLM", {"modules_to_save": ["input_layernorm", "norm"]}),
+}
+
+
+@pytest.mark.parametrize("case", ON_ITS_BASE)
+def test_an_adapter_gives_the_modules_logits_on_the_base_that_it_names(tmp_path, capsys, case):
+    cls, architecture, kind, arguments = ON_ITS_BASE[case]
+    name = tiny.folder(tmp_path / "base", architecture, kind)
+    module = cls(name, target_modules=tiny.targets(architecture), rank=4, alpha=6, seed=0, **arguments)
+    path = saved(module, tmp_path)
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "out") == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert f"on {name!r}, loaded by its name" in out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    fields = {"num_labels": 3} if cls is COLASequenceClassifier else {}
+    torch.manual_seed(99)  # what is new there is drawn anew
+    dtype = arguments.get("dtype", "float32")
+    assert (f"its base was loaded in {dtype} for training" in out) == (dtype == "bfloat16")
+    auto_class = getattr(transformers, cls.auto_class)
+    base = auto_class.from_pretrained(config["base_model_name_or_path"], dtype=dtype, **fields).float()
+    if base.config.pad_token_id is None:
+        assert ("model.config.pad_token_id = 1, as" in out) == (case == "a classifier by its last token")
+        base.config.pad_token_id = module.tokenizer.pad_token_id
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    module.widen()
+    assert difference(tiny.logits(model), tiny.logits(module.model)) <= 1e-5 * tiny.logits(module.model).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [(Noisy, "'model.embed_tokens.weight' has other values"), (Wider, r"'.*weight' has another shape")],
+)
+def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, capsys, cls, what):
+    path = saved(cls(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0), tmp_path)
+    words = ["--checkpoint", path, "--output", tmp_path / "out"]
+    assert command(*words, "--format", "peft") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"error: format: expected merged, for the base of {cls.__name__} is not '.*base': {what}.* peft$", error)
+    assert not (tmp_path / "out").exists()
+    assert command(*words, "--format", "merged") == 0
+
+
+def test_a_function_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, capsys):
+    path = saved(Scaled(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0), tmp_path)
+    assert command("--checkpoint", path, "--output", tmp_path / "out", "--format", "peft") == 1
+    assert "its logits differ from the module's by at most" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- modules that PEFT matches by the end of their names
+
+
+class Named(Toy):
+    """Modules whose names end in one another's."""
+
+    def __init__(self, inner=nn.LayerNorm, **arguments):
+        super().__init__(**arguments)
+        self.inner = inner
+        self.example_input_array = torch.ones(2, 8)
+
+    def build_model(self):
+        model = nn.Sequential()
+        model.add_module("fc", nn.Linear(8, 12))
+        model.add_module("final_norm", self.inner(12))
+        model.add_module("norm", nn.LayerNorm(12))
+        model.add_module("out", nn.Linear(12, 6))
+        return model
+
+
+def norm_as_adapter(folder, **arguments):
+    module = toy(Named, modules_to_save=["norm"], **arguments)
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * parameter.requires_grad)
+    probe = export.make_probe(module.model, module.example_input_array)
+    how = {"base_name": "base", "modules_to_save": module.modules_to_save}
+    export.export_adapter(whole_chain(module), module.merged_model(0), folder, probe, **how)
+    return module
+
+
+def test_a_name_that_ends_others_is_written_with_all_that_peft_takes_for_it(tmp_path):
+    module = norm_as_adapter(tmp_path / "out")
+    x = torch.randn(3, 8)
+    model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "out")
+    torch.testing.assert_close(model(x), module.model.eval()(x), rtol=0, atol=1e-5)
+
+
+def test_a_name_that_ends_an_adapted_layers_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"format: expected merged, for PEFT takes 'final_norm' for 'norm', .*received peft$"):
+        norm_as_adapter(tmp_path / "out", inner=lambda n: nn.Linear(n, n), target_modules="all-linear")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_peft_cannot_load_is_not_kept(tmp_path, monkeypatch, write):
+    def fail(*_, **__):
+        raise KeyError("base_model.model.model.layers.0.input_layernorm.weight")
+
+    if write.format == "peft":
+        monkeypatch.setattr(PeftModel, "from_pretrained", fail)
+        with pytest.raises(export.ExportError, match=r"^peft cannot load it \(.*input_layernorm.*it is not kept$"):
+            write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()

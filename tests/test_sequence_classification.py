@@ -131,3 +131,49 @@ def test_the_heads_learning_rate_holds_in_full_fine_tuning_too(tmp_path, data):
 def test_one_label_is_refused():
     with pytest.raises(UserError, match=r"model\.num_labels: expected at least 2, received 1"):
         COLASequenceClassifier("a/b", num_labels=1)
+
+
+# ---------------------------------------------------------------------- what the pretrained files do not hold
+
+
+def of_masked_lm(path, **arguments):
+    """A classifier on a BERT that was saved as a masked language model: its files hold no pooler."""
+    name = tiny.folder(path / "masked", "bert", "AutoModelForMaskedLM")
+    return COLASequenceClassifier(name, **{"rank": 2, "alpha": 4, "seed": 0, "target_modules": ["query", "value"]} | arguments)
+
+
+def trained_whole(module):
+    module.configure_model()
+    named = module.model.named_parameters()
+    return sorted({name.rpartition(".")[0] for name, p in named if p.requires_grad and ".lora_" not in name})
+
+
+def test_what_is_newly_initialised_is_trained_whole_and_what_is_pretrained_is_not(tmp_path):
+    assert trained_whole(of_masked_lm(tmp_path)) == ["bert.pooler.dense", "classifier"]
+    assert trained_whole(of_masked_lm(tmp_path, target_modules="all-linear")) == ["bert.pooler.dense", "classifier"]
+    assert trained_whole(of_masked_lm(tmp_path, modules_to_save=["classifier"])) == ["classifier"]
+    assert trained_whole(classifier(tmp_path, "bert")) == ["classifier"]
+
+
+@pytest.mark.parametrize("save_base", [False, True])
+def test_its_checkpoint_trains_the_same_modules_again(tmp_path, data, save_base):
+    module = of_masked_lm(tmp_path, save_base=save_base)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert again.modules_to_save == module.modules_to_save == ["bert.pooler", "classifier"]
+    assert_bit_equal(weights(again.model), weights(module.model))
+
+
+def test_a_checkpoint_of_an_earlier_release_has_its_pooler_frozen_as_then(tmp_path, data):
+    module = of_masked_lm(tmp_path, modules_to_save=["classifier"])
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    del checkpoint["cola"]["modules_to_save"]
+    del checkpoint["cola"]["module"]["init_args"]["modules_to_save"]
+    torch.save(checkpoint, tmp_path / "end.ckpt")
+    again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert_bit_equal(weights(again.model), weights(module.model))

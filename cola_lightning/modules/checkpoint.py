@@ -71,6 +71,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     schedule: ChainSchedule
     seed: int | None
     finished_links: FinishedLinks
+    modules_to_save: list[str]
     modules_to_save_lr: float | None
 
     def __init__(self) -> None:
@@ -251,6 +252,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "seed": self.seed,
             "origin": self._origin,
             "optimizer": self._optimizer_class,
+            "modules_to_save": self.modules_to_save,
             "has_rate_of_saved": self.modules_to_save_lr is not None,
             "base_weights": self._base_weights,
             "outside": self.first_outside,

@@ -76,6 +76,7 @@ class LanguageModule(COLAModule, ABC):
         self.quantization = quantization
         if quantization is not None:
             self._check_quantization(quantization)
+        self.new_weights: list[str] = []  # newly initialised ones of the base, once it is made
         self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
         self.metrics_of_loaders = nn.ModuleDict()  # of those after the first, made when they are needed
         self._dataloader_idx = 0  # of the batch that is evaluated
@@ -109,6 +110,10 @@ class LanguageModule(COLAModule, ABC):
         """More fields of the model's configuration, such as ``num_labels``."""
         return {}
 
+    def choose_modules_to_save(self, model: Any) -> list[str]:
+        """What is trained whole where ``modules_to_save`` names nothing; ``new_weights`` is known by then."""
+        return []
+
     # ------------------------------------------------------------------ the model
 
     @property
@@ -134,7 +139,12 @@ class LanguageModule(COLAModule, ABC):
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
-        model = self.pretrained.model(auto_class, is_empty=self.is_base_in_checkpoint, **self.model_fields())
+        is_empty = self.is_base_in_checkpoint
+        model, new_weights = self.pretrained.model_and_new_weights(auto_class, is_empty=is_empty, **self.model_fields())
+        if not is_empty:
+            self.new_weights = new_weights
+        if not self.modules_to_save:
+            self.modules_to_save = self.choose_modules_to_save(model)
         n_embeddings, tokenizer = model.get_input_embeddings().num_embeddings, self.tokenizer
         if tokenizer.vocab_size > n_embeddings:
             raise UserError(

@@ -4,9 +4,12 @@ import importlib.util
 import logging
 import struct
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from cola_lightning import hub
 from cola_lightning.errors import HubError, UserError, one_line
@@ -147,23 +150,48 @@ class Pretrained:
         return tokenizer
 
     def model(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> Any:
+        """The model of :meth:`model_and_new_weights` alone."""
+        return self.model_and_new_weights(auto_class, is_empty=is_empty, **fields)[0]
+
+    def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
         Args:
             auto_class: such as ``AutoModelForCausalLM``.
             is_empty: only the shapes matter: the weights are not read.
             **fields: of the configuration, such as ``num_labels``.
+
+        Returns:
+            The model, and the names of the weights that are newly initialised, for the files do not hold them; none where
+            ``is_empty``.
         """
         how: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation:
             how["attn_implementation"] = self.attn_implementation
         if is_empty:
-            return auto_class.from_config(self.config(**fields), trust_remote_code=self.trust_remote_code, **how).train()
-        model = self.load(auto_class, **how, **fields).train()
+            return auto_class.from_config(self.config(**fields), trust_remote_code=self.trust_remote_code, **how).train(), []
+        model, info = self.load(auto_class, output_loading_info=True, **how, **fields)
+        model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
-        return model
+        return model, sorted(info["missing_keys"])
+
+
+def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
+    """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
+
+    Args:
+        model: it.
+        new_weights: the names of its weights that are newly initialised.
+    """
+    new, found = set(new_weights), list[str]()
+    for name, module in model.named_modules():
+        weights = {f"{name}.{key}" for key in module.state_dict()}
+        is_new = weights <= new or not any(True for _ in module.children())
+        if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def _is_of_the_files(error: Exception) -> bool:

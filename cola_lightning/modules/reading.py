@@ -19,6 +19,7 @@ class Reading:
     seed: int | None
     holds_base: bool
     links: int | None
+    modules_to_save: list[str] | None  # None: an earlier release wrote it, which did not say
 
 
 READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
@@ -39,7 +40,7 @@ def base_from_checkpoint(path: str | Path, links: int | None = None) -> Iterator
         UserError: for a path that is no checkpoint.
     """
     state = read_checkpoint(path, "ckpt_path", is_checked=False)[CHECKPOINT_KEY]
-    token = READING.set(Reading(state["seed"], state["base_weights"] is not None, links))
+    token = READING.set(Reading(state["seed"], state["base_weights"] is not None, links, state.get("modules_to_save")))
     try:
         yield
     finally:

@@ -12,13 +12,16 @@ from typing_extensions import override
 
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
+from cola_lightning.modules.pretrained import new_modules
+from cola_lightning.modules.reading import READING
 
 
 class COLASequenceClassifier(LanguageModule):
     """A sequence classifier that is tuned by a chain of low-rank links; its new head is trained whole.
 
     Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. Where ``modules_to_save`` names nothing,
-    it is the head: what the model has beside its pretrained body.
+    it is the head (what the model has beside its pretrained body) and what else is newly initialised, for the pretrained files
+    do not hold it: a BERT that was saved as a masked language model has no pooler.
 
     Args:
         model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
@@ -65,12 +68,19 @@ class COLASequenceClassifier(LanguageModule):
     def build_model(self) -> Any:
         model: Any = super().build_model()
         model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
-        if not self.modules_to_save:
-            children = model.named_children()
-            self.modules_to_save = [
-                name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
-            ]
         return model
+
+    @override
+    def choose_modules_to_save(self, model: Any) -> list[str]:
+        """The head, and what else the pretrained files do not hold: frozen, it would stay as it was drawn."""
+        reading = READING.get()
+        if reading is not None and reading.modules_to_save:
+            return reading.modules_to_save
+        children = model.named_children()
+        head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
+        is_earlier = reading is not None and reading.modules_to_save is None  # a release that left all else frozen
+        new = [] if is_earlier else new_modules(model, self.new_weights)
+        return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
 
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
