@@ -1,16 +1,18 @@
 """The Lightning module that owns a base model and its chain."""
 
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +27,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_made_again, describe_base
 from cola_lightning.layers import FinishedLinks, Init
 from cola_lightning.modules.checkpoint import base_weights
-from cola_lightning.modules.keeper import ChainKeeper
+from cola_lightning.modules.keeper import ChainKeeper, check_callbacks
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
 from cola_lightning.modules.running import checkpoint_activations, compile_model
 from cola_lightning.modules.sharding import (
@@ -137,6 +139,8 @@ class COLAModule(LinkTraining):
                 )
         self.schedule = ChainSchedule()
         self.run_length = None  # known while training
+        self.is_made = self._is_being_made = self._is_configuring = self._is_compiled = False
+        self._is_seed_of_one = False  # drawn by this process alone
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -160,28 +164,107 @@ class COLAModule(LinkTraining):
 
     @override
     def configure_model(self) -> None:
-        """Makes the model and its first link, once; a second call changes nothing."""
+        """Makes the model and its first link, once; lays it out for the Trainer's precision and strategy, where there is one.
+
+        What a subclass' own does comes first, and needs no ``super()``.
+        """
+        self._make_model()
         dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
-        if hasattr(self, "model"):
-            if dtype != torch.float32:
-                self._cast_adapted(dtype)
-            self._lay_out()
+        if dtype != torch.float32:
+            self._cast(dtype)
+        self._lay_out()
+        if self.should_compile and not self._is_compiled:
+            compile_model(self.model)
+            self._is_compiled = True
+
+    def _make_model(self) -> None:
+        if self.is_made:
             return
-        if self.seed is None:
-            given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
-            self._given_seed = None if given is None else int(given)
-            seed = seed_of_checkpoint()
-            self.seed = self._given_seed if seed is None else seed
-            if self.seed is None:
-                self.seed = distributed.draw_seed()
-                log.info("model.seed: %d was drawn, for none was given", self.seed)
-        self.model = self._make_adapted_base()
+        if "model" in self._modules:
+            raise UserError(
+                f"{type(self).__name__}: expected a base that build_model() returns, to be adapted, received one that was "
+                "assigned to self.model"
+            )
+        if self._is_being_made:
+            raise UserError(
+                f"{type(self).__name__}.build_model: expected one that makes the base, received one that reads self.model"
+            )
+        self._choose_seed()
+        self._is_being_made = True
         try:
-            self._prepare(dtype)
+            self.model = self._make_adapted_base()
+            self._prepare(torch.get_default_dtype())
+            self.is_made = True
         except BaseException:  # so that a second call does not take it for ready
-            del self.model
+            self._modules.pop("model", None)
             self._base_weights, self.chain = None, Chain()
             raise
+        finally:
+            self._is_being_made = False
+
+    def _ensure_model(self) -> None:
+        """Makes the model where it is asked for before Lightning does, in a run or outside of one."""
+        if self.is_made or self._is_being_made:
+            return
+        if self._attached_trainer is None and not self._is_configuring:
+            self.configure_model()
+        else:  # Lightning will call that, or is about to have called it
+            self._make_model()
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name == "model" and "is_made" in self.__dict__:  # after __init__, that is
+            if "model" not in self._modules:
+                self._make_model() if self._is_being_made else self._ensure_model()
+            return self._modules["model"]
+        return super().__getattr__(name)
+
+    @override
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._ensure_model()
+        return super().named_parameters(*args, **kwargs)
+
+    @override
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_unless_lightning_asks()
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
+
+    @override
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_unless_lightning_asks()
+        return super().named_children()
+
+    @override
+    def children(self) -> Iterator[nn.Module]:
+        return (child for _, child in super().named_children())  # Lightning asks when a Trainer takes the module
+
+    @override
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        self._ensure_model_unless_lightning_asks()
+        return super().apply(fn)
+
+    def _ensure_model_unless_lightning_asks(self) -> None:
+        """In a run, Lightning goes through a module's parts before its ``setup``, and after a run that failed before it.
+
+        What a callback's ``setup`` goes through (BaseFinetuning's, say) is to hold the model. Which of them it is, Lightning
+        says by a private name alone.
+        """
+        trainer = self._attached_trainer
+        if trainer is None or (self._current_fx_name == "setup" and trainer.state.status == TrainerStatus.RUNNING):
+            self._ensure_model()
+
+    def _choose_seed(self) -> None:
+        if self.seed is not None:
+            return
+        given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
+        self._given_seed = None if given is None else int(given)
+        seed = seed_of_checkpoint()
+        self.seed = self._given_seed if seed is None else seed
+        if self.seed is None:
+            self.seed = distributed.draw_seed()
+            self._is_seed_of_one = not distributed.has_processes()
+            log.info("model.seed: %d was drawn, for none was given", self.seed)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Makes what ``build_model`` gave, adapted, ready for training in a precision of this dtype."""
@@ -190,9 +273,7 @@ class COLAModule(LinkTraining):
             if is_quantized_model(self.model):
                 raise UserError("model.save_base: expected false for a base in 4 bits, received true")
             self._base_weights = base_weights(self.model)
-        if dtype == torch.float64:  # before a checkpoint's values are loaded, not after
-            self.model.double()
-        self._cast_adapted(dtype)
+        self._cast(dtype)
         self.note_outside()
         if self._first_chain is not None:
             self._start_from(self._first_chain)
@@ -204,14 +285,26 @@ class COLAModule(LinkTraining):
             self.checkpoint_activations()
             if list(self._layers) != names:
                 raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
-        self._lay_out()
-        if self.should_compile:
-            compile_model(self.model)
+        if not self.training:  # eval() came first
+            self.model.eval()
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
+        if dtype == torch.float64 and not is_sharded(self.model):
+            self.model.double()
+        self._cast_adapted(dtype)
 
     def _lay_out(self) -> None:
         """Lays the model out over processes, where the strategy shards it and it is not yet."""
         trainer = self._attached_trainer
-        if trainer is None or not shards(trainer.strategy):
+        if trainer is None:
+            return
+        if self._is_seed_of_one and trainer.world_size > 1:
+            raise UserError(
+                "model.seed: expected a number, or seed_everything, for a model that is asked for before processes are joined, "
+                f"which each drew their own; received null and {trainer.world_size} processes"
+            )
+        if not shards(trainer.strategy):
             return
         if is_quantized_model(self.model):
             raise UserError(
@@ -219,7 +312,8 @@ class COLAModule(LinkTraining):
                 f"{type(trainer.strategy).__name__}"
             )
         if isinstance(trainer.strategy, FSDPStrategy):
-            configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
+            if not self.is_wrapped_by_fsdp1:
+                configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
             self.is_wrapped_by_fsdp1 = True
         elif not is_sharded(self.model):
             mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
@@ -349,16 +443,34 @@ class COLAModule(LinkTraining):
         return []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets the module's own callback come along whatever a subclass' ``configure_callbacks`` returns."""
+        """Lets the module's own callback and model come along whatever a subclass' hooks return or forget."""
         super().__init_subclass__(**kwargs)
+        if "configure_model" in vars(cls):
+            cls.configure_model = _then_ours(cls.configure_model)  # type: ignore[method-assign, assignment]
         own = cls.configure_callbacks
 
         def configure_callbacks(self: COLAModule) -> Sequence[Callback]:
+            check_callbacks(self)
             callbacks = own(self)
             callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
             return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]
 
         cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+
+
+def _then_ours(own: Callable[[COLAModule], None]) -> Callable[[COLAModule], None]:
+    """A subclass' ``configure_model`` and then ours, which does nothing twice."""
+
+    @functools.wraps(own)
+    def configure_model(self: COLAModule) -> None:
+        before, self._is_configuring = self._is_configuring, True
+        try:
+            own(self)
+        finally:
+            self._is_configuring = before
+        COLAModule.configure_model(self)
+
+    return configure_model
 
 
 @contextmanager

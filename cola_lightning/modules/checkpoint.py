@@ -182,16 +182,12 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         return state
 
     def _frozen_names(self) -> list[str]:
-        if not hasattr(self, "model"):
-            return []
         named = self.model.named_parameters(remove_duplicate=False)
         return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
 
     @override
-    def get_extra_state(self) -> dict[str, Any] | None:
-        """The finished links, their base, and the live link's rank, alpha and beginning; None before the model is made."""
-        if not hasattr(self, "model"):
-            return None
+    def get_extra_state(self) -> dict[str, Any]:
+        """The finished links, their base, and the live link's rank, alpha and beginning."""
         layer = next(iter(self._layers.values()), None)
         live = layer and {"rank": layer.rank, "alpha": layer.alpha}
         return {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -159,7 +159,7 @@ class ChainKeeper(Callback):
         self._batch.close()
         if trainer.state.fn == "fit":
             self.module.left_at = Counters(trainer.current_epoch, trainer.global_step)
-        if trainer.state.fn in ("fit", "validate") and hasattr(self.module, "model"):
+        if trainer.state.fn in ("fit", "validate") and self.module.is_made:
             self.module.keep_metrics()
 
     @override
@@ -204,6 +204,21 @@ def _without_gradient(model: nn.Module) -> list[str]:
         for name, layer in lora_layers(model).items()
         if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
     ]
+
+
+def check_callbacks(module: "COLAModule") -> None:
+    """Refuses a callback that would go wrong in its ``setup``, before any of them has one.
+
+    Raises:
+        UserError: for pruning beside links: it puts another parameter in a weight's place, to which no link would be added.
+    """
+    trainer = module._attached_trainer
+    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    if module.target_modules is not None and any(isinstance(callback, ModelPruning) for callback in callbacks):
+        raise UserError(
+            "trainer.callbacks: expected none that replaces the weights to which links are added (merged_model() gives a plain "
+            "model, which can be pruned), received ModelPruning"
+        )
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:

@@ -109,14 +109,12 @@ class RestoredChain(CheckpointedChain):
         checkpoint["state_dict"][EXTRA_STATE] = now[EXTRA_STATE]
 
     @override
-    def set_extra_state(self, state: Mapping[str, Any] | None) -> None:
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
 
         Raises:
             UserError: if these were trained on another base.
         """
-        if state is None:
-            return
         self.configure_model()
         chain = Chain.from_state_dict(state["chain"])
         check_same_base(chain.base, self.chain.base)

@@ -84,7 +84,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
             "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
             f"{type(module).__name__}.load_from_checkpoint makes one; received one that was used under fsdp"
         )
-    if hasattr(module, "model") and is_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
+    if module.is_made and is_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy, which has sharded this module (load_from_checkpoint makes a new "
             f"one), received {type(strategy).__name__}"

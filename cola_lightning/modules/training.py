@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ class LinkTraining(MergedChain):
     run_length: RunLength | None
     _own_optimizer: Optimizer | None = None
     _own_scheduler: LambdaLR | None = None
+    _wanted_groups: Sequence[dict[str, Any]] = ()
 
     @override
     def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
@@ -170,6 +171,8 @@ class LinkTraining(MergedChain):
                 too short, or if a link is shorter than its warm-up.
         """
         self.run_length = run_length
+        if self.schedule.has_knots or self.schedule.is_open:
+            self._check_new_optimizers()
         if is_resumed and self._had_knots and not self.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if is_resumed:
@@ -191,6 +194,22 @@ class LinkTraining(MergedChain):
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
                 f"max_steps, endless data, or a should_tie of one's own), received {received}"
+            )
+
+    def _check_new_optimizers(self) -> None:
+        """Refuses an overridden ``configure_optimizers`` that returns the same optimizer twice: a link begins with a new one.
+
+        LightningCLI's ``--optimizer`` overrides it so.
+        """
+        if getattr(self.configure_optimizers, "__func__", None) is LinkTraining.configure_optimizers:
+            return
+        ours = self._own_optimizer, self._own_scheduler, self._wanted_groups
+        again = [id(optimizer) for optimizer in _optimizers_in(self.configure_optimizers())]
+        self._own_optimizer, self._own_scheduler, self._wanted_groups = ours
+        if any(id(optimizer) in again for optimizer in self.trainer.strategy.optimizers):
+            raise UserError(
+                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+                "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
             )
 
     def _reserve(self, n_links: int) -> None:
@@ -287,6 +306,15 @@ def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group's hyperparameters; a rate that is a tensor is written in place later."""
     copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
     return {name: value for name, value in copies if name != "params"}
+
+
+def _optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping | list | tuple):
+        for part in configured.values() if isinstance(configured, Mapping) else configured:
+            yield from _optimizers_in(part)
 
 
 def _is_same(mine: Any, theirs: Any) -> bool:

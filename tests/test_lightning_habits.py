@@ -1,0 +1,222 @@
+"""What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
+
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, ModelSummary
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.model_summary import summarize
+from torch import nn
+
+from cola_lightning import COLAModule, UserError, lora_layers
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+
+
+def fitted(tmp_path, module, *callbacks, **arguments):
+    trainer(tmp_path, *callbacks, **{"max_epochs": 1} | arguments).fit(module, batches())
+    return module
+
+
+# ---------------------------------------------------------------------- the model is there when it is asked for
+
+
+def test_a_model_that_is_asked_for_early_is_the_one_that_a_fit_makes(tmp_path):
+    class InInit(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.width = self.model[0].out_features
+
+    class InSetup(Toy):
+        def setup(self, stage):
+            self.width = self.model[0].out_features
+
+    class Needing(Toy):
+        """Needs its ``setup`` before its model can be made."""
+
+        def setup(self, stage):
+            self.width = 12
+
+        def build_model(self):
+            assert self.width == 12
+            return super().build_model()
+
+    expected = weights(fitted(tmp_path, toy()))
+    for cls in (InInit, InSetup, Needing):
+        module = fitted(tmp_path, toy(cls))
+        assert module.width == 12
+        assert_bit_equal(weights(module), expected)
+    asked = toy()
+    n_trained = sum(p.numel() for p in asked.parameters() if p.requires_grad)
+    assert n_trained == 2 * (8 + 12) + 2 * (12 + 6)
+    assert_bit_equal(weights(fitted(tmp_path, asked)), expected)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_model_that_is_asked_for_early_is_cast_as_any_other(tmp_path, precision):
+    runs = []
+    for is_early in (False, True):
+        module = toy(modules_to_save=["2"], finished_links="stack")
+        if is_early:
+            assert list(module.parameters())
+        loader = batches(dtype={"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision])
+        trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=1, precision=precision).fit(module, loader)
+        runs.append(weights(module))
+    assert_bit_equal(*runs)
+
+
+def test_whatever_goes_through_a_module_finds_its_model():
+    names = {name for name, _ in toy(target_modules=["0"]).named_parameters()}
+    assert {"model.0.weight", "model.0.lora_A", "model.2.weight"} <= names
+    assert {type(part).__name__ for part in toy().modules()} >= {"LoRALinear", "Tanh"}
+    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"}
+    assert [name for name, _ in toy().named_children()] == ["model"]
+    assert summarize(toy()).total_parameters == sum(p.numel() for p in toy().parameters()) > 0
+    assert toy().double().model[0].weight.dtype == torch.float64
+    assert not toy().eval().model.training
+    copied = toy()
+    copied.load_state_dict(toy(seed=1).state_dict())
+    assert torch.equal(copied.model[0].lora_A, toy(seed=1).model[0].lora_A)
+    touched = []
+    toy().apply(lambda part: touched.append(type(part).__name__))
+    assert "Tanh" in touched
+
+
+def test_nothing_is_built_for_a_run_that_fails_before_its_model_is_due(tmp_path):
+    class Failing(Toy):
+        def setup(self, stage):
+            raise ValueError("no data")
+
+        def build_model(self):
+            raise AssertionError("built")
+
+    with pytest.raises(ValueError, match="no data"):
+        fitted(tmp_path, toy(Failing), ModelSummary())
+
+
+def test_a_base_that_asks_for_itself_says_so():
+    class Circular(Toy):
+        def build_model(self):
+            return nn.Sequential(self.model)
+
+    with pytest.raises(UserError, match=r"Circular\.build_model: .* received one that reads self\.model"):
+        toy(Circular).configure_model()
+
+
+def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path):
+    module = toy(seed=None)
+    assert list(module.parameters())
+    module.trainer = trainer(tmp_path, strategy="ddp", devices=2)
+    with pytest.raises(UserError, match=r"model\.seed: expected a number, .* received null and 2 processes"):
+        module.configure_model()
+
+
+def test_a_checkpoint_is_written_before_any_run(tmp_path):
+    module, run = toy(), trainer(tmp_path)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "first.ckpt")), weights(module))
+
+
+def test_finetuning_callbacks_find_the_model(tmp_path):
+    class Frozen(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.model[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            pass
+
+    class FrozenModules(Frozen):
+        def freeze_before_training(self, pl_module):
+            self.freeze([part for part in pl_module.modules() if getattr(part, "in_features", 0) == 8])
+
+    for callback in (Frozen(), FrozenModules()):
+        module = fitted(tmp_path, toy(), callback)
+        assert not module.model[0].lora_B.any()
+        assert module.model[2].lora_B.any()
+
+
+def test_pruning_is_refused(tmp_path):
+    for amount in (0.5, 1):
+        with pytest.raises(UserError, match=r"trainer\.callbacks: expected none that .* received ModelPruning"):
+            fitted(tmp_path, toy(), ModelPruning("l1_unstructured", amount=amount))
+
+
+def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fit.py"])
+
+    class Fed(Toy):
+        def __init__(self, rank: int = 2):
+            super().__init__(rank=rank, seed=0)
+
+        def train_dataloader(self):
+            return batches()
+
+    def run(*arguments):
+        trainer_args = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+        quiet = [f"--trainer.enable_{what}=false" for what in ("checkpointing", "progress_bar", "model_summary")]
+        args = ["fit", "--optimizer=AdamW", "--optimizer.lr=0.001", *trainer_args, *quiet, *arguments]
+        with pytest.warns(UserWarning, match="will be overridden"):
+            return LightningCLI(Fed, args=args, seed_everything_default=3, save_config_callback=None).model
+
+    module = run()
+    by_hand = toy(rank=2, alpha=16, lr_schedule="constant")
+    trainer(tmp_path, max_epochs=2).fit(by_hand, batches())
+    assert_bit_equal(weights(module), weights(by_hand))
+    knots = [
+        "--trainer.callbacks=cola_lightning.ChainOfLoRA",
+        "--trainer.callbacks.every_n_epochs=1",
+    ]
+    with pytest.raises(UserError, match=r"configure_optimizers: expected a new optimizer .* received the same"):
+        run(*knots)
+
+
+def test_a_configure_model_of_ones_own_needs_no_super(tmp_path):
+    class Own(Toy):
+        is_called = False
+
+        def configure_model(self):
+            self.is_called = True
+
+    class Before(Toy):
+        def configure_model(self):
+            self.width = 12
+            super().configure_model()
+            self.model[2].bias.requires_grad_()
+
+        def build_model(self):
+            return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 6))
+
+    class Asking(Toy):
+        def configure_model(self):
+            self.width = self.model[0].out_features
+
+    expected = weights(fitted(tmp_path, toy()))
+    module = fitted(tmp_path, toy(Own))
+    assert module.is_called
+    assert_bit_equal(weights(module), expected)
+    assert_bit_equal(weights(fitted(tmp_path, toy(Asking))), expected)
+    module = fitted(tmp_path, toy(Before))
+    assert not torch.equal(module.model[2].bias, expected["model.2.bias"])
+    early = toy(Before)
+    assert early.model[2].bias.requires_grad
+
+
+def test_a_model_that_was_assigned_is_refused(tmp_path):
+    class Assigned(COLAModule):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.model = nn.Linear(8, 6)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self.model(batch[0]), batch[1])
+
+    class Configured(Toy):
+        def configure_model(self):
+            self.model = nn.Linear(8, 6)
+
+    for cls in (Assigned, Configured):
+        with pytest.raises(UserError, match=rf"{cls.__name__}: expected a base that build_model\(\) returns, .* self\.model"):
+            fitted(tmp_path, toy(cls))
+    assert lora_layers(toy().model)
