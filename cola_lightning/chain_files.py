@@ -1,5 +1,6 @@
 """Chains wherever they lie: in a checkpoint, in a folder of their own, or in a PEFT adapter."""
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,18 +62,21 @@ def check_archive(file: str | Path | IO[bytes], field: str = "checkpoint", *, na
         raise _unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
 
 
-def _unreadable(path: str, field: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
+def _unreadable(path: str, field: str, error: Exception, advice: str = "") -> UserError:
+    reason = " ".join(str(error).split())[:120] + advice
     return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
 
 
-def read_checkpoint(path: str | Path, field: str = "checkpoint", *, is_checked: bool = True) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, field: str = "checkpoint", *, is_checked: bool = True, weights_only: bool = True
+) -> dict[str, Any]:
     """A checkpoint of a COLA module, on the CPU and mapped from the file where it can be.
 
     Args:
-        path: it.
+        path: the file.
         field: what the user calls the path, for messages.
         is_checked: look for damage, which reads all of it; not needed where it is about to be loaded, which does that.
+        weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
         UserError: for a path that is none, or a damaged one.
@@ -84,9 +88,11 @@ def read_checkpoint(path: str | Path, field: str = "checkpoint", *, is_checked: 
     if is_checked:
         check_archive(path, field)
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        checkpoint = torch.load(path, weights_only=weights_only, map_location="cpu", mmap=True)
     except Exception as error:  # whatever torch.load makes of the bytes
-        raise _unreadable(str(path), field, error) from error
+        holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
+        advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
+        raise _unreadable(str(path), field, error, advice) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
     check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), str(path))

@@ -127,7 +127,7 @@ class COLACLI(LightningCLI):
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
-            read_checkpoint(config.ckpt_path, "ckpt_path")
+            read_checkpoint(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
 
     def _take_links(self) -> None:
         """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
@@ -194,9 +194,10 @@ class COLACLI(LightningCLI):
         return trainer
 
     def _reading_checkpoint(self) -> contextlib.AbstractContextManager[None]:
-        path = self.config[self.subcommand].ckpt_path
-        is_local = path is not None and "://" not in path
-        return base_from_checkpoint(path, self.links) if is_local else contextlib.nullcontext()
+        config = self.config[self.subcommand]
+        if config.ckpt_path is None or "://" in config.ckpt_path:
+            return contextlib.nullcontext()
+        return base_from_checkpoint(config.ckpt_path, self.links, weights_only=config.weights_only is not False)
 
     @override
     def instantiate_classes(self) -> None:

@@ -1,6 +1,7 @@
 """What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
 
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
 from cola_lightning import COLAModule, UserError, lora_layers
-from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
 def fitted(tmp_path, module, *callbacks, **arguments):
@@ -69,14 +70,14 @@ def test_whatever_goes_through_a_module_finds_its_model():
     names = {name for name, _ in toy(target_modules=["0"]).named_parameters()}
     assert {"model.0.weight", "model.0.lora_A", "model.2.weight"} <= names
     assert {type(part).__name__ for part in toy().modules()} >= {"LoRALinear", "Tanh"}
-    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"}
+    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"} | {"_extra_state"}
     assert [name for name, _ in toy().named_children()] == ["model"]
     assert summarize(toy()).total_parameters == sum(p.numel() for p in toy().parameters()) > 0
     assert toy().double().model[0].weight.dtype == torch.float64
     assert not toy().eval().model.training
-    copied = toy()
-    copied.load_state_dict(toy(seed=1).state_dict())
-    assert torch.equal(copied.model[0].lora_A, toy(seed=1).model[0].lora_A)
+    copied, state = toy(), toy().state_dict()
+    copied.load_state_dict(state | {"model.0.lora_B": torch.ones(12, 2)})
+    assert copied.model[0].lora_B.all()
     touched = []
     toy().apply(lambda part: touched.append(type(part).__name__))
     assert "Tanh" in touched
@@ -220,3 +221,81 @@ def test_a_model_that_was_assigned_is_refused(tmp_path):
         with pytest.raises(UserError, match=rf"{cls.__name__}: expected a base that build_model\(\) returns, .* self\.model"):
             fitted(tmp_path, toy(cls))
     assert lora_layers(toy().model)
+
+
+# ---------------------------------------------------------------------- what is asked of a checkpoint counts
+
+
+class WithHead(ValidatedToy):
+    """The toy with something that it lacks."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.Linear(6, 2)
+
+
+class Plain(WithHead):
+    """The toy again, of a class that a checkpoint with a head can be loaded as."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        del self.head
+
+
+def test_strict_counts(tmp_path):
+    paths = []
+    for cls in (ValidatedToy, WithHead):
+        paths.append(tmp_path / f"{cls.__name__}.ckpt")
+        run = trainer(tmp_path, chain={"every_n_train_steps": 5}, max_epochs=1)
+        run.fit(toy(cls), batches(), batches(1))
+        run.save_checkpoint(paths[-1])
+    plain, headed = paths
+    for how in ({}, {"strict": True}):
+        with pytest.raises(UserError, match=r"expected a value for 'head\.bias', which this module trains"):
+            WithHead.load_from_checkpoint(plain, **how)
+    with pytest.warns(
+        UserWarning, match=r"in the model state dict but not in the checkpoint: \['head\.weight', 'head\.bias'\]"
+    ):
+        loaded = WithHead.load_from_checkpoint(plain, strict=False)
+    assert_bit_equal(weights(loaded.model), weights(ValidatedToy.load_from_checkpoint(plain).model))
+    assert loaded.link == 1
+    with pytest.warns(UserWarning, match=r"in the checkpoint: \['head\.weight', 'head\.bias'\]"):
+        Plain.load_from_checkpoint(headed, strict=False)
+
+    module = toy(WithHead)
+    with pytest.raises(UserError, match=r"'head\.bias'"):
+        trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
+    module.strict_loading = False
+    trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
+    assert_bit_equal(weights(module.model), weights(loaded.model))
+
+    missing, unknown = module.load_state_dict({"model.0.lora_B": torch.zeros(12, 2), "other": torch.zeros(1)}, strict=False)
+    assert set(missing) >= {"head.weight", "model.0.lora_A"}
+    assert unknown == ["other"]
+    assert not module.model[0].lora_B.any()
+    with pytest.raises(UserError, match="expected shape"):
+        module.load_state_dict({"model.0.lora_B": torch.zeros(12, 3)}, strict=False)
+
+
+class Pickling(ValidatedToy):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["where"] = PurePosixPath("here")
+
+    def on_load_checkpoint(self, checkpoint):
+        self.where = checkpoint["where"]
+
+
+def test_weights_only_counts(tmp_path):
+    path, run = tmp_path / "pickled.ckpt", trainer(tmp_path, max_epochs=1)
+    module = toy(Pickling)
+    run.fit(module, batches(), batches(1))
+    run.save_checkpoint(path)
+    for how in ({}, {"weights_only": True}):
+        with pytest.raises(UserError, match=r"which cannot be read .*; weights_only=False reads one that holds"):
+            Pickling.load_from_checkpoint(path, **how)
+    loaded = Pickling.load_from_checkpoint(path, weights_only=False)
+    assert_bit_equal(weights(loaded), weights(module))
+    assert loaded.where == PurePosixPath("here")
+    run.validate(loaded, batches(2), ckpt_path=path, weights_only=False, verbose=False)
+    again = Pickling.load_from_checkpoint(path, "cpu", None, None, False, rank=2)  # by Lightning's places
+    assert_bit_equal(weights(again), weights(module))

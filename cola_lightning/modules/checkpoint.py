@@ -78,7 +78,6 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         super().__init__()
         self.chain = Chain()
         self.link_start = Counters(0, 0)
-        self.strict_loading = False  # a checkpoint holds no frozen weights; load_state_dict checks the names itself
         self._base_weights: dict[str, Tensor] | None = None
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
@@ -196,34 +195,43 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or taken back.
 
+        Args:
+            state_dict: it.
+            strict: False leaves what is missing as it is, and what is unknown aside, and returns their names.
+            assign: see ``nn.Module.load_state_dict``.
+
         Raises:
             UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
         """
         self.configure_model()
         own = self.state_dict()
-        if EXTRA_STATE not in state_dict:
-            raise UserError(
-                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
-                "load_from_checkpoint loads a checkpoint"
-            )
-        if missing := sorted(own.keys() - state_dict.keys()):
-            raise UserError(f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none")
-        if unknown := sorted(state_dict.keys() - own.keys() - set(self._frozen_names())):
-            raise UserError(f"checkpoint: expected values that this module trains, received {unknown[0]!r}")
+        if strict:
+            self._check_names(own.keys(), state_dict.keys())
         for name, value in own.items():
-            if isinstance(value, Tensor) and value.shape != state_dict[name].shape:
+            received = state_dict.get(name)
+            if isinstance(value, Tensor) and isinstance(received, Tensor) and value.shape != received.shape:
                 hint = " (is model.rank another?)" if ".lora_" in name else ""
                 raise UserError(
-                    f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, "
-                    f"received {tuple(state_dict[name].shape)}{hint}"
+                    f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, received {tuple(received.shape)}{hint}"
                 )
         laid_out = {
             name: distributed.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
             for name, value in state_dict.items()
         }
         result = super().load_state_dict(laid_out, strict=False, assign=assign)
-        result.missing_keys.clear()  # what is frozen is not missing
+        result.missing_keys[:] = [name for name in result.missing_keys if name in own]  # what is frozen is not missing
         return result
+
+    def _check_names(self, own: Set[str], received: Set[str]) -> None:
+        if EXTRA_STATE not in received:
+            raise UserError(
+                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
+                "load_from_checkpoint loads a checkpoint"
+            )
+        if missing := sorted(own - received):
+            raise UserError(f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none")
+        if unknown := sorted(received - own - set(self._frozen_names())):
+            raise UserError(f"checkpoint: expected values that this module trains, received {unknown[0]!r}")
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""

@@ -26,7 +26,7 @@ READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def base_from_checkpoint(path: str | Path, links: int | None = None) -> Iterator[None]:
+def base_from_checkpoint(path: str | Path, links: int | None = None, *, weights_only: bool = True) -> Iterator[None]:
     """Tells modules that are made inside the block that a checkpoint is about to be loaded into them.
 
     If it holds its base (``save_base``), ``build_model`` need not make the base's weights: see
@@ -35,11 +35,12 @@ def base_from_checkpoint(path: str | Path, links: int | None = None) -> Iterator
     Args:
         path: the checkpoint.
         links: how many of its links are wanted, the finished ones first and then the live one; None: all.
+        weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
         UserError: for a path that is no checkpoint.
     """
-    state = read_checkpoint(path, "ckpt_path", is_checked=False)[CHECKPOINT_KEY]
+    state = read_checkpoint(path, "ckpt_path", is_checked=False, weights_only=weights_only)[CHECKPOINT_KEY]
     token = READING.set(Reading(state["seed"], state["base_weights"] is not None, links, state.get("modules_to_save")))
     try:
         yield

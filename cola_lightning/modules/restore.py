@@ -33,14 +33,28 @@ class RestoredChain(CheckpointedChain):
 
     @classmethod
     @override
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, links: int | None = None, **kwargs: Any) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        links: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """As in Lightning, on the CPU; the class and its arguments are those that the checkpoint tells of.
 
         A base that the checkpoint holds is not made first.
 
         Args:
             checkpoint_path: a file that a fit wrote.
-            *args: see ``LightningModule.load_from_checkpoint``.
+            map_location: see ``LightningModule.load_from_checkpoint``, as for the next one.
+            hparams_file: of hyperparameters.
+            strict: whether what the module trains and what the checkpoint holds must have the same names; None: as
+                ``strict_loading`` says, which is true unless it was set.
+            weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
             **kwargs: arguments of the class, in place of the checkpoint's; what is not plain, such as an optimizer, is not in
                 there.
@@ -48,24 +62,25 @@ class RestoredChain(CheckpointedChain):
         Raises:
             UserError: for a path that is no checkpoint, or a damaged one, and for another base.
         """
+        how = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
         if not isinstance(checkpoint_path, str | PathLike) or "://" in str(checkpoint_path):
             if links is not None:
                 raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
             check_source(checkpoint_path)
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        path = Path(checkpoint_path)
-        recipe = read_checkpoint(path)[CHECKPOINT_KEY]["module"]
+            return super().load_from_checkpoint(checkpoint_path, **how, **kwargs)
+        path, is_plain = Path(checkpoint_path), weights_only is not False
+        recipe = read_checkpoint(path, weights_only=is_plain)[CHECKPOINT_KEY]["module"]
         made = _class_of(recipe, cls)
         if made is not None and made is not cls and issubclass(made, cls):
-            module: Self = made.load_from_checkpoint(path, *args, links=links, **kwargs)
+            module: Self = made.load_from_checkpoint(path, **how, links=links, **kwargs)
             return module
         if made is not None and issubclass(cls, made):
             kwargs = recipe["init_args"] | kwargs
             for name in recipe["not_plain"]:
                 if name not in kwargs:
                     log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
-        with base_from_checkpoint(path, links):
-            return super().load_from_checkpoint(path, *args, **kwargs)
+        with base_from_checkpoint(path, links, weights_only=is_plain):
+            return super().load_from_checkpoint(path, **how, **kwargs)
 
     def restore_chain(self, checkpoint: dict[str, Any]) -> None:
         """Brings the weights to the state of a checkpoint's chain: replays what they miss, on the base made anew if need be.
