@@ -1,10 +1,15 @@
 """What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
 
 import sys
-from pathlib import PurePosixPath
+from collections import OrderedDict
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_summary import summarize
@@ -299,3 +304,65 @@ def test_weights_only_counts(tmp_path):
     run.validate(loaded, batches(2), ckpt_path=path, weights_only=False, verbose=False)
     again = Pickling.load_from_checkpoint(path, "cpu", None, None, False, rank=2)  # by Lightning's places
     assert_bit_equal(weights(again), weights(module))
+
+
+# ---------------------------------------------------------------------- hyperparameters
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Saving(Toy):
+    def __init__(
+        self, where: Path | None = None, colour: Colour = Colour.RED, sizes: Any = None, size: Any = None, rank: int = 2
+    ):
+        super().__init__(rank=rank, seed=0)
+        self.save_hyperparameters()
+        self.where, self.colour = where, colour
+
+
+class SavingData(LightningDataModule):
+    def __init__(self, where):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return batches()
+
+
+def test_hyperparameters_are_stored_plain_and_come_back_as_they_were(tmp_path):
+    sizes = OrderedDict(a=1, b=torch.ones(2))
+    module = Saving(tmp_path, Colour.RED, sizes, torch.Size([2]))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=SavingData(tmp_path))
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    stored = checkpoint["hyper_parameters"]
+    assert {name: type(value) for name, value in stored.items()} == {
+        "where": str,
+        "colour": str,
+        "sizes": dict,
+        "size": torch.Size,
+        "rank": int,
+    }
+    assert (stored["where"], stored["colour"]) == (str(tmp_path), "red")
+    assert checkpoint["datamodule_hyper_parameters"] == {"where": str(tmp_path)}
+    loaded = Saving.load_from_checkpoint(tmp_path / "saved.ckpt")
+    assert (loaded.where, loaded.colour) == (tmp_path, Colour.RED)
+    assert loaded.hparams.sizes["b"].equal(sizes["b"])
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_hyperparameters_that_cannot_be_stored_are_left_out_with_one_warning(tmp_path, caplog):
+    module = Saving(size=timedelta(1))
+    trainer(tmp_path, max_epochs=1).fit(module, batches())  # writes no checkpoint
+    assert "hyperparameter" not in caplog.text
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, batches())
+    for name in ("first.ckpt", "second.ckpt"):
+        run.save_checkpoint(tmp_path / name)
+    told = [record.getMessage() for record in caplog.records if "hyperparameter" in record.getMessage()]
+    assert told == ["Saving: the hyperparameter 'size' is of type timedelta, which no checkpoint can hold: it is left out"]
+    assert "size" not in torch.load(tmp_path / "second.ckpt", weights_only=True)["hyper_parameters"]
+    assert Saving.load_from_checkpoint(tmp_path / "second.ckpt").hparams.size is None

@@ -439,14 +439,3 @@ def test_weights_alone_are_no_fit_to_go_on_with(tmp_path):
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     with pytest.raises(UserError, match="expected a checkpoint with the optimizer's state, received one of weights alone"):
         fit(tmp_path / "other", ckpt_path=tmp_path / "weights.ckpt")
-
-
-def test_hyperparameters_that_no_checkpoint_could_be_read_with_are_refused_before_training(tmp_path):
-    class Saving(Normed):
-        def __init__(self, where, **chain):
-            super().__init__(**chain)
-            self.save_hyperparameters("where")
-
-    with pytest.raises(UserError, match=r"Saving: expected plain values in save_hyperparameters, .* received 'where' of type"):
-        fit(tmp_path, module=Saving(tmp_path, **ARGUMENTS))
-    fit(tmp_path, module=Saving(str(tmp_path), **ARGUMENTS))

@@ -5,6 +5,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
@@ -24,8 +25,10 @@ from cola_lightning.layers import FinishedLinks, LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
 from cola_lightning.modules.progress import settle
 from cola_lightning.modules.reading import READING
-from cola_lightning.modules.recipe import RemembersArguments
+from cola_lightning.modules.recipe import RemembersArguments, readable
 from cola_lightning.schedule import ChainSchedule, Counters
+
+log = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
 
@@ -90,6 +93,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
         self.first_outside: dict[str, Tensor] = {}
+        self._left_out: set[str] = set()  # of checkpoints, as it was told
         self.forget_checkpoint()
 
     def forget_checkpoint(self) -> None:
@@ -304,12 +308,31 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                 raise NonFiniteError(f"{name!r} is no longer finite, in link {self.link}: this checkpoint is not written")
         checkpoint[CHECKPOINT_KEY] = self.chain_state()
         checkpoint["state_dict"].pop(EXTRA_STATE, None)  # it is in there
+        self._store_hyperparameters(checkpoint)
         trainer = self._attached_trainer
         if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
             return
         batch_idx = settle(checkpoint, trainer, is_validating=self.is_validating_in_fit)
         if batch_idx is not None and self.window_start == (trainer.current_epoch, batch_idx):
             checkpoint["state_dict"] |= self.window_buffers
+
+    def _store_hyperparameters(self, checkpoint: dict[str, Any]) -> None:
+        """Has what ``save_hyperparameters`` took stored in plain types, and leaves out what has none."""
+        checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
+        trainer = self._attached_trainer
+        for owner in (self, getattr(trainer, "datamodule", None)):
+            key = getattr(owner, "CHECKPOINT_HYPER_PARAMS_KEY", "")
+            if key not in checkpoint:
+                continue
+            given, checkpoint[key] = checkpoint[key], {}
+            for name, value in given.items():
+                try:
+                    checkpoint[key][name] = readable(value)
+                except TypeError:
+                    what = f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}"
+                    if what not in self._left_out:
+                        log.warning("%s, which no checkpoint can hold: it is left out", what)
+                    self._left_out.add(what)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from cola_lightning.adapt import lora_layers
 from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
-from cola_lightning.modules.recipe import is_readable
 from cola_lightning.modules.sharding import check_sharding, shards, take_over
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 from cola_lightning.seeding import derive_seed, seeded
@@ -62,7 +61,6 @@ class ChainKeeper(Callback):
                 loop.inference_mode = False
         module.run_length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
-            _check_hyperparameters(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
             module.forget_checkpoint()
             now = Counters(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != module.left_at:  # else this Trainer continues its own fit
@@ -223,17 +221,6 @@ def check_callbacks(module: "COLAModule") -> None:
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
     return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-
-
-def _check_hyperparameters(*owners: Any) -> None:
-    """Refuses ``save_hyperparameters`` of what would make each checkpoint of the fit unreadable."""
-    for owner in owners:
-        for name, value in getattr(owner, "hparams", {}).items():
-            if not is_readable(value):
-                raise UserError(
-                    f"{type(owner).__name__}: expected plain values in save_hyperparameters, for checkpoints are read without "
-                    f"pickle, received {name!r} of type {type(value).__name__}: ignore=[{name!r}] leaves it out"
-                )
 
 
 def _check_whole_windows(trainer: Trainer) -> None:

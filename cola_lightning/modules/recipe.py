@@ -1,10 +1,15 @@
 """How a module was made, so that it can be made again from a checkpoint alone: its class, and its plain arguments."""
 
+import contextlib
 import importlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from os import PathLike
-from typing import Any, Self
+from pathlib import PurePath
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -60,7 +65,9 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool):
         return value
-    for kind in (int, float, str):  # jsonargparse's restricted numbers and an enum's texts are of classes of their own
+    if isinstance(value, Enum):
+        return plain(value.value)
+    for kind in (int, float, str):  # jsonargparse's restricted numbers are of classes of their own
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, PathLike):
@@ -72,13 +79,36 @@ def plain(value: Any) -> Any:
     raise TypeError(f"expected plain values, received {type(value).__name__}")
 
 
-def is_readable(value: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads the value as it is."""
-    if type(value) in (list, tuple):
-        return all(map(is_readable, value))
-    if type(value) is dict:
-        return all(is_readable(key) and is_readable(part) for key, part in value.items())
-    return type(value) in (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device, torch.Size)
+def readable(value: Any) -> Any:
+    """The value in types that ``torch.load(weights_only=True)`` reads: plain ones, tensors, dtypes, devices and sizes.
+
+    Raises:
+        TypeError: if it has none.
+    """
+    if type(value) in (Tensor, torch.dtype, torch.device, torch.Size):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(readable, value)) if isinstance(value, tuple) else list(map(readable, value))
+    if isinstance(value, Mapping):
+        return {plain(key): readable(item) for key, item in value.items()}
+    return plain(value)
+
+
+def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain arguments as the class' ``__init__`` annotates them: members of an Enum, paths and ordered dicts."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        with contextlib.suppress(NameError):  # annotations of what is imported for type checkers alone
+            hints |= get_type_hints(base.__init__)  # type: ignore[misc]
+    return {name: _as_annotated(value, hints.get(name)) for name, value in init_args.items()}
+
+
+def _as_annotated(value: Any, hint: Any) -> Any:
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) not in (None, Union, UnionType) or value is None or type(value) in kinds:
+        return value
+    made = (kind(value) for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum | PurePath | OrderedDict))
+    return next(made, value)
 
 
 def find_class(class_path: str) -> type:

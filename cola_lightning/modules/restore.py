@@ -20,7 +20,7 @@ from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.checkpoint import EXTRA_STATE, CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
-from cola_lightning.modules.recipe import find_class
+from cola_lightning.modules.recipe import as_annotated, find_class
 from cola_lightning.modules.sharding import is_sharded
 from cola_lightning.quantization import is_quantized
 from cola_lightning.schedule import Counters
@@ -75,7 +75,7 @@ class RestoredChain(CheckpointedChain):
             module: Self = made.load_from_checkpoint(path, **how, links=links, **kwargs)
             return module
         if made is not None and issubclass(cls, made):
-            kwargs = recipe["init_args"] | kwargs
+            kwargs = as_annotated(cls, recipe["init_args"]) | kwargs
             for name in recipe["not_plain"]:
                 if name not in kwargs:
                     log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
