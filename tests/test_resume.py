@@ -336,16 +336,16 @@ def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path,
         ({"module": {"alpha": 8}}, r"chain\.alphas: expected rank 2 and alpha 4 for link 1, .* received 2 and 8"),
         ({"module": {"rank": 4}}, r"is model\.rank another"),
         ({"module": {"modules_to_save_lr": 1e-3}}, r"model\.modules_to_save_lr: expected null, as in the checkpoint's run"),
-        ({"data": Data(batch_size=2)}, r"data\.batch_size x processes: expected 4, .* lies inside an epoch, received 2"),
+        ({"batch_size": 2}, r"data\.batch_size x processes: expected 4, .* lies inside an epoch, received 2"),
         ({"accumulate_grad_batches": 4}, r"trainer\.accumulate_grad_batches: expected a divisor of 3, .* received 4"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_choice_that_the_checkpoint_would_overrule_is_refused(tmp_path, stopped, change, message):
     change = dict(change)
-    module = optimizers(change.pop("module", {}))
+    module, data = optimizers(change.pop("module", {})), Data(batch_size=change.pop("batch_size", 4))
     with pytest.raises(UserError, match=message):
-        fit(tmp_path / "other", ckpt_path=stopped, module=module, **change)
+        fit(tmp_path / "other", ckpt_path=stopped, module=module, data=data, **change)
 
 
 def test_from_the_end_of_an_epoch_batches_and_windows_may_be_others(tmp_path):

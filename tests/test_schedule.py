@@ -46,8 +46,9 @@ def test_a_knot_is_due_by_the_counters_at_the_links_start():
         ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), [4, 4, 2]),
         ({"every_n_epochs": 1}, RunLength(lambda epoch: epoch + 1, 4, math.inf), [1, 2, 3, 4]),
         ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, origin=Counters(5, 70)), [10, 20, 10]),
+        ({"every_n_epochs": 3}, RunLength(lambda epoch: 10, 9, math.inf, origin=Counters(6, 70)), [30]),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, RunLength) else str(value),
 )
 def test_the_links_of_a_run_fill_it(arguments, run, lengths):
     schedule = ChainSchedule(**arguments)
