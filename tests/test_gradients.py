@@ -72,6 +72,20 @@ def test_an_expert_without_tokens_is_told_of_as_one_of_this_step(tmp_path, caplo
     assert "2 of 4 adapted layers got no gradient in the first step's batches (read.0, experts.0)" in message
 
 
+class SkippingToy(NetToy):
+    """Has no loss for its first batch."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_loss_is_no_first_step(tmp_path, caplog):
+    fit(tmp_path, toy(SkippingToy))
+    (message,) = told(caplog)
+    assert "2 of 4 adapted layers" in message
+
+
 def test_three_are_named_and_all_are_counted(tmp_path, caplog):
     fit(tmp_path, toy(FourToy), accumulate_grad_batches=2)
     (message,) = told(caplog)

@@ -86,6 +86,7 @@ class ChainKeeper(Callback):
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step = True
+        self._without_gradient: list[str] | None = None  # known after a backward pass
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run = run_length(trainer, START if is_resumed or now == self.module.left_at else now)
         if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
@@ -182,17 +183,19 @@ class ChainKeeper(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._is_first_step and self._without_gradient and trainer.is_global_zero:
-            named = ", ".join([*self._without_gradient[:3], *["..."] * (len(self._without_gradient) > 3)])
+        names = self._without_gradient
+        if not self._is_first_step or names is None:
+            return
+        self._is_first_step = False
+        if names and trainer.is_global_zero:
             log.warning(
                 "model.target_modules: %d of %d adapted layers got no gradient in the first step's batches (%s): the link of a "
                 "layer whose weight the model reads without calling the layer is never trained; a part that these batches did "
                 "not use, such as an expert without tokens, is when it is used",
-                len(self._without_gradient),
+                len(names),
                 len(lora_layers(self.module.model)),
-                named,
+                ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
             )
-        self._is_first_step = False
 
 
 def _without_gradient(model: nn.Module) -> list[str]:
