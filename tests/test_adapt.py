@@ -507,7 +507,12 @@ class Counting(nn.Linear):
         return super().forward(x) + 0
 
 
-@pytest.mark.parametrize("kind", [Plain, Counting])
+class Adding(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("kind", [Plain, Counting, Adding])
 @pytest.mark.parametrize("target_modules", [["0"], "all-linear"], ids=["named", "all-linear"])
 def test_a_users_subclass_is_adapted_where_it_computes_the_same(kind, target_modules):
     model = nn.Sequential(kind(4, 4))
@@ -535,6 +540,13 @@ def test_a_subclass_that_computes_something_else_is_refused_or_named(kind, is_tr
         f"model.target_modules: all-linear leaves frozen what is no Linear layer: weight of {kind.__name__} "
         "(40 % of the parameters: 1)"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_large_subclass_is_asked_in_every_dtype_by_some_of_its_rows(dtype):
+    model = nn.Sequential(Adding(8, 200), Masked(200, 100), Counting(100, 200), Router(200, 100)).to(dtype)
+    assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0", "2"]
+    assert [layer.out_features for layer in model] == [200, 100, 200, 100]
 
 
 class InEightBits(nn.Linear):
