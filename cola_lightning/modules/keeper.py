@@ -42,6 +42,7 @@ class ChainKeeper(Callback):
 
     def __init__(self, module: "COLAModule") -> None:
         self.module = module
+        self._seen: tuple[int, dict[str, Tensor]] | None = None
         self._batch = ExitStack()  # the scope of its seed
 
     @override
@@ -125,10 +126,49 @@ class ChainKeeper(Callback):
     ) -> None:
         if self.module.is_validating_in_fit:
             self._seed_batch("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
+        self._look_at_weights(trainer, batch_idx + dataloader_idx)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._batch.close()
+        self._check_weights()
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._look_at_weights(trainer, batch_idx + dataloader_idx)
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._check_weights()
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._look_at_weights(trainer, batch_idx + dataloader_idx)
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._check_weights()
+
+    def _look_at_weights(self, trainer: Trainer, n_before: int) -> None:
+        """Remembers some values of each adapted weight at an evaluation's first batch."""
+        is_asked = n_before == 0 and not shards(trainer.strategy)  # sharded weights are laid out anew at each forward pass
+        self._seen = (self.module.link, _some_values(self.module.model)) if is_asked else None
+
+    def _check_weights(self) -> None:
+        """Refuses a model that has written its own frozen weights since: in what it made of them, the links would be wrong."""
+        seen, self._seen = self._seen, None
+        if seen is None or seen[0] != self.module.link:  # a knot in between writes them, too
+            return
+        now = _some_values(self.module.model)
+        if changed := [name for name, values in seen[1].items() if not torch.equal(values, now[name])]:
+            raise UserError(
+                "model: expected frozen weights that stay as they are in evaluation, received a model that then writes that of "
+                f"{changed[0]!r}, which the link beside it does not fit (RWKV's do: rescale_every: 0 in its configuration)"
+            )
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,6 +236,11 @@ class ChainKeeper(Callback):
                 len(lora_layers(self.module.model)),
                 ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
             )
+
+
+def _some_values(model: nn.Module) -> dict[str, Tensor]:
+    """A few values of each adapted layer's weight."""
+    return {name: layer.weight.detach().flatten()[:8].clone() for name, layer in lora_layers(model).items()}
 
 
 def _without_gradient(model: nn.Module) -> list[str]:
