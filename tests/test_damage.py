@@ -36,6 +36,7 @@ def assert_same(mine, theirs):
         assert one.is_same_update(other)
         assert one.extras.keys() == other.extras.keys()
         assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())
+        assert one.outside.keys() == other.outside.keys()
 
 
 def damaged(data, rng):
@@ -181,11 +182,13 @@ def folder(tmp_path_factory):
                 name: (torch.randn(rank, 4, generator=generator), torch.randn(3, rank, generator=generator)) for name in "ab"
             },
             extras={"head": torch.ones(2)},
+            outside={"scale": torch.ones(1)},
             metrics={"val_loss": 0.5, "broken": float("inf")} if k else {},
         )
         for k, rank in enumerate((3, 1))
     ]
     base = {"name": "a model", "fingerprint": "f" * 64, "dtypes": ["float32"], "weight_norms": {"a": 1.5, "b": 2.0}}
+    base["values"] = {"a.weight": "0" * 16, "head": None}
     Chain(links, base).save(path)
     return path
 
@@ -273,6 +276,7 @@ def check_types(chain):
     assert isinstance(chain.base.get("fingerprint", ""), str)
     assert all(isinstance(name, str) for name in chain.base.get("dtypes", []))
     assert all(type(norm) is float for norm in chain.base.get("weight_norms", {}).values())
+    assert all(isinstance(value, str | None) for value in chain.base.get("values", {}).values())
 
 
 # ---------------------------------------------------------------------- adapters
