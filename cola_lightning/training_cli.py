@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 from jsonargparse import Namespace
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -31,6 +32,7 @@ from cola_lightning.callbacks import (
     PredictionWriter,
     RunWatch,
     check_strategy,
+    run_folder,
 )
 from cola_lightning.chain_files import read_checkpoint
 from cola_lightning.errors import UserError, causes, one_line
@@ -45,15 +47,23 @@ DESCRIPTION = (
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves the run's configuration once it is known to be sound: when its first epoch starts, not before."""
+    """Saves the run's configuration beside its checkpoints, once it is known to be sound: when its first epoch starts.
+
+    A fit replaces what is there; an evaluation, which may be in the same folder, leaves the fit's.
+    """
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            super().setup(trainer, pl_module, str(trainer.state.fn))
+        if trainer.sanity_checking or self.already_saved:
+            return
+        self.already_saved, folder = True, run_folder(trainer)
+        path, files = os.path.join(folder, self.config_filename), get_filesystem(folder)
+        if trainer.is_global_zero and (trainer.state.fn == "fit" or not files.exists(path)):
+            files.makedirs(folder, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
         self._save(trainer, pl_module)
@@ -74,7 +84,6 @@ class COLACLI(LightningCLI):
             # True would build one optimizer for all links; the module builds one for each.
             auto_configure_optimizers=False,
             save_config_callback=ConfigSaver,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             # Without allow_abbrev=False, argparse would take --chain.every_n_epoch for --chain.every_n_epochs.
             parser_kwargs={"prog": "cola", "description": DESCRIPTION, "version": __version__}
@@ -110,6 +119,7 @@ class COLACLI(LightningCLI):
             raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
         self._take_checkpoint()
         self._take_links()
+        self._tell_of_base()
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -121,6 +131,8 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd())
             places = [root / "checkpoints" / "last.ckpt", *root.glob("runs/version_*/checkpoints/last.ckpt")]
+            for folder in _save_dirs(config.trainer.logger):
+                places += Path(folder).glob("*/*/checkpoints/last.ckpt")
             if not (found := [place for place in places if place.is_file()]):
                 raise UserError(f"ckpt_path: expected the last.ckpt of an earlier run in {str(root)!r}, received none there")
             config.ckpt_path = str(max(found, key=lambda place: place.stat().st_mtime))
@@ -143,6 +155,19 @@ class COLACLI(LightningCLI):
         if config.model.init_args.get("init_chain") is None:
             raise UserError(f"links: expected ckpt_path or model.init_chain beside it, received {self.links} alone")
         config.model.init_args.init_links, config.links = self.links, None
+
+    def _tell_of_base(self) -> None:
+        """Says what is evaluated where no checkpoint is given, which a run's own configuration does not name."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" or config.ckpt_path is not None:
+            return
+        given = config.model.init_args
+        what = f"the base alone, {given.get('model_name') or config.model.class_path}"
+        if (chain := given.get("init_chain")) is not None:
+            n_links = given.get("init_links")
+            links = "the chain" if n_links is None else f"{n_links} link{'' if n_links == 1 else 's'}"
+            what = f"{links} of model.init_chain, {str(chain)!r}"
+        log.warning("%s: this is %s, for no --ckpt_path is given", self.subcommand, what)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -221,7 +246,7 @@ class COLACLI(LightningCLI):
             log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
 
     def _tell(self, told: str, subcommand: str) -> None:
-        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # log_dir is a broadcast
+        config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if subcommand == "fit":
             callbacks = [c for c in callbacks if isinstance(c, LastCheckpoint)]
@@ -257,6 +282,15 @@ def _check_writable(field: str, folder: str | Path) -> None:
         raise UserError(
             f"{field}: expected a folder that can be written, received {str(folder)!r}: no permission in {existing}"
         )
+
+
+def _save_dirs(loggers: Any) -> list[str]:
+    """The folders that a configuration gives its loggers."""
+    given = [
+        one.get("init_args") for one in (loggers if isinstance(loggers, list) else [loggers]) if isinstance(one, Namespace)
+    ]
+    folders = [args.get("save_dir") for args in given if isinstance(args, Namespace)]
+    return [str(folder) for folder in folders if folder is not None]
 
 
 def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cola_lightning.cli import main
 
@@ -99,6 +100,92 @@ def test_without_a_logger_everything_goes_to_the_root_folder():
     assert (Path("out") / "config.yaml").exists()
     assert run("predict", "--config", DIGITS, *arguments) == 0
     assert (Path("out") / "predictions.jsonl").exists()
+
+
+SHARED = """
+import uuid
+
+from lightning.pytorch.loggers import Logger
+
+
+class Shared(Logger):
+    \"\"\"As WandbLogger: one save_dir for all runs, and a version that is known once the experiment is.\"\"\"
+
+    name = "project"
+    version = None
+
+    def __init__(self, save_dir: str):
+        self._save_dir = save_dir
+
+    @property
+    def save_dir(self):
+        return self._save_dir
+
+    @property
+    def experiment(self):
+        self.version = self.version or uuid.uuid4().hex
+        return object()
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+"""
+
+
+@pytest.mark.parametrize("given", [[], ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=best"]])
+def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration(monkeypatch, capfd, given):
+    Path("shared.py").write_text(SHARED)
+    monkeypatch.syspath_prepend(".")
+    logger = ["--trainer.logger", "shared.Shared", "--trainer.logger.save_dir", "all"]
+    commands = []
+    for rank in ("1", "2"):
+        assert run("fit", "--config", DIGITS, *FAST, *logger, *given, "--model.rank", rank, "--chain.ranks", "null") == 0
+        told = [line.partition(" (")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("use it: ")]
+        commands += [line.removeprefix("use it: cola ").split() for line in told]
+    configs = [Path(words[words.index("--config") + 1]) for words in commands]
+    assert [yaml.safe_load(path.read_text())["model"]["init_args"]["rank"] for path in configs] == [1, 2]
+    assert {path.parent.parent for path in configs} == {Path("all/project")}
+    assert all((path.parent / "checkpoints" / "last.ckpt").is_file() for path in configs)
+    for words in commands:  # each run's own configuration fits its checkpoint
+        assert main(words) == 0, capfd.readouterr().err
+    assert main(["predict", *commands[0][1:]]) == 0
+    predictions = list(Path().rglob("predictions.jsonl"))
+    assert [path.parent.parent for path in predictions] == [Path("all/project")]
+    assert predictions[0].parent not in [path.parent for path in configs]
+    capfd.readouterr()
+    assert run("test", "--config", str(configs[1]), "--ckpt_path", "last") == 0
+    assert f"ckpt_path: {configs[1].parent / 'checkpoints' / 'last.ckpt'}" in capfd.readouterr().out
+
+
+def test_a_test_leaves_the_fits_configuration_where_both_have_one_folder(capfd):
+    arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
+    assert run("fit", "--config", DIGITS, *FAST, *arguments) == 0
+    before = Path("out/config.yaml").read_text()
+    assert run("test", "--config", "out/config.yaml", "--ckpt_path", "out/checkpoints/last.ckpt", "--links", "1") == 0
+    assert Path("out/config.yaml").read_text() == before
+    assert run("fit", "--config", DIGITS, *FAST, *arguments, "--model.alpha", "3") == 0
+    assert Path("out/config.yaml").read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ([], "the base alone, cola_lightning.modules.digits.COLADigits"),
+        (["--model.init_chain", "chain"], "the chain of model.init_chain, 'chain'"),
+        (["--model.init_chain", "chain", "--links", "1"], "1 link of model.init_chain, 'chain'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd, command, more, what):
+    run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain")
+    capfd.readouterr()
+    assert run(command, *fitted[:2], *more) == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "ckpt_path" in line]
+    assert line == f"{command}: this is {what}, for no --ckpt_path is given"
+    assert run(command, *fitted, *([] if "--links" not in more else ["--links", "1"])) == 0
+    assert "is given" not in capfd.readouterr().out
 
 
 def test_a_fast_dev_run_writes_nothing():

@@ -3,6 +3,7 @@
 from cola_lightning.callbacks.chain_of_lora import NO_DEEPSPEED, ChainOfLoRA, check_strategy
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
+from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.callbacks.run_watch import Interruption, RunWatch
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "PredictionWriter",
     "RunWatch",
     "check_strategy",
+    "run_folder",
 ]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from typing_extensions import override
 
+from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_file
 
@@ -64,7 +65,7 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(parts, self.rows)
         # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
         rows = {(loader, row["index"]): row for part in parts for loader, row in part}
-        path = Path(trainer.log_dir or trainer.default_root_dir) / FILE_NAME  # on every process: log_dir is a broadcast
+        path = Path(run_folder(trainer)) / FILE_NAME  # on every process: it is a broadcast
         if trainer.is_global_zero:
             with whole_file(path) as partial:
                 partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
