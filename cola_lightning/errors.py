@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class UnusableRow(UserError):
+    """A row of a data set that cannot be used, while others can: a text that is missing, an option that comes twice."""
+
+
 class OutsideError(Exception):
     """Something outside this program fails: nobody's mistake, and one line says it all.
 

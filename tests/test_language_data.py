@@ -293,27 +293,104 @@ def test_a_blank_line_at_the_end_and_a_byte_order_mark_are_nothing_to_stumble_ov
 
 
 BAD_FILES = [
-    (b'{"sentence": "\\ud800", "label": 1}\n', "train.jsonl, line 1: expected text .* received half a character"),
-    (b"[" * 100_000 + b"\n", "train.jsonl, line 1: expected one JSON object"),
-    (None, r"data.source: expected 'train.jsonl' in .*, received validation.jsonl"),
-    (b"", "train.jsonl: expected one JSON object a line, received an empty file"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "train.jsonl, line 2: .* the byte 0xff"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', "train.jsonl, line 2: expected one JSON object, received"),
-    (b"[1]\n", r"train.jsonl, line 1: expected one JSON object, received '\[1\]'"),
-    (b'{"text": "fine"}\n', "train.jsonl, line 1: expected the field 'sentence', received 'text'"),
-    (b'{"sentence": "fine", "gold": 1}\n', "train.jsonl, line 1: .* field 'label', received 'sentence', 'gold'"),
-    (b'{"sentence": "fine", "label": 2}\n', "train.jsonl, line 1: expected a label from 0 to 1 .* 'label', received 2"),
-    (b'{"sentence": null, "label": 1}\n', "train.jsonl, line 1: expected text in the field 'sentence', received None"),
+    (b'{"sentence": "\\ud800", "label": 1}\n', "validation.jsonl, line 1: expected text .* received half a character"),
+    (b"[" * 100_000 + b"\n", "validation.jsonl, line 1: expected one JSON object"),
+    (None, r"data.source: expected 'validation.jsonl' in .*, received train.jsonl"),
+    (b"", "validation.jsonl: expected one JSON object a line, received an empty file"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "validation.jsonl, line 2: .* the byte 0xff"),
+    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', "validation.jsonl, line 2: expected one JSON object, received"),
+    (b"[1]\n", r"validation.jsonl, line 1: expected one JSON object, received '\[1\]'"),
+    (b'{"text": "fine"}\n', "validation.jsonl, line 1: expected the field 'sentence', received 'text'"),
+    (b'{"sentence": "fine", "gold": 1}\n', "validation.jsonl, line 1: .* field 'label', received 'sentence', 'gold'"),
+    (b'{"sentence": "fine", "label": 2}\n', "validation.jsonl, line 1: expected a label from 0 to 1 .* 'label', received 2"),
+    (b'{"sentence": null, "label": 1}\n', "validation.jsonl, line 1: expected text in the field 'sentence', received None"),
 ]
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
-    source = write(tmp_path / "own", "validation", [])
+    source = write(tmp_path / "own", "train", [])
     if content is not None:
-        (tmp_path / "own" / "train.jsonl").write_bytes(content)
+        (tmp_path / "own" / "validation.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        attach(PromptDataModule("SST2", source, train_size=1, val_size=1)).setup("fit")
+        attach(PromptDataModule("SST2", source, test_size=1)).setup("test")
+
+
+RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
+TWICE = {"entities": ["Al", "Al"]}
+LONG = {"query": "@placeholder left " * 40}
+SIZES = {"train_size": 200, "val_size": 100}
+
+
+def drawn(tmp_path, changed, n_rows=400, **arguments):
+    """Parts of ReCoRD, of whose rows some are others, and the places of the rows of each part that a data set without has."""
+    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(n_rows)]
+    source = write(tmp_path / "plain", "train", rows)
+    data = attach(PromptDataModule("ReCoRD", source, **SIZES | arguments))
+    data.setup("fit")
+    places = [[int(row.example.place.rpartition(" ")[2]) - 1 for row in part] for part in (data.train, data.val)]
+    which = changed(*places, sorted({*range(n_rows)} - {*places[0], *places[1]}))
+    source = write(tmp_path / "own", "train", [row | which.get(k, {}) for k, row in enumerate(rows)])
+    return attach(PromptDataModule("ReCoRD", source, **SIZES | arguments)), data, places, which
+
+
+def test_a_row_that_is_not_drawn_is_not_judged(tmp_path, caplog):
+    data, plain, *_ = drawn(tmp_path, lambda train, val, rest: dict.fromkeys(rest, TWICE))
+    data.setup("fit")
+    assert [ids(part) for part in (data.train, data.val)] == [ids(part) for part in (plain.train, plain.val)]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", [TWICE, LONG, {"query": None}, {"answers": ["Bo"]}, {"entities": []}, {"query": ""}])
+def test_a_drawn_row_that_cannot_be_used_is_left_out_and_counted(tmp_path, caplog, change):
+    data, plain, (train, val), which = drawn(
+        tmp_path,
+        lambda train, val, _: dict.fromkeys((*train[5:7], val[3]), change),
+    )
+    data.setup("fit")
+    for part, others, places in ((data.train, plain.train, train), (data.val, plain.val, val)):
+        assert ids(part) == [prompt for prompt, place in zip(ids(others), places, strict=True) if place not in which]
+    told = [record.getMessage() for record in caplog.records]
+    assert [one.partition(", and are left out; the first: ")[0] for one in told] == [
+        "1 of 100 rows cannot be used",
+        "2 of 200 rows cannot be used",
+    ]
+    assert all("train.jsonl, line " in one and "\n" not in one for one in told)
+
+
+def test_more_than_one_in_a_hundred_are_an_error(tmp_path):
+    data, *_ = drawn(tmp_path, lambda train, val, _: dict.fromkeys(val[:2], TWICE))
+    with pytest.raises(
+        UserError, match=r"line \d+: expected options that differ, .* \(2 of 100 rows cannot be used; up to 1 %"
+    ):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"passage": ["Al met Di."]}, r"expected text in the field 'passage', received \['Al met Di\.'\]$"),
+        ({"entities": "Al"}, r"expected a list of texts in the field 'entities', received 'Al'$"),
+    ],
+)
+def test_a_field_that_holds_something_else_is_an_error_in_one_row(tmp_path, change, message):
+    data, *_ = drawn(tmp_path, lambda train, val, _: {train[7]: change})
+    with pytest.raises(UserError, match=message):
+        data.setup("fit")
+
+
+def test_a_task_of_ones_own_leaves_out_a_few_rows_too_but_none_that_is_predicted(tmp_path, caplog):
+    rows = [{"text": f"It was {k}.", "label": k % 2} for k in range(100)]
+    rows[30]["text"] = None
+    write(tmp_path / "own", "train", rows)
+    source = write(tmp_path / "own", "validation", rows)
+    data = attach(TemplateDataModule(source, prompt="{text}", options=[" no", " yes"]))
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [99, 99, 99]
+    assert [record.getMessage().partition(" cannot")[0] for record in caplog.records] == ["1 of 100 rows"] * 3
+    with pytest.raises(UserError, match=r"validation\.jsonl, line 31: expected text in the field 'text', received None$"):
+        data.setup("predict")
 
 
 def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkeypatch):

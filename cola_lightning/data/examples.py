@@ -1,13 +1,15 @@
 """Prompts with their options, and what they are in tokens."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cola_lightning.data.chat import as_turn
 from cola_lightning.data.encoding import n_common, truncate_left
+from cola_lightning.data.rows import LeftOut
 from cola_lightning.data.tokens import tokenize
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 
 MAX_NEW_TOKENS = 50  # of an answer that is generated: the protocol's
 
@@ -25,7 +27,8 @@ class Example:
         references: where the answer is generated: what it is compared with.
 
     Raises:
-        UserError: if there is no option, if two are equal, or if the answer is none of them.
+        UnusableRow: if there is no option, or if two are equal.
+        UserError: if the answer is none of them.
     """
 
     prompt: str
@@ -37,10 +40,10 @@ class Example:
 
     def __post_init__(self) -> None:
         if not self.options:
-            raise UserError(f"{self.place}: expected options to choose from, received none")
+            raise UnusableRow(f"{self.place}: expected options to choose from, received none")
         if len(set(self.options)) < len(self.options):
             twice = next(option for option in self.options if self.options.count(option) > 1)
-            raise UserError(f"{self.place}: expected options that differ, received {twice!r} twice")
+            raise UnusableRow(f"{self.place}: expected options that differ, received {twice!r} twice")
         if not 0 <= self.answer < len(self.options):
             raise UserError(
                 f"{self.place}: expected the place of one of {len(self.options)} options as the answer, received {self.answer}"
@@ -77,7 +80,13 @@ class EncodedExample:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Sequence[Example], max_length: int, *, is_chat: bool = False, is_learned: bool = False
+    tokenizer: Any,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    is_chat: bool = False,
+    is_learned: bool = False,
+    left_out: LeftOut | None = None,
 ) -> list[EncodedExample]:
     """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
 
@@ -91,9 +100,11 @@ def encode_examples(
         max_length: of prompt and option, in tokens.
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
         is_learned: whether the language model's loss on the right options is all that is needed of them.
+        left_out: takes note of those that cannot be encoded; None: the first one is an error.
 
     Raises:
-        UserError: if an option alone is too long, or adds no token to its prompt, or differs from another in blanks alone.
+        UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another in blanks alone.
+        UserError: if ``max_length`` leaves no room.
 
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
@@ -113,32 +124,40 @@ def encode_examples(
     encoded = []
     position = 0
     for example, prompt, room in zip(examples, prompts, rooms, strict=True):
-        prefixes: list[list[int]] = []
-        prefix_of, option_ids = [], []
-        own = afters[position : position + len(example.options)]
-        if len(set(own)) < len(own):
-            raise UserError(f"{example.place}: expected options that differ not in blanks alone, received {example.options}")
-        for text in texts[position : position + len(own)]:
-            n_option = len(text) - len(prompt)
-            _check_option(example, len(prompt), n_option, room, max_length)
-            text = truncate_left(text, room, tokenizer.bos_token_id)
-            if text[:-1] not in prefixes:
-                prefixes.append(text[:-1])
-            prefix_of.append(prefixes.index(text[:-1]))
-            option_ids.append(text[-n_option:])
-        position += len(own)
-        prompt_ids = truncate_left(prompt, room, tokenizer.bos_token_id) if example.references else []
-        n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
-        n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
-        encoded.append(EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0)))
+        own = slice(position, position + len(example.options))
+        position = own.stop
+        with left_out.if_unusable() if left_out else nullcontext():
+            if len(set(afters[own])) < len(example.options):
+                raise UnusableRow(
+                    f"{example.place}: expected options that differ not in blanks alone, received {example.options}"
+                )
+            for ids in texts[own]:
+                _check_option(example, len(prompt), len(ids) - len(prompt), room, max_length)
+            encoded.append(_encode(example, prompt, texts[own], room, tokenizer.bos_token_id))
     return encoded
+
+
+def _encode(example: Example, prompt: list[int], texts: list[list[int]], room: int, bos: int | None) -> EncodedExample:
+    """An example by the tokens of its prompt, and of the prompt with each option."""
+    prefixes: list[list[int]] = []
+    prefix_of, option_ids = [], []
+    for text in texts:
+        cut = truncate_left(text, room, bos)
+        if cut[:-1] not in prefixes:
+            prefixes.append(cut[:-1])
+        prefix_of.append(prefixes.index(cut[:-1]))
+        option_ids.append(cut[len(prompt) - len(text) :])
+    prompt_ids = truncate_left(prompt, room, bos) if example.references else []
+    n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
+    n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
+    return EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0))
 
 
 def _check_option(example: Example, n_prompt: int, n_option: int, room: int, max_length: int) -> None:
     if not n_prompt:
-        raise UserError(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
+        raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
     if n_option < 1:
-        raise UserError(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
+        raise UnusableRow(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
     if n_option >= room:  # one token of the prompt must stay
         of = "data.max_length" if room == max_length else f"data.max_length less {MAX_NEW_TOKENS}, for an answer is generated"
-        raise UserError(f"{example.place}: expected options of fewer than {room} tokens ({of}), received one of {n_option}")
+        raise UnusableRow(f"{example.place}: expected options of fewer than {room} tokens ({of}), received one of {n_option}")

@@ -1,7 +1,7 @@
 """Prompted classification: a prompt for each row, and options to choose from."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 from cola_lightning.data.base import check_sizes
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
-from cola_lightning.data.rows import check_subset, draw, fill_cache, read_rows
+from cola_lightning.data.rows import LeftOut, Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.data.tasks import Loss, find_task
 from cola_lightning.data.text import TokenizedDataModule
 from cola_lightning.errors import UserError
@@ -31,14 +31,39 @@ class OptionBatches(TokenizedDataModule):
     metric: str | None = None
     apply_chat_template = False
 
-    def encode_examples(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Makes examples into tokens."""
-        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template)
+    def encode_examples(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
+        """Makes examples into tokens; ``left_out`` takes note of those that cannot be, else the first one is an error."""
+        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template, left_out=left_out)
 
-    def encode_learned(self, examples: Sequence[Example]) -> list[EncodedExample]:
+    def encode_learned(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
         """The same, of examples to be trained on: what their loss needs of them."""
-        how = {"is_chat": self.apply_chat_template, "is_learned": self.loss == "answer"}
-        return encode_examples(self.tokenizer, examples, self.max_length, **how)
+        return encode_examples(
+            self.tokenizer,
+            examples,
+            self.max_length,
+            is_chat=self.apply_chat_template,
+            is_learned=self.loss == "answer",
+            left_out=left_out,
+        )
+
+    def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
+        """Makes rows into examples, and these into tokens; a few rows that cannot be used are left out.
+
+        Args:
+            rows: of a part.
+            example: makes an example of a row.
+            is_learned: whether they are to be trained on.
+
+        Raises:
+            UserError: if more than one row in a hundred cannot be used.
+        """
+        left_out, examples = LeftOut(), []
+        for row in rows:
+            with left_out.if_unusable():
+                examples.append(example(row))
+        encoded = (self.encode_learned if is_learned else self.encode_examples)(examples, left_out)
+        left_out.check(len(rows))
+        return encoded
 
     @override
     def length(self, row: EncodedExample) -> int:
@@ -67,7 +92,8 @@ class OptionDataModule(OptionBatches):
 class PromptDataModule(OptionDataModule):
     """A task of the paper's, with the prompts and splits of the protocol that it follows.
 
-    Training and validation are drawn together from the train split, test from the validation split.
+    Training and validation are drawn together from the train split, test from the validation split. Up to one in a hundred of
+    the rows of each that cannot be used (ReCoRD has entities twice) is left out with a warning.
 
     Args:
         task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP.
@@ -136,14 +162,13 @@ class PromptDataModule(OptionDataModule):
     def setup(self, stage: str) -> None:
         if stage in ("test", "predict"):
             (test,) = self._draw("validation", [self.test_size], "data.test_size")
-            self.test = self.encode(test)
+            self.test = self.encode_rows(test, self.task.example, is_learned=False)
             return
         train, val = self._draw("train", [self.train_size, self.val_size], "data.train_size + data.val_size")
-        self.val = self.encode(val)
+        self.val = self.encode_rows(val, self.task.example, is_learned=False)
         if stage == "fit":
-            self.train = self.encode_learned(train)
+            self.train = self.encode_rows(train, self.task.example, is_learned=True)
 
-    def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Example]]:
-        # Examples of all rows, drawn or not: what is wrong is found where it first is.
-        examples = [self.task.example(row) for row in read_rows(self.source, split, self.subset)]
-        return draw(examples, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
+    def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Row]]:
+        rows = read_rows(self.source, split, self.subset)
+        return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")

@@ -1,20 +1,28 @@
 """Rows of a data set, from the Hugging Face hub or from a folder of JSONL files; each knows where it stands."""
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from cola_lightning import hub
-from cola_lightning.errors import HubError, UserError, one_line
+from cola_lightning.errors import HubError, UnusableRow, UserError, one_line
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PERCENT_LEFT_OUT = 1  # of the rows of a part, at most
+
 
 class Row(dict[str, Any]):
-    """A row's fields by name. A field that is asked for and is not there is the user's mistake, and so said.
+    """A row's fields by name. A field that is asked for and is not there, or holds something else, is the user's mistake.
+
+    One that is empty in this row makes it an :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
         place: file and line, or data set and number.
@@ -34,19 +42,21 @@ class Row(dict[str, Any]):
     def text(self, field: str) -> str:
         """A field that holds text."""
         if not isinstance(value := self[field], str):
-            raise UserError(f"{self.place}: expected text in the field {field!r}, received {value!r}")
+            kind = UnusableRow if value is None else UserError
+            raise kind(f"{self.place}: expected text in the field {field!r}, received {value!r}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             message = f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}"
-            raise UserError(message) from error
+            raise UnusableRow(message) from error
         return value
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of texts, one at least."""
         values = self[field]
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise UserError(f"{self.place}: expected a list of texts in the field {field!r}, received {values!r}")
+            kind = UnusableRow if values is None or values == [] else UserError
+            raise kind(f"{self.place}: expected a list of texts in the field {field!r}, received {values!r}")
         return tuple(Row({field: value}, self.place).text(field) for value in values)
 
     def inner(self, field: str) -> "Row":
@@ -64,12 +74,11 @@ class Row(dict[str, Any]):
         return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
 
     def label(self, field: str, n_labels: int) -> int:
-        """A field that holds a label from 0 to ``n_labels - 1``; true is 1."""
+        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, is a row without a label."""
         value = self[field]
         if not isinstance(value, int) or not 0 <= value < n_labels:
-            raise UserError(
-                f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}"
-            )
+            kind = UnusableRow if value in (None, -1) else UserError
+            raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}")
         return int(value)
 
 
@@ -158,6 +167,47 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
         raise UserError(
             f"data.source: expected a data set with the split {split!r}, received {source!r}: {one_line(str(error))}"
         ) from error
+
+
+class LeftOut:
+    """The rows of a part that cannot be used: left out with a warning where they are few.
+
+    Example:
+        >>> left_out = LeftOut()
+        >>> with left_out.if_unusable():
+        ...     text = Row({"text": None}, "train.jsonl, line 7").text("text")
+        >>> left_out.errors
+        [UnusableRow("train.jsonl, line 7: expected text in the field 'text', received None")]
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[UnusableRow] = []
+
+    @contextmanager
+    def if_unusable(self) -> Iterator[None]:
+        """Takes note of a row that turns out to be unusable inside the block, and goes on behind it."""
+        try:
+            yield
+        except UnusableRow as error:
+            self.errors.append(error)
+
+    def check(self, n_rows: int) -> None:
+        """Warns of what is left out.
+
+        Args:
+            n_rows: of the part, these among them.
+
+        Raises:
+            UserError: if it is more than one in a hundred.
+        """
+        n_left_out = len(self.errors)
+        if not n_left_out:
+            return
+        if 100 * n_left_out > PERCENT_LEFT_OUT * n_rows:
+            raise UserError(
+                f"{self.errors[0]} ({n_left_out} of {n_rows} rows cannot be used; up to {PERCENT_LEFT_OUT} % would be left out)"
+            )
+        log.warning("%d of %d rows cannot be used, and are left out; the first: %s", n_left_out, n_rows, self.errors[0])
 
 
 def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[list[T]]:

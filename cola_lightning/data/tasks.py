@@ -10,7 +10,7 @@ from typing import Literal
 
 from cola_lightning.data.examples import Example
 from cola_lightning.data.rows import Row
-from cola_lightning.errors import UserError, nearest
+from cola_lightning.errors import UnusableRow, UserError, nearest
 
 Loss = Literal["options", "answer"]
 
@@ -82,7 +82,7 @@ def _multirc(row: Row) -> Example:
 def _copa(row: Row) -> Example:
     conjunctions = {"effect": " so ", "cause": " because "}
     if (question := row.text("question")) not in conjunctions:
-        raise UserError(f"{row.place}: expected cause or effect in the field 'question', received {question!r}")
+        raise UnusableRow(f"{row.place}: expected cause or effect in the field 'question', received {question!r}")
     premise = row.text("premise").rstrip().removesuffix(".")
     return _labelled(row, premise + conjunctions[question], *(_uncapitalised(row.text(f"choice{k}")) for k in (1, 2)))
 
@@ -95,7 +95,7 @@ def _uncapitalised(sentence: str) -> str:
 def _record(row: Row) -> Example:
     entities, answers, query = row.texts("entities"), row.texts("answers"), row.text("query")
     if not set(answers) <= set(entities):
-        raise UserError(f"{row.place}: expected answers among the entities, received {answers}")
+        raise UnusableRow(f"{row.place}: expected answers among the entities, received {answers}")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
     accepted = tuple(entities.index(answer) for answer in answers)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"

@@ -64,6 +64,9 @@ def _as_text(row: Row, path: str) -> str:
 class TemplateDataModule(OptionBatches, SourceDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be written.
 
+    Up to one row in a hundred that cannot be used (a text is null, an option comes twice or is too long) is left out with a
+    warning, but for predictions, whose places are those of the rows.
+
     Args:
         source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
         subset: on the hub, the name of a configuration.
@@ -156,11 +159,15 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[EncodedExample]:
-        return self.encode_examples([self._example(row) for row in rows])
+        return self.encode_rows(rows, self._example, is_learned=False)
 
     @override
     def encode_train(self, rows: Sequence[Row]) -> list[EncodedExample]:
-        return self.encode_learned([self._example(row) for row in rows])
+        return self.encode_rows(rows, self._example, is_learned=True)
+
+    @override
+    def encode_predicted(self, rows: Sequence[Row]) -> list[EncodedExample]:
+        return self.encode_examples([self._example(row) for row in rows])
 
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)

@@ -101,7 +101,8 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage in ("test", "predict"):
-            self.test = self._known(self.encode(read_rows(self.source, self.test_split, self.subset)))
+            rows = read_rows(self.source, self.test_split, self.subset)
+            self.test = self._known(self.encode(rows) if stage == "test" else self.encode_predicted(rows))
             return
         rows = read_rows(self.source, "train", self.subset) if stage == "fit" or self.val_size else []
         if self.val_size is None:
@@ -127,6 +128,10 @@ class SourceDataModule(TokenizedDataModule):
 
     def encode_train(self, rows: Sequence[Row]) -> Sequence[Any]:
         """The same, of rows to be trained on."""
+        return self.encode(rows)
+
+    def encode_predicted(self, rows: Sequence[Row]) -> Sequence[Any]:
+        """The same, of rows to be predicted, none of which may be left out: the place of a prediction is that of its row."""
         return self.encode(rows)
 
 
