@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cola_lightning.data.examples import EncodedExample, Example, encode_example
 from cola_lightning.data.rows import LeftOut, Row, check_subset, draw, fill_cache, read_rows
 from cola_lightning.data.tasks import Loss, find_task
 from cola_lightning.data.text import TokenizedDataModule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
 
@@ -171,4 +172,7 @@ class PromptDataModule(OptionDataModule):
 
     def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Row]]:
         rows = read_rows(self.source, split, self.subset)
+        for row in rows[:1]:  # a field that is not there is no row's own mistake: it is said of the first
+            with suppress(UnusableRow):
+                self.task.example(row)
         return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
