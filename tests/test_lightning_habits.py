@@ -1,5 +1,6 @@
 """What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
 
+import pickle
 import sys
 from collections import OrderedDict
 from datetime import timedelta
@@ -366,3 +367,23 @@ def test_hyperparameters_that_cannot_be_stored_are_left_out_with_one_warning(tmp
     assert told == ["Saving: the hyperparameter 'size' is of type timedelta, which no checkpoint can hold: it is left out"]
     assert "size" not in torch.load(tmp_path / "second.ckpt", weights_only=True)["hyper_parameters"]
     assert Saving.load_from_checkpoint(tmp_path / "second.ckpt").hparams.size is None
+
+
+# ---------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_a_module_is_pickled_before_and_after_a_fit(tmp_path, mode):
+    module = toy(finished_links=mode)
+    unbuilt = pickle.loads(pickle.dumps(module))
+    assert_bit_equal(weights(unbuilt), weights(toy(finished_links=mode)))
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert loaded.link == 1
+    assert loaded.recipe() == module.recipe()
+    assert_bit_equal(weights(loaded), weights(module))
+    for each in (module, loaded):
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(each, batches())
+    assert loaded.link == 2
+    assert_bit_equal(weights(loaded), weights(module))

@@ -1,6 +1,7 @@
 """The Lightning module that owns a base model and its chain."""
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -456,6 +457,11 @@ class COLAModule(LinkTraining):
             return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]
 
         cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+
+
+# Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
+default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default
+default_optimizer.__qualname__ = "default_optimizer"
 
 
 def _then_ours(own: Callable[[COLAModule], None]) -> Callable[[COLAModule], None]:

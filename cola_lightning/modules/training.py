@@ -51,6 +51,10 @@ class LinkTraining(MergedChain):
     _wanted_groups: Sequence[dict[str, Any]] = ()
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_own_scheduler": None, "run_length": None}  # they are of a fit, and cannot be pickled
+
+    @override
     def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
         state, live = checkpoint[CHECKPOINT_KEY], checkpoint[CHECKPOINT_KEY]["live"]
         if "optimizer_states" not in checkpoint:
