@@ -208,7 +208,7 @@ class LoRALayer(nn.Module):
         Shape:
             ``x``: ... x in; result: ... x out, in the dtype of ``x`` (under autocast, in autocast's).
         """
-        dtype, is_autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
+        dtype, is_autocast = x.dtype, not x.is_meta and torch.is_autocast_enabled(x.device.type)
         lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
             x, lora_A, lora_B = (part.to(self.dtype) for part in (x, lora_A, lora_B))

@@ -82,7 +82,8 @@ class Stack:
         A, B = self.A, self.B
         if not torch.compiler.is_compiling():  # compiled, all of it: a shape that stays needs no new compilation
             A, B = A[: self.rank], B[: self.rank]
-        if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the weight is cast for its product alone
+        is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if A.dtype != x.dtype and not is_autocast:  # the weight is cast for its product alone
             A, B = A.to(x.dtype), B.to(x.dtype)
         return y + F.linear(F.linear(x, A), B.T) if len(A) else y  # nested tensors know no other product
 

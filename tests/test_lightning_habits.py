@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
-from cola_lightning import COLAModule, UserError, lora_layers
+from cola_lightning import COLACausalLM, COLAModule, UserError, lora_layers
+from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
@@ -387,3 +389,32 @@ def test_a_module_is_pickled_before_and_after_a_fit(tmp_path, mode):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(each, batches())
     assert loaded.link == 2
     assert_bit_equal(weights(loaded), weights(module))
+
+
+# ---------------------------------------------------------------------- meta tensors
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_flops_are_measured_on_meta_tensors(tmp_path, mode):
+    def step(module, device):
+        x, y = torch.ones(4, 8, device=device), torch.ones(4, 6, device=device)
+        return measure_flops(module, lambda: module.model(x), lambda output: nn.functional.mse_loss(output, y))
+
+    with torch.device("meta"):
+        module = toy(finished_links=mode)
+        inside = step(module, "meta")
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert step(module, "meta") == inside == step(toy(finished_links=mode), "cpu") > 0
+    with torch.device("meta"):
+        asked_later = toy(finished_links=mode)
+    assert step(asked_later, "meta") == inside
+    assert_bit_equal(weights(fitted(tmp_path, module)), weights(fitted(tmp_path, toy(finished_links=mode))))
+
+
+def test_a_language_model_on_meta_reads_no_weights(tmp_path):
+    folder = Path(tiny.folder(tmp_path / "llama"))
+    (folder / "model.safetensors").unlink()
+    with torch.device("meta"):
+        module = COLACausalLM(str(folder), rank=2, seed=0)
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
+    assert measure_flops(module, lambda: module.model(input_ids=ids)) > 0

@@ -179,6 +179,9 @@ class COLAModule(LinkTraining):
             self._is_compiled = True
 
     def _make_model(self) -> None:
+        if self._is_on_meta and self._attached_trainer is not None:  # now it is to be run
+            self._modules.pop("model", None)
+            self.is_made, self._is_on_meta, self.chain = False, False, Chain()
         if self.is_made:
             return
         if "model" in self._modules:
@@ -194,7 +197,8 @@ class COLAModule(LinkTraining):
         self._is_being_made = True
         try:
             self.model = self._make_adapted_base()
-            self._prepare(torch.get_default_dtype())
+            with torch.device("cpu"):
+                self._prepare(torch.get_default_dtype())
             self.is_made = True
         except BaseException:  # so that a second call does not take it for ready
             self._modules.pop("model", None)
@@ -269,13 +273,14 @@ class COLAModule(LinkTraining):
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Makes what ``build_model`` gave, adapted, ready for training in a precision of this dtype."""
-        self.chain.base = describe_base(self.model, self.base_name)
+        self.chain.base = {} if self._is_on_meta else describe_base(self.model, self.base_name)
         if self.save_base:
             if is_quantized_model(self.model):
                 raise UserError("model.save_base: expected false for a base in 4 bits, received true")
             self._base_weights = base_weights(self.model)
         self._cast(dtype)
-        self.note_outside()
+        if not self._is_on_meta:
+            self.note_outside()
         if self._first_chain is not None:
             self._start_from(self._first_chain)
         if self.target_modules is not None:
@@ -342,7 +347,7 @@ class COLAModule(LinkTraining):
             torch.inference_mode(False),
             torch.enable_grad(),
             _default_dtype(torch.float32),
-            torch.device("cpu"),
+            torch.device("meta" if self._is_on_meta else "cpu"),
             seeded(self.seed),
         ):
             model = self.build_model()

@@ -76,7 +76,8 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        check_decoder(model)
+        if not next(model.parameters()).is_meta:
+            check_decoder(model)
         return model
 
     @override

@@ -88,6 +88,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._metrics_before: dict[str, float] = {}
         self._logged_before: dict[str, Tensor] = {}
         self.left_at: Counters | None = None
+        self._is_on_meta = torch.empty(0).device.type == "meta"  # made inside torch.device("meta"): to be measured, say
         self.is_wrapped_by_fsdp1 = False
         self.is_validating_in_fit = False
         self.window_start: tuple[int, int] | None = None
@@ -108,9 +109,9 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @property
     def is_base_in_checkpoint(self) -> bool:
-        """For ``build_model``: whether the base's weights come from a checkpoint, so that only their shapes matter."""
+        """For ``build_model``: whether only the shapes matter: the base's weights come from a checkpoint, or are on meta."""
         reading = READING.get()
-        return (reading is not None and reading.holds_base) or self._base_weights is not None
+        return self._is_on_meta or (reading is not None and reading.holds_base) or self._base_weights is not None
 
     @property
     def _layers(self) -> dict[str, LoRALayer]:
