@@ -1,5 +1,6 @@
 """Checkpoints that are written so that a name never stands for half a file, and read so that damage is seen."""
 
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import override
@@ -56,6 +57,16 @@ def check_source(source: Any) -> None:
     elif not str(source).startswith("http"):
         with get_filesystem(str(source)).open(str(source), "rb") as file:
             check_archive(file, name=str(source))
+
+
+def check_read_by_other(io: CheckpointIO, source: str | Path) -> None:
+    """Checks the bytes of a file that a CheckpointIO other than ours has read, if they are a zip archive at all.
+
+    Raises:
+        UserError: for one that is damaged.
+    """
+    if not isinstance(io, AtomicCheckpointIO) and "://" not in str(source) and zipfile.is_zipfile(source):
+        check_source(source)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from peft import LoraConfig, get_peft_model
 
 from cola_lightning import Chain, Link, UserError
@@ -125,6 +127,27 @@ def test_wherever_a_checkpoint_is_read_a_changed_bit_is_seen(checkpoint, tmp_pat
     with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*damaged") as error:
         READERS[reader](path)
     assert "\n" not in str(error.value)
+
+
+class OwnIO(TorchCheckpointIO):
+    """A user's own way to read checkpoints."""
+
+
+@pytest.mark.parametrize("io", [OwnIO, AsyncCheckpointIO])
+@pytest.mark.parametrize("name", ["validate", "test", "fit"])
+def test_a_checkpoint_io_of_the_users_own_takes_no_damaged_one_for_whole(checkpoint, tmp_path, name, io):
+    path = tmp_path / "copy.ckpt"
+    shutil.copy(checkpoint, path)
+    data = [batches(), batches(2)] if name == "fit" else [batches(2)]
+
+    def read():
+        run = trainer(tmp_path, chain=CHAIN, max_epochs=2, plugins=[io()])
+        getattr(run, name)(toy(Predicting), *data, ckpt_path=path)
+
+    read()
+    spoil_a_factor(path)
+    with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*damaged"):
+        read()
 
 
 @pytest.mark.parametrize("format_", ["chain", "merged"])

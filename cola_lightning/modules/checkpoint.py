@@ -20,6 +20,7 @@ from cola_lightning.adapt import lora_layers
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.chain_folder import FORMAT_VERSION
+from cola_lightning.checkpoint_io import check_read_by_other
 from cola_lightning.errors import UserError
 from cola_lightning.layers import FinishedLinks, LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
@@ -337,6 +338,9 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self._attached_trainer
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_read_by_other(trainer.strategy.checkpoint_io, trainer.ckpt_path)
         self.restore_chain(checkpoint)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
