@@ -104,7 +104,8 @@ class PromptDataModule(OptionDataModule):
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
-        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
+        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
+            the answer is generated, 50 of them are kept for it, in training, too.
         train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300), but for WSC.
         val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
             protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation.

@@ -84,7 +84,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
-        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
+        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
+            the answer is generated, 50 of them are kept for it, in training, too.
         train_size: rows of training, drawn by ``split_seed``; ``null``: all.
         val_size: rows of validation, drawn together with those of training from the train split; ``null``: the validation
             split.
