@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "chain_files": {"chain", "chain_folder", "adapter"},
     "chain_folder": {"chain"},
     "adapter": {"chain", "chain_folder"},
-    "fingerprint": {"adapt"},
+    "fingerprint": {"adapt", "distributed"},
     "chain": {"layers", "distributed", "chain_folder"},  # the last where a chain is saved or loaded
     "adapt": {"layers", "quantization", "distributed"},
     "quantization": {"lora_layer"},
