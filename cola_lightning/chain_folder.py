@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from cola_lightning.chain import Chain, Link
@@ -26,30 +27,67 @@ READABLE_VERSIONS = (1, FORMAT_VERSION)
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 FACTORS = (".lora_A", ".lora_B")
 WHOLE = ("extras", "outside")  # what a link holds beside its factors
+EXTRA_STATE = "_extra_state"  # torch's name of what is packed in a state dict
+HEADER_KEY = "chain"  # of the header of packed bytes
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields; version 1 has none
 BASE_FACTS = {"fingerprint", "dtypes", "weight_norms"}
 
 
 def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None:
     """See :meth:`~cola_lightning.chain.Chain.save`."""
+    with whole_folder(Path(folder), overwrite=overwrite) as partial:
+        save_file(_tensors(chain), partial / TENSORS_NAME)
+        description = _describe(chain) | {"sha256": _sha256(partial / TENSORS_NAME)}
+        description[JSON_CHECKSUM] = _sha256_of_json(description)
+        (partial / JSON_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _tensors(chain: Chain) -> dict[str, Tensor]:
+    """Copies of a chain's tensors by name: slices of a larger tensor may not be written, nor tensors that share memory."""
     tensors: dict[str, Tensor] = {}
     for link in chain.links:
         for name, (lora_A, lora_B) in link.factors.items():
             tensors |= {f"links.{link.index}.{name}.lora_A": lora_A, f"links.{link.index}.{name}.lora_B": lora_B}
         for kind in WHOLE:
             tensors |= {f"links.{link.index}.{kind}.{name}": value for name, value in getattr(link, kind).items()}
-    with whole_folder(Path(folder), overwrite=overwrite) as partial:
-        # Clones, for slices of a larger tensor may not be written, nor tensors that share their memory.
-        save_file({name: value.clone().contiguous() for name, value in tensors.items()}, partial / TENSORS_NAME)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "base": chain.base,
-            "targets": chain.layers,
-            "links": [describe_link(link) | {"layers": len(link.factors)} for link in chain.links],
-            "sha256": _sha256(partial / TENSORS_NAME),
-        }
-        description[JSON_CHECKSUM] = _sha256_of_json(description)
-        (partial / JSON_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return {name: value.clone().contiguous() for name, value in tensors.items()}
+
+
+def _describe(chain: Chain) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "base": chain.base,
+        "targets": chain.layers,
+        "links": [describe_link(link) | {"layers": len(link.factors)} for link in chain.links],
+    }
+
+
+def pack(chain: Chain, **facts: Any) -> Tensor:
+    """A chain, and plain facts beside it, as one tensor of bytes: a safetensors file whose header holds the JSON.
+
+    A state dict of tensors alone is what optimizers' averages, ``safetensors`` and loops over its values expect.
+    """
+    data = save(_tensors(chain), {HEADER_KEY: json.dumps(_describe(chain) | {"facts": facts})})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpack(packed: Any) -> tuple[Chain, dict[str, Any]]:
+    """The chain and the facts of :func:`pack`.
+
+    Raises:
+        UserError: if it was cast or otherwise changed.
+    """
+    try:
+        data = packed.cpu().numpy().tobytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        description = json.loads(header["__metadata__"][HEADER_KEY])
+        facts: dict[str, Any] = description.pop("facts")
+        check_version(description["format_version"], "the state dict")
+        return _chain(description, load(data)), facts
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, SafetensorError) as error:
+        raise UserError(f"state_dict: expected a chain as state_dict() gives it, received a changed one ({error!r})") from error
 
 
 def read_folder(folder: Path) -> Chain:

@@ -179,8 +179,8 @@ def held(module):
             if layer.stack is not None:
                 A, B = layer.stack.factors
                 found[name] += (B @ A).T if layer.weight_is_transposed else B @ A
-    state = {name: distributed.gather(value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    return found | {name: value for name, value in state.items() if ".lora_" not in name}
+    state = {name: distributed.gather(value) for name, value in module.state_dict().items()}
+    return found | {name: value for name, value in state.items() if ".lora_" not in name and name != "_extra_state"}
 
 
 class Sent(TorchDispatchMode):

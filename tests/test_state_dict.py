@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cola_lightning import UserError
@@ -73,6 +74,14 @@ def test_the_weights_of_a_checkpoint_alone_are_refused(tmp_path):
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     with pytest.raises(UserError, match="load_from_checkpoint loads a checkpoint"):
         toy().load_state_dict(checkpoint["state_dict"])
+
+
+def test_it_holds_tensors_alone_and_the_same_bytes_for_the_same_chain(tmp_path):
+    first, second = (trained(tmp_path).state_dict() for _ in range(2))
+    save_file(first, tmp_path / "state.safetensors")  # as users do
+    assert_bit_equal(load_file(tmp_path / "state.safetensors"), second)
+    with pytest.raises(UserError, match=r"state_dict: expected a chain as state_dict\(\) gives it, received a changed one"):
+        toy().load_state_dict({name: value.half() for name, value in first.items()})
 
 
 def test_a_module_inside_another_carries_its_chain_too(tmp_path):

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
-from cola_lightning.chain import Chain
+from cola_lightning.chain import Chain, Link
 from cola_lightning.chain_files import CHECKPOINT_KEY
-from cola_lightning.chain_folder import FORMAT_VERSION
+from cola_lightning.chain_folder import EXTRA_STATE, FORMAT_VERSION, pack
 from cola_lightning.checkpoint_io import check_read_by_other
 from cola_lightning.errors import UserError
 from cola_lightning.layers import FinishedLinks, LoRALayer
@@ -30,8 +30,6 @@ from cola_lightning.modules.recipe import RemembersArguments, readable
 from cola_lightning.schedule import ChainSchedule, Counters
 
 log = logging.getLogger(__name__)
-
-EXTRA_STATE = "_extra_state"  # torch's name of what get_extra_state returns
 
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
@@ -95,6 +93,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
         self.first_outside: dict[str, Tensor] = {}
+        self._packed: tuple[Any, list[Link], Tensor] | None = None  # what the extra state is of, its links, and it
         self._left_out: set[str] = set()  # of checkpoints, as it was told
         self.forget_checkpoint()
 
@@ -191,11 +190,15 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
 
     @override
-    def get_extra_state(self) -> dict[str, Any]:
-        """The finished links, their base, and the live link's rank, alpha and beginning."""
+    def get_extra_state(self) -> Tensor:
+        """The finished links, their base, and the live link's rank, alpha and beginning, as a tensor of bytes."""
         layer = next(iter(self._layers.values()), None)
-        live = layer and {"rank": layer.rank, "alpha": layer.alpha}
-        return {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}
+        live = layer and [layer.rank, layer.alpha]
+        links = list(self.chain.links)
+        of = ([id(link) for link in links], self.chain.base, live, self.link_start)
+        if self._packed is None or self._packed[0] != of:
+            self._packed = of, links, pack(self.chain, live=live, link_start=list(self.link_start))
+        return self._packed[2]
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -214,7 +217,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         if strict:
             self._check_names(own.keys(), state_dict.keys())
         for name, value in own.items():
-            received = state_dict.get(name)
+            received = None if name == EXTRA_STATE else state_dict.get(name)
             if isinstance(value, Tensor) and isinstance(received, Tensor) and value.shape != received.shape:
                 hint = " (is model.rank another?)" if ".lora_" in name else ""
                 raise UserError(
@@ -290,7 +293,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """CPU copies of what training changes outside of the model, by name in this module: a head of its own, and buffers."""
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         values = {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
-        names = [name for name in values if not name.startswith("model.") and name not in frozen]
+        names = [name for name in values if not name.startswith("model.") and name not in frozen | {EXTRA_STATE}]
         return {name: distributed.gather(values[name]) for name in names}
 
     def _extras(self) -> dict[str, Tensor]:

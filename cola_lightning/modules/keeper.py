@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
+from cola_lightning.chain_folder import EXTRA_STATE
 from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
@@ -82,8 +83,7 @@ class ChainKeeper(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = distributed.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        values = {name for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
-        self._buffer_names = sorted(values - set(parameters))
+        self._buffer_names = sorted(pl_module.state_dict().keys() - {*parameters, EXTRA_STATE})
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step = True

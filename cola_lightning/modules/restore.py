@@ -13,12 +13,12 @@ from typing_extensions import override
 from cola_lightning import distributed
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
-from cola_lightning.chain_folder import check_version
+from cola_lightning.chain_folder import EXTRA_STATE, check_version, unpack
 from cola_lightning.checkpoint_io import check_source
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
-from cola_lightning.modules.checkpoint import EXTRA_STATE, CheckpointedChain, base_weights
+from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import as_annotated, find_class
 from cola_lightning.modules.sharding import is_sharded
@@ -114,7 +114,8 @@ class RestoredChain(CheckpointedChain):
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
             self._metrics_before, self._logged_before = dict(state["live"]["metrics"]) if state["live"] else {}, {}
-            self._resume_link(state["live"])
+            if state["live"] is not None:
+                self._resume_link(state["live"]["rank"], state["live"]["alpha"])
             checkpoint["state_dict"][EXTRA_STATE] = self.get_extra_state()
             return
         self._begin_link()
@@ -124,18 +125,19 @@ class RestoredChain(CheckpointedChain):
         checkpoint["state_dict"][EXTRA_STATE] = now[EXTRA_STATE]
 
     @override
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
 
         Raises:
             UserError: if these were trained on another base.
         """
         self.configure_model()
-        chain = Chain.from_state_dict(state["chain"])
+        chain, facts = unpack(state)
         check_same_base(chain.base, self.chain.base)
         self._go_to(chain)
-        self._resume_link(state["live"])
-        self.link_start = Counters(*state["link_start"])
+        if facts["live"] is not None:
+            self._resume_link(*facts["live"])
+        self.link_start = Counters(*facts["link_start"])
 
     def _go_to(self, chain: Chain) -> None:
         """Has the layers hold these links, whichever they hold: replays what is missing, on the base made anew if need be."""
@@ -145,12 +147,10 @@ class RestoredChain(CheckpointedChain):
             self._forget_links(chain.base)
         self._replay(chain)
 
-    def _resume_link(self, live: Mapping[str, Any] | None) -> None:
+    def _resume_link(self, rank: int, alpha: float) -> None:
         """Gives the layers the rank and alpha of a live link, whose factors are loaded later."""
-        if live is None:  # trained without links
-            return
         for layer in self._layers.values():
-            layer.rank, layer.alpha = int(live["rank"]), float(live["alpha"])
+            layer.rank, layer.alpha = int(rank), float(alpha)
 
     def _restore_base(self, chain: Chain, base: dict[str, Tensor] | None) -> None:
         """Checks that the base is the chain's, or writes the one that the checkpoint holds."""

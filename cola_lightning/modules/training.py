@@ -52,7 +52,11 @@ class LinkTraining(MergedChain):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_own_scheduler": None, "run_length": None}  # they are of a fit, and cannot be pickled
+        return super().__getstate__() | {
+            "_own_scheduler": None,
+            "run_length": None,
+            "_packed": None,
+        }  # they are of a fit, and cannot be pickled
 
     @override
     def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
@@ -81,7 +85,7 @@ class LinkTraining(MergedChain):
     def _check_same_ranks(self, known: Mapping[int, list[float]]) -> None:
         for link, (rank, alpha) in sorted(known.items()):
             mine = self._scheduled(link)
-            if mine != [rank, alpha]:
+            if mine != [rank, alpha] and (link == self.link or self.schedule.has_knots):
                 what = "in which the checkpoint lies" if link == self.link else "which is finished"
                 raise UserError(
                     f"model.rank, model.alpha, chain.ranks, chain.alphas: expected rank {rank} and alpha {alpha:g} for link "
