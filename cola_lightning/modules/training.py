@@ -83,7 +83,7 @@ class LinkTraining(MergedChain):
             )
 
     def _check_same_ranks(self, known: Mapping[int, list[float]]) -> None:
-        for link, (rank, alpha) in sorted(known.items()):
+        for link, (rank, alpha) in sorted(known.items(), reverse=True):  # the live one first
             mine = self._scheduled(link)
             if mine != [rank, alpha] and (link == self.link or self.schedule.has_knots):
                 what = "in which the checkpoint lies" if link == self.link else "which is finished"
