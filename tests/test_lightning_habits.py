@@ -1,5 +1,6 @@
 """What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
 
+import math
 import pickle
 import sys
 from collections import OrderedDict
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
-from cola_lightning import COLACausalLM, COLAModule, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, UserError, lora_layers
+from cola_lightning.modules.keeper import NonFiniteError
+from cola_lightning.modules.sharding import give_back, take_over
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -112,12 +116,12 @@ def test_a_base_that_asks_for_itself_says_so():
         toy(Circular).configure_model()
 
 
-def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path):
+def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
     module = toy(seed=None)
     assert list(module.parameters())
-    module.trainer = trainer(tmp_path, strategy="ddp", devices=2)
+    monkeypatch.setattr("cola_lightning.distributed.gather_objects", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"model\.seed: expected a number, .* received null and 2 processes"):
-        module.configure_model()
+        fitted(tmp_path, module)
 
 
 def test_a_checkpoint_is_written_before_any_run(tmp_path):
@@ -418,3 +422,121 @@ def test_a_language_model_on_meta_reads_no_weights(tmp_path):
         module = COLACausalLM(str(folder), rank=2, seed=0)
     ids = torch.ones(2, 5, dtype=torch.long, device="meta")
     assert measure_flops(module, lambda: module.model(input_ids=ids)) > 0
+
+
+# ---------------------------------------------------------------------- a Trainer's other uses
+
+
+class PlainModule(LightningModule):
+    """No COLA module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+
+    def training_step(self, batch, batch_idx):
+        self.draws = torch.rand(1)
+        return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("is_broken_off", [False, True])
+def test_a_trainer_that_is_used_again_is_plain(tmp_path, is_broken_off):
+    class Broken(Toy):
+        def on_train_batch_end(self, *_):
+            raise ValueError("broken off")
+
+    def fit(*modules):
+        run = trainer(tmp_path, max_epochs=1)
+        callbacks, draws = list(run.callbacks), []
+        for module in modules:
+            torch.manual_seed(0)
+            run.fit_loop.epoch_progress.reset()
+            if isinstance(module, Broken):
+                with pytest.raises(ValueError, match="broken off"):
+                    run.fit(module, batches())
+            else:
+                run.fit(module, batches())
+        draws.append(module.draws)
+        return draws, run.callbacks == callbacks
+
+    module = toy(Broken if is_broken_off else Toy)
+    assert fit(module, PlainModule()) == fit(PlainModule())
+    assert fit(PlainModule())[1]
+
+
+def test_anomaly_detection_names_the_operation(tmp_path):
+    class Dividing(Toy):
+        def training_step(self, batch, batch_idx):
+            return (self.model(batch[0]) * 0).sqrt().sum() * math.nan
+
+    class Infinite(Toy):
+        """Its gradients are finite."""
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch[0]).sum() + math.inf
+
+    with pytest.raises(NonFiniteError, match="training loss is nan"):
+        fitted(tmp_path, toy(Dividing))
+    with pytest.warns(UserWarning, match="Error detected in"), pytest.raises(RuntimeError, match="returned nan values"):
+        fitted(tmp_path, toy(Dividing), detect_anomaly=True)
+    for is_detected in (False, True):
+        with pytest.raises(NonFiniteError, match="training loss is inf"):
+            fitted(tmp_path, toy(Infinite), detect_anomaly=is_detected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rule_by_metrics_decides_after_a_resume_as_without_one(tmp_path, dtype):
+    class ByLoss(ChainOfLoRA):
+        def should_tie(self, epoch, global_step):
+            metrics = self.module.trainer.callback_metrics
+            seen.append((global_step, {name: (value.item(), value.dtype) for name, value in metrics.items()}))
+            return metrics.get("val_loss", math.inf) < 1.5 and global_step % 2 == 0
+
+    def fit(path, **how):
+        seen.clear()
+        module = toy(ValidatedToy, lr_schedule="constant")
+        how = {"max_epochs": 4, "check_val_every_n_epoch": 2} | how
+        run = trainer(path, ByLoss(), LastCheckpoint(), num_sanity_val_steps=0, enable_checkpointing=True, **how)
+        return module, run
+
+    seen = []
+    precision = {"precision": "64-true"} if dtype == torch.float64 else {}
+    whole, run = fit(tmp_path / "whole", **precision)
+    run.fit(whole, batches(dtype=dtype), batches(1, dtype=dtype))
+    assert whole.link > 0
+    all_seen = list(seen)
+
+    for n_epochs in (2, 3):
+        path = tmp_path / str(n_epochs)
+        stopped, run = fit(path, max_epochs=n_epochs, **precision)
+        run.fit(stopped, batches(dtype=dtype), batches(1, dtype=dtype))
+        resumed, run = fit(path / "resumed", **precision)
+        run.fit(resumed, batches(dtype=dtype), batches(1, dtype=dtype), ckpt_path=path / "checkpoints" / "last.ckpt")
+        assert seen == [one for one in all_seen if one[0] >= 10 * n_epochs]
+        assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_strategy_that_was_taken_over_is_given_back():
+    strategy = ModelParallelStrategy()
+    take_over(strategy)
+    assert type(strategy) is not ModelParallelStrategy
+    give_back(strategy)
+    give_back(strategy)
+    assert type(strategy) is ModelParallelStrategy
+
+
+def test_an_optimizer_of_ones_own_needs_no_length_for_a_schedule_that_is_not_used(tmp_path):
+    class Own(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant"):
+        fitted(tmp_path, toy(), Stopping(), max_epochs=-1)
+    assert fitted(tmp_path, toy(Own), Stopping(), max_epochs=-1).model[0].lora_B.any()

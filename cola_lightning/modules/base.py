@@ -305,10 +305,10 @@ class COLAModule(LinkTraining):
         trainer = self._attached_trainer
         if trainer is None:
             return
-        if self._is_seed_of_one and trainer.world_size > 1:
+        if self._is_seed_of_one and len(seeds := set(distributed.gather_objects(self.seed))) > 1:
             raise UserError(
                 "model.seed: expected a number, or seed_everything, for a model that is asked for before processes are joined, "
-                f"which each drew their own; received null and {trainer.world_size} processes"
+                f"each of which drew its own; received null and {len(seeds)} processes"
             )
         if not shards(trainer.strategy):
             return

@@ -86,6 +86,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._is_tying = False
         self._metrics_before: dict[str, float] = {}
         self._logged_before: dict[str, Tensor] = {}
+        self._logged_in_checkpoint: dict[str, Tensor] = {}
         self.left_at: Counters | None = None
         self._is_on_meta = torch.empty(0).device.type == "meta"  # made inside torch.device("meta"): to be measured, say
         self.is_wrapped_by_fsdp1 = False
@@ -244,7 +245,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""
-        layer = next(iter(self._layers.values()), None)
+        trainer, layer = self._attached_trainer, next(iter(self._layers.values()), None)
+        logged = trainer.callback_metrics if trainer else {}
         live = layer and {
             "rank": layer.rank,
             "alpha": layer.alpha,
@@ -259,6 +261,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "chain": self.chain.state_dict(),
             "live": live,
             "dtype": str(self._kept_dtype).removeprefix("torch.") if layer else None,
+            "callback_metrics": {name: value.detach().cpu() for name, value in logged.items()},
             "link_start": list(self.link_start),
             "scheduled": [self._scheduled(link) for link in range(self.link + 1)],
             "has_knots": self.schedule.has_knots,
@@ -295,6 +298,12 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         values = {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
         names = [name for name in values if not name.startswith("model.") and name not in frozen | {EXTRA_STATE}]
         return {name: distributed.gather(values[name]) for name in names}
+
+    def restore_metrics(self, trainer: Trainer) -> None:
+        """Gives a Trainer that resumes what the run had logged last, which Lightning forgets and a rule by metrics may read."""
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged_in_checkpoint.items()})
+        self._logged_before = dict(trainer.callback_metrics)
 
     def _extras(self) -> dict[str, Tensor]:
         """What training changes beside the links, by name in the model: modules trained whole, and buffers."""

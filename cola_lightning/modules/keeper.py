@@ -24,7 +24,7 @@ from cola_lightning.chain_folder import EXTRA_STATE
 from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
-from cola_lightning.modules.sharding import check_sharding, shards, take_over
+from cola_lightning.modules.sharding import check_sharding, give_back, shards, take_over
 from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
 from cola_lightning.seeding import derive_seed, seeded
 
@@ -45,9 +45,14 @@ class ChainKeeper(Callback):
         self.module = module
         self._seen: tuple[int, dict[str, Tensor]] | None = None
         self._batch = ExitStack()  # the scope of its seed
+        self._error: NonFiniteError | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if pl_module is not self.module:  # a Trainer that is used again, whose strategy serves another module now
+            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            give_back(trainer.strategy)
+            return
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             raise UserError(
                 "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they "
@@ -92,6 +97,9 @@ class ChainKeeper(Callback):
         run = run_length(trainer, START if is_resumed or now == self.module.left_at else now)
         if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
             run = run_length(trainer, now)  # resumed with epochs of another length
+        self._error = None
+        if is_resumed:
+            self.module.restore_metrics(trainer)
         self.module.start_run(run, now, is_resumed=is_resumed)
 
     @override
@@ -196,6 +204,8 @@ class ChainKeeper(Callback):
     def _leave(self, trainer: Trainer) -> None:
         """A run of the Trainer ends."""
         self._batch.close()
+        # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
+        trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         if trainer.state.fn == "fit":
             self.module.left_at = Counters(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
@@ -210,14 +220,19 @@ class ChainKeeper(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
-                f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
-            )
+        if torch.isfinite(loss):
+            return
+        self._error = NonFiniteError(
+            f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
+            f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
+        )
+        if not torch.is_anomaly_enabled():  # which names the operation, in the backward pass
+            raise self._error
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._error is not None:
+            raise self._error
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
             self._without_gradient = _without_gradient(self.module.model)
 

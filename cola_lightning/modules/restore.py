@@ -114,6 +114,7 @@ class RestoredChain(CheckpointedChain):
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
         if links is None:
             self._metrics_before, self._logged_before = dict(state["live"]["metrics"]) if state["live"] else {}, {}
+            self._logged_in_checkpoint = dict(state.get("callback_metrics", {}))
             if state["live"] is not None:
                 self._resume_link(state["live"]["rank"], state["live"]["alpha"])
             checkpoint["state_dict"][EXTRA_STATE] = self.get_extra_state()

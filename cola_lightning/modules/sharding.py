@@ -73,6 +73,12 @@ def take_over(strategy: Strategy) -> None:
         strategy.__class__ = with_whole_trainables(type(strategy))
 
 
+def give_back(strategy: Strategy) -> None:
+    """Undoes :func:`take_over`."""
+    if hasattr(strategy, "has_whole_trainables"):
+        strategy.__class__ = type(strategy).__mro__[1]
+
+
 def check_sharding(strategy: Strategy, module: Any) -> None:
     """Refuses what could not go well under a strategy, before any model is made.
 

@@ -197,7 +197,7 @@ class LinkTraining(MergedChain):
         for field, values in (("ranks", self.schedule.ranks), ("alphas", self.schedule.alphas)):
             if values is not None:
                 log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
-        if self._needs_horizon:
+        if self._needs_horizon and self._own_scheduler is not None:  # an overridden configure_optimizers may have none
             received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
