@@ -13,8 +13,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, ModelSummary
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
@@ -149,10 +150,16 @@ def test_finetuning_callbacks_find_the_model(tmp_path):
         assert module.model[2].lora_B.any()
 
 
-def test_pruning_is_refused(tmp_path):
-    for amount in (0.5, 1):
+def test_pruning_is_refused_where_there_are_links(tmp_path):
+    for what in ({}, {"parameters_to_prune": None}, {"parameter_names": ["bias"]}):
         with pytest.raises(UserError, match=r"trainer\.callbacks: expected none that .* received ModelPruning"):
-            fitted(tmp_path, toy(), ModelPruning("l1_unstructured", amount=amount))
+            fitted(tmp_path, toy(), ModelPruning("l1_unstructured", amount=0.5, **what))
+    module = toy(target_modules=["0"], modules_to_save=["2"])
+    fitted(tmp_path, module, ModelPruning("l1_unstructured", [(module.model[2], "weight")], amount=0.5))
+    assert (module.model[2].weight == 0).sum() == 36
+    module = toy(target_modules=None)
+    fitted(tmp_path, module, ModelPruning("l1_unstructured", amount=0.5))
+    assert (module.model[0].weight == 0).any()
 
 
 def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
@@ -540,3 +547,55 @@ def test_an_optimizer_of_ones_own_needs_no_length_for_a_schedule_that_is_not_use
     with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant"):
         fitted(tmp_path, toy(), Stopping(), max_epochs=-1)
     assert fitted(tmp_path, toy(Own), Stopping(), max_epochs=-1).model[0].lora_B.any()
+
+
+def test_a_module_inside_another_is_saved_and_loaded_with_it():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.head = inner, nn.Linear(6, 2)
+
+    around, other = Around(toy()), Around(toy())
+    with torch.no_grad():
+        around.inner.model[0].lora_B.fill_(0.1)
+    around.inner.tie_knot()
+    assert "inner.model.0.weight" not in around.state_dict()
+    other.load_state_dict(around.state_dict())
+    assert other.inner.link == 1
+    assert_bit_equal(weights(other), weights(around))
+    with pytest.raises(RuntimeError, match=r"Missing key.*inner\.model\.2\.lora_B"):
+        other.load_state_dict({name: v for name, v in around.state_dict().items() if name != "inner.model.2.lora_B"})
+
+
+def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
+    class Manual:
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                loss = (self.layer(batch[0]) - batch[1]).square().mean()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.01) for _ in range(2)]
+
+    class ManualPlain(Manual, PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    class ManualToy(Manual, Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+        def layer(self, x):
+            return self.model(x)
+
+    counts = []
+    for module in (ManualPlain(), toy(ManualToy)):
+        monitor = LearningRateMonitor("step")
+        logger = CSVLogger(tmp_path)
+        trainer(tmp_path, monitor, max_epochs=2, log_every_n_steps=2, logger=logger).fit(module, batches(7))
+        counts.append([len(rates) for rates in monitor.lrs.values()])
+    assert counts[1] == counts[0]

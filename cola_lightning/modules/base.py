@@ -28,7 +28,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_made_again, describe_base
 from cola_lightning.layers import FinishedLinks, Init
 from cola_lightning.modules.checkpoint import base_weights
-from cola_lightning.modules.keeper import ChainKeeper, check_callbacks
+from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
 from cola_lightning.modules.running import checkpoint_activations, compile_model
 from cola_lightning.modules.sharding import (
@@ -456,7 +456,6 @@ class COLAModule(LinkTraining):
         own = cls.configure_callbacks
 
         def configure_callbacks(self: COLAModule) -> Sequence[Callback]:
-            check_callbacks(self)
             callbacks = own(self)
             callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
             return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]

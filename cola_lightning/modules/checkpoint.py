@@ -97,6 +97,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._packed: tuple[Any, list[Link], Tensor] | None = None  # what the extra state is of, its links, and it
         self._left_out: set[str] = set()  # of checkpoints, as it was told
         self.forget_checkpoint()
+        self.register_load_state_dict_pre_hook(_keep_frozen)  # type: ignore[no-untyped-call]
 
     def forget_checkpoint(self) -> None:
         """A fit begins: what a checkpoint said of its run no longer counts."""
@@ -365,6 +366,15 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             ours, found = getattr(CheckpointedChain, name), getattr(cls, name)
             if found is not ours and not hasattr(found, "comes_after_ours"):
                 setattr(cls, name, _after(ours, found))
+
+
+def _keep_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Has a module inside another load what is frozen as it is: no state holds it, and there its absence would be an error."""
+    assert isinstance(module, CheckpointedChain)
+    if prefix:
+        for name, parameter in module.model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:

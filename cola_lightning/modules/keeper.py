@@ -79,6 +79,7 @@ class ChainKeeper(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.check_trained_whole()
+        _check_pruning(trainer, self.module.model)
         if trainer.ckpt_path is None:  # what a hook has made since the model was
             self.module.note_outside()
 
@@ -267,19 +268,18 @@ def _without_gradient(model: nn.Module) -> list[str]:
     ]
 
 
-def check_callbacks(module: "COLAModule") -> None:
-    """Refuses a callback that would go wrong in its ``setup``, before any of them has one.
+def _check_pruning(trainer: Trainer, module: nn.Module) -> None:
+    """Refuses pruning of adapted layers: it puts another parameter in a weight's place, to which no link would be added.
 
-    Raises:
-        UserError: for pruning beside links: it puts another parameter in a weight's place, to which no link would be added.
+    What a ModelPruning will prune, it has found in its ``setup``, under a private name alone.
     """
-    trainer = module._attached_trainer
-    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-    if module.target_modules is not None and any(isinstance(callback, ModelPruning) for callback in callbacks):
-        raise UserError(
-            "trainer.callbacks: expected none that replaces the weights to which links are added (merged_model() gives a plain "
-            "model, which can be pruned), received ModelPruning"
-        )
+    adapted = [id(layer) for layer in lora_layers(module).values()]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning) and any(id(part) in adapted for part, _ in callback._parameters_to_prune):
+            raise UserError(
+                "trainer.callbacks: expected none that replaces weights to which links are added (merged_model() gives a plain "
+                "model, which can be pruned), received ModelPruning"
+            )
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:

@@ -59,6 +59,8 @@ def settle(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bo
 
 def align_logged_step(trainer: Trainer) -> None:
     """Keeps the step that loggers are told the number of optimizer steps, which a resume may leave off by one."""
+    if not trainer.lightning_module.automatic_optimization:  # which may take several steps in a batch
+        return
     loop = trainer.fit_loop.epoch_loop
     is_before_its_count = trainer.validating and not loop._should_accumulate()
     loop._batches_that_stepped = trainer.global_step - is_before_its_count
