@@ -8,6 +8,7 @@ from datetime import timedelta
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -599,3 +600,9 @@ def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
         trainer(tmp_path, monitor, max_epochs=2, log_every_n_steps=2, logger=logger).fit(module, batches(7))
         counts.append([len(rates) for rates in monitor.lrs.values()])
     assert counts[1] == counts[0]
+
+
+def test_a_model_is_made_under_a_trainer_that_is_a_mock():
+    module = toy()
+    module.trainer = Mock()
+    assert list(module.parameters())

@@ -290,7 +290,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def _forget_metrics(self) -> None:
         """A link begins: what was logged so far is not its own."""
-        trainer = self._attached_trainer
+        trainer = self._attached_trainer if self.is_made else None  # before it is, nothing was logged
         self._metrics_before, self._logged_before = {}, dict(trainer.callback_metrics) if trainer else {}
 
     def _outside(self) -> dict[str, Tensor]:
