@@ -177,7 +177,7 @@ def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch)
     def run(*arguments):
         trainer_args = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.logger=false"]
         quiet = [f"--trainer.enable_{what}=false" for what in ("checkpointing", "progress_bar", "model_summary")]
-        args = ["fit", "--optimizer=AdamW", "--optimizer.lr=0.001", *trainer_args, *quiet, *arguments]
+        args = ["fit", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.001", *trainer_args, *quiet, *arguments]
         with pytest.warns(UserWarning, match="will be overridden"):
             return LightningCLI(Fed, args=args, seed_everything_default=3, save_config_callback=None).model
 

@@ -120,7 +120,7 @@ def assert_same_state(ours, theirs):
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "cola"):
         assert_same(ours[part], theirs[part], part)
     for part in ("epoch_progress", "epoch_loop.batch_progress"):
-        assert_same(ours["loops"]["fit_loop"][part], theirs["loops"]["fit_loop"][part], part)
+        assert_same(ours["cola"]["progress"][part], theirs["cola"]["progress"][part], part)
 
 
 def assert_same(ours, theirs, where):

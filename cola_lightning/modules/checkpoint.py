@@ -7,7 +7,7 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from cola_lightning.checkpoint_io import check_read_by_other
 from cola_lightning.errors import UserError
 from cola_lightning.layers import FinishedLinks, LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
-from cola_lightning.modules.progress import settle
+from cola_lightning.modules.progress import settled_progress
 from cola_lightning.modules.reading import READING
 from cola_lightning.modules.recipe import RemembersArguments, readable
 from cola_lightning.schedule import ChainSchedule, Counters
@@ -240,9 +240,15 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                 "load_from_checkpoint loads a checkpoint"
             )
         if missing := sorted(own - received):
-            raise UserError(f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none")
+            raise StateDictError(
+                f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none. "
+                f"Missing key(s) in state_dict: {_quoted(missing)}"
+            )
         if unknown := sorted(received - own - set(self._frozen_names())):
-            raise UserError(f"checkpoint: expected values that this module trains, received {unknown[0]!r}")
+            raise StateDictError(
+                f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
+                f"Unexpected key(s) in state_dict: {_quoted(unknown)}"
+            )
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""
@@ -327,7 +333,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         trainer = self._attached_trainer
         if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
             return
-        batch_idx = settle(checkpoint, trainer, is_validating=self.is_validating_in_fit)
+        counters, batch_idx = settled_progress(checkpoint, trainer, is_validating=self.is_validating_in_fit)
+        checkpoint[CHECKPOINT_KEY]["progress"] = counters
         if batch_idx is not None and self.window_start == (trainer.current_epoch, batch_idx):
             checkpoint["state_dict"] |= self.window_buffers
 
@@ -375,6 +382,14 @@ def _keep_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
         for name, parameter in module.model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
+
+
+class StateDictError(UserError, RuntimeError):
+    """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, in its words too."""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:

@@ -1,12 +1,13 @@
 """Where a run stands, in a checkpoint: at the end of its last finished accumulation window, whenever the checkpoint is written.
 
 Lightning keeps no gradients, so a checkpoint from inside a window can only be gone on from exactly where the window began. And
-it takes a validation that was interrupted, or had not begun, for done. Both are put right in the counters that Lightning
-stores, so that its own way of going on is the right one.
+it takes a validation that was interrupted, or had not begun, for done. Both are put right in a copy of the counters that
+Lightning stores, which a resumed fit is given in their place, so that its own way of going on is the right one.
 
 The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; this file is the only one that knows it.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +16,11 @@ from lightning.pytorch import Trainer
 
 Progress = dict[str, Any]
 
+EPOCHS, BATCHES, VALIDATION = "epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 
-def settle(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> int | None:
-    """Moves the counters in a checkpoint back to the last finished accumulation window, in place.
+
+def settled_progress(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> tuple[Progress, int | None]:
+    """The counters of a fit as its resume needs them, by Lightning's names; those of validation where they are others.
 
     Args:
         checkpoint: what Lightning is about to write.
@@ -25,11 +28,33 @@ def settle(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bo
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
+        The counters, and the batch of the epoch at which the run will go on, where it has begun with that batch; else None.
+    """
+    given = checkpoint["loops"]["fit_loop"]
+    counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
+    batch_idx = _settle(counters, trainer, is_validating=is_validating)
+    if counters[VALIDATION] == given[VALIDATION]:
+        del counters[VALIDATION]
+    return counters, batch_idx
+
+
+def take_progress(checkpoint: Mapping[str, Any], counters: Progress) -> None:
+    """Has Lightning go on from :func:`settled_progress`."""
+    checkpoint["loops"]["fit_loop"].update(counters)
+
+
+def _settle(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:
+    """Moves counters back to the last finished accumulation window, in place.
+
+    Args:
+        counters: of epochs, batches and validation.
+        trainer: whose fit it is of.
+        is_validating: whether a validation inside the fit has begun and not ended.
+
+    Returns:
         The batch of the epoch at which the run will go on, where it has begun with that batch; else None.
     """
-    loops = checkpoint["loops"]["fit_loop"]
-    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    validation = loops["epoch_loop.val_loop.batch_progress"]
+    epochs, batches, validation = counters[EPOCHS], counters[BATCHES], counters[VALIDATION]
     done, is_whole = _batches_done(batches, trainer)
     is_pending = is_validating or (_is_at_batch_end(batches) and _is_validation_due(trainer))
     has_ended = epochs["current"]["processed"] == epochs["current"]["ready"]

@@ -19,6 +19,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
 from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
+from cola_lightning.modules.progress import take_progress
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import as_annotated, find_class
 from cola_lightning.modules.sharding import is_sharded
@@ -109,6 +110,7 @@ class RestoredChain(CheckpointedChain):
         self._go_to(chain)
         if is_fit:
             self._check_same_choices(checkpoint)
+            take_progress(checkpoint, state.get("progress", {}))  # in format version 1 it is there
         self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
         self.first_outside = dict(state.get("outside", {}))
         self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
