@@ -59,10 +59,11 @@ def check_archive(file: str | Path | IO[bytes], field: str = "checkpoint", *, na
             if (part := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"its part {part!r} is damaged")
     except Exception as error:  # whatever zipfile makes of the bytes
-        raise _unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
+        raise unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
 
 
-def _unreadable(path: str, field: str, error: Exception, advice: str = "") -> UserError:
+def unreadable(path: str, field: str, error: Exception, advice: str = "") -> UserError:
+    """The error for a file that is no checkpoint, or a damaged one."""
     reason = " ".join(str(error).split())[:120] + advice
     return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
 
@@ -92,7 +93,7 @@ def read_checkpoint(
     except Exception as error:  # whatever torch.load makes of the bytes
         holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
         advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
-        raise _unreadable(str(path), field, error, advice) from error
+        raise unreadable(str(path), field, error, advice) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
     check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), str(path))

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from cola_lightning.chain import Chain, Link
 from cola_lightning.errors import UserError
@@ -28,7 +29,7 @@ JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 FACTORS = (".lora_A", ".lora_B")
 WHOLE = ("extras", "outside")  # what a link holds beside its factors
 EXTRA_STATE = "_extra_state"  # torch's name of what is packed in a state dict
-HEADER_KEY = "chain"  # of the header of packed bytes
+ALIGNMENT = 16  # bytes, of what is packed
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields; version 1 has none
 BASE_FACTS = {"fingerprint", "dtypes", "weight_norms"}
 
@@ -36,21 +37,22 @@ BASE_FACTS = {"fingerprint", "dtypes", "weight_norms"}
 def write_folder(chain: Chain, folder: Path, *, overwrite: bool = False) -> None:
     """See :meth:`~cola_lightning.chain.Chain.save`."""
     with whole_folder(Path(folder), overwrite=overwrite) as partial:
-        save_file(_tensors(chain), partial / TENSORS_NAME)
+        # Clones, for slices of a larger tensor may not be written, nor tensors that share their memory.
+        save_file({name: value.clone().contiguous() for name, value in _tensors(chain).items()}, partial / TENSORS_NAME)
         description = _describe(chain) | {"sha256": _sha256(partial / TENSORS_NAME)}
         description[JSON_CHECKSUM] = _sha256_of_json(description)
         (partial / JSON_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _tensors(chain: Chain) -> dict[str, Tensor]:
-    """Copies of a chain's tensors by name: slices of a larger tensor may not be written, nor tensors that share memory."""
+    """A chain's tensors by the names under which they are written."""
     tensors: dict[str, Tensor] = {}
     for link in chain.links:
         for name, (lora_A, lora_B) in link.factors.items():
             tensors |= {f"links.{link.index}.{name}.lora_A": lora_A, f"links.{link.index}.{name}.lora_B": lora_B}
         for kind in WHOLE:
             tensors |= {f"links.{link.index}.{kind}.{name}": value for name, value in getattr(link, kind).items()}
-    return {name: value.clone().contiguous() for name, value in tensors.items()}
+    return tensors
 
 
 def _describe(chain: Chain) -> dict[str, Any]:
@@ -63,12 +65,17 @@ def _describe(chain: Chain) -> dict[str, Any]:
 
 
 def pack(chain: Chain, **facts: Any) -> Tensor:
-    """A chain, and plain facts beside it, as one tensor of bytes: a safetensors file whose header holds the JSON.
+    """A chain, and plain facts beside it, as one tensor of bytes: the length of a JSON header, the header, and all values.
 
-    A state dict of tensors alone is what optimizers' averages, ``safetensors`` and loops over its values expect.
+    A state dict of tensors alone is what averages of weights, ``safetensors`` and loops over its values expect.
     """
-    data = save(_tensors(chain), {HEADER_KEY: json.dumps(_describe(chain) | {"facts": facts})})
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    tensors = _tensors(chain)
+    kinds = [[name, str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in tensors.items()]
+    header = json.dumps(_describe(chain) | {"facts": facts, "tensors": kinds}).encode()
+    begin = len(header).to_bytes(ALIGNMENT, "little"), header
+    parts = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in begin]
+    parts += [_bytes(value) for value in tensors.values()]
+    return torch.cat([F.pad(part, (0, -len(part) % ALIGNMENT)) for part in parts])
 
 
 def unpack(packed: Any) -> tuple[Chain, dict[str, Any]]:
@@ -78,16 +85,27 @@ def unpack(packed: Any) -> tuple[Chain, dict[str, Any]]:
         UserError: if it was cast or otherwise changed.
     """
     try:
-        data = packed.cpu().numpy().tobytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        description = json.loads(header["__metadata__"][HEADER_KEY])
-        facts: dict[str, Any] = description.pop("facts")
+        packed = packed.cpu()
+        end = ALIGNMENT + int.from_bytes(packed[:ALIGNMENT].numpy().tobytes(), "little")
+        description = json.loads(packed[ALIGNMENT:end].numpy().tobytes())
+        facts, kinds = description.pop("facts"), description.pop("tensors")
         check_version(description["format_version"], "the state dict")
-        return _chain(description, load(data)), facts
+        tensors, start = {}, end + -end % ALIGNMENT
+        for name, kind, shape in kinds:
+            dtype: torch.dtype = getattr(torch, kind)
+            size = math.prod(shape) * dtype.itemsize
+            tensors[name] = packed[start : start + size].clone().view(dtype).reshape(shape)
+            start += size + -size % ALIGNMENT
+        return _chain(description, tensors), facts
     except UserError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, SafetensorError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"state_dict: expected a chain as state_dict() gives it, received a changed one ({error!r})") from error
+
+
+def _bytes(value: Tensor) -> Tensor:
+    plain = value.detach().cpu().contiguous().flatten()
+    return (torch.view_as_real(plain).flatten() if plain.is_complex() else plain).view(torch.uint8)
 
 
 def read_folder(folder: Path) -> Chain:
@@ -182,7 +200,8 @@ def base_facts(base: Any) -> dict[str, Any]:
     texts = [base["fingerprint"], *dtypes]
     if not isinstance(dtypes, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"fingerprint and dtypes of base are {texts!r}"[:160])
-    if wrong := [value for value in base.get("values", {}).values() if not isinstance(value, str | None)]:
+    hashes = [*base.get("values", {}).values(), *base.get("outside", {}).values()]
+    if wrong := [value for value in hashes if not isinstance(value, str | None)]:
         raise TypeError(f"a hash of base is {wrong[0]!r}"[:80])
     return {**base, "weight_norms": norms}
 

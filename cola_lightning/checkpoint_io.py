@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import override
 
-from cola_lightning.chain_files import check_archive
+from cola_lightning.chain_files import check_archive, unreadable
 from cola_lightning.errors import causes
 from cola_lightning.writing import whole_file
 
@@ -37,7 +37,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if get_filesystem(path).exists(path):  # else Lightning says so
             check_source(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        with unreadable_as_user_error(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+
+
+@contextmanager
+def unreadable_as_user_error(source: Any) -> Iterator[None]:
+    """One line for an archive that zipfile can read and torch cannot."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise unreadable(str(source), "checkpoint", error) from error
 
 
 def check_source(source: Any) -> None:

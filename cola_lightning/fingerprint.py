@@ -50,13 +50,14 @@ def _hashes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str 
     named = model.named_parameters(remove_duplicate=False)
     trained = set(distributed.plain_names(name for name, parameter in named if parameter.requires_grad))
     return {
-        name: None if name in trained else _hash(value)
+        name: None if name in trained else hash_of(value)
         for name, value in distributed.state_dict(model).items()
         if isinstance(value, Tensor) and name not in links
     }
 
 
-def _hash(value: Tensor) -> str:
+def hash_of(value: Tensor) -> str:
+    """A hash of a tensor's shape and of a sample of its values."""
     sample = value.flatten() if value.numel() <= SAMPLED_VALUES else _sample(value)
     return hashlib.sha256(f"{tuple(value.shape)}".encode() + _bytes(sample)).hexdigest()[:16]
 

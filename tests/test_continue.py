@@ -1,6 +1,7 @@
 """A Trainer that fits once more goes on with its own run; its knots, starts, rates and ranks are those of one fit."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +102,14 @@ def test_another_rank_of_a_finished_link_beside_a_checkpoint_is_refused(tmp_path
         again.fit(make(), batches(), ckpt_path=tmp_path / "run.ckpt")
 
 
+def test_another_rank_of_a_finished_link_in_a_second_fit_is_refused(tmp_path):
+    module = make()
+    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1]}, max_epochs=2).fit(module, batches())
+    for chain in ({"ranks": [1, 1, 2]}, {"alphas": [9, 4, 4]}):
+        with pytest.raises(UserError, match=r"expected rank 2 and alpha 4 for link 0, which is finished, received"):
+            trainer(tmp_path, chain={"every_n_epochs": 1} | chain, max_epochs=2).fit(module, batches())
+
+
 # ---------------------------------------------------------------------- a link's metrics
 
 
@@ -157,6 +166,12 @@ def test_a_rate_that_is_a_tensor_resumes_as_one_that_is_a_number(tmp_path):
         torch.testing.assert_close(first[name], second[name])
 
 
+def test_one_tensor_for_all_links_is_the_rate_of_each(tmp_path):
+    module = make(optimizer=partial(AdamW, lr=torch.tensor(1e-2), foreach=False))
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(4))
+    assert [rate for *_, rate in module.steps] == pytest.approx([0.01, 0.0075, 0.005, 0.0025] * 3)
+
+
 def test_an_optimizer_with_rates_of_its_own_needs_a_constant_schedule(tmp_path):
     from transformers import Adafactor
 
@@ -165,3 +180,6 @@ def test_an_optimizer_with_rates_of_its_own_needs_a_constant_schedule(tmp_path):
     module = toy(optimizer=Adafactor, lr_schedule="constant")
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
     assert module.link == 1
+    both = {"optimizer": Adafactor, "lr_schedule": "constant", "target_modules": ["0"], "modules_to_save": ["2"]}
+    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected null for an optimizer with rates of its own"):
+        trainer(tmp_path, chain={}, max_epochs=1).fit(toy(**both, modules_to_save_lr=1e-3), batches())

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
@@ -222,6 +223,39 @@ def test_a_configure_model_of_ones_own_needs_no_super(tmp_path):
     assert not torch.equal(module.model[2].bias, expected["model.2.bias"])
     early = toy(Before)
     assert early.model[2].bias.requires_grad
+
+
+def test_nor_does_that_of_a_mixin(tmp_path):
+    class Notes:
+        def configure_model(self):
+            self.noted = True
+
+    class Mixed(Notes, Toy):
+        pass
+
+    for cls in (Mixed, type("Further", (Mixed,), {})):
+        module = toy(cls)
+        trainer(tmp_path, chain={}, max_epochs=1, precision="64-true").fit(module, batches(dtype=torch.float64))
+        assert module.noted
+        assert module.model[0].lora_A.dtype == torch.float64
+
+
+def test_a_model_that_was_made_on_meta_takes_up_no_chain(tmp_path):
+    module = toy()
+    trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches())
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with torch.device("meta"):
+        empty = toy()
+        empty.configure_model()
+    for take in (lambda: empty.load_state_dict(module.state_dict()), empty.merged_model):
+        with pytest.raises(UserError, match="model: expected a module that was made outside of torch"):
+            take()
+
+
+def test_numbers_of_numpy_are_plain():
+    module = toy(rank=np.int64(2), alpha=np.float32(4))
+    assert module.recipe()["init_args"]["rank"] == 2
+    assert module.recipe()["not_plain"] == []
 
 
 def test_a_model_that_was_assigned_is_refused(tmp_path):

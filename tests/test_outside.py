@@ -25,6 +25,7 @@ class Headed(Toy):
         return F.mse_loss(self.head(self.model(x)), y)
 
 
+ARGUMENTS = {"rank": 2, "alpha": 4}
 NAMES = [
     "head.0.weight",
     "head.0.bias",
@@ -61,7 +62,7 @@ def assert_same_head(module, head):
 def test_each_link_records_it(trained):
     module, heads = trained
     for link, head in zip([*module.chain.links, module.live_link()], heads[1:], strict=True):
-        assert list(link.outside) == NAMES
+        assert sorted(link.outside) == sorted(NAMES)
         for name in NAMES:
             assert torch.equal(link.outside[name], head[name.removeprefix("head.")])
 
@@ -101,6 +102,107 @@ def test_a_checkpoint_that_does_not_hold_it_is_refused_for_some_links_alone(trai
     torch.save(checkpoint, tmp_path / "old.ckpt")
     with pytest.raises(UserError, match=r"links: expected null, .* does not hold 'head\.0\.bias'.*received 0"):
         Headed.load_from_checkpoint(tmp_path / "old.ckpt", links=0, rank=2, alpha=4)
+
+
+@pytest.mark.parametrize("place", ["build_model", "configure_model"])
+def test_a_second_name_for_a_part_of_the_model_is_no_part_outside(tmp_path, place, caplog):
+    class Aliased(Toy):
+        def build_model(self):
+            model = super().build_model()
+            if place == "build_model":
+                self.net, self.first = model, model[0]
+            return model
+
+        def configure_model(self):
+            self.second = self.model[2]
+
+    module = toy(Aliased)
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    module.chain.save(tmp_path / "chain")
+    assert len(Chain.load(tmp_path / "chain")) == 2
+    assert [link.outside for link in module.chain.links] == [{}, {}]
+    x = next(iter(batches()))[0]
+    for links in (None, 1):
+        loaded = Aliased.load_from_checkpoint(tmp_path / "run.ckpt", links=links, **ARGUMENTS)
+        torch.testing.assert_close(loaded.model(x), module.merged_model(links)(x))
+    again = toy(Aliased)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.model(x), module.model(x))
+    assert "outside" not in caplog.text
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4).fit(again, batches(), ckpt_path=tmp_path / "run.ckpt")
+
+
+class Constant(Toy):
+    """The toy with a weight of its loss, and a projection that is frozen."""
+
+    weight = 1.0
+    seed_of_projection = 0
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("loss_weight", torch.tensor([self.weight]))
+        torch.manual_seed(self.seed_of_projection)
+        self.projection = nn.Linear(6, 6).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.projection(self.model(x)), y) * self.loss_weight.sum()
+
+
+def test_a_constant_stays_this_runs_own_and_what_is_frozen_the_chains(tmp_path, caplog):
+    module = toy(Constant)
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    module.merged_model()
+    assert "outside" not in caplog.text
+
+    class Weighted(Constant):
+        weight = 5.0
+
+    second = toy(Weighted, init_chain=str(tmp_path / "run.ckpt"))
+    second.configure_model()
+    assert second.loss_weight == 5
+    toy(init_chain=str(tmp_path / "run.ckpt")).configure_model()  # of a module that has no such weight
+
+    class Other(Constant):
+        seed_of_projection = 1
+
+    for links in (0, 1, None):
+        loaded = Other.load_from_checkpoint(tmp_path / "run.ckpt", links=links, **ARGUMENTS)
+        assert torch.equal(loaded.projection.weight, module.projection.weight)
+    with pytest.raises(UserError, match=r"model\.init_chain: expected the values that 'projection\.weight'"):
+        toy(Other, init_chain=str(tmp_path / "run.ckpt")).configure_model()
+
+
+def test_a_head_without_a_size_yet_is_recorded_once_it_has_one(tmp_path):
+    class Lazy(Headed):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.head = nn.LazyLinear(6)
+
+        def setup(self, stage):
+            self.head(torch.zeros(1, 6))
+
+    module = toy(Lazy)
+    module.configure_model()
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+    assert list(module.chain.links[0].outside) == ["head.weight", "head.bias"]
+
+
+def test_no_knot_and_no_batch_packs_the_chain(tmp_path, monkeypatch):
+    from cola_lightning.modules import checkpoint
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the whole chain is packed")
+
+    module = toy(Headed)
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
+    monkeypatch.setattr(checkpoint, "pack", refuse)
+    run.fit(module, batches())
+    assert module.link == 2
 
 
 def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):

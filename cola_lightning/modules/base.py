@@ -281,6 +281,7 @@ class COLAModule(LinkTraining):
         self._cast(dtype)
         if not self._is_on_meta:
             self.note_outside()
+            self.chain.base["outside"] = self._frozen_outside()
         if self._first_chain is not None:
             self._start_from(self._first_chain)
         if self.target_modules is not None:
@@ -368,7 +369,10 @@ class COLAModule(LinkTraining):
 
     @override
     def _make_base_again(self) -> nn.Module:
+        parts = dict(self._modules)
         model = self._make_adapted_base()
+        self._modules.clear()  # of a build_model that also holds what it makes here
+        self._modules.update(parts)
         if self._base_weights is None:
             check_made_again(self.chain.base, describe_base(model))
         else:
@@ -451,7 +455,7 @@ class COLAModule(LinkTraining):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Lets the module's own callback and model come along whatever a subclass' hooks return or forget."""
         super().__init_subclass__(**kwargs)
-        if "configure_model" in vars(cls):
+        if cls.configure_model is not COLAModule.configure_model and not hasattr(cls.configure_model, "comes_before_ours"):
             cls.configure_model = _then_ours(cls.configure_model)  # type: ignore[method-assign, assignment]
         own = cls.configure_callbacks
 
@@ -480,6 +484,7 @@ def _then_ours(own: Callable[[COLAModule], None]) -> Callable[[COLAModule], None
             self._is_configuring = before
         COLAModule.configure_model(self)
 
+    configure_model.comes_before_ours = True  # type: ignore[attr-defined]
     return configure_model
 
 

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
-from cola_lightning.chain import Chain, Link
+from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.chain_folder import EXTRA_STATE, FORMAT_VERSION, pack
 from cola_lightning.checkpoint_io import check_read_by_other
 from cola_lightning.errors import UserError
+from cola_lightning.fingerprint import hash_of
 from cola_lightning.layers import FinishedLinks, LoRALayer
 from cola_lightning.modules.keeper import NonFiniteError
 from cola_lightning.modules.progress import settled_progress
@@ -30,6 +32,8 @@ from cola_lightning.modules.recipe import RemembersArguments, readable
 from cola_lightning.schedule import ChainSchedule, Counters
 
 log = logging.getLogger(__name__)
+
+AS_IT_IS = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
 
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
@@ -94,7 +98,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self.window_start: tuple[int, int] | None = None
         self.window_buffers: dict[str, Tensor] = {}
         self.first_outside: dict[str, Tensor] = {}
-        self._packed: tuple[Any, list[Link], Tensor] | None = None  # what the extra state is of, its links, and it
+        self._is_packing = True
         self._left_out: set[str] = set()  # of checkpoints, as it was told
         self.forget_checkpoint()
         self.register_load_state_dict_pre_hook(_keep_frozen)  # type: ignore[no-untyped-call]
@@ -176,14 +180,14 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
         The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs.
         """
-        prefix, frozen = kwargs.get("prefix", ""), set(self._frozen_names())
+        prefix, left_out = kwargs.get("prefix", ""), {*self._frozen_names(), *self._aliases()}
         if distributed.has_fsdp1(self):
             state = distributed.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
         else:
             state = super().state_dict(*args, **kwargs)
         for name in list(state):
             own = name.removeprefix(prefix)
-            if name.startswith(prefix) and not frozen.isdisjoint({own, _weight_of(own)}):
+            if name.startswith(prefix) and not left_out.isdisjoint({own, _weight_of(own)}):
                 del state[name]
         return state
 
@@ -191,16 +195,30 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         named = self.model.named_parameters(remove_duplicate=False)
         return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
 
+    def _aliases(self) -> list[str]:
+        """Other names of what is in the model, for a module that holds a part of it a second time."""
+        inside = {id(value) for value in (*self.model.parameters(), *self.model.buffers())}
+        named = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
+        names = [name for name, value in named if id(value) in inside]
+        return [name for name in distributed.plain_names(names) if not name.startswith("model.")]
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters and buffers of :meth:`state_dict` themselves, without the finished links, which take time to pack."""
+        self._is_packing = False
+        try:
+            state = self.state_dict(keep_vars=True)
+        finally:
+            self._is_packing = True
+        return {name: value for name, value in state.items() if isinstance(value, Tensor) and name != EXTRA_STATE}
+
     @override
     def get_extra_state(self) -> Tensor:
         """The finished links, their base, and the live link's rank, alpha and beginning, as a tensor of bytes."""
+        if not self._is_packing:
+            return AS_IT_IS
         layer = next(iter(self._layers.values()), None)
         live = layer and [layer.rank, layer.alpha]
-        links = list(self.chain.links)
-        of = ([id(link) for link in links], self.chain.base, live, self.link_start)
-        if self._packed is None or self._packed[0] != of:
-            self._packed = of, links, pack(self.chain, live=live, link_start=list(self.link_start))
-        return self._packed[2]
+        return pack(self.chain, live=live, link_start=list(self.link_start))
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -244,7 +262,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                 f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none. "
                 f"Missing key(s) in state_dict: {_quoted(missing)}"
             )
-        if unknown := sorted(received - own - set(self._frozen_names())):
+        if unknown := sorted(received - own - {*self._frozen_names(), *self._aliases()}):
             raise StateDictError(
                 f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
                 f"Unexpected key(s) in state_dict: {_quoted(unknown)}"
@@ -300,11 +318,21 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._metrics_before, self._logged_before = {}, dict(trainer.callback_metrics) if trainer else {}
 
     def _outside(self) -> dict[str, Tensor]:
-        """CPU copies of what training changes outside of the model, by name in this module: a head of its own, and buffers."""
-        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        values = {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
-        names = [name for name in values if not name.startswith("model.") and name not in frozen | {EXTRA_STATE}]
-        return {name: distributed.gather(values[name]) for name in names}
+        """CPU copies of what training changes outside of the model, by name in this module.
+
+        Parameters that are trained, and buffers that are no longer what they were.
+        """
+        values = {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
+        trained = [name for name, value in values.items() if value.requires_grad]
+        buffers = {name: distributed.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
+        first = self.first_outside
+        moved = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
+        return {name: distributed.gather(values[name]) for name in trained} | moved
+
+    def _frozen_outside(self) -> dict[str, str]:
+        """Hashes of the parameters outside of the model that are not trained."""
+        named = {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
+        return {name: hash_of(p) for name, p in named.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
 
     def restore_metrics(self, trainer: Trainer) -> None:
         """Gives a Trainer that resumes what the run had logged last, which Lightning forgets and a rule by metrics may read."""
@@ -318,7 +346,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def note_outside(self) -> None:
         """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""
-        self.first_outside = self._outside() | self.first_outside
+        values = {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
+        is_fixed = {name: isinstance(value, nn.Parameter) and not value.requires_grad for name, value in values.items()}
+        first = {name: distributed.gather(value) for name, value in values.items() if not is_fixed[name]}
+        self.first_outside = first | self.first_outside
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import lora_layers
-from cola_lightning.chain_folder import EXTRA_STATE
 from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import UserError
 from cola_lightning.modules.progress import align_logged_step
@@ -89,7 +88,7 @@ class ChainKeeper(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = distributed.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(pl_module.state_dict().keys() - {*parameters, EXTRA_STATE})
+        self._buffer_names = sorted(self.module.values().keys() - set(parameters))
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step = True
@@ -106,7 +105,7 @@ class ChainKeeper(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            state = pl_module.state_dict() if self._buffer_names else {}
+            state = self.module.values() if self._buffer_names else {}
             self.module.window_start = trainer.current_epoch, batch_idx
             self.module.window_buffers = {name: distributed.gather(state[name]) for name in self._buffer_names}
         align_logged_step(trainer)
@@ -122,7 +121,7 @@ class ChainKeeper(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._batch.close()
         if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
-            state = pl_module.state_dict()
+            state = self.module.values()
             distributed.share_(state[name] for name in self._buffer_names if name.startswith("model."))
 
     @override

@@ -66,7 +66,9 @@ class MergedChain(RestoredChain):
         total = self.link + 1
         links = total if links is None else links
         check_links(links, self.link)
-        if outside := self._outside():
+        self._check_not_on_meta()
+        values = self.values()
+        if outside := [name for name, p in values.items() if not name.startswith("model.") and p.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         chain = self.chain.truncate(min(links, self.link))
         layers = self._layers.values()

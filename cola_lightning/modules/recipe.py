@@ -11,6 +11,7 @@ from pathlib import PurePath
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Enum):
         return plain(value.value)
+    if isinstance(value, np.generic):
+        return plain(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of classes of their own
         if isinstance(value, kind):
             return kind(value)

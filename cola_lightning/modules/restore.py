@@ -14,11 +14,11 @@ from cola_lightning import distributed
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
 from cola_lightning.chain_folder import EXTRA_STATE, check_version, unpack
-from cola_lightning.checkpoint_io import check_source
+from cola_lightning.checkpoint_io import check_source, unreadable_as_user_error
 from cola_lightning.errors import UserError
 from cola_lightning.fingerprint import check_same_base, check_same_layers
 from cola_lightning.layers import LoRALayer
-from cola_lightning.modules.checkpoint import CheckpointedChain, base_weights
+from cola_lightning.modules.checkpoint import AS_IT_IS, CheckpointedChain, base_weights
 from cola_lightning.modules.progress import take_progress
 from cola_lightning.modules.reading import READING, base_from_checkpoint
 from cola_lightning.modules.recipe import as_annotated, find_class
@@ -68,7 +68,8 @@ class RestoredChain(CheckpointedChain):
             if links is not None:
                 raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
             check_source(checkpoint_path)
-            return super().load_from_checkpoint(checkpoint_path, **how, **kwargs)
+            with unreadable_as_user_error(checkpoint_path):
+                return super().load_from_checkpoint(checkpoint_path, **how, **kwargs)
         path, is_plain = Path(checkpoint_path), weights_only is not False
         recipe = read_checkpoint(path, weights_only=is_plain)[CHECKPOINT_KEY]["module"]
         made = _class_of(recipe, cls)
@@ -95,6 +96,7 @@ class RestoredChain(CheckpointedChain):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
         state = checkpoint[CHECKPOINT_KEY]
+        self._check_not_on_meta()
         check_version(state.get("format_version"), "the checkpoint")
         chain, reading = Chain.from_state_dict(state["chain"]), READING.get()
         links = None if reading is None or reading.links == len(chain) + 1 else reading.links
@@ -119,13 +121,14 @@ class RestoredChain(CheckpointedChain):
             self._logged_in_checkpoint = dict(state.get("callback_metrics", {}))
             if state["live"] is not None:
                 self._resume_link(state["live"]["rank"], state["live"]["alpha"])
-            checkpoint["state_dict"][EXTRA_STATE] = self.get_extra_state()
+            checkpoint["state_dict"][EXTRA_STATE] = AS_IT_IS
             return
         self._begin_link()
         extras = self._extras_after(chain)
-        now = self.state_dict() | {f"model.{name}": value for name, value in extras.items()} | self._outside_after(chain)
+        now = {name: value.detach() for name, value in self.values().items() if name.startswith("model.")}
+        now |= {f"model.{name}": value for name, value in extras.items()} | self._outside_after(chain)
         checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
-        checkpoint["state_dict"][EXTRA_STATE] = now[EXTRA_STATE]
+        checkpoint["state_dict"][EXTRA_STATE] = AS_IT_IS
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
@@ -134,7 +137,10 @@ class RestoredChain(CheckpointedChain):
         Raises:
             UserError: if these were trained on another base.
         """
+        if isinstance(state, Tensor) and not state.numel():
+            return
         self.configure_model()
+        self._check_not_on_meta()
         chain, facts = unpack(state)
         check_same_base(chain.base, self.chain.base)
         self._go_to(chain)
@@ -246,7 +252,9 @@ class RestoredChain(CheckpointedChain):
         Raises:
             UserError: if that was not recorded, as by format version 1.
         """
-        outside = chain.links[-1].outside if chain.links else self.first_outside
+        own = chain.links[-1].outside if chain.links else {}
+        trained = {name for name, value in self.values().items() if value.requires_grad}
+        outside = {name: value for name, value in self.first_outside.items() if not chain.links or name not in trained} | own
         if missing := sorted(self._outside().keys() - outside.keys()):
             raise UserError(
                 f"links: expected null, for the checkpoint does not hold {missing[0]!r}, which is trained outside of the "
@@ -258,6 +266,7 @@ class RestoredChain(CheckpointedChain):
         """Takes up the links of another run's chain, and takes over what it trained whole."""
         if "fingerprint" in chain.base:
             check_same_base(chain.base, self.chain.base)
+            self._check_same_outside(chain.base.get("outside", {}))
         elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
         for link in chain.links:
@@ -272,7 +281,23 @@ class RestoredChain(CheckpointedChain):
         if chain.links:
             last, model = chain.links[-1], distributed.state_dict(self.model)
             _load_whole(last.extras, {name: model[name] for name in self._extras()})
-            _load_whole(last.outside, {name: self.state_dict()[name] for name in self._outside()})
+            _load_whole(last.outside, {name: value for name, value in self.values().items() if not name.startswith("model.")})
+
+    def _check_same_outside(self, expected: Mapping[str, str]) -> None:
+        """Refuses a chain that was trained beside other frozen parameters outside of the model than this module has."""
+        own = self._frozen_outside()
+        if different := [name for name, value in expected.items() if own.get(name, value) != value]:
+            raise UserError(
+                f"model.init_chain: expected the values that {different[0]!r}, which is frozen and outside of the model, had "
+                "in the chain's run (seed_everything, if they are drawn), received others"
+            )
+
+    def _check_not_on_meta(self) -> None:
+        if self._is_on_meta:
+            raise UserError(
+                "model: expected a module that was made outside of torch.device('meta') to take up a chain, received one whose "
+                "base has no values"
+            )
 
     def _cast_adapted(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers to the training's dtype as Lightning will: its own cast comes only after the replay.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.errors import UserError
 from cola_lightning.modules.checkpoint import is_factor
@@ -46,6 +47,7 @@ class LinkTraining(MergedChain):
     rank: int
     alpha: float
     run_length: RunLength | None
+    _first_chain: Chain | None
     _own_optimizer: Optimizer | None = None
     _own_scheduler: LambdaLR | None = None
     _wanted_groups: Sequence[dict[str, Any]] = ()
@@ -55,7 +57,6 @@ class LinkTraining(MergedChain):
         return super().__getstate__() | {
             "_own_scheduler": None,
             "run_length": None,
-            "_packed": None,
         }  # they are of a fit, and cannot be pickled
 
     @override
@@ -99,6 +100,8 @@ class LinkTraining(MergedChain):
             optimizer = self.optimizer(self._parameter_groups())
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+        for group in optimizer.param_groups:  # a schedule writes a rate that is a tensor in place: of the next link's, too
+            group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         self._wanted_groups = [_without_parameters(group) for group in optimizer.param_groups]
         self._own_optimizer, self._own_scheduler = optimizer, self._scheduler(optimizer)
         self._optimizer_class = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -116,7 +119,12 @@ class LinkTraining(MergedChain):
 
     def _scheduler(self, optimizer: Optimizer) -> LambdaLR | None:
         """The learning-rate schedule of the live link, from where it stands; None for an optimizer with rates of its own."""
-        if any(group["lr"] is None for group in optimizer.param_groups):
+        if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
+            if self.modules_to_save_lr is not None:
+                raise UserError(
+                    "model.modules_to_save_lr: expected null for an optimizer with rates of its own, received "
+                    f"{self.modules_to_save_lr} and {type(optimizer).__name__}"
+                )
             if self._needs_horizon or self.warmup_steps:
                 raise UserError(
                     "model.optimizer: expected a learning rate, for model.lr_schedule and model.warmup_steps to scale, "
@@ -275,6 +283,7 @@ class LinkTraining(MergedChain):
         layers = list(self._layers.values())
         if not layers:
             return
+        self._check_finished_ranks()
         (rank, alpha), asked = self._scheduled(self.link), (self.schedule.ranks, self.schedule.alphas)
         mine = layers[0].rank, layers[0].alpha
         differs = [one != other for one, other in zip((rank, alpha), mine, strict=True)]
@@ -287,6 +296,21 @@ class LinkTraining(MergedChain):
                 f"chain.ranks, chain.alphas: expected rank {mine[0]} and alpha {mine[1]:g} for link {self.link}, which has "
                 f"been trained with these and goes on, received {rank} and {alpha:g}"
             )
+
+    def _check_finished_ranks(self) -> None:
+        """Refuses ranks and alphas that finished links of this module's do not have; those of ``init_chain`` have their own."""
+        n_taken = len(self._first_chain) if self._first_chain is not None else 0
+        for link in self.chain.links[n_taken:]:
+            rank, alpha = self._scheduled(link.index)
+            asked = (
+                self.schedule.ranks is not None and rank != link.rank,
+                self.schedule.alphas is not None and alpha != link.alpha,
+            )
+            if any(asked) and link.rank <= self.rank:
+                raise UserError(
+                    f"chain.ranks, chain.alphas: expected rank {link.rank} and alpha {link.alpha:g} for link {link.index}, "
+                    f"which is finished, received {rank} and {alpha:g}"
+                )
 
     def _check_links(self, lengths: list[int]) -> None:
         """Refuses or warns of what does not fit this fit's links: their lengths in optimizer steps, the live one first."""
