@@ -49,7 +49,8 @@ DESCRIPTION = (
 class ConfigSaver(SaveConfigCallback):
     """Saves the run's configuration beside its checkpoints, once it is known to be sound: when its first epoch starts.
 
-    A fit replaces what is there; an evaluation, which may be in the same folder, leaves the fit's.
+    A fit replaces what is there; an evaluation, which may be in the same folder, leaves the fit's. The checkpoint that the run
+    went on from is not part of it: a later command with this configuration would take that for the run's own.
     """
 
     @override
@@ -63,7 +64,9 @@ class ConfigSaver(SaveConfigCallback):
         path, files = os.path.join(folder, self.config_filename), get_filesystem(folder)
         if trainer.is_global_zero and (trainer.state.fn == "fit" or not files.exists(path)):
             files.makedirs(folder, exist_ok=True)
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+            config = self.config.clone()
+            config.ckpt_path = config.links = None  # of another run: this one's own checkpoints are beside the file
+            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
         self._save(trainer, pl_module)

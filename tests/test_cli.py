@@ -188,6 +188,15 @@ def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd, command
     assert "is given" not in capfd.readouterr().out
 
 
+def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitted, capfd):
+    assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
+    saved = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
+    assert saved["ckpt_path"] is saved["links"] is None
+    capfd.readouterr()
+    assert run("test", "--config", "runs/version_1/config.yaml") == 0
+    assert "test: this is the base alone" in capfd.readouterr().out
+
+
 def test_a_fast_dev_run_writes_nothing():
     assert run("fit", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
     assert not list(Path().rglob("*.*"))

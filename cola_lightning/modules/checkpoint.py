@@ -257,12 +257,13 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                 f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
                 "load_from_checkpoint loads a checkpoint"
             )
-        if missing := sorted(own - received):
+        if missing := [name for name in own if name not in received]:
             raise StateDictError(
                 f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none. "
                 f"Missing key(s) in state_dict: {_quoted(missing)}"
             )
-        if unknown := sorted(received - own - {*self._frozen_names(), *self._aliases()}):
+        known = {*own, *self._frozen_names(), *self._aliases()}
+        if unknown := [name for name in received if name not in known]:
             raise StateDictError(
                 f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
                 f"Unexpected key(s) in state_dict: {_quoted(unknown)}"
