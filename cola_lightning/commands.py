@@ -210,7 +210,8 @@ def _named_base(
 ) -> tuple[Any, list[str]]:
     """The base as others load it, by the name that the adapter gives, and what they must be told of it.
 
-    Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others.
+    Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others. With them its
+    logits are compared, too.
 
     Args:
         module: which the checkpoint is of.
@@ -219,11 +220,15 @@ def _named_base(
         saved: names or dotted name endings of what the adapter holds; what is new there is added.
         quantized: the names of the weights that are in 4 bits in the module.
         rounded: the dtypes to which the training has rounded the base.
+
+    Raises:
+        UserError: for other weights.
+        ExportError: for other logits.
     """
     import torch
     import transformers
 
-    from cola_lightning.export import check_named_base
+    from cola_lightning.export import Probe, check_named_base, logits_of
     from cola_lightning.modules.pretrained import new_modules
     from cola_lightning.seeding import derive_seed, seeded
 
@@ -239,6 +244,9 @@ def _named_base(
     if own_pad != pad and probe is not None and (own_pad is not None or not _takes_batches(named, probe)):
         named.config.pad_token_id = pad
         hints.append(f"for batches its base needs model.config.pad_token_id = {pad}, as in training")
+    if probe is not None:  # without links, so that no recompression hides another function of the same weights
+        how = f"{module.base_name!r} without a link, in place of the base of {type(module).__name__}"
+        Probe(probe.inputs, logits_of(base, probe.inputs)).compare(named, how, where=" (expected --format merged)")
     own = str(getattr(pretrained.config(), "dtype", None)).removeprefix("torch.") if not pretrained.gguf_file else None
     if own not in (pretrained.dtype, None, "None") and not rounded:
         hints.append(

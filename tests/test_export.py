@@ -778,6 +778,34 @@ class Scaled(COLACausalLM):
         return model
 
 
+class Hooked(COLACausalLM):
+    """The same weights, and a hook that has the head give something else."""
+
+    def build_model(self):
+        model = super().build_model()
+        model.lm_head.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+        return model
+
+
+class Activated(COLACausalLM):
+    """The same weights, and another activation."""
+
+    def build_model(self):
+        model = super().build_model()
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.GELU()
+        return model
+
+
+class Rotated(COLACausalLM):
+    """The same weights, and other frequencies, which no state dict holds."""
+
+    def build_model(self):
+        model = super().build_model()
+        model.model.rotary_emb.inv_freq *= 0.5
+        return model
+
+
 class Wider(COLACausalLM):
     """A base with more tokens than its name stands for."""
 
@@ -851,10 +879,15 @@ def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, c
     assert command(*words, "--format", "merged") == 0
 
 
-def test_a_function_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, capsys):
-    path = saved(Scaled(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0), tmp_path)
-    assert command("--checkpoint", path, "--output", tmp_path / "out", "--format", "peft") == 1
-    assert "its logits differ from the module's by at most" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("cls", [Scaled, Hooked, Activated, Rotated])
+@pytest.mark.parametrize("words", [[], ["--max_rank", 2], ["--max_rank", 9]], ids=str)
+def test_a_function_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, capsys, cls, words):
+    path = saved(cls(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0), tmp_path)
+    assert command("--checkpoint", path, "--output", tmp_path / "out", "--format", "peft", *words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "its logits differ from the module's by at most" in error
+    assert re.match(rf"error: '.*base' without a link, in place of the base of {cls.__name__}, .*: it is not kept$", error)
+    assert "--format merged" in error
     assert not (tmp_path / "out").exists()
 
 
