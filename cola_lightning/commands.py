@@ -177,8 +177,10 @@ def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], mod
     if pretrained is not None:
         saved += new_modules(base, module.new_weights)
     if pretrained is not None and not options.no_verify:
-        base, hints = _named_base(module, base, probe, saved, quantized, rounded)
+        fields = _fields_to_give(module)
+        base, hints = _named_base(module, base, fields, probe, saved, quantized, rounded)
         where = f", on {pretrained.model_name!r}, loaded by its name"
+        where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
     lines = export_adapter(
         _links(checkpoint, options.links),
         base,
@@ -205,8 +207,29 @@ def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], mod
     return lines
 
 
+def _fields_to_give(module: Any) -> dict[str, Any]:
+    """What transformers must be given beside a base's name: ``num_labels``, where the files say another.
+
+    Raises:
+        UserError: for any other field of ``model_fields`` that is not the named configuration's: nothing gives it to PEFT.
+    """
+    fields = module.model_fields()
+    labels = {name: value for name, value in fields.items() if name == "num_labels"}
+    if fields == labels and (not labels or module.pretrained.gguf_file):  # from there a configuration takes seconds
+        return labels
+    named, asked = (module.pretrained.config(**given) for given in (labels, fields))
+    for name, value in fields.items():
+        if not hasattr(named, name) or getattr(asked, name) != getattr(named, name):
+            raise UserError(
+                f"format: expected merged, for {type(module).__name__}.model_fields gives {name}={value!r}, which is not what "
+                f"{module.base_name!r} is configured with, and an adapter is put on the base that it names; received peft"
+            )
+    own = None if module.pretrained.gguf_file else module.pretrained.config()
+    return {name: value for name, value in labels.items() if own is None or own.num_labels != value}
+
+
 def _named_base(
-    module: Any, base: Any, probe: Any, saved: list[str], quantized: list[str], rounded: set[str]
+    module: Any, base: Any, fields: dict[str, Any], probe: Any, saved: list[str], quantized: list[str], rounded: set[str]
 ) -> tuple[Any, list[str]]:
     """The base as others load it, by the name that the adapter gives, and what they must be told of it.
 
@@ -216,6 +239,7 @@ def _named_base(
     Args:
         module: which the checkpoint is of.
         base: its plain base.
+        fields: what they give to transformers beside the name.
         probe: inputs to compare logits with.
         saved: names or dotted name endings of what the adapter holds; what is new there is added.
         quantized: the names of the weights that are in 4 bits in the module.
@@ -234,7 +258,7 @@ def _named_base(
 
     pretrained, hints = module.pretrained, []
     with seeded(derive_seed(module.seed, "another")):  # what is new there is not what it is here
-        named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **module.model_fields())
+        named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved += [name for name in new_modules(named, new_weights) if name not in saved]
     named.to(next(base.parameters()).dtype).eval()
     dtypes = [getattr(torch, dtype) for dtype in rounded]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel, inject_adapter_in_model
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel, inject_adapter_in_model
 from safetensors.torch import load, load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -806,6 +806,17 @@ class Rotated(COLACausalLM):
         return model
 
 
+class Fielded(COLACausalLM):
+    """A configuration of its own: a field that is another, or as it is in the files."""
+
+    def __init__(self, model_name, *, fields=None, **more):
+        super().__init__(model_name, **more)
+        self.fields = fields or {}
+
+    def model_fields(self):
+        return self.fields
+
+
 class Wider(COLACausalLM):
     """A base with more tokens than its name stands for."""
 
@@ -889,6 +900,48 @@ def test_a_function_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_pat
     assert re.match(rf"error: '.*base' without a link, in place of the base of {cls.__name__}, .*: it is not kept$", error)
     assert "--format merged" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["hidden_act", "num_hidden_layers", "rope_parameters", "ignore_mismatched_sizes"])
+def test_a_field_that_its_name_does_not_stand_for_gets_no_adapter(tmp_path, capsys, field):
+    value = {
+        "hidden_act": "gelu",
+        "num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        "ignore_mismatched_sizes": True,
+    }[field]
+    name = tiny.folder(tmp_path / "base")
+    module = Fielded(name, fields={"use_cache": True, field: value}, target_modules=["q_proj"], rank=4, seed=0)
+    words = ["--checkpoint", saved(module, tmp_path), "--output", tmp_path / "out"]
+    for more in ([], ["--max_rank", 2]):
+        assert command(*words, "--format", "peft", *more) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(rf"error: format: expected merged, for Fielded.model_fields gives {field}=.*base.* peft$", error)
+        assert not (tmp_path / "out").exists()
+    assert command(*words, "--format", "merged") == 0
+
+
+@pytest.mark.parametrize("fields", [{"hidden_act": "silu", "use_cache": True}, {"id2label": {0: "LABEL_0", 1: "LABEL_1"}}])
+def test_fields_that_are_the_named_ones_change_nothing(tmp_path, capsys, fields):
+    name = tiny.folder(tmp_path / "base")
+    path = saved(Fielded(name, fields=fields, target_modules=["q_proj"], rank=4, seed=0), tmp_path)
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "out") == 0, capsys.readouterr().err
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = tiny.logits(COLAModule.load_from_checkpoint(path).model)
+    assert difference(tiny.logits(model), expected) <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_labels_that_the_named_base_must_be_given_are_told(tmp_path, capsys, num_labels):
+    name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
+    module = COLASequenceClassifier(name, num_labels=num_labels, target_modules=["query"], rank=4, seed=0)
+    words = ["--checkpoint", saved(module, tmp_path), "--format", "peft", "--output", tmp_path / "out"]
+    assert command(*words) == 0, capsys.readouterr().err
+    needed = {} if num_labels == 2 else {"num_labels": 3}
+    hint = f"on {name!r}, loaded by its name" + (" with num_labels=3" if needed else "") + "\n"
+    assert hint in capsys.readouterr().out
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **needed)
+    assert difference(tiny.logits(model), tiny.logits(module.model)) <= 1e-5
 
 
 # ---------------------------------------------------------------------- modules that PEFT matches by the end of their names
