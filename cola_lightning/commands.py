@@ -173,7 +173,9 @@ def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], mod
     in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
     quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
     probe = _probe(options, module)  # first: it widens the module, whose base then is the one that was trained on
-    base, saved, where, hints = module.merged_model(0), list(module.modules_to_save), "", list[str]()
+    base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
+    builder = f"{type(module).__module__}.{type(module).__qualname__}"
+    where = f", on the base that {builder} builds"
     if pretrained is not None:
         saved += new_modules(base, module.new_weights)
     if pretrained is not None and not options.no_verify:
@@ -194,6 +196,9 @@ def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], mod
         verify=not options.no_verify,
         overwrite=options.overwrite,
     )
+    if pretrained is None and module.base_name == builder:  # and no name of the user's own
+        note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"
+        lines = [f"{note}, loaded in Python", *lines]
     lines += hints
     for dtype in sorted(rounded):
         lines.append(f"its base was rounded to {dtype} in training: load it in that dtype")

@@ -398,6 +398,23 @@ def test_an_example_input_is_what_a_plain_modules_logits_are_compared_for(tmp_pa
     assert capsys.readouterr().out.splitlines()[-2].startswith(f"{how}, its logits differ from the module's by at most ")
 
 
+@pytest.mark.parametrize(("cls", "words"), [(ExampleToy, []), (ExampleToy, ["--no_verify"]), (Toy, [])])
+def test_an_adapter_of_a_plain_module_says_where_its_base_is(tmp_path, capsys, cls, words):
+    path = trained_toy(tmp_path, toy(cls))
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "out", *words) == 0
+    out = capsys.readouterr().out.splitlines()
+    name = f"{cls.__module__}.{cls.__name__}"
+    note = f"peft cannot find its base by itself, the one that {name} builds: give it merged_model(0) of the module"
+    note += ", loaded in Python"
+    assert [line for line in out if "peft cannot find" in line] == [note]
+    is_compared = cls is ExampleToy and not words
+    assert out[-2].endswith(f", on the base that {name} builds" if is_compared else "not compared" if words else "is known")
+    module = COLAModule.load_from_checkpoint(path)
+    x = torch.randn(3, 8)
+    model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "out")
+    torch.testing.assert_close(model(x), module.model.eval()(x), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("example", [torch.ones(2, 3), (torch.ones(2, 3),), {"x": torch.ones(2, 3)}, (torch.ones(2, 3), 2.0)])
 @pytest.mark.parametrize("kind", [lambda y: y, lambda y: (y, None), lambda y: {"y": y}])
 def test_examples_and_outputs_may_be_of_any_kind(example, kind):
