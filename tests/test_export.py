@@ -961,6 +961,42 @@ def test_labels_that_the_named_base_must_be_given_are_told(tmp_path, capsys, num
     assert difference(tiny.logits(model), tiny.logits(module.model)) <= 1e-5
 
 
+def test_a_resume_with_another_modules_to_save_says_so(tmp_path):
+    name = tiny.folder(tmp_path / "base", "bert", "AutoModelForMaskedLM")
+    arguments = {"target_modules": ["query"], "rank": 2, "num_labels": 3, "seed": 0}
+    ids = torch.randint(2, 400, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2])}
+    data = DataLoader([batch] * 2, batch_size=None)
+
+    def fit(max_epochs, path=None, **more):
+        module = COLASequenceClassifier(name, **arguments, **more)
+        run = trainer(tmp_path, max_epochs=max_epochs, limit_val_batches=0, chain={"every_n_train_steps": 5})
+        run.fit(module, data, data, ckpt_path=path)
+        return run
+
+    path = tmp_path / "end.ckpt"
+    fit(1, modules_to_save=["classifier"]).save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["cola"]["modules_to_save"], checkpoint["cola"]["module"]["init_args"]["modules_to_save"]
+    torch.save(checkpoint, path)  # as an earlier release wrote it, without a word of them
+    with pytest.raises(
+        UserError, match=r"'model\.bert\.pooler\.dense\.\w+', .* none \(is model\.modules_to_save another\?\)\. M"
+    ):
+        fit(2, path)
+    assert fit(2, path, modules_to_save=["classifier"]).global_step == 4
+
+
+def test_a_link_that_is_missing_is_no_module_to_save():
+    module = toy()
+    module.configure_model()
+    state = module.state_dict()
+    del state["model.0.lora_A"]
+    with pytest.raises(
+        UserError, match=r"expected a value for 'model\.0\.lora_A', which this module trains, received none\. M"
+    ):
+        module.load_state_dict(state)
+
+
 # ---------------------------------------------------------------------- modules that PEFT matches by the end of their names
 
 

@@ -258,8 +258,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                 "load_from_checkpoint loads a checkpoint"
             )
         if missing := [name for name in own if name not in received]:
+            is_whole = missing[0].startswith("model.") and not is_factor(missing[0])
+            hint = " (is model.modules_to_save another?)" if is_whole else ""
             raise StateDictError(
-                f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none. "
+                f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none{hint}. "
                 f"Missing key(s) in state_dict: {_quoted(missing)}"
             )
         known = {*own, *self._frozen_names(), *self._aliases()}
