@@ -383,16 +383,22 @@ def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tm
         COLACausalLM(tiny.folder(tmp_path / "model", architecture), seed=0).configure_model()
 
 
-@pytest.mark.parametrize("architecture", ["bert", "electra"])
-def test_a_model_that_sees_later_tokens_is_refused(tmp_path, monkeypatch, architecture):
-    monkeypatch.setitem(
-        tiny.CONFIGS, "electra", lambda: transformers.ElectraConfig(**tiny.SIZES, **tiny.BODY, embedding_size=32)
-    )
-    name = tiny.folder(tmp_path / "model", architecture)
+ENCODERS = {
+    "electra": lambda: transformers.ElectraConfig(**tiny.SIZES, **tiny.BODY, embedding_size=32),
+    "megatron": lambda: transformers.MegatronBertConfig(**tiny.SIZES, **tiny.BODY),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("architecture", ["bert", *ENCODERS])
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, monkeypatch, architecture, scale, dtype):
+    monkeypatch.setitem(tiny.CONFIGS, architecture, ENCODERS.get(architecture, tiny.CONFIGS["bert"]))
+    name = tiny.folder(tmp_path / "model", architecture, scale=scale)
     with pytest.raises(UserError, match=r"model\.model_name: expected a decoder, whose logits follow from a token and those"):
-        COLACausalLM(name, seed=0).configure_model()
-    name = tiny.folder(tmp_path / "decoder", architecture, is_decoder=True)
-    COLACausalLM(name, seed=0).configure_model()
+        COLACausalLM(name, seed=0, dtype=dtype).configure_model()
+    name = tiny.folder(tmp_path / "decoder", architecture, scale=scale, is_decoder=True)
+    COLACausalLM(name, seed=0, dtype=dtype).configure_model()
 
 
 def test_a_model_that_fails_on_a_few_tokens_is_refused(tmp_path, monkeypatch):

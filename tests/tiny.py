@@ -80,7 +80,7 @@ def config(architecture):
     return made
 
 
-def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", **changes):
+def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", *, scale=3, **changes):
     """A folder with such a model and its tokenizer, as a user would have it; ``changes`` are to its configuration."""
     torch.manual_seed(0)
     made = config(architecture)
@@ -88,7 +88,7 @@ def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", **chan
     model = getattr(transformers, auto_class).from_config(made)
     with torch.no_grad():  # weights of a size at which attention and position matter
         for parameter in model.parameters():
-            parameter.mul_(3) if parameter.dim() > 1 else None
+            parameter.mul_(scale) if parameter.dim() > 1 else None
     model.save_pretrained(path)
     tokenizer(architecture).save_pretrained(path)
     return str(path)
