@@ -265,6 +265,49 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     assert losses[2].item() == pytest.approx(losses[0].item(), abs=1e-6)
 
 
+def test_dbrx_keeps_its_routers_weight_elsewhere(tmp_path, monkeypatch):
+    def dbrx():
+        made = transformers.DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            vocab_size=400,
+            attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.5},
+        )
+        made.output_router_logits = True
+        return made
+
+    monkeypatch.setitem(tiny.CONFIGS, "dbrx", dbrx)
+    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model", "dbrx"), target_modules=["Wqkv"], rank=2, seed=0))
+    batch = collate_language([row for (row,) in encode_texts(module.tokenizer, ["The town is old.", "It was"], 64)], 1)
+    theirs = module.model(**batch)
+    assert theirs.aux_loss > 0.5
+    assert module.step(batch).loss.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+
+
+def test_a_routers_weight_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
+    module = with_experts(tmp_path, monkeypatch, "mixtral", output_router_logits=True)
+    batch = collate_language([row for (row,) in encode_texts(module.tokenizer, ["The town is old.", "It was"], 64)], 1)
+    del module.model.router_aux_loss_coef
+    del module.model.config.router_aux_loss_coef
+    monkeypatch.delattr(transformers.MixtralConfig, "router_aux_loss_coef")
+    with pytest.raises(UserError, match=r"model\.model_name: expected a weight of the router's loss .* MixtralForCausalLM"):
+        module.step(batch)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_without_experts_has_no_routers_loss_whatever_its_configuration(tmp_path, architecture):
+    losses = []
+    for changes in ({}, {"output_router_logits": True}):
+        name = tiny.folder(tmp_path / "model", architecture, **changes)
+        module = with_live_link(COLACausalLM(name, target_modules=tiny.targets(architecture), rank=2, seed=0))
+        batch = collate_language([row for (row,) in encode_texts(module.tokenizer, ["The town is old.", "It was"], 64)], 1)
+        losses.append(module.step(batch).loss)
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["options", "answer"])
 def test_so_has_that_of_options(tmp_path, monkeypatch, loss):
     losses = []

@@ -199,6 +199,30 @@ def test_a_failure_of_a_models_own_code_is_not_the_users_mistake(tmp_path, monke
     assert type(module.model).__name__ == "Own"
 
 
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, ValueError, MemoryError])
+def test_nor_is_one_of_its_forward(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "cache")
+    own = Path(tiny.folder(tmp_path / f"forward_{kind.__name__}"))
+    changed_config(own, auto_map={"AutoModelForCausalLM": "own.Own"})
+    code = f"pass\n    def forward(self, input_ids, attention_mask=None):\n        raise {kind.__name__}('x')"
+    (own / "own.py").write_text(MODEL.format(code))
+    with pytest.raises(kind, match=r"^x$") as caught:
+        COLACausalLM(str(own), target_modules=["q_proj"], trust_remote_code=True).configure_model()
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError()])
+def test_nor_is_too_little_memory_for_a_few_tokens(folder, monkeypatch, error):
+    def fail(self, input_ids, attention_mask):
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fail)
+    with pytest.raises(type(error)) as caught:
+        COLACausalLM(folder, target_modules=["q_proj"]).configure_model()
+    assert caught.value is error
+
+
 @pytest.mark.parametrize(
     "error", [AttributeError("a bug"), RuntimeError("can't allocate memory"), MemoryError(), NameError("x")]
 )

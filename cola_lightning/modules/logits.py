@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.modules.pretrained import is_failure
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,8 @@ def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -
     logits: Tensor = output.logits
     if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
         logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-    if not has_router_loss(model) or output.aux_loss is None:
-        return logits.float(), None
-    return logits.float(), output.aux_loss * _router_loss_weight(model)
+    router_loss = getattr(output, "aux_loss", None) if has_router_loss(model) else None  # a model without experts has none
+    return logits.float(), None if router_loss is None else router_loss * _router_loss_weight(model)
 
 
 def _additive(mask: Tensor, model: Any) -> Tensor:
@@ -93,9 +94,15 @@ def has_router_loss(model: nn.Module) -> bool:
 
 
 def _router_loss_weight(model: Any) -> float:
-    config = model.config.get_text_config()
-    name = "router_aux_loss_coef" if hasattr(config, "router_aux_loss_coef") else "aux_loss_coef"  # the latter is JetMoE's
-    return float(getattr(model, name, None) or getattr(config, name))
+    """What Hugging Face's loss multiplies a router's with: most models have it from their configuration, under either name."""
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # the latter is JetMoE's
+    for holder, name in ((holder, name) for holder in (model, model.config.get_text_config()) for name in names):
+        if (weight := getattr(holder, name, None)) is not None:
+            return float(weight)
+    raise UserError(
+        f"model.model_name: expected a weight of the router's loss ({' or '.join(names)}) beside output_router_logits in "
+        f"config.json, received none for {type(model).__name__}; output_router_logits false trains without that loss"
+    )
 
 
 def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[Tensor, Batch]]:
@@ -200,6 +207,8 @@ def check_decoder(model: nn.Module) -> None:
         with _evaluating(model):
             alone, changed, padded = _logits_of_probes(model)
     except Exception as error:  # whatever a model raises for its inputs, an encoder-decoder for example
+        if not _is_of_the_inputs(error):
+            raise
         raise UserError(
             f"model.model_name: expected a decoder, received {name}, which fails on three tokens: "
             f"{type(error).__name__}: {one_line(str(error))}"
@@ -214,6 +223,12 @@ def check_decoder(model: nn.Module) -> None:
             "model.model_name: expected a decoder, whose logits follow from a token and those before it, received "
             f"{name}, in which they change with a later token (an encoder, or is_decoder is false in its config.json)"
         )
+
+
+def _is_of_the_inputs(error: Exception) -> bool:
+    """Whether an error says that a model does not take its inputs; not one of its own code, of memory, or of ours."""
+    passed = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return "torch.nn.modules.module" in passed and not is_failure(error)  # what calls a model's forward
 
 
 def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -194,6 +194,20 @@ def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
     return found
 
 
+def _modules_passed(error: Exception) -> list[str]:
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether an error is one of a model's own code (``trust_remote_code``), or of too little memory: nobody's mistake."""
+    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    own, theirs = TRANSFORMERS_DYNAMIC_MODULE_NAME, "transformers"
+    packages = [module.partition(".")[0] for module in reversed(_modules_passed(error))]
+    raised_in = next((name for name in packages if name in (own, theirs)), theirs)
+    return raised_in == own or isinstance(error, MemoryError) or "allocate" in str(error)
+
+
 def _is_of_the_files(error: Exception) -> bool:
     """Whether an error of ``from_pretrained`` says that a model's files, or the packages they need, are not what they must be.
 
@@ -201,19 +215,15 @@ def _is_of_the_files(error: Exception) -> bool:
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = _modules_passed(error)
     if modules[-1] in ("torch.serialization", "torch._weights_only_unpickler"):  # broken weights: errors of all kinds
         return True
-    packages = [module.partition(".")[0] for module in modules]
-    own, theirs = TRANSFORMERS_DYNAMIC_MODULE_NAME, "transformers"
-    raised_in = next((name for name in reversed(packages) if name in (own, theirs)), theirs)
-    if raised_in == own or "allocate" in str(error):
+    if is_failure(error):
         return False
     # Missing and broken files, unknown architectures, attention and activations, packages that are missing, and GGUF files.
     kinds = (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError, StrictDataclassError, struct.error)
     is_of_shapes = (
-        isinstance(error, RuntimeError) and packages[-1] == "transformers"
+        isinstance(error, RuntimeError) and modules[-1].partition(".")[0] == "transformers"
     )  # weights that do not fit the configuration
     return isinstance(error, kinds) or is_of_shapes or type(error) is Exception  # the latter is all that tokenizers raises
