@@ -183,6 +183,19 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
         assert_close(gradients(module, output.loss), gradients(module, module.model(**right).loss), 1e-4)
 
 
+def packed_texts(module):
+    """Texts in one row, with a mask of pairs, and the ids of each."""
+    texts = ["The town is old and the river is long.", "It was", "A film with great actors"]
+    rows = [row["input_ids"] for (row,) in encode_texts(module.tokenizer, texts, 64)]
+    lengths = torch.tensor([len(ids) for ids in rows])
+    own = torch.repeat_interleave(torch.arange(3), lengths)
+    mask = ((own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool())[None, None]
+    packed = {"input_ids": torch.tensor([[token for ids in rows for token in ids]]), "attention_mask": mask}
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed["labels"] = torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]])
+    return packed, rows
+
+
 @pytest.mark.parametrize("kind", ["bool", "int", "additive", "additive in another dtype"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
@@ -190,19 +203,14 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
     name = tiny.folder(tmp_path / "model", architecture)
     arguments = {"target_modules": tiny.targets(architecture), "attn_implementation": attention}
     module = with_live_link(COLACausalLM(name, rank=2, alpha=4, seed=0, **arguments))
-    texts = ["The town is old and the river is long.", "It was", "A film with great actors"]
-    rows = [row["input_ids"] for (row,) in encode_texts(module.tokenizer, texts, 64)]
-    lengths = torch.tensor([len(ids) for ids in rows])
-    own = torch.repeat_interleave(torch.arange(3), lengths)
-    mask = ((own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool())[None, None]
+    packed, rows = packed_texts(module)
+    lengths, mask = torch.tensor([len(ids) for ids in rows]), packed["attention_mask"]
     if kind == "int":
         mask = mask.long()
     elif kind != "bool":
         dtype = torch.float32 if kind == "additive" else torch.float64
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    packed = {"input_ids": torch.tensor([[token for ids in rows for token in ids]]), "attention_mask": mask}
-    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed["labels"] = torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]])
+    packed["attention_mask"] = mask
     output = module.step(packed)
     separate = module.step(collate_language([{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows], 1))
     assert output.size == separate.size == sum(lengths) - 3
@@ -211,6 +219,66 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
         assert module.step(packed).loss.item() == pytest.approx(separate.loss.item(), abs=0.05)
     if kind == "additive" or (kind == "bool" and attention == "sdpa"):
         assert output.loss.item() == pytest.approx(module.model(**packed).loss.item(), abs=1e-5)
+
+
+GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
+MAMBA = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+NOT_FOR_PAIRS = {
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=6),
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=6),
+    "qwen2": lambda: transformers.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=0),
+    "cohere2": lambda: transformers.Cohere2Config(**GROUPED, sliding_window=6),
+    "mamba": lambda: transformers.MambaConfig(**MAMBA),
+    "mamba2": lambda: transformers.Mamba2Config(**MAMBA, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    "bamba": lambda: transformers.BambaConfig(
+        **GROUPED, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, attn_layer_indices=[1]
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**GROUPED, full_attn_idxs=[1]),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "openai-gpt": lambda: transformers.OpenAIGPTConfig(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("architecture", NOT_FOR_PAIRS)
+def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, monkeypatch, architecture, scale):
+    monkeypatch.setitem(tiny.CONFIGS, architecture, NOT_FOR_PAIRS[architecture])
+    module = COLACausalLM(tiny.folder(tmp_path / "model", architecture, scale=scale), target_modules=None, seed=0)
+    module.configure_model()
+    packed, _ = packed_texts(module)
+    message = r"batch: expected attention_mask of rows x length for \w+, .* received one of shape \(1, 1, \d+, \d+\)"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message) as caught:
+            module.step(packed)
+        assert "\n" not in str(caught.value)
+
+
+def test_whether_a_model_keeps_packed_sequences_apart_is_tried_once_whatever_the_precision(module, monkeypatch):
+    packed, _ = packed_texts(module)
+    calls = []
+    module.model.register_forward_hook(lambda model, *_: calls.append(model.training))
+    with torch.autocast("cpu", torch.bfloat16):
+        module.step(packed)
+    assert calls[-1]
+    assert not any(calls[:-1])
+    n_calls = len(calls)
+    module.step(packed)
+    assert len(calls) == n_calls + 1
+    assert module.model.training
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "opt", "gpt2", "gpt_neox"])
+def test_packed_sequences_are_taken_in_half_precision(tmp_path, monkeypatch, architecture, dtype):
+    monkeypatch.setitem(tiny.CONFIGS, architecture, EXPERTS.get(architecture) or tiny.CONFIGS[architecture])
+    module = COLACausalLM(tiny.folder(tmp_path / "model", architecture), target_modules=None, seed=0, dtype=dtype)
+    module.configure_model()
+    packed, _ = packed_texts(module)
+    assert torch.isfinite(module.step(packed).loss)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from cola_lightning.modules.logits import (
     logits_of,
     shared_logits,
     split_by_length,
+    takes_mask_of_pairs,
 )
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 
@@ -51,7 +52,8 @@ class COLACausalLM(LanguageModule):
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 where no loss is
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for packed
-      sequences, is one of pairs of tokens; ``position_ids`` go with it.
+      sequences, is one of pairs of tokens; ``position_ids`` go with it. A model in which it does not keep sequences apart
+      (a sliding window, a state-space or convolution layer, a bias by distance) is refused at the first such batch.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
@@ -82,6 +84,7 @@ class COLACausalLM(LanguageModule):
 
     @override
     def step(self, batch: Batch) -> StepOutput:
+        self._check_mask(batch)
         if "option_ids" not in batch:
             return self._language_step(batch)
         router_loss = None
@@ -154,6 +157,7 @@ class COLACausalLM(LanguageModule):
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
         """
+        self._check_mask(batch)
         return _mean_log_probabilities(self._last_logits(batch, batch["option_ids"].shape[-1]), batch)
 
     def _last_logits(self, batch: Batch, n_positions: int) -> Tensor:
@@ -176,6 +180,19 @@ class COLACausalLM(LanguageModule):
     @functools.cached_property
     def _can_share(self) -> bool:
         return can_share(self.model)
+
+    def _check_mask(self, batch: Batch) -> None:
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 4 and not self._takes_mask_of_pairs:
+            raise UserError(
+                f"batch: expected attention_mask of rows x length for {type(self.model).__name__}, in which a mask of pairs of "
+                f"tokens does not keep packed sequences apart, received one of shape {tuple(mask.shape)}"
+            )
+
+    @functools.cached_property
+    def _takes_mask_of_pairs(self) -> bool:
+        with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
+            return takes_mask_of_pairs(self.model)
 
     @property
     def _may_split(self) -> bool:

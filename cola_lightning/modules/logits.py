@@ -338,8 +338,48 @@ def can_share(model: nn.Module) -> bool:
 
 def _keeps_all(model: nn.Module) -> bool:
     """Whether a model, as its configuration says, keeps keys and values of all that it has read."""
-    config: Any = model.config
     taken = inspect.signature(model.forward).parameters
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    has_window = getattr(config, "sliding_window", None) is not None or kinds != {"full_attention"}
-    return {"position_ids", "logits_to_keep"} <= taken.keys() and _name_of_cache(model) is not None and not has_window
+    return (
+        {"position_ids", "logits_to_keep"} <= taken.keys() and _name_of_cache(model) is not None and _is_full_attention(model)
+    )
+
+
+def _is_full_attention(model: nn.Module) -> bool:
+    """Whether all layers attend to all tokens, as a model's configuration says: a window is longer than what can be tried."""
+    config: Any = model.config
+    parts = (config, config.get_text_config())
+    kinds = {kind for part in parts for kind in getattr(part, "layer_types", None) or ()}
+    has_window = any(getattr(part, "sliding_window", None) for part in parts)  # None or, of Qwen2-MoE, 0: none
+    return kinds <= {"full_attention"} and not has_window
+
+
+@torch.no_grad()
+def takes_mask_of_pairs(model: nn.Module) -> bool:
+    """Whether a mask of pairs of tokens keeps packed sequences apart: tried out on nine tokens, in three forward passes.
+
+    A window, which masks of their own would be needed for, a state that layers hand on, and a mask that is ignored let a
+    sequence see those before it. The logits of the second of two must not change with the first, and be those of it alone.
+    """
+    if not _is_full_attention(model):
+        return False
+    config: Any = model.config
+    device = next(model.parameters()).device
+    first, second = (torch.arange(9, device=device).unsqueeze(0) + config.get_text_config().vocab_size // 2).split(
+        [5, 4], dim=1
+    )
+    places = torch.arange(9, device=device)
+    is_second = places >= 5
+    pairs = (is_second[:, None] == is_second) & (places[:, None] >= places)
+    packed = {"attention_mask": pairs[None, None], "position_ids": (places - 5 * is_second).unsqueeze(0)}
+    with _evaluating(model), torch.autocast(device.type, enabled=False):
+        alone = logits_of(model, {"input_ids": second, "attention_mask": torch.ones_like(second)}, 4)
+        try:
+            behind, behind_other = (
+                logits_of(model, packed | {"input_ids": torch.cat([some, second], dim=1)}, 4) for some in (first, first - 7)
+            )
+        except Exception as error:  # whatever a model raises that takes rows x length alone
+            if not _is_of_the_inputs(error):
+                raise
+            log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
+            return False
+    return _are_untouched(behind_other, behind) and _are_same(model, behind, alone)
