@@ -53,7 +53,7 @@ class COLACausalLM(LanguageModule):
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for packed
       sequences, is one of pairs of tokens; ``position_ids`` go with it. A model in which it does not keep sequences apart
-      (a sliding window, a state-space or convolution layer, a bias by distance) is refused at the first such batch.
+      (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
