@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptedModel": "adapted_model",
     "COLACausalLM": "modules.causal_lm",
     "COLADigits": "modules.digits",
     "COLAModule": "modules.base",
@@ -41,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptedModel",
     "COLACausalLM",
     "COLADigits",
     "COLAModule",

@@ -31,6 +31,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_model_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def part(parameter: Tensor) -> tuple[slice, ...]:
     """Which part of the full tensor this process holds, dimension by dimension: all of it where it is not sharded.
 

@@ -379,6 +379,7 @@ def written(folder):
         made = trainer(folder / f"written-{strategy}", PredictionWriter(), chain={}, **options)
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
         made.predict(module, datamodule=data)
+        (folder / f"written-{strategy}").mkdir(exist_ok=True)  # the other process may not have
         torch.save(metrics, folder / f"written-{strategy}" / f"rank{made.global_rank}.pt")
 
 

@@ -16,7 +16,17 @@ MAY_IMPORT = {
     "__init__": set(),
     "study": {"modules", "data", "callbacks"},
     "callbacks": {"schedule", "chain", "layers"},
-    "modules": {"schedule", "adapt", "fingerprint", "chain", "chain_files", "chain_folder", "layers", "distributed"}
+    "modules": {
+        "schedule",
+        "adapt",
+        "adapted_model",
+        "fingerprint",
+        "chain",
+        "chain_files",
+        "chain_folder",
+        "layers",
+        "distributed",
+    }
     | {"quantization", "checkpoint_io"},
     "checkpoint_io": {"chain_files"},
     "export": {"chain", "adapt", "adapter"},
@@ -24,6 +34,7 @@ MAY_IMPORT = {
     "chain_files": {"chain", "chain_folder", "adapter"},
     "chain_folder": {"chain"},
     "adapter": {"chain", "chain_folder"},
+    "adapted_model": {"adapt", "chain", "distributed", "fingerprint", "layers", "quantization"},
     "fingerprint": {"adapt", "distributed"},
     "chain": {"layers", "distributed", "chain_folder"},  # the last where a chain is saved or loaded
     "adapt": {"layers", "quantization", "distributed"},
@@ -45,7 +56,7 @@ OPEN_TO_ALL = {"errors", "hub", "seeding", "writing", "__version__"}
 
 # What the engine's own files may take from outside: torch, the standard library and, for chains on disk, safetensors.
 TORCH_ONLY = {"stack", "lora_layer", "quantization", "layers", "adapt", "fingerprint", "chain", "chain_files", "chain_folder"}
-TORCH_ONLY |= {"adapter", "inspection", "schedule", "distributed", "errors", "writing"}
+TORCH_ONLY |= {"adapted_model", "adapter", "inspection", "schedule", "distributed", "errors", "writing"}
 HEAVY = {"bitsandbytes", "transformers", "datasets", "peft", "matplotlib", "sklearn"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

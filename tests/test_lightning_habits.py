@@ -305,7 +305,7 @@ def test_strict_counts(tmp_path):
         run.save_checkpoint(paths[-1])
     plain, headed = paths
     for how in ({}, {"strict": True}):
-        with pytest.raises(UserError, match=r"expected a value for 'head\.bias', which this module trains"):
+        with pytest.raises(UserError, match=r"expected a value for 'head\.weight', which this module trains"):
             WithHead.load_from_checkpoint(plain, **how)
     with pytest.warns(
         UserWarning, match=r"in the model state dict but not in the checkpoint: \['head\.weight', 'head\.bias'\]"
@@ -317,7 +317,7 @@ def test_strict_counts(tmp_path):
         Plain.load_from_checkpoint(headed, strict=False)
 
     module = toy(WithHead)
-    with pytest.raises(UserError, match=r"'head\.bias'"):
+    with pytest.raises(UserError, match=r"'head\.weight'"):
         trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
     module.strict_loading = False
     trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)

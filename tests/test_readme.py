@@ -29,7 +29,7 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_the_examples_are_short_and_run(tmp_path, monkeypatch, capsys):
     examples = blocks("python")
-    assert len(examples) == 3
+    assert len(examples) == 4
     assert len([line for line in examples[0].splitlines() if line]) <= 10  # "ten lines of Python"
     monkeypatch.chdir(tmp_path)
     model = tiny.folder(tmp_path / "model", "opt")
@@ -41,8 +41,8 @@ def test_the_examples_are_short_and_run(tmp_path, monkeypatch, capsys):
         assert len(example.strip().splitlines()) <= 30
         names = {}
         exec(compile(example.replace("facebook/opt-125m", model), "README.md", "exec"), names)
-        links.append(len(names["module"].chain))
-    assert links == [2, 1, 2]
+        links.append(len(names["module" if "module" in names else "adapted"].chain))
+    assert links == [2, 1, 2, 3]
     assert "2 Sequential(" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained("merged")
     assert type(merged) is OPTForCausalLM

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
@@ -22,26 +22,23 @@ from typing_extensions import override
 
 from cola_lightning import distributed
 from cola_lightning.adapt import check_numbers, inject_lora
-from cola_lightning.chain import Chain, Link, begin_link
+from cola_lightning.adapted_model import AdaptedModel, seeded_build
+from cola_lightning.chain import Chain, Link
 from cola_lightning.chain_files import read_chain
 from cola_lightning.errors import UserError
-from cola_lightning.fingerprint import check_made_again, describe_base
 from cola_lightning.layers import FinishedLinks, Init
-from cola_lightning.modules.checkpoint import base_weights
 from cola_lightning.modules.keeper import ChainKeeper
 from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
-from cola_lightning.modules.running import checkpoint_activations, compile_model
+from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
 from cola_lightning.modules.sharding import (
     configure_fsdp1,
     hidden,
-    is_sharded,
     shard_by_blocks,
     shards,
 )
 from cola_lightning.modules.training import LinkTraining, OptimizerCallable
 from cola_lightning.quantization import is_quantized_model
 from cola_lightning.schedule import ChainSchedule, LRSchedule
-from cola_lightning.seeding import seeded
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +178,7 @@ class COLAModule(LinkTraining):
     def _make_model(self) -> None:
         if self._is_on_meta and self._attached_trainer is not None:  # now it is to be run
             self._modules.pop("model", None)
-            self.is_made, self._is_on_meta, self.chain = False, False, Chain()
+            self.is_made, self._is_on_meta, self._adapted = False, False, None
         if self.is_made:
             return
         if "model" in self._modules:
@@ -196,13 +193,12 @@ class COLAModule(LinkTraining):
         self._choose_seed()
         self._is_being_made = True
         try:
-            self.model = self._make_adapted_base()
             with torch.device("cpu"):
                 self._prepare(torch.get_default_dtype())
             self.is_made = True
         except BaseException:  # so that a second call does not take it for ready
             self._modules.pop("model", None)
-            self._base_weights, self.chain = None, Chain()
+            self._adapted = None
             raise
         finally:
             self._is_being_made = False
@@ -272,12 +268,11 @@ class COLAModule(LinkTraining):
             log.info("model.seed: %d was drawn, for none was given", self.seed)
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        """Makes what ``build_model`` gave, adapted, ready for training in a precision of this dtype."""
-        self.chain.base = {} if self._is_on_meta else describe_base(self.model, self.base_name)
-        if self.save_base:
-            if is_quantized_model(self.model):
-                raise UserError("model.save_base: expected false for a base in 4 bits, received true")
-            self._base_weights = base_weights(self.model)
+        """Makes what ``build_model`` gives, adapts it, and begins a link, ready for training in a precision of this dtype."""
+        assert self.seed is not None
+        how = {"is_saved": self.save_base, "is_known": not self._is_on_meta}
+        self._adapted = adapted = AdaptedModel(self._make_adapted_base, self.seed, self.base_name, **how)
+        self.model, adapted.placement = adapted.model, self._placement
         self._cast(dtype)
         if not self._is_on_meta:
             self.note_outside()
@@ -297,9 +292,9 @@ class COLAModule(LinkTraining):
 
     def _cast(self, dtype: torch.dtype) -> None:
         """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
-        if dtype == torch.float64 and not is_sharded(self.model):
+        if dtype == torch.float64 and not distributed.is_model_sharded(self.model):
             self.model.double()
-        self._cast_adapted(dtype)
+        self.adapted.cast(dtype)
 
     def _lay_out(self) -> None:
         """Lays the model out over processes, where the strategy shards it and it is not yet."""
@@ -322,7 +317,7 @@ class COLAModule(LinkTraining):
             if not self.is_wrapped_by_fsdp1:
                 configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
             self.is_wrapped_by_fsdp1 = True
-        elif not is_sharded(self.model):
+        elif not distributed.is_model_sharded(self.model):
             mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
             with hidden(self.model) if self.target_modules is not None else nullcontext():
                 self.shard_model(mesh)
@@ -343,15 +338,12 @@ class COLAModule(LinkTraining):
 
     def _make_adapted_base(self) -> nn.Module:
         assert self.seed is not None
-        # Whatever the caller is in: build_model may train, and the base must not depend on the device or the precision.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _default_dtype(torch.float32),
-            torch.device("meta" if self._is_on_meta else "cpu"),
-            seeded(self.seed),
-        ):
+        parts = dict(self._modules)
+        with seeded_build(self.seed, "meta" if self._is_on_meta else "cpu"):
             model = self.build_model()
+            if self.is_made:  # again: what else build_model assigns here stays what it was
+                self._modules.clear()
+                self._modules.update(parts)
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
@@ -365,18 +357,6 @@ class COLAModule(LinkTraining):
                     init=self.init,
                     finished_links=self.finished_links,
                 )
-        return model
-
-    @override
-    def _make_base_again(self) -> nn.Module:
-        parts = dict(self._modules)
-        model = self._make_adapted_base()
-        self._modules.clear()  # of a build_model that also holds what it makes here
-        self._modules.update(parts)
-        if self._base_weights is None:
-            check_made_again(self.chain.base, describe_base(model))
-        else:
-            self._write_base(model)
         return model
 
     @rank_zero_only
@@ -401,10 +381,8 @@ class COLAModule(LinkTraining):
 
     @override
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
-        rank = self.schedule.rank(self.link, self.rank) if rank is None else rank
-        alpha = self.schedule.alpha(self.link, self.alpha) if alpha is None else alpha
-        assert self.seed is not None
-        begin_link(self._layers, self.seed, self.link, rank, alpha)
+        asked = self._scheduled(self.link)
+        self.adapted.begin_link(int(asked[0]) if rank is None else rank, asked[1] if alpha is None else alpha)
         self._forget_metrics()
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
@@ -431,13 +409,12 @@ class COLAModule(LinkTraining):
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha: expected a number above 0, received {alpha}")
         self.configure_model()
+        asked = self._scheduled(self.link + 1)
         self._is_tying = True
-        link = self.live_link()
-        for layers in self._by_unit():
-            for layer in layers.values():
-                layer.finish()
-        self.chain.append(link)
-        self._begin_link(rank, alpha)
+        link = self.adapted.tie_knot(
+            int(asked[0]) if rank is None else rank, asked[1] if alpha is None else alpha, **self._facts_of_link()
+        )
+        self._forget_metrics()
         self.link_start = self._now
         self._is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
         trainer = self._attached_trainer
@@ -445,6 +422,46 @@ class COLAModule(LinkTraining):
         if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
             trainer.strategy.setup_optimizers(trainer)
         return link
+
+    def live_link(self) -> Link:
+        """The live link as it is now: what a knot would record."""
+        return self.adapted.live_link(**self._facts_of_link())
+
+    def _facts_of_link(self) -> dict[str, Any]:
+        """What this module knows of the live link beside the model's part."""
+        return {
+            "start_step": self.link_start.global_step,
+            "end_step": self._now.global_step,
+            "metrics": self._metrics(),
+            "outside": self._outside(),
+        }
+
+    def merged_model(self, links: int | None = None) -> nn.Module:
+        """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
+
+        What is trained outside of ``self.model`` is not in the copy, and a warning says so. Where the model is sharded, the
+        copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all is trained, all is gathered:
+        every process must ask for it.)
+
+        Args:
+            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+
+        Returns:
+            The model in float32, whatever it was trained in (in float64 where that was float64); where ``target_modules`` is
+            null, in the dtype that it has.
+
+        Raises:
+            UserError: if there are not as many links.
+        """
+        self.configure_model()
+        self._check_not_on_meta()
+        model = self.adapted.merged_model(links)
+        values = self.values()
+        if outside := [name for name, p in values.items() if not name.startswith("model.") and p.requires_grad]:
+            log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
+        if self.activation_checkpointing:
+            keep_activations(model)
+        return model
 
     # ------------------------------------------------------------------ the callback that comes along
 
@@ -486,13 +503,3 @@ def _then_ours(own: Callable[[COLAModule], None]) -> Callable[[COLAModule], None
 
     configure_model.comes_before_ours = True  # type: ignore[attr-defined]
     return configure_model
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -6,7 +6,6 @@ That is megabytes where the weights would be gigabytes, and equal to the last bi
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
+from cola_lightning.adapted_model import AdaptedModel, Placement, is_factor, weight_of
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.chain_folder import EXTRA_STATE, FORMAT_VERSION, pack
@@ -34,26 +33,6 @@ from cola_lightning.schedule import ChainSchedule, Counters
 log = logging.getLogger(__name__)
 
 AS_IT_IS = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
-
-
-def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state = distributed.state_dict(model)
-    return {
-        name: distributed.gather(value)
-        for name, value in state.items()
-        if not is_factor(name) and without.isdisjoint({name, _weight_of(name)})
-    }
-
-
-def is_factor(name: str) -> bool:
-    """Whether this is the name of a live link's A or B."""
-    return name.endswith((".lora_A", ".lora_B"))
-
-
-def _weight_of(name: str) -> str:
-    """The weight of which something is a part, as the scales are of a 4-bit one (``fc.weight.absmax``)."""
-    return re.sub(r"\.weight\..*", ".weight", name)
 
 
 class CheckpointedChain(RemembersArguments, LightningModule):
@@ -82,9 +61,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chain = Chain()
+        self._adapted: AdaptedModel | None = None
         self.link_start = Counters(0, 0)
-        self._base_weights: dict[str, Tensor] | None = None
         self._given_seed: int | None = None
         self._optimizer_class: str | None = None
         self._is_tying = False
@@ -109,6 +87,19 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._had_optimizer: str | None = None
 
     @property
+    def adapted(self) -> AdaptedModel:
+        """The model with its layers and its chain, apart from Lightning."""
+        if self._adapted is None:
+            self.configure_model()
+        assert self._adapted is not None
+        return self._adapted
+
+    @property
+    def chain(self) -> Chain:
+        """The finished links; none before the model is made."""
+        return Chain() if self._adapted is None else self._adapted.chain
+
+    @property
     def link(self) -> int:
         """Index of the live link: how many are finished."""
         return len(self.chain)
@@ -117,31 +108,28 @@ class CheckpointedChain(RemembersArguments, LightningModule):
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only the shapes matter: the base's weights come from a checkpoint, or are on meta."""
         reading = READING.get()
-        return self._is_on_meta or (reading is not None and reading.holds_base) or self._base_weights is not None
+        is_kept = self._adapted is not None and self._adapted.base_weights is not None
+        return self._is_on_meta or (reading is not None and reading.holds_base) or is_kept
 
     @property
     def _layers(self) -> dict[str, LoRALayer]:
-        distributed.reshard(self.model)  # a gathered weight may be in another dtype
-        return lora_layers(self.model)
+        return self.adapted.layers
+
+    def _placement(self) -> Placement:
+        """Where the model lies: in all that a strategy has wrapped it in, on the device of the training."""
+        trainer, model = self._attached_trainer, self.model
+        wrapped = trainer.strategy.model if trainer and trainer.strategy.lightning_module is self else None
+        device = trainer.strategy.root_device if trainer else self.device
+        is_sharded = distributed.is_model_sharded(model) or self.is_wrapped_by_fsdp1
+        return Placement(model if wrapped is None else wrapped, device, is_sharded)
 
     @property
-    def _wrapped(self) -> nn.Module:
-        """The model, in all that a strategy has wrapped it in."""
-        trainer = self._attached_trainer
-        wrapped = trainer.strategy.model if trainer and trainer.strategy.lightning_module is self else None
-        return self.model if wrapped is None else wrapped
+    def _is_in_parts(self) -> bool:
+        """Whether FSDP2 or FSDP1 has sharded the model."""
+        return self._placement().is_sharded
 
     def _by_unit(self) -> Iterator[dict[str, LoRALayer]]:
-        """Goes through the adapted layers by name, in groups whose weights may be read and written while a group is at hand."""
-        names = {id(layer): name for name, layer in self._layers.items()}
-        for modules in distributed.units(self._wrapped):
-            yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
-
-    @property
-    def _kept_dtype(self) -> torch.dtype:
-        """To which dtype the precision has cast adapted layers; float32: it left them as they came."""
-        layers = self._layers.values()
-        return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
+        return self.adapted.by_unit()
 
     @property
     def _attached_trainer(self) -> Trainer | None:
@@ -150,13 +138,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         except RuntimeError:  # Lightning's way of saying that there is none
             return None
 
-    def _make_base_again(self) -> nn.Module:
-        """The adapted base without any link: made anew, and checked, or with the weights that are kept.
-
-        Raises:
-            UserError: if ``build_model`` makes another base than before.
-        """
-        raise NotImplementedError
+    @property
+    def _now(self) -> Counters:
+        trainer = self._attached_trainer
+        return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
 
     def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
         raise NotImplementedError
@@ -187,13 +172,12 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             state = super().state_dict(*args, **kwargs)
         for name in list(state):
             own = name.removeprefix(prefix)
-            if name.startswith(prefix) and not left_out.isdisjoint({own, _weight_of(own)}):
+            if name.startswith(prefix) and not left_out.isdisjoint({own, weight_of(own)}):
                 del state[name]
         return state
 
     def _frozen_names(self) -> list[str]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return [f"model.{name}" for name in distributed.plain_names(name for name, p in named if not p.requires_grad)]
+        return [f"model.{name}" for name in self.adapted.frozen_names()]
 
     def _aliases(self) -> list[str]:
         """Other names of what is in the model, for a module that holds a part of it a second time."""
@@ -216,9 +200,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """The finished links, their base, and the live link's rank, alpha and beginning, as a tensor of bytes."""
         if not self._is_packing:
             return AS_IT_IS
-        layer = next(iter(self._layers.values()), None)
-        live = layer and [layer.rank, layer.alpha]
-        return pack(self.chain, live=live, link_start=list(self.link_start))
+        return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -273,11 +255,11 @@ class CheckpointedChain(RemembersArguments, LightningModule):
 
     def chain_state(self) -> dict[str, Any]:
         """All of ours in a checkpoint: plain types and tensors, read by ``torch.load(weights_only=True)``."""
-        trainer, layer = self._attached_trainer, next(iter(self._layers.values()), None)
+        trainer, adapted = self._attached_trainer, self.adapted
         logged = trainer.callback_metrics if trainer else {}
-        live = layer and {
-            "rank": layer.rank,
-            "alpha": layer.alpha,
+        live = adapted.live and {
+            "rank": adapted.live[0],
+            "alpha": adapted.live[1],
             "scheduled": self._scheduled(self.link),
             "metrics": self._metrics(),
             "extras": list(self._extras()),
@@ -288,7 +270,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "module": self.recipe(),
             "chain": self.chain.state_dict(),
             "live": live,
-            "dtype": str(self._kept_dtype).removeprefix("torch.") if layer else None,
+            "dtype": str(adapted.kept_dtype).removeprefix("torch.") if live else None,
             "callback_metrics": {name: value.detach().cpu() for name, value in logged.items()},
             "link_start": list(self.link_start),
             "scheduled": [self._scheduled(link) for link in range(self.link + 1)],
@@ -298,7 +280,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "optimizer": self._optimizer_class,
             "modules_to_save": self.modules_to_save,
             "has_rate_of_saved": self.modules_to_save_lr is not None,
-            "base_weights": self._base_weights,
+            "base_weights": adapted.base_weights,
             "outside": self.first_outside,
         }
 
@@ -344,8 +326,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         self._logged_before = dict(trainer.callback_metrics)
 
     def _extras(self) -> dict[str, Tensor]:
-        """What training changes beside the links, by name in the model: modules trained whole, and buffers."""
-        return base_weights(self.model, without={name.removeprefix("model.") for name in self._frozen_names()})
+        return self.adapted.extras()
 
     def note_outside(self) -> None:
         """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -90,7 +90,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
             "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
             f"{type(module).__name__}.load_from_checkpoint makes one; received one that was used under fsdp"
         )
-    if module.is_made and is_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
+    if module.is_made and distributed.is_model_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy, which has sharded this module (load_from_checkpoint makes a new "
             f"one), received {type(strategy).__name__}"
@@ -161,11 +161,6 @@ def with_whole_trainables(base: Any) -> type[Strategy]:
     WholeTrainables.__name__, WholeTrainables.__qualname__ = base.__name__, base.__qualname__
     WholeTrainables.__module__ = base.__module__
     return WholeTrainables
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the model, or a part of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtype) -> None:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from cola_lightning.adapted_model import is_factor
 from cola_lightning.chain import Chain
 from cola_lightning.chain_files import CHECKPOINT_KEY
 from cola_lightning.errors import UserError
-from cola_lightning.modules.checkpoint import is_factor
-from cola_lightning.modules.merged import MergedChain
+from cola_lightning.modules.restore import RestoredChain
 from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-class LinkTraining(MergedChain):
+class LinkTraining(RestoredChain):
     """The part of :class:`~cola_lightning.modules.COLAModule` that trains the live link.
 
     Attributes:

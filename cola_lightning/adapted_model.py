@@ -1,0 +1,481 @@
+"""A base model with its LoRA layers and its chain of finished links: the method in plain torch, without Lightning.
+
+:class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a training loop of one's own needs nothing more.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cola_lightning import distributed
+from cola_lightning.adapt import inject_lora, lora_layers, strip_lora, unstack
+from cola_lightning.chain import Chain, Link, begin_link, finish_link
+from cola_lightning.errors import UserError
+from cola_lightning.fingerprint import check_made_again, check_same_base, check_same_layers, describe_base
+from cola_lightning.layers import FinishedLinks, Init, LoRALayer
+from cola_lightning.quantization import dequantize, is_quantized_model
+from cola_lightning.seeding import seeded
+
+
+class Placement(NamedTuple):
+    """Where a model lies while it is used.
+
+    Attributes:
+        root: the model, or what a strategy has wrapped it in.
+        device: where finished links are computed.
+        is_sharded: whether each process holds a part of the weights.
+    """
+
+    root: nn.Module
+    device: torch.device
+    is_sharded: bool
+
+
+class AdaptedModel:
+    """A model, adapted in place, and its chain. No ``nn.Module`` itself: whoever trains the model holds that.
+
+    The live link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
+
+    Args:
+        make_base: makes the adapted base, the same each time: ``build_model`` under :func:`seeded_build`, and then
+            :func:`~cola_lightning.inject_lora`.
+        seed: from which each link's A comes, with the link's index and the layer's name.
+        name: what people call the base.
+        is_saved: keep a copy of the base's weights, for one that cannot be made again.
+        is_known: whether the base is to be identified by its values; not on the meta device.
+
+    Attributes:
+        model: the model.
+        chain: the finished links.
+        base_weights: the base's weights, where they are kept.
+        placement: tells where the model lies; a trainer gives its own.
+
+    Example:
+        >>> def build_model():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> adapted = AdaptedModel.of(build_model, target_modules=["0", "2"], rank=2, alpha=4, seed=0)
+        >>> link = adapted.tie_knot()
+        >>> link.index, adapted.link, len(adapted.chain)
+        (0, 1, 1)
+
+    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        make_base: Callable[[], nn.Module],
+        seed: int,
+        name: str = "",
+        *,
+        is_saved: bool = False,
+        is_known: bool = True,
+    ) -> None:
+        self.make_base, self.seed = make_base, seed
+        self.model = make_base()
+        if is_saved and is_quantized_model(self.model):
+            raise UserError("model.save_base: expected false for a base in 4 bits, received true")
+        self.chain = Chain(base=describe_base(self.model, name) if is_known else {})
+        self.base_weights = base_weights(self.model) if is_saved else None
+        self.placement: Callable[[], Placement] = self._own_placement
+
+    @classmethod
+    def of(
+        cls,
+        build_model: Callable[[], nn.Module],
+        *,
+        target_modules: str | Sequence[str] | None = "all-linear",
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        modules_to_save: Sequence[str] = (),
+        finished_links: FinishedLinks = "merge",
+        seed: int = 0,
+    ) -> "AdaptedModel":
+        """An adapted model whose first link has begun.
+
+        Args:
+            build_model: makes the base; it may draw from the global generators of Python, numpy and torch, which are seeded.
+            target_modules: layers to adapt, see :func:`~cola_lightning.inject_lora`; None trains all, without links.
+            rank: largest rank of a link, and the first link's.
+            alpha: a link's update is scaled by ``alpha / rank``.
+            dropout: probability of dropping an input of A while training.
+            init: how A is drawn: ``kaiming`` or ``gaussian``.
+            modules_to_save: names, or dotted name endings, of modules that are trained whole.
+            finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
+            seed: of all draws.
+
+        Raises:
+            UserError: for a model or values that cannot be right.
+        """
+
+        def make_base() -> nn.Module:
+            with seeded_build(seed):
+                model = build_model()
+                if target_modules is not None:
+                    inject_lora(model, target_modules, rank, alpha, dropout, modules_to_save, init, finished_links)
+            return model
+
+        adapted = cls(make_base, seed)
+        adapted.begin_link(rank, alpha)
+        return adapted
+
+    # ------------------------------------------------------------------ its parts
+
+    @property
+    def layers(self) -> dict[str, LoRALayer]:
+        """The adapted layers by name, in the model's order."""
+        distributed.reshard(self.model)  # a gathered weight may be in another dtype
+        return lora_layers(self.model)
+
+    @property
+    def link(self) -> int:
+        """Index of the live link: how many are finished."""
+        return len(self.chain)
+
+    @property
+    def live(self) -> tuple[int, float] | None:
+        """Rank and alpha of the live link; None for a model without links."""
+        layer = next(iter(self.layers.values()), None)
+        return None if layer is None else (layer.rank, layer.alpha)
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """To which dtype a precision has cast adapted layers; float32: it left them as they came."""
+        layers = self.layers.values()
+        return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
+
+    @property
+    def merges(self) -> bool:
+        """Whether finished links are merged into the weights, and not stacked beside them."""
+        return any(layer.stack is None for layer in self.layers.values())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is to be given, one for each link: the live link's factors, and what is trained whole."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def frozen_names(self) -> list[str]:
+        """Names of the parameters that are not trained, each under all of its names."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return distributed.plain_names(name for name, parameter in named if not parameter.requires_grad)
+
+    def extras(self) -> dict[str, Tensor]:
+        """CPU copies of what training changes beside the links: parameters that are trained whole, and persistent buffers."""
+        return base_weights(self.model, without=set(self.frozen_names()))
+
+    def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
+        """Goes through the adapted layers by name, in groups whose weights may be read and written while a group is at hand."""
+        names = {id(layer): name for name, layer in self.layers.items()}
+        for modules in distributed.units(self.placement().root):
+            yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
+
+    def _own_placement(self) -> Placement:
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return Placement(self.model, device, distributed.is_model_sharded(self.model))
+
+    # ------------------------------------------------------------------ links
+
+    def begin_link(self, rank: int, alpha: float) -> None:
+        """Begins the next link: draws A from (seed, link, layer), zeroes B; the function stays what it is."""
+        begin_link(self.layers, self.seed, self.link, rank, alpha)
+
+    def resume_link(self, rank: int, alpha: float) -> None:
+        """Gives the layers rank and alpha of a live link whose factors are loaded from elsewhere."""
+        for layer in self.layers.values():
+            layer.rank, layer.alpha = int(rank), float(alpha)
+
+    def live_link(self, **facts: Any) -> Link:
+        """The live link as it is now: what a knot would record.
+
+        Args:
+            **facts: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
+        """
+        facts = {"start_step": 0, "end_step": 0} | facts
+        return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
+
+    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **facts: Any) -> Link:
+        """Finishes the live link and begins the next; an optimizer of its factors must then be made anew.
+
+        Args:
+            rank: the next link's; None: as before.
+            alpha: the next link's; None: as before.
+            **facts: see :meth:`live_link`.
+
+        Returns:
+            The finished link.
+
+        Raises:
+            UserError: for a model without links.
+
+        Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
+        """
+        before = self.live
+        if before is None:
+            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+        link = self.live_link(**facts)
+        for layers in self.by_unit():
+            for layer in layers.values():
+                layer.finish()
+        self.chain.append(link)
+        self.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
+        return link
+
+    # ------------------------------------------------------------------ from one chain to another
+
+    def go_to(self, chain: Chain) -> None:
+        """Has the layers hold these finished links, whichever they hold: replays what is missing, on the base if need be.
+
+        Raises:
+            UserError: if the base must be made again, and is made as another.
+        """
+        if not self.chain.is_beginning_of(chain):
+            if self.merges:
+                self._write_base(self.model)
+            self.forget_links(chain.base)
+        self.replay(chain)
+
+    def replay(self, chain: Chain) -> None:
+        """Has the layers take up the links of a chain that they do not hold yet, to the bits that its knots gave."""
+        device = self.placement().device
+        for layers in self.by_unit():
+            for name, layer in layers.items():
+                if layer.stack is not None:
+                    layer.stack.reserve(chain.total_rank(name))
+            chain.replay(layers, device, start=self.link)
+        self.chain = chain
+
+    def forget_links(self, base: dict[str, Any]) -> None:
+        """The weights hold no link any more: neither does the chain, nor a stack."""
+        self.chain = Chain(base=base)
+        for layer in self.layers.values():
+            if layer.stack is not None:
+                layer.stack.clear()
+
+    def restore_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
+        """Checks that the base is a chain's, or takes the weights that were kept of it.
+
+        Raises:
+            UserError: for another base, or weights of another shape.
+        """
+        if weights is None:
+            check_same_base(chain.base, self.chain.base)
+        elif weights is not self.base_weights:
+            check_same_layers(chain.base["weight_norms"], self.chain.base["weight_norms"])
+            _check_same_shapes(weights, base_weights(self.model))
+            self.base_weights = weights
+            self._write_base(self.model)
+            self.forget_links(chain.base)
+
+    def start_from(self, chain: Chain) -> None:
+        """Takes up another run's chain on a base without links, and takes over what it trained whole.
+
+        Raises:
+            UserError: for a chain of another base, of other layers, or of factors of other sizes.
+        """
+        if "fingerprint" in chain.base:
+            check_same_base(chain.base, self.chain.base)
+        elif chain.links:  # of PEFT, whose base is not known
+            check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
+        for link in chain.links:
+            for name, (lora_A, lora_B) in link.factors.items():
+                layer = self.layers[name]
+                if (lora_A.shape[1], lora_B.shape[0]) != (layer.lora_A.shape[1], layer.lora_B.shape[0]):
+                    raise UserError(
+                        f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "
+                        f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
+                    )
+        self.replay(Chain(chain.links, self.chain.base))
+        if chain.links:
+            state = distributed.state_dict(self.model)
+            load_whole(chain.links[-1].extras, {name: state[name] for name in self.extras()})
+
+    def extras_after(self, chain: Chain) -> dict[str, Tensor]:
+        """What is trained whole, and buffers, as they were after the last of these links; the base's where it has none."""
+        names, extras = self.extras().keys(), chain.links[-1].extras if chain.links else {}
+        if names <= extras.keys():  # nothing for which a base would have to be made
+            return extras
+        weights = base_weights(self.base_again()) if self.base_weights is None else self.base_weights
+        return {name: weights[name] for name in names} | extras
+
+    # ------------------------------------------------------------------ the base
+
+    def base_again(self) -> nn.Module:
+        """The adapted base without any link: made anew, and checked, or with the weights that are kept.
+
+        Raises:
+            UserError: if it is made as another than before.
+        """
+        model = self.make_base()
+        if self.base_weights is None:
+            check_made_again(self.chain.base, describe_base(model))
+        else:
+            self._write_base(model)
+        return model
+
+    def _write_base(self, model: nn.Module, made: nn.Module | None = None) -> None:
+        """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
+        weights = self.base_weights
+        if weights is None:
+            weights = base_weights(self.base_again() if made is None else made)
+        state = model.state_dict()
+        for name, value in weights.items():
+            distributed.copy_(state[name], value)
+
+    # ------------------------------------------------------------------ dtypes
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
+
+        It widens to float64 alone; a layer into which links are merged is never narrowed.
+
+        Raises:
+            UserError: if sharded layers would have to be cast.
+        """
+        is_sharded = distributed.is_model_sharded(self.model)
+        for layer in self.layers.values():
+            if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
+                if layer.dtype != dtype and is_sharded:
+                    told, mine = (str(one).removeprefix("torch.") for one in (layer.dtype, dtype))
+                    raise UserError(
+                        f"trainer.precision: expected one that leaves adapted layers in {told}, in which they were sharded, "
+                        f"received one for {mine}"
+                    )
+                layer.to(dtype)
+
+    def recast(self, dtype: torch.dtype) -> None:
+        """Casts the adapted layers from one precision's dtype to another's: what was rounded comes back with the base."""
+        if self.kept_dtype.itemsize < 4:
+            made = self.base_again()
+            for name, part in made.named_modules():
+                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+                wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+                if wide is not None:
+                    self.model.get_submodule(name).to(part.dtype if isinstance(part, LoRALayer) else wide)
+            self._write_base(self.model, made)
+            self.forget_links(self.chain.base)
+        self.cast(dtype)
+
+    def restack(self) -> None:
+        """Has stacked links be what they are in the chain, after the layers were cast to a wider dtype."""
+        if not self.merges:
+            chain = self.chain
+            self.forget_links(chain.base)
+            self.replay(chain)
+
+    # ------------------------------------------------------------------ a plain copy
+
+    def merged_model(self, links: int | None = None) -> nn.Module:
+        """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
+
+        Where the model is sharded, the copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all
+        is trained, all is gathered: every process must ask for it.)
+
+        Args:
+            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+
+        Returns:
+            The model in float32, whatever it was trained in (in float64 where that was float64); without links, in the dtype
+            that it has.
+
+        Raises:
+            UserError: if there are not as many links.
+        """
+        total = self.link + 1
+        links = total if links is None else links
+        check_links(links, self.link)
+        chain, layers = self.chain.truncate(min(links, self.link)), self.layers.values()
+        placement = self.placement()
+        is_stacked = any(layer.stack is not None for layer in layers)
+        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
+        is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
+        if is_copied:
+            model = copy.deepcopy(self.model)
+            if links < total:
+                for layer in lora_layers(model).values():
+                    nn.init.zeros_(layer.lora_B)
+                model.load_state_dict(self.extras_after(chain), strict=False)
+        else:
+            model = self.base_again()
+            if links == total and layers:
+                chain = Chain([*chain.links, self.live_link()])
+            extras = chain.links[-1].extras if chain.links else {}
+            model.load_state_dict(self.extras() if links == total else extras, strict=False)
+            if links and is_narrowed:
+                model.to(self.kept_dtype)
+        unstack(model)
+        dtype = torch.promote_types(self.kept_dtype, torch.float32)
+        dequantize(model, dtype)
+        if layers:
+            model.to(dtype)
+        if is_stacked or not is_copied:
+            chain.replay(lora_layers(model), placement.device)
+        strip_lora(model, merge=True, dtype=dtype)
+        return model.requires_grad_()
+
+
+@contextmanager
+def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
+    """What a base is built under, whatever the caller is in: it may train, and depends on no device, precision or draw before.
+
+    Inside the block the global generators are seeded, the default dtype is float32 and the default device as given.
+    """
+    before = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.enable_grad(), torch.device(device), seeded(seed):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
+    """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
+    state = distributed.state_dict(model)
+    return {
+        name: distributed.gather(value)
+        for name, value in state.items()
+        if not is_factor(name) and without.isdisjoint({name, weight_of(name)})
+    }
+
+
+def is_factor(name: str) -> bool:
+    """Whether this is the name of a live link's A or B."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def weight_of(name: str) -> str:
+    """The weight of which something is a part, as the scales are of a 4-bit one (``fc.weight.absmax``)."""
+    return re.sub(r"\.weight\..*", ".weight", name)
+
+
+def load_whole(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Writes a chain's values of what is trained whole into those that are trained here.
+
+    Raises:
+        UserError: for a value that has no place here.
+    """
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise UserError(
+                f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
+                f"{name!r} of shape {tuple(value.shape)}"
+            )
+        distributed.copy_(own[name], value)
+
+
+def check_links(links: int, n_finished: int) -> None:
+    """Refuses a number of links that there are not: the finished ones, and the live one."""
+    if not 0 <= links <= n_finished + 1:
+        raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
+
+
+def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | received.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
+        if theirs != ours:
+            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")

@@ -1,0 +1,93 @@
+"""The method in plain torch: the same links and weights as under Lightning, forward, back, and from another chain."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
+
+ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
+
+
+def adapted(**arguments):
+    return AdaptedModel.of(lambda: Toy.build_model(None), **ARGUMENTS | arguments)
+
+
+def train(model, links=3, **of_knots):
+    """The loop of README, on the toy's batches."""
+    for _ in range(links):
+        optimizer = AdamW(model.trained_parameters(), lr=1e-2)
+        for x, y in batches():
+            loss = F.mse_loss(model.model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.tie_knot(**of_knots)
+    return model
+
+
+def state(model):
+    return {name: value.detach().clone() for name, value in model.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finished_links):
+    module = toy(**ARGUMENTS, finished_links=finished_links, lr_schedule="constant", optimizer=lambda p: AdamW(p, lr=1e-2))
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
+    module.tie_knot()
+    loop = train(adapted(finished_links=finished_links))
+    assert loop.chain.is_beginning_of(module.chain)
+    assert len(loop.chain) == 3
+    assert_bit_equal(state(loop), {name: value.clone() for name, value in module.model.state_dict().items()})
+
+
+def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
+    model, x = adapted(), next(iter(batches()))[0]
+    base = model.merged_model(0)(x)
+    train(model, links=2)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_B.fill_(0.1)
+    before = model.model(x)
+    torch.testing.assert_close(model.merged_model()(x), before)
+    model.tie_knot(rank=1, alpha=3)
+    torch.testing.assert_close(model.model(x), before)
+    assert (model.link, model.live) == (3, (1, 3))
+    assert torch.equal(model.merged_model(0)(x), base)
+    assert not any(isinstance(part, LoRALinear) for part in model.merged_model(1).modules())
+    with pytest.raises(UserError, match="links: expected 0 to 4"):
+        model.merged_model(5)
+
+
+def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
+    model = train(adapted())
+    model.chain.save(tmp_path / "chain")
+    after = state(model)
+    model.go_to(model.chain.truncate(1))
+    assert_bit_equal(
+        {name: value for name, value in state(model).items() if "lora" not in name},
+        {name: value for name, value in state(train(adapted(), links=1)).items() if "lora" not in name},
+    )
+    other = adapted()
+    other.start_from(Chain.load(tmp_path / "chain"))
+    for name in ("0.weight", "2.weight"):
+        assert torch.equal(other.model.state_dict()[name], after[name])
+    with pytest.raises(UserError, match="base: expected the one on which the chain was trained"):
+        adapted(seed=1).start_from(Chain.load(tmp_path / "chain"))
+
+
+def test_what_is_trained_whole_is_part_of_each_link():
+    model = train(adapted(target_modules=["0"], modules_to_save=["2"]))
+    assert [list(link.extras) for link in model.chain.links] == [["2.weight", "2.bias"]] * 3
+    assert torch.equal(model.merged_model(1)[2].weight, model.chain.links[0].extras["2.weight"])
+
+
+def test_a_model_without_links_has_no_knots():
+    model = adapted(target_modules=None)
+    assert isinstance(model.model[0], nn.Linear)
+    assert model.live is None
+    with pytest.raises(UserError, match=r"model\.target_modules: expected layers to adapt"):
+        model.tie_knot()
