@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from cola_lightning import COLACausalLM
-from cola_lightning.layers import adapt_layer
-from cola_lightning.quantization import quantize
+from cola_lightning.lora.linear4bit import quantize
+from cola_lightning.lora.registry import adapt_layer
 
 Mode = tuple[str, str]  # base, what becomes of finished links
 MODES: list[Mode] = [

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cola_lightning import distributed
-from cola_lightning.adapt import inject_lora, lora_layers, strip_lora, unstack
-from cola_lightning.chain import Chain, Link, begin_link, finish_link
+from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.fingerprint import check_made_again, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.errors import UserError
-from cola_lightning.fingerprint import check_made_again, check_same_base, check_same_layers, describe_base
-from cola_lightning.layers import FinishedLinks, Init, LoRALayer
-from cola_lightning.quantization import dequantize, is_quantized_model
+from cola_lightning.lora.inject import inject_lora, lora_layers, strip_lora, unstack
+from cola_lightning.lora.linear4bit import dequantize, is_quantized_model
+from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
 from cola_lightning.seeding import seeded
+from cola_lightning.sharded import tensors
 
 
 class Placement(NamedTuple):
@@ -130,7 +131,7 @@ class AdaptedModel:
     @property
     def layers(self) -> dict[str, LoRALayer]:
         """The adapted layers by name, in the model's order."""
-        distributed.reshard(self.model)  # a gathered weight may be in another dtype
+        tensors.reshard(self.model)  # a gathered weight may be in another dtype
         return lora_layers(self.model)
 
     @property
@@ -162,7 +163,7 @@ class AdaptedModel:
     def frozen_names(self) -> list[str]:
         """Names of the parameters that are not trained, each under all of its names."""
         named = self.model.named_parameters(remove_duplicate=False)
-        return distributed.plain_names(name for name, parameter in named if not parameter.requires_grad)
+        return tensors.plain_names(name for name, parameter in named if not parameter.requires_grad)
 
     def extras(self) -> dict[str, Tensor]:
         """CPU copies of what training changes beside the links: parameters that are trained whole, and persistent buffers."""
@@ -171,12 +172,12 @@ class AdaptedModel:
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Goes through the adapted layers by name, in groups whose weights may be read and written while a group is at hand."""
         names = {id(layer): name for name, layer in self.layers.items()}
-        for modules in distributed.units(self.placement().root):
+        for modules in tensors.units(self.placement().root):
             yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
 
     def _own_placement(self) -> Placement:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        return Placement(self.model, device, distributed.is_model_sharded(self.model))
+        return Placement(self.model, device, tensors.is_model_sharded(self.model))
 
     # ------------------------------------------------------------------ links
 
@@ -291,7 +292,7 @@ class AdaptedModel:
                     )
         self.replay(Chain(chain.links, self.chain.base))
         if chain.links:
-            state = distributed.state_dict(self.model)
+            state = tensors.state_dict(self.model)
             load_whole(chain.links[-1].extras, {name: state[name] for name in self.extras()})
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
@@ -324,7 +325,7 @@ class AdaptedModel:
             weights = base_weights(self.base_again() if made is None else made)
         state = model.state_dict()
         for name, value in weights.items():
-            distributed.copy_(state[name], value)
+            tensors.copy_(state[name], value)
 
     # ------------------------------------------------------------------ dtypes
 
@@ -336,7 +337,7 @@ class AdaptedModel:
         Raises:
             UserError: if sharded layers would have to be cast.
         """
-        is_sharded = distributed.is_model_sharded(self.model)
+        is_sharded = tensors.is_model_sharded(self.model)
         for layer in self.layers.values():
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
                 if layer.dtype != dtype and is_sharded:
@@ -435,9 +436,9 @@ def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state = distributed.state_dict(model)
+    state = tensors.state_dict(model)
     return {
-        name: distributed.gather(value)
+        name: tensors.gather(value)
         for name, value in state.items()
         if not is_factor(name) and without.isdisjoint({name, weight_of(name)})
     }
@@ -465,7 +466,7 @@ def load_whole(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
                 f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
-        distributed.copy_(own[name], value)
+        tensors.copy_(own[name], value)
 
 
 def check_links(links: int, n_finished: int) -> None:

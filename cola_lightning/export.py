@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cola_lightning.adapter import compress, concatenate, describe_links, peft_config, saved_by_peft, write_adapter
 from cola_lightning.chain import Chain
+from cola_lightning.chain.peft import compress, concatenate, describe_links, peft_config, saved_by_peft, write_adapter
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.writing import whole_folder
 

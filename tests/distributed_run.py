@@ -27,13 +27,13 @@ from cola_lightning import (
     PredictionWriter,
     TemplateDataModule,
     UserError,
-    distributed,
     inject_lora,
     lora_layers,
 )
-from cola_lightning.chain import begin_link, finish_link
-from cola_lightning.layers import LoRALayer
-from cola_lightning.modules.sharding import hidden
+from cola_lightning.chain.link import begin_link, finish_link
+from cola_lightning.lora.registry import LoRALayer
+from cola_lightning.sharded import tensors
+from cola_lightning.sharded.strategy import hidden
 from tests import tiny
 from tests.toy import trainer
 
@@ -175,11 +175,11 @@ def held(module):
     found = {}
     for layers in module._by_unit():
         for name, layer in layers.items():
-            found[name] = distributed.gather(layer.weight) + layer.delta_weight()
+            found[name] = tensors.gather(layer.weight) + layer.delta_weight()
             if layer.stack is not None:
                 A, B = layer.stack.factors
                 found[name] += (B @ A).T if layer.weight_is_transposed else B @ A
-    state = {name: distributed.gather(value) for name, value in module.state_dict().items()}
+    state = {name: tensors.gather(value) for name, value in module.state_dict().items()}
     return found | {name: value for name, value in state.items() if ".lora_" not in name and name != "_extra_state"}
 
 
@@ -407,7 +407,7 @@ def merges(folder):
             whole, parts = layers
             name = f"{type(whole).__name__} {n_in} x {n_out}"
             rows = parts.weight.to_local().shape[0]
-            gathered = distributed.gather(parts.weight)
+            gathered = tensors.gather(parts.weight)
             found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
     torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
 
@@ -431,16 +431,16 @@ def by_hand(wrap):
             optimizer.zero_grad()
             loss.backward()
             if world() > 1:
-                distributed.average_([parameter.grad for parameter in trained])
+                tensors.average_([parameter.grad for parameter in trained])
             optimizer.step()
         links.append(finish_link(layers, index=index, start_step=0, end_step=4))
-        for modules in distributed.units(wrapped):
+        for modules in tensors.units(wrapped):
             for layer in modules:
                 if isinstance(layer, LoRALayer):
                     layer.finish()
     weights = {}
-    for modules in distributed.units(wrapped):
-        weights |= {name: distributed.gather(layer.weight) for name, layer in layers.items() if layer in modules}
+    for modules in tensors.units(wrapped):
+        weights |= {name: tensors.gather(layer.weight) for name, layer in layers.items() if layer in modules}
     return weights | {f"{k}.{name}": link.delta(name) for k, link in enumerate(links) for name in layers}
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, adapter, export
-from cola_lightning.adapter import read_adapter
+from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, export
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import read_chain
+from cola_lightning.chain import peft as chain_peft
+from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.peft import read_adapter
 from cola_lightning.cli import main
 from tests import tiny
 from tests.toy import batches, toy, trainer
@@ -361,22 +362,22 @@ def test_a_field_of_a_later_peft_that_is_set_is_named_and_one_that_is_not_is_no_
         with pytest.raises(UserError, match=r"received one with use_something$"):
             read_adapter(tmp_path / "peft")
     monkeypatch.setattr(LoraConfig, "to_dict", lambda self: {"use_something": "x"})
-    adapter._defaults.cache_clear()
+    chain_peft._defaults.cache_clear()
     path.write_text(json.dumps(config | {"use_something": "x"}))  # what the installed peft writes where nobody sets it
     assert read_adapter(tmp_path / "peft").links[0].is_same_update(whole.links[0])
-    adapter._defaults.cache_clear()
+    chain_peft._defaults.cache_clear()
 
 
 def test_without_peft_an_adapter_is_read_too(tmp_path, monkeypatch):
     lora(tmp_path, "llama")
     monkeypatch.setitem(sys.modules, "peft", None)
-    adapter._defaults.cache_clear()
+    chain_peft._defaults.cache_clear()
     assert len(read_adapter(tmp_path / "peft")) == 1
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"velora_config": {"rank": 1}}))
     with pytest.raises(UserError, match=r"received one with velora_config$"):
         read_adapter(tmp_path / "peft")
-    adapter._defaults.cache_clear()
+    chain_peft._defaults.cache_clear()
 
 
 def test_a_rank_that_is_not_the_tensors_is_refused(tmp_path):

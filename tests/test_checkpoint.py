@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import Chain, ChainOfLoRA, UserError, base_from_checkpoint, lora_layers
-from cola_lightning.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.errors import DiskError
+from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}

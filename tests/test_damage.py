@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from peft import LoraConfig, get_peft_model
 
 from cola_lightning import Chain, Link, UserError
-from cola_lightning.chain_files import read_chain
+from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
 from tests.toy import ValidatedToy, batches, toy, trainer
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning import UserError, distributed
-from cola_lightning.modules.sharding import hidden, repeated_blocks
+from cola_lightning import UserError
+from cola_lightning.sharded import tensors
+from cola_lightning.sharded.strategy import hidden, repeated_blocks
 from tests import distributed_run as run
 from tests import tiny
 from tests.toy import assert_bit_equal
@@ -327,7 +328,7 @@ def test_a_parameter_of_another_kind_is_refused_by_everything_that_writes_or_rea
         pass
 
     shard = Shard(torch.zeros(2))
-    for touch in (lambda: distributed.copy_(shard, torch.ones(2)), lambda: distributed.gather(shard)):
+    for touch in (lambda: tensors.copy_(shard, torch.ones(2)), lambda: tensors.gather(shard)):
         with pytest.raises(UserError, match=r"trainer\.strategy: .* received a parameter of type Shard"):
             touch()
     assert not shard.any()

@@ -29,7 +29,7 @@ from cola_lightning import (
     export,
     lora_layers,
 )
-from cola_lightning.chain_files import read_chain
+from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cola_lightning import Chain, UserError, inject_lora
-from cola_lightning.fingerprint import check_same_base, describe_base
+from cola_lightning.chain.fingerprint import check_same_base, describe_base
 from tests.toy import Toy, batches, toy, trainer
 
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.report import effective_rank, plot, report, singular_values, table, to_json
 from cola_lightning.errors import DiskError, UserError
-from cola_lightning.inspection import effective_rank, plot, report, singular_values, table, to_json
 
 SHAPES = {"wide": (5, 9), "high": (12, 4), "square": (6, 6), "small": (2, 3)}  # out, in
 
@@ -215,7 +215,7 @@ def test_a_path_that_cannot_be_a_picture_is_refused(name, chain, tmp_path):
 
 
 def test_importing_it_loads_neither_lightning_nor_anything_that_draws():
-    code = "import sys, cola_lightning.inspection; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, cola_lightning.chain.report; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "torch" in loaded
     assert not {"lightning", "transformers", "matplotlib", "rich"} & set(loaded)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning.layers import LoRALinear, adapt_layer, plain_layer
+from cola_lightning.lora.registry import LoRALinear, adapt_layer, plain_layer
 
 
 @pytest.fixture(params=["linear", "conv1d"])

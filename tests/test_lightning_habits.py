@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, UserError, lora_layers
-from cola_lightning.modules.keeper import NonFiniteError
-from cola_lightning.modules.sharding import give_back, take_over
+from cola_lightning.modules.guard import NonFiniteError
+from cola_lightning.sharded.strategy import give_back, take_over
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -122,7 +122,7 @@ def test_a_base_that_asks_for_itself_says_so():
 def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
     module = toy(seed=None)
     assert list(module.parameters())
-    monkeypatch.setattr("cola_lightning.distributed.gather_objects", lambda value: [value, value + 1])
+    monkeypatch.setattr("cola_lightning.sharded.tensors.gather_objects", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"model\.seed: expected a number, .* received null and 2 processes"):
         fitted(tmp_path, module)
 

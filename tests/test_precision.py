@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
 from cola_lightning.export import logits_of
-from cola_lightning.modules.keeper import ChainKeeper
+from cola_lightning.modules.guard import ChainKeeper
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 

@@ -27,9 +27,9 @@ from cola_lightning import (
     quantization,
     strip_lora,
 )
+from cola_lightning.chain.fingerprint import describe_base
 from cola_lightning.cli import main
-from cola_lightning.fingerprint import describe_base
-from cola_lightning.layers import adapt_layer
+from cola_lightning.lora.registry import adapt_layer
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 

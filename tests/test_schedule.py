@@ -5,8 +5,8 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
-from cola_lightning.schedule import ChainSchedule, Counters, RunLength, lr_factor, warmup_length
 
 TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 

@@ -11,8 +11,8 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import LastCheckpoint, UserError, base_from_checkpoint, inject_lora, lora_layers, strip_lora
-from cola_lightning.layers import adapt_layer, low_rank_delta
-from cola_lightning.stack import Stack
+from cola_lightning.lora.registry import adapt_layer, low_rank_delta
+from cola_lightning.lora.stack import Stack
 from tests.toy import ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 

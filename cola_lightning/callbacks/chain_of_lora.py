@@ -19,8 +19,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.schedule import ChainSchedule, Counters
 from cola_lightning.errors import UserError
-from cola_lightning.schedule import ChainSchedule, Counters
 
 log = logging.getLogger(__name__)
 

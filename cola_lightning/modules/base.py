@@ -20,25 +20,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning import distributed
-from cola_lightning.adapt import check_numbers, inject_lora
 from cola_lightning.adapted_model import AdaptedModel, seeded_build
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain_files import read_chain
+from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.schedule import ChainSchedule, LRSchedule
 from cola_lightning.errors import UserError
-from cola_lightning.layers import FinishedLinks, Init
-from cola_lightning.modules.keeper import ChainKeeper
-from cola_lightning.modules.reading import is_reading_checkpoint, seed_of_checkpoint
+from cola_lightning.lora.inject import check_numbers, inject_lora
+from cola_lightning.lora.linear4bit import is_quantized_model
+from cola_lightning.lora.registry import FinishedLinks, Init
+from cola_lightning.modules.guard import ChainKeeper
+from cola_lightning.modules.pending import is_reading_checkpoint, seed_of_checkpoint
 from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
-from cola_lightning.modules.sharding import (
+from cola_lightning.modules.training import LinkTraining, OptimizerCallable
+from cola_lightning.sharded import processes, tensors
+from cola_lightning.sharded.strategy import (
     configure_fsdp1,
     hidden,
     shard_by_blocks,
     shards,
 )
-from cola_lightning.modules.training import LinkTraining, OptimizerCallable
-from cola_lightning.quantization import is_quantized_model
-from cola_lightning.schedule import ChainSchedule, LRSchedule
 
 log = logging.getLogger(__name__)
 
@@ -263,8 +263,8 @@ class COLAModule(LinkTraining):
         seed = seed_of_checkpoint()
         self.seed = self._given_seed if seed is None else seed
         if self.seed is None:
-            self.seed = distributed.draw_seed()
-            self._is_seed_of_one = not distributed.has_processes()
+            self.seed = processes.draw_seed()
+            self._is_seed_of_one = not processes.has_processes()
             log.info("model.seed: %d was drawn, for none was given", self.seed)
 
     def _prepare(self, dtype: torch.dtype) -> None:
@@ -292,7 +292,7 @@ class COLAModule(LinkTraining):
 
     def _cast(self, dtype: torch.dtype) -> None:
         """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
-        if dtype == torch.float64 and not distributed.is_model_sharded(self.model):
+        if dtype == torch.float64 and not tensors.is_model_sharded(self.model):
             self.model.double()
         self.adapted.cast(dtype)
 
@@ -301,7 +301,7 @@ class COLAModule(LinkTraining):
         trainer = self._attached_trainer
         if trainer is None:
             return
-        if self._is_seed_of_one and len(seeds := set(distributed.gather_objects(self.seed))) > 1:
+        if self._is_seed_of_one and len(seeds := set(processes.gather_objects(self.seed))) > 1:
             raise UserError(
                 "model.seed: expected a number, or seed_everything, for a model that is asked for before processes are joined, "
                 f"each of which drew its own; received null and {len(seeds)} processes"
@@ -317,7 +317,7 @@ class COLAModule(LinkTraining):
             if not self.is_wrapped_by_fsdp1:
                 configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
             self.is_wrapped_by_fsdp1 = True
-        elif not distributed.is_model_sharded(self.model):
+        elif not tensors.is_model_sharded(self.model):
             mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
             with hidden(self.model) if self.target_modules is not None else nullcontext():
                 self.shard_model(mesh)

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from cola_lightning import distributed
 from cola_lightning.adapted_model import AdaptedModel, Placement, is_factor, weight_of
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import CHECKPOINT_KEY
-from cola_lightning.chain_folder import EXTRA_STATE, FORMAT_VERSION, pack
-from cola_lightning.checkpoint_io import check_read_by_other
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY
+from cola_lightning.chain.codec import CHECKPOINT
+from cola_lightning.chain.fingerprint import hash_of
+from cola_lightning.chain.packed import EXTRA_STATE, pack
+from cola_lightning.chain.schedule import ChainSchedule, Counters
 from cola_lightning.errors import UserError
-from cola_lightning.fingerprint import hash_of
-from cola_lightning.layers import FinishedLinks, LoRALayer
-from cola_lightning.modules.keeper import NonFiniteError
-from cola_lightning.modules.progress import settled_progress
-from cola_lightning.modules.reading import READING
-from cola_lightning.modules.recipe import RemembersArguments, readable
-from cola_lightning.schedule import ChainSchedule, Counters
+from cola_lightning.lora.registry import FinishedLinks, LoRALayer
+from cola_lightning.modules.arguments import RemembersArguments, readable
+from cola_lightning.modules.checkpoint_io import check_read_by_other
+from cola_lightning.modules.guard import NonFiniteError
+from cola_lightning.modules.pending import READING
+from cola_lightning.modules.rewind import settled_progress
+from cola_lightning.sharded import tensors
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         trainer, model = self._attached_trainer, self.model
         wrapped = trainer.strategy.model if trainer and trainer.strategy.lightning_module is self else None
         device = trainer.strategy.root_device if trainer else self.device
-        is_sharded = distributed.is_model_sharded(model) or self.is_wrapped_by_fsdp1
+        is_sharded = tensors.is_model_sharded(model) or self.is_wrapped_by_fsdp1
         return Placement(model if wrapped is None else wrapped, device, is_sharded)
 
     @property
@@ -166,8 +167,8 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs.
         """
         prefix, left_out = kwargs.get("prefix", ""), {*self._frozen_names(), *self._aliases()}
-        if distributed.has_fsdp1(self):
-            state = distributed.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
+        if tensors.has_fsdp1(self):
+            state = tensors.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
         else:
             state = super().state_dict(*args, **kwargs)
         for name in list(state):
@@ -184,7 +185,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         inside = {id(value) for value in (*self.model.parameters(), *self.model.buffers())}
         named = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
         names = [name for name, value in named if id(value) in inside]
-        return [name for name in distributed.plain_names(names) if not name.startswith("model.")]
+        return [name for name in tensors.plain_names(names) if not name.startswith("model.")]
 
     def values(self) -> dict[str, Tensor]:
         """The parameters and buffers of :meth:`state_dict` themselves, without the finished links, which take time to pack."""
@@ -226,7 +227,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
                     f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, received {tuple(received.shape)}{hint}"
                 )
         laid_out = {
-            name: distributed.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
+            name: tensors.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
             for name, value in state_dict.items()
         }
         result = super().load_state_dict(laid_out, strict=False, assign=assign)
@@ -266,7 +267,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
             "outside": list(self._outside()),
         }
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": CHECKPOINT.version,
             "module": self.recipe(),
             "chain": self.chain.state_dict(),
             "live": live,
@@ -309,10 +310,10 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """
         values = {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
         trained = [name for name, value in values.items() if value.requires_grad]
-        buffers = {name: distributed.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
+        buffers = {name: tensors.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
         first = self.first_outside
         moved = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
-        return {name: distributed.gather(values[name]) for name in trained} | moved
+        return {name: tensors.gather(values[name]) for name in trained} | moved
 
     def _frozen_outside(self) -> dict[str, str]:
         """Hashes of the parameters outside of the model that are not trained."""
@@ -332,7 +333,7 @@ class CheckpointedChain(RemembersArguments, LightningModule):
         """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""
         values = {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
         is_fixed = {name: isinstance(value, nn.Parameter) and not value.requires_grad for name, value in values.items()}
-        first = {name: distributed.gather(value) for name, value in values.items() if not is_fixed[name]}
+        first = {name: tensors.gather(value) for name, value in values.items() if not is_fixed[name]}
         self.first_outside = first | self.first_outside
 
     @override

@@ -11,9 +11,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.pretrained import Dtype, Pretrained
-from cola_lightning.quantization import Quantization, check_quantization, quantize
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,18 @@ from typing_extensions import override
 
 from cola_lightning.adapted_model import check_links, load_whole
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_checkpoint
-from cola_lightning.chain_folder import EXTRA_STATE, check_version, unpack
-from cola_lightning.checkpoint_io import check_source, unreadable_as_user_error
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, chain_of, read_checkpoint
+from cola_lightning.chain.codec import CHECKPOINT, check_version
+from cola_lightning.chain.fingerprint import check_same_base
+from cola_lightning.chain.packed import EXTRA_STATE, unpack
+from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
-from cola_lightning.fingerprint import check_same_base
+from cola_lightning.lora.linear4bit import is_quantized
+from cola_lightning.modules.arguments import as_annotated, find_class
 from cola_lightning.modules.checkpoint import AS_IT_IS, CheckpointedChain
-from cola_lightning.modules.progress import take_progress
-from cola_lightning.modules.reading import READING, base_from_checkpoint
-from cola_lightning.modules.recipe import as_annotated, find_class
-from cola_lightning.quantization import is_quantized
-from cola_lightning.schedule import Counters
+from cola_lightning.modules.checkpoint_io import check_source, unreadable_as_user_error
+from cola_lightning.modules.pending import READING, base_from_checkpoint
+from cola_lightning.modules.rewind import take_progress
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +96,12 @@ class RestoredChain(CheckpointedChain):
             raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
         state = checkpoint[CHECKPOINT_KEY]
         self._check_not_on_meta()
-        check_version(state.get("format_version"), "the checkpoint")
+        check_version(state.get("format_version"), CHECKPOINT, "the checkpoint")
         chain, reading = Chain.from_state_dict(state["chain"]), READING.get()
         links = None if reading is None or reading.links == len(chain) + 1 else reading.links
         if links is not None:
             check_links(links, len(chain))
-            chain = chain_of(checkpoint).truncate(links)
+            chain = chain_of(checkpoint, links)
         self.adapted.restore_base(chain, state["base_weights"])
         chain = Chain(chain.links, self.chain.base | chain.base)  # an older format says less of the base
         trainer = self._attached_trainer

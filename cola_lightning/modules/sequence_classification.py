@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
+from cola_lightning.modules.pending import READING
 from cola_lightning.modules.pretrained import new_modules
-from cola_lightning.modules.reading import READING
 
 
 class COLASequenceClassifier(LanguageModule):

@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from cola_lightning.adapted_model import is_factor
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import CHECKPOINT_KEY
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY
+from cola_lightning.chain.schedule import Counters, LRSchedule, RunLength, lr_factor
 from cola_lightning.errors import UserError
 from cola_lightning.modules.restore import RestoredChain
-from cola_lightning.schedule import Counters, LRSchedule, RunLength, lr_factor
 
 log = logging.getLogger(__name__)
 

@@ -48,11 +48,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UserError(f"cola: expected {', '.join(COMMANDS)}, received {words[0]!r}{nearest(words[0], COMMANDS)}")
     if words and words[0] in COMMANDS[-2:]:
-        from cola_lightning.commands import run
+        from cola_lightning.cli.commands import run
 
         run(words[0], words[1:])
         return 0
-    from cola_lightning.training_cli import train
+    from cola_lightning.cli.training import train
 
     return train(args)
 
@@ -68,7 +68,7 @@ def _users_mistake(error: BaseException) -> str | None:
         return one_line(str(error))
     if "lightning" not in sys.modules:
         return None
-    from cola_lightning.training_cli import refusal_of_libraries
+    from cola_lightning.cli.training import refusal_of_libraries
 
     return refusal_of_libraries(error)
 

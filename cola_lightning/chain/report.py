@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_file
 

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from cola_lightning.chain import Chain
-from cola_lightning.chain_files import CHECKPOINT_KEY, chain_of, read_chain, read_checkpoint
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, chain_of, read_checkpoint
+from cola_lightning.chain.files import read_chain
 from cola_lightning.errors import UserError
 from cola_lightning.writing import check_free
 
@@ -49,7 +50,7 @@ def _inspect(words: Sequence[str]) -> None:
 
     import rich
 
-    from cola_lightning.inspection import plot, report, table, to_json
+    from cola_lightning.chain.report import plot, report, table, to_json
 
     reports = report(read_chain(options.checkpoint, options.links))
     if options.plot is not None:
@@ -133,7 +134,7 @@ def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     import torch
 
     from cola_lightning.export import export_merged
-    from cola_lightning.quantization import is_quantized_model
+    from cola_lightning.lora.linear4bit import is_quantized_model
 
     model, dtypes = module.merged_model(), module.chain.base["dtypes"]
     if was_quantized := is_quantized_model(module.model):
@@ -158,15 +159,14 @@ def _probe(options: argparse.Namespace, module: Any) -> Any:
 
 
 def _links(checkpoint: dict[str, Any], links: int | None) -> Chain:
-    chain = chain_of(checkpoint)
-    return chain if links is None else chain.truncate(links)
+    return chain_of(checkpoint, links)
 
 
 def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], module: Any) -> list[str]:
-    from cola_lightning.adapt import lora_layers
     from cola_lightning.export import export_adapter
+    from cola_lightning.lora.inject import lora_layers
+    from cola_lightning.lora.linear4bit import is_quantized
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX, new_modules
-    from cola_lightning.quantization import is_quantized
 
     pretrained, layers = getattr(module, "pretrained", None), lora_layers(module.model).values()
     rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}

@@ -7,7 +7,7 @@ seed, and the watch over the loss.
 import logging
 import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -18,17 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
-from cola_lightning.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
 from cola_lightning.errors import UserError
-from cola_lightning.modules.progress import align_logged_step
-from cola_lightning.modules.sharding import check_sharding, give_back, shards, take_over
-from cola_lightning.schedule import START, ChainSchedule, Counters, RunLength
+from cola_lightning.lora.inject import lora_layers
+from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.modules.rewind import align_logged_step
 from cola_lightning.seeding import derive_seed, seeded
-
-if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+from cola_lightning.sharded import processes, tensors
+from cola_lightning.sharded.strategy import check_sharding, give_back, shards, take_over
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +37,7 @@ class NonFiniteError(RuntimeError):
 class ChainKeeper(Callback):
     """Keeps one module's counters, seeds and losses in order."""
 
-    def __init__(self, module: "COLAModule") -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self._seen: tuple[int, dict[str, Tensor]] | None = None
         self._batch = ExitStack()  # the scope of its seed
@@ -57,7 +54,7 @@ class ChainKeeper(Callback):
                 "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they "
                 "are adapted; received BitsandbytesPrecision"
             )
-        module = self.module
+        module: Any = self.module
         check_sharding(trainer.strategy, module)
         take_over(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -87,7 +84,7 @@ class ChainKeeper(Callback):
         for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a resume may lie inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
-        parameters = distributed.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
+        parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(self.module.values().keys() - set(parameters))
         self.module.is_validating_in_fit = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
@@ -107,7 +104,7 @@ class ChainKeeper(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             state = self.module.values() if self._buffer_names else {}
             self.module.window_start = trainer.current_epoch, batch_idx
-            self.module.window_buffers = {name: distributed.gather(state[name]) for name in self._buffer_names}
+            self.module.window_buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
 
@@ -122,7 +119,7 @@ class ChainKeeper(Callback):
         self._batch.close()
         if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
             state = self.module.values()
-            distributed.share_(state[name] for name in self._buffer_names if name.startswith("model."))
+            tensors.share_(state[name] for name in self._buffer_names if name.startswith("model."))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,7 +187,7 @@ class ChainKeeper(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = distributed.gather_objects(trainer.num_predict_batches) if shards(trainer.strategy) else []
+        counts = processes.gather_objects(trainer.num_predict_batches) if shards(trainer.strategy) else []
         if any(count != counts[0] for count in counts):
             raise UserError(
                 "predict: expected as many batches on each process, for a sharded model computes on all of them together "

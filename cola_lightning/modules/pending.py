@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_lightning.chain_files import CHECKPOINT_KEY, read_checkpoint
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, read_checkpoint
 
 
 @dataclass(frozen=True)

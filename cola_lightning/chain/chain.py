@@ -4,7 +4,6 @@ The chain is what a checkpoint stores instead of weights. Replaying it runs link
 knots used, so the weights, or what is stacked beside them, come out equal to the last bit.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,63 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cola_lightning import distributed
+from cola_lightning.chain.codec import layers_of, link_of_state, link_state
+from cola_lightning.chain.folder import read_folder, write_folder
+from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError
-from cola_lightning.layers import LoRALayer, low_rank_delta
-from cola_lightning.seeding import derive_seed
-
-
-@dataclass(frozen=True)
-class Link:
-    """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
-
-    Attributes:
-        index: its place in the chain, from 0.
-        rank: rank of its factors.
-        alpha: the update is scaled by ``alpha / rank``.
-        start_step: global step (optimizer steps of the run) at its initialisation.
-        end_step: global step at its knot.
-        factors: A (rank x in) and B (out x rank) by the layer's name in the model.
-        extras: what else training changes in the model, as it was at the knot: parameters that are trained whole, and buffers.
-        metrics: what was logged last before the knot.
-        outside: the same of the Lightning module outside of its model, by name in the module.
-    """
-
-    index: int
-    rank: int
-    alpha: float
-    start_step: int
-    end_step: int
-    factors: dict[str, tuple[Tensor, Tensor]]
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    outside: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def scaling(self) -> float:
-        """The factor ``alpha / rank`` in front of B A."""
-        return self.alpha / self.rank
-
-    def delta(self, name: str) -> Tensor:
-        """The link's update of one layer: out x in."""
-        return low_rank_delta(*self.factors[name], self.scaling)
-
-    def is_same_update(self, other: "Link") -> bool:
-        """Whether both links add the same to the same layers, to the bit."""
-        if self.scaling != other.scaling or self.factors.keys() != other.factors.keys():
-            return False
-        pairs = [
-            (mine, theirs)
-            for name, pair in self.factors.items()
-            for mine, theirs in zip(pair, other.factors[name], strict=True)
-        ]
-        return all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in pairs)
-
-    def norm(self) -> float:
-        """Frobenius norm of the link's update over all layers."""
-        # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
-        squares = sum(float(((B.T @ B) * (A @ A.T)).sum()) for A, B in self.factors.values())
-        return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
+from cola_lightning.lora.layer import LoRALayer
 
 
 @dataclass
@@ -78,8 +25,9 @@ class Chain:
 
     Attributes:
         links: the links, ``links[k].index == k``.
-        base: what the base was: ``name``, ``fingerprint``, ``dtypes`` and ``weight_norms``, see
-            :func:`~cola_lightning.fingerprint.describe_base`; empty where that is not known.
+        base: what the base was: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
+            :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of what is frozen outside of the
+            model; empty where that is not known.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
@@ -127,7 +75,7 @@ class Chain:
     @property
     def layers(self) -> list[str]:
         """The names of the layers that the links adapt, in the model's order."""
-        return list(dict.fromkeys(name for link in self.links for name in link.factors))
+        return layers_of(self.links)
 
     def is_beginning_of(self, other: "Chain") -> bool:
         """Whether the other chain starts with this one's links: the same factors, to the bit."""
@@ -151,12 +99,12 @@ class Chain:
 
     def state_dict(self) -> dict[str, Any]:
         """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
-        return {"links": [vars(link) for link in self.links], "base": self.base}
+        return {"links": [link_state(link) for link in self.links], "base": self.base}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         """The chain of a :meth:`state_dict`."""
-        return cls([Link(**link) for link in state["links"]], dict(state["base"]))
+        return cls([link_of_state(link) for link in state["links"]], dict(state["base"]))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the chain as a folder, whole or not at all.
@@ -169,9 +117,7 @@ class Chain:
             UserError: for a folder that is not empty, without ``overwrite``.
             DiskError: if it cannot be written.
         """
-        from cola_lightning.chain_folder import write_folder
-
-        write_folder(self, Path(folder), overwrite=overwrite)
+        write_folder(self.links, self.base, Path(folder), overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -180,32 +126,4 @@ class Chain:
         Raises:
             UserError: for a folder that is no chain, or a damaged one, or one of a newer version.
         """
-        from cola_lightning.chain_folder import read_folder
-
-        read = read_folder(Path(folder))
-        return cls(read.links, read.base)
-
-
-def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
-    """Records the live link of the layers as a finished one; the layers stay as they are.
-
-    Args:
-        layers: the adapted layers by name; they share rank and alpha.
-        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras``, ``metrics`` and ``outside``.
-    """
-    first = next(iter(layers.values()))
-    factors = {}
-    for name, layer in layers.items():
-        lora_A, lora_B = layer.factors
-        factors[name] = distributed.gather(lora_A), distributed.gather(lora_B)
-    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **facts)
-
-
-def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
-    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero.
-
-    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
-    """
-    for name, layer in layers.items():
-        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.reset(generator, rank=rank, alpha=alpha)
+        return cls(*read_folder(Path(folder)))

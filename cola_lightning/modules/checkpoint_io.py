@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import override
 
-from cola_lightning.chain_files import check_archive, unreadable
+from cola_lightning.chain.checkpoint import check_archive, unreadable
 from cola_lightning.errors import causes
 from cola_lightning.writing import whole_file
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from typing_extensions import override
 
-from cola_lightning.lora_layer import (
+from cola_lightning.lora.layer import (
     FinishedLinks,
     Init,
     LoRALayer,
@@ -21,7 +21,7 @@ from cola_lightning.lora_layer import (
     names_of_links,
     shallow_copy,
 )
-from cola_lightning.quantization import is_quantized, lora_linear_4bit
+from cola_lightning.lora.linear4bit import is_quantized, lora_linear_4bit
 
 __all__ = [
     "FinishedLinks",

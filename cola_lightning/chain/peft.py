@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.chain import Chain, Link
-from cola_lightning.chain_folder import FORMAT_VERSION, base_facts, check_version, describe_link, link_facts, parse_json
+from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.codec import ADAPTER, base_facts, check_version, describe_link, link_facts, parse_json
+from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError, one_line
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -62,7 +63,7 @@ def read_adapter(folder: str | Path) -> Chain:
         link = _as_link(pairs, extras, config)
         if links is None:
             return Chain([link], {})
-        check_version(links.get("format_version"), str(folder / TENSORS_NAME))
+        check_version(links.get("format_version"), ADAPTER, str(folder / TENSORS_NAME))
         return _split(link, links)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:
         if isinstance(error, UserError):
@@ -192,7 +193,7 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
 
 def describe_links(chain: Chain) -> dict[str, Any]:
     """What is lost when factors are concatenated: which belong to which link, and what is known of it."""
-    return {"format_version": FORMAT_VERSION, "base": chain.base, "links": list(map(describe_link, chain.links))}
+    return {"format_version": ADAPTER.version, "base": chain.base, "links": list(map(describe_link, chain.links))}
 
 
 def _split(whole: Link, description: Mapping[str, Any]) -> Chain:

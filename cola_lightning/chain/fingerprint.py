@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
 from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import lora_layers
+from cola_lightning.sharded import tensors
 
 SAMPLED_VALUES = 64  # of each parameter and buffer
 
@@ -48,10 +48,10 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
 def _hashes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
     links = {f"{name}.lora_{factor}" for name in layers for factor in "AB"}
     named = model.named_parameters(remove_duplicate=False)
-    trained = set(distributed.plain_names(name for name, parameter in named if parameter.requires_grad))
+    trained = set(tensors.plain_names(name for name, parameter in named if parameter.requires_grad))
     return {
         name: None if name in trained else hash_of(value)
-        for name, value in distributed.state_dict(model).items()
+        for name, value in tensors.state_dict(model).items()
         if isinstance(value, Tensor) and name not in links
     }
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cola_lightning import distributed
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.layers import FinishedLinks, Init, LoRALayer, adapt_, cast_, is_adaptable, obstacle
-from cola_lightning.quantization import dequantize_, is_quantized, keep_layout
+from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
+from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer, adapt_, cast_, is_adaptable, obstacle
+from cola_lightning.sharded import tensors
 
 ALL_LINEAR = "all-linear"
 
@@ -112,7 +112,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
         ['0']
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    return dict(zip(distributed.plain_names(layers), layers.values(), strict=True))
+    return dict(zip(tensors.plain_names(layers), layers.values(), strict=True))
 
 
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
@@ -358,7 +358,7 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
         shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
     else:
         assert isinstance(module.weight, Tensor)
-        if finished_links == "merge" and not (type(module.weight) is nn.Parameter or distributed.is_sharded(module.weight)):
+        if finished_links == "merge" and not (type(module.weight) is nn.Parameter or tensors.is_sharded(module.weight)):
             raise UserError(
                 f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
                 f"{type(module.weight).__name__}; received merge"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora_layer import FinishedLinks, LoRALayer, LoRALinear
+from cola_lightning.lora.layer import FinishedLinks, LoRALayer, LoRALinear
 
 Quantization = Literal["nf4"]
 
@@ -166,5 +166,6 @@ def lora_linear_4bit() -> type[LoRALayer]:
         def full_weight(self) -> Tensor:
             return dequantized_weight(self)
 
-    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.layers", "LoRALinear4bit"  # where pickle finds it
+    # Where pickle finds it.
+    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.lora.registry", "LoRALinear4bit"
     return LoRALinear4bit

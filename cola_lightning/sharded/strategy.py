@@ -19,9 +19,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from cola_lightning import distributed
-from cola_lightning.adapt import lora_layers
 from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import lora_layers
+from cola_lightning.sharded import tensors
 
 
 def shard_by_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -90,7 +90,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
             "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
             f"{type(module).__name__}.load_from_checkpoint makes one; received one that was used under fsdp"
         )
-    if module.is_made and distributed.is_model_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
+    if module.is_made and tensors.is_model_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy, which has sharded this module (load_from_checkpoint makes a new "
             f"one), received {type(strategy).__name__}"
@@ -204,14 +204,14 @@ def _average_gradients(optimizer: Optimizer) -> None:
     It has minus zeros in the message, and only it: their sum is minus zero, and with any other number it is that number.
     """
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters = [parameter for parameter in everything if not distributed.is_sharded(parameter)]  # FSDP2 does the others
+    parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 does the others
     without = [parameter for parameter in parameters if parameter.grad is None]  # on this process
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.full_like(parameter, -0.0)
         else:
             parameter.grad += 0.0  # its own minus zeros are zeros
-    distributed.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
+    tensors.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
     for parameter in without:
         if torch.signbit(cast(Tensor, parameter.grad)).all() and not cast(Tensor, parameter.grad).any():
             parameter.grad = None
@@ -221,8 +221,8 @@ def _all_whole(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
     """The values by name, with what is sharded gathered, and kept by the process that writes it."""
     whole = {}
     for name, value in state.items():
-        is_in_parts = isinstance(value, Tensor) and distributed.is_sharded(value)
-        found = distributed.gather(value) if is_in_parts else value
+        is_in_parts = isinstance(value, Tensor) and tensors.is_sharded(value)
+        found = tensors.gather(value) if is_in_parts else value
         if is_kept or not is_in_parts:
             whole[name] = found
     return whole
@@ -231,6 +231,6 @@ def _all_whole(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
 def _all_laid_out(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """An optimizer's state of a parameter: what has its shape, in its layout."""
     return {
-        name: distributed.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        name: tensors.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for name, value in state.items()
     }

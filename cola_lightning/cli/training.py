@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
-from cola_lightning import __version__, distributed
+from cola_lightning import __version__
 from cola_lightning.callbacks import (
     NO_DEEPSPEED,
     ChainOfLoRA,
@@ -34,9 +34,10 @@ from cola_lightning.callbacks import (
     check_strategy,
     run_folder,
 )
-from cola_lightning.chain_files import read_checkpoint
+from cola_lightning.chain.checkpoint import read_checkpoint
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLAModule, base_from_checkpoint
+from cola_lightning.sharded import processes
 
 log = logging.getLogger(__name__)
 
@@ -330,5 +331,5 @@ def train(args: Sequence[str] | None) -> int:
             return interruption.exit_status
         finally:
             watch.remove_empty_folders()
-            distributed.leave()
+            processes.leave()
     return 0

@@ -7,7 +7,7 @@ rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[
 parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
 
 Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
-beside it in a :class:`~cola_lightning.stack.Stack`, and the weight is never written.
+beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never written.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning import distributed
 from cola_lightning.errors import UserError
-from cola_lightning.stack import Stack
+from cola_lightning.lora.stack import Stack
+from cola_lightning.sharded import tensors
 
 Init = Literal["kaiming", "gaussian"]
 FinishedLinks = Literal["merge", "stack"]
@@ -257,13 +257,13 @@ class LoRALayer(nn.Module):
             kept = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
             raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {kept}")
         # Where the weight is sharded, this process' part: computed from its part of the factors, it is the same to the bit.
-        where = distributed.part(self.weight)
+        where = tensors.part(self.weight)
         outputs, inputs = reversed(where) if self.weight_is_transposed else where
         delta = low_rank_delta(lora_A[:, inputs], lora_B[outputs], scaling, is_transposed=self.weight_is_transposed)
-        distributed.add_part_(self.weight, delta)
+        tensors.add_part_(self.weight, delta)
 
     def _zero_B(self) -> None:
-        distributed.copy_(self.lora_B, torch.zeros_like(self.lora_B))
+        tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def unstack(self) -> tuple[Tensor, Tensor]:
         """Makes this layer, which keeps a stack, one that merges: its weight in float32 at least, without finished links.
@@ -293,7 +293,7 @@ class LoRALayer(nn.Module):
             nn.init.normal_(full[: self.rank], std=1 / self.rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(full[: self.rank], a=math.sqrt(5), generator=generator)
-        distributed.copy_(self.lora_A, full)
+        tensors.copy_(self.lora_A, full)
         self._zero_B()
         self.lora_A.grad = self.lora_B.grad = None
 

@@ -1,0 +1,6 @@
+"""Chains: links, when they end, and how they are written and read."""
+
+from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.link import Link
+
+__all__ = ["Chain", "Link"]

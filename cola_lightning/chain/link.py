@@ -1,0 +1,91 @@
+"""A link: one low-rank update, from its draw to its merge, and what is recorded of it then."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_lightning.lora.layer import LoRALayer, low_rank_delta
+from cola_lightning.seeding import derive_seed
+from cola_lightning.sharded import tensors
+
+
+@dataclass(frozen=True)
+class Link:
+    """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
+
+    Attributes:
+        index: its place in the chain, from 0.
+        rank: rank of its factors.
+        alpha: the update is scaled by ``alpha / rank``.
+        start_step: global step (optimizer steps of the run) at its initialisation.
+        end_step: global step at its knot.
+        factors: A (rank x in) and B (out x rank) by the layer's name in the model.
+        extras: what else training changes in the model, as it was at the knot: parameters that are trained whole, and buffers.
+        metrics: what was logged last before the knot.
+        outside: the same of the Lightning module outside of its model, by name in the module.
+    """
+
+    index: int
+    rank: int
+    alpha: float
+    start_step: int
+    end_step: int
+    factors: dict[str, tuple[Tensor, Tensor]]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    outside: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> float:
+        """The factor ``alpha / rank`` in front of B A."""
+        return self.alpha / self.rank
+
+    def delta(self, name: str) -> Tensor:
+        """The link's update of one layer: out x in."""
+        return low_rank_delta(*self.factors[name], self.scaling)
+
+    def is_same_update(self, other: "Link") -> bool:
+        """Whether both links add the same to the same layers, to the bit."""
+        if self.scaling != other.scaling or self.factors.keys() != other.factors.keys():
+            return False
+        pairs = [
+            (mine, theirs)
+            for name, pair in self.factors.items()
+            for mine, theirs in zip(pair, other.factors[name], strict=True)
+        ]
+        return all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def norm(self) -> float:
+        """Frobenius norm of the link's update over all layers."""
+        # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
+        squares = sum(float(((B.T @ B) * (A @ A.T)).sum()) for A, B in self.factors.values())
+        return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
+
+
+def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
+    """Records the live link of the layers as a finished one; the layers stay as they are.
+
+    Args:
+        layers: the adapted layers by name; they share rank and alpha.
+        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras``, ``metrics`` and ``outside``.
+    """
+    first = next(iter(layers.values()))
+    factors = {}
+    for name, layer in layers.items():
+        lora_A, lora_B = layer.factors
+        factors[name] = tensors.gather(lora_A), tensors.gather(lora_B)
+    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **facts)
+
+
+def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
+    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero.
+
+    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
+    """
+    for name, layer in layers.items():
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
+        layer.reset(generator, rank=rank, alpha=alpha)

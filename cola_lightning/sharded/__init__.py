@@ -1,0 +1,1 @@
+"""Parameters and processes of distributed runs."""
