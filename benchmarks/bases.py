@@ -68,7 +68,7 @@ class RandomCausalLM(COLACausalLM):
     @torch.no_grad()
     def learn(self) -> None:
         """Gives the live link something to hold."""
-        for layer in self._layers.values():
+        for layer in self.adapted.layers.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(self.link)) * 1e-3)
 
 
@@ -126,7 +126,7 @@ def change_at_knots(mode: Mode, config: OPTConfig) -> float:
 
 def megabytes(module: COLACausalLM) -> float:
     """Weights, links and what is stacked, in 1e6 bytes."""
-    stacks = [layer.stack for layer in module._layers.values() if layer.stack is not None]
+    stacks = [layer.stack for layer in module.adapted.layers.values() if layer.stack is not None]
     tensors = [*module.model.parameters(), *module.model.buffers()]
     return (sum(tensor.nbytes for tensor in tensors) + sum(stack.nbytes for stack in stacks)) / 1e6
 

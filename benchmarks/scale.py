@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cola_lightning.modules.running import checkpoint_activations
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -39,7 +40,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 
 from cola_lightning import inject_lora, lora_layers
 from cola_lightning.modules.logits import logits_of
-from cola_lightning.modules.running import checkpoint_activations
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]
 PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}

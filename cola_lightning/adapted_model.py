@@ -257,17 +257,25 @@ class AdaptedModel:
             if layer.stack is not None:
                 layer.stack.clear()
 
-    def restore_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Checks that the base is a chain's, or takes the weights that were kept of it.
+    def check_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
+        """Refuses a chain of another base.
+
+        Args:
+            chain: it.
+            weights: its base's, where they were kept: then the base need only have their shapes.
 
         Raises:
-            UserError: for another base, or weights of another shape.
+            UserError: for other layers, values or shapes.
         """
         if weights is None:
             check_same_base(chain.base, self.chain.base)
         elif weights is not self.base_weights:
             check_same_layers(chain.base["weight_norms"], self.chain.base["weight_norms"])
             _check_same_shapes(weights, base_weights(self.model))
+
+    def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
+        """Takes the weights that were kept of a chain's base, if they were; :meth:`check_base` comes first."""
+        if weights is not None and weights is not self.base_weights:
             self.base_weights = weights
             self._write_base(self.model)
             self.forget_links(chain.base)

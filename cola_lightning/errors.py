@@ -31,6 +31,10 @@ class DiskError(OutsideError):
     """A file cannot be written: the disk is full, say."""
 
 
+class NonFiniteError(RuntimeError):
+    """The training loss or a weight became NaN or infinite; nothing of it was written."""
+
+
 def nearest(word: str, names: Iterable[str]) -> str:
     """The names most like a word that is none of them, as the end of a message; the first three where none is near.
 

@@ -33,7 +33,7 @@ from cola_lightning import (
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.lora.registry import LoRALayer
 from cola_lightning.sharded import tensors
-from cola_lightning.sharded.strategy import hidden
+from cola_lightning.sharded.strategy import without_trained
 from tests import tiny
 from tests.toy import trainer
 
@@ -173,7 +173,7 @@ class Watch(Callback):
 def held(module):
     """What this process holds of a module: its layers' weights with all links in them, and what else is trained."""
     found = {}
-    for layers in module._by_unit():
+    for layers in module.adapted.by_unit():
         for name, layer in layers.items():
             found[name] = tensors.gather(layer.weight) + layer.delta_weight()
             if layer.stack is not None:
@@ -398,7 +398,7 @@ def merges(folder):
                 inject_lora(model, "all-linear", rank, alpha=3)
                 nn.init.normal_(model[0].lora_B)
                 if is_sharded:
-                    with hidden(model):
+                    with without_trained(model):
                         fully_shard(model, mesh=mesh)
                 with Sent() as sent:
                     model[0].merge()

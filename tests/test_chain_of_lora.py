@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.callbacks import check_strategy
-from cola_lightning.chain import begin_link
+from cola_lightning.chain.link import begin_link
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 

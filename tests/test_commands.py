@@ -133,6 +133,7 @@ def rename_targets(path):
     def change(description):
         description["sha256"] = digest
         description["base"]["weight_norms"]["9"] = description["base"]["weight_norms"].pop("0")
+        description["targets"] = ["9" if name == "0" else name for name in description["targets"]]
 
     edit_json(change)(path)
 
@@ -177,8 +178,8 @@ DAMAGE = [
         FROM_CHAIN,
         "expected format version 1 or 2, which this release",
     ),
-    (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 2 is not told of"),
-    (edit_json(lambda d: d["links"].pop(2)), "chain", INSPECT, "link 2 is not told of"),
+    (edit_json(lambda d: d["links"].pop(1)), "chain", INSPECT, "link 2 is not described"),
+    (edit_json(lambda d: d["links"].pop(2)), "chain", INSPECT, "link 2 is not described"),
     (edit_json(lambda d: d["links"][1].update(index=5)), "chain", INSPECT, "link 1 is missing"),
     (edit_json(lambda d: d["links"][0].update(rank=2)), "chain", INSPECT, "link 0 is not of rank 2"),
     (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),

@@ -16,7 +16,7 @@ from torch import nn
 
 from cola_lightning import UserError
 from cola_lightning.sharded import tensors
-from cola_lightning.sharded.strategy import hidden, repeated_blocks
+from cola_lightning.sharded.strategy import repeated_blocks, without_trained
 from tests import distributed_run as run
 from tests import tiny
 from tests.toy import assert_bit_equal
@@ -316,7 +316,7 @@ def test_what_is_repeated_and_what_is_hidden():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     model[0].weight.requires_grad_(False)
     names = [name for name, _ in model.named_parameters()]
-    with hidden(model):
+    with without_trained(model):
         assert [name for name, _ in model.named_parameters()] == ["0.weight"]
         model[0].weight = nn.Parameter(torch.zeros(3, 2))
     assert [name for name, _ in model.named_parameters()] == names

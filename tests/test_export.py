@@ -25,10 +25,10 @@ from cola_lightning import (
     COLASequenceClassifier,
     Link,
     UserError,
-    adapter,
     export,
     lora_layers,
 )
+from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
 from tests import tiny
@@ -212,7 +212,7 @@ def test_targets_are_named_as_shortly_as_peft_allows(layers, others, expected):
                 place.register_module(parent, nn.Module())
             place = place.get_submodule(parent)
         place.register_module(child, nn.Linear(4, 4))
-    config = adapter.peft_config(base, layers, 2, [], "base", None)
+    config = chain_peft.peft_config(base, layers, 2, [], "base", None)
     assert config.target_modules == expected
     adapted = inject_adapter_in_model(config, base)
     assert sorted(name for name, part in adapted.named_modules() if hasattr(part, "lora_A")) == sorted(layers)
@@ -249,14 +249,14 @@ def test_compression_is_the_truncated_svd_of_the_full_update(n_in, n_out, rank):
     lora_A, lora_B = (torch.randn(shape, generator=generator) for shape in ((7, n_in), (n_out, 7)))
     u, values, v = torch.linalg.svd(lora_B.double() @ lora_A.double(), full_matrices=False)
     closest = u[:, :rank] * values[:rank] @ v[:rank]
-    small_A, small_B, error = adapter.compress(lora_A, lora_B, rank)
+    small_A, small_B, error = chain_peft.compress(lora_A, lora_B, rank)
     assert (small_A.shape, small_B.shape) == ((rank, n_in), (n_out, rank))
     torch.testing.assert_close(small_B.double() @ small_A.double(), closest, rtol=1e-5, atol=1e-5)
     assert error == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-12)
 
 
 def test_a_zero_update_is_compressed_without_an_error():
-    small_A, small_B, error = adapter.compress(torch.randn(4, 6), torch.zeros(5, 4), 2)
+    small_A, small_B, error = chain_peft.compress(torch.randn(4, 6), torch.zeros(5, 4), 2)
     assert (small_A.shape, small_B.shape, error) == ((2, 6), (5, 2), 0.0)
     assert not (small_B @ small_A).any()
 
@@ -516,7 +516,7 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, write, overwrite):
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft says of names that it does not know
 def test_an_adapter_that_peft_loads_in_part_is_not_kept(tmp_path, monkeypatch):
     module = tiny.three_links(module_of(tmp_path / "base", "opt"))
-    monkeypatch.setattr(adapter, "PREFIX", "base_model.")
+    monkeypatch.setattr(chain_peft, "PREFIX", "base_model.")
     with pytest.raises(export.ExportError, match="loaded again with peft, its logits differ"):
         as_adapter(module, tmp_path / "peft")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, UserError, lora_layers
-from cola_lightning.modules.guard import NonFiniteError
-from cola_lightning.sharded.strategy import give_back, take_over
+from cola_lightning.errors import NonFiniteError
+from cola_lightning.sharded.strategy import replicate_trained, undo_replication
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -122,7 +122,7 @@ def test_a_base_that_asks_for_itself_says_so():
 def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
     module = toy(seed=None)
     assert list(module.parameters())
-    monkeypatch.setattr("cola_lightning.sharded.tensors.gather_objects", lambda value: [value, value + 1])
+    monkeypatch.setattr("cola_lightning.sharded.processes.gather_objects", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"model\.seed: expected a number, .* received null and 2 processes"):
         fitted(tmp_path, module)
 
@@ -254,8 +254,8 @@ def test_a_model_that_was_made_on_meta_takes_up_no_chain(tmp_path):
 
 def test_numbers_of_numpy_are_plain():
     module = toy(rank=np.int64(2), alpha=np.float32(4))
-    assert module.recipe()["init_args"]["rank"] == 2
-    assert module.recipe()["not_plain"] == []
+    assert module.constructor_arguments["init_args"]["rank"] == 2
+    assert module.constructor_arguments["not_plain"] == []
 
 
 def test_a_model_that_was_assigned_is_refused(tmp_path):
@@ -429,7 +429,7 @@ def test_a_module_is_pickled_before_and_after_a_fit(tmp_path, mode):
     torch.save(module, tmp_path / "module.pt")
     loaded = torch.load(tmp_path / "module.pt", weights_only=False)
     assert loaded.link == 1
-    assert loaded.recipe() == module.recipe()
+    assert loaded.constructor_arguments == module.constructor_arguments
     assert_bit_equal(weights(loaded), weights(module))
     for each in (module, loaded):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(each, batches())
@@ -563,10 +563,10 @@ def test_a_rule_by_metrics_decides_after_a_resume_as_without_one(tmp_path, dtype
 
 def test_a_strategy_that_was_taken_over_is_given_back():
     strategy = ModelParallelStrategy()
-    take_over(strategy)
+    replicate_trained(strategy)
     assert type(strategy) is not ModelParallelStrategy
-    give_back(strategy)
-    give_back(strategy)
+    undo_replication(strategy)
+    undo_replication(strategy)
     assert type(strategy) is ModelParallelStrategy
 
 

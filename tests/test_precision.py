@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
 from cola_lightning.export import logits_of
-from cola_lightning.modules.guard import ChainKeeper
+from cola_lightning.modules.guard import ChainGuard
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -46,7 +46,7 @@ def fit(folder, module, precision, epochs=3, ckpt_path=None):
 @pytest.mark.parametrize(("precision", "base", "wide", "step"), PRECISIONS, ids=lambda value: str(value))
 def test_a_chain_trains_and_resumes_to_the_bit_and_keeps_its_dtypes(tmp_path, precision, base, wide, step, mode):
     module = fit(tmp_path / "whole", make(mode), precision)
-    for layer in module._layers.values():
+    for layer in module.adapted.layers.values():
         adapted = wide if mode == "merge" else base
         assert {layer.weight.dtype, layer.bias.dtype, layer.dtype} == {adapted}
         assert {layer.lora_A.dtype, layer.lora_B.dtype} == {wide}
@@ -101,7 +101,7 @@ def test_lightnings_own_quantisation_is_refused():
     module, run = make("stack"), Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     run.strategy._precision_plugin = object.__new__(BitsandbytesPrecision)
     with pytest.raises(UserError, match=r"trainer\.plugins: .* model\.quantization: nf4 .* received BitsandbytesPrecision"):
-        ChainKeeper(module).setup(run, module, "fit")
+        ChainGuard(module).setup(run, module, "fit")
 
 
 def test_a_model_with_half_its_layers_in_half_precision_is_merged_into_layer_by_layer():

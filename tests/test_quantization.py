@@ -24,11 +24,11 @@ from cola_lightning import (
     export,
     inject_lora,
     lora_layers,
-    quantization,
     strip_lora,
 )
 from cola_lightning.chain.fingerprint import describe_base
 from cola_lightning.cli import main
+from cola_lightning.lora import linear4bit
 from cola_lightning.lora.registry import adapt_layer
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -67,7 +67,7 @@ def quantized(dtype=torch.float32, bias=True):
     """A layer of a size that bitsandbytes can pack anew."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=dtype))
-    quantization.quantize(model, dtype)
+    linear4bit.quantize(model, dtype)
     return model[0]
 
 
@@ -433,7 +433,7 @@ def test_where_bitsandbytes_does_not_run_its_reason_is_given(base, monkeypatch):
     def fail(linear, dtype):
         raise RuntimeError("no kernel for this machine")
 
-    monkeypatch.setattr(quantization, "_quantized", fail)
+    monkeypatch.setattr(linear4bit, "_quantized", fail)
     with pytest.raises(UserError, match=r"^model.quantization: .* does not run here \(no kernel for this machine\)"):
         make(base)
 
@@ -481,9 +481,9 @@ def test_what_hangs_on_a_layer_stays_through_quantisation_links_and_back():
     layer, attributes = model[0], vars(model[0]).keys()
     layer.register_buffer("scale", torch.tensor(3.0))
     layer.register_forward_hook(lambda module, args, output: output * module.scale)
-    quantization.quantize(model, torch.float32)
+    linear4bit.quantize(model, torch.float32)
     x = inputs().detach()
-    expected = 3 * F.linear(x, quantization.dequantized_weight(layer), layer.bias)
+    expected = 3 * F.linear(x, linear4bit.dequantized_weight(layer), layer.bias)
     assert_near(model(x), expected, 1e-5)
     inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")
     assert_near(copy.deepcopy(model)(x), expected, 1e-5)
@@ -505,7 +505,7 @@ def test_a_base_is_the_same_however_many_threads_make_it():
         try:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(2112, 1024, bias=False))  # more than 32,768 scales
-            quantization.quantize(model, torch.float32)
+            linear4bit.quantize(model, torch.float32)
         finally:
             torch.set_num_threads(1)
         inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")

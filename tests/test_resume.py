@@ -179,13 +179,13 @@ def test_a_run_that_stacks_its_links_in_half_precision_goes_on_too(tmp_path):
 
     options = {"precision": "bf16-true"}
     whole, expected, _ = fit(tmp_path / "whole", module=stacking(), **options)
-    assert whole._layers["0"].stack.A.dtype == torch.bfloat16
+    assert whole.adapted.layers["0"].stack.A.dtype == torch.bfloat16
     for stop in FEW:
         folder = tmp_path / f"{stop}"
         _, before, _ = fit(folder, stop, module=stacking(), **options)
         module, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=stacking(), **options)
         assert_bit_equal(weights(module), weights(whole))
-        assert all(map(torch.equal, module._layers["0"].stack.factors, whole._layers["0"].stack.factors))
+        assert all(map(torch.equal, module.adapted.layers["0"].stack.factors, whole.adapted.layers["0"].stack.factors))
         for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
             assert first | second == all_, stop
 

@@ -171,7 +171,7 @@ class Many(Toy):
 def test_a_recipe_holds_the_arguments_as_they_were_given():
     given = {"target_modules": ["0"], "rank": 2, "seed": 0}
     module = Many(1, 2, 3, cls="y", shape=(1, 2), function=max, optimizer=lambda p: None, **given)
-    recipe = module.recipe()
+    recipe = module.constructor_arguments
     assert recipe["class_path"] == f"{Many.__module__}.Many"
     assert recipe["init_args"] == {"cls": "y", "shape": (1, 2), "target_modules": ["0"], "rank": 2, "seed": 0}
     assert sorted(recipe["not_plain"]) == ["first", "function", "sizes"]

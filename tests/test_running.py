@@ -125,7 +125,7 @@ def language_model(folder, architecture, **arguments):
     targets = tiny.targets(architecture)
     module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
     module.configure_model()
-    for layer in module._layers.values():
+    for layer in module.adapted.layers.values():
         nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
     return module
 
@@ -155,7 +155,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, a
     saved = []
     for module in (once, twice):
         module.tie_knot()
-        for layer in module._layers.values():
+        for layer in module.adapted.layers.values():
             nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
         torch.manual_seed(3)
         sizes = []
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
 
 
 def test_how_a_module_ran_is_not_kept_with_what_it_is():
-    recipe = toy(compile=True, activation_checkpointing=True).recipe()
+    recipe = toy(compile=True, activation_checkpointing=True).constructor_arguments
     assert not {"compile", "activation_checkpointing"} & recipe["init_args"].keys()
     assert issubclass(COLAModule, nn.Module)
     assert callable(toy(compile=True).compile)  # torch's own method

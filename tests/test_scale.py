@@ -60,7 +60,7 @@ def test_weights_links_and_stack_are_those_of_a_module(tmp_path, scale, method):
     module.configure_model()
     for _ in range(method.n_finished):
         module.tie_knot()
-    parts, layers = scale.sizes(scale.build(config(), method)), module._layers.values()
+    parts, layers = scale.sizes(scale.build(config(), method)), module.adapted.layers.values()
     assert parts.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())
     assert parts.links == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)

@@ -245,13 +245,13 @@ def test_room_for_the_chain_is_made_once_where_its_length_is_known(tmp_path):
 
     class Watched(ValidatedToy):
         def on_train_batch_start(self, batch, batch_idx):
-            places.append([(layer.stack.A.data_ptr(), len(layer.stack.A)) for layer in self._layers.values()])
+            places.append([(layer.stack.A.data_ptr(), len(layer.stack.A)) for layer in self.adapted.layers.values()])
 
     chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1]}
     module = fit(tmp_path, toy(Watched, finished_links="stack"), chain=chain)
     assert [rank for _, rank in places[0]] == [2 + 1 + 2] * 2
     assert places == [places[0]] * 40
-    assert module._layers["0"].stack.rank == 5
+    assert module.adapted.layers["0"].stack.rank == 5
 
 
 def test_room_for_a_resumed_chain_holds_what_it_has_and_what_it_will_have(tmp_path):
@@ -259,7 +259,7 @@ def test_room_for_a_resumed_chain_holds_what_it_has_and_what_it_will_have(tmp_pa
     module = fit(
         tmp_path, toy(ValidatedToy, finished_links="stack"), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", epochs=5
     )
-    assert [(layer.stack.rank, len(layer.stack.A)) for layer in module._layers.values()] == [(8, 8)] * 2
+    assert [(layer.stack.rank, len(layer.stack.A)) for layer in module.adapted.layers.values()] == [(8, 8)] * 2
 
 
 def test_without_a_known_length_the_stack_grows_at_each_knot(tmp_path):
@@ -267,7 +267,7 @@ def test_without_a_known_length_the_stack_grows_at_each_knot(tmp_path):
 
     class Watched(ValidatedToy):
         def on_train_batch_start(self, batch, batch_idx):
-            sizes.append(self._layers["0"].stack.nbytes)
+            sizes.append(self.adapted.layers["0"].stack.nbytes)
 
     module = toy(Watched, finished_links="stack", lr_schedule="constant")
     fit(tmp_path, module, epochs=-1, max_time={"seconds": 1}, limit_train_batches=2)
@@ -285,7 +285,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(tmp_path, stop):
     last = tmp_path / "checkpoints" / "last.ckpt"
     fit(tmp_path / "resumed", module, LastCheckpoint(), ckpt_path=last, chain=chain, epochs=3)
     assert_bit_equal(weights(module), weights(whole))
-    for mine, theirs in zip(module._layers.values(), whole._layers.values(), strict=True):
+    for mine, theirs in zip(module.adapted.layers.values(), whole.adapted.layers.values(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine.stack.factors, theirs.stack.factors, strict=True))
 
 
@@ -321,7 +321,7 @@ def test_merged_models_are_those_of_a_run_that_merges_to_the_bit(tmp_path):
         ours, theirs = stacking.merged_model(links), merging.merged_model(links)
         assert type(ours[0]) is nn.Linear
         assert_bit_equal(ours.state_dict(), theirs.state_dict())
-    assert (stacking.link, stacking._layers["0"].stack.rank) == (3, 6)  # as it was
+    assert (stacking.link, stacking.adapted.layers["0"].stack.rank) == (3, 6)  # as it was
 
 
 def test_trained_modules_and_buffers_are_rolled_back_too(tmp_path):
@@ -345,7 +345,7 @@ def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(tmp_path):
     fit(tmp_path, None, LastCheckpoint(), epochs=2)
     last = tmp_path / "checkpoints" / "last.ckpt"
     merging = fit(tmp_path / "other", toy(ValidatedToy, finished_links="merge", optimizer=optimizer), ckpt_path=last)
-    assert merging._layers["0"].stack is None
+    assert merging.adapted.layers["0"].stack is None
     assert_close_chains(merging.chain, whole.chain, 1e-5)
 
 
@@ -395,7 +395,7 @@ def test_each_layer_comes_back_in_its_own_dtype(tmp_path):
     fit(tmp_path, module, LastCheckpoint())
     loaded = Mixed.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     for each in (module, loaded):
-        assert [layer.weight.dtype for layer in each._layers.values()] == [torch.bfloat16, torch.float32]
+        assert [layer.weight.dtype for layer in each.adapted.layers.values()] == [torch.bfloat16, torch.float32]
     x = torch.randn(3, 8)
     assert torch.equal(loaded.model(x), module.model(x))
 
@@ -449,20 +449,20 @@ def test_a_knot_in_inference_mode_is_trained_on(tmp_path):
     class Tying(ValidatedToy):
         def on_validation_epoch_end(self):
             if self.trainer.state.fn == "validate":
-                nn.init.ones_(self._layers["0"].lora_B)
+                nn.init.ones_(self.adapted.layers["0"].lora_B)
                 self.tie_knot()
 
     module = toy(Tying, finished_links="stack")
     trainer(tmp_path, chain={}).validate(module, batches(2), verbose=False)
     fit(tmp_path, module, epochs=1, chain={"at_epochs": [5]})
-    assert module._layers["0"].stack.rank == 2
+    assert module.adapted.layers["0"].stack.rank == 2
 
 
 def test_room_is_made_for_a_weight_of_full_rank_at_most(tmp_path):
     module = toy(ValidatedToy, finished_links="stack", lr_schedule="constant")
     fit(tmp_path, module, epochs=1000, max_steps=8, chain={"every_n_train_steps": 1})
-    assert [layer.stack.rank for layer in module._layers.values()] == [14, 14]
-    assert len(module._layers["0"].stack.A) == 14
+    assert [layer.stack.rank for layer in module.adapted.layers.values()] == [14, 14]
+    assert len(module.adapted.layers["0"].stack.A) == 14
     fit(tmp_path, toy(ValidatedToy, finished_links="stack"), epochs=100, limit_train_batches=1, limit_val_batches=0)
 
 
@@ -539,7 +539,7 @@ def test_a_precision_that_narrows_a_model_for_one_validation_does_not_for_the_ne
         (metrics,) = run.validate(module, batches(2), ckpt_path=last, verbose=False)
         losses.append(metrics["val_loss"])
     assert losses[0] != losses[1]
-    assert module._layers["0"].weight.dtype == torch.float32
+    assert module.adapted.layers["0"].weight.dtype == torch.float32
 
 
 def test_a_module_that_failed_when_it_was_made_begins_from_nothing(tmp_path):

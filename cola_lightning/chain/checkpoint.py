@@ -5,10 +5,11 @@ That is megabytes where the weights would be gigabytes. This file reads checkpoi
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -47,28 +48,73 @@ def unreadable(path: str, field: str, error: Exception, advice: str = "") -> Use
     return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
 
 
-def read_checkpoint(
-    path: str | Path, field: str = "checkpoint", *, is_checked: bool = True, weights_only: bool = True
-) -> dict[str, Any]:
-    """A checkpoint of a COLA module, on the CPU and mapped from the file where it can be.
+def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, Any]:
+    """A checkpoint of a COLA module, on the CPU and mapped from the file: for looking at, and not for training on.
 
     Args:
         path: the file.
         field: what the user calls the path, for messages.
-        is_checked: look for damage, which reads all of it; not needed where it is about to be loaded, which does that.
+
+    Raises:
+        UserError: for a path that is none, or a damaged one.
+    """
+    path = _existing(path, field)
+    check_archive(path, field)
+    return _load(path, path, field, weights_only=True)
+
+
+@dataclass
+class OpenedCheckpoint:
+    """A checkpoint file that was opened, checked and read, for all in a command that need something of it.
+
+    Attributes:
+        path: where it is.
+        file: the file itself, for another reader.
+        state: all of ours in it.
+    """
+
+    path: Path
+    file: BinaryIO
+    state: "CheckpointState"
+    _contents: dict[str, Any] | None
+
+    def take(self) -> dict[str, Any] | None:
+        """What the file holds, for the one that loads it, which may change it; None when it was taken before."""
+        contents, self._contents = self._contents, None
+        return contents
+
+
+@contextmanager
+def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_only: bool = True) -> Iterator[OpenedCheckpoint]:
+    """Opens a checkpoint of a COLA module, and reads it onto the CPU.
+
+    Args:
+        path: the file.
+        field: what the user calls the path, for messages.
         weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
         UserError: for a path that is none, or a damaged one.
     """
+    path = _existing(path, field)
+    with path.open("rb") as file:
+        check_archive(file, field, name=str(path))
+        file.seek(0)
+        contents = _load(file, path, field, weights_only=weights_only)
+        yield OpenedCheckpoint(path, file, CheckpointState.of(contents), contents)
+
+
+def _existing(path: str | Path, field: str) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
-    if is_checked:
-        check_archive(path, field)
+    return path
+
+
+def _load(source: Path | BinaryIO, path: Path, field: str, *, weights_only: bool) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, weights_only=weights_only, map_location="cpu", mmap=True)
+        checkpoint = torch.load(source, weights_only=weights_only, map_location="cpu", mmap=isinstance(source, Path))
     except Exception as error:  # whatever torch.load makes of the bytes
         holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
         advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""

@@ -34,9 +34,10 @@ from cola_lightning.callbacks import (
     check_strategy,
     run_folder,
 )
-from cola_lightning.chain.checkpoint import read_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.errors import UserError, causes, one_line
-from cola_lightning.modules import COLAModule, base_from_checkpoint
+from cola_lightning.modules import COLAModule
+from cola_lightning.modules.pending import loading
 from cola_lightning.sharded import processes
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ class ConfigSaver(SaveConfigCallback):
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
 
-    def __init__(self, args: Sequence[str] | None, watch: RunWatch) -> None:
-        self.watch = watch
+    def __init__(self, args: Sequence[str] | None, watch: RunWatch, open_files: contextlib.ExitStack) -> None:
+        self.watch, self.open_files = watch, open_files
+        self.opened: OpenedCheckpoint | None = None
         super().__init__(
             COLAModule,
             LightningDataModule,
@@ -143,7 +145,8 @@ class COLACLI(LightningCLI):
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
-            read_checkpoint(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
+            is_plain = config.weights_only is not False
+            self.opened = self.open_files.enter_context(opened_checkpoint(config.ckpt_path, "ckpt_path", weights_only=is_plain))
 
     def _take_links(self) -> None:
         """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
@@ -222,21 +225,18 @@ class COLACLI(LightningCLI):
             self.watch.expect_folder(trainer.log_dir)
         return trainer
 
-    def _reading_checkpoint(self) -> contextlib.AbstractContextManager[None]:
-        config = self.config[self.subcommand]
-        if config.ckpt_path is None or "://" in config.ckpt_path:
-            return contextlib.nullcontext()
-        return base_from_checkpoint(config.ckpt_path, self.links, weights_only=config.weights_only is not False)
+    def _loading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.opened is None else loading(self.opened, self.links)
 
     @override
     def instantiate_classes(self) -> None:
-        with self._reading_checkpoint():
+        with self._loading():
             super().instantiate_classes()
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with self._reading_checkpoint():
+            with self._loading():
                 super()._run_subcommand(subcommand)
         except Interruption:
             if subcommand == "fit":
@@ -322,9 +322,9 @@ def train(args: Sequence[str] | None) -> int:
         The exit status: 0, 130 or 143.
     """
     watch = RunWatch()
-    with watch.listening():
+    with watch.listening(), contextlib.ExitStack() as open_files:
         try:
-            cli = COLACLI(args, watch)
+            cli = COLACLI(args, watch, open_files)
             with contextlib.suppress(RuntimeError):  # where another process has failed
                 cli.trainer.strategy.barrier()
         except Interruption as interruption:

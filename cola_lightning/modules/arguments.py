@@ -1,50 +1,73 @@
 """How a module was made, so that it can be made again from a checkpoint alone: its class, and its plain arguments."""
 
 import contextlib
-import importlib
 import inspect
+import math
+import pydoc
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from pathlib import PurePath
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import cola_lightning
 from cola_lightning.errors import UserError
+from cola_lightning.lora.registry import FinishedLinks
 
 # How a module trains, not what it is: a module that is only to be used needs none of it.
-NOT_KEPT = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
+NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
 
 
-class RemembersArguments:
-    """A class whose instances know what they were made with, whatever a subclass' ``__init__`` does with its arguments."""
+def record_arguments(module: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """How a module is being made: to be asked before its ``__init__``, which may change its arguments.
 
-    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
-        """Notes the arguments, by name, as they are before ``__init__`` may change them."""
-        self = super().__new__(cls)
-        try:
-            bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        except TypeError:  # __init__ will say so
-            return self
-        init_args, not_plain = {}, []
-        for name, value in _by_name(bound):
+    Returns:
+        ``class_path``, the public one; ``init_args``: the plain arguments; ``not_plain``: the names of the others. No more than
+        the class where the arguments do not fit it: then ``__init__`` will say so.
+    """
+    cls = type(module)
+    init_args, not_plain = {}, []
+    with contextlib.suppress(TypeError):
+        for name, value in _by_name(inspect.signature(cls.__init__).bind_partial(module, *args, **kwargs)):
             try:
                 init_args[name] = plain(value)
             except TypeError:
                 not_plain.append(name)
-        self.__dict__["_init_args"], self.__dict__["_not_plain"] = init_args, not_plain
-        return self
+    return {"class_path": class_path(cls), "init_args": init_args, "not_plain": not_plain}
 
-    def recipe(self) -> dict[str, Any]:
-        """The class, its plain arguments, and the names of those that are not plain: ``class_path, init_args, not_plain``."""
-        cls = type(self)
-        init_args, not_plain = self.__dict__["_init_args"], self.__dict__["_not_plain"]
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args, "not_plain": not_plain}
+
+def check_choices(
+    seed: int | None,
+    warmup_steps: float,
+    modules_to_save_lr: float | None,
+    finished_links: str,
+    init_chain: str | None,
+    init_links: int | None,
+) -> None:
+    """Refuses values of a module's arguments that cannot be right."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
+    if not 0 <= warmup_steps < math.inf:
+        raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
+    if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
+        raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
+    if finished_links not in get_args(FinishedLinks):
+        raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
+    if init_links is not None and init_chain is None:
+        raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
+
+
+def class_path(cls: type) -> str:
+    """The path by which a class is imported: the public one for this package's, whose files may move."""
+    if cls.__module__.startswith("cola_lightning.") and getattr(cola_lightning, cls.__name__, None) is cls:
+        return f"cola_lightning.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _by_name(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
@@ -53,8 +76,8 @@ def _by_name(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
     for name, value in list(bound.arguments.items())[1:]:  # without self
         kind = bound.signature.parameters[name].kind
         if kind is kinds.VAR_KEYWORD:
-            yield from ((key, part) for key, part in value.items() if key not in NOT_KEPT)
-        elif name not in NOT_KEPT:
+            yield from ((key, part) for key, part in value.items() if key not in NOT_RECORDED)
+        elif name not in NOT_RECORDED:
             yield name, object() if kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) else value
 
 
@@ -114,24 +137,16 @@ def _as_annotated(value: Any, hint: Any) -> Any:
     return next(made, value)
 
 
-def find_class(class_path: str) -> type:
-    """The class of a recipe.
+def find_class(path: str) -> type:
+    """The class of a class path; it may be inside another.
 
     Raises:
         UserError: if it cannot be imported.
     """
-    parts = class_path.split(".")
-    for n_module in range(len(parts) - 1, 0, -1):  # a class may be inside another
-        try:
-            found: Any = importlib.import_module(".".join(parts[:n_module]))
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{class_path}.".startswith(f"{error.name}."):
-                raise  # of what the module itself imports
-            continue
-        for name in parts[n_module:]:
-            found = getattr(found, name, None)
-        if isinstance(found, type):
-            return found
-    raise UserError(
-        f"checkpoint: expected its module's class to be importable from here, received {class_path!r}, which is not"
-    )
+    try:
+        found = pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:  # of what its module itself does
+        raise error.value or error from None
+    if isinstance(found, type):
+        return found
+    raise UserError(f"checkpoint: expected its module's class to be importable from here, received {path!r}, which is not")

@@ -1,49 +1,50 @@
 """The Lightning module that owns a base model and its chain."""
 
-import functools
 import inspect
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
-import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning.adapted_model import AdaptedModel, seeded_build
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
-from cola_lightning.chain.schedule import ChainSchedule, LRSchedule
+from cola_lightning.chain.fingerprint import check_same_base
+from cola_lightning.chain.packed import EXTRA_STATE, pack, unpack
+from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import check_numbers, inject_lora
-from cola_lightning.lora.linear4bit import is_quantized_model
+from cola_lightning.lora.inject import check_numbers
 from cola_lightning.lora.registry import FinishedLinks, Init
-from cola_lightning.modules.guard import ChainKeeper
-from cola_lightning.modules.pending import is_reading_checkpoint, seed_of_checkpoint
-from cola_lightning.modules.running import checkpoint_activations, compile_model, keep_activations
-from cola_lightning.modules.training import LinkTraining, OptimizerCallable
-from cola_lightning.sharded import processes, tensors
-from cola_lightning.sharded.strategy import (
-    configure_fsdp1,
-    hidden,
-    shard_by_blocks,
-    shards,
-)
+from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
+from cola_lightning.modules.arguments import check_choices, class_path, record_arguments
+from cola_lightning.modules.checkpoint import write_state
+from cola_lightning.modules.checkpoint_io import check_read_by_other
+from cola_lightning.modules.contract import trainer_of
+from cola_lightning.modules.guard import ChainGuard
+from cola_lightning.modules.hooks import keep_hooks
+from cola_lightning.modules.lazy_model import LazyModel
+from cola_lightning.modules.link_metrics import LinkMetrics
+from cola_lightning.modules.link_plan import LinkPlan
+from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
+from cola_lightning.modules.pending import pending_checkpoint
+from cola_lightning.modules.restore import load_module, restore
+from cola_lightning.modules.run_state import RunState
+from cola_lightning.modules.seed import Seed
+from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen, laid_out
+from cola_lightning.sharded import tensors
+from cola_lightning.sharded.strategy import shard_by_blocks
 
 log = logging.getLogger(__name__)
 
 
-class COLAModule(LinkTraining):
+class COLAModule(LightningModule):
     """A pretrained model that is tuned by a chain of low-rank links.
 
     A subclass writes ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
@@ -82,6 +83,12 @@ class COLAModule(LinkTraining):
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
 
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
+        """Records the arguments as they are before ``__init__``, or a subclass' own, may change them."""
+        self = super().__new__(cls)
+        self.__dict__["_constructor_arguments"] = record_arguments(self, args, kwargs)
+        return self
+
     def __init__(
         self,
         *,
@@ -106,39 +113,32 @@ class COLAModule(LinkTraining):
     ) -> None:
         super().__init__()
         check_numbers(rank, alpha, dropout)
-        if seed is not None and not 0 <= seed < 2**32:
-            raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
-        if not 0 <= warmup_steps < math.inf:
-            raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
-        if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
-            raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
-        if finished_links not in get_args(FinishedLinks):
-            raise UserError(
-                f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}"
-            )
+        check_choices(seed, warmup_steps, modules_to_save_lr, finished_links, init_chain, init_links)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
-        self.seed = self._given_seed = None if seed is None else int(seed)
-        self.optimizer, self.modules_to_save_lr = optimizer, modules_to_save_lr
-        self.lr_schedule, self.warmup_steps, self.schedule_scope = lr_schedule, float(warmup_steps), schedule_scope
         self.finished_links, self.save_base = finished_links, save_base
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
-        self._first_chain: Chain | None = None
-        if init_links is not None and init_chain is None:
-            raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
-        if init_chain is not None and not is_reading_checkpoint():  # here: before any time is lost
-            self._first_chain = read_chain(init_chain, init_links, "model.init_chain")
+        self.first_chain: Chain | None = None
+        if init_chain is not None and pending_checkpoint() is None:  # here: before any time is lost
+            self.first_chain = read_chain(init_chain, init_links, "model.init_chain")
             if target_modules is None:
                 raise UserError(
                     "model.init_chain: expected null without links (model.target_modules is null), received a chain"
                 )
-        self.schedule = ChainSchedule()
-        self.run_length = None  # known while training
-        self.is_made = self._is_being_made = self._is_configuring = self._is_compiled = False
-        self._is_seed_of_one = False  # drawn by this process alone
+        self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
+        self.run_state = RunState()
+        self.link_plan = LinkPlan(self.rank, self.alpha, self.run_state)
+        self.link_metrics = LinkMetrics()
+        self.optimization = LinkOptimization(
+            optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope, self.run_state
+        )
+        self.lazy_model = LazyModel(self)
+        self.is_wrapped_by_fsdp1 = False
+        self.values_to_load: dict[str, Tensor] | None = None  # in place of a checkpoint's own, until these are loaded
+        self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -158,170 +158,6 @@ class COLAModule(LinkTraining):
         """
         checkpoint_activations(self.model)
 
-    # ------------------------------------------------------------------ the model
-
-    @override
-    def configure_model(self) -> None:
-        """Makes the model and its first link, once; lays it out for the Trainer's precision and strategy, where there is one.
-
-        What a subclass' own does comes first, and needs no ``super()``.
-        """
-        self._make_model()
-        dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
-        if dtype != torch.float32:
-            self._cast(dtype)
-        self._lay_out()
-        if self.should_compile and not self._is_compiled:
-            compile_model(self.model)
-            self._is_compiled = True
-
-    def _make_model(self) -> None:
-        if self._is_on_meta and self._attached_trainer is not None:  # now it is to be run
-            self._modules.pop("model", None)
-            self.is_made, self._is_on_meta, self._adapted = False, False, None
-        if self.is_made:
-            return
-        if "model" in self._modules:
-            raise UserError(
-                f"{type(self).__name__}: expected a base that build_model() returns, to be adapted, received one that was "
-                "assigned to self.model"
-            )
-        if self._is_being_made:
-            raise UserError(
-                f"{type(self).__name__}.build_model: expected one that makes the base, received one that reads self.model"
-            )
-        self._choose_seed()
-        self._is_being_made = True
-        try:
-            with torch.device("cpu"):
-                self._prepare(torch.get_default_dtype())
-            self.is_made = True
-        except BaseException:  # so that a second call does not take it for ready
-            self._modules.pop("model", None)
-            self._adapted = None
-            raise
-        finally:
-            self._is_being_made = False
-
-    def _ensure_model(self) -> None:
-        """Makes the model where it is asked for before Lightning does, in a run or outside of one."""
-        if self.is_made or self._is_being_made:
-            return
-        if self._attached_trainer is None and not self._is_configuring:
-            self.configure_model()
-        else:  # Lightning will call that, or is about to have called it
-            self._make_model()
-
-    @override
-    def __getattr__(self, name: str) -> Any:
-        if name == "model" and "is_made" in self.__dict__:  # after __init__, that is
-            if "model" not in self._modules:
-                self._make_model() if self._is_being_made else self._ensure_model()
-            return self._modules["model"]
-        return super().__getattr__(name)
-
-    @override
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._ensure_model()
-        return super().named_parameters(*args, **kwargs)
-
-    @override
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        self._ensure_model_unless_lightning_asks()
-        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
-        return found
-
-    @override
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        self._ensure_model_unless_lightning_asks()
-        return super().named_children()
-
-    @override
-    def children(self) -> Iterator[nn.Module]:
-        return (child for _, child in super().named_children())  # Lightning asks when a Trainer takes the module
-
-    @override
-    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        self._ensure_model_unless_lightning_asks()
-        return super().apply(fn)
-
-    def _ensure_model_unless_lightning_asks(self) -> None:
-        """In a run, Lightning goes through a module's parts before its ``setup``, and after a run that failed before it.
-
-        What a callback's ``setup`` goes through (BaseFinetuning's, say) is to hold the model. Which of them it is, Lightning
-        says by a private name alone.
-        """
-        trainer = self._attached_trainer
-        if trainer is None or (self._current_fx_name == "setup" and trainer.state.status == TrainerStatus.RUNNING):
-            self._ensure_model()
-
-    def _choose_seed(self) -> None:
-        if self.seed is not None:
-            return
-        given = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
-        self._given_seed = None if given is None else int(given)
-        seed = seed_of_checkpoint()
-        self.seed = self._given_seed if seed is None else seed
-        if self.seed is None:
-            self.seed = processes.draw_seed()
-            self._is_seed_of_one = not processes.has_processes()
-            log.info("model.seed: %d was drawn, for none was given", self.seed)
-
-    def _prepare(self, dtype: torch.dtype) -> None:
-        """Makes what ``build_model`` gives, adapts it, and begins a link, ready for training in a precision of this dtype."""
-        assert self.seed is not None
-        how = {"is_saved": self.save_base, "is_known": not self._is_on_meta}
-        self._adapted = adapted = AdaptedModel(self._make_adapted_base, self.seed, self.base_name, **how)
-        self.model, adapted.placement = adapted.model, self._placement
-        self._cast(dtype)
-        if not self._is_on_meta:
-            self.note_outside()
-            self.chain.base["outside"] = self._frozen_outside()
-        if self._first_chain is not None:
-            self._start_from(self._first_chain)
-        if self.target_modules is not None:
-            self._begin_link()
-            self._tell_of_memory()
-        if self.activation_checkpointing:
-            names = list(self._layers)
-            self.checkpoint_activations()
-            if list(self._layers) != names:
-                raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
-        if not self.training:  # eval() came first
-            self.model.eval()
-
-    def _cast(self, dtype: torch.dtype) -> None:
-        """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
-        if dtype == torch.float64 and not tensors.is_model_sharded(self.model):
-            self.model.double()
-        self.adapted.cast(dtype)
-
-    def _lay_out(self) -> None:
-        """Lays the model out over processes, where the strategy shards it and it is not yet."""
-        trainer = self._attached_trainer
-        if trainer is None:
-            return
-        if self._is_seed_of_one and len(seeds := set(processes.gather_objects(self.seed))) > 1:
-            raise UserError(
-                "model.seed: expected a number, or seed_everything, for a model that is asked for before processes are joined, "
-                f"each of which drew its own; received null and {len(seeds)} processes"
-            )
-        if not shards(trainer.strategy):
-            return
-        if is_quantized_model(self.model):
-            raise UserError(
-                "trainer.strategy: expected ddp, or one device, for a base in 4 bits, which is not sharded; received "
-                f"{type(trainer.strategy).__name__}"
-            )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            if not self.is_wrapped_by_fsdp1:
-                configure_fsdp1(trainer.strategy, self, torch.get_default_dtype())
-            self.is_wrapped_by_fsdp1 = True
-        elif not tensors.is_model_sharded(self.model):
-            mesh = cast(ModelParallelStrategy, trainer.strategy).device_mesh["data_parallel"]
-            with hidden(self.model) if self.target_modules is not None else nullcontext():
-                self.shard_model(mesh)
-
     def shard_model(self, mesh: DeviceMesh) -> None:
         """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, the links in place.
 
@@ -334,56 +170,126 @@ class COLAModule(LinkTraining):
     @property
     def base_name(self) -> str:
         """What the base is called, in messages and beside its fingerprint."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        return class_path(type(self))
 
-    def _make_adapted_base(self) -> nn.Module:
-        assert self.seed is not None
-        parts = dict(self._modules)
-        with seeded_build(self.seed, "meta" if self._is_on_meta else "cpu"):
-            model = self.build_model()
-            if self.is_made:  # again: what else build_model assigns here stays what it was
-                self._modules.clear()
-                self._modules.update(parts)
-            if not isinstance(model, nn.Module):
-                raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
-            if self.target_modules is not None:
-                inject_lora(
-                    model,
-                    self.target_modules,
-                    self.rank,
-                    self.alpha,
-                    self.dropout,
-                    self.modules_to_save,
-                    init=self.init,
-                    finished_links=self.finished_links,
-                )
-        return model
-
-    @rank_zero_only
-    def _tell_of_memory(self) -> None:
-        widened = [layer for layer in self._layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
-        if widened and not is_reading_checkpoint():
-            log.info(
-                "model.finished_links: merge keeps the adapted weights in float32, %.0f MB more than in %s; stack does not",
-                sum(layer.weight.numel() for layer in widened) * 2 / 1e6,
-                widened[0].source_dtype,
-            )
-
-    @override
-    def _scheduled(self, link: int) -> list[float]:
-        return [self.schedule.rank(link, self.rank), self.schedule.alpha(link, self.alpha)]
+    # ------------------------------------------------------------------ its parts
 
     @property
-    @override
-    def _origin(self) -> list[str | int | None]:
-        path = self.init_chain and str(Path(self.init_chain).expanduser().absolute())
-        return [path, self.init_links]
+    def adapted(self) -> AdaptedModel:
+        """The model with its layers and its chain, apart from Lightning."""
+        if self.lazy_model.adapted is None:
+            self.configure_model()
+        assert self.lazy_model.adapted is not None
+        return self.lazy_model.adapted
+
+    @property
+    def trained_state(self) -> TrainedState:
+        """What of this module training changes."""
+        if self.lazy_model.state is None:
+            self.configure_model()
+        assert self.lazy_model.state is not None
+        return self.lazy_model.state
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the model is made."""
+        return self.lazy_model.is_made
+
+    @property
+    def chain(self) -> Chain:
+        """The finished links; none before the model is made."""
+        return Chain() if self.lazy_model.adapted is None else self.lazy_model.adapted.chain
+
+    @property
+    def link(self) -> int:
+        """Index of the live link: how many are finished."""
+        return len(self.chain)
+
+    @property
+    def schedule(self) -> ChainSchedule:
+        """When knots fall; one link until ChainOfLoRA gives its own."""
+        return self.run_state.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: ChainSchedule) -> None:
+        self.run_state.schedule = schedule
+
+    @property
+    def link_start(self) -> Counters:
+        """Epoch and optimizer step at which the live link began."""
+        return self.run_state.link_start
+
+    @link_start.setter
+    def link_start(self, start: Counters) -> None:
+        self.run_state.link_start = start
+
+    @property
+    def seed(self) -> int | None:
+        """What every draw comes from; None where none was given, until the model is made."""
+        return self.seed_choice.value
+
+    @property
+    def is_base_in_checkpoint(self) -> bool:
+        """For ``build_model``: whether only the shapes matter: the base's weights come from a checkpoint, or are on meta."""
+        pending, adapted = pending_checkpoint(), self.lazy_model.adapted
+        is_kept = adapted is not None and adapted.base_weights is not None
+        return self.lazy_model.is_on_meta or (pending is not None and pending.holds_base) or is_kept
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 or FSDP1 has sharded the model."""
+        return self.lazy_model.placement().is_sharded
+
+    @property
+    def constructor_arguments(self) -> dict[str, Any]:
+        """How the module was made: ``class_path``, the plain ``init_args``, and ``not_plain``, the names of the others."""
+        arguments: dict[str, Any] = self.__dict__["_constructor_arguments"]
+        return arguments
+
+    # ------------------------------------------------------------------ the model
 
     @override
-    def _begin_link(self, rank: int | None = None, alpha: float | None = None) -> None:
-        asked = self._scheduled(self.link)
-        self.adapted.begin_link(int(asked[0]) if rank is None else rank, asked[1] if alpha is None else alpha)
-        self._forget_metrics()
+    def configure_model(self) -> None:
+        """Makes the model and its first link, once; lays it out for the Trainer's precision and strategy, where there is one.
+
+        What a subclass' own does comes first, and needs no ``super()``.
+        """
+        self.lazy_model.configure()
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name == "model" and "lazy_model" in self.__dict__:  # after __init__, that is
+            if "model" not in self._modules:
+                self.lazy_model.make() if self.lazy_model.is_being_made else self.lazy_model.ensure()
+            return self._modules["model"]
+        return super().__getattr__(name)
+
+    @override
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self.lazy_model.ensure()
+        return super().named_parameters(*args, **kwargs)
+
+    @override
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
+
+    @override
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
+        return super().named_children()
+
+    @override
+    def children(self) -> Iterator[nn.Module]:
+        return (child for _, child in super().named_children())  # Lightning asks when a Trainer takes the module
+
+    @override
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
+        return super().apply(fn)
+
+    # ------------------------------------------------------------------ links
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A, drops the optimizer.
@@ -409,15 +315,14 @@ class COLAModule(LinkTraining):
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha: expected a number above 0, received {alpha}")
         self.configure_model()
-        asked = self._scheduled(self.link + 1)
-        self._is_tying = True
+        planned, trainer = self.link_plan.of(self.link + 1), trainer_of(self)
+        self.run_state.is_tying = True
         link = self.adapted.tie_knot(
-            int(asked[0]) if rank is None else rank, asked[1] if alpha is None else alpha, **self._facts_of_link()
+            planned[0] if rank is None else rank, planned[1] if alpha is None else alpha, **self._facts_of_link()
         )
-        self._forget_metrics()
+        self.link_metrics.begin_link(trainer)
         self.link_start = self._now
-        self._is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
-        trainer = self._attached_trainer
+        self.run_state.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
         # In a validation inside fit, too: trainer.training is False there.
         if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
             trainer.strategy.setup_optimizers(trainer)
@@ -427,14 +332,16 @@ class COLAModule(LinkTraining):
         """The live link as it is now: what a knot would record."""
         return self.adapted.live_link(**self._facts_of_link())
 
+    @property
+    def _now(self) -> Counters:
+        trainer = trainer_of(self)
+        return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
+
     def _facts_of_link(self) -> dict[str, Any]:
         """What this module knows of the live link beside the model's part."""
-        return {
-            "start_step": self.link_start.global_step,
-            "end_step": self._now.global_step,
-            "metrics": self._metrics(),
-            "outside": self._outside(),
-        }
+        start = self.link_start.global_step
+        facts = {"metrics": self.link_metrics.of(trainer_of(self), start), "outside": self.trained_state.outside()}
+        return {"start_step": start, "end_step": self._now.global_step} | facts
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
@@ -454,52 +361,153 @@ class COLAModule(LinkTraining):
             UserError: if there are not as many links.
         """
         self.configure_model()
-        self._check_not_on_meta()
-        model = self.adapted.merged_model(links)
-        values = self.values()
-        if outside := [name for name, p in values.items() if not name.startswith("model.") and p.requires_grad]:
+        self.lazy_model.check_has_values()
+        model, values = self.adapted.merged_model(links), self.trained_state.values_outside()
+        if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         if self.activation_checkpointing:
             keep_activations(model)
         return model
 
-    # ------------------------------------------------------------------ the callback that comes along
+    # ------------------------------------------------------------------ training
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
+        return self.optimization.configure(self, self.modules_to_save, self._now.global_step)
+
+    @property
+    def overrides_optimizers(self) -> bool:
+        """Whether ``configure_optimizers`` is a subclass' own, or LightningCLI's."""
+        return getattr(self.configure_optimizers, "__func__", None) is not COLAModule.configure_optimizers
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
         return []
 
+    # ------------------------------------------------------------------ state
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight.
+
+        The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs.
+        """
+        prefix, trained = kwargs.get("prefix", ""), self.trained_state
+        if tensors.has_fsdp1(self):
+            state = tensors.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
+        else:
+            state = super().state_dict(*args, **kwargs)
+        return trained.without_frozen(state, prefix)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or taken back.
+
+        Args:
+            state_dict: it.
+            strict: False leaves what is missing as it is, and what is unknown aside, and returns their names.
+            assign: see ``nn.Module.load_state_dict``.
+
+        Raises:
+            UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
+        """
+        self.configure_model()
+        if self.values_to_load is not None:  # a checkpoint's, whose chain this module holds by now
+            others, self.values_to_load = self.values_to_load, None
+            state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
+        own = self.trained_state.unpacked()
+        self.trained_state.check(own, state_dict, strict=strict)
+        result = super().load_state_dict(laid_out(state_dict, own), strict=False, assign=assign)
+        result.missing_keys[:] = [name for name in result.missing_keys if name in own]  # what is frozen is not missing
+        return result
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The finished links, their base, and the live link's rank, alpha and beginning, as a tensor of bytes."""
+        if not self.trained_state.is_packing:
+            return UNCHANGED
+        return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
+
+        Raises:
+            UserError: if these were trained on another base.
+        """
+        if isinstance(state, Tensor) and not state.numel():
+            return
+        self.configure_model()
+        self.lazy_model.check_has_values()
+        chain, facts = unpack(state)
+        check_same_base(chain.base, self.chain.base)
+        self.adapted.go_to(chain)
+        if facts["live"] is not None:
+            self.adapted.resume_link(*facts["live"])
+        self.link_start = Counters(*facts["link_start"])
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        write_state(self, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_read_by_other(trainer.strategy.checkpoint_io, trainer.ckpt_path)
+        self.lazy_model.check_has_values()
+        restore(self, checkpoint)
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        links: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As in Lightning, on the CPU; the class and its arguments are those that the checkpoint tells of.
+
+        A base that the checkpoint holds is not made first.
+
+        Args:
+            checkpoint_path: a file that a fit wrote.
+            map_location: see ``LightningModule.load_from_checkpoint``, as for the next one.
+            hparams_file: of hyperparameters.
+            strict: whether what the module trains and what the checkpoint holds must have the same names; None: as
+                ``strict_loading`` says, which is true unless it was set.
+            weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
+            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            **kwargs: arguments of the class, in place of the checkpoint's; what is not plain, such as an optimizer, is not in
+                there.
+
+        Raises:
+            UserError: for a path that is no checkpoint, or a damaged one, and for another base.
+        """
+        how = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
+
+        def load(made: type[COLAModule], source: Any, **arguments: Any) -> Any:
+            return super(COLAModule, made).load_from_checkpoint(source, **arguments)  # noqa: UP008  # of another class
+
+        module: Self = load_module(load, cls, checkpoint_path, links, how, kwargs)
+        return module
+
+    # ------------------------------------------------------------------ subclasses
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets the module's own callback and model come along whatever a subclass' hooks return or forget."""
+        """Keeps model, chain and guard of a subclass whose hooks, its own or a mixin's, forget ``super()``."""
         super().__init_subclass__(**kwargs)
-        if cls.configure_model is not COLAModule.configure_model and not hasattr(cls.configure_model, "comes_before_ours"):
-            cls.configure_model = _then_ours(cls.configure_model)  # type: ignore[method-assign, assignment]
-        own = cls.configure_callbacks
-
-        def configure_callbacks(self: COLAModule) -> Sequence[Callback]:
-            callbacks = own(self)
-            callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-            return callbacks if any(isinstance(c, ChainKeeper) for c in callbacks) else [ChainKeeper(self), *callbacks]
-
-        cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+        keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default
 default_optimizer.__qualname__ = "default_optimizer"
-
-
-def _then_ours(own: Callable[[COLAModule], None]) -> Callable[[COLAModule], None]:
-    """A subclass' ``configure_model`` and then ours, which does nothing twice."""
-
-    @functools.wraps(own)
-    def configure_model(self: COLAModule) -> None:
-        before, self._is_configuring = self._is_configuring, True
-        try:
-            own(self)
-        finally:
-            self._is_configuring = before
-        COLAModule.configure_model(self)
-
-    configure_model.comes_before_ours = True  # type: ignore[attr-defined]
-    return configure_model

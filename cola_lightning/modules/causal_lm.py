@@ -117,7 +117,7 @@ class COLACausalLM(LanguageModule):
         """What the model writes after each prompt of a batch (``prompt_ids``, ``prompt_mask``): up to a line's end."""
         # Each token has a shape of its own: a compiled model would be compiled for each.
         with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
-            return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self._is_in_parts)
+            return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self.is_sharded)
 
     @override
     def metrics_of(self, stage: str) -> list[Metric]:
@@ -197,7 +197,7 @@ class COLACausalLM(LanguageModule):
     @property
     def _may_split(self) -> bool:
         """Whether a batch may take several forward passes: not where each has new shapes, or all processes must join in."""
-        return not (self.should_compile or self._is_in_parts) and is_free_of_length(self.model)
+        return not (self.should_compile or self.is_sharded) and is_free_of_length(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if missing := {"input_ids", "labels"} - set(batch):

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import check_archive, unreadable
 from cola_lightning.errors import causes
+from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.writing import whole_file
 
 
@@ -35,6 +36,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        pending = pending_checkpoint()
+        is_open = pending is not None and "://" not in str(path) and pending.opened.path == Path(path)
+        if pending is not None and is_open and (contents := pending.opened.take()) is not None:  # it is read and checked
+            return contents
         if get_filesystem(path).exists(path):  # else Lightning says so
             check_source(path)
         with unreadable_as_user_error(path):

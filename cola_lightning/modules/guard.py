@@ -1,13 +1,13 @@
-"""The small callback that every COLA module brings along.
+"""The callback that every COLA module brings along.
 
-It holds what a subclass could lose by overriding a hook without ``super()``: the counters at the start of a fit, each batch's
-seed, and the watch over the loss.
+It holds what a subclass could lose by overriding a hook without ``super()``: the start of a fit, each batch's seed, and the
+watch over losses and weights.
 """
 
 import logging
 import math
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -19,25 +19,23 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
-from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lora_layers
+from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.modules.contract import COLAParts
+from cola_lightning.modules.optimization import check_trained_whole
 from cola_lightning.modules.rewind import align_logged_step
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.sharded import processes, tensors
-from cola_lightning.sharded.strategy import check_sharding, give_back, shards, take_over
+from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards, undo_replication
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
-    """The training loss or a weight became NaN or infinite; nothing of it was written."""
+class ChainGuard(Callback):
+    """Guards the runs of one module."""
 
-
-class ChainKeeper(Callback):
-    """Keeps one module's counters, seeds and losses in order."""
-
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: COLAParts) -> None:
         self.module = module
         self._seen: tuple[int, dict[str, Tensor]] | None = None
         self._batch = ExitStack()  # the scope of its seed
@@ -45,39 +43,39 @@ class ChainKeeper(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if pl_module is not self.module:  # a Trainer that is used again, whose strategy serves another module now
+        if cast(object, pl_module) is not self.module:  # a Trainer that is used again, whose strategy serves another module now
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-            give_back(trainer.strategy)
+            undo_replication(trainer.strategy)
             return
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             raise UserError(
                 "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they "
                 "are adapted; received BitsandbytesPrecision"
             )
-        module: Any = self.module
-        check_sharding(trainer.strategy, module)
-        take_over(trainer.strategy)
+        check_sharding(trainer.strategy, self.module)
+        replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if shards(trainer.strategy):  # in a next fit FSDP2 would gather into what was made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        module.run_length = None  # known again when training starts
+        run = self.module.run_state
+        run.length = None  # known again when training starts
         if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
-            module.forget_checkpoint()
+            run.resumes_knots, self.module.optimization.resumed_class = False, None
             now = Counters(trainer.current_epoch, trainer.global_step)
-            if not now.global_step or now != module.left_at:  # else this Trainer continues its own fit
-                module.link_start = now
+            if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
+                run.link_start = now
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            if not any(getattr(callback, "schedule", None) is module.schedule for callback in callbacks):
-                module.schedule = ChainSchedule()  # an earlier fit's
+            if not any(getattr(callback, "schedule", None) is run.schedule for callback in callbacks):
+                run.schedule = ChainSchedule()  # an earlier fit's
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.check_trained_whole()
+        check_trained_whole(self.module.model)
         _check_pruning(trainer, self.module.model)
         if trainer.ckpt_path is None:  # what a hook has made since the model was
-            self.module.note_outside()
+            self.module.trained_state.remember_outside()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,26 +83,57 @@ class ChainKeeper(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(self.module.values().keys() - set(parameters))
-        self.module.is_validating_in_fit = False
+        self._buffer_names = sorted(self.module.trained_state.values().keys() - set(parameters))
+        self.module.run_state.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
-        now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        run = run_length(trainer, START if is_resumed or now == self.module.left_at else now)
-        if not run.step_at(now.epoch) <= now.global_step <= run.step_at(now.epoch + 1):
-            run = run_length(trainer, now)  # resumed with epochs of another length
         self._error = None
+        now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
+        length = run_length(trainer, START if is_resumed or now == self.module.run_state.left_at else now)
+        if not length.step_at(now.epoch) <= now.global_step <= length.step_at(now.epoch + 1):
+            length = run_length(trainer, now)  # resumed with epochs of another length
+        self.module.run_state.length = length
+        self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
+        self._check_links(length)
+
+    def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
+        """Has the live link go on with its optimizer, or begin as the schedule asks.
+
+        Raises:
+            UserError: for an optimizer, or a schedule, with which it cannot.
+        """
+        module, run = self.module, self.module.run_state
+        if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
+            module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
+        if is_resumed and run.resumes_knots and not run.schedule.has_knots:
+            raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if is_resumed:
-            self.module.restore_metrics(trainer)
-        self.module.start_run(run, now, is_resumed=is_resumed)
+            module.link_metrics.give_to(trainer)
+            module.optimization.resume(trainer)
+            return
+        if module.link_plan.apply(module.adapted, module.first_chain):
+            module.link_metrics.begin_link(trainer)
+        if trainer.global_step:  # the first rate was set before the run's length was known
+            trainer.strategy.setup_optimizers(trainer)
+
+    def _check_links(self, length: RunLength) -> None:
+        """Refuses what does not fit the links that this fit still has, as far as their lengths are known."""
+        module, run = self.module, self.module.run_state
+        if run.schedule.is_open or length.end_step == math.inf:
+            module.link_plan.warn_of_open_ranks()
+            module.optimization.check_without_horizon()
+            return
+        lengths = run.schedule.links(run.link_start, length)
+        module.link_plan.check_lengths(lengths, module.link, module.optimization.warmup_of_link)
+        module.link_plan.reserve(module.adapted, module.link + len(lengths))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            state = self.module.values() if self._buffer_names else {}
-            self.module.window_start = trainer.current_epoch, batch_idx
-            self.module.window_buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
+            state = self.module.trained_state.values() if self._buffer_names else {}
+            self.module.run_state.window_start = trainer.current_epoch, batch_idx
+            self.module.run_state.window_buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
 
@@ -118,7 +147,7 @@ class ChainKeeper(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._batch.close()
         if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
-            state = self.module.values()
+            state = self.module.trained_state.values()
             tensors.share_(state[name] for name in self._buffer_names if name.startswith("model."))
 
     @override
@@ -129,7 +158,7 @@ class ChainKeeper(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.module.is_validating_in_fit:
+        if self.module.run_state.is_validating:
             self._seed_batch("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
         self._look_at_weights(trainer, batch_idx + dataloader_idx)
 
@@ -178,12 +207,12 @@ class ChainKeeper(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.module.is_validating_in_fit = True
+            self.module.run_state.is_validating = True
             align_logged_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.is_validating_in_fit = False
+        self.module.run_state.is_validating = False
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,14 +233,14 @@ class ChainKeeper(Callback):
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         if trainer.state.fn == "fit":
-            self.module.left_at = Counters(trainer.current_epoch, trainer.global_step)
+            self.module.run_state.left_at = Counters(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            self.module.keep_metrics()
+            self.module.link_metrics.keep(trainer, self.module.run_state.link_start.global_step)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer)
-        if self.module.is_validating_in_fit:  # Lightning leaves the model in evaluation mode: a next fit would lose its dropout
+        if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: a next fit would lose its dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
@@ -246,7 +275,7 @@ class ChainKeeper(Callback):
                 "not use, such as an expert without tokens, is when it is used",
                 len(names),
                 len(lora_layers(self.module.model)),
-                ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
+                first_names(names),
             )
 
 

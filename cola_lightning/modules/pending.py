@@ -1,4 +1,4 @@
-"""What a module that is being made knows of the checkpoint that is about to be loaded into it.
+"""The checkpoint that is about to be loaded: what a module that is being made knows of it.
 
 Lightning tells a module of its checkpoint only after the model is made.
 """
@@ -9,20 +9,48 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, read_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is known of a checkpoint before it is loaded."""
+class PendingCheckpoint:
+    """A checkpoint that is about to be loaded.
 
-    seed: int | None
-    holds_base: bool
+    Attributes:
+        opened: its file, and what that holds.
+        links: how many of its links are wanted, the finished ones first and then the live one; None: all.
+    """
+
+    opened: OpenedCheckpoint
     links: int | None
-    modules_to_save: list[str] | None  # None: an earlier release wrote it, which did not say
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the base's weights are in it (``save_base``)."""
+        return self.opened.state.base_weights is not None
 
 
-READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
+_PENDING: ContextVar[PendingCheckpoint | None] = ContextVar("pending", default=None)
+
+
+def pending_checkpoint() -> PendingCheckpoint | None:
+    """The checkpoint that is about to be loaded into the module that is being made; None where there is none."""
+    return _PENDING.get()
+
+
+@contextmanager
+def loading(opened: OpenedCheckpoint, links: int | None = None) -> Iterator[None]:
+    """Has modules that are made inside the block know that a checkpoint is about to be loaded into them.
+
+    Args:
+        opened: it.
+        links: how many of its links are wanted, the finished ones first and then the live one; None: all.
+    """
+    token = _PENDING.set(PendingCheckpoint(opened, links))
+    try:
+        yield
+    finally:
+        _PENDING.reset(token)
 
 
 @contextmanager
@@ -40,20 +68,5 @@ def base_from_checkpoint(path: str | Path, links: int | None = None, *, weights_
     Raises:
         UserError: for a path that is no checkpoint.
     """
-    state = read_checkpoint(path, "ckpt_path", is_checked=False, weights_only=weights_only)[CHECKPOINT_KEY]
-    token = READING.set(Reading(state["seed"], state["base_weights"] is not None, links, state.get("modules_to_save")))
-    try:
+    with opened_checkpoint(path, "ckpt_path", weights_only=weights_only) as opened, loading(opened, links):
         yield
-    finally:
-        READING.reset(token)
-
-
-def is_reading_checkpoint() -> bool:
-    """Whether a checkpoint is about to be loaded into the module that is being made."""
-    return READING.get() is not None
-
-
-def seed_of_checkpoint() -> int | None:
-    """The seed of the checkpoint that is about to be loaded; None where there is none."""
-    reading = READING.get()
-    return None if reading is None else reading.seed

@@ -1,236 +1,220 @@
-"""How a module becomes what a checkpoint, or another run's chain, says that it is to be."""
+"""How a module becomes what a checkpoint says: decoded, planned, applied.
+
+:class:`~cola_lightning.chain.checkpoint.CheckpointState` is what a checkpoint says. :func:`plan_restore` compares that with the
+model as it is, and refuses what cannot be; nothing is changed until :func:`apply_restore`.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from cola_lightning.adapted_model import check_links, load_whole
+from cola_lightning.adapted_model import AdaptedModel, check_links
 from cola_lightning.chain import Chain
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, chain_of, read_checkpoint
-from cola_lightning.chain.codec import CHECKPOINT, check_version
-from cola_lightning.chain.fingerprint import check_same_base
-from cola_lightning.chain.packed import EXTRA_STATE, unpack
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.checkpoint import CheckpointState, chain_of, opened_checkpoint
+from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import UserError
-from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.modules.arguments import as_annotated, find_class
-from cola_lightning.modules.checkpoint import AS_IT_IS, CheckpointedChain
 from cola_lightning.modules.checkpoint_io import check_source, unreadable_as_user_error
-from cola_lightning.modules.pending import READING, base_from_checkpoint
-from cola_lightning.modules.rewind import take_progress
+from cola_lightning.modules.contract import COLAParts, origin_of, trainer_of
+from cola_lightning.modules.pending import loading, pending_checkpoint
+from cola_lightning.modules.rewind import resume_from
+from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
 
 log = logging.getLogger(__name__)
 
 
-class RestoredChain(CheckpointedChain):
-    """The part of :class:`~cola_lightning.modules.COLAModule` that takes up a chain."""
+@dataclass(frozen=True)
+class RestorePlan:
+    """What has to be done to a module.
 
-    @classmethod
-    @override
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        *,
-        links: int | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """As in Lightning, on the CPU; the class and its arguments are those that the checkpoint tells of.
+    Attributes:
+        chain: the finished links that it is to hold; the missing ones are replayed, on the base made anew if need be.
+        base_weights: the base's, where the checkpoint holds them.
+        dtype: to which adapted layers are to be cast; None: as they are.
+        live: rank and alpha of a live link whose factors are about to be loaded; None: of none.
+        begins_link: whether a new link begins after the finished ones, in place of the checkpoint's live one.
+    """
 
-        A base that the checkpoint holds is not made first.
+    chain: Chain
+    base_weights: dict[str, Tensor] | None
+    dtype: torch.dtype | None
+    live: tuple[int, float] | None
+    begins_link: bool
 
-        Args:
-            checkpoint_path: a file that a fit wrote.
-            map_location: see ``LightningModule.load_from_checkpoint``, as for the next one.
-            hparams_file: of hyperparameters.
-            strict: whether what the module trains and what the checkpoint holds must have the same names; None: as
-                ``strict_loading`` says, which is true unless it was set.
-            weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
-            **kwargs: arguments of the class, in place of the checkpoint's; what is not plain, such as an optimizer, is not in
-                there.
 
-        Raises:
-            UserError: for a path that is no checkpoint, or a damaged one, and for another base.
-        """
-        how = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
-        if not isinstance(checkpoint_path, str | PathLike) or "://" in str(checkpoint_path):
-            if links is not None:
-                raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
-            check_source(checkpoint_path)
-            with unreadable_as_user_error(checkpoint_path):
-                return super().load_from_checkpoint(checkpoint_path, **how, **kwargs)
-        path, is_plain = Path(checkpoint_path), weights_only is not False
-        recipe = read_checkpoint(path, weights_only=is_plain)[CHECKPOINT_KEY]["module"]
-        made = _class_of(recipe, cls)
-        if made is not None and made is not cls and issubclass(made, cls):
-            module: Self = made.load_from_checkpoint(path, **how, links=links, **kwargs)
-            return module
-        if made is not None and issubclass(cls, made):
-            kwargs = as_annotated(cls, recipe["init_args"]) | kwargs
-            for name in recipe["not_plain"]:
-                if name not in kwargs:
-                    log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
-        with base_from_checkpoint(path, links, weights_only=is_plain):
-            return super().load_from_checkpoint(path, **how, **kwargs)
+def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
+    """Brings a module to the state of a checkpoint's chain; ``values_to_load`` is what the next load of its values needs.
 
-    def restore_chain(self, checkpoint: dict[str, Any]) -> None:
-        """Brings the weights to the state of a checkpoint's chain: replays what they miss, on the base made anew if need be.
+    Where fewer links are asked for (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them.
 
-        Where fewer links are asked for (``links`` of :func:`base_from_checkpoint`), the checkpoint's weights are changed to
-        those of a link that begins after them.
+    Raises:
+        UserError: if the checkpoint has no chain, its chain was trained on another base, or it is shorter; in a fit also for
+            a choice that is not the checkpoint's.
+    """
+    state, trainer, pending = CheckpointState.of(checkpoint), trainer_of(module), pending_checkpoint()
+    adapted, trained, run = module.adapted, module.trained_state, module.run_state
+    is_fit = trainer is not None and trainer.state.fn == "fit"
+    choices = f"{trainer.precision} and {module.finished_links}" if trainer is not None and is_fit else None
+    plan = plan_restore(checkpoint, state, adapted, None if pending is None else pending.links, choices)
+    if is_fit:
+        _check_same_choices(module, checkpoint, state)
+        resume_from(checkpoint, state.progress)
+    apply_restore(plan, adapted)
+    module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
+    run.link_start, run.resumes_knots = state.link_start, state.has_knots
+    module.optimization.resumed_class = state.optimizer
+    trained.first_outside = dict(state.outside)
+    if plan.begins_link:
+        module.link_plan.begin(adapted)
+        module.link_metrics.begin_link(trainer)
+    else:
+        module.link_metrics.load(state.live.metrics if state.live else {}, state.callback_metrics)
+    module.values_to_load = values_after(plan, adapted, trained)
 
-        Raises:
-            UserError: if the checkpoint has no chain, its chain was trained on another base, or it is shorter.
-        """
-        if CHECKPOINT_KEY not in checkpoint:
-            raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
-        state = checkpoint[CHECKPOINT_KEY]
-        self._check_not_on_meta()
-        check_version(state.get("format_version"), CHECKPOINT, "the checkpoint")
-        chain, reading = Chain.from_state_dict(state["chain"]), READING.get()
-        links = None if reading is None or reading.links == len(chain) + 1 else reading.links
+
+def plan_restore(
+    checkpoint: Mapping[str, Any], state: CheckpointState, adapted: AdaptedModel, links: int | None, choices_of_fit: str | None
+) -> RestorePlan:
+    """What has to be done so that a model holds a checkpoint's chain, or its first links.
+
+    Args:
+        checkpoint: Lightning's.
+        state: all of ours in it.
+        adapted: the model.
+        links: how many links, the finished ones first and then the live one; None: all.
+        choices_of_fit: precision and finished_links of a fit that goes on with it, which must cast weights as the checkpoint's
+            run did; None: it is no fit.
+
+    Raises:
+        UserError: if the chain was trained on another base, is shorter, or would be cast to another dtype by the fit.
+    """
+    n_finished = len(state.chain)
+    chain, begins_link = state.chain, links not in (None, n_finished + 1)
+    if links is not None and begins_link:
+        check_links(links, n_finished)
+        chain = chain_of(checkpoint, links)
+    adapted.check_base(chain, state.base_weights)
+    dtype = None if state.dtype is None or links == 0 else getattr(torch, state.dtype)  # the base itself was trained in none
+    if dtype == adapted.kept_dtype:
+        dtype = None
+    if dtype is not None and choices_of_fit is not None:
+        theirs, mine = (str(one).removeprefix("torch.") for one in (dtype, adapted.kept_dtype))
+        raise UserError(
+            "trainer.precision, model.finished_links: expected those that cast adapted weights to "
+            f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"
+        )
+    if state.base_weights is None:
+        chain = Chain(chain.links, adapted.chain.base | chain.base)  # an older format says less of the base
+    live = None if state.live is None or begins_link else (state.live.rank, state.live.alpha)
+    return RestorePlan(chain, state.base_weights, dtype, live, begins_link)
+
+
+def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
+    """Brings the weights of a model to a plan; the live link's factors are still to be loaded."""
+    adapted.take_base(plan.chain, plan.base_weights)
+    if plan.dtype is not None:
+        adapted.recast(plan.dtype)
+    adapted.go_to(plan.chain)
+    if plan.live is not None:
+        adapted.resume_link(*plan.live)
+
+
+def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState) -> dict[str, Tensor]:
+    """What takes the place of a checkpoint's values, by name in the module, once a plan is applied.
+
+    Nothing does where the live link is the checkpoint's; the link that begins after fewer links has factors of its own, and
+    what else is trained is as it was after them.
+    """
+    values: dict[str, Tensor] = {EXTRA_STATE: UNCHANGED}
+    if not plan.begins_link:
+        return values
+    values |= {name: value.detach() for name, value in trained.values().items() if name.startswith("model.")}
+    values |= {f"model.{name}": value for name, value in adapted.extras_after(plan.chain).items()}
+    return values | trained.outside_after(plan.chain)
+
+
+def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
+    """Refuses to resume a fit with another choice where the checkpoint's would hold in its place.
+
+    Raises:
+        UserError: for the first that is another.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise UserError("ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone")
+    if (seed := module.seed_choice.given) not in (None, state.seed):
+        raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
+    if state.live is not None:  # format version 1 knows the live link's alone
+        live = len(state.chain)
+        module.link_plan.check_resumed(dict(enumerate(state.scheduled)) | {live: state.live.scheduled}, live)
+    if (origin := origin_of(module))[0] is not None and origin != state.origin:
+        (had, had_links), (mine, my_links) = state.origin, origin
+        raise UserError(
+            f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "
+            f"(links: {had_links}), received {mine} (links: {my_links})"
+        )
+    if state.has_rate_of_saved is ((rate := module.optimization.modules_to_save_lr) is None):
+        expected = "a number" if state.has_rate_of_saved else "null"
+        raise UserError(f"model.modules_to_save_lr: expected {expected}, as in the checkpoint's run, received {rate}")
+
+
+# ---------------------------------------------------------------------- a module from a file
+
+
+def load_module(
+    load: Callable[..., Any],
+    cls: Any,
+    source: Any,
+    links: int | None,
+    how: dict[str, Any],
+    given: dict[str, Any],
+) -> Any:
+    """See :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
+
+    Args:
+        load: Lightning's own, for a class.
+        cls: the class that was asked for; what is made is of the checkpoint's class where that is one of it.
+        source: a path, an address, or an open file.
+        links: how many links.
+        how: the arguments of Lightning's method.
+        given: arguments of the class.
+    """
+    if not isinstance(source, str | PathLike) or "://" in str(source):
         if links is not None:
-            check_links(links, len(chain))
-            chain = chain_of(checkpoint, links)
-        self.adapted.restore_base(chain, state["base_weights"])
-        chain = Chain(chain.links, self.chain.base | chain.base)  # an older format says less of the base
-        trainer = self._attached_trainer
-        is_fit = trainer is not None and trainer.state.fn == "fit"
-        if state["dtype"] is not None and links != 0:  # the base itself was not trained in any
-            self._take_dtype(getattr(torch, state["dtype"]), is_fit=is_fit)
-        self.adapted.go_to(chain)
-        if is_fit:
-            self._check_same_choices(checkpoint)
-            take_progress(checkpoint, state.get("progress", {}))  # in format version 1 it is there
-        self.link_start, self.seed = Counters(*state["link_start"]), state["seed"]
-        self.adapted.seed = state["seed"]
-        self.first_outside = dict(state.get("outside", {}))
-        self._had_knots, self._had_optimizer = state["has_knots"], state["optimizer"]
-        if links is None:
-            self._metrics_before, self._logged_before = dict(state["live"]["metrics"]) if state["live"] else {}, {}
-            self._logged_in_checkpoint = dict(state.get("callback_metrics", {}))
-            if state["live"] is not None:
-                self.adapted.resume_link(state["live"]["rank"], state["live"]["alpha"])
-            checkpoint["state_dict"][EXTRA_STATE] = AS_IT_IS
-            return
-        self._begin_link()
-        extras = self.adapted.extras_after(chain)
-        now = {name: value.detach() for name, value in self.values().items() if name.startswith("model.")}
-        now |= {f"model.{name}": value for name, value in extras.items()} | self._outside_after(chain)
-        checkpoint["state_dict"] = {name: now.get(name, value) for name, value in checkpoint["state_dict"].items()}
-        checkpoint["state_dict"][EXTRA_STATE] = AS_IT_IS
-
-    @override
-    def set_extra_state(self, state: Tensor) -> None:
-        """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
-
-        Raises:
-            UserError: if these were trained on another base.
-        """
-        if isinstance(state, Tensor) and not state.numel():
-            return
-        self.configure_model()
-        self._check_not_on_meta()
-        chain, facts = unpack(state)
-        check_same_base(chain.base, self.chain.base)
-        self.adapted.go_to(chain)
-        if facts["live"] is not None:
-            self.adapted.resume_link(*facts["live"])
-        self.link_start = Counters(*facts["link_start"])
-
-    def widen(self) -> None:
-        """Casts the model to float32 where it is in half precision, and its finished links to what they are in the chain.
-
-        For computing, not for training on: what was rounded stays so.
-        """
-
-        def widened(tensor: Tensor) -> Tensor:
-            return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
-
-        self._apply(widened)  # type: ignore[no-untyped-call]
-        quantized: list[Any] = [part for part in self.modules() if is_quantized(part)]
-        for layer in quantized:
-            layer.compute_dtype = torch.float32
-        self.adapted.restack()
-
-    def _check_same_choices(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuses to resume a fit with another choice where the checkpoint's would hold in its place."""
-        raise NotImplementedError
-
-    def _take_dtype(self, dtype: torch.dtype, *, is_fit: bool) -> None:
-        """Casts the adapted layers as the training of a checkpoint did.
-
-        Raises:
-            UserError: if a fit that goes on with it would cast them to another dtype.
-        """
-        if dtype == self.adapted.kept_dtype:
-            return
-        if is_fit:
-            told, mine = (str(one).removeprefix("torch.") for one in (dtype, self.adapted.kept_dtype))
-            raise UserError(
-                "trainer.precision, model.finished_links: expected those that cast adapted weights to "
-                f"{told}, as in the checkpoint's run, received {self.trainer.precision} and {self.finished_links}, "
-                f"which cast them to {mine}"
-            )
-        self.adapted.recast(dtype)
-
-    def _outside_after(self, chain: Chain) -> dict[str, Tensor]:
-        """What is trained outside of the model, as it was after the last of these links; before the first where it has none.
-
-        Raises:
-            UserError: if that was not recorded, as by format version 1.
-        """
-        own = chain.links[-1].outside if chain.links else {}
-        trained = {name for name, value in self.values().items() if value.requires_grad}
-        outside = {name: value for name, value in self.first_outside.items() if not chain.links or name not in trained} | own
-        if missing := sorted(self._outside().keys() - outside.keys()):
-            raise UserError(
-                f"links: expected null, for the checkpoint does not hold {missing[0]!r}, which is trained outside of the "
-                f"model, as it was then; received {len(chain)}"
-            )
-        return outside
-
-    def _start_from(self, chain: Chain) -> None:
-        """Takes up the links of another run's chain, and takes over what it trained whole."""
-        self._check_same_outside(chain.base.get("outside", {}))
-        self.adapted.start_from(chain)
-        if chain.links:
-            outside = {name: value for name, value in self.values().items() if not name.startswith("model.")}
-            load_whole(chain.links[-1].outside, outside)
-
-    def _check_same_outside(self, expected: Mapping[str, str]) -> None:
-        """Refuses a chain that was trained beside other frozen parameters outside of the model than this module has."""
-        own = self._frozen_outside()
-        if different := [name for name, value in expected.items() if own.get(name, value) != value]:
-            raise UserError(
-                f"model.init_chain: expected the values that {different[0]!r}, which is frozen and outside of the model, had "
-                "in the chain's run (seed_everything, if they are drawn), received others"
-            )
-
-    def _check_not_on_meta(self) -> None:
-        if self._is_on_meta:
-            raise UserError(
-                "model: expected a module that was made outside of torch.device('meta') to take up a chain, received one whose "
-                "base has no values"
-            )
+            raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
+        check_source(source)
+        with unreadable_as_user_error(source):
+            return load(cls, source, **how, **given)
+    pending = pending_checkpoint()
+    path = Path(source).expanduser()
+    if pending is None or pending.opened.path != path:
+        with opened_checkpoint(path, weights_only=how["weights_only"] is not False) as opened, loading(opened, links):
+            return load_module(load, cls, path, links, how, given)
+    arguments = pending.opened.state.module
+    made: Any = _class_of(arguments["class_path"], cls)
+    if made is not None and made is not cls and issubclass(made, cls):
+        return made.load_from_checkpoint(path, links=links, **how, **given)
+    if made is not None and issubclass(cls, made):
+        given = as_annotated(cls, arguments["init_args"]) | given
+        for name in arguments["not_plain"]:
+            if name not in given:
+                log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
+    pending.opened.file.seek(0)
+    with loading(pending.opened, links):
+        return load(cls, pending.opened.file, **how, **given)
 
 
-def _class_of(recipe: Mapping[str, Any], asked: type) -> type | None:
+def _class_of(path: str, asked: type) -> type | None:
     """The class that a checkpoint's module was made of; None if it cannot be found, and is not called as the one asked for."""
     try:
-        return find_class(recipe["class_path"])
+        return find_class(path)
     except UserError as error:  # it was in a script, say
-        if recipe["class_path"].rpartition(".")[2] == asked.__name__:
+        if path.rpartition(".")[2] == asked.__name__:
             return asked
         log.warning("%s; it is loaded as %s", error, asked.__name__)
         return None

@@ -19,7 +19,7 @@ Progress = dict[str, Any]
 EPOCHS, BATCHES, VALIDATION = "epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 
 
-def settled_progress(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> tuple[Progress, int | None]:
+def rewound_progress(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> tuple[Progress, int | None]:
     """The counters of a fit as its resume needs them, by Lightning's names; those of validation where they are others.
 
     Args:
@@ -32,18 +32,18 @@ def settled_progress(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_vali
     """
     given = checkpoint["loops"]["fit_loop"]
     counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
-    batch_idx = _settle(counters, trainer, is_validating=is_validating)
+    batch_idx = _rewind(counters, trainer, is_validating=is_validating)
     if counters[VALIDATION] == given[VALIDATION]:
         del counters[VALIDATION]
     return counters, batch_idx
 
 
-def take_progress(checkpoint: Mapping[str, Any], counters: Progress) -> None:
-    """Has Lightning go on from :func:`settled_progress`."""
+def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:
+    """Has Lightning go on from :func:`rewound_progress`."""
     checkpoint["loops"]["fit_loop"].update(counters)
 
 
-def _settle(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:
+def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:
     """Moves counters back to the last finished accumulation window, in place.
 
     Args:
@@ -69,17 +69,17 @@ def _settle(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
     # Inside an epoch, also where max_steps or EarlyStopping has ended the fit there.
     for part in ("current", "total"):
         epochs[part] |= {"processed": epochs[part]["ready"] - 1, "completed": epochs[part]["ready"] - 1}
-    settled = done if is_whole else done - done % trainer.accumulate_grad_batches
-    has_begun = batches["current"]["ready"] > settled
-    total = batches["total"]["ready"] - batches["current"]["ready"] + settled
-    _set_all(batches, settled, total)
+    rewound = done if is_whole else done - done % trainer.accumulate_grad_batches
+    has_begun = batches["current"]["ready"] > rewound
+    total = batches["total"]["ready"] - batches["current"]["ready"] + rewound
+    _set_all(batches, rewound, total)
     batches["is_last_batch"] = is_whole
-    if settled < done:  # the validations since then will come again
+    if rewound < done:  # the validations since then will come again
         _set_all(validation, 0, 0)
     elif is_pending:  # Lightning's sign of a validation to be run; it starts over
         _set_all(validation, 0, 0)
         validation["total"] |= {"ready": 1, "started": 1}
-    return settled if has_begun else None
+    return rewound if has_begun else None
 
 
 def align_logged_step(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.pending import READING
+from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.pretrained import new_modules
 
 
@@ -73,12 +73,12 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and what else the pretrained files do not hold: frozen, it would stay as it was drawn."""
-        reading = READING.get()
-        if reading is not None and reading.modules_to_save:
-            return reading.modules_to_save
+        pending = pending_checkpoint()
+        if pending is not None and pending.opened.state.modules_to_save:
+            return pending.opened.state.modules_to_save
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
-        is_earlier = reading is not None and reading.modules_to_save is None  # a release that left all else frozen
+        is_earlier = pending is not None and pending.opened.state.modules_to_save is None  # a release that left all else frozen
         new = [] if is_earlier else new_modules(model, self.new_weights)
         return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
 

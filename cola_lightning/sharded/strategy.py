@@ -7,7 +7,7 @@ Where all is trained (``target_modules: null``), all is sharded, as FSDP2 does i
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lora_layers
+from cola_lightning.lora.linear4bit import is_quantized_model
 from cola_lightning.sharded import tensors
 
 
@@ -48,7 +49,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def hidden(model: nn.Module) -> Iterator[None]:
+def without_trained(model: nn.Module) -> Iterator[None]:
     """Takes what is trained out of a model inside the block, so that ``fully_shard`` leaves it whole."""
     befores = [(module, dict(module._parameters)) for module in model.modules()]
     for module, parameters in befores:
@@ -64,7 +65,7 @@ def hidden(model: nn.Module) -> Iterator[None]:
             module._parameters.update({name: now.get(name, parameter) for name, parameter in parameters.items()})
 
 
-def take_over(strategy: Strategy) -> None:
+def replicate_trained(strategy: Strategy) -> None:
     """Makes a strategy that shards parameters one of :func:`with_whole_trainables`; others stay as they are.
 
     In place: the user gave it to the Trainer, under Lightning's own name and with options of its own.
@@ -73,8 +74,8 @@ def take_over(strategy: Strategy) -> None:
         strategy.__class__ = with_whole_trainables(type(strategy))
 
 
-def give_back(strategy: Strategy) -> None:
-    """Undoes :func:`take_over`."""
+def undo_replication(strategy: Strategy) -> None:
+    """Undoes :func:`replicate_trained`."""
     if hasattr(strategy, "has_whole_trainables"):
         strategy.__class__ = type(strategy).__mro__[1]
 
@@ -111,6 +112,33 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
 def shards(strategy: Strategy) -> bool:
     """Whether a strategy shards parameters."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def shard_module(strategy: Strategy, module: Any) -> None:
+    """Shards a COLA module's model as the strategy does, where it does and has not yet.
+
+    Args:
+        strategy: the Trainer's.
+        module: a :class:`~cola_lightning.modules.COLAModule` with its model.
+
+    Raises:
+        UserError: for a base that cannot be sharded.
+    """
+    if not shards(strategy):
+        return
+    if is_quantized_model(module.model):
+        raise UserError(
+            "trainer.strategy: expected ddp, or one device, for a base in 4 bits, which is not sharded; received "
+            f"{type(strategy).__name__}"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        if not module.is_wrapped_by_fsdp1:
+            configure_fsdp1(strategy, module, torch.get_default_dtype())
+        module.is_wrapped_by_fsdp1 = True
+    elif not tensors.is_model_sharded(module.model):
+        mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
+        with without_trained(module.model) if module.target_modules is not None else nullcontext():
+            module.shard_model(mesh)
 
 
 @functools.cache

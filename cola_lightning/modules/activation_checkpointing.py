@@ -1,21 +1,8 @@
-"""How a model runs: compiled, or with its activations computed twice to save memory."""
+"""Activations that are computed twice, to save memory: Hugging Face's models can."""
 
-import inspect
 from typing import Any
 
-import torch
-from torch import nn
-
 from cola_lightning.errors import UserError
-
-# For each rank of a chain, training and evaluation; torch's own is 8, where it cannot be set for one model.
-RECOMPILE_LIMIT = 64
-
-
-def compile_model(model: nn.Module) -> None:
-    """Compiles a model in place: its names and its type stay."""
-    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    model.compile(**({"recompile_limit": RECOMPILE_LIMIT} if has_limit else {}))
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -1,0 +1,90 @@
+"""What the parts of a COLA module know of it: they are handed the module, and their files are below its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain import Chain
+from cola_lightning.lora.registry import FinishedLinks, Init
+from cola_lightning.modules.link_metrics import LinkMetrics
+from cola_lightning.modules.link_plan import LinkPlan
+from cola_lightning.modules.optimization import LinkOptimization
+from cola_lightning.modules.run_state import RunState
+from cola_lightning.modules.seed import Seed
+from cola_lightning.modules.trained_state import TrainedState
+
+
+class COLAParts(Protocol):
+    """Arguments and members of :class:`~cola_lightning.modules.COLAModule`."""
+
+    target_modules: str | list[str] | None
+    rank: int
+    alpha: float
+    dropout: float
+    init: Init
+    finished_links: FinishedLinks
+    modules_to_save: list[str]
+    save_base: bool
+    should_compile: bool
+    activation_checkpointing: bool
+    init_chain: str | None
+    init_links: int | None
+    first_chain: Chain | None
+    seed_choice: Seed
+    run_state: RunState
+    link_plan: LinkPlan
+    link_metrics: LinkMetrics
+    optimization: LinkOptimization
+    is_wrapped_by_fsdp1: bool
+    values_to_load: dict[str, Any] | None
+    training: bool
+    model: nn.Module
+
+    # fmt: off
+    @property
+    def trainer(self) -> Trainer: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def is_made(self) -> bool: ...  # noqa: D102
+    @property
+    def adapted(self) -> AdaptedModel: ...  # noqa: D102
+    @property
+    def trained_state(self) -> TrainedState: ...  # noqa: D102
+    @property
+    def seed(self) -> int | None: ...  # noqa: D102
+    @property
+    def link(self) -> int: ...  # noqa: D102
+    @property
+    def base_name(self) -> str: ...  # noqa: D102
+    @property
+    def constructor_arguments(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def overrides_optimizers(self) -> bool: ...  # noqa: D102
+    def build_model(self) -> nn.Module: ...  # noqa: D102
+    def checkpoint_activations(self) -> None: ...  # noqa: D102
+    def configure_model(self) -> None: ...  # noqa: D102
+    def shard_model(self, mesh: DeviceMesh) -> None: ...  # noqa: D102
+    def configure_optimizers(self) -> Any: ...  # noqa: D102
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...  # noqa: D102
+    # fmt: on
+
+
+def trainer_of(module: COLAParts) -> Trainer | None:
+    """The Trainer that a module is attached to; None where there is none."""
+    try:
+        return module.trainer
+    except RuntimeError:  # Lightning's way of saying so
+        return None
+
+
+def origin_of(module: COLAParts) -> list[str | int | None]:
+    """The path of the chain that a module's run began from, and how many of its links were asked for."""
+    path = module.init_chain and str(Path(module.init_chain).expanduser().absolute())
+    return [path, module.init_links]

@@ -1,0 +1,66 @@
+"""The hooks of a COLA module that its subclasses override: what ours do stays, also where theirs forget ``super()``."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> None:
+    """Has ours run beside those that a subclass, or a mixin of it, overrides; called twice, they do the same.
+
+    Args:
+        cls: the subclass.
+        ours: the class whose hooks they are.
+        make_guard: makes the callback that a module brings along.
+    """
+    for name in ("on_save_checkpoint", "on_load_checkpoint"):
+        found = getattr(cls, name)
+        if found is not getattr(ours, name) and not hasattr(found, "runs_ours"):
+            setattr(cls, name, _after(getattr(ours, name), found))
+    if cls.configure_model is not ours.configure_model and not hasattr(cls.configure_model, "runs_ours"):
+        cls.configure_model = _before(ours.configure_model, cls.configure_model)
+    cls.configure_callbacks = _with_guard(cls.configure_callbacks, make_guard)
+
+
+def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
+    """A subclass' hook after ours."""
+
+    @functools.wraps(own)
+    def hook(self: Any, checkpoint: dict[str, Any]) -> None:
+        ours(self, checkpoint)
+        own(self, checkpoint)
+
+    hook.runs_ours = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
+    """A subclass' ``configure_model`` before ours, in which what asks for the model does not configure it once more."""
+
+    @functools.wraps(own)
+    def configure_model(self: Any) -> None:
+        lazy = self.lazy_model
+        before, lazy.is_configuring = lazy.is_configuring, True
+        try:
+            own(self)
+        finally:
+            lazy.is_configuring = before
+        ours(self)
+
+    configure_model.runs_ours = True  # type: ignore[attr-defined]
+    return configure_model
+
+
+def _with_guard(own: Callable[[Any], Any], make_guard: Callable[[Any], Callback]) -> Callable[[Any], list[Callback]]:
+    """A subclass' ``configure_callbacks``, with the module's guard before its own."""
+
+    @functools.wraps(own)
+    def configure_callbacks(self: Any) -> list[Callback]:
+        given = own(self)
+        callbacks = [given] if isinstance(given, Callback) else list(given)
+        guard = make_guard(self)
+        return callbacks if any(isinstance(c, type(guard)) for c in callbacks) else [guard, *callbacks]
+
+    return configure_callbacks

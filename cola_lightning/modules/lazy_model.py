@@ -1,0 +1,210 @@
+"""The model of a module, made once: when Lightning configures the module, or when something asks for it before."""
+
+import logging
+from typing import cast
+
+import torch
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from cola_lightning.adapted_model import AdaptedModel, Placement, seeded_build
+from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import inject_lora
+from cola_lightning.modules.compilation import compile_model
+from cola_lightning.modules.contract import COLAParts, trainer_of
+from cola_lightning.modules.pending import pending_checkpoint
+from cola_lightning.modules.seed import choose_seed
+from cola_lightning.modules.trained_state import TrainedState
+from cola_lightning.sharded import tensors
+from cola_lightning.sharded.strategy import shard_module
+
+log = logging.getLogger(__name__)
+
+
+class LazyModel:
+    """Makes ``module.model`` once, and what goes with it.
+
+    Lightning wants a model made in ``configure_model``, and much of what its users call asks for parameters before.
+
+    Args:
+        module: it.
+
+    Attributes:
+        adapted: the model with its layers and its chain; None before it is made.
+        state: what of the module training changes; None before the model is made.
+        is_made: whether the model is made.
+        is_being_made: whether it is being made.
+        is_configuring: whether a subclass' own ``configure_model`` is running.
+        is_on_meta: whether the module was made inside ``torch.device("meta")``: to be measured, say.
+    """
+
+    def __init__(self, module: COLAParts) -> None:
+        self.module = module
+        self.adapted: AdaptedModel | None = None
+        self.state: TrainedState | None = None
+        self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = False
+        self.is_on_meta = torch.empty(0).device.type == "meta"
+
+    # ------------------------------------------------------------------ when
+
+    def configure(self) -> None:
+        """Makes the model, and lays it out for the Trainer's precision and strategy, where there is one."""
+        self.make()
+        dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
+        if dtype != torch.float32:
+            self._cast(dtype)
+        if (trainer := trainer_of(self.module)) is not None:
+            self.module.seed_choice.check_shared()
+            shard_module(trainer.strategy, self.module)
+        if self.module.should_compile and not self._is_compiled:
+            compile_model(self.module.model)
+            self._is_compiled = True
+
+    def make(self) -> None:
+        """Makes the model, if there is none; one on the meta device anew where it is now to be run.
+
+        Raises:
+            UserError: if there is another one, or ``build_model`` asks for it.
+        """
+        if self.is_on_meta and trainer_of(self.module) is not None:
+            self._forget()
+            self.is_made = self.is_on_meta = False
+        if self.is_made:
+            return
+        name = type(self.module).__name__
+        if "model" in _children(self.module):
+            raise UserError(
+                f"{name}: expected a base that build_model() returns, to be adapted, received one that was assigned to "
+                "self.model"
+            )
+        if self.is_being_made:
+            raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
+        self.is_being_made = True
+        try:
+            with torch.device("cpu"):
+                self._prepare()
+            self.is_made = True
+        except BaseException:  # so that a second call does not take it for ready
+            self._forget()
+            raise
+        finally:
+            self.is_being_made = False
+
+    def ensure(self) -> None:
+        """Makes the model where it is asked for before Lightning does, in a run or outside of one."""
+        if self.is_made or self.is_being_made:
+            return
+        if trainer_of(self.module) is None and not self.is_configuring:
+            self.module.configure_model()
+        else:  # Lightning will call that, or is about to have called it
+            self.make()
+
+    def ensure_unless_lightning_asks(self, hook: str | None) -> None:
+        """In a run, Lightning goes through a module's parts before its ``setup``, and after a run that failed before it.
+
+        What a callback's ``setup`` goes through (BaseFinetuning's, say) is to hold the model.
+
+        Args:
+            hook: that Lightning is calling.
+        """
+        trainer = trainer_of(self.module)
+        if trainer is None or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
+            self.ensure()
+
+    # ------------------------------------------------------------------ how
+
+    def _prepare(self) -> None:
+        """Makes what ``build_model`` gives, adapts it, and begins a link, ready for a precision of the default dtype."""
+        module = self.module
+        if module.seed_choice.value is None:
+            pending = pending_checkpoint()
+            module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
+        how = {"is_saved": module.save_base, "is_known": not self.is_on_meta}
+        adapted = self.adapted = AdaptedModel(self._make_base, self._seed, module.base_name, **how)
+        module.model, adapted.placement = adapted.model, self.placement
+        state = self.state = TrainedState(module, adapted)
+        self._cast(torch.get_default_dtype())
+        if not self.is_on_meta:
+            state.remember_outside()
+            adapted.chain.base["outside"] = state.frozen_outside()
+        if module.first_chain is not None:
+            state.start_from(module.first_chain)
+            adapted.start_from(module.first_chain)
+        if module.target_modules is not None:
+            module.link_plan.begin(adapted)
+            _tell_memory_of_merge(adapted)
+        if module.activation_checkpointing:
+            names = list(adapted.layers)
+            module.checkpoint_activations()
+            if list(adapted.layers) != names:
+                raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
+        if not module.training:  # eval() came first
+            module.model.eval()
+
+    def _make_base(self) -> nn.Module:
+        module, children = self.module, _children(self.module)
+        before = dict(children)
+        with seeded_build(self._seed, "meta" if self.is_on_meta else "cpu"):
+            model = module.build_model()
+            if self.is_made:  # again: what else build_model assigns here stays what it was
+                children.clear()
+                children.update(before)
+            if not isinstance(model, nn.Module):
+                raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
+            if (targets := module.target_modules) is not None:
+                numbers = module.rank, module.alpha, module.dropout
+                inject_lora(model, targets, *numbers, module.modules_to_save, module.init, module.finished_links)
+        return model
+
+    @property
+    def _seed(self) -> int:
+        assert self.module.seed_choice.value is not None
+        return self.module.seed_choice.value
+
+    def _forget(self) -> None:
+        _children(self.module).pop("model", None)
+        self.adapted = self.state = None
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
+        assert self.adapted is not None
+        if dtype == torch.float64 and not tensors.is_model_sharded(self.adapted.model):
+            self.adapted.model.double()
+        self.adapted.cast(dtype)
+
+    # ------------------------------------------------------------------ where
+
+    def placement(self) -> Placement:
+        """Where the model lies: in all that a strategy has wrapped it in, on the device of the training."""
+        trainer, model = trainer_of(self.module), self.module.model
+        is_own = trainer is not None and cast(object, trainer.strategy.lightning_module) is self.module
+        wrapped = trainer.strategy.model if trainer is not None and is_own else None
+        device = trainer.strategy.root_device if trainer else self.module.device
+        is_sharded = tensors.is_model_sharded(model) or self.module.is_wrapped_by_fsdp1
+        return Placement(model if wrapped is None else wrapped, device, is_sharded)
+
+    def check_has_values(self) -> None:
+        """Refuses to have a model on the meta device take up a chain."""
+        if self.is_on_meta:
+            raise UserError(
+                "model: expected a module that was made outside of torch.device('meta') to take up a chain, received one whose "
+                "base has no values"
+            )
+
+
+def _children(module: COLAParts) -> dict[str, nn.Module | None]:
+    """The parts of a module by name, to be written: torch has no public name for them that does not skip second names."""
+    children: dict[str, nn.Module | None] = vars(module)["_modules"]
+    return children
+
+
+@rank_zero_only
+def _tell_memory_of_merge(adapted: AdaptedModel) -> None:
+    widened = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
+    if widened and pending_checkpoint() is None:
+        log.info(
+            "model.finished_links: merge keeps the adapted weights in float32, %.0f MB more than in %s; stack does not",
+            sum(layer.weight.numel() for layer in widened) * 2 / 1e6,
+            widened[0].source_dtype,
+        )

@@ -1,0 +1,224 @@
+"""How the live link is trained: an optimizer and a learning-rate schedule for each link."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cola_lightning.adapted_model import is_factor
+from cola_lightning.chain.schedule import LRSchedule, lr_factor
+from cola_lightning.errors import UserError
+from cola_lightning.modules.run_state import RunState
+
+log = logging.getLogger(__name__)
+
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass
+class LinkOptimization:
+    """Makes an optimizer and a learning-rate schedule for each link.
+
+    Attributes:
+        make_optimizer: makes an optimizer of parameters, or of parameter groups.
+        modules_to_save_lr: the first learning rate of what is trained whole, where it has one of its own.
+        lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
+        warmup_steps: a number of steps, or a share below 1.
+        schedule_scope: ``link`` or ``run``.
+        run: where the run stands.
+        resumed_class: class path of the optimizer whose state a resumed checkpoint holds.
+        class_path: of the last optimizer that was made.
+    """
+
+    make_optimizer: OptimizerCallable
+    modules_to_save_lr: float | None
+    lr_schedule: LRSchedule
+    warmup_steps: float
+    schedule_scope: Literal["link", "run"]
+    run: RunState
+    resumed_class: str | None = None
+    class_path: str | None = None
+    _optimizer: Optimizer | None = None
+    _scheduler: LambdaLR | None = None
+    _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as they were asked for
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the learning-rate schedule, which is of a fit, and cannot be pickled."""
+        return vars(self) | {"_scheduler": None}
+
+    def configure(self, module: LightningModule, modules_to_save: Sequence[str], step: int) -> OptimizerLRScheduler:
+        """A new optimizer and learning-rate schedule.
+
+        Args:
+            module: whose parameters are trained.
+            modules_to_save: names of what is trained whole.
+            step: the run's, from which the schedule goes on.
+
+        Raises:
+            UserError: for values that the optimizer cannot take, or that do not go with it.
+        """
+        try:
+            optimizer = self.make_optimizer(self._parameter_groups(module, modules_to_save))
+        except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
+            raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+        for group in optimizer.param_groups:  # a schedule writes a rate that is a tensor in place: of the next link's, too
+            group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+        self._groups = [_without_parameters(group) for group in optimizer.param_groups]
+        self._optimizer, self._scheduler = optimizer, self._make_scheduler(optimizer, step)
+        self.class_path = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        if self.resumed_class not in (None, self.class_path) and self.run.length is None:
+            raise UserError(
+                f"model.optimizer: expected {self.resumed_class}, whose state the checkpoint holds, received {self.class_path}"
+            )
+        if self._scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
+
+    def _parameter_groups(self, module: LightningModule, modules_to_save: Sequence[str]) -> list[Any]:
+        """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if self.modules_to_save_lr is None:
+            return [p for _, p in trained]
+        is_saved = {name: any(f".{part}." in f".{name}" for part in modules_to_save) for name, _ in trained}
+        others, saved = ([p for name, p in trained if is_saved[name] is whole] for whole in (False, True))
+        if not others or not saved:
+            raise UserError("model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none")
+        return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
+
+    def _make_scheduler(self, optimizer: Optimizer, step: int) -> LambdaLR | None:
+        """The learning-rate schedule from a step of the run on; None for an optimizer with rates of its own."""
+        if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
+            if self.modules_to_save_lr is not None:
+                raise UserError(
+                    "model.modules_to_save_lr: expected null for an optimizer with rates of its own, received "
+                    f"{self.modules_to_save_lr} and {type(optimizer).__name__}"
+                )
+            if self._needs_horizon or self.warmup_steps:
+                raise UserError(
+                    "model.optimizer: expected a learning rate, for model.lr_schedule and model.warmup_steps to scale, "
+                    f"received {type(optimizer).__name__} with none, which has rates of its own: that goes with "
+                    "model.lr_schedule constant and model.warmup_steps 0"
+                )
+            return None
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            group["initial_lr"] = rate.clone() if isinstance(rate, Tensor) else rate
+        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
+        return LambdaLR(optimizer, self._lr_lambda(), last_epoch=done - 1)
+
+    def _lr_lambda(self) -> Callable[[int], float]:
+        """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.
+
+        At step 0 of a run the data is not set up yet, and asking Lightning for its length there would make a resumed loader
+        start over. (A function and not an object: LambdaLR would store an object's attributes.)
+        """
+        start, is_run = self.run.link_start, self.schedule_scope == "run"
+        offset = start.global_step if is_run else 0
+        horizon: float | None = None
+
+        def factor(step: int) -> float:
+            nonlocal horizon
+            if horizon is None and self.run.length is not None:
+                length = self.run.length
+                horizon = length.end_step if is_run else self.run.schedule.link_steps(start, length)
+            if horizon is None:  # before training: the first value, or one that a resume replaces
+                return 0.0 if self.warmup_steps else 1.0
+            return lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
+
+        return factor
+
+    @property
+    def _needs_horizon(self) -> bool:
+        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+
+    @property
+    def warmup_of_link(self) -> float:
+        """The steps that a link must have at least; 0 where the schedule is one of the whole run."""
+        return self.warmup_steps if self.schedule_scope == "link" else 0
+
+    def check_without_horizon(self) -> None:
+        """Refuses a learning-rate schedule that needs a link's length, where that is not known beforehand."""
+        if self._needs_horizon and self._scheduler is not None:  # an overridden configure_optimizers may have none
+            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
+            raise UserError(
+                "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
+                f"max_steps, endless data, or a should_tie of one's own), received {received}"
+            )
+
+    def check_new_optimizers(self, configure: Callable[[], Any], trainer: Trainer) -> None:
+        """Refuses an overridden ``configure_optimizers`` that returns the same optimizer twice: a link begins with a new one.
+
+        LightningCLI's ``--optimizer`` overrides it so.
+        """
+        ours = self._optimizer, self._scheduler, self._groups
+        again = [id(optimizer) for optimizer in _optimizers_in(configure())]
+        self._optimizer, self._scheduler, self._groups = ours
+        if any(id(optimizer) in again for optimizer in trainer.strategy.optimizers):
+            raise UserError(
+                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+                "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
+            )
+
+    def resume(self, trainer: Trainer) -> None:
+        """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
+
+        Its state stays. With the same hyperparameters, and as many steps to go, nothing changes. What a subclass'
+        ``configure_optimizers`` makes is left to it.
+        """
+        scheduler, schedulers = self._scheduler, [config.scheduler for config in trainer.lr_scheduler_configs]
+        if trainer.optimizers != [self._optimizer] or schedulers != ([scheduler] if scheduler else []):
+            return
+        for k, (group, wanted) in enumerate(zip(trainer.optimizers[0].param_groups, self._groups, strict=True)):
+            before = group | {"lr": group.get("initial_lr", group["lr"])}
+            if changed := {name: value for name, value in wanted.items() if not _is_same(before.get(name), value)}:
+                changes = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
+                log.info("model.optimizer: from here on %s", changes)
+            if scheduler is None:
+                group |= wanted
+                continue
+            rate = wanted["lr"]
+            group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
+            scheduler.base_lrs[k] = rate
+
+
+def check_trained_whole(model: nn.Module) -> None:
+    """Refuses or warns of half precision where an optimizer writes into it."""
+    dtypes = {p.dtype for name, p in model.named_parameters() if p.requires_grad and not is_factor(name)}
+    if torch.float16 in dtypes:
+        raise UserError(
+            "model.dtype, trainer.precision: expected another than float16 for what is trained whole "
+            "(model.modules_to_save, or all where model.target_modules is null), in which optimizers fail; received float16"
+        )
+    if torch.bfloat16 in dtypes:
+        log.warning(
+            "what is trained whole is in bfloat16, which rounds small steps away: model.dtype float32 with "
+            "trainer.precision bf16-mixed keeps it in float32"
+        )
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's hyperparameters; a rate that is a tensor is written in place later."""
+    copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
+    return {name: value for name, value in copies if name != "params"}
+
+
+def _optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping | list | tuple):
+        for part in configured.values() if isinstance(configured, Mapping) else configured:
+            yield from _optimizers_in(part)
+
+
+def _is_same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(mine, theirs)
+    return bool(mine == theirs)

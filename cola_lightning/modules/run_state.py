@@ -1,0 +1,41 @@
+"""Where the run of a module stands."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
+
+
+@dataclass
+class RunState:
+    """Where the run of a module stands; the module's callbacks and its parts share one.
+
+    Attributes:
+        schedule: when knots fall; one link until ChainOfLoRA gives its own.
+        link_start: the counters at which the live link began.
+        length: how far the fit goes; None while that is not known.
+        left_at: the counters of the Trainer when the last fit ended; with the same, the next one continues it.
+        is_validating: whether a validation inside a fit has begun and not ended.
+        window_start: epoch and batch at which the accumulation window began.
+        window_buffers: the persistent buffers as they were then.
+        resumes_knots: whether the checkpoint that a fit goes on from is of a run with knots.
+        left_out: what checkpoints do not hold, as the user was told.
+        is_tying: whether a knot has begun, and has not ended well.
+    """
+
+    schedule: ChainSchedule = field(default_factory=ChainSchedule)
+    link_start: Counters = START
+    length: RunLength | None = None
+    left_at: Counters | None = None
+    is_validating: bool = False
+    window_start: tuple[int, int] | None = None
+    window_buffers: dict[str, Tensor] = field(default_factory=dict)
+    resumes_knots: bool = False
+    left_out: set[str] = field(default_factory=set)
+    is_tying: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the length, which is of a fit, and cannot be pickled."""
+        return vars(self) | {"length": None}

@@ -1,0 +1,198 @@
+"""What of a module training changes: the content of its state dict, inside of the model and outside of it."""
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from cola_lightning.adapted_model import AdaptedModel, is_factor, load_whole, weight_of
+from cola_lightning.chain import Chain
+from cola_lightning.chain.fingerprint import hash_of
+from cola_lightning.chain.packed import EXTRA_STATE
+from cola_lightning.errors import UserError
+from cola_lightning.sharded import tensors
+
+UNCHANGED = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
+
+
+class StateDictError(UserError, RuntimeError):
+    """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, in its words too."""
+
+
+class TrainedState:
+    """What of a module training changes: links, what is trained whole, buffers, and what the module holds outside its model.
+
+    Args:
+        module: it, with its model as ``module.model``.
+        adapted: that model.
+
+    Attributes:
+        first_outside: what is trained outside of the model, as it was before the first link.
+        is_packing: whether a state dict holds the finished links, which take time to pack.
+    """
+
+    def __init__(self, module: Any, adapted: AdaptedModel) -> None:
+        self.module, self.adapted = module, adapted
+        self.first_outside: dict[str, Tensor] = {}
+        self.is_packing = True
+
+    # ------------------------------------------------------------------ names and values
+
+    def frozen_names(self) -> list[str]:
+        """Names of the model's frozen parameters, in the module."""
+        return [f"model.{name}" for name in self.adapted.frozen_names()]
+
+    def aliases(self) -> list[str]:
+        """Other names of what is in the model, for a module that holds a part of it a second time."""
+        model, module = self.adapted.model, self.module
+        inside = {id(value) for value in (*model.parameters(), *model.buffers())}
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        names = [name for name, value in named if id(value) in inside]
+        return [name for name in tensors.plain_names(names) if not name.startswith("model.")]
+
+    def without_frozen(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A whole state dict of the module's, without what is frozen in the model, and without other names of its parts."""
+        left_out = {*self.frozen_names(), *self.aliases()}
+        for name in list(state):
+            own = name.removeprefix(prefix)
+            if name.startswith(prefix) and not left_out.isdisjoint({own, weight_of(own)}):
+                del state[name]
+        return state
+
+    def unpacked(self) -> dict[str, Any]:
+        """The module's state dict, its own tensors, with nothing in place of the finished links."""
+        self.is_packing = False
+        try:
+            state: dict[str, Any] = self.module.state_dict(keep_vars=True)
+            return state
+        finally:
+            self.is_packing = True
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters and buffers in the module's state dict themselves."""
+        state = self.unpacked().items()
+        return {name: value for name, value in state if isinstance(value, Tensor) and name != EXTRA_STATE}
+
+    # ------------------------------------------------------------------ outside of the model
+
+    def values_outside(self) -> dict[str, Tensor]:
+        """Those of :meth:`values` outside of the model, by name in the module; lazy ones have none yet."""
+        return {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
+
+    def outside(self) -> dict[str, Tensor]:
+        """CPU copies of what training changes outside of the model: trained parameters, and buffers that have moved."""
+        values, first = self.values_outside(), self.first_outside
+        trained = {name: tensors.gather(value) for name, value in values.items() if value.requires_grad}
+        buffers = {name: tensors.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
+        moved = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
+        return trained | moved
+
+    def frozen_outside(self) -> dict[str, str]:
+        """Hashes of the parameters outside of the model that are not trained."""
+        return {name: hash_of(value) for name, value in self.values_outside().items() if _is_frozen(value)}
+
+    def remember_outside(self) -> None:
+        """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""
+        values = self.values_outside().items()
+        self.first_outside = {name: tensors.gather(v) for name, v in values if not _is_frozen(v)} | self.first_outside
+
+    def outside_after(self, chain: Chain) -> dict[str, Tensor]:
+        """What is trained outside of the model, as it was after the last of these links; before the first where it has none.
+
+        Raises:
+            UserError: if that was not recorded, as by format version 1.
+        """
+        own = chain.links[-1].outside if chain.links else {}
+        trained = {name for name, value in self.values().items() if value.requires_grad}
+        outside = {name: value for name, value in self.first_outside.items() if not chain.links or name not in trained} | own
+        if missing := sorted(self.outside().keys() - outside.keys()):
+            raise UserError(
+                f"links: expected null, for the checkpoint does not hold {missing[0]!r}, which is trained outside of the "
+                f"model, as it was then; received {len(chain)}"
+            )
+        return outside
+
+    def start_from(self, chain: Chain) -> None:
+        """Has what is trained outside of the model be what another run's chain says.
+
+        Raises:
+            UserError: for a chain that was trained beside other frozen parameters outside of its model.
+        """
+        own = self.frozen_outside()
+        expected: Mapping[str, str] = chain.base.get("outside", {})
+        if different := [name for name, value in expected.items() if own.get(name, value) != value]:
+            raise UserError(
+                f"model.init_chain: expected the values that {different[0]!r}, which is frozen and outside of the model, had "
+                "in the chain's run (seed_everything, if they are drawn), received others"
+            )
+        if chain.links:
+            load_whole(chain.links[-1].outside, self.values_outside())
+
+    # ------------------------------------------------------------------ loading
+
+    def check(self, own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool) -> None:
+        """Refuses a state dict that is not one of this module's.
+
+        Args:
+            own: the module's own.
+            received: what is to be loaded.
+            strict: whether each has to have the other's names.
+
+        Raises:
+            UserError: if a name is missing or unknown, or a shape differs.
+        """
+        if strict:
+            self._check_names(own.keys(), received.keys())
+        for name, value in own.items():
+            theirs = None if name == EXTRA_STATE else received.get(name)
+            if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
+                hint = " (is model.rank another?)" if ".lora_" in name else ""
+                raise UserError(
+                    f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, received {tuple(theirs.shape)}{hint}"
+                )
+
+    def _check_names(self, own: Set[str], received: Set[str]) -> None:
+        if EXTRA_STATE not in received:
+            raise UserError(
+                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
+                "load_from_checkpoint loads a checkpoint"
+            )
+        if missing := [name for name in own if name not in received]:
+            is_whole = missing[0].startswith("model.") and not is_factor(missing[0])
+            hint = " (is model.modules_to_save another?)" if is_whole else ""
+            raise StateDictError(
+                f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none{hint}. "
+                f"Missing key(s) in state_dict: {_quoted(missing)}"
+            )
+        known = {*own, *self.frozen_names(), *self.aliases()}
+        if unknown := [name for name in received if name not in known]:
+            raise StateDictError(
+                f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
+                f"Unexpected key(s) in state_dict: {_quoted(unknown)}"
+            )
+
+
+def laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict in the layout that a module's own have."""
+    return {
+        name: tensors.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
+        for name, value in received.items()
+    }
+
+
+def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Has a module inside another load what is frozen as it is: no state holds it, and there its absence would be an error."""
+    if prefix:
+        for name, parameter in module.model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
+
+
+def _is_frozen(value: Tensor) -> bool:
+    return isinstance(value, nn.Parameter) and not value.requires_grad
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
