@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cola_lightning.modules.running import checkpoint_activations
+from cola_lightning.modules.activation_checkpointing import checkpoint_activations
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -17,7 +17,7 @@ from cola_lightning.chain.fingerprint import check_made_again, check_same_base, 
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora, lora_layers, strip_lora, unstack
-from cola_lightning.lora.linear4bit import dequantize, is_quantized_model
+from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
 from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
 from cola_lightning.seeding import seeded
 from cola_lightning.sharded import tensors
@@ -369,8 +369,11 @@ class AdaptedModel:
             self.forget_links(self.chain.base)
         self.cast(dtype)
 
-    def restack(self) -> None:
-        """Has stacked links be what they are in the chain, after the layers were cast to a wider dtype."""
+    def widen_stacks(self) -> None:
+        """Has 4-bit layers compute in float32, and stacked links be what they are in the chain, after a cast to that dtype."""
+        quantized: list[Any] = [part for part in self.model.modules() if is_quantized(part)]
+        for layer in quantized:
+            layer.compute_dtype = torch.float32
         if not self.merges:
             chain = self.chain
             self.forget_links(chain.base)

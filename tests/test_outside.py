@@ -193,14 +193,14 @@ def test_a_head_without_a_size_yet_is_recorded_once_it_has_one(tmp_path):
 
 
 def test_no_knot_and_no_batch_packs_the_chain(tmp_path, monkeypatch):
-    from cola_lightning.modules import checkpoint
+    from cola_lightning.modules import base
 
     def refuse(*args, **kwargs):
         raise AssertionError("the whole chain is packed")
 
     module = toy(Headed)
     run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
-    monkeypatch.setattr(checkpoint, "pack", refuse)
+    monkeypatch.setattr(base, "pack", refuse)
     run.fit(module, batches())
     assert module.link == 2
 
@@ -214,4 +214,4 @@ def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
 
     module = toy(Late)
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
-    assert list(module.chain.links[0].outside) == list(module.first_outside) == ["head.weight", "head.bias"]
+    assert list(module.chain.links[0].outside) == list(module.trained_state.first_outside) == ["head.weight", "head.bias"]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import UserError
+from cola_lightning.sharded import processes
 from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,7 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts: list[Any] = [self.rows]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.rows)
+        parts = processes.gather_objects(self.rows)
         # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
         rows = {(loader, row["index"]): row for part in parts for loader, row in part}
         path = Path(run_folder(trainer)) / FILE_NAME  # on every process: it is a broadcast

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_lightning.data.encoding import IGNORED, LanguageRow
+from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.data.encoding import LanguageRow
 from cola_lightning.data.examples import EncodedExample
 
 
@@ -16,7 +17,7 @@ def collate_options(
     """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
     prefixes = [prefix for row in rows for prefix in row.prefixes]
     n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
-    option_ids = torch.full((len(rows), n_options, n_tokens), IGNORED)
+    option_ids = torch.full((len(rows), n_options, n_tokens), IGNORE_INDEX)
     option_rows = torch.zeros(len(rows), n_options, dtype=torch.long)
     first = 0
     for i, row in enumerate(rows):
@@ -54,7 +55,7 @@ def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]
     return {
         "input_ids": _pad_left([row["input_ids"] for row in rows], pad),
         "attention_mask": _pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": _pad_left([row["labels"] for row in rows], IGNORED),
+        "labels": _pad_left([row["labels"] for row in rows], IGNORE_INDEX),
     }
 
 

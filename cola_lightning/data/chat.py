@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cola_lightning.data.encoding import IGNORED, LanguageRow
+from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.data.encoding import LanguageRow
 from cola_lightning.data.tokens import tokenize_with_places
 from cola_lightning.errors import UserError
 
@@ -47,9 +48,9 @@ def encode_conversations(
     rows = []
     for (ids, starts, ends), (_, said), place in zip(tokens, written, places, strict=True):
         is_said = [any(start < end and end > a and start < b for a, b in said) for start, end in zip(starts, ends, strict=True)]
-        labels = [token if said else IGNORED for token, said in zip(ids, is_said, strict=True)]
-        labels = [IGNORED, *labels[-max_length:][1:]]  # a first token is not predicted
-        if set(labels) == {IGNORED}:
+        labels = [token if said else IGNORE_INDEX for token, said in zip(ids, is_said, strict=True)]
+        labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted
+        if set(labels) == {IGNORE_INDEX}:
             raise UserError(
                 f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
             )

@@ -20,14 +20,8 @@ class TextClassificationDataModule(SourceDataModule):
         text_fields: the field that holds the text, or the two that hold a pair.
         label_field: the field that holds the label, from 0.
         batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of a sequence, in tokens; the model's own limit holds too. A longer text loses its end.
-        train_size: rows of training, drawn by ``split_seed``; ``null``: all.
-        val_size: rows of validation, drawn together with those of training from the train split; ``null``: the validation
-            split.
-        test_split: the split that test and predict read.
-        split_seed: which rows are drawn.
-        num_workers: processes that prepare batches beside the training; 0: none.
+        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
 
     Raises:
         UserError: for files, rows and sizes that cannot be.
@@ -41,26 +35,10 @@ class TextClassificationDataModule(SourceDataModule):
         text_fields: list[str] | None = None,
         label_field: str = "label",
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
         max_length: int = 512,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_split: str = "validation",
-        split_seed: int = 0,
-        num_workers: int = 0,
+        **rows: Any,
     ) -> None:
-        super().__init__(
-            source,
-            subset,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            max_length=max_length,
-            train_size=train_size,
-            val_size=val_size,
-            test_split=test_split,
-            split_seed=split_seed,
-            num_workers=num_workers,
-        )
+        super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
         self.text_fields, self.label_field = ["sentence"] if text_fields is None else text_fields, label_field
         if len(self.text_fields) not in (1, 2):
             raise UserError(f"data.text_fields: expected the name of a field, or of two, received {self.text_fields}")

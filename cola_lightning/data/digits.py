@@ -4,9 +4,8 @@ import torch
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
+from cola_lightning.conventions import PIXEL_MEAN
 from cola_lightning.data.base import EpochDataModule
-
-PIXEL_MEAN = 0.305  # of all images, scaled to 0 to 1
 
 
 class DigitsDataModule(EpochDataModule):

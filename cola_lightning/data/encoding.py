@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
 
-IGNORED = -100  # no token, or no loss: Hugging Face's value
-
-LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORED where no loss is wanted
+LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX where no loss is wanted
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
@@ -18,7 +17,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         ids = ids + _end_of_text(tokenizer, ids)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        rows.append([{"input_ids": piece, "labels": [IGNORED, *piece[1:]]} for piece in pieces if len(piece) > 1])
+        rows.append([{"input_ids": piece, "labels": [IGNORE_INDEX, *piece[1:]]} for piece in pieces if len(piece) > 1])
     return rows
 
 
@@ -54,7 +53,7 @@ def encode_responses(
             )
         text = truncate_left(text, max_length, tokenizer.bos_token_id)
         n_prompt = max(len(text) - n_response, 1)  # a first token is not predicted
-        rows.append({"input_ids": text, "labels": [IGNORED] * n_prompt + text[n_prompt:]})
+        rows.append({"input_ids": text, "labels": [IGNORE_INDEX] * n_prompt + text[n_prompt:]})
     return rows
 
 

@@ -102,18 +102,14 @@ class PromptDataModule(OptionDataModule):
             ``null``: the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: on the hub, the name of a configuration, for a ``source`` of one's own.
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
-            the answer is generated, 50 of them are kept for it, in training, too.
+            the answer is generated, 50 tokens are reserved for it, in training, too.
         train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300), but for WSC.
         val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
             protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation.
         test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
             WSC 104).
-        split_seed: which rows are drawn.
-        num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
+        **rows: how rows are drawn and batched: the other arguments of ``TokenizedDataModule``.
 
     Raises:
         UserError: for a task that there is not, and for files, rows and sizes that cannot be.
@@ -128,17 +124,13 @@ class PromptDataModule(OptionDataModule):
         subset: str | None = None,
         *,
         apply_chat_template: bool = False,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
         max_length: int = 2048,
         train_size: int | None = None,
         val_size: int | None = None,
         test_size: int | None = None,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        length_grouped: bool = False,
+        **rows: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
+        super().__init__(max_length=max_length, **rows)
         check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
         check_subset(source, subset)
         self.task = find_task(task)

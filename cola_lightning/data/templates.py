@@ -82,17 +82,9 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of an answer that is written. ``null``:
             accuracy of options, both of an answer.
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
-            the answer is generated, 50 of them are kept for it, in training, too.
-        train_size: rows of training, drawn by ``split_seed``; ``null``: all.
-        val_size: rows of validation, drawn together with those of training from the train split; ``null``: the validation
-            split.
-        test_split: the split that test and predict read.
-        split_seed: which rows are drawn.
-        num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
+            the answer is generated, 50 tokens are reserved for it, in training, too.
+        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
 
     Raises:
         UserError: for a prompt that names what the data lacks, and for files, rows and sizes that cannot be.
@@ -110,29 +102,10 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         loss: Loss | None = None,
         metric: OptionMetric | AnswerMetric | None = None,
         apply_chat_template: bool = False,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
         max_length: int = 1024,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_split: str = "validation",
-        split_seed: int = 0,
-        num_workers: int = 0,
-        length_grouped: bool = False,
+        **rows: Any,
     ) -> None:
-        super().__init__(
-            source,
-            subset,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            max_length=max_length,
-            train_size=train_size,
-            val_size=val_size,
-            test_split=test_split,
-            split_seed=split_seed,
-            num_workers=num_workers,
-            length_grouped=length_grouped,
-        )
+        super().__init__(source, subset, max_length=max_length, **rows)
         if (options is None) is (answer is None):
             received = "neither" if options is None else "both"
             raise UserError(

@@ -5,12 +5,12 @@ import inspect
 import math
 import pydoc
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from os import PathLike
 from pathlib import PurePath
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -24,22 +24,31 @@ from cola_lightning.lora.registry import FinishedLinks
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
 
 
-def record_arguments(module: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """How a module is being made: to be asked before its ``__init__``, which may change its arguments.
+class RecordsArguments:
+    """A class whose instances know what they were made with, whatever a subclass' ``__init__`` does with its arguments.
 
-    Returns:
-        ``class_path``, the public one; ``init_args``: the plain arguments; ``not_plain``: the names of the others. No more than
-        the class where the arguments do not fit it: then ``__init__`` will say so.
+    (A class of its own: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
     """
-    cls = type(module)
-    init_args, not_plain = {}, []
-    with contextlib.suppress(TypeError):
-        for name, value in _by_name(inspect.signature(cls.__init__).bind_partial(module, *args, **kwargs)):
-            try:
-                init_args[name] = plain(value)
-            except TypeError:
-                not_plain.append(name)
-    return {"class_path": class_path(cls), "init_args": init_args, "not_plain": not_plain}
+
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
+        """Records the arguments, by name, as they are before ``__init__`` may change them."""
+        self = super().__new__(cls)
+        init_args, not_plain = {}, []
+        with contextlib.suppress(TypeError):  # __init__ will say what does not fit
+            for name, value in _by_name(inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)):
+                try:
+                    init_args[name] = plain(value)
+                except TypeError:
+                    not_plain.append(name)
+        recorded = {"class_path": class_path(cls), "init_args": init_args, "not_plain": not_plain}
+        self.__dict__["_constructor_arguments"] = recorded
+        return self
+
+    @property
+    def constructor_arguments(self) -> dict[str, Any]:
+        """How it was made: ``class_path``, the plain ``init_args``, and ``not_plain``, the names of the others."""
+        recorded: dict[str, Any] = self.__dict__["_constructor_arguments"]
+        return recorded
 
 
 def check_choices(

@@ -23,7 +23,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_numbers
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
-from cola_lightning.modules.arguments import check_choices, class_path, record_arguments
+from cola_lightning.modules.arguments import RecordsArguments, check_choices, class_path
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
@@ -44,7 +44,7 @@ from cola_lightning.sharded.strategy import shard_by_blocks
 log = logging.getLogger(__name__)
 
 
-class COLAModule(LightningModule):
+class COLAModule(LightningModule, RecordsArguments):
     """A pretrained model that is tuned by a chain of low-rank links.
 
     A subclass writes ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
@@ -82,12 +82,6 @@ class COLAModule(LightningModule):
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
-
-    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
-        """Records the arguments as they are before ``__init__``, or a subclass' own, may change them."""
-        self = super().__new__(cls)
-        self.__dict__["_constructor_arguments"] = record_arguments(self, args, kwargs)
-        return self
 
     def __init__(
         self,
@@ -240,12 +234,6 @@ class COLAModule(LightningModule):
         """Whether FSDP2 or FSDP1 has sharded the model."""
         return self.lazy_model.placement().is_sharded
 
-    @property
-    def constructor_arguments(self) -> dict[str, Any]:
-        """How the module was made: ``class_path``, the plain ``init_args``, and ``not_plain``, the names of the others."""
-        arguments: dict[str, Any] = self.__dict__["_constructor_arguments"]
-        return arguments
-
     # ------------------------------------------------------------------ the model
 
     @override
@@ -368,6 +356,18 @@ class COLAModule(LightningModule):
         if self.activation_checkpointing:
             keep_activations(model)
         return model
+
+    def widen(self) -> None:
+        """Casts what is in half precision to float32, and finished links to what they are in the chain.
+
+        For computing, not for training on: what was rounded stays so.
+        """
+
+        def widened(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+        self._apply(widened)  # type: ignore[no-untyped-call]
+        self.adapted.widen_stacks()
 
     # ------------------------------------------------------------------ training
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from typing_extensions import override
 
+from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.errors import UserError
 from cola_lightning.modules.generation import generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
@@ -31,8 +32,6 @@ from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoe
 # What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of answers that are written.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
 ANSWER_METRICS: dict[str, type[Metric]] = {"f1": TokenF1, "exact_match": ExactMatch}
-
-IGNORED = -100  # where a batch has no token, or no loss is wanted: Hugging Face's value
 
 
 def _for_each_stage(kinds: dict[str, type[Metric]]) -> nn.ModuleDict:
@@ -98,7 +97,7 @@ class COLACausalLM(LanguageModule):
             loss, size = F.cross_entropy(scores, answer), len(answer)
         else:  # over the right options' tokens
             right = answer.unsqueeze(1)
-            lengths = (batch["option_ids"] != IGNORED).sum(-1).gather(1, right)
+            lengths = (batch["option_ids"] != IGNORE_INDEX).sum(-1).gather(1, right)
             size = int(lengths.sum())
             loss = -(scores.gather(1, right) * lengths).sum() / size
         loss = loss if router_loss is None else loss + router_loss
@@ -212,16 +211,16 @@ class COLACausalLM(LanguageModule):
 
     def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
         """The sum of the losses of a batch's tokens, how many these are, and a mixture of experts' router's loss."""
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # each position predicts the next token
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # each position predicts the next token
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
-            labels = labels.masked_fill(mask == 0, IGNORED)
-        (places,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
+            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+        (places,) = (labels != IGNORE_INDEX).any(0).nonzero(as_tuple=True)
         places = places if len(places) else places.new_zeros(1)
         labels = labels[:, places]
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, int((labels != IGNORED).sum()), router_loss
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return total, int((labels != IGNORE_INDEX).sum()), router_loss
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -234,7 +233,7 @@ class COLACausalLM(LanguageModule):
         columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
         if "accepted" in batch:  # several places
             columns["target"] = [row.nonzero().flatten().tolist() for row in batch["accepted"]]
-        counts = (batch["option_ids"] != IGNORED).any(-1).sum(-1).tolist()
+        counts = (batch["option_ids"] != IGNORE_INDEX).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
 
 
@@ -242,7 +241,7 @@ def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
     """The mean log-probability of each option's tokens, rows x options, by the logits at the sequences' last positions."""
     ids = batch["option_ids"]
     rows, places = batch["option_rows"].unsqueeze(-1), torch.arange(ids.shape[-1], device=ids.device)
-    is_token = ids != IGNORED
+    is_token = ids != IGNORE_INDEX
     chosen = logits[rows, places, ids.clamp(min=0)]  # rows x options x tokens
     log_probabilities = (chosen - logits.logsumexp(-1)[rows, places]) * is_token
     lengths = is_token.sum(-1)

@@ -8,11 +8,10 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 from typing_extensions import override
 
+from cola_lightning.conventions import PIXEL_MEAN
 from cola_lightning.modules.base import COLAModule
 
 Batch = tuple[Tensor, Tensor]
-
-PIXEL_MEAN = 0.305  # of all images, scaled to 0 to 1; DigitsDataModule subtracts it too
 
 
 class COLADigits(COLAModule):

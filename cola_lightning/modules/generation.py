@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_NEW_TOKENS = 50  # the protocol's
+from cola_lightning.conventions import MAX_NEW_TOKENS
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
