@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cola_lightning.modules.activation_checkpointing import checkpoint_activations
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from cola_lightning import inject_lora, lora_layers
+from cola_lightning.modules.activation_checkpointing import checkpoint_activations
 from cola_lightning.modules.logits import logits_of
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]

@@ -331,6 +331,61 @@ def test_strict_counts(tmp_path):
         module.load_state_dict({"model.0.lora_B": torch.zeros(12, 3)}, strict=False)
 
 
+def test_a_checkpoint_without_values_says_so(tmp_path):
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(toy(), batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    torch.save(checkpoint | {"state_dict": {}}, tmp_path / "empty.ckpt")
+    with pytest.warns(UserWarning, match="contains no parameters"), pytest.warns(UserWarning, match="model state dict but not"):
+        assert not Toy.load_from_checkpoint(tmp_path / "empty.ckpt", strict=False).model[0].lora_B.any()
+    with pytest.raises(UserError, match=r"expected a value for 'model\.0\.lora_A', which this module trains, received none"):
+        Toy.load_from_checkpoint(tmp_path / "empty.ckpt")
+
+
+class PlainToy(LightningModule):
+    """The toy without links, of Lightning alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Toy.build_model(self)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class FrozenBelow(ValidatedToy):
+    def configure_model(self):
+        self.model[0].requires_grad_(False)
+
+
+def test_where_all_is_trained_a_checkpoint_needs_no_chain(tmp_path):
+    run = trainer(tmp_path, max_epochs=1)
+    plain = fitted(tmp_path, PlainToy())
+    plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    torch.save(
+        {"state_dict": plain.state_dict(), "optimizer_states": {}, "lr_schedulers": {}, "pytorch-lightning_version": "2.0.0"},
+        tmp_path / "values.ckpt",
+    )
+    for name in ("plain.ckpt", "values.ckpt"):
+        module = toy(ValidatedToy, target_modules=None)
+        trainer(tmp_path).validate(module, batches(1), ckpt_path=tmp_path / name, verbose=False)
+        assert_bit_equal(weights(module), weights(plain))
+        for other in (toy(ValidatedToy), toy(FrozenBelow, target_modules=None)):
+            with pytest.raises(UserError, match="without a chain"):
+                trainer(tmp_path).validate(other, batches(1), ckpt_path=tmp_path / name, verbose=False)
+    begun, loaded = (toy(target_modules=None) for _ in range(2))
+    run.fit(begun, batches(), ckpt_path=tmp_path / "values.ckpt")
+    loaded.load_state_dict(plain.state_dict())
+    fitted(tmp_path, loaded)
+    assert_bit_equal(weights(begun), weights(loaded))
+    with pytest.raises(UserError, match="without a chain"):  # whose rates, draws and place of the data are not known
+        trainer(tmp_path, max_epochs=2).fit(toy(target_modules=None), batches(), ckpt_path=tmp_path / "plain.ckpt")
+
+
 class Pickling(ValidatedToy):
     def on_save_checkpoint(self, checkpoint):
         checkpoint["where"] = PurePosixPath("here")
@@ -435,6 +490,11 @@ def test_a_module_is_pickled_before_and_after_a_fit(tmp_path, mode):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(each, batches())
     assert loaded.link == 2
     assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_copies_for_processes_that_are_spawned_draw_alike():
+    sent = pickle.dumps(toy(seed=None))
+    assert_bit_equal(*(weights(pickle.loads(sent)) for _ in range(2)))
 
 
 # ---------------------------------------------------------------------- meta tensors
@@ -640,3 +700,33 @@ def test_a_model_is_made_under_a_trainer_that_is_a_mock():
     module = toy()
     module.trainer = Mock()
     assert list(module.parameters())
+
+
+def test_a_module_may_call_its_process_rank(tmp_path):
+    class OfProcess(Toy):
+        @property
+        def rank(self):
+            return self.trainer.global_rank
+
+    runs = [fitted(tmp_path, toy(cls), chain={"every_n_epochs": 1, "ranks": [2, 1]}, max_epochs=2) for cls in (Toy, OfProcess)]
+    assert [module.rank for module in runs] == [2, 0]
+    assert_bit_equal(*map(weights, runs))
+    with pytest.raises(UserError, match="rank: expected 1 to 2, the largest rank of a link"):
+        runs[1].tie_knot(rank=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit|to_torchscript).*deprecated")
+def test_torchscript_is_made_of_a_module_without_links_and_else_refused():
+    class Scripted(Toy):
+        def forward(self, x):
+            return self.model(x)
+
+    module, x = toy(Scripted, target_modules=None), torch.randn(3, 8)
+    assert torch.equal(module.to_torchscript()(x), module(x))
+    with pytest.raises(UserError, match=r"torch\.jit\.script: expected a model without links, as merged_model\(\) gives it"):
+        toy(Scripted).to_torchscript()
+    linked = toy(Scripted)
+    with torch.no_grad():
+        linked.model[0].lora_B.fill_(0.1)
+    merged = torch.jit.script(linked.merged_model())
+    assert torch.allclose(merged(x), linked(x), atol=1e-6)

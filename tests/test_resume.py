@@ -439,3 +439,5 @@ def test_weights_alone_are_no_fit_to_go_on_with(tmp_path):
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     with pytest.raises(UserError, match="expected a checkpoint with the optimizer's state, received one of weights alone"):
         fit(tmp_path / "other", ckpt_path=tmp_path / "weights.ckpt")
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):  # as Lightning has it
+        fit(tmp_path / "other", ckpt_path=tmp_path / "weights.ckpt")

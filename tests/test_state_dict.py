@@ -90,3 +90,32 @@ def test_a_module_inside_another_carries_its_chain_too(tmp_path):
     again["inner"].configure_model()
     again.load_state_dict(outer.state_dict(), strict=False)
     assert torch.equal(outputs(again["inner"]), outputs(outer["inner"]))
+
+
+def test_where_all_is_trained_it_is_the_values_alone():
+    class PartlyFrozen(Toy):
+        def configure_model(self):
+            self.model[0].requires_grad_(False)
+
+    class Counting(Toy):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+    module = toy(target_modules=None)
+    state = module.state_dict()
+    assert state.keys() == {f"model.{n}.{what}" for n in (0, 2) for what in ("weight", "bias")}
+    changed = {name: value + 1 for name, value in state.items()}
+    nested = nn.ModuleDict({"inner": toy(target_modules=None)})
+    nested["inner"].configure_model()
+    nested.load_state_dict({f"inner.{name}": value for name, value in changed.items()})
+    of_before = {"_extra_state": module.get_extra_state()}  # it was written for any module
+    for received in (changed, changed | of_before):
+        fresh = toy(target_modules=None)
+        fresh.load_state_dict(received)
+        assert_bit_equal(weights(fresh), changed)
+    assert_bit_equal(weights(nested["inner"]), changed)
+    for other in (toy(), toy(PartlyFrozen, target_modules=None)):
+        assert "_extra_state" in other.state_dict()
+        with pytest.raises(UserError, match="expected"):
+            other.load_state_dict(changed)
+    assert toy(Counting, target_modules=None).state_dict()["_extra_state"] == 1

@@ -35,7 +35,7 @@ class ChainModule(Protocol):
     """What ChainOfLoRA asks of its module; :class:`~cola_lightning.modules.COLAModule` has it."""
 
     target_modules: str | list[str] | None
-    rank: int
+    max_rank: int
     chain: Chain
     schedule: ChainSchedule
     link_start: Counters
@@ -173,6 +173,6 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
     if module.target_modules is None and schedule.has_knots:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    largest = cast(int, module.rank)
+    largest = cast(int, module.max_rank)
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")

@@ -37,8 +37,9 @@ from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore
 from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
+from cola_lightning.modules.torchscript import hide_from_torchscript
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen, laid_out
-from cola_lightning.sharded import tensors
+from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class COLAModule(LightningModule, RecordsArguments):
         check_choices(seed, warmup_steps, modules_to_save_lr, finished_links, init_chain, init_links)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
-        self.rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
+        self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
         self.finished_links, self.save_base = finished_links, save_base
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
@@ -124,7 +125,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 )
         self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
         self.run_state = RunState()
-        self.link_plan = LinkPlan(self.rank, self.alpha, self.run_state)
+        self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state)
         self.link_metrics = LinkMetrics()
         self.optimization = LinkOptimization(
             optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope, self.run_state
@@ -218,6 +219,11 @@ class COLAModule(LightningModule, RecordsArguments):
         self.run_state.link_start = start
 
     @property
+    def rank(self) -> int:
+        """The largest rank of a link, as it was given. A subclass may have a ``rank`` of its own, say of its process."""
+        return self.max_rank
+
+    @property
     def seed(self) -> int | None:
         """What every draw comes from; None where none was given, until the model is made."""
         return self.seed_choice.value
@@ -292,14 +298,14 @@ class COLAModule(LightningModule, RecordsArguments):
             The finished link.
 
         Raises:
-            UserError: if the module trains without links, or the rank is above ``self.rank``.
+            UserError: if the module trains without links, or the rank is above ``self.max_rank``.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         if self.target_modules is None:
             raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-        if rank is not None and rank not in range(1, self.rank + 1):
-            raise UserError(f"rank: expected 1 to {self.rank}, the largest rank of a link (model.rank), received {rank}")
+        if rank is not None and rank not in range(1, self.max_rank + 1):
+            raise UserError(f"rank: expected 1 to {self.max_rank}, the largest rank of a link (model.rank), received {rank}")
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha: expected a number above 0, received {alpha}")
         self.configure_model()
@@ -369,6 +375,18 @@ class COLAModule(LightningModule, RecordsArguments):
         self._apply(widened)  # type: ignore[no-untyped-call]
         self.adapted.widen_stacks()
 
+    def __prepare_scriptable__(self) -> Self:
+        """What ``torch.jit.script`` asks for first; it cannot read links.
+
+        Raises:
+            UserError: for a module with links.
+        """
+        if self.adapted.live is not None:
+            raise UserError(
+                "torch.jit.script: expected a model without links, as merged_model() gives it, received one with them"
+            )
+        return self
+
     # ------------------------------------------------------------------ training
 
     @override
@@ -391,7 +409,8 @@ class COLAModule(LightningModule, RecordsArguments):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight.
 
-        The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs.
+        The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs; where all
+        is trained there are none, nor a base to hold a state against, and the values are all that there is.
         """
         prefix, trained = kwargs.get("prefix", ""), self.trained_state
         if tensors.has_fsdp1(self):
@@ -415,7 +434,8 @@ class COLAModule(LightningModule, RecordsArguments):
         self.configure_model()
         if self.values_to_load is not None:  # a checkpoint's, whose chain this module holds by now
             others, self.values_to_load = self.values_to_load, None
-            state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
+            if state_dict:  # else Lightning says so
+                state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
         own = self.trained_state.unpacked()
         self.trained_state.check(own, state_dict, strict=strict)
         result = super().load_state_dict(laid_out(state_dict, own), strict=False, assign=assign)
@@ -428,6 +448,8 @@ class COLAModule(LightningModule, RecordsArguments):
         if not self.trained_state.is_packing:
             return UNCHANGED
         return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
+
+    get_extra_state.is_chain = True  # type: ignore[attr-defined]  # and not a subclass' own
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
@@ -500,6 +522,13 @@ class COLAModule(LightningModule, RecordsArguments):
         module: Self = load_module(load, cls, checkpoint_path, links, how, kwargs)
         return module
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have one seed: those of spawned processes, which look at the model before they are joined."""
+        if not processes.has_processes():
+            self.lazy_model.choose_seed()
+        return super().__getstate__()
+
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -507,6 +536,8 @@ class COLAModule(LightningModule, RecordsArguments):
         super().__init_subclass__(**kwargs)
         keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
 
+
+hide_from_torchscript(COLAModule)
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default

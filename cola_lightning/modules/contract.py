@@ -24,7 +24,7 @@ class COLAParts(Protocol):
     """Arguments and members of :class:`~cola_lightning.modules.COLAModule`."""
 
     target_modules: str | list[str] | None
-    rank: int
+    max_rank: int
     alpha: float
     dropout: float
     init: Init

@@ -117,9 +117,7 @@ class LazyModel:
     def _prepare(self) -> None:
         """Makes what ``build_model`` gives, adapts it, and begins a link, ready for a precision of the default dtype."""
         module = self.module
-        if module.seed_choice.value is None:
-            pending = pending_checkpoint()
-            module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
+        self.choose_seed()
         how = {"is_saved": module.save_base, "is_known": not self.is_on_meta}
         adapted = self.adapted = AdaptedModel(self._make_base, self._seed, module.base_name, **how)
         module.model, adapted.placement = adapted.model, self.placement
@@ -142,6 +140,12 @@ class LazyModel:
         if not module.training:  # eval() came first
             module.model.eval()
 
+    def choose_seed(self) -> None:
+        """Gives the module a seed where it was given none."""
+        if self.module.seed_choice.value is None:
+            pending = pending_checkpoint()
+            self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
+
     def _make_base(self) -> nn.Module:
         module, children = self.module, _children(self.module)
         before = dict(children)
@@ -153,7 +157,7 @@ class LazyModel:
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
-                numbers = module.rank, module.alpha, module.dropout
+                numbers = module.max_rank, module.alpha, module.dropout
                 inject_lora(model, targets, *numbers, module.modules_to_save, module.init, module.finished_links)
         return model
 

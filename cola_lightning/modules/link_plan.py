@@ -17,18 +17,18 @@ class LinkPlan:
     """Rank and alpha of each link: those of the run's schedule, else the module's.
 
     Attributes:
-        rank: the module's.
+        max_rank: the module's.
         alpha: the module's.
         run: whose schedule counts.
     """
 
-    rank: int
+    max_rank: int
     alpha: float
     run: RunState
 
     def of(self, link: int) -> tuple[int, float]:
         """Rank and alpha of a link, as they were asked for."""
-        return self.run.schedule.rank(link, self.rank), self.run.schedule.alpha(link, self.alpha)
+        return self.run.schedule.rank(link, self.max_rank), self.run.schedule.alpha(link, self.alpha)
 
     def begin(self, adapted: AdaptedModel) -> None:
         """Begins the next link of a model with the rank and alpha that it should have."""
@@ -74,7 +74,7 @@ class LinkPlan:
                 schedule.ranks is not None and rank != link.rank,
                 schedule.alphas is not None and alpha != link.alpha,
             )
-            if any(differs) and link.rank <= self.rank:
+            if any(differs) and link.rank <= self.max_rank:
                 raise UserError(
                     f"chain.ranks, chain.alphas: expected rank {link.rank} and alpha {link.alpha:g} for link {link.index}, "
                     f"which is finished, received {rank} and {alpha:g}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cola_lightning.adapted_model import AdaptedModel, check_links
 from cola_lightning.chain import Chain
-from cola_lightning.chain.checkpoint import CheckpointState, chain_of, opened_checkpoint
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, chain_of, opened_checkpoint
 from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import as_annotated, find_class
@@ -48,18 +48,30 @@ class RestorePlan:
     begins_link: bool
 
 
+class WeightsAloneError(UserError, KeyError):
+    """No state to go on with: a mistake of the user's, and the KeyError that Lightning raises for it, in its words too."""
+
+    __str__ = UserError.__str__  # a KeyError's would put it in quotes
+
+
 def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     """Brings a module to the state of a checkpoint's chain; ``values_to_load`` is what the next load of its values needs.
 
-    Where fewer links are asked for (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them.
+    Where fewer links are asked for (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. Where
+    all is trained, a checkpoint of values alone will do; a fit begins from one that does not say how far training got.
 
     Raises:
-        UserError: if the checkpoint has no chain, its chain was trained on another base, or it is shorter; in a fit also for
-            a choice that is not the checkpoint's.
+        UserError: if the checkpoint has no chain and needs one, its chain was trained on another base, or it is shorter; in a
+            fit also for a choice that is not the checkpoint's.
     """
-    state, trainer, pending = CheckpointState.of(checkpoint), trainer_of(module), pending_checkpoint()
+    trainer, pending = trainer_of(module), pending_checkpoint()
     adapted, trained, run = module.adapted, module.trained_state, module.run_state
     is_fit = trainer is not None and trainer.state.fn == "fit"
+    has_progress = bool(checkpoint.get("optimizer_states") or checkpoint.get("loops"))
+    if CHECKPOINT_KEY not in checkpoint and trained.is_all_in_values and not (is_fit and has_progress):
+        module.link_metrics.load({}, {})
+        return
+    state = CheckpointState.of(checkpoint)
     choices = f"{trainer.precision} and {module.finished_links}" if trainer is not None and is_fit else None
     plan = plan_restore(checkpoint, state, adapted, None if pending is None else pending.links, choices)
     if is_fit:
@@ -146,7 +158,10 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         UserError: for the first that is another.
     """
     if "optimizer_states" not in checkpoint:
-        raise UserError("ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone")
+        raise WeightsAloneError(
+            "ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone: the checkpoint "
+            "contains only the model, as save_weights_only writes it"
+        )
     if (seed := module.seed_choice.given) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
     if state.live is not None:  # format version 1 knows the live link's alone

@@ -52,9 +52,17 @@ class TrainedState:
         names = [name for name, value in named if id(value) in inside]
         return [name for name in tensors.plain_names(names) if not name.startswith("model.")]
 
+    @property
+    def is_all_in_values(self) -> bool:
+        """Whether parameters and buffers say all: there are no links, no base, and no extra state of a subclass' own."""
+        is_ours = getattr(type(self.module).get_extra_state, "is_chain", False)
+        return is_ours and self.adapted.live is None and not self.adapted.frozen_names()
+
     def without_frozen(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         """A whole state dict of the module's, without what is frozen in the model, and without other names of its parts."""
         left_out = {*self.frozen_names(), *self.aliases()}
+        if self.is_all_in_values:
+            state.pop(prefix + EXTRA_STATE, None)
         for name in list(state):
             own = name.removeprefix(prefix)
             if name.startswith(prefix) and not left_out.isdisjoint({own, weight_of(own)}):
@@ -154,19 +162,19 @@ class TrainedState:
                 )
 
     def _check_names(self, own: Set[str], received: Set[str]) -> None:
-        if EXTRA_STATE not in received:
-            raise UserError(
-                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
-                "load_from_checkpoint loads a checkpoint"
-            )
-        if missing := [name for name in own if name not in received]:
+        if missing := [name for name in own if name not in received and name != EXTRA_STATE]:
             is_whole = missing[0].startswith("model.") and not is_factor(missing[0])
             hint = " (is model.modules_to_save another?)" if is_whole else ""
             raise StateDictError(
                 f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none{hint}. "
                 f"Missing key(s) in state_dict: {_quoted(missing)}"
             )
-        known = {*own, *self.frozen_names(), *self.aliases()}
+        if EXTRA_STATE in own - received:
+            raise UserError(
+                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
+                "load_from_checkpoint loads a checkpoint"
+            )
+        known = {EXTRA_STATE, *own, *self.frozen_names(), *self.aliases()}
         if unknown := [name for name in received if name not in known]:
             raise StateDictError(
                 f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
@@ -183,11 +191,13 @@ def laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, A
 
 
 def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Has a module inside another load what is frozen as it is: no state holds it, and there its absence would be an error."""
+    """Has a module inside another load what no state holds as it is: there its absence would be an error."""
     if prefix:
         for name, parameter in module.model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
+        if module.trained_state.is_all_in_values:
+            state_dict.setdefault(prefix + EXTRA_STATE, UNCHANGED)
 
 
 def _is_frozen(value: Tensor) -> bool:

@@ -1,0 +1,13 @@
+"""What TorchScript reads of a module's class, whatever its forward calls, and cannot read of ours."""
+
+import inspect
+from typing import Any
+
+
+def hide_from_torchscript(cls: Any) -> None:
+    """Keeps annotations and properties of a class of ours, and of its bases that are ours, out of TorchScript's sight."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("cola_lightning.")]
+    annotated = [name for base in ours for name in inspect.get_annotations(base) if name != "model"]
+    properties = [name for base in ours for name, value in vars(base).items() if isinstance(value, property)]
+    cls.__jit_ignored_attributes__ = annotated
+    cls.__jit_unused_properties__ = cls.__jit_unused_properties__ + properties
