@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.fingerprint import check_made_again, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.link import begin_link, finish_link
+from cola_lightning.chain.rules import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora, lora_layers, strip_lora, unstack
 from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
@@ -83,6 +84,7 @@ class AdaptedModel:
         self.chain = Chain(base=describe_base(self.model, name) if is_known else {})
         self.base_weights = base_weights(self.model) if is_saved else None
         self.placement: Callable[[], Placement] = self._own_placement
+        self.trained_factors: TrainedFactors = "both"
 
     @classmethod
     def of(
@@ -97,6 +99,7 @@ class AdaptedModel:
         modules_to_save: Sequence[str] = (),
         finished_links: FinishedLinks = "merge",
         seed: int = 0,
+        trained_factors: TrainedFactors = "both",
     ) -> "AdaptedModel":
         """An adapted model whose first link has begun.
 
@@ -110,6 +113,7 @@ class AdaptedModel:
             modules_to_save: names, or dotted name endings, of modules that are trained whole.
             finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
             seed: of all draws.
+            trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
 
         Raises:
             UserError: for a model or values that cannot be right.
@@ -123,6 +127,7 @@ class AdaptedModel:
             return model
 
         adapted = cls(make_base, seed)
+        adapted.trained_factors = trained_factors
         adapted.begin_link(rank, alpha)
         return adapted
 
@@ -158,7 +163,18 @@ class AdaptedModel:
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimizer is to be given, one for each link: the live link's factors, and what is trained whole."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        frozen = {id(parameter) for parameter in self.frozen_factors()}
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
+
+    @property
+    def frozen_factor(self) -> Factor | None:
+        """The factor that the live link does not train, ``A`` or ``B``; None where it trains both."""
+        return frozen_factor(self.trained_factors, self.seed, self.link)
+
+    def frozen_factors(self) -> list[nn.Parameter]:
+        """The factors that the live link does not train; it has gradients of them, of which no optimizer knows."""
+        frozen = self.frozen_factor
+        return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
     def frozen_names(self) -> list[str]:
         """Names of the parameters that are not trained, each under all of its names."""
@@ -182,8 +198,8 @@ class AdaptedModel:
     # ------------------------------------------------------------------ links
 
     def begin_link(self, rank: int, alpha: float) -> None:
-        """Begins the next link: draws A from (seed, link, layer), zeroes B; the function stays what it is."""
-        begin_link(self.layers, self.seed, self.link, rank, alpha)
+        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function stays what it is."""
+        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
         """Gives the layers rank and alpha of a live link whose factors are loaded from elsewhere."""

@@ -15,7 +15,7 @@ from tests import tiny
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
-NAMES = ["digits", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "smollm2", "sst2_smollm2"]
+NAMES = ["digits", "domain_shift", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "smollm2", "sst2_smollm2"]
 ARCHITECTURES = {"opt-1.3b": "opt", "roberta_glue": "roberta"}
 
 
@@ -52,6 +52,8 @@ def at_tiny_size(name, folder):
     """What puts a tiny model and a few rows in the place of the config's own."""
     if name == "digits":
         return []
+    if name == "domain_shift":
+        return tiny.BYTE_GPT
     architecture = ARCHITECTURES.get(name, "llama")
     auto_class = "AutoModel" if name == "roberta_glue" else "AutoModelForCausalLM"
     model = tiny.folder(folder / "model", architecture, auto_class)
@@ -72,6 +74,8 @@ def at_tiny_size(name, folder):
 def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cola"])
+    monkeypatch.setenv("COLA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "english")))
     arguments = at_tiny_size(path.stem, tmp_path)
     status = main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true", *arguments])
     assert status == 0, capfd.readouterr().err

@@ -20,7 +20,9 @@ ROWS = [
     ["adapted_model"],
     ["sharded/strategy"],
     ["callbacks", "data", "modules"],
-    ["export"],
+    ["export", "examples"],
+    ["cli/training"],
+    ["study"],
     ["cli"],
     ["__main__"],
 ]

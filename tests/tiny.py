@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -149,3 +150,16 @@ def logits(model):
     output = model.eval()(input_ids=ids, attention_mask=mask)
     model.train(is_training)
     return output.logits.float()
+
+
+BYTE_GPT = ["--model.depth", "1", "--model.width", "16", "--model.heads", "2", "--model.pretrain_steps", "1"]
+
+
+def english(folder, passage="The cat sat on the mat, and then it slept until the evening came."):
+    """A folder of the tasks from which the byte GPT's English comes, each of two passages; what COLA_DATA_DIR is to be."""
+    for task, field in {"squad": "context", "drop": "passage", "boolq": "passage"}.items():
+        (folder / task).mkdir(parents=True)
+        for split in ("train", "validation"):
+            row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
+            (folder / task / f"{split}.jsonl").write_text(row + "\n")
+    return folder

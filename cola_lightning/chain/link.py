@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,11 +81,13 @@ def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
     return Link(rank=first.rank, alpha=first.alpha, factors=factors, **facts)
 
 
-def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
-    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero.
+def begin_link(
+    layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Literal["A", "B"] = "A"
+) -> None:
+    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.reset(generator, rank=rank, alpha=alpha)
+        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "compare", "inspect", "export")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -52,6 +52,10 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
 
         run(words[0], words[1:])
         return 0
+    if words and words[0] == "compare":
+        from cola_lightning.study.command import compare
+
+        return compare(words[1:])
     from cola_lightning.cli.training import train
 
     return train(args)

@@ -43,8 +43,9 @@ from cola_lightning.sharded import processes
 log = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates. Beside the subcommands below, `cola inspect` "
-    "says what each link of a chain did, and `cola export` makes of a checkpoint a plain model, a PEFT adapter or a chain."
+    "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates. Beside the subcommands below, `cola compare` "
+    "compares methods, `cola inspect` says what each link of a chain did, and `cola export` makes of a checkpoint a plain "
+    "model, a PEFT adapter or a chain."
 )
 
 
@@ -79,8 +80,8 @@ class ConfigSaver(SaveConfigCallback):
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
 
-    def __init__(self, args: Sequence[str] | None, watch: RunWatch, open_files: contextlib.ExitStack) -> None:
-        self.watch, self.open_files = watch, open_files
+    def __init__(self, args: Sequence[str] | None, watch: RunWatch, open_files: contextlib.ExitStack | None = None) -> None:
+        self.watch, self.open_files = watch, contextlib.ExitStack() if open_files is None else open_files
         self.opened: OpenedCheckpoint | None = None
         super().__init__(
             COLAModule,

@@ -124,10 +124,10 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         dtype: of the plain layers, to which what is merged is rounded; None: that in which the base came, or was cast to.
 
     Raises:
-        UserError: if links are not in the weights (a live B is not zero, or links are stacked) and ``merge`` is False.
+        UserError: if links are not in the weights (a live link has been trained, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
-    if not merge and (lost := [name for name, layer in layers.items() if layer.lora_B.any() or layer.has_finished_links]):
+    if not merge and (lost := [name for name, layer in layers.items() if layer.has_begun or layer.has_finished_links]):
         raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
     dtypes = {name: dtype or _base_dtype(layer) for name, layer in layers.items()}
     stacked = unstack(model) if merge else {}

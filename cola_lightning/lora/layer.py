@@ -72,8 +72,8 @@ class LoRALayer(nn.Module):
     """What every adapted layer has in common. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
 
     Attributes:
-        lora_A: max_rank x in, the factor that is drawn at random.
-        lora_B: out x max_rank, the factor that starts at zero.
+        lora_A: max_rank x in, the factor that is drawn at random, but for rules that draw the other.
+        lora_B: out x max_rank, the factor that starts at zero then.
         rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, where they are not merged; None where they are.
@@ -186,6 +186,11 @@ class LoRALayer(nn.Module):
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the live link has been trained: neither of its factors is zero."""
+        return bool(self.lora_A.any() and self.lora_B.any())
+
+    @property
     def has_finished_links(self) -> bool:
         """Whether there are finished links beside the weight."""
         return self.stack is not None and self.stack.rank > 0
@@ -276,7 +281,14 @@ class LoRALayer(nn.Module):
         _widen(self)
         return A.to(self.weight.dtype), B.to(self.weight.dtype)
 
-    def reset(self, generator: torch.Generator | None = None, *, rank: int | None = None, alpha: float | None = None) -> None:
+    def reset(
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        drawn: Literal["A", "B"] = "A",
+    ) -> None:
         """Begins a new link in place: draws A, zeroes B, drops their gradients.
 
         A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
@@ -285,16 +297,22 @@ class LoRALayer(nn.Module):
             generator: where A is drawn from; None means torch's global generator.
             rank: the new link's rank, 1 to ``max_rank``; None keeps it.
             alpha: the new link's alpha; None keeps it.
+            drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
-        full = torch.zeros(self.max_rank, self.lora_A.shape[1], dtype=torch.float32, device="cpu")
+        n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
+        full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
         if self.init == "gaussian":
             nn.init.normal_(full[: self.rank], std=1 / self.rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(full[: self.rank], a=math.sqrt(5), generator=generator)
-        tensors.copy_(self.lora_A, full)
-        self._zero_B()
+        if drawn == "A":
+            tensors.copy_(self.lora_A, full)
+            self._zero_B()
+        else:
+            tensors.copy_(self.lora_A, torch.zeros_like(self.lora_A))
+            tensors.copy_(self.lora_B, full.T)
         self.lora_A.grad = self.lora_B.grad = None
 
     @override

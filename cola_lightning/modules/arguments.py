@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import cola_lightning
+from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.registry import FinishedLinks
 
@@ -53,23 +54,37 @@ class RecordsArguments:
 
 def check_choices(
     seed: int | None,
-    warmup_steps: float,
     modules_to_save_lr: float | None,
     finished_links: str,
+    trained_factors: str,
     init_chain: str | None,
     init_links: int | None,
 ) -> None:
     """Refuses values of a module's arguments that cannot be right."""
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
-    if not 0 <= warmup_steps < math.inf:
-        raise UserError(f"model.warmup_steps: expected a number of steps, or a share below 1, received {warmup_steps}")
     if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
         raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
     if finished_links not in get_args(FinishedLinks):
         raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
+    if trained_factors not in get_args(TrainedFactors):
+        raise UserError(f"model.trained_factors: expected {', '.join(get_args(TrainedFactors))}, received {trained_factors!r}")
     if init_links is not None and init_chain is None:
         raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
+
+
+def check_schedule(warmup_steps: float, scope: str, knot_warmup_steps: float, kept_optimizer_state: float) -> None:
+    """Refuses values of a learning-rate schedule's arguments that cannot be right."""
+    for name, steps in (("warmup_steps", warmup_steps), ("knot_warmup_steps", knot_warmup_steps)):
+        if not 0 <= steps < math.inf:
+            raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")
+    if knot_warmup_steps and scope == "link":
+        raise UserError(
+            "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each link's, "
+            f"received {knot_warmup_steps}"
+        )
+    if not 0 <= kept_optimizer_state <= 1:
+        raise UserError(f"model.kept_optimizer_state: expected a share from 0 to 1, received {kept_optimizer_state}")
 
 
 def class_path(cls: type) -> str:

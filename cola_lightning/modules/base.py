@@ -18,12 +18,13 @@ from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.fingerprint import check_same_base
 from cola_lightning.chain.packed import EXTRA_STATE, pack, unpack
+from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_numbers
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
-from cola_lightning.modules.arguments import RecordsArguments, check_choices, class_path
+from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
@@ -67,6 +68,12 @@ class COLAModule(LightningModule, RecordsArguments):
         lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, by transformers' formulas.
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
+        knot_warmup_steps: optimizer steps over which the rate rises from 0 again after each knot, back onto a schedule over the
+            ``run`` (ReLoRA's jagged rate); below 1, a share of the link's length.
+        trained_factors: of each link: ``both``; ``B`` alone, beside an A that stays as it was drawn (asymmetric LoRA); or one
+            of them at ``random``, beside the other (RAC-LoRA).
+        kept_optimizer_state: the share of an optimizer's state that a knot keeps of the links' factors, its largest values, as
+            in ReLoRA, which keeps 0.001 to 0.1; 0: an optimizer begins anew.
         finished_links: ``merge`` adds a finished link to the frozen weights, which are kept in float32 for that; ``stack``, for
             bases in half precision or 4 bits, never writes a weight, and keeps the finished links beside them as one frozen
             low-rank pair a layer.
@@ -99,6 +106,9 @@ class COLAModule(LightningModule, RecordsArguments):
         lr_schedule: LRSchedule = "linear",
         warmup_steps: float = 0,
         schedule_scope: Literal["link", "run"] = "link",
+        knot_warmup_steps: float = 0,
+        trained_factors: TrainedFactors = "both",
+        kept_optimizer_state: float = 0,
         finished_links: FinishedLinks = "merge",
         init_chain: str | None = None,
         init_links: int | None = None,
@@ -108,11 +118,12 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> None:
         super().__init__()
         check_numbers(rank, alpha, dropout)
-        check_choices(seed, warmup_steps, modules_to_save_lr, finished_links, init_chain, init_links)
+        check_choices(seed, modules_to_save_lr, finished_links, trained_factors, init_chain, init_links)
+        check_schedule(warmup_steps, schedule_scope, knot_warmup_steps, kept_optimizer_state)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
-        self.finished_links, self.save_base = finished_links, save_base
+        self.finished_links, self.save_base, self.trained_factors = finished_links, save_base, trained_factors
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
@@ -128,7 +139,8 @@ class COLAModule(LightningModule, RecordsArguments):
         self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state)
         self.link_metrics = LinkMetrics()
         self.optimization = LinkOptimization(
-            optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope, self.run_state
+            *(optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope),
+            *(float(knot_warmup_steps), float(kept_optimizer_state), self.run_state),
         )
         self.lazy_model = LazyModel(self)
         self.is_wrapped_by_fsdp1 = False
@@ -319,7 +331,9 @@ class COLAModule(LightningModule, RecordsArguments):
         self.run_state.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
         # In a validation inside fit, too: trainer.training is False there.
         if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
+            before = trainer.optimizers
             trainer.strategy.setup_optimizers(trainer)
+            self.optimization.keep_state(before, trainer.optimizers, self.adapted)
         return link
 
     def live_link(self) -> Link:
@@ -392,7 +406,9 @@ class COLAModule(LightningModule, RecordsArguments):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
-        return self.optimization.configure(self, self.modules_to_save, self._now.global_step)
+        frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+        return self.optimization.configure(trained, self.modules_to_save, self._now.global_step)
 
     @property
     def overrides_optimizers(self) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
+from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.link_metrics import LinkMetrics
 from cola_lightning.modules.link_plan import LinkPlan
@@ -29,6 +30,7 @@ class COLAParts(Protocol):
     dropout: float
     init: Init
     finished_links: FinishedLinks
+    trained_factors: TrainedFactors
     modules_to_save: list[str]
     save_base: bool
     should_compile: bool
@@ -51,6 +53,8 @@ class COLAParts(Protocol):
     def trainer(self) -> Trainer: ...  # noqa: D102
     @property
     def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def is_sharded(self) -> bool: ...  # noqa: D102
     @property
     def is_made(self) -> bool: ...  # noqa: D102
     @property

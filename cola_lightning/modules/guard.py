@@ -104,6 +104,11 @@ class ChainGuard(Callback):
             UserError: for an optimizer, or a schedule, with which it cannot.
         """
         module, run = self.module, self.module.run_state
+        if module.optimization.kept_optimizer_state and module.is_sharded:
+            raise UserError(
+                "model.kept_optimizer_state: expected 0 under a strategy that shards the optimizer's state, "
+                f"received {module.optimization.kept_optimizer_state:g}"
+            )
         if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
             module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
         if is_resumed and run.resumes_knots and not run.schedule.has_knots:
@@ -125,7 +130,8 @@ class ChainGuard(Callback):
             module.optimization.check_without_horizon()
             return
         lengths = run.schedule.links(run.link_start, length)
-        module.link_plan.check_lengths(lengths, module.link, module.optimization.warmup_of_link)
+        module.link_plan.check_lengths(lengths, module.link)
+        module.optimization.check_lengths(lengths)
         module.link_plan.reserve(module.adapted, module.link + len(lengths))
 
     @override
@@ -261,6 +267,11 @@ class ChainGuard(Callback):
             raise self._error
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
             self._without_gradient = _without_gradient(self.module.model)
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for parameter in self.module.adapted.frozen_factors():  # which no optimizer has, to forget their gradients
+            parameter.grad = None
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

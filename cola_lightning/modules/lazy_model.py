@@ -121,6 +121,7 @@ class LazyModel:
         how = {"is_saved": module.save_base, "is_known": not self.is_on_meta}
         adapted = self.adapted = AdaptedModel(self._make_base, self._seed, module.base_name, **how)
         module.model, adapted.placement = adapted.model, self.placement
+        adapted.trained_factors = module.trained_factors
         state = self.state = TrainedState(module, adapted)
         self._cast(torch.get_default_dtype())
         if not self.is_on_meta:

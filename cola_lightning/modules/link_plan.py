@@ -55,7 +55,7 @@ class LinkPlan:
         differs = [mine != theirs for mine, theirs in zip(planned, live, strict=True)]
         given = (schedule.ranks, schedule.alphas)
         is_asked = any(other and values is not None for other, values in zip(differs, given, strict=True))
-        is_new = not any(layer.lora_B.any() for layer in adapted.layers.values())
+        is_new = not any(layer.has_begun for layer in adapted.layers.values())
         if is_new and (is_asked or (any(differs) and not adapted.link)):
             self.begin(adapted)
             return True
@@ -99,16 +99,15 @@ class LinkPlan:
                     f"{link}, {where}, received {mine[0]} and {mine[1]:g}"
                 )
 
-    def check_lengths(self, lengths: list[int], n_finished: int, warmup_steps: float) -> None:
+    def check_lengths(self, lengths: list[int], n_finished: int) -> None:
         """Refuses or warns of what does not fit the links that a fit still has.
 
         Args:
             lengths: optimizer steps of each, the live link's first.
             n_finished: how many links are finished.
-            warmup_steps: of each link's learning rate; 0 where the schedule is one of the whole run.
 
         Raises:
-            UserError: if ``ranks`` or ``alphas`` are too short, or a link is shorter than its warm-up.
+            UserError: if ``ranks`` or ``alphas`` are too short.
         """
         total, schedule = n_finished + len(lengths), self.run.schedule
         for field, values in (("ranks", schedule.ranks), ("alphas", schedule.alphas)):
@@ -121,10 +120,6 @@ class LinkPlan:
                 log.warning("the run ends before its first knot: it is one link, plain LoRA")
             return
         shortest = min(lengths[:-1])
-        if shortest < warmup_steps:
-            raise UserError(
-                f"model.warmup_steps: expected at most {shortest}, the steps of the shortest link, received {warmup_steps:g}"
-            )
         if lengths[-1] < shortest / 2:
             log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
 

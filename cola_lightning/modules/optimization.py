@@ -1,19 +1,21 @@
 """How the live link is trained: an optimizer and a learning-rate schedule for each link."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola_lightning.adapted_model import is_factor
-from cola_lightning.chain.schedule import LRSchedule, lr_factor
+from cola_lightning.adapted_model import AdaptedModel, is_factor
+from cola_lightning.chain.rules import keep_state
+from cola_lightning.chain.schedule import LRSchedule, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.modules.run_state import RunState
 
@@ -32,6 +34,8 @@ class LinkOptimization:
         lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
+        knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
+        kept_optimizer_state: the share of an optimizer's state that a knot keeps.
         run: where the run stands.
         resumed_class: class path of the optimizer whose state a resumed checkpoint holds.
         class_path: of the last optimizer that was made.
@@ -42,6 +46,8 @@ class LinkOptimization:
     lr_schedule: LRSchedule
     warmup_steps: float
     schedule_scope: Literal["link", "run"]
+    knot_warmup_steps: float
+    kept_optimizer_state: float
     run: RunState
     resumed_class: str | None = None
     class_path: str | None = None
@@ -53,11 +59,13 @@ class LinkOptimization:
         """All but the learning-rate schedule, which is of a fit, and cannot be pickled."""
         return vars(self) | {"_scheduler": None}
 
-    def configure(self, module: LightningModule, modules_to_save: Sequence[str], step: int) -> OptimizerLRScheduler:
+    def configure(
+        self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str], step: int
+    ) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule.
 
         Args:
-            module: whose parameters are trained.
+            trained: the parameters, with their names in the module.
             modules_to_save: names of what is trained whole.
             step: the run's, from which the schedule goes on.
 
@@ -65,7 +73,7 @@ class LinkOptimization:
             UserError: for values that the optimizer cannot take, or that do not go with it.
         """
         try:
-            optimizer = self.make_optimizer(self._parameter_groups(module, modules_to_save))
+            optimizer = self.make_optimizer(self._parameter_groups(trained, modules_to_save))
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
         for group in optimizer.param_groups:  # a schedule writes a rate that is a tensor in place: of the next link's, too
@@ -81,9 +89,8 @@ class LinkOptimization:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
-    def _parameter_groups(self, module: LightningModule, modules_to_save: Sequence[str]) -> list[Any]:
+    def _parameter_groups(self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str]) -> list[Any]:
         """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if self.modules_to_save_lr is None:
             return [p for _, p in trained]
         is_saved = {name: any(f".{part}." in f".{name}" for part in modules_to_save) for name, _ in trained}
@@ -122,31 +129,47 @@ class LinkOptimization:
         start, is_run = self.run.link_start, self.schedule_scope == "run"
         offset = start.global_step if is_run else 0
         horizon: float | None = None
+        rise = 0  # steps after the knot; the run's first link has the run's warm-up
 
         def factor(step: int) -> float:
-            nonlocal horizon
+            nonlocal horizon, rise
             if horizon is None and self.run.length is not None:
-                length = self.run.length
-                horizon = length.end_step if is_run else self.run.schedule.link_steps(start, length)
+                link_steps = self.run.schedule.link_steps(start, self.run.length)
+                horizon = self.run.length.end_step if is_run else link_steps
+                rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
             if horizon is None:  # before training: the first value, or one that a resume replaces
                 return 0.0 if self.warmup_steps else 1.0
-            return lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
+            value = lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
+            return value * step / rise if step < rise else value
 
         return factor
 
     @property
     def _needs_horizon(self) -> bool:
-        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1 or 0 < self.knot_warmup_steps < 1
 
-    @property
-    def warmup_of_link(self) -> float:
-        """The steps that a link must have at least; 0 where the schedule is one of the whole run."""
-        return self.warmup_steps if self.schedule_scope == "link" else 0
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Refuses a link that is shorter than its warm-up; the last one may be.
+
+        Args:
+            lengths: optimizer steps of the links that a fit still has, the live link's first.
+        """
+        warmup = self.warmup_steps if self.schedule_scope == "link" else 0
+        if (shortest := min(lengths[:-1], default=math.inf)) < warmup:
+            raise UserError(
+                f"model.warmup_steps: expected at most {shortest}, the steps of the shortest link, received {warmup:g}"
+            )
+        if (shortest := min(lengths[1:-1], default=math.inf)) < self.knot_warmup_steps:
+            raise UserError(
+                f"model.knot_warmup_steps: expected at most {shortest}, the steps of the shortest link after a knot, "
+                f"received {self.knot_warmup_steps:g}"
+            )
 
     def check_without_horizon(self) -> None:
         """Refuses a learning-rate schedule that needs a link's length, where that is not known beforehand."""
         if self._needs_horizon and self._scheduler is not None:  # an overridden configure_optimizers may have none
-            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
+            share = self.warmup_steps or self.knot_warmup_steps
+            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {share:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
                 f"max_steps, endless data, or a should_tie of one's own), received {received}"
@@ -165,6 +188,13 @@ class LinkOptimization:
                 "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
                 "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
             )
+
+    def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
+        """Gives the optimizers of a link that begins what those before it are to leave to it."""
+        if self.kept_optimizer_state:
+            factors = {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
+            for old, new in zip(before, now, strict=True):
+                keep_state(old, new, self.kept_optimizer_state, factors)
 
     def resume(self, trainer: Trainer) -> None:
         """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.

@@ -173,6 +173,9 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
             f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "
             f"(links: {had_links}), received {mine} (links: {my_links})"
         )
+    had_factors = state.module["init_args"].get("trained_factors", "both")
+    if had_factors != module.trained_factors:
+        raise UserError(f"model.trained_factors: expected {had_factors}, the checkpoint's, received {module.trained_factors}")
     if state.has_rate_of_saved is ((rate := module.optimization.modules_to_save_lr) is None):
         expected = "a number" if state.has_rate_of_saved else "null"
         raise UserError(f"model.modules_to_save_lr: expected {expected}, as in the checkpoint's run, received {rate}")

@@ -1,0 +1,115 @@
+"""Language under domain shift: where a chain of LoRA pays on a small GPT that reads English and learns Python.
+
+    python benchmarks/domain_shift.py
+
+runs ``cola compare`` on ``configs/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
+studies is a folder of ``benchmarks/domain_shift``, with a line a run in ``results.jsonl``. A second call does what is missing.
+A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the base's pre-training, once, 13.
+
+    python benchmarks/domain_shift.py --figure
+
+draws ``domain_shift.png`` from the lines that are there.
+"""
+
+import argparse
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cola_lightning.cli import main as cola
+from cola_lightning.study.figures import plot_curves
+from cola_lightning.study.results import at_best_rates, read
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+FOLDER = HERE / "domain_shift"
+CONFIG = HERE.parent / "configs" / "domain_shift.yaml"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call of ``cola compare``. Several go on with one study, so that the most telling runs come first.
+
+    Attributes:
+        rank: of a link.
+        steps: optimizer steps of a run.
+        seeds: how many.
+        rates: those of each method.
+        tuning_seeds: by how many seeds rates are compared.
+    """
+
+    rank: int
+    steps: int
+    seeds: int
+    rates: dict[str, list[float]] = field(hash=False)
+    tuning_seeds: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """Of the study."""
+        return FOLDER / f"rank-{self.rank}-steps-{self.steps}"
+
+    @property
+    def words(self) -> list[str]:
+        """What follows ``cola``."""
+        rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
+        options = {"config": CONFIG, "output": self.folder, "methods": f"[{', '.join(self.rates)}]", "seeds": self.seeds}
+        options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": f"{{{rates}}}"}
+        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit |= {"trainer.val_check_interval": self.steps // 16}
+        named = [[word for name, value in part.items() for word in (f"--{name}", str(value))] for part in (options, of_fit)]
+        return ["compare", *named[0], "--", *named[1]]
+
+
+ONE = {"lora": [1e-2], "cola-4": [1e-2], "cola-8": [1e-2]}
+RANK_1 = {"lora": [2e-2], "cola-4": [2e-2], "cola-16": [2e-2]}
+WHOLE = {"full": [2e-3]}
+
+STAGES = [
+    Stage(1, 800, 1, RANK_1),
+    Stage(8, 3200, 1, ONE),
+    Stage(1, 800, 3, RANK_1),
+    Stage(8, 3200, 2, ONE),
+    Stage(1, 800, 3, RANK_1 | WHOLE),
+    Stage(8, 3200, 3, ONE),
+    Stage(1, 800, 3, RANK_1 | WHOLE | {"lora-sum-rank-4": [1e-2]}),
+    Stage(8, 3200, 3, ONE | {"full": [2e-3]}),
+    Stage(8, 800, 3, ONE | {"cola-16": [1e-2]}),
+]
+
+
+def draw(path: Path) -> None:
+    """The validation loss over the steps, a panel for each study that has lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    studies = {stage.folder: stage for stage in STAGES if (stage.folder / "results.jsonl").exists()}
+    figure = Figure(figsize=(5.0 * len(studies), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (folder, stage) in enumerate(sorted(studies.items(), key=lambda item: (item[1].rank, item[1].steps)), start=1):
+        axes = figure.add_subplot(1, len(studies), place)
+        results = read(folder / "results.jsonl")
+        plot_curves(axes, at_best_rates(results, "min", range(stage.tuning_seeds)), skip=0.12)
+        axes.set_title(f"rank {stage.rank}, {stage.steps} steps")
+        axes.set_xlabel("optimizer steps (dots: knots)")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("validation loss (nats a byte), mean over seeds")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Runs what is missing, then draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", action="store_true", help="only draw the figure")
+    if not parser.parse_args().figure:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for stage in STAGES:
+            print(shlex.join(["cola", *stage.words]), flush=True)
+            if (status := cola(stage.words)) != 0:
+                raise SystemExit(status)
+    draw(HERE / "domain_shift.png")
+
+
+if __name__ == "__main__":
+    main()

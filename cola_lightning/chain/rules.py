@@ -1,0 +1,71 @@
+"""Rules by which relatives of COLA differ from it: which factor a link trains, and what an optimizer keeps over a knot.
+
+None of them is seen by a layer's forward pass: it computes with A and B, whichever of them moves.
+"""
+
+from collections.abc import Container
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cola_lightning.seeding import derive_seed
+
+TrainedFactors = Literal["both", "B", "random"]
+Factor = Literal["A", "B"]
+
+
+def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
+    """The factor that a link does not train: it is drawn, and the other begins at zero. None where both are trained.
+
+    Args:
+        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``, beside an A that stays as it was drawn; ``random``: one of them.
+        seed: of the draw.
+        link: its index.
+
+    Example:
+        >>> [frozen_factor("random", 0, link) for link in range(5, 11)]
+        ['A', 'B', 'A', 'A', 'B', 'A']
+
+    Source: ``B``: Zhu et al., "Asymmetry in Low-Rank Adapters" (arXiv 2402.16842); ``random``: Malinovsky et al., "Randomized
+        Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
+    """
+    if trained == "both":
+        return None
+    if trained == "B":
+        return "A"
+    return "B" if derive_seed(seed, link, "frozen factor") % 2 else "A"
+
+
+@torch.no_grad()
+def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[int]) -> None:
+    """Gives a new optimizer what its forerunner knows: of a link's factors the largest values alone, of other parameters all.
+
+    Counts of steps go along.
+
+    Args:
+        old: of the link before.
+        new: of the link that begins, on the same parameters.
+        share: of the values of each of the factors' moments, above 0.
+        factors: the ids of the links' factors.
+
+    Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
+    """
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            state = old.state.get(parameter)
+            if state:
+                is_factor = id(parameter) in factors
+                new.state[parameter] = {
+                    name: _kept(value, parameter, share if is_factor else 1.0) for name, value in state.items()
+                }
+
+
+def _kept(value: object, parameter: Tensor, share: float) -> object:
+    """A moment without its small values; what is no moment, as it is."""
+    if share == 1 or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    n_kept = max(1, round(share * value.numel()))
+    threshold = value.abs().flatten().topk(n_kept).values[-1]
+    return torch.where(value.abs() >= threshold, value, 0)

@@ -1,0 +1,52 @@
+"""English and Python as bytes."""
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cola_lightning.data import PromptDataModule
+from cola_lightning.data.rows import read_rows
+from cola_lightning.errors import UserError
+
+ENGLISH = {"SQuAD": "context", "DROP": "passage", "BoolQ": "passage"}
+ENGLISH_BYTES = 4_000_000  # at most: the whole data sets of the hub have ten times as many
+
+
+def english_passages() -> Tensor:
+    """The passages of SQuAD, DROP and BoolQ, each once, as one tensor of bytes.
+
+    They are read where the tasks of the same names are: in ``$COLA_DATA_DIR``, else on the Hugging Face hub.
+    """
+    passages: dict[str, None] = {}  # a set that keeps its order
+    for task, field in ENGLISH.items():
+        data = PromptDataModule(task)
+        for split in ("train", "validation"):
+            passages |= dict.fromkeys(row.text(field) for row in read_rows(data.source, split, data.subset))
+    return as_bytes("\n\n".join(passages).encode()[:ENGLISH_BYTES])
+
+
+def python_sources() -> Tensor:
+    """The modules of this Python's standard library, in the order of their names, as one tensor of bytes.
+
+    Packages are left out, and so are modules that are made for each machine.
+
+    Raises:
+        UserError: where there is no source: in a frozen program, say.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))
+    if not paths:
+        raise UserError(f"data: expected the standard library's source in {str(folder)!r}, received no file ending in .py")
+    return as_bytes(b"\n\n".join(path.read_bytes() for path in paths))
+
+
+def as_bytes(text: bytes) -> Tensor:
+    """The text as a tensor of type ``uint8``.
+
+    Example:
+        >>> as_bytes(b"def").tolist()
+        [100, 101, 102]
+    """
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -1,0 +1,64 @@
+"""``cola compare``: its options."""
+
+import contextlib
+import importlib.util
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from jsonargparse import ArgumentParser
+
+from cola_lightning.errors import UserError
+from cola_lightning.study.comparison import Comparison
+
+DESCRIPTION = (
+    "Compares methods on one config, at equal numbers of optimizer steps. Runs that are done are not done again: the same "
+    "command goes on where it was stopped, and several processes with the same command share the runs. What follows `--` are "
+    "options of `cola fit` for every run: `cola compare --config configs/digits.yaml ... -- --model.rank 2`."
+)
+
+
+def compare(words: Sequence[str]) -> int:
+    """Runs ``cola compare``.
+
+    Args:
+        words: what follows it on the command line.
+
+    Returns:
+        The exit status: 0, or 1 where runs failed.
+
+    Raises:
+        UserError: for what is written wrong.
+    """
+    if words and words[0] == "--run":  # a study's own process
+        from cola_lightning.study.run import main
+
+        return main(words[1])
+    cut = list(words).index("--") if "--" in words else len(words)
+    parser = ArgumentParser(prog="cola compare", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(Comparison)
+    asked = Comparison(**parser.parse_args(list(words[:cut])).as_dict())
+    if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"cola compare: expected {' and '.join(missing)}, which pip install 'cola_lightning[study]' brings")
+    from cola_lightning.study.study import Study
+
+    with _stopping_on_sigterm():
+        return Study(asked, words[cut + 1 :]).run()
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the study as Ctrl-C does, with the exit status that it should have."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

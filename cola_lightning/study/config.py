@@ -1,0 +1,68 @@
+"""The config that a study's runs share: read whole, changed by options, and kept beside the results."""
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cola_lightning.callbacks import RunWatch
+from cola_lightning.cli.training import COLACLI
+from cola_lightning.errors import UserError
+from cola_lightning.writing import whole_file
+
+
+def resolved(words: Sequence[str]) -> dict[str, Any]:
+    """The complete configuration of ``cola fit`` with these words after it, defaults included; nothing is made.
+
+    Raises:
+        UserError: for what ``cola fit`` would refuse when it reads them; jsonargparse's ArgumentError likewise.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
+        COLACLI(["fit", *words, "--print_config"], RunWatch())
+    config: dict[str, Any] = yaml.safe_load(printed.getvalue())
+    return config
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line.
+
+    Example:
+        >>> as_words({"model.rank": 4, "chain.at_steps": None})
+        ['--model.rank', '4', '--chain.at_steps', 'null']
+    """
+    values = ((name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items())
+    return [word for name, value in values for word in (f"--{name}", value)]
+
+
+def keep_config(config: Mapping[str, Any], path: Path) -> None:
+    """Writes the config beside a study's results, or checks that it is the one that is there.
+
+    Raises:
+        UserError: if it is another: its runs would not be comparable with those that are done.
+    """
+    shared = {name: value for name, value in config.items() if name != "seed_everything"}
+    if not path.exists():
+        with whole_file(path) as partial:
+            partial.write_text(yaml.safe_dump(shared, sort_keys=False))
+        return
+    mine, theirs = _flat(shared), _flat(yaml.safe_load(path.read_text()))
+    for name in mine | theirs:
+        if name in theirs and mine.get(name) != theirs[name]:  # an option that is new since then has its default
+            raise UserError(
+                f"config: expected {name}: {theirs[name]!r}, as in {path}, received {mine.get(name)!r}; another output "
+                "takes another study"
+            )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted names."""
+    if not isinstance(config, Mapping):
+        return {prefix.removesuffix("."): config}
+    return {name: value for key, part in config.items() for name, value in _flat(part, f"{prefix}{key}.").items()}

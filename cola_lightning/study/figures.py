@@ -1,0 +1,107 @@
+"""The figures of a study."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.study.results import Result
+from cola_lightning.writing import whole_file
+
+Results = Mapping[str, Sequence[Result]]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")  # told apart by all
+
+
+def draw_curves(results: Results, metric: str, path: Path) -> None:
+    """The metric over the optimizer steps: a method a line, knots as dots, full fine-tuning as a floor.
+
+    Args:
+        results: of each method, at one learning rate.
+        metric: its name.
+        path: of a PNG.
+    """
+    figure, axes = _figure(6.4, 4.2)
+    plot_curves(axes, results)
+    axes.set_xlabel("optimizer steps (dots: knots)")
+    axes.set_ylabel(f"{metric}, mean over seeds")
+    if axes.get_legend_handles_labels()[0]:  # a run without validation has no curve
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_curves(axes: Any, results: Results, skip: float = 0.0) -> None:
+    """Draws the curves of :func:`draw_curves` into axes of matplotlib's.
+
+    Args:
+        axes: to draw into.
+        results: of each method, at one learning rate.
+        skip: the share of a run's steps, from its start, that is left out, where all methods are alike.
+    """
+    for place, (name, of_method) in enumerate(results.items()):
+        curve = mean_curve(of_method)
+        curve = {step: value for step, value in curve.items() if step >= skip * max(curve)}
+        if not curve:
+            continue
+        color = COLORS[place % len(COLORS)]
+        if name == "full":
+            axes.axhline(
+                list(curve.values())[-1], color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end"
+            )
+            continue
+        first = of_method[0]
+        links = f", {first.links} links" if first.links > 1 else ""
+        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=f"{name}, rank {first.rank}{links}")
+        knots = [knot for knot in first.knots if knot >= min(curve)]
+        axes.plot(knots, [_at(curve, knot) for knot in knots], "o", color=color, markersize=4)
+
+
+def mean_curve(results: Sequence[Result]) -> dict[int, float]:
+    """The mean over the seeds of the metric, at each step at which all have it."""
+    curves = [dict(result.curve) for result in results if result.curve]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
+
+
+def draw_points(results: Results, metric: str, path: Path) -> None:
+    """The metric on the rows of test at the end: a method a row, a seed a point, their mean as a line.
+
+    Args:
+        results: of each method, at one learning rate.
+        metric: its name on the rows of validation.
+        path: of a PNG.
+    """
+    figure, axes = _figure(6.4, 1.0 + 0.45 * len(results))
+    for place, of_method in enumerate(results.values()):
+        color = COLORS[place % len(COLORS)]
+        if values := [result.test for result in of_method if result.test is not None]:
+            axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2)
+            axes.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlabel(f"test_{metric.removeprefix('val_')} (a seed a point, their mean a line)")
+    _save(figure, path)
+
+
+def _at(curve: Mapping[int, float], step: int) -> float:
+    """The curve's value at a step, on the line between its neighbours."""
+    before = max((s for s in curve if s <= step), default=min(curve))
+    after = min((s for s in curve if s >= step), default=max(curve))
+    share = (step - before) / (after - before) if after > before else 0.0
+    return curve[before] + share * (curve[after] - curve[before])
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: that would choose a backend for all
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)

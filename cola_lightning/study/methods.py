@@ -1,0 +1,157 @@
+"""What each method is: options of ``cola fit`` that make it of a config."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cola_lightning.chain.schedule import START, ChainSchedule, RunLength
+from cola_lightning.errors import UserError, nearest
+
+Config = Mapping[str, Any]
+
+WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps")
+NO_CHAIN = {f"chain.{name}": None for name in (*WHENS, "ranks", "alphas")}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, as far as a config's options say it.
+
+    Attributes:
+        name: as the user wrote it: ``cola``, or ``cola-4`` for a chain of four links.
+        links: how many links a run has; 0 where all is trained.
+        rank: the largest rank of a link; None where all is trained.
+        options: what changes the config, by the names of ``cola fit``.
+    """
+
+    name: str
+    links: int
+    rank: int | None
+    options: Mapping[str, Any]
+
+
+def method(name: str, config: Config) -> Method:
+    """Finds what a method's name means for a config.
+
+    Args:
+        name: one of :data:`METHODS`; ``-N`` after one that speaks of a chain gives it N links of equal length, in place of the
+            config's own.
+        config: of ``cola fit``, complete.
+
+    Raises:
+        UserError: for a name that is none, and for a config without what the method needs.
+    """
+    kind, n_links = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()  # type: ignore[union-attr]
+    if kind not in METHODS:
+        raise UserError(f"methods: expected {', '.join(METHODS)}, received {name!r}{nearest(name, METHODS)}")
+    if n_links is None:
+        return METHODS[kind](name, config, _own_chain)
+    if kind in WITHOUT_CHAIN or int(n_links) < 1:
+        raise UserError(f"methods: expected {kind if kind in WITHOUT_CHAIN else f'{kind}-1 or more'}, received {name!r}")
+    return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
+
+
+ChainOf = Callable[[str, Config], tuple[list[int], dict[str, Any]]]
+
+
+def _lora(name: str, config: Config, chain: ChainOf) -> Method:
+    """One link over the whole run."""
+    return Method(name, 1, _rank(config), NO_CHAIN)
+
+
+def _cola(name: str, config: Config, chain: ChainOf) -> Method:
+    """A chain: the config's, or one of links of equal length."""
+    ranks, options = chain(name, config)
+    return Method(name, len(ranks), max(ranks), options)
+
+
+def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
+    """One link whose rank is the sum of the chain's, with the same scaling."""
+    ranks, _ = chain(name, config)
+    scaling = _model(config)["alpha"] / _rank(config)
+    sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
+    return Method(name, 1, sum(ranks), NO_CHAIN | sizes)
+
+
+def _full(name: str, config: Config, chain: ChainOf) -> Method:
+    """Every parameter is trained, without links."""
+    alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
+    return Method(name, 0, None, NO_CHAIN | alone)
+
+
+def _rac(name: str, config: Config, chain: ChainOf) -> Method:
+    """A chain of which each link trains one factor beside the other, which stays as it was drawn: RAC-LoRA."""
+    found = _cola(name, config, chain)
+    return replace(found, options={**found.options, "model.trained_factors": "random"})
+
+
+def _relora(name: str, config: Config, chain: ChainOf) -> Method:
+    """A chain whose optimizer keeps a hundredth of its state over a knot, with one cosine and a warm-up after each knot."""
+    found = _cola(name, config, chain)
+    jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
+    rise = _model(config).get("knot_warmup_steps") or 0.1
+    return replace(found, options={**found.options, **jagged, "model.knot_warmup_steps": rise})
+
+
+def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
+    """One link that trains B beside an A that stays as it was drawn."""
+    return Method(name, 1, _rank(config), NO_CHAIN | {"model.trained_factors": "B"})
+
+
+METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
+    "lora": _lora,
+    "lora-sum-rank": _lora_sum_rank,
+    "cola": _cola,
+    "full": _full,
+    "rac": _rac,
+    "relora": _relora,
+    "asymmetric": _asymmetric,
+}
+WITHOUT_CHAIN = ("lora", "full", "asymmetric")
+
+
+def _model(config: Config) -> Any:
+    return config["model"]["init_args"]
+
+
+def _rank(config: Config) -> int:
+    return int(_model(config)["rank"])
+
+
+def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
+    """The ranks of the config's own chain; it needs no options."""
+    chain = config["chain"]
+    schedule = ChainSchedule(**chain)
+    if not schedule.has_knots:
+        raise UserError(f"methods: expected a config whose chain has knots, or links, as {name}-4, received {name!r} and none")
+    epochs, steps = _length(config)
+    counts_epochs = chain["every_n_epochs"] or chain["at_epochs"]
+    if (epochs if counts_epochs else steps) is None:
+        wanted = "max_epochs alone, as the chain counts epochs" if counts_epochs else "max_steps, as the chain counts steps"
+        raise UserError(f"trainer: expected {wanted}, so that it is known how many links a run has, received another limit")
+    # In epochs of one step, both count the same.
+    run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
+    return [schedule.rank(link, _rank(config)) for link in range(len(schedule.links(START, run)))], {}
+
+
+def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any]]:
+    """The ranks of a chain of so many links, and the options that make it."""
+    epochs, steps = _length(config)
+    total = steps or epochs
+    if total is None:
+        raise UserError("trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither")
+    knots = [round(k * total / n_links) for k in range(1, n_links)]
+    if len({0, *knots, total}) <= n_links:
+        raise UserError(f"methods: expected at most {total} links, one for each of a run's parts, received {n_links}")
+    ranks = [_rank(config)] * n_links
+    return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
+
+
+def _length(config: Config) -> tuple[int | None, int | None]:
+    """A run's epochs and its optimizer steps: the one of them that ends it."""
+    trainer = config["trainer"]
+    steps = trainer["max_steps"] if (trainer["max_steps"] or -1) >= 0 else None
+    epochs = trainer["max_epochs"] if (trainer["max_epochs"] or -1) >= 0 else None
+    return (None if steps else epochs), steps

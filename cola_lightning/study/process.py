@@ -1,0 +1,71 @@
+"""A run in a process of its own, from the side that waits for it."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.errors import UserError
+
+LOG = "log.txt"
+
+
+def do(
+    words: Sequence[str], metric: str, folder: Path, tell: Callable[[float], None], tell_every: float
+) -> dict[str, Any] | None:
+    """Does a run, and gives what it reports of itself; None where it failed.
+
+    Args:
+        words: what follows ``cola fit``.
+        metric: on the rows of validation.
+        folder: of the run, which is emptied first; the process writes ``log.txt`` there.
+        tell: is told the share of the run that is done, now and then.
+        tell_every: seconds between two calls of it, at most.
+
+    Raises:
+        UserError: for what the run calls a mistake of the user's: other runs would, too.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    reading, writing = os.pipe()
+    asked = json.dumps({"words": list(words), "metric": metric, "report": writing})
+    reports: dict[str, Any] = {}
+    with (folder / LOG).open("w") as log, os.fdopen(reading, "rb", buffering=0):
+        command = [sys.executable, "-m", "cola_lightning", "compare", "--run", asked]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[writing])
+        try:
+            os.close(writing)
+            for report in _reports(reading, tell_every):
+                reports |= report
+                tell(reports.get("done", 0.0))
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()  # after the terminal's Ctrl-C a second signal, at which it stops at once
+                process.wait()
+    if status == 2:
+        raise UserError(_last_error(folder / LOG))
+    return reports.get("result") if status == 0 else None
+
+
+def _reports(reading: int, at_least_every: float) -> Iterator[dict[str, Any]]:
+    """What the process writes, a report a line, until it ends; an empty one where it writes nothing for a while."""
+    pending = b""
+    while True:
+        if not select.select([reading], [], [], at_least_every)[0]:
+            yield {}
+            continue
+        if not (received := os.read(reading, 1 << 16)):
+            return
+        *lines, pending = (pending + received).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ") if lines else f"a run was refused: {log}"

@@ -1,0 +1,164 @@
+"""One run of a study, in a process of its own: an ordinary fit, then validation and test of what it ended with.
+
+A process of its own, so that its peak of memory is its own, and so that a run that is killed takes no study with it.
+"""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from cola_lightning.callbacks import RunWatch
+from cola_lightning.cli.training import COLACLI
+from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.modules import COLAModule
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+
+REPORT_EVERY = 0.5  # seconds
+
+
+class Recorder(Callback):
+    """Notes what a study wants to know of a fit, and reports how far it is.
+
+    Args:
+        metric: the name of the metric on the rows of validation.
+        report: takes ``{"done": share of the run}``.
+    """
+
+    def __init__(self, metric: str, report: Report) -> None:
+        self.metric, self.report = metric, report
+        self.curve: list[tuple[int, float]] = []
+        self.steps, self.trainable_parameters, self.seconds, self._reported_at = 0, 0, 0.0, 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """What it has noted, as a Result's fields."""
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "peak_memory": _peak_memory(),
+            "trainable_parameters": self.trainable_parameters,
+            "curve": self.curve,
+        }
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.trainable_parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
+        self._started_at = time.perf_counter()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.steps, self.seconds = trainer.global_step, time.perf_counter() - self._started_at
+        if self.seconds - self._reported_at > REPORT_EVERY:
+            self._reported_at = self.seconds
+            self.report({"done": _share_done(trainer)})
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.metric)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not None:
+            self.curve.append((trainer.global_step, float(value)))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = time.perf_counter() - self._started_at
+
+
+class RunCLI(COLACLI):
+    """``cola fit`` with one more callback."""
+
+    def __init__(self, words: Sequence[str], watch: RunWatch, recorder: Recorder) -> None:
+        self.recorder = recorder
+        super().__init__(words, watch)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(self.recorder)  # type: ignore[attr-defined]
+        return trainer
+
+
+def run(words: Sequence[str], metric: str, report: Report) -> int:
+    """Fits, validates and tests, and reports the result.
+
+    Args:
+        words: what follows ``cola fit``.
+        metric: the name of the metric on the rows of validation, ``val_...``; that of test is ``test_...``.
+        report: takes ``{"done": share of the run}`` and, at the end, ``{"result": fields of a Result}``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: if the run has no such metric.
+    """
+    watch, recorder = RunWatch(), Recorder(metric, report)
+    # Lightning's warning that the process' own words are not used.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
+    with watch.listening():
+        try:
+            cli = RunCLI(["fit", *words], watch, recorder)
+        except NonFiniteError as error:
+            log.warning("diverged: %s", error)
+            report({"result": recorder.facts() | {"validation": None, "test": None}})
+            return 0
+        finally:
+            watch.remove_empty_folders()
+        module, trainer, facts = cli.model, cli.trainer, recorder.facts()
+        assert isinstance(module, COLAModule)
+        if module.target_modules is not None:
+            links = [*module.chain.links, module.live_link()]
+            knots = [link.start_step for link in links[1:]]
+            facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
+        (validated,) = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
+        (tested,) = trainer.test(module, datamodule=cli.datamodule, verbose=False)
+        of_test = f"test_{metric.removeprefix('val_')}"
+        for name, found in {metric: validated, of_test: tested}.items():
+            if name not in found:
+                logged = ", ".join(sorted(found)) or "a metric that the model logs"
+                raise UserError(f"metric: expected one of {logged}, received {name}")
+        report({"result": facts | {"validation": validated[metric], "test": tested[of_test]}})
+    return 0
+
+
+def main(asked: str) -> int:
+    """Does what a study asks of a process of its own.
+
+    Args:
+        asked: JSON: ``words``, ``metric``, and ``report``, the number of the file to which reports are written.
+    """
+    given = json.loads(asked)
+
+    @rank_zero_only
+    def report(facts: dict[str, Any]) -> None:
+        os.write(given["report"], (json.dumps(facts) + "\n").encode())  # a study that is gone ends its run: a broken pipe
+
+    return run(given["words"], given["metric"], report)
+
+
+def _share_done(trainer: Trainer) -> float:
+    if (trainer.max_steps or -1) > 0:
+        return min(1.0, trainer.global_step / trainer.max_steps)
+    epochs = trainer.max_epochs or 1
+    return min(1.0, (trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches) / epochs)
+
+
+def _peak_memory() -> float:
+    """In MB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return held / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # which gives it in bytes

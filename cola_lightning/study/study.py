@@ -1,0 +1,156 @@
+"""A comparison that goes on: which runs are still to be done, doing them, and what they come to."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cola_lightning.errors import UserError
+from cola_lightning.study import process
+from cola_lightning.study.comparison import Comparison
+from cola_lightning.study.config import as_words, keep_config, resolved
+from cola_lightning.study.figures import draw_curves, draw_points
+from cola_lightning.study.methods import Method, method
+from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
+from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
+from cola_lightning.study.trials import ALIVE_EVERY, Trials
+from cola_lightning.writing import whole_file
+
+log = logging.getLogger(__name__)
+
+WAIT = 5.0  # seconds between two looks at the runs of other processes
+
+
+class Study:
+    """A comparison, from its first run to its table.
+
+    Args:
+        asked: what is compared.
+        fit_words: options of ``cola fit`` for every run.
+
+    Raises:
+        UserError: for what cannot be compared.
+    """
+
+    def __init__(self, asked: Comparison, fit_words: Sequence[str]) -> None:
+        self.asked, self.output = asked, Path(asked.output)
+        self.words = ["--config", asked.config, *fit_words]
+        self.config = resolved(self.words)
+        given = self.config["model"]["init_args"]
+        if given.get("seed") is not None:
+            raise UserError(f"model.seed: expected null, so that seed_everything decides, received {given['seed']}")
+        optimizer = given.get("optimizer")
+        own_rate = (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
+        if own_rate is None:
+            raise UserError("model.optimizer: expected a class and its lr, which a study sets, received none in the config")
+        self.methods = {name: self._method(name) for name in asked.methods}
+        rates = asked.learning_rates or [float(own_rate)]
+        self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.methods, rates)
+        keep_config(self.config, self.output / "config.yaml")
+        storage = asked.storage or str(self.output / "study.journal")
+        self.trials = Trials(storage, asked.study_name or self.output.absolute().name, asked.metric, asked.better)
+        self.failed: dict[Run, Path] = {}
+        n_tuning = len(asked.tuned_by)
+        self.n_runs = sum(len(rates) * n_tuning + asked.seeds - n_tuning for rates in self.rates.values())
+
+    def _method(self, name: str) -> Method:
+        found = method(name, self.config)
+        resolved([*self.words, *as_words(found.options)])  # refused here, before any time is lost
+        return found
+
+    def run(self) -> int:
+        """Does what is to be done, and what other processes leave; gives the exit status."""
+        self.trials.take_up(read(self.output / "results.jsonl"))
+        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        left = [TextColumn("left"), TimeRemainingColumn()]
+        with Progress(*columns, *left, console=rich.get_console(), transient=True, speed_estimate_period=1e9) as self.bar:
+            self.task = self.bar.add_task("", total=self.n_runs)
+            while True:
+                results = self.results()
+                n_done = len(results) + len(self.failed)
+                self.bar.update(self.task, completed=n_done, description="")
+                self.trials.ask_for(run for run in self.wanted(results) if run not in self.failed)
+                if (taken := self.trials.take()) is not None:
+                    self._do(*taken, n_done)
+                elif n_done < self.n_runs and self.trials.are_running():
+                    time.sleep(WAIT)
+                else:
+                    break
+        rich.print(on_screen(self._write(), self.asked.metric))
+        for run, path in self.failed.items():
+            log.error("failed: %s, learning rate %g, seed %d: %s", run.method, run.learning_rate, run.seed, path)
+        return 1 if self.failed else 0
+
+    def results(self) -> list[Result]:
+        """Of the runs that this command asks for; the study may hold others."""
+        found = {result.run: result for result in self.trials.results()}
+        return [found[run] for run in self.wanted(found.values()) if run in found]
+
+    def wanted(self, results: Iterable[Result]) -> list[Run]:
+        """The runs in their order: by seed, so that a study that is stopped has something of each method.
+
+        Those of the seeds that compare no rates follow when the best rates are known, but for methods of which a run failed.
+        """
+        by_run, tuned_by = {result.run: result for result in results}, self.asked.tuned_by
+        runs = [Run(name, rate, seed) for seed in tuned_by for name, rates in self.rates.items() for rate in rates]
+        best: dict[str, float] = {}
+        if by_run.keys() | self.failed.keys() >= set(runs):
+            lost = {run.method for run in runs if run not in by_run}
+            tuning = [by_run[run] for run in runs if run.method not in lost]
+            best = best_rates(tuning, self.asked.better, tuned_by)
+        rest = range(len(tuned_by), self.asked.seeds)
+        return runs + [Run(name, rate, seed) for seed in rest for name, rate in best.items()]
+
+    def _do(self, trial: Any, run: Run, n_done: int) -> None:
+        """Has a run done in a process of its own, and tells Optuna what came of it."""
+        folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate:g}-seed{run.seed}"
+        what = f"{run.method}, rate {run.learning_rate:g}, seed {run.seed}"
+        told_at = time.monotonic()
+
+        def tell(done: float) -> None:
+            nonlocal told_at
+            self.bar.update(self.task, completed=n_done + done, description=what)
+            if time.monotonic() - told_at > ALIVE_EVERY:
+                told_at = time.monotonic()
+                self.trials.keep_alive(trial)
+
+        try:
+            chosen = self.methods[run.method] if run.method in self.methods else self._method(run.method)
+            changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "seed_everything": run.seed}
+            changes |= dict.fromkeys(self.asked.also_seeded or (), run.seed)
+            changes |= {"trainer.default_root_dir": str(folder)}
+            changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
+            facts = process.do([*self.words, *as_words(changes)], self.asked.metric, folder, tell, ALIVE_EVERY)
+        except BaseException:
+            self.trials.fail(trial)
+            raise
+        if facts is None:
+            self.trials.fail(trial)
+            self.failed[run] = folder / process.LOG
+            return
+        known = {"rank": chosen.rank, "links": chosen.links}  # of a run that diverged
+        self.trials.finish(trial, Result(**asdict(run), **known | facts))
+        if not self.asked.keep_checkpoints:
+            for checkpoints in folder.glob("**/checkpoints"):
+                shutil.rmtree(checkpoints)
+        self._write()
+
+    def _write(self) -> list[Row]:
+        """Writes the results, the tables and the figures; gives the table's rows."""
+        results = self.results()
+        write(self.trials.results(), self.output / "results.jsonl")
+        chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
+        table = summarize(chosen)
+        for name, text in {"table.md": as_markdown(table, self.asked.metric), "table.csv": as_csv(table)}.items():
+            with whole_file(self.output / name) as partial:
+                partial.write_text(text)
+        if any(results):
+            draw_curves(chosen, self.asked.metric, self.output / "curves.png")
+            draw_points(chosen, self.asked.metric, self.output / "points.png")
+        return table

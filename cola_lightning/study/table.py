@@ -1,0 +1,163 @@
+"""The table of a study: a method a row, at its best learning rate."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from rich.table import Table
+
+from cola_lightning.study.results import Result
+
+BASELINE = "lora"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at its best learning rate.
+
+    Attributes:
+        method: its name.
+        rank: of its links, the largest; None where all was trained.
+        links: how many; 0 where all was trained.
+        learning_rate: the best on validation.
+        seeds: how many runs there are.
+        diverged: how many of them diverged; the others are what follows.
+        validation: mean of the metric on the rows of validation.
+        test: mean of the metric on the rows of test.
+        deviation: standard deviation of it over the seeds; None of one alone.
+        difference: mean difference to LoRA's, seed by seed; None where there is none to compare with.
+        low: of the interval of 95 % around it, by Student's t; None of fewer than two seeds.
+        high: its other end.
+        seconds: of a fit, median.
+        peak_memory: in MB, median.
+        trainable_parameters: of a run.
+    """
+
+    method: str
+    rank: int | None
+    links: int
+    learning_rate: float
+    seeds: int
+    diverged: int
+    validation: float | None
+    test: float | None
+    deviation: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    seconds: float
+    peak_memory: float
+    trainable_parameters: int
+
+
+def summarize(results: Mapping[str, Sequence[Result]]) -> list[Row]:
+    """A row for each method.
+
+    Args:
+        results: of each method, at one learning rate.
+    """
+    baseline = {result.seed: result.test for result in results.get(BASELINE, ())}
+    return [_row(name, of_method, {} if name == BASELINE else baseline) for name, of_method in results.items()]
+
+
+def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float | None]) -> Row:
+    tests = [result.test for result in results if result.test is not None]
+    pairs = [(r.test, other) for r in results if r.test is not None and (other := baseline.get(r.seed)) is not None]
+    low, high = _interval(pairs)
+    first = results[0]
+    return Row(
+        method=name,
+        rank=first.rank,
+        links=first.links,
+        learning_rate=first.learning_rate,
+        seeds=len(results),
+        diverged=len(results) - len(tests),
+        validation=_mean([result.validation for result in results if result.validation is not None]),
+        test=_mean(tests),
+        deviation=statistics.stdev(tests) if len(tests) > 1 else None,
+        difference=_mean([mine - theirs for mine, theirs in pairs]),
+        low=low,
+        high=high,
+        seconds=statistics.median(result.seconds for result in results),
+        peak_memory=statistics.median(result.peak_memory for result in results),
+        trainable_parameters=first.trainable_parameters,
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _interval(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """The interval of the mean difference within pairs, by Student's t."""
+    if len(pairs) < 2:
+        return None, None
+    if len({mine - theirs for mine, theirs in pairs}) == 1:  # no deviation, of which scipy warns
+        return (only := pairs[0][0] - pairs[0][1]), only
+    from scipy import stats
+
+    mine, theirs = zip(*pairs, strict=True)
+    interval = stats.ttest_rel(mine, theirs).confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high)
+
+
+HEADINGS = ["method", "rank", "links", "learning rate", "seeds", "validation", "test", "difference to LoRA"]
+HEADINGS += ["s", "MB", "trained"]
+
+
+def _cells(row: Row) -> list[str]:
+    """A row as text, under HEADINGS."""
+    test = "diverged" if row.test is None else f"{row.test:.4f}" + ("" if row.deviation is None else f" ± {row.deviation:.4f}")
+    if row.test is not None and row.diverged:
+        test += f" ({row.diverged} diverged)"
+    difference = "" if row.difference is None else f"{row.difference:+.4f}"
+    if row.low is not None and row.high is not None:
+        difference += f" [{row.low:+.4f}, {row.high:+.4f}]"
+    return [
+        row.method,
+        "" if row.rank is None else str(row.rank),
+        str(row.links or ""),
+        f"{row.learning_rate:g}",
+        str(row.seeds),
+        "" if row.validation is None else f"{row.validation:.4f}",
+        test,
+        difference,
+        f"{row.seconds:.0f}",
+        f"{row.peak_memory:.0f}",
+        f"{row.trainable_parameters:,}",
+    ]
+
+
+def as_markdown(rows: Sequence[Row], metric: str) -> str:
+    """The table for a document."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows)]
+    note = (
+        f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
+        "validation; the difference on test is paired by seed, with its interval of 95 % by Student's t. s: seconds of a fit; "
+        "MB: peak memory of its process; trained: parameters of one link, or all."
+    )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The table for a program."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def on_screen(rows: Sequence[Row], metric: str) -> Table:
+    """The table for a terminal of 80 columns: without what is the same for most methods."""
+    shown = [HEADINGS.index(name) for name in ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")]
+    title = f"test_{metric.removeprefix('val_')}, mean ± standard deviation; intervals of 95 %, paired by seed"
+    table = Table(title=title)
+    for place in shown:
+        table.add_column({"learning rate": "rate"}.get(HEADINGS[place], HEADINGS[place]), no_wrap=HEADINGS[place] != "method")
+    for cells in map(_cells, rows):
+        table.add_row(*(cells[place] for place in shown))
+    return table

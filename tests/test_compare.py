@@ -1,0 +1,481 @@
+"""``cola compare``: methods on one config, at equal numbers of optimizer steps."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+from scipy import stats
+
+from cola_lightning.cli import main
+from cola_lightning.errors import UserError
+from cola_lightning.study import process
+from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.figures import mean_curve
+from cola_lightning.study.methods import METHODS, method
+from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
+from cola_lightning.study.table import summarize
+from cola_lightning.study.trials import Trials
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+
+
+def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts):
+    facts = {"rank": 1, "links": 1, "steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5} | facts
+    return Result(method, seed, rate, validation=validation, test=validation if test is None else test, **facts)
+
+
+# ---------------------------------------------------------------------- methods
+
+
+def config(chain=None, rank=4, **trainer):
+    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
+    return {
+        "model": {"init_args": {"rank": rank, "alpha": 8.0}},
+        "chain": whens | (chain or {}),
+        "trainer": {"max_epochs": None, "max_steps": -1} | trainer,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "links", "rank"),
+    [
+        ("lora", config({"every_n_epochs": 5}, max_epochs=20), 1, 4),
+        ("cola", config({"every_n_epochs": 5}, max_epochs=20), 4, 4),
+        ("cola", config({"every_n_train_steps": 6}, max_steps=20), 4, 4),
+        ("cola", config({"at_steps": [7, 30]}, max_steps=20, max_epochs=-1), 2, 4),
+        ("cola", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 2, 4),
+        ("cola-5", config(max_steps=20), 5, 4),
+        ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), 5, 4),
+        ("cola-1", config(max_epochs=20), 1, 4),
+        ("lora-sum-rank", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 1, 6),
+        ("lora-sum-rank-5", config(max_steps=20), 1, 20),
+        ("full", config(), 0, None),
+    ],
+)
+def test_a_method_is_options_of_a_fit(name, given, links, rank):
+    found = method(name, given)
+    assert (found.name, found.links, found.rank) == (name, links, rank)
+    if name.startswith("lora-sum-rank"):
+        assert found.options["model.alpha"] / found.options["model.rank"] == 8 / 4
+    if name == "full":
+        assert found.options["model.target_modules"] is None
+
+
+def test_links_of_equal_length_end_with_the_run():
+    assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]
+    assert method("cola-2", config(max_epochs=5)).options["chain.at_epochs"] == [2]
+    assert method("cola-2", config(max_epochs=5, max_steps=300)).options["chain.at_steps"] == [150]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("lore", config(), r"methods: expected lora, .* received 'lore'; the nearest that exist: lora"),
+        ("lora-3", config(), "methods: expected lora, received 'lora-3'"),
+        ("cola-0", config(), "methods: expected cola-1 or more, received 'cola-0'"),
+        ("cola", config(max_epochs=3), "methods: expected a config whose chain has knots, or links, as cola-4"),
+        ("cola", config({"every_n_epochs": 1}, max_steps=20), "trainer: expected max_epochs alone, as the chain counts epochs"),
+        ("cola", config({"every_n_train_steps": 1}, max_epochs=2), "trainer: expected max_steps, as the chain counts steps"),
+        ("cola-9", config(max_epochs=3), "methods: expected at most 3 links, .* received 9"),
+        ("cola-2", config(), "trainer: expected max_steps or max_epochs, .* received neither"),
+    ],
+)
+def test_a_method_that_a_config_does_not_allow_is_refused(name, given, message):
+    with pytest.raises(UserError, match=message):
+        method(name, given)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_fit_that_parses(name):
+    options = method(name, resolved(["--config", DIGITS])).options
+    changed = resolved(["--config", DIGITS, *as_words(options)])
+    assert changed["trainer"]["max_epochs"] == 50
+
+
+# ---------------------------------------------------------------------- what is read off the results
+
+
+def test_a_rate_is_chosen_on_validation_by_the_tuning_seeds_alone():
+    results = [result(rate=1e-2, validation=3.0, test=0.0), result(rate=1e-1, validation=2.0, test=9.0)]
+    results += [result(rate=1e-2, seed=1, validation=0.0)]
+    assert best_rates(results, "min", [0]) == {"lora": 1e-1}
+    assert best_rates(results, "max", [0]) == {"lora": 1e-2}
+    assert best_rates(results, "min", [0, 1]) == {"lora": 1e-1}  # the seed that all rates have
+    assert [r.seed for r in at_best_rates(results, "max", [0])["lora"]] == [0, 1]
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_chosen():
+    lost = result(rate=1.0, validation=None)
+    assert lost.test is None
+    for mode in ("min", "max"):
+        assert best_rates([lost, result(rate=1e-2, validation=50.0)], mode, [0]) == {"lora": 1e-2}
+        assert best_rates([lost], mode, [0]) == {"lora": 1.0}
+
+
+def test_differences_to_lora_are_paired_by_seed():
+    values = {"lora": [1.0, 2.0, 4.0], "cola": [0.9, 1.7, 3.4, 100.0]}
+    by_method = {name: [result(name, seed, validation=v) for seed, v in enumerate(given)] for name, given in values.items()}
+    lora, cola = summarize(by_method)
+    assert (lora.difference, lora.low, lora.seeds) == (None, None, 3)
+    differences = [-0.1, -0.3, -0.6]
+    mean, error = sum(differences) / 3, stats.sem(differences)
+    assert cola.difference == pytest.approx(mean)
+    assert (cola.low, cola.high) == pytest.approx(stats.t.interval(0.95, 2, mean, error))
+    assert cola.seeds == 4
+
+
+def test_no_interval_is_made_up():
+    one = summarize({"lora": [result()], "cola": [result("cola", validation=0.5)]})[1]
+    assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
+    alone, lost = summarize({"cola": [result("cola")], "full": [result("full", validation=None, links=0)]})
+    assert alone.difference is None
+    assert (lost.test, lost.diverged) == (None, 1)
+    same = {name: [result(name, seed) for seed in (0, 1)] for name in ("lora", "cola")}
+    assert summarize(same)[1].low == 0
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    results = [result(curve=[[5, 0.25]], knots=[5]), result("full", validation=None, rank=None, links=0, curve=[], knots=[])]
+    write(results, tmp_path / "results.jsonl")
+    assert read(tmp_path / "results.jsonl") == results
+    assert read(tmp_path / "none.jsonl") == []
+    (tmp_path / "results.jsonl").write_text('{"method": "lora"}\n')
+    with pytest.raises(UserError, match=r"output: expected a run's result in .*results\.jsonl, line 1, received"):
+        read(tmp_path / "results.jsonl")
+
+
+def test_a_mean_curve_has_the_steps_that_all_seeds_have():
+    results = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
+    assert mean_curve(results) == {5: 2.0}
+
+
+# ---------------------------------------------------------------------- a study whose runs are made up
+
+
+class Runs:
+    """In the place of processes: each run takes no time, and its metric follows from its options."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.refusing, self.stop_at = [], set(), None
+        monkeypatch.setattr(process, "do", self)
+
+    def __call__(self, words, metric, folder, tell, tell_every):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        rate, seed = float(given["--model.optimizer.lr"]), int(given["--seed_everything"])
+        assert folder.name.endswith(f"-lr{rate:g}-seed{seed}")
+        assert given["--trainer.default_root_dir"] == str(folder)
+        if self.stop_at == len(self.asked):
+            raise KeyboardInterrupt
+        self.asked.append(folder.name)
+        if folder.name in self.refusing:
+            return None
+        tell(0.5)
+        value = rate + seed / 1000 + len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
+        curve = [[5, 2 * value], [10, value]]
+        facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": curve}
+        return facts | {"validation": value, "test": value}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    return Runs(monkeypatch)
+
+
+def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
+    given = ["--config", DIGITS, "--output", str(folder), "--methods", methods, "--seeds", str(seeds), *words]
+    return main(["compare", *given, *(["--", *fit] if fit else ())])
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_study_leaves_lines_tables_and_figures(tmp_path, runs, capsys):
+    assert compare(tmp_path, "--learning_rates", "[1e-2, 2e-2]") == 0
+    assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
+        (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
+    ]
+    fields = {"method", "seed", "learning_rate", "rank", "links", "validation", "test", "seconds", "peak_memory"}
+    assert fields < lines(tmp_path)[0].keys()
+    with (tmp_path / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["method"], row["links"], row["learning_rate"]) for row in table] == [
+        ("lora", "1", "0.01"),
+        ("cola-2", "2", "0.01"),
+    ]
+    assert float(table[1]["difference"]) == pytest.approx(0.1)
+    assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
+    for name in ("curves.png", "points.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "cola-2" in capsys.readouterr().out
+
+
+def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
+    assert compare(tmp_path) == 0
+    first = list(runs.asked)
+    assert compare(tmp_path) == 0
+    assert runs.asked == first
+    assert compare(tmp_path, methods="[lora, cola-2, full]", seeds=3) == 0
+    assert [name.split("-lr")[0] + name[-1] for name in runs.asked[4:]] == ["full0", "full1", "lora2", "cola-22", "full2"]
+    assert compare(tmp_path, methods="[full]", seeds=1) == 0
+    assert len(lines(tmp_path)) == 9  # a smaller question forgets nothing
+
+
+def test_lines_alone_are_enough_to_go_on(tmp_path, runs):
+    assert compare(tmp_path) == 0
+    (tmp_path / "study.journal").unlink()
+    before = lines(tmp_path)
+    assert compare(tmp_path) == 0
+    assert len(runs.asked) == 4
+    assert lines(tmp_path) == before
+
+
+def test_seeds_that_compare_no_rates_run_at_the_best_alone(tmp_path, runs):
+    rates = "{lora: [1e-2, 2e-2], cola-2: [3e-2]}"
+    assert compare(tmp_path, "--learning_rates", rates, "--tuning_seeds", "1", seeds=3) == 0
+    assert runs.asked[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
+    assert runs.asked[3:] == [f"{name}-seed{seed}" for seed in (1, 2) for name in ("lora-lr0.01", "cola-2-lr0.03")]
+
+
+def test_ctrl_c_loses_the_run_in_hand_alone(tmp_path, runs):
+    runs.stop_at = 2
+    assert compare(tmp_path) == 130
+    assert len(lines(tmp_path)) == 2
+    runs.stop_at = None
+    assert compare(tmp_path) == 0
+    assert len(runs.asked) == len(set(runs.asked)) == 4
+
+
+def test_a_run_that_fails_stops_no_other_and_is_done_again(tmp_path, runs, capsys):
+    runs.refusing = {"lora-lr0.02-seed0"}
+    assert compare(tmp_path) == 1
+    assert len(lines(tmp_path)) == 3
+    assert "failed: lora, learning rate 0.02, seed 0" in capsys.readouterr().out
+    runs.refusing = set()
+    assert compare(tmp_path) == 0
+    assert runs.asked[-1] == "lora-lr0.02-seed0"
+    assert len(lines(tmp_path)) == 4
+
+
+def test_options_after_the_dashes_are_every_runs(tmp_path, runs):
+    assert compare(tmp_path, methods="[lora]", seeds=1, fit=["--trainer.max_epochs", "7"]) == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
+
+
+def test_splits_may_follow_the_seeds(tmp_path, monkeypatch):
+    seen = []
+
+    def do(words, *_):
+        seen.append(resolved(words)["data"]["init_args"]["split_seed"])
+
+    monkeypatch.setattr(process, "do", do)
+    compare(tmp_path, "--also_seeded", "[data.split_seed]", methods="[lora]", seeds=3)
+    assert seen == [0, 1, 2]
+
+
+def test_a_database_is_a_storage_too(tmp_path, runs):
+    storage = ["--storage", f"sqlite:///{tmp_path}/study.db", "--study_name", "digits"]
+    assert compare(tmp_path / "study", *storage, methods="[lora]") == 0
+    assert compare(tmp_path / "study", *storage, methods="[lora]") == 0
+    assert len(runs.asked) == 2
+    assert not (tmp_path / "study" / "study.journal").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "message"),
+    [
+        (["--methods", "[]"], {}, "error: methods: expected a list of names, each once, received []"),
+        (["--methods", "[lora, lora]"], {}, "error: methods: expected a list of names, each once"),
+        (["--seeds", "0"], {}, "error: seeds: expected a whole number of at least 1, received 0"),
+        (["--seeds", "two"], {}, "error: seeds: expected int, received 'two'"),
+        (["--seds", "2"], {}, "--seds"),
+        (["--config", "nowhere.yaml"], {}, "error: config: expected a file, received 'nowhere.yaml'"),
+        (["--metric", "accuracy"], {}, "error: metric: expected a name that begins with val_, received 'accuracy'"),
+        (["--tuning_seeds", "3"], {}, "error: tuning_seeds: expected 1 to 2, which is seeds, received 3"),
+        (["--learning_rates", "[0]"], {}, "error: learning_rates: expected numbers above 0, each once, received [0.0]"),
+        (["--learning_rates", "{lora: [1e-2]}"], {}, "error: learning_rates: expected a list for each of lora, cola-2"),
+        ([], {"fit": ["--model.seed", "3"]}, "error: model.seed: expected null"),
+        ([], {"fit": ["--model.rang", "2"]}, "error: "),
+        (["--storage", "nosuchbase://here"], {}, "error: storage: expected a file, or the URL of a database that answers"),
+    ],
+    ids=str,
+)
+def test_what_is_written_wrong_is_one_line_and_status_2(tmp_path, runs, capsys, words, changed, message):
+    status = compare(tmp_path, *words, **changed)
+    error = capsys.readouterr().err.strip()
+    assert (status, runs.asked) == (2, [])
+    assert error.splitlines()[-1].startswith("error: ")
+    assert message in error
+
+
+def test_another_config_is_another_study(tmp_path, runs, capsys):
+    assert compare(tmp_path) == 0
+    assert compare(tmp_path, fit=["--model.rank", "2"]) == 2
+    assert "config: expected model.init_args.rank: 1, as in" in capsys.readouterr().err
+    assert compare(tmp_path, "--metric", "val_accuracy") == 2
+    assert "metric, mode: expected val_loss and min, as in the study" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- trials that several processes take
+
+
+def trials(tmp_path):
+    return Trials(str(tmp_path / "study.journal"), "study", "val_loss", "min")
+
+
+def test_two_processes_share_the_runs(tmp_path):
+    mine, theirs = trials(tmp_path), trials(tmp_path)
+    asked = [Run("lora", 0.01, seed) for seed in range(3)]
+    mine.ask_for(asked)
+    theirs.ask_for(asked)
+    taken = [one.take()[1] for one in (mine, theirs, mine)]
+    assert taken == asked
+    assert mine.take() is None
+    mine.ask_for(asked)
+    assert theirs.take() is None
+    assert mine.are_running()
+
+
+def test_a_run_that_two_have_asked_for_at_once_is_done_once(tmp_path):
+    mine, theirs = trials(tmp_path), trials(tmp_path)
+    for one in (mine, theirs):  # as if neither had seen the other's
+        one.study.enqueue_trial({"learning_rate": 0.01, "seed": 0}, user_attrs={"method": "lora"})
+    assert mine.take()[1] == Run("lora", 0.01, 0)
+    assert theirs.take() is None
+    states = [trial.state for trial in mine.study.trials]
+    assert states == [TrialState.RUNNING, TrialState.PRUNED]
+
+
+@pytest.mark.parametrize("alive", [["elsewhere", 1, 0.0], [None, 2**22 + 1, None]], ids=["silent", "gone"])
+def test_a_run_whose_process_is_gone_is_done_again(tmp_path, alive):
+    import socket
+
+    mine, run = trials(tmp_path), Run("lora", 0.01, 0)
+    mine.ask_for([run])
+    trial, _ = mine.take()
+    assert alive[0] == "elsewhere" or not Path(f"/proc/{alive[1]}").exists()
+    trial.set_user_attr("alive", [alive[0] or socket.gethostname(), alive[1], alive[2] or time.time() * (alive[0] is None)])
+    assert not mine.are_running()
+    theirs = trials(tmp_path)
+    theirs.ask_for([run])
+    assert theirs.take()[1] == run
+
+
+def test_a_run_of_another_machine_that_says_so_is_left_to_it(tmp_path):
+    mine = trials(tmp_path)
+    mine.ask_for([Run("lora", 0.01, 0)])
+    trial, run = mine.take()
+    trial.set_user_attr("alive", ["elsewhere", 1, time.time()])
+    mine.ask_for([run])
+    assert mine.take() is None
+    assert mine.are_running()
+
+
+def test_a_run_that_diverged_is_done_and_the_worst(tmp_path):
+    mine, run = trials(tmp_path), Run("lora", 0.01, 0)
+    mine.ask_for([run])
+    trial, _ = mine.take()
+    mine.finish(trial, result(validation=None))
+    assert mine.study.trials[0].value == float("inf")
+    mine.ask_for([run])
+    assert mine.take() is None
+    assert mine.results()[0].test is None
+
+
+def test_optunas_own_tools_see_the_study(tmp_path, runs):
+    assert compare(tmp_path / "digits", methods="[lora]") == 0
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "digits" / "study.journal"))
+    )
+    study = optuna.load_study(study_name="digits", storage=storage)
+    assert [trial.params for trial in study.trials] == [{"learning_rate": 0.02, "seed": seed} for seed in (0, 1)]
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+
+
+# ---------------------------------------------------------------------- runs that are run
+
+SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
+
+
+def test_a_run_is_the_fit_of_the_same_values(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola]", seeds=1, fit=SHORT) == 0
+    (line,) = lines(tmp_path / "study")
+    fit = ["--config", DIGITS, *SHORT, "--trainer.default_root_dir", str(tmp_path / "fit"), "--seed_everything", "0"]
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    assert main(["fit", *fit]) == 0
+    assert main(["test", *fit, "--ckpt_path", str(tmp_path / "fit/runs/version_0/checkpoints/last.ckpt")]) == 0
+    logged = [list(csv.DictReader((tmp_path / f"fit/runs/version_{k}/metrics.csv").read_text().splitlines())) for k in (0, 1)]
+    val = [float(row["val_accuracy"]) for row in logged[0] if row.get("val_accuracy")]
+    assert [value for _, value in line["curve"]] == pytest.approx(val, abs=0)
+    assert line["validation"] == val[-1]
+    assert line["test"] == float(logged[1][-1]["test_accuracy"])
+    assert (line["links"], line["rank"], line["knots"], line["steps"]) == (2, 1, [9], 18)
+    assert line["trainable_parameters"] == 330
+    assert line["seconds"] > 0
+    assert line["peak_memory"] > 100
+    folder = tmp_path / "study" / "runs" / "cola-lr0.02-seed0"
+    assert (folder / "runs" / "version_0" / "config.yaml").exists()
+    assert not list(folder.rglob("*.ckpt"))
+
+
+def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
+    assert "error: model.rank: expected at most" in capsys.readouterr().err
+    rates = ["--learning_rates", "[1e6]"]
+    diverging = [*SHORT, "--trainer.limit_val_batches", "0", "--model.optimizer.weight_decay", "3"]
+    assert compare(tmp_path / "diverged", *rates, methods="[full]", seeds=1, fit=diverging) == 0
+    (line,) = lines(tmp_path / "diverged")
+    assert (line["validation"], line["test"], line["links"]) == (None, None, 0)
+    assert "diverged" in (tmp_path / "diverged" / "table.md").read_text()
+
+
+def test_a_study_that_is_stopped_ends_its_run_and_goes_on(tmp_path):
+    words = [
+        "--config",
+        DIGITS,
+        "--output",
+        str(tmp_path),
+        "--methods",
+        "[lora]",
+        "--seeds",
+        "1",
+        "--",
+        "--trainer.max_epochs",
+        "3",
+    ]
+    command = [sys.executable, "-m", "cola_lightning", "compare", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    study = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "runs" / "lora-lr0.02-seed0" / "log.txt"
+    for _ in range(600):
+        if log.exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 143, study.stderr.read()
+    study.stderr.close()
+    processes = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(p)]
+    assert processes == []
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path)) == 1
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,116 @@
+"""The example of a module of one's own: a GPT on bytes that is pre-trained on English and adapted to Python."""
+
+import pytest
+import torch
+
+from cola_lightning import COLAModule, UserError
+from cola_lightning.examples import domain_shift
+from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
+from cola_lightning.examples.corpora import english_passages, python_sources
+from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule, pretrained, windows
+from tests import tiny
+from tests.toy import assert_bit_equal, trainer, weights
+
+SIZES = {"depth": 1, "width": 16, "heads": 2, "context": 8}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """English of a few sentences, and an empty cache folder."""
+    monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "english")))
+    monkeypatch.setenv("COLA_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_no_logit_sees_a_later_byte():
+    model = ByteGPT(**SIZES)
+    tokens = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 5:] = 0
+    torch.testing.assert_close(model(tokens)[:, :5], model(changed)[:, :5])
+    assert not torch.allclose(model(tokens)[:, 5:], model(changed)[:, 5:])
+
+
+def test_pretraining_learns_english(cache):
+    text = windows(english_passages(), 8)
+    before, after = (next_byte_loss(pretrained(steps, **SIZES), text).item() for steps in (1, 60))
+    assert before > 5.3
+    assert after < 4
+
+
+def test_the_base_is_trained_once_and_then_read(cache, monkeypatch):
+    first = pretrained(3, **SIZES)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(domain_shift, "_pretrain", lambda *_: pytest.fail("trained again"))
+    torch.manual_seed(5)
+    assert_bit_equal(weights(pretrained(3, **SIZES)), weights(first))
+
+
+@pytest.mark.parametrize("other", [{"steps": 4}, {"width": 32}])
+def test_another_recipe_is_another_file(cache, other):
+    pretrained(**{"steps": 3} | SIZES)
+    pretrained(**{"steps": 3} | SIZES | other)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_another_corpus_is_another_file(cache, tmp_path, monkeypatch):
+    pretrained(3, **SIZES)
+    monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "other", "Another passage, of its own.")))
+    pretrained(3, **SIZES)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_pretraining_that_stops_leaves_no_file(cache, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(domain_shift, "save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained(3, **SIZES)
+    assert list(cache.iterdir()) == []
+
+
+def test_every_seed_has_the_same_base(cache):
+    modules = [COLAByteGPT(**SIZES, pretrain_steps=2, rank=1, seed=seed) for seed in (0, 1)]
+    assert_bit_equal(*(weights(module.merged_model(0)) for module in modules))
+
+
+def test_a_chain_of_the_example_trains_and_is_loaded_again(cache, tmp_path):
+    module = COLAByteGPT(**SIZES, pretrain_steps=2, target_modules=["qkv", "up"], rank=1, seed=0)
+    data = PythonSourceDataModule(context=8, batch_size=4, eval_size=16, train_size=32)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 2}, max_epochs=1)
+    run.fit(module, data)
+    assert module.link == 3
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    (tested,) = run.test(again, data, verbose=False)
+    (expected,) = run.test(module, data, verbose=False)
+    assert tested == expected
+    assert run.predict(again, data)[0].keys() == {"prediction", "target"}
+
+
+def test_training_validation_and_test_share_no_window():
+    data = PythonSourceDataModule(context=64, eval_size=128)
+    data.setup("fit")
+    assert len(data.train) == (len(python_sources()) * 9 // 10 - 1) // 64
+    text = python_sources()
+    places = [[int(windows(text, 64)[k, 0]) for k in (0, 1)], data.train[:2, 0].tolist()]
+    assert places[0] == places[1]
+    val, test = ({bytes(row.tolist()) for row in part} for part in (data.val, data.test))
+    assert len(data.val) == len(data.test) == 128
+    assert len(val & test) < 3  # a row of dashes may come twice
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: COLAByteGPT(depth=0), r"model\.depth: expected a whole number of at least 1, received 0"),
+        (lambda: COLAByteGPT(heads=3), r"model\.heads: expected a divisor of model\.width, 128, received 3"),
+        (lambda: COLAByteGPT(pretrain_steps=-1), r"model\.pretrain_steps: expected a whole number of at least 0, received -1"),
+        (lambda: PythonSourceDataModule(eval_size=10**6).setup("fit"), r"data\.eval_size: expected at most \d+ windows"),
+        (lambda: PythonSourceDataModule(context=0), r"data\.context: expected a whole number of at least 1, received 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

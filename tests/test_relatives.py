@@ -1,0 +1,199 @@
+"""The relatives of COLA as rules on its engine: which factor a link trains, and what an optimizer keeps over a knot."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from cola_lightning import AdaptedModel, LoRALinear, UserError
+from cola_lightning.chain.rules import frozen_factor, keep_state
+from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.methods import METHODS, method
+from tests.test_chain_of_lora import Watch
+from tests.test_compare import DIGITS
+from tests.test_resume import ARGUMENTS, FEW, Normed, fit, last
+from tests.toy import assert_bit_equal, batches, toy, trainer, weights
+
+
+def base():
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+
+def factors(module):
+    layers = module.adapted.layers.items()
+    return {name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for name, layer in layers}
+
+
+@pytest.mark.parametrize("drawn", ["A", "B"])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
+    layer = LoRALinear.from_linear(nn.Linear(5, 7), rank=3, alpha=6, init=init)
+    x = torch.randn(4, 5)
+    before = layer(x)
+    layer.reset(torch.Generator().manual_seed(1), rank=2, drawn=drawn)
+    assert torch.equal(layer(x), before)
+    assert not layer.has_begun
+    other = layer.lora_B if drawn == "A" else layer.lora_A
+    drawn_factor = layer.lora_A if drawn == "A" else layer.lora_B.T
+    assert not other.any()
+    assert drawn_factor[:2].ne(0).all()
+    assert not drawn_factor[2:].any()
+    theirs = LoRALinear.from_linear(nn.Linear(drawn_factor.shape[1], 2), rank=3, alpha=6, init=init)
+    theirs.reset(torch.Generator().manual_seed(1), rank=2)
+    assert torch.equal(drawn_factor, theirs.lora_A)  # as the A of the transposed layer would be
+
+
+def test_which_factor_is_frozen_follows_from_seed_and_link():
+    drawn = [frozen_factor("random", 3, link) for link in range(200)]
+    assert drawn == [frozen_factor("random", 3, link) for link in range(200)]
+    assert 70 < drawn.count("A") < 130
+    assert {frozen_factor("both", 3, link) for link in range(9)} == {None}
+    assert {frozen_factor("B", 3, link) for link in range(9)} == {"A"}
+
+
+@pytest.mark.parametrize("trained", ["both", "B", "random"])
+def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
+    starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.link, factors(module)))
+    module = toy(trained_factors=trained, optimizer=lambda p: AdamW(p, lr=1e-2), seed=0)
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 2}, max_epochs=2).fit(module, batches())
+    frozen = [frozen_factor(trained, 0, link) for link in range(10)]
+    assert trained != "random" or set(frozen) == {"A", "B"}
+    for link, which in zip([*module.chain.links, module.live_link()], frozen, strict=True):
+        for name, (lora_A, lora_B) in link.factors.items():
+            was_A, was_B = starts[link.index][name]
+            assert torch.equal(lora_A, was_A) == (which == "A")
+            assert torch.equal(lora_B, was_B) == (which == "B")
+            assert not (was_A if which == "B" else was_B).any()
+
+
+def test_a_link_of_rac_lora_is_a_projected_gradient_step(tmp_path):
+    """Gradient descent on B, beside a frozen A, is W <- W - rate * scaling^2 * G A^T A; on A, likewise with B B^T G."""
+    x, y = next(iter(batches()))
+    seen = set()
+    for seed in range(4):
+        adapted = AdaptedModel.of(base, target_modules=["0"], rank=2, alpha=4, seed=seed, trained_factors="random")
+        layer, before = adapted.layers["0"], adapted.merged_model()[0].weight.detach()
+        plain = adapted.merged_model()
+        F.mse_loss(plain(x), y).backward()
+        gradient, (lora_A, lora_B) = plain[0].weight.grad, (factor.detach().clone() for factor in layer.factors)
+        optimizer = SGD(adapted.trained_parameters(), lr=0.1)
+        F.mse_loss(adapted.model(x), y).backward()
+        optimizer.step()
+        frozen = adapted.frozen_factor
+        projected = gradient @ lora_A.T @ lora_A if frozen == "A" else lora_B @ lora_B.T @ gradient
+        adapted.tie_knot()
+        torch.testing.assert_close(adapted.model[0].weight.detach(), before - 0.1 * 4 * projected, rtol=1e-5, atol=1e-6)
+        seen.add(frozen)
+    assert seen == {"A", "B"}
+
+
+def test_a_frozen_factor_is_in_no_optimizer_and_gathers_no_gradient(tmp_path):
+    def look(run, module):
+        for factor in module.adapted.frozen_factors():
+            factor.grad = torch.full_like(factor, 1e9)  # what a step before would have left
+        return len(run.optimizers[0].param_groups[0]["params"])
+
+    watch, module = Watch(look), toy(trained_factors="B")
+    trainer(tmp_path, watch, max_epochs=1, gradient_clip_val=0.1).fit(module, batches())
+    assert set(watch.seen) == {2}
+    assert len(module.adapted.frozen_factors()) == 2
+    assert all(factor.grad.abs().max() < 1e6 for factor in module.adapted.frozen_factors())
+
+
+def test_the_loss_falls_by_one_factor_alone(tmp_path):
+    losses = Watch(lambda run, module: F.mse_loss(module.model(batch[0]), batch[1]).item())
+    batch = next(iter(batches()))
+    module = toy(trained_factors="random", optimizer=lambda p: AdamW(p, lr=1e-2))
+    trainer(tmp_path, losses, chain={"every_n_epochs": 1}, max_epochs=6).fit(module, batches())
+    assert losses.seen[-1] < 0.8 * losses.seen[0]
+
+
+@pytest.mark.parametrize(
+    "rule", [{"trained_factors": "B"}, {"trained_factors": "random"}, {"kept_optimizer_state": 0.1}], ids=str
+)
+def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, rule):
+    def module():
+        return toy(Normed, **ARGUMENTS, **rule, optimizer=lambda p: AdamW(p, lr=1e-2))
+
+    whole, expected, _ = fit(tmp_path / "whole", module=module())
+    for stop in FEW:
+        folder = tmp_path / f"{stop}"
+        _, before, _ = fit(folder, stop, module=module())
+        resumed, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=module())
+        assert_bit_equal(weights(resumed), weights(whole))
+        assert before.losses | after.losses == expected.losses, stop
+
+
+def test_a_resume_trains_the_factors_of_its_run(tmp_path):
+    fit(tmp_path, ("batch_end", 5), module=toy(Normed, **ARGUMENTS))
+    with pytest.raises(UserError, match=r"model\.trained_factors: expected both, the checkpoint's, received B"):
+        fit(tmp_path / "on", ckpt_path=last(tmp_path), module=toy(Normed, **ARGUMENTS, trained_factors="B"))
+
+
+def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
+    parameters = [nn.Parameter(torch.zeros(4, 5)) for _ in range(2)]
+    old, new = (AdamW(parameters, lr=1.0) for _ in range(2))
+    for k in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.arange(20.0).reshape(4, 5) - 9 + k
+        old.step()
+    keep_state(old, new, 0.1, {id(parameters[0])})
+    factor, whole = (new.state[parameter] for parameter in parameters)
+    for name in ("exp_avg", "exp_avg_sq"):
+        was = old.state[parameters[0]][name]
+        assert factor[name].count_nonzero() == 2
+        assert set(factor[name][factor[name] != 0].tolist()) == set(was.flatten()[was.abs().flatten().topk(2).indices].tolist())
+        assert torch.equal(whole[name], old.state[parameters[1]][name])
+    assert factor["step"] == whole["step"] == 3
+    new.step()
+
+
+@pytest.mark.parametrize("kept", [0, 0.25])
+def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
+    def look(run, module):
+        state = run.optimizers[0].state
+        return [(float(s["step"]), s["exp_avg"].count_nonzero().item() / s["exp_avg"].numel()) for s in state.values()]
+
+    watch = Watch(look)
+    module = toy(kept_optimizer_state=kept)
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 5}, max_epochs=1).fit(module, batches())
+    if not kept:
+        assert watch.seen[5] == []
+        return
+    assert [step for step, _ in watch.seen[5]] == [5.0] * 4
+    assert [share for _, share in watch.seen[5]] == pytest.approx([0.25] * 4, abs=0.01)
+    assert [step for step, _ in watch.seen[9]] == [9.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trained_factors": "A"}, r"model\.trained_factors: expected both, B, random, received 'A'"),
+        ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state: expected a share from 0 to 1, received 2"),
+    ],
+    ids=str,
+)
+def test_rules_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        toy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "links", "rule"),
+    [
+        ("rac", 10, {"trained_factors": "random"}),
+        ("rac-4", 4, {"trained_factors": "random"}),
+        (
+            "relora",
+            10,
+            {"kept_optimizer_state": 0.01, "schedule_scope": "run", "lr_schedule": "cosine", "knot_warmup_steps": 0.1},
+        ),
+        ("asymmetric", 1, {"trained_factors": "B"}),
+    ],
+)
+def test_a_relative_is_a_method_of_a_study(name, links, rule):
+    found = method(name, resolved(["--config", DIGITS]))
+    assert (found.links, found.rank) == (links, 1)
+    assert rule.items() <= resolved(["--config", DIGITS, *as_words(found.options)])["model"]["init_args"].items()
+    assert name.split("-")[0] in METHODS
