@@ -151,7 +151,7 @@ class AdaptedModel:
         return None if layer is None else (layer.rank, layer.alpha)
 
     @property
-    def kept_dtype(self) -> torch.dtype:
+    def cast_dtype(self) -> torch.dtype:
         """To which dtype a precision has cast adapted layers; float32: it left them as they came."""
         layers = self.layers.values()
         return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
@@ -365,16 +365,16 @@ class AdaptedModel:
         for layer in self.layers.values():
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
                 if layer.dtype != dtype and is_sharded:
-                    told, mine = (str(one).removeprefix("torch.") for one in (layer.dtype, dtype))
+                    expected, received = (str(one).removeprefix("torch.") for one in (layer.dtype, dtype))
                     raise UserError(
-                        f"trainer.precision: expected one that leaves adapted layers in {told}, in which they were sharded, "
-                        f"received one for {mine}"
+                        "trainer.precision: expected one that leaves adapted layers in "
+                        f"{expected}, in which they were sharded, received one for {received}"
                     )
                 layer.to(dtype)
 
     def recast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers from one precision's dtype to another's: what was rounded comes back with the base."""
-        if self.kept_dtype.itemsize < 4:
+        if self.cast_dtype.itemsize < 4:
             made = self.base_again()
             for name, part in made.named_modules():
                 tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
@@ -434,9 +434,9 @@ class AdaptedModel:
             extras = chain.links[-1].extras if chain.links else {}
             model.load_state_dict(self.extras() if links == total else extras, strict=False)
             if links and is_narrowed:
-                model.to(self.kept_dtype)
+                model.to(self.cast_dtype)
         unstack(model)
-        dtype = torch.promote_types(self.kept_dtype, torch.float32)
+        dtype = torch.promote_types(self.cast_dtype, torch.float32)
         dequantize(model, dtype)
         if layers:
             model.to(dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cola_lightning.chain import Chain
 from cola_lightning.chain.peft import compress, concatenate, describe_links, peft_config, saved_by_peft, write_adapter
 from cola_lightning.errors import OutsideError, UserError
+from cola_lightning.lora.inject import lies_in
 from cola_lightning.writing import whole_folder
 
 STATE_DICT_NAME = "model.safetensors"
@@ -289,7 +290,7 @@ def check_named_base(
             what = "is in one of them alone"
         elif value.shape != other.shape:
             what = "has another shape"
-        elif any(f".{one}." in f".{name}." for one in saved) or _is_rounded(value, other, rounded):
+        elif lies_in(name, saved) or _is_rounded(value, other, rounded):
             continue
         else:
             what = "has other values"

@@ -371,7 +371,7 @@ def predicted(folder):
 
 
 def written(folder):
-    """Answers that are written; the model and its rows lie in the folder."""
+    """Generated answers; the model and its rows lie in the folder."""
     for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):
         module = COLACausalLM(str(folder / "model"), target_modules=["q_proj"], rank=2, seed=0)
         data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=4)

@@ -1,4 +1,4 @@
-"""Answers that are written: against a plain greedy loop, their measures by hand, and the loss of those that are learned."""
+"""Generated answers: against a plain greedy loop, their measures by hand, and the loss of those that are learned."""
 
 import json
 from contextlib import contextmanager

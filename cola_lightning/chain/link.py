@@ -66,6 +66,18 @@ class Link:
         return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
+def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: a product's SVD is that of C, which is small.
+
+    Shape:
+        ``lora_A``: rank x in; ``lora_B``: out x rank; Q: out x k; C: k x l; P: in x l, in float64, where k and l are rank, or
+        out and in where these are smaller.
+    """
+    q, r = torch.linalg.qr(lora_B.double())
+    p, s = torch.linalg.qr(lora_A.double().T)
+    return q, r @ s.T, p
+
+
 def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
     """Records the live link of the layers as a finished one; the layers stay as they are.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.codec import ADAPTER, base_facts, check_version, describe_link, link_facts, parse_json
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError, one_line
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -179,11 +179,10 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
     Shape:
         A: rank x in; B: out x rank.
 
-    Source: Eckart and Young (1936); the SVD is that of a small matrix, of the triangles of B = Q R and A^T = P S: R S^T.
+    Source: Eckart and Young (1936).
     """
-    q, r = torch.linalg.qr(lora_B.double())
-    p, s = torch.linalg.qr(lora_A.double().T)
-    u, values, v = torch.linalg.svd(r @ s.T, full_matrices=False)
+    q, core, p = core_of_product(lora_A, lora_B)
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
     total = float(torch.linalg.vector_norm(values))
     error = float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
     root = values[:rank].sqrt()
@@ -203,10 +202,12 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
         LookupError, TypeError, ValueError: if it does not tell of these factors.
     """
     links, start = [], 0
-    told = [link_facts(facts) for facts in description["links"]]
-    if sum(facts["rank"] for facts in told) != whole.rank or [facts["index"] for facts in told] != list(range(len(told))):
+    described = [link_facts(facts) for facts in description["links"]]
+    if sum(facts["rank"] for facts in described) != whole.rank or [f["index"] for f in described] != list(
+        range(len(described))
+    ):
         raise ValueError(f"the links are not those of rank {whole.rank} in all")
-    for facts in told:
+    for facts in described:
         end, scaling = start + facts["rank"], facts["alpha"] / facts["rank"]
         factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
         links.append(Link(**facts, factors=factors, extras=whole.extras if end == whole.rank else {}))

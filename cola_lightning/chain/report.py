@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_file
 
@@ -75,8 +75,6 @@ class LinkReport:
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The singular values of ``scaling * B A``, largest first, in float64, without a matrix of out x in.
 
-    With B = Q R and A' = P S, where Q and P have orthonormal columns, B A = Q (R S') P' has those of R S': rank x rank.
-
     Shape:
         ``lora_A``: rank x in; ``lora_B``: out x rank; result: rank.
 
@@ -85,13 +83,13 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         tensor([1.2247, 0.0000], dtype=torch.float64)
     """
     rank = len(lora_A)
-    R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_B, lora_A.T))
-    core = R @ S.T
+    _, core, _ = core_of_product(lora_A, lora_B)
     if not core.isfinite().all():  # the training diverged
         return torch.full((rank,), math.nan, dtype=torch.float64)
     values = torch.linalg.svdvals(core)
     # Else the zeros of a link that uses fewer directions than its rank would come out as 1e-17 or so.
-    rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * R.norm() * S.norm()
+    size = lora_A.double().norm() * lora_B.double().norm()
+    rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * size
     values = values * (values > rounding) * abs(scaling)
     return F.pad(values, (0, rank - len(values)))  # fewer where the layer is smaller than the rank
 

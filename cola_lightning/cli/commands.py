@@ -236,7 +236,7 @@ def _fields_to_give(module: Any) -> dict[str, Any]:
 def _named_base(
     module: Any, base: Any, fields: dict[str, Any], probe: Any, saved: list[str], quantized: list[str], rounded: set[str]
 ) -> tuple[Any, list[str]]:
-    """The base as others load it, by the name that the adapter gives, and what they must be told of it.
+    """The base as others load it, by the name that the adapter gives, and what they must know of it.
 
     Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others. With them its
     logits are compared, too.

@@ -124,15 +124,15 @@ class COLACLI(LightningCLI):
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
-        self._take_checkpoint()
-        self._take_links()
-        self._tell_of_base()
+        self._open_checkpoint()
+        self._check_links()
+        self._warn_of_base()
 
     @override
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyperparameters in the checkpoint overrule what the user writes."""
 
-    def _take_checkpoint(self) -> None:
+    def _open_checkpoint(self) -> None:
         """Checks the checkpoint before anything is made; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
         config = self.config[self.subcommand]
         if config.ckpt_path == "last":
@@ -149,7 +149,7 @@ class COLACLI(LightningCLI):
             is_plain = config.weights_only is not False
             self.opened = self.open_files.enter_context(opened_checkpoint(config.ckpt_path, "ckpt_path", weights_only=is_plain))
 
-    def _take_links(self) -> None:
+    def _check_links(self) -> None:
         """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
         config = self.config[self.subcommand]
         self.links = config.links
@@ -164,7 +164,7 @@ class COLACLI(LightningCLI):
             raise UserError(f"links: expected ckpt_path or model.init_chain beside it, received {self.links} alone")
         config.model.init_args.init_links, config.links = self.links, None
 
-    def _tell_of_base(self) -> None:
+    def _warn_of_base(self) -> None:
         """Says what is evaluated where no checkpoint is given, which a run's own configuration does not name."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" or config.ckpt_path is not None:
@@ -241,16 +241,16 @@ class COLACLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except Interruption:
             if subcommand == "fit":
-                self._tell("go on: %s", "fit")
+                self._log_command("go on: %s", "fit")
             raise
 
     def after_fit(self) -> None:
         """Says where the checkpoint is and what to do with it."""
-        self._tell("use it: %s (or validate, predict; fit goes on from it)", "test")
+        self._log_command("use it: %s (or validate, predict; fit goes on from it)", "test")
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
 
-    def _tell(self, told: str, subcommand: str) -> None:
+    def _log_command(self, message: str, subcommand: str) -> None:
         config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if subcommand == "fit":
@@ -261,7 +261,7 @@ class COLACLI(LightningCLI):
         log.info("checkpoint: %s", path)
         if config.exists():  # a fit that had nothing left to do saves none
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path])
-            log.info(told, command)
+            log.info(message, command)
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:

@@ -109,7 +109,7 @@ def encode_examples(
     """
     if max_length <= MAX_NEW_TOKENS + 1 and any(example.references for example in examples):
         raise UserError(
-            f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for an answer that is written takes up to "
+            f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for a generated answer takes up to "
             f"{MAX_NEW_TOKENS} tokens, received {max_length}"
         )
     rooms = [max_length - MAX_NEW_TOKENS if example.references else max_length for example in examples]

@@ -24,7 +24,7 @@ class OptionBatches(TokenizedDataModule):
 
     Attributes:
         loss: over all ``options``, or the language model's on the right ``answer`` alone.
-        metric: what is measured; None: accuracy of options, F1 and exact match of answers that are written.
+        metric: what is measured; None: accuracy of options, F1 and exact match of generated answers.
         apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
     """
 

@@ -1,4 +1,4 @@
-"""A task of one's own, without code: a prompt with the data's fields in it, and options, or an answer to be written."""
+"""A task of one's own, without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
 
 from collections.abc import Sequence
 from string import Formatter
@@ -62,7 +62,7 @@ def _as_text(row: Row, path: str) -> str:
 
 
 class TemplateDataModule(OptionBatches, SourceDataModule):
-    """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be written.
+    """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
     Up to one row in a hundred that cannot be used (a text is null, an option comes twice or is too long) is left out with a
     warning, but for predictions, whose places are those of the rows.
@@ -72,14 +72,14 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         subset: on the hub, the name of a configuration.
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: what is appended to the prompt, each a text with fields in braces, too; or the name of the field that lists
-            them. ``null`` where the answer is written.
+            them. ``null`` where the answer is generated.
         label: the field with the right option: its place, from 0, or its text.
-        answer: where the answer is written: the field that holds it, or a list of answers, of which the first is learned and
+        answer: where the answer is generated: the field that holds it, or a list of answers, of which the first is learned and
             the best one counts (``answers.text``: a field inside another).
         loss: over all ``options``, or the language model's on the right ``answer`` alone; ``null``: ``options`` where there
             are any.
         metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
-            ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of an answer that is written. ``null``:
+            ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of a generated answer. ``null``:
             accuracy of options, both of an answer.
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
@@ -116,10 +116,10 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         if loss not in (None, *get_args(Loss)):
             raise UserError(f"data.loss: expected {', '.join(get_args(Loss))} or null, received {loss!r}")
         if loss == "options" and options is None:
-            raise UserError("data.loss: expected null or answer where the answer is written, received options")
+            raise UserError("data.loss: expected null or answer where the answer is generated, received options")
         kind = get_args(AnswerMetric if options is None else OptionMetric)
         if metric not in (None, *kind):
-            which = "an answer that is written" if options is None else "options"
+            which = "a generated answer" if options is None else "options"
             raise UserError(f"data.metric: expected {', '.join(kind)} or null for {which}, received {metric!r}")
         if isinstance(options, str) and metric not in (None, "accuracy"):
             raise UserError(

@@ -88,9 +88,9 @@ def _fingerprint(tokenizer: Any, texts: Sequence[str], how: dict[str, bool]) -> 
     if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
         return None
     digest = hashlib.sha256()
-    told = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__, sorted(how.items()))
+    identity = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__, sorted(how.items()))
     # The backend's own text leaves split_special_tokens out.
-    for part in (*told, tokenizer.split_special_tokens, [len(text) for text in texts]):
+    for part in (*identity, tokenizer.split_special_tokens, [len(text) for text in texts]):
         digest.update(repr(part).encode())
     for text in (tokenizer.backend_tokenizer.to_str(), *texts):
         digest.update(text.encode())

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Modules whose parameters are no matrices that a Linear layer could hold in their place.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
-NEGLIGIBLE = 0.01  # a share of the parameters of which nothing is told
+NEGLIGIBLE = 0.01  # a share of the parameters of which nothing is said
 
 
 def inject_lora(
@@ -82,11 +82,11 @@ def inject_lora(
     _check_saved_not_shared(model, saved)
     for name in names:
         _check_layer(name, modules[name], rank, finished_links)
-    if inside := [name for name in names if _is_inside(name, saved)]:
+    if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
     if target_modules == ALL_LINEAR:
-        _tell_of_left_out(model, names, saved)
+        _warn_of_left_out(model, names, saved)
     model.requires_grad_(False)
     for module in modules.values():
         if is_quantized(module):
@@ -174,7 +174,7 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
 def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
     """Refuses a module to be trained whole whose weight the model uses outside of it, too: that would be trained with it."""
     for names in _in_one_memory(model):
-        inside = [name for name in names if _is_inside(name, saved)]
+        inside = [name for name in names if is_inside(name, saved)]
         outside = [name for name in names if name not in inside]
         if inside and outside:
             raise UserError(
@@ -188,10 +188,10 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     if target_modules == ALL_LINEAR:
         get_output_embeddings = getattr(model, "get_output_embeddings", None)
         head = get_output_embeddings() if get_output_embeddings is not None else None
-        names = [n for n in adaptable if model.get_submodule(n) is not head and not _is_inside(n, saved)]
+        names = [n for n in adaptable if model.get_submodule(n) is not head and not is_inside(n, saved)]
         if not names:
             kin = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-            passed_over = f"; passed over: {first_names(kin)}" if kin else ""
+            passed_over = f"; passed over: {shortened(kin)}" if kin else ""
             raise UserError(
                 "model.target_modules: expected a model with Linear, Conv1D or Linear4bit layers for all-linear, received none"
                 f"{passed_over}"
@@ -209,7 +209,7 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     return [name for name in adaptable if name in matched]
 
 
-def _tell_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> None:
+def _warn_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> None:
     """Warns of matrices that all-linear leaves frozen though they are multiplied with as a Linear's are: experts, say."""
     total = sum(_count(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     lines, is_worth_it = [], False
@@ -217,8 +217,8 @@ def _tell_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> N
     for (attribute, cls), places in sorted(kinds.items(), key=lambda kind: -sum(kind[1].values())):
         share = sum(places.values()) / total
         is_worth_it |= issubclass(cls, nn.Linear) or share >= NEGLIGIBLE
-        told = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
-        lines.append(f"{attribute} of {cls.__name__} ({told} of the parameters: {first_names(list(places))})")
+        text = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
+        lines.append(f"{attribute} of {cls.__name__} ({text} of the parameters: {shortened(list(places))})")
     if is_worth_it:
         log.warning("model.target_modules: all-linear leaves frozen what is no Linear layer: %s", "; ".join(lines[:4]))
 
@@ -231,7 +231,7 @@ def _left_out(model: nn.Module, names: list[str], saved: list[str]) -> dict[tupl
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if get_output_embeddings is not None else None
     others = [name for name, module in model.named_modules() if module is head or isinstance(module, NO_MATRICES)]
-    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_inside(name, [*names, *saved, *others])}
+    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if is_inside(name, [*names, *saved, *others])}
     kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)
     for place, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -273,8 +273,14 @@ def _nearest(word: str, names: Iterable[str]) -> str:
     return nearest(word, sorted(ends, key=str.isdigit))
 
 
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether this is the name of one of the modules, or of what lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def lies_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether a name lies in one of the modules, which are given by their names or dotted name endings."""
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _count(module: nn.Module, parameter: Tensor) -> int:
@@ -284,7 +290,7 @@ def _count(module: nn.Module, parameter: Tensor) -> int:
     return parameter.numel() * (2 if is_quantized(module) and not parameter.is_floating_point() else 1)
 
 
-def first_names(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
     """The first three names."""
     return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
@@ -303,7 +309,7 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
             )
     for shared in _in_one_memory(model):
         for name in names:
-            if any(_is_inside(one, [name]) for one in shared):
+            if any(is_inside(one, [name]) for one in shared):
                 raise UserError(
                     "model.target_modules: expected layers with weights of their own, received "
                     f"{name!r}, whose weight is shared ({' = '.join(shared)})"

@@ -29,7 +29,7 @@ from cola_lightning.modules.logits import (
 )
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 
-# What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of answers that are written.
+# What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of generated answers.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
 ANSWER_METRICS: dict[str, type[Metric]] = {"f1": TokenF1, "exact_match": ExactMatch}
 

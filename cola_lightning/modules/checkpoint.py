@@ -31,7 +31,7 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     checkpoint[CHECKPOINT_KEY] = _state_of(module).to_dict()
     checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the finished links are in there
     trainer, run = trainer_of(module), module.run_state
-    _store_hyperparameters(checkpoint, run.left_out, module, getattr(trainer, "datamodule", None))
+    _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
     if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
         return
     counters, batch_idx = rewound_progress(checkpoint, trainer, is_validating=run.is_validating)
@@ -51,7 +51,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
         module=module.constructor_arguments,
         chain=adapted.chain,
         live=live,
-        dtype=str(adapted.kept_dtype).removeprefix("torch.") if live else None,
+        dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
         link_start=run.link_start,
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
@@ -66,7 +66,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
     )
 
 
-def _store_hyperparameters(checkpoint: dict[str, Any], told: set[str], *owners: Any) -> None:
+def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *owners: Any) -> None:
     """Has what ``save_hyperparameters`` of module and data module took stored in plain types, and leaves out what has none."""
     checkpoint.pop(LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
     for owner in owners:
@@ -79,6 +79,6 @@ def _store_hyperparameters(checkpoint: dict[str, Any], told: set[str], *owners: 
                 checkpoint[key][name] = readable(value)
             except TypeError:
                 what = f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}"
-                if what not in told:
+                if what not in warned_of:
                     log.warning("%s, which no checkpoint can hold: it is left out", what)
-                told.add(what)
+                warned_of.add(what)

@@ -88,7 +88,7 @@ def check_read_by_other(io: CheckpointIO, source: str | Path) -> None:
 
 @contextmanager
 def _checksums() -> Iterator[None]:
-    """Has ``torch.save`` write them whatever the user has set: else no checkpoint could be told from a damaged one."""
+    """Has ``torch.save`` write them whatever the user has set: else damage could not be seen."""
     before = get_crc32_options()
     set_crc32_options(True)
     try:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.pretrained import Dtype, Pretrained
@@ -166,7 +167,7 @@ class LanguageModule(COLAModule, ABC):
         body, head = names[model.base_model], model.get_output_embeddings()
         wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         kept = [names[head]] if head is not None else []
-        kept += [name for name in names.values() if any(f".{one}." in f".{name}." for one in wide)]
+        kept += [name for name in names.values() if lies_in(name, wide)]
         kept += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), kept)
 

@@ -132,7 +132,7 @@ class LazyModel:
             adapted.start_from(module.first_chain)
         if module.target_modules is not None:
             module.link_plan.begin(adapted)
-            _tell_memory_of_merge(adapted)
+            _log_memory_of_merge(adapted)
         if module.activation_checkpointing:
             names = list(adapted.layers)
             module.checkpoint_activations()
@@ -205,7 +205,7 @@ def _children(module: COLAParts) -> dict[str, nn.Module | None]:
 
 
 @rank_zero_only
-def _tell_memory_of_merge(adapted: AdaptedModel) -> None:
+def _log_memory_of_merge(adapted: AdaptedModel) -> None:
     widened = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
     if widened and pending_checkpoint() is None:
         log.info(

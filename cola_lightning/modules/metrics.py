@@ -1,4 +1,4 @@
-"""How good choices among options are, and answers that are written."""
+"""How good choices among options are, and generated answers."""
 
 from abc import abstractmethod
 from typing import Any
@@ -21,7 +21,7 @@ class Accuracy(MeanMetric):
 
 
 class _OfAllRows(Metric):
-    """A measure that is no mean over rows: it keeps them all. How many options there are is told by the batches."""
+    """A measure that is no mean over rows: it keeps them all. How many options there are, batches say."""
 
     predictions: list[Tensor]
     targets: list[Tensor]

@@ -17,6 +17,7 @@ from cola_lightning.adapted_model import AdaptedModel, is_factor
 from cola_lightning.chain.rules import keep_state
 from cola_lightning.chain.schedule import LRSchedule, lr_factor, warmup_length
 from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import lies_in
 from cola_lightning.modules.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class LinkOptimization:
         """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
         if self.modules_to_save_lr is None:
             return [p for _, p in trained]
-        is_saved = {name: any(f".{part}." in f".{name}" for part in modules_to_save) for name, _ in trained}
+        is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
         others, saved = ([p for name, p in trained if is_saved[name] is whole] for whole in (False, True))
         if not others or not saved:
             raise UserError("model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none")

@@ -113,10 +113,10 @@ def plan_restore(
         chain = chain_of(checkpoint, links)
     adapted.check_base(chain, state.base_weights)
     dtype = None if state.dtype is None or links == 0 else getattr(torch, state.dtype)  # the base itself was trained in none
-    if dtype == adapted.kept_dtype:
+    if dtype == adapted.cast_dtype:
         dtype = None
     if dtype is not None and choices_of_fit is not None:
-        theirs, mine = (str(one).removeprefix("torch.") for one in (dtype, adapted.kept_dtype))
+        theirs, mine = (str(one).removeprefix("torch.") for one in (dtype, adapted.cast_dtype))
         raise UserError(
             "trainer.precision, model.finished_links: expected those that cast adapted weights to "
             f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"

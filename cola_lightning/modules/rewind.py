@@ -83,7 +83,7 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
 
 
 def align_logged_step(trainer: Trainer) -> None:
-    """Keeps the step that loggers are told the number of optimizer steps, which a resume may leave off by one."""
+    """Keeps the loggers' step the number of optimizer steps, which a resume may leave off by one."""
     if not trainer.lightning_module.automatic_optimization:  # which may take several steps in a batch
         return
     loop = trainer.fit_loop.epoch_loop

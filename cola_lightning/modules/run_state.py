@@ -21,7 +21,7 @@ class RunState:
         window_start: epoch and batch at which the accumulation window began.
         window_buffers: the persistent buffers as they were then.
         resumes_knots: whether the checkpoint that a fit goes on from is of a run with knots.
-        left_out: what checkpoints do not hold, as the user was told.
+        warned_of: what checkpoints leave out, of which the user was warned.
         is_tying: whether a knot has begun, and has not ended well.
     """
 
@@ -33,7 +33,7 @@ class RunState:
     window_start: tuple[int, int] | None = None
     window_buffers: dict[str, Tensor] = field(default_factory=dict)
     resumes_knots: bool = False
-    left_out: set[str] = field(default_factory=set)
+    warned_of: set[str] = field(default_factory=set)
     is_tying: bool = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Seed(NamedTuple):
 
 def choose_seed(of_checkpoint: int | None) -> Seed:
     """The seed of a module that was given none: of the checkpoint to be loaded, of ``seed_everything``, or drawn."""
-    text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was told
+    text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
     given = None if text is None else int(text)
     if of_checkpoint is not None or given is not None:
         return Seed(given if of_checkpoint is None else of_checkpoint, given)

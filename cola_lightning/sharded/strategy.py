@@ -66,17 +66,17 @@ def without_trained(model: nn.Module) -> Iterator[None]:
 
 
 def replicate_trained(strategy: Strategy) -> None:
-    """Makes a strategy that shards parameters one of :func:`with_whole_trainables`; others stay as they are.
+    """Makes a strategy that shards parameters one of :func:`with_replicated_trainables`; others stay as they are.
 
     In place: the user gave it to the Trainer, under Lightning's own name and with options of its own.
     """
-    if shards(strategy) and not hasattr(strategy, "has_whole_trainables"):
-        strategy.__class__ = with_whole_trainables(type(strategy))
+    if shards(strategy) and not hasattr(strategy, "replicates_trainables"):
+        strategy.__class__ = with_replicated_trainables(type(strategy))
 
 
 def undo_replication(strategy: Strategy) -> None:
     """Undoes :func:`replicate_trained`."""
-    if hasattr(strategy, "has_whole_trainables"):
+    if hasattr(strategy, "replicates_trainables"):
         strategy.__class__ = type(strategy).__mro__[1]
 
 
@@ -142,7 +142,7 @@ def shard_module(strategy: Strategy, module: Any) -> None:
 
 
 @functools.cache
-def with_whole_trainables(base: Any) -> type[Strategy]:
+def with_replicated_trainables(base: Any) -> type[Strategy]:
     """The strategy for a model of which what is trained is whole on each process, made of one that shards parameters.
 
     Gradients are averaged before anything looks at them. Checkpoints are written and read as under DDP: one file, the hooks in
@@ -150,8 +150,8 @@ def with_whole_trainables(base: Any) -> type[Strategy]:
     take a step with an optimizer that is new.
     """
 
-    class WholeTrainables(base):  # type: ignore[misc]
-        has_whole_trainables = True
+    class ReplicatedTrainables(base):  # type: ignore[misc]
+        replicates_trainables = True
         restore_checkpoint_after_setup = False
         lightning_restore_optimizer = True
         save_checkpoint = Strategy.save_checkpoint
@@ -169,26 +169,26 @@ def with_whole_trainables(base: Any) -> type[Strategy]:
 
         @override
         def lightning_module_state_dict(self) -> dict[str, Any]:
-            return _all_whole(Strategy.lightning_module_state_dict(self), is_kept=self.is_global_zero)
+            return _gathered(Strategy.lightning_module_state_dict(self), is_kept=self.is_global_zero)
 
         @override
         def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
             state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
             parts = state["state"].items()
-            return state | {"state": {key: _all_whole(part, is_kept=self.is_global_zero) for key, part in parts}}
+            return state | {"state": {key: _gathered(part, is_kept=self.is_global_zero) for key, part in parts}}
 
         @override
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             states = []
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                parts = {key: _all_laid_out(part, parameters[key]) for key, part in state["state"].items()}
+                parts = {key: _laid_out_as(part, parameters[key]) for key, part in state["state"].items()}
                 states.append(state | {"state": parts})
             Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
 
-    WholeTrainables.__name__, WholeTrainables.__qualname__ = base.__name__, base.__qualname__
-    WholeTrainables.__module__ = base.__module__
-    return WholeTrainables
+    ReplicatedTrainables.__name__, ReplicatedTrainables.__qualname__ = base.__name__, base.__qualname__
+    ReplicatedTrainables.__module__ = base.__module__
+    return ReplicatedTrainables
 
 
 def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtype) -> None:
@@ -210,10 +210,10 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
         if not parameter.requires_grad
     }
     if len(frozen) > 1:
-        told = " and ".join(sorted(str(one).removeprefix("torch.") for one in frozen))
+        received = " and ".join(sorted(str(one).removeprefix("torch.") for one in frozen))
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, as model.finished_links: "
-            f"merge makes of one in half precision, received fsdp and {told}"
+            f"merge makes of one in half precision, received fsdp and {received}"
         )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for layer in layers:  # FSDP1 moves only what it shards
@@ -245,18 +245,18 @@ def _average_gradients(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def _all_whole(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
+def _gathered(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
     """The values by name, with what is sharded gathered, and kept by the process that writes it."""
     whole = {}
     for name, value in state.items():
-        is_in_parts = isinstance(value, Tensor) and tensors.is_sharded(value)
-        found = tensors.gather(value) if is_in_parts else value
-        if is_kept or not is_in_parts:
+        is_sharded = isinstance(value, Tensor) and tensors.is_sharded(value)
+        found = tensors.gather(value) if is_sharded else value
+        if is_kept or not is_sharded:
             whole[name] = found
     return whole
 
 
-def _all_laid_out(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+def _laid_out_as(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """An optimizer's state of a parameter: what has its shape, in its layout."""
     return {
         name: tensors.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
