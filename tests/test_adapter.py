@@ -18,7 +18,8 @@ from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.peft import read_adapter
 from cola_lightning.cli import main
 from tests import tiny
-from tests.toy import batches, toy, trainer
+from tests.make_fixture import FIXTURES
+from tests.toy import assert_bit_equal, batches, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -386,3 +387,12 @@ def test_a_rank_that_is_not_the_tensors_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 6}))
     with pytest.raises(UserError, match=r"received a damaged one .*rank of '.*layers.0.self_attn.q_proj' is 3, and not 6"):
         read_adapter(tmp_path / "peft")
+
+
+def test_an_adapter_of_any_format_is_the_chain_that_it_was():
+    """The folder was written by the release that began this format, of the links in ``chain-2``; it is never written again."""
+    chain, adapter = (read_chain(FIXTURES / f"{kind}-2") for kind in ("chain", "adapter"))
+    assert [vars(link).keys() for link in adapter.links] == [vars(link).keys() for link in chain.links]
+    assert adapter.is_beginning_of(chain)
+    assert len(adapter) == len(chain)
+    assert_bit_equal(adapter.links[-1].extras, chain.links[-1].extras)

@@ -702,7 +702,7 @@ MISTAKES = {
     "unknown.ckpt merged out": "checkpoint: expected its module's class to be importable from here, received 'a_script.Toy'",
     "full.ckpt peft out": f"{WITHOUT_LINKS} peft",
     "full.ckpt chain out": f"{WITHOUT_LINKS} chain",
-    "plain.ckpt gguf out": "cola export: argument --format: invalid choice: 'gguf'",
+    "plain.ckpt gguf out": "argument --format: invalid choice: 'gguf'",
     "plain.ckpt merged file --overwrite": "output: expected a folder, received '.*file', which is a file",
     "plain.ckpt merged used": "output: expected a folder that does not exist or is empty, received '.*used'",
     "plain.ckpt peft out --dtype bfloat16": "dtype: expected --format merged beside it, received peft",
@@ -713,7 +713,7 @@ MISTAKES = {
     "plain.ckpt chain out --links 9": "links: expected 0 to 2, .*received 9",
     "plain.ckpt merged out --links -1": "links: expected 0 to 2, .*received -1",
     "plain.ckpt peft out --links 0": "links: expected at least 1 for an adapter, received 0",
-    "plain.ckpt merged out --link 1": "cola export: unrecognized arguments: --link 1",
+    "plain.ckpt merged out --link 1": "unrecognized arguments: --link 1",
 }
 
 
@@ -733,7 +733,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(checkpoints, capsys, words):
 
 def test_the_required_options_are_named(capsys):
     assert command() == 2
-    expected = "error: cola export: the following arguments are required: --checkpoint, --format, --output"
+    expected = "error: the following arguments are required: checkpoint, format, output"
     assert capsys.readouterr().err.splitlines() == [expected]
 
 

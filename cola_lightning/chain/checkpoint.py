@@ -71,16 +71,17 @@ class OpenedCheckpoint:
         path: where it is.
         file: the file itself, for another reader.
         state: all of ours in it.
+        contents: what it holds; empty once it was taken.
     """
 
     path: Path
     file: BinaryIO
     state: "CheckpointState"
-    _contents: dict[str, Any] | None
+    contents: dict[str, Any]
 
-    def take(self) -> dict[str, Any] | None:
-        """What the file holds, for the one that loads it, which may change it; None when it was taken before."""
-        contents, self._contents = self._contents, None
+    def take(self) -> dict[str, Any]:
+        """What the file holds, for the one that loads it, which may change it; nothing when it was taken before."""
+        contents, self.contents = self.contents, {}
         return contents
 
 

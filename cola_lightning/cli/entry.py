@@ -47,10 +47,15 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UserError(f"cola: expected {', '.join(COMMANDS)}, received {words[0]!r}{nearest(words[0], COMMANDS)}")
-    if words and words[0] in COMMANDS[-2:]:
-        from cola_lightning.cli.commands import run
+    if words and words[0] == "inspect":
+        from cola_lightning.cli.inspect import inspect
 
-        run(words[0], words[1:])
+        inspect(words[1:])
+        return 0
+    if words and words[0] == "export":
+        from cola_lightning.cli.export import export
+
+        export(words[1:])
         return 0
     if words and words[0] == "compare":
         from cola_lightning.study.command import compare

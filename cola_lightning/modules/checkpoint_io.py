@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         pending = pending_checkpoint()
         is_open = pending is not None and "://" not in str(path) and pending.opened.path == Path(path)
-        if pending is not None and is_open and (contents := pending.opened.take()) is not None:  # it is read and checked
+        if pending is not None and is_open and (contents := pending.opened.take()):  # it is read and checked
             return contents
         if get_filesystem(path).exists(path):  # else Lightning says so
             check_source(path)

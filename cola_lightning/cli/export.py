@@ -1,68 +1,36 @@
-"""``cola inspect`` and ``cola export``: what is done with a chain when no training goes on."""
+"""``cola export``: a plain model, a PEFT adapter or a chain folder of a checkpoint."""
 
-import argparse
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from typing_extensions import override
+from jsonargparse import ArgumentParser, Namespace
 
 from cola_lightning.chain import Chain
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, chain_of, read_checkpoint
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, opened_checkpoint
+from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
 from cola_lightning.writing import check_free
 
-LINKS = "how many links: the finished ones first, then the live one; 0 is the base (default: all)"
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    @override
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}")
-
-
-def run(command: str, words: Sequence[str]) -> None:
-    """Runs ``inspect`` or ``export``.
+def export(words: Sequence[str]) -> None:
+    """Runs ``cola export``.
 
     Args:
-        command: which.
         words: what follows it on the command line.
 
     Raises:
         UserError: for what is written wrong.
+        ExportError: for an export that is not what it should be; it is not kept.
     """
-    {"inspect": _inspect, "export": _export}[command](words)
-
-
-def _inspect(words: Sequence[str]) -> None:
-    parser = _Parser("cola inspect", description="Says what each link of a chain did.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, a chain folder, or a PEFT adapter")
-    parser.add_argument("--links", type=int, metavar="N", help=LINKS)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and singular values")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every layer, in place of the table")
-    options = parser.parse_args(words)
-
-    import rich
-
-    from cola_lightning.chain.report import plot, report, table, to_json
-
-    reports = report(read_chain(options.checkpoint, options.links))
-    if options.plot is not None:
-        plot(reports, options.plot)
-    if options.json:
-        print(json.dumps(to_json(reports), indent=2, allow_nan=False))
-    else:
-        rich.print(table(reports))
-
-
-def _export(words: Sequence[str]) -> None:
-    parser = _Parser("cola export", description="Makes a model, an adapter or a chain of a checkpoint.", allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="cola export",
+        description="Makes a model, an adapter or a chain of a checkpoint.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
     parser.add_argument(
         "--format",
@@ -72,31 +40,31 @@ def _export(words: Sequence[str]) -> None:
         "chain: a chain folder",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
-    parser.add_argument("--links", type=int, metavar="N", help=LINKS)
+    parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of merged (default: the base's, float32 if it has several)"
     )
-    parser.add_argument("--max_rank", type=int, metavar="R", help="of peft: recompress to this rank, by SVD")
+    parser.add_argument("--max_rank", type=int | None, metavar="R", help="of peft: recompress to this rank, by SVD")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
-    options = parser.parse_args(words)
+    options = parser.parse_args(list(words))
     for option, value, format_ in (("dtype", options.dtype, "merged"), ("max_rank", options.max_rank, "peft")):
         if value is not None and options.format != format_:
             raise UserError(f"{option}: expected --format {format_} beside it, received {options.format}")
     if options.max_rank is not None and options.max_rank < 1:
         raise UserError(f"max_rank: expected at least 1, received {options.max_rank}")
     check_free(options.output, overwrite=options.overwrite)
-    checkpoint = read_checkpoint(options.checkpoint)
     if options.checkpoint.resolve().is_relative_to(options.output.resolve()):
         raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(options.output)!r}")
-    for line in (_export_chain if options.format == "chain" else _export_model)(options, checkpoint):
-        print(line)
+    with opened_checkpoint(options.checkpoint) as opened:
+        for line in (_export_chain if options.format == "chain" else _export_model)(options, opened):
+            print(line)
     print(f"written: {options.output}")
 
 
-def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
-    chain = _links(checkpoint, options.links)
-    if checkpoint[CHECKPOINT_KEY]["live"] is None:
+def _export_chain(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
+    chain = _links(opened, options.links)
+    if opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
     chain.save(options.output, overwrite=options.overwrite)
     if options.no_verify:
@@ -109,28 +77,30 @@ def _export_chain(options: argparse.Namespace, checkpoint: dict[str, Any]) -> li
     return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 
-def _export_model(options: argparse.Namespace, checkpoint: dict[str, Any]) -> list[str]:
-    recipe, is_adapter = checkpoint[CHECKPOINT_KEY]["module"], options.format == "peft"
-    if recipe["not_plain"]:
+def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
+    arguments, is_adapter = opened.state.module, options.format == "peft"
+    if arguments["not_plain"]:
         raise UserError(
-            f"checkpoint: expected a {recipe['class_path']} made with plain arguments, received one with another "
-            f"{recipe['not_plain'][0]!r}: load it in Python, and call its merged_model()"
+            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
+            f"{arguments['not_plain'][0]!r}: load it in Python, and call its merged_model()"
         )
-    if is_adapter and checkpoint[CHECKPOINT_KEY]["live"] is None:
+    if is_adapter and opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
     if is_adapter and importlib.util.find_spec("peft") is None:
         raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'")
 
     from cola_lightning.export import quiet
     from cola_lightning.modules import COLAModule, find_class
+    from cola_lightning.modules.pending import loading
 
-    find_class(recipe["class_path"])
+    find_class(arguments["class_path"])
     with quiet():
-        module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
-        return _export_adapter(options, checkpoint, module) if is_adapter else _export_merged(options, module)
+        with loading(opened, options.links):
+            module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
+        return _export_adapter(options, opened, module) if is_adapter else _export_merged(options, module)
 
 
-def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
+def _export_merged(options: Namespace, module: Any) -> list[str]:
     import torch
 
     from cola_lightning.export import export_merged
@@ -148,7 +118,7 @@ def _export_merged(options: argparse.Namespace, module: Any) -> list[str]:
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
-def _probe(options: argparse.Namespace, module: Any) -> Any:
+def _probe(options: Namespace, module: Any) -> Any:
     """What the module gives, widened in place to float32 at least; None if nothing is to be compared."""
     from cola_lightning.export import make_probe
 
@@ -158,11 +128,11 @@ def _probe(options: argparse.Namespace, module: Any) -> Any:
     return make_probe(module.model, module.example_input_array)
 
 
-def _links(checkpoint: dict[str, Any], links: int | None) -> Chain:
-    return chain_of(checkpoint, links)
+def _links(opened: OpenedCheckpoint, links: int | None) -> Chain:
+    return chain_of(opened.contents, links)
 
 
-def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], module: Any) -> list[str]:
+def _export_adapter(options: Namespace, opened: OpenedCheckpoint, module: Any) -> list[str]:
     from cola_lightning.export import export_adapter
     from cola_lightning.lora.inject import lora_layers
     from cola_lightning.lora.linear4bit import is_quantized
@@ -184,7 +154,7 @@ def _export_adapter(options: argparse.Namespace, checkpoint: dict[str, Any], mod
         where = f", on {pretrained.model_name!r}, loaded by its name"
         where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
     lines = export_adapter(
-        _links(checkpoint, options.links),
+        _links(opened, options.links),
         base,
         options.output,
         probe,
