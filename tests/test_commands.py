@@ -298,3 +298,33 @@ def test_a_chain_folder_is_written_whole_or_not_at_all():
         chain.save("chain")
     chain.truncate(1).save("chain", overwrite=True)
     assert len(Chain.load("chain")) == 1
+
+
+OPENED = """
+import sys
+opened = []
+def audit(event, arguments):
+    if event == "open" and str(arguments[0]) == {checkpoint!r} and "r" in str(arguments[1]):
+        opened.append(arguments[0])
+sys.addaudithook(audit)
+from cola_lightning.cli import main
+status = main({words!r})
+print("opened", len(opened), "status", status)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        FIT,
+        TEST,
+        ["predict", *TEST[1:], "--links", "1"],
+        ["export", "--format", "merged", "--output", "merged", "--checkpoint", CHECKPOINT],
+        ["export", "--format", "chain", "--output", "links", "--checkpoint", CHECKPOINT],
+    ],
+    ids=" ".join,
+)
+def test_a_command_opens_its_checkpoint_once(words):
+    program = OPENED.format(checkpoint=CHECKPOINT, words=words)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["opened 1 status 0"], done.stdout + done.stderr
