@@ -62,6 +62,14 @@ def test_layers_may_have_any_name(tmp_path):
     assert list(again.links[0].extras) == ["lora_A.head"]
 
 
+def test_a_chain_is_shown_in_a_line_a_link():
+    chain = Chain([make_link(0, 2), make_link(1, 3)], {"name": "a model"})
+    lines = repr(chain).splitlines()
+    assert lines[0] == "Chain of 2 links on a model"
+    assert [line.split(":")[0] for line in lines[1:]] == ["  Link 0", "  Link 1"]
+    assert max(map(len, lines)) < 120
+
+
 def test_an_empty_chain_is_a_folder_too(tmp_path):
     Chain([], {"name": "a model"}).save(tmp_path / "chain")
     assert len(Chain.load(tmp_path / "chain")) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cola_lightning
 from cola_lightning import Chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError
@@ -298,6 +299,13 @@ def test_a_chain_folder_is_written_whole_or_not_at_all():
         chain.save("chain")
     chain.truncate(1).save("chain", overwrite=True)
     assert len(Chain.load("chain")) == 1
+
+
+def test_the_version_is_said_at_once():
+    program = "import sys; from cola_lightning.cli import main; main(['--version']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == f"cola {cola_lightning.__version__}"
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & {"torch", "lightning", "jsonargparse"}
 
 
 OPENED = """

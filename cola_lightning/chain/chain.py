@@ -19,7 +19,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LoRALayer
 
 
-@dataclass
+@dataclass(repr=False)
 class Chain:
     """Finished links in order.
 
@@ -41,6 +41,11 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.links)
+
+    def __repr__(self) -> str:
+        """The base's name and a line for each link; tensors are not shown."""
+        lines = [f"Chain of {len(self)} link{'' if len(self) == 1 else 's'} on {self.base.get('name') or 'an unknown base'}"]
+        return "\n  ".join([*lines, *map(repr, self.links)])
 
     def append(self, link: Link) -> None:
         """Adds the next finished link.

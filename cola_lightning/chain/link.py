@@ -13,7 +13,7 @@ from cola_lightning.seeding import derive_seed
 from cola_lightning.sharded import tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Link:
     """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
 
@@ -38,6 +38,12 @@ class Link:
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     outside: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line; tensors are not shown."""
+        steps = f"steps {self.start_step} to {self.end_step}"
+        metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items() if name.startswith("val_"))
+        return f"Link {self.index}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
     @property
     def scaling(self) -> float:

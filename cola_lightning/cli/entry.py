@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from typing_extensions import override
 
+from cola_lightning import __version__
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
 COMMANDS = ("fit", "validate", "test", "predict", "compare", "inspect", "export")
@@ -45,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
+    if words == ["--version"]:  # without the seconds that imports take
+        print(f"cola {__version__}")
+        return 0
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UserError(f"cola: expected {', '.join(COMMANDS)}, received {words[0]!r}{nearest(words[0], COMMANDS)}")
     if words and words[0] == "inspect":
