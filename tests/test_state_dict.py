@@ -119,3 +119,15 @@ def test_where_all_is_trained_it_is_the_values_alone():
         with pytest.raises(UserError, match="expected"):
             other.load_state_dict(changed)
     assert toy(Counting, target_modules=None).state_dict()["_extra_state"] == 1
+
+
+def test_a_checkpoint_whose_values_were_never_loaded_changes_no_later_load(tmp_path):
+    module = trained(tmp_path)
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = toy()
+    again.on_load_checkpoint(torch.load(tmp_path / "run.ckpt", weights_only=True))  # and what was to follow failed
+    fresh = toy()
+    fresh.configure_model()
+    again.load_state_dict(fresh.state_dict())
+    assert len(again.chain) == 0
+    assert torch.equal(outputs(again), outputs(fresh))

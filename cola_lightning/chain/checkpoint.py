@@ -82,6 +82,7 @@ class OpenedCheckpoint:
     def take(self) -> dict[str, Any]:
         """What the file holds, for the one that loads it, which may change it; nothing when it was taken before."""
         contents, self.contents = self.contents, {}
+        self.file.close()  # it may be replaced while a run goes on
         return contents
 
 

@@ -1,5 +1,6 @@
 """The Lightning module that owns a base model and its chain."""
 
+import functools
 import inspect
 import logging
 import math
@@ -230,7 +231,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def link_start(self, start: Counters) -> None:
         self.run_state.link_start = start
 
-    @property
+    @functools.cached_property
     def rank(self) -> int:
         """The largest rank of a link, as it was given. A subclass may have a ``rank`` of its own, say of its process."""
         return self.max_rank
@@ -448,10 +449,9 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
         """
         self.configure_model()
-        if self.values_to_load is not None:  # a checkpoint's, whose chain this module holds by now
-            others, self.values_to_load = self.values_to_load, None
-            if state_dict:  # else Lightning says so
-                state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
+        others, self.values_to_load = self.values_to_load, None
+        if others is not None and state_dict and EXTRA_STATE not in state_dict:  # a checkpoint's, whose chain is here by now
+            state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
         own = self.trained_state.unpacked()
         self.trained_state.check(own, state_dict, strict=strict)
         result = super().load_state_dict(laid_out(state_dict, own), strict=False, assign=assign)
