@@ -8,7 +8,7 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 
     python benchmarks/domain_shift.py --figure
 
-draws ``domain_shift.png`` from the lines that are there.
+draws ``domain_shift.png`` from the lines that are there, and prints README's table.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from cola_lightning.cli import main as cola
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import at_best_rates, read
+from cola_lightning.study.table import summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "domain_shift"
@@ -61,6 +62,9 @@ class Stage:
         return ["compare", *named[0], "--", *named[1]]
 
 
+NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA of four times the rank"}
+NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
+
 ONE = {"lora": [1e-2], "cola-4": [1e-2], "cola-8": [1e-2]}
 RANK_1 = {"lora": [2e-2], "cola-4": [2e-2], "cola-16": [2e-2]}
 WHOLE = {"full": [2e-3]}
@@ -78,19 +82,40 @@ STAGES = [
 ]
 
 
+def studies() -> list[Stage]:
+    """The last stage of each study that has lines, by rank and steps."""
+    found = {stage.folder: stage for stage in STAGES if (stage.folder / "results.jsonl").exists()}
+    return sorted(found.values(), key=lambda stage: (stage.rank, stage.steps))
+
+
+def rows() -> list[list[str]]:
+    """What README's table says: a row a method of each study, from the lines that are there."""
+    table = []
+    for stage in studies():
+        results = read(stage.folder / "results.jsonl")
+        for row in summarize(at_best_rates(results, "min", range(stage.tuning_seeds))):
+            test = "" if row.test is None else f"{row.test:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
+            difference = "" if row.difference is None else f"{row.difference:+.3f}"
+            if row.low is not None and row.high is not None:
+                difference += f" [{row.low:+.3f}, {row.high:+.3f}]"
+            place = f"rank {stage.rank}, {stage.steps:,} steps"
+            table.append([place, NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), test, difference])
+    return table
+
+
 def draw(path: Path) -> None:
     """The validation loss over the steps, a panel for each study that has lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    studies = {stage.folder: stage for stage in STAGES if (stage.folder / "results.jsonl").exists()}
-    figure = Figure(figsize=(5.0 * len(studies), 4.0), layout="constrained")
+    shown = studies()
+    figure = Figure(figsize=(5.0 * len(shown), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (folder, stage) in enumerate(sorted(studies.items(), key=lambda item: (item[1].rank, item[1].steps)), start=1):
-        axes = figure.add_subplot(1, len(studies), place)
-        results = read(folder / "results.jsonl")
+    for place, stage in enumerate(shown, start=1):
+        axes = figure.add_subplot(1, len(shown), place)
+        results = read(stage.folder / "results.jsonl")
         plot_curves(axes, at_best_rates(results, "min", range(stage.tuning_seeds)), skip=0.12)
-        axes.set_title(f"rank {stage.rank}, {stage.steps} steps")
+        axes.set_title(f"rank {stage.rank}, {stage.steps:,} steps")
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -108,6 +133,8 @@ def main() -> None:
             print(shlex.join(["cola", *stage.words]), flush=True)
             if (status := cola(stage.words)) != 0:
                 raise SystemExit(status)
+    for row in rows():
+        print(f"| {' | '.join(row)} |")
     draw(HERE / "domain_shift.png")
 
 

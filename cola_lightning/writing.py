@@ -6,6 +6,7 @@ disk, leaves what was there before.
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,18 @@ from cola_lightning.errors import DiskError, UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
     """Gives a path to write to; what is there at the end of the block becomes the file.
+
+    Args:
+        path: the file.
+        is_shared: several processes may write it, at once: each beside it under a name of its own.
 
     Raises:
         DiskError: if it cannot be written, for want of space or of permission.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    writer = f".{socket.gethostname()}-{os.getpid()}" if is_shared else ""
+    partial = path.with_name(f".{path.name}{writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

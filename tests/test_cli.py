@@ -260,7 +260,10 @@ BAD = [
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
     (["fit"], "the following arguments are required: fit.data, fit.model"),
     ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
-    (["fti"], "cola: expected fit, validate, test, predict, inspect, export, received 'fti'; the nearest that exist: fit"),
+    (
+        ["fti"],
+        "cola: expected fit, validate, test, predict, compare, inspect, export, received 'fti'; the nearest that exist: fit",
+    ),
     (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
     (
         ["fit", "--config", DIGITS, "--trainer.enable_checkpointing", "false", "--last.every_n_train_steps", "3"],

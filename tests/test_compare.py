@@ -24,6 +24,7 @@ from cola_lightning.study.methods import METHODS, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
 from cola_lightning.study.table import summarize
 from cola_lightning.study.trials import Trials
+from cola_lightning.writing import whole_file
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -154,6 +155,17 @@ def test_results_are_read_as_they_were_written(tmp_path):
         read(tmp_path / "results.jsonl")
 
 
+def test_several_processes_write_one_file(tmp_path):
+    with whole_file(tmp_path / "file", is_shared=True) as mine:
+        other = "import sys, pathlib\nfrom cola_lightning.writing import whole_file\n"
+        other += "with whole_file(pathlib.Path(sys.argv[1]), is_shared=True) as path: path.write_text('theirs')"
+        subprocess.run([sys.executable, "-c", other, tmp_path / "file"], check=True)
+        assert (tmp_path / "file").read_text() == "theirs"
+        mine.write_text("mine")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_mean_curve_has_the_steps_that_all_seeds_have():
     results = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
     assert mean_curve(results) == {5: 2.0}
@@ -172,7 +184,7 @@ class Runs:
     def __call__(self, words, metric, folder, tell, tell_every):
         given = dict(zip(words[::2], words[1::2], strict=True))
         rate, seed = float(given["--model.optimizer.lr"]), int(given["--seed_everything"])
-        assert folder.name.endswith(f"-lr{rate:g}-seed{seed}")
+        assert folder.name.endswith(f"-lr{rate}-seed{seed}")
         assert given["--trainer.default_root_dir"] == str(folder)
         if self.stop_at == len(self.asked):
             raise KeyboardInterrupt
@@ -281,6 +293,7 @@ def test_splits_may_follow_the_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "do", do)
     compare(tmp_path, "--also_seeded", "[data.split_seed]", methods="[lora]", seeds=3)
     assert seen == [0, 1, 2]
+    assert compare(tmp_path, methods="[lora]", seeds=3) == 2  # and no other
 
 
 def test_a_database_is_a_storage_too(tmp_path, runs):

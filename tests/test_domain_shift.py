@@ -1,16 +1,23 @@
 """The example of a module of one's own: a GPT on bytes that is pre-trained on English and adapted to Python."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import domain_shift as benchmark
 from cola_lightning import COLAModule, UserError
 from cola_lightning.examples import domain_shift
 from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
 from cola_lightning.examples.corpora import english_passages, python_sources
 from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule, pretrained, windows
+from cola_lightning.study.config import resolved
+from cola_lightning.study.methods import method
+from cola_lightning.study.results import Result, write
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer, weights
 
+ROOT = Path(__file__).parent.parent
 SIZES = {"depth": 1, "width": 16, "heads": 2, "context": 8}
 
 
@@ -114,3 +121,33 @@ def test_training_validation_and_test_share_no_window():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_studies_commands_ask_for_what_there_is():
+    for stage in benchmark.STAGES:
+        words = stage.words[1:]
+        cut = words.index("--")
+        given = dict(zip(words[:cut:2], words[1:cut:2], strict=True))
+        methods = given["--methods"].strip("[]").split(", ")
+        config = resolved(["--config", str(ROOT / "configs" / "domain_shift.yaml"), *words[cut + 1 :]])
+        assert config["trainer"]["max_steps"] == stage.steps
+        assert config["model"]["init_args"]["alpha"] == 2 * stage.rank
+        assert [method(name, config).name for name in methods] == methods == list(stage.rates)
+        assert set(methods) <= benchmark.NAMES.keys()
+
+
+def test_the_studies_table_and_figure_are_their_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
+    facts = {"steps": 800, "seconds": 1.0, "peak_memory": 1.0, "trainable_parameters": 1, "curve": [[400, 2.0], [800, 1.5]]}
+    values = {("lora", 0): 1.5, ("lora", 1): 1.6, ("cola-4", 0): 1.4, ("cola-4", 1): 1.45}
+    results = [
+        Result(name, seed, 0.02, 1, 4 if "4" in name else 1, value, value, knots=[600], **facts)
+        for (name, seed), value in values.items()
+    ]
+    write(results, tmp_path / "rank-1-steps-800" / "results.jsonl")
+    assert benchmark.rows() == [
+        ["rank 1, 800 steps", "LoRA", "0.02", "2", "1.550 ± 0.071", ""],
+        ["rank 1, 800 steps", "4 links", "0.02", "2", "1.425 ± 0.035", "-0.125 [-0.443, +0.193]"],
+    ]
+    benchmark.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -169,7 +169,7 @@ def pretrained(steps: int, **sizes: int) -> ByteGPT:
             log.info("pre-training on %.1f MB of English, once: %s", len(text) / 1e6, path)
             _pretrain(model, windows(text, sizes["context"]), steps)
             if not path.exists():  # another process may have been first
-                with whole_file(path) as partial:
+                with whole_file(path, is_shared=True) as partial:
                     save_file(model.state_dict(), partial)
     model.load_state_dict(load_file(path))
     return model

@@ -49,7 +49,7 @@ def keep_config(config: Mapping[str, Any], path: Path) -> None:
     """
     shared = {name: value for name, value in config.items() if name != "seed_everything"}
     if not path.exists():
-        with whole_file(path) as partial:
+        with whole_file(path, is_shared=True) as partial:
             partial.write_text(yaml.safe_dump(shared, sort_keys=False))
         return
     mine, theirs = _flat(shared), _flat(yaml.safe_load(path.read_text()))

@@ -103,5 +103,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as partial:
+    with whole_file(path, is_shared=True) as partial:
         figure.savefig(partial, format="png", dpi=130)

@@ -71,7 +71,7 @@ class Result:
 
 def write(results: Iterable[Result], path: Path) -> None:
     """Writes the results as JSON, a line each; the file changes as a whole."""
-    with whole_file(path) as partial:
+    with whole_file(path, is_shared=True) as partial:
         partial.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 

@@ -52,7 +52,7 @@ class Study:
         self.methods = {name: self._method(name) for name in asked.methods}
         rates = asked.learning_rates or [float(own_rate)]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.methods, rates)
-        keep_config(self.config, self.output / "config.yaml")
+        keep_config({**self.config, "also_seeded": asked.also_seeded or []}, self.output / "config.yaml")
         storage = asked.storage or str(self.output / "study.journal")
         self.trials = Trials(storage, asked.study_name or self.output.absolute().name, asked.metric, asked.better)
         self.failed: dict[Run, Path] = {}
@@ -109,7 +109,7 @@ class Study:
 
     def _do(self, trial: Any, run: Run, n_done: int) -> None:
         """Has a run done in a process of its own, and tells Optuna what came of it."""
-        folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate:g}-seed{run.seed}"
+        folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
         what = f"{run.method}, rate {run.learning_rate:g}, seed {run.seed}"
         told_at = time.monotonic()
 
@@ -148,7 +148,7 @@ class Study:
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
         table = summarize(chosen)
         for name, text in {"table.md": as_markdown(table, self.asked.metric), "table.csv": as_csv(table)}.items():
-            with whole_file(self.output / name) as partial:
+            with whole_file(self.output / name, is_shared=True) as partial:
                 partial.write_text(text)
         if any(results):
             draw_curves(chosen, self.asked.metric, self.output / "curves.png")
