@@ -38,6 +38,7 @@ _HOMES = {
     "base_from_checkpoint": "modules.pending",
     "inject_lora": "lora.inject",
     "lora_layers": "lora.inject",
+    "register_lora_layer": "lora.registry",
     "strip_lora": "lora.inject",
 }
 
@@ -71,6 +72,7 @@ __all__ = [
     "base_from_checkpoint",
     "inject_lora",
     "lora_layers",
+    "register_lora_layer",
     "strip_lora",
 ]
 

@@ -17,14 +17,25 @@ from torch.nn.parameter import is_lazy
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
-from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer, adapt_, cast_, is_adaptable, obstacle
+from cola_lightning.lora.registry import (
+    FinishedLinks,
+    Init,
+    LoRALayer,
+    adapt_,
+    cast_,
+    is_adaptable,
+    is_linear,
+    layer_types,
+    lora_class,
+    obstacle,
+)
 from cola_lightning.sharded import tensors
 
 ALL_LINEAR = "all-linear"
 
 log = logging.getLogger(__name__)
 
-# Modules whose parameters are no matrices that a Linear layer could hold in their place.
+# Modules whose weights are not multiplied with as a Linear layer's are.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
 NEGLIGIBLE = 0.01  # a share of the parameters of which nothing is said
@@ -47,13 +58,13 @@ def inject_lora(
 
     Args:
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
-            name endings; ``all-linear`` is every such layer (Linear, Conv1D, Linear4bit) but the output embeddings and
+            name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) but the output embeddings and
             ``modules_to_save``.
         rank: largest rank of a link, and the first link's; at most the smaller side of each target.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
         modules_to_save: names or dotted name endings of modules that are trained whole (a new head).
-        init: how A is drawn, see :meth:`LoRALinear.from_linear`.
+        init: how A is drawn, see :meth:`LoRALayer.from_layer`.
         finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
             are in half precision; ``stack`` keeps them beside the weights, which are never written.
 
@@ -137,7 +148,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         if merge:
             layer.merge()
         layer.strip_()
-        for parameter in (layer.weight, layer.bias):
+        for parameter in (layer.weight, getattr(layer, "bias", None)):
             if parameter is not None and parameter.is_floating_point():
                 cast_(parameter, dtypes[name])
 
@@ -188,13 +199,14 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     if target_modules == ALL_LINEAR:
         get_output_embeddings = getattr(model, "get_output_embeddings", None)
         head = get_output_embeddings() if get_output_embeddings is not None else None
-        names = [n for n in adaptable if model.get_submodule(n) is not head and not is_inside(n, saved)]
+        linear = [name for name in adaptable if is_linear(model.get_submodule(name))]
+        names = [n for n in linear if model.get_submodule(n) is not head and not is_inside(n, saved)]
         if not names:
             kin = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
             passed_over = f"; passed over: {shortened(kin)}" if kin else ""
             raise UserError(
-                "model.target_modules: expected a model with Linear, Conv1D or Linear4bit layers for all-linear, received none"
-                f"{passed_over}"
+                f"model.target_modules: expected a model with {layer_types(linear_only=True)} layers for all-linear, received "
+                f"none{passed_over}"
             )
         return names
     matched = set(_matches(model, target_modules, "model.target_modules", adaptable))
@@ -203,8 +215,7 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
         kind = type(module).__name__
         why = " and does not compute, or is not called, as a Linear" if isinstance(module, nn.Linear) else ""
         raise UserError(
-            "model.target_modules: expected layers of type Linear, Conv1D or Linear4bit, received "
-            f"{other[0]!r}, which is a {kind}{why}"
+            f"model.target_modules: expected layers of type {layer_types()}, received {other[0]!r}, which is a {kind}{why}"
         )
     return [name for name in adaptable if name in matched]
 
@@ -361,7 +372,6 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
                 f"model.target_modules: expected layers whose weights are quantised, received {name!r}, whose is not yet: "
                 "moving it to a device does that"
             )
-        shape: tuple[int, ...] = (module.out_features, module.in_features)  # type: ignore[assignment]
     else:
         assert isinstance(module.weight, Tensor)
         if finished_links == "merge" and not (type(module.weight) is nn.Parameter or tensors.is_sharded(module.weight)):
@@ -369,14 +379,16 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
                 f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
                 f"{type(module.weight).__name__}; received merge"
             )
-        shape = tuple(module.weight.shape)
-        if any(stride == 0 < size - 1 for size, stride in zip(shape, module.weight.stride(), strict=True)):
+        if any(stride == 0 < size - 1 for size, stride in zip(module.weight.shape, module.weight.stride(), strict=True)):
             raise UserError(
                 "model.target_modules: expected layers whose weights can be written, received "
                 f"{name!r}, whose weight repeats values in memory (clone() makes it a plain one)"
             )
-    if rank > min(shape):
+    found = lora_class(module)
+    assert found is not None
+    n_in, n_out = found.matrix_sizes(module)
+    if rank > min(n_in, n_out):
         raise UserError(
-            f"model.rank: expected at most {min(shape)}, the smaller side of {name!r} {shape} (or model.target_modules without "
-            f"it), received {rank}"
+            f"model.rank: expected at most {min(n_in, n_out)}, the smaller side of {name!r} {(n_out, n_in)} (or "
+            f"model.target_modules without it), received {rank}"
         )

@@ -1,10 +1,14 @@
 r"""A layer plus its live link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 
-``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`LoRALinear` *is* the ``nn.Linear`` that was there, the
-same object with another class, and so with the same parameters, buffers, hooks and attributes. It gets two more parameters,
-``lora_A`` and ``lora_B``. They are allocated once at the largest
+``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.linear.LoRALinear` *is* the
+``nn.Linear`` that was there, the same object with another class, and so with the same parameters, buffers, hooks and
+attributes. It gets two more parameters, ``lora_A`` and ``lora_B``. They are allocated once at the largest
 rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new
 parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
+
+A and B are matrices whatever the layer is. What a layer type says of itself: how many inputs and outputs its weight has as a
+matrix (``matrix_sizes``), how its inputs meet A and B (``project_down``, ``project_up``), and how B A is laid out as its weight
+(``update``).
 
 Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
 beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never written.
@@ -71,6 +75,11 @@ def _full_float32() -> Iterator[None]:
 class LoRALayer(nn.Module):
     """What every adapted layer has in common. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
 
+    As it is, it fits layers that multiply the last dimension of their inputs by a weight of out x in (or, with
+    ``weight_is_transposed``, in x out) and call these numbers ``out_features`` and ``in_features``. A layer that does something
+    else overrides ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``;
+    :func:`~cola_lightning.register_lora_layer` makes it known.
+
     Attributes:
         lora_A: max_rank x in, the factor that is drawn at random, but for rules that draw the other.
         lora_B: out x max_rank, the factor that starts at zero then.
@@ -93,10 +102,57 @@ class LoRALayer(nn.Module):
 
     weight_is_transposed = False  # True where the weight is in x out
 
+    # ------------------------------------------------------------------ what a layer type says of itself
+
     @classmethod
-    def from_linear(
+    def matrix_sizes(cls, layer: Any) -> tuple[int, int]:
+        """How many inputs and outputs the weight of a plain layer has as a matrix: columns of A and rows of B."""
+        return layer.in_features, layer.out_features
+
+    @classmethod
+    def obstacle(cls, layer: Any) -> str | None:
+        """What a plain layer of this type has that keeps it from being adapted ("which ..."); None where there is nothing."""
+        return None
+
+    @classmethod
+    def subclass_for(cls, layer: Any) -> "type[LoRALayer] | None":
+        """The LoRA class for a layer of a subclass of the base layer; None where that may compute something else."""
+        return None
+
+    def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        """A x: the layer's inputs in the link's rank.
+
+        Shape:
+            ``x``: ... x in; ``lora_A``: rank x in; result: ... x rank.
+        """
+        return F.linear(x, lora_A)
+
+    def project_up(self, hidden: Tensor, lora_B: Tensor) -> Tensor:
+        """B (A x): what a link adds to the layer's outputs, without its scaling.
+
+        Shape:
+            ``hidden``: ... x rank; ``lora_B``: out x rank; result: ... x out.
+        """
+        return F.linear(hidden, lora_B)
+
+    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float, part: tuple[slice, ...]) -> Tensor:
+        """A part of ``scaling * B A``, laid out as the weight is.
+
+        Args:
+            lora_A: rank x in.
+            lora_B: out x rank.
+            scaling: alpha / rank.
+            part: of the weight, dimension by dimension: where the weight is sharded, the part that this process holds.
+        """
+        outputs, inputs = reversed(part) if self.weight_is_transposed else part
+        return low_rank_delta(lora_A[:, inputs], lora_B[outputs], scaling, is_transposed=self.weight_is_transposed)
+
+    # ------------------------------------------------------------------ from a plain layer, and back
+
+    @classmethod
+    def from_layer(
         cls,
-        linear: Any,
+        layer: Any,
         rank: int,
         alpha: float,
         dropout: float = 0.0,
@@ -106,7 +162,7 @@ class LoRALayer(nn.Module):
         """A LoRA layer on the same parameters, buffers and hooks as a layer of the base class, which is not changed itself.
 
         Args:
-            linear: the layer to adapt.
+            layer: the layer to adapt.
             rank: largest rank of a link, and the first link's.
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
@@ -114,20 +170,21 @@ class LoRALayer(nn.Module):
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 keeps them beside it, and never writes it.
         """
-        return cls.adapt_(shallow_copy(linear), rank, alpha, dropout, init, finished_links)
+        return cls.adapt_(shallow_copy(layer), rank, alpha, dropout, init, finished_links)
 
     @classmethod
     def adapt_(
-        cls, linear: Any, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks = "merge"
+        cls, layer: Any, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks = "merge"
     ) -> Self:
         """Makes a layer of the base class a LoRA layer, in place: whoever holds it holds the LoRA layer.
 
-        See :meth:`from_linear` for the arguments.
+        See :meth:`from_layer` for the arguments.
         """
-        linear.__class__ = cls
-        layer: Self = linear
-        layer._add_link(*sizes(layer), rank, alpha, dropout, init, finished_links)
-        return layer
+        n_in, n_out = cls.matrix_sizes(layer)
+        layer.__class__ = cls
+        adapted: Self = layer
+        adapted._add_link(n_in, n_out, rank, alpha, dropout, init, finished_links)
+        return adapted
 
     def strip_(self) -> nn.Module:
         """Makes this layer one of its base class again, in place; its link, and what is stacked, are gone."""
@@ -211,16 +268,20 @@ class LoRALayer(nn.Module):
         """The base layer's output plus the links'.
 
         Shape:
-            ``x``: ... x in; result: ... x out, in the dtype of ``x`` (under autocast, in autocast's).
+            ``x``: as the base layer's, for a linear one ... x in; result: as the base layer's, ... x out, in the dtype of ``x``
+            (under autocast, in autocast's; where ``x`` are indices, in the layer's).
         """
-        dtype, is_autocast = x.dtype, not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        is_index = not (x.is_floating_point() or x.is_complex())  # to be looked up: neither cast nor dropped
+        dtype = self.dtype if is_index else x.dtype
         lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
-            x, lora_A, lora_B = (part.to(self.dtype) for part in (x, lora_A, lora_B))
-        hidden = F.linear(self.lora_dropout(x), lora_A) * self.scaling  # ... x rank: scaled where it is smallest
-        y = self.base_forward(x) + F.linear(hidden, lora_B)
+            lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
+            x = x if is_index else x.to(self.dtype)
+        hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A) * self.scaling  # where it is smallest
+        y = self.base_forward(x) + self.project_up(hidden, lora_B)
         if self.stack is not None:
-            y = self.stack.add_to(y, x)
+            y = self.stack.add_to(y, x, self.project_down, self.project_up)
         return y if is_autocast else y.to(dtype)
 
     def full_weight(self) -> Tensor:
@@ -233,8 +294,8 @@ class LoRALayer(nn.Module):
         return y
 
     def delta_weight(self) -> Tensor:
-        """The live link's update in the weight's own layout (out x in; Conv1D: in x out)."""
-        return low_rank_delta(*self.factors, self.scaling, is_transposed=self.weight_is_transposed)
+        """The live link's update in the weight's own layout (out x in; Conv1D: in x out; Conv2d: out x in x height x width)."""
+        return self.update(*self.factors, self.scaling, (slice(None),) * self.weight.dim())
 
     def finish(self) -> None:
         """Makes the live link a finished one and sets B to zero: the layer's function stays what it was."""
@@ -262,9 +323,7 @@ class LoRALayer(nn.Module):
             kept = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
             raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {kept}")
         # Where the weight is sharded, this process' part: computed from its part of the factors, it is the same to the bit.
-        where = tensors.part(self.weight)
-        outputs, inputs = reversed(where) if self.weight_is_transposed else where
-        delta = low_rank_delta(lora_A[:, inputs], lora_B[outputs], scaling, is_transposed=self.weight_is_transposed)
+        delta = self.update(lora_A, lora_B, scaling, tensors.part(self.weight))
         tensors.add_part_(self.weight, delta)
 
     def _zero_B(self) -> None:
@@ -339,22 +398,6 @@ class LoRALayer(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
-
-
-class LoRALinear(LoRALayer, nn.Linear):
-    """``nn.Linear`` with a live link.
-
-    Example:
-        >>> linear = nn.Linear(4, 3)
-        >>> layer = LoRALinear.from_linear(linear, rank=2, alpha=4)
-        >>> layer.weight is linear.weight, layer.delta_weight().shape
-        (True, torch.Size([3, 4]))
-    """
-
-
-def sizes(layer: Any) -> tuple[int, int]:
-    """A layer's inputs and outputs, by its own names for them: Conv1D's are ``nx`` and ``nf``."""
-    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
 
 
 def _call_forward(module: nn.Module, args: Any, output: Any) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from typing_extensions import override
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer, LoRALinear
+from cola_lightning.lora.layer import FinishedLinks, LoRALayer
+from cola_lightning.lora.linear import LoRALinear
 
 Quantization = Literal["nf4"]
 
@@ -141,6 +143,12 @@ def lora_linear_4bit() -> type[LoRALayer]:
 
         weight: Any
         compute_dtype: torch.dtype | None
+
+        @classmethod
+        @override
+        def subclass_for(cls, layer: Any) -> type[LoRALayer] | None:
+            """Those of bitsandbytes itself (``LinearNF4``, ``LinearFP4``) say no more than how they quantise."""
+            return cls if type_before_parametrizations(layer).__module__.startswith("bitsandbytes.") else None
 
         @override
         def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:

@@ -1,27 +1,15 @@
-"""The layers that can be adapted, and the LoRA layer of each; those of other packages are made when first asked for."""
+"""Which layers can be adapted, and the LoRA class of each: one table, to which users may add a layer type of their own."""
 
-import functools
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
-from typing_extensions import override
 
-from cola_lightning.lora.layer import (
-    FinishedLinks,
-    Init,
-    LoRALayer,
-    LoRALinear,
-    cast_,
-    low_rank_delta,
-    names_of_links,
-    shallow_copy,
-)
-from cola_lightning.lora.linear4bit import is_quantized, lora_linear_4bit
+from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer, cast_, low_rank_delta, names_of_links, shallow_copy
+from cola_lightning.lora.linear import LoRALinear, lora_conv1d
+from cola_lightning.lora.linear4bit import lora_linear_4bit
 
 __all__ = [
     "FinishedLinks",
@@ -32,68 +20,111 @@ __all__ = [
     "adapt_layer",
     "cast_",
     "is_adaptable",
+    "is_linear",
+    "layer_types",
+    "lora_class",
     "lora_conv1d",
     "low_rank_delta",
     "obstacle",
     "plain_layer",
+    "register_lora_layer",
 ]
 
-# The output layer of nn.MultiheadAttention, which reads its weight in every mode.
-NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
+MakesClass = Callable[[], type[LoRALayer]]
+Registered = TypeVar("Registered", bound=type[LoRALayer] | MakesClass)
 
-ROWS = 32  # of a large layer are asked for, from each end
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+class _Entry(NamedTuple):
+    lora_class: Any  # the class, or a function that makes it when it is first asked for
+    is_linear: bool
+
+
+# Layer type -> its LoRA class. A type of another package is named, and its LoRA class made once a model has such a layer.
+_entries: dict[type | str, _Entry] = {
+    nn.Linear: _Entry(LoRALinear, is_linear=True),
+    "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
+    "bitsandbytes.nn.modules.Linear4bit": _Entry(lora_linear_4bit, is_linear=True),
+}
+
+
+def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = False) -> Callable[[Registered], Registered]:
+    """Has layers of a type be adapted by a LoRA class of one's own, in place of any that there was for that type.
+
+    A decorator for the class (``class LoRAMine(LoRALayer, Mine)``), or for a function without arguments that returns it and is
+    called once a model has such a layer. The class must be at hand wherever a chain is trained or loaded.
+
+    Args:
+        layer_type: the plain layer's class, itself and no subclass, or its dotted name (``"package.module.Class"``), so that
+            the package need not be imported.
+        is_linear: whether ``all-linear`` means these layers, too.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> @register_lora_layer(Scaled)
+        ... class LoRAScaled(LoRALayer, Scaled):
+        ...     def project_up(self, hidden, lora_B):
+        ...         return 2 * super().project_up(hidden, lora_B)
+        >>> type(adapt_layer(Scaled(4, 3), rank=2, alpha=4)).__name__
+        'LoRAScaled'
+    """
+
+    def register(lora_class: Registered) -> Registered:
+        _entries[layer_type] = _Entry(lora_class, is_linear)
+        return lora_class
+
+    return register
+
+
+def layer_types(*, linear_only: bool = False) -> str:
+    """The names of the layer types that can be adapted, for messages.
+
+    Example:
+        >>> layer_types(linear_only=True)
+        'Linear, Conv1D or Linear4bit'
+    """
+    names = [
+        layer_type.rpartition(".")[2] if isinstance(layer_type, str) else layer_type.__name__
+        for layer_type, entry in _entries.items()
+        if entry.is_linear or not linear_only
+    ]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _find(module: nn.Module) -> tuple[_Entry | None, bool]:
+    """The entry of the nearest type that a module is of, and whether it is of that very type."""
+    own = type_before_parametrizations(module)
+    for base in own.__mro__:
+        entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
+        if entry is not None:
+            return entry, base is own
+    return None, False
+
+
+def lora_class(module: nn.Module) -> type[LoRALayer] | None:
+    """The LoRA class for a plain layer; None where there is none.
+
+    Example:
+        >>> lora_class(nn.Linear(2, 2)).__name__, lora_class(nn.LayerNorm(2))
+        ('LoRALinear', None)
+    """
+    entry, is_itself = _find(module)
+    if entry is None:
+        return None
+    found: type[LoRALayer] = entry.lora_class if isinstance(entry.lora_class, type) else entry.lora_class()
+    return found if is_itself else found.subclass_for(module)
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether there is a LoRA layer for it: ``nn.Linear``, transformers' ``Conv1D``, bitsandbytes' 4-bit layer.
-
-    A subclass of ``nn.Linear`` may compute something else in its forward (a router, a masked layer), so it is one of them only
-    where a probe shows that it does not, as for Falcon's.
-    """
-    kind = type_before_parametrizations(module)
-    is_linear_4bit = is_quantized(module) and kind.__module__.startswith("bitsandbytes.")
-    if kind is nn.Linear or _is_conv1d(kind) or is_linear_4bit:
-        return True
-    return isinstance(module, nn.Linear) and not isinstance(module, NEVER_CALLED) and _computes_as_linear(module)
+    """Whether there is a LoRA class for it."""
+    return lora_class(module) is not None
 
 
-@torch.no_grad()
-def _computes_as_linear(layer: nn.Linear) -> bool:
-    """Whether the forward of a subclass of ``nn.Linear`` gives ``x W^T + b``, for other weights than its own, too.
-
-    A copy of the layer is asked, in both modes, for it may draw or count.
-    """
-    if type(layer).forward is nn.Linear.forward:
-        return True
-    weight = layer.weight
-    is_computed_with = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in FLOATS
-    has_more = {name for name, _ in layer.named_parameters()} - {"weight", "bias"} or list(layer.children())
-    if not is_computed_with or has_more or weight.shape != (layer.out_features, layer.in_features):
-        return False
-    probe = shallow_copy(layer)
-    for name, buffer in layer.named_buffers(recurse=False):
-        setattr(probe, name, buffer.clone())
-    if layer.out_features > 2 * ROWS and not list(layer.buffers()):  # a mask, say, would be of the size of the weight
-        ends = torch.cat([torch.arange(ROWS), torch.arange(-ROWS, 0)])
-        weight, bias = weight[ends], None if layer.bias is None else layer.bias[ends]
-        probe.out_features, probe.bias = 2 * ROWS, None if bias is None else nn.Parameter(bias, requires_grad=False)
-    else:
-        bias = layer.bias
-    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for values in (weight, weight.flip(0).mul_(-50).add_(1)):  # larger for a clamp, and none zero for a mask
-            probe.weight = nn.Parameter(values, requires_grad=False)
-            for is_training in (True, False):
-                try:
-                    y, expected = type(layer).forward(probe.train(is_training), x), F.linear(x, values, bias)
-                except Exception:  # what it needs beside its input is its own
-                    return False
-                if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
-                    return False
-                if not (y - expected).double().norm() <= 4 * torch.finfo(y.dtype).eps * expected.double().norm():
-                    return False
-    return True
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a layer that ``all-linear`` means."""
+    entry, _ = _find(module)
+    return entry is not None and entry.is_linear and is_adaptable(module)
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -114,7 +145,7 @@ def obstacle(module: nn.Module) -> str | None:
         sources = [name for name in own if name.startswith(f"{part}_")]
         if is_parametrized(module, part):  # first: to ask for it would compute it, and spectral norm take a step
             sources = ["parametrizations"]
-        elif part in own or getattr(module, part) is None:
+        elif part in own or getattr(module, part, None) is None:
             continue
         return (
             f"whose {part} is computed at each forward pass ({', '.join(sources)}): "
@@ -122,7 +153,8 @@ def obstacle(module: nn.Module) -> str | None:
         )
     if taken := [name for name in names_of_links() if hasattr(module, name)]:
         return f"which has an attribute {taken[0]!r}, a name that LoRA layers use"
-    return None
+    found = lora_class(module)
+    return None if found is None else found.obstacle(module)
 
 
 def adapt_layer(
@@ -139,56 +171,15 @@ def adapt_layer(
 
 def adapt_(module: nn.Module, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks) -> LoRALayer:
     """Makes an adaptable module a LoRA layer, in place."""
-    lora_class: Any = LoRALinear if type(module) is nn.Linear else lora_subclass(cast(Any, type(module)))
-    if _is_conv1d(type(module)):
-        lora_class = lora_conv1d()
-    elif is_quantized(module):
-        lora_class = lora_linear_4bit()
-    layer: LoRALayer = lora_class.adapt_(module, rank, alpha, dropout, init, finished_links)
-    return layer
+    found = lora_class(module)
+    assert found is not None
+    return found.adapt_(module, rank, alpha, dropout, init, finished_links)
 
 
 def plain_layer(layer: LoRALayer) -> nn.Module:
     """The layer without its links: the base layer's class around the same ``Parameter`` objects; the layer is not changed."""
     plain: LoRALayer = shallow_copy(layer)
     return plain.strip_()
-
-
-@functools.cache
-def lora_conv1d() -> type[LoRALayer]:
-    """``LoRAConv1D``: its base class lives in transformers, which takes seconds to import."""
-    from transformers.pytorch_utils import Conv1D
-
-    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
-        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
-
-        weight_is_transposed = True
-
-    LoRAConv1D.__qualname__ = "LoRAConv1D"
-    return LoRAConv1D
-
-
-@functools.cache
-def lora_subclass(base: Any) -> type[LoRALayer]:
-    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does: its own forward, with a live link."""
-
-    class LoRASubclass(LoRALayer, base):  # type: ignore[misc]
-        @override
-        def __reduce__(self) -> tuple[Any, ...]:  # pickle would look for the class by its name
-            return _new_lora_subclass, (base,), self.__getstate__()  # type: ignore[no-untyped-call]
-
-    LoRASubclass.__name__ = LoRASubclass.__qualname__ = f"LoRA{base.__name__}"
-    return LoRASubclass
-
-
-def _new_lora_subclass(base: type) -> LoRALayer:
-    """An empty layer, for pickle and copies to fill."""
-    cls = lora_subclass(base)
-    return cls.__new__(cls)
-
-
-def _is_conv1d(kind: type) -> bool:
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def __getattr__(name: str) -> Any:

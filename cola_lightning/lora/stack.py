@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 class Stack:
     """Links side by side, added in one go: ``x A^T B`` is the sum of each link's ``scaling * B A x``.
@@ -77,15 +79,22 @@ class Stack:
         self.B.zero_()
         self.rank = 0
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """The outputs ``y`` of the layer with the links' for its inputs ``x`` (... x in) added (... x out)."""
+    def add_to(self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear) -> Tensor:
+        """The outputs ``y`` of the layer with the links' for its inputs ``x`` added.
+
+        Args:
+            y: ... x out.
+            x: ... x in.
+            project_down: how the layer multiplies its inputs by A; in a linear layer, along the last dimension.
+            project_up: how it multiplies the result by B.
+        """
         A, B = self.A, self.B
         if not torch.compiler.is_compiling():  # compiled, all of it: a shape that stays needs no new compilation
             A, B = A[: self.rank], B[: self.rank]
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        if A.dtype != x.dtype and not is_autocast:  # the weight is cast for its product alone
-            A, B = A.to(x.dtype), B.to(x.dtype)
-        return y + F.linear(F.linear(x, A), B.T) if len(A) else y  # nested tensors know no other product
+        if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone
+            A, B = A.to(y.dtype), B.to(y.dtype)
+        return y + project_up(project_down(x, A), B.T) if len(A) else y  # nested tensors know no other product than linear
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""
