@@ -74,6 +74,18 @@ class MLP(COLAModule):
         return {"prediction": self.model(batch["x"]).sum(-1), "target": batch["y"].sum(-1)}
 
 
+class CNN(MLP):
+    """Rows of eight numbers as images of two by two, and 13 channels, 7 and 6 on two processes."""
+
+    def build_model(self):
+        first = nn.Conv2d(2, 13, 3, padding=1)
+        return nn.Sequential(nn.Unflatten(1, (2, 2, 2)), first, nn.Tanh(), nn.Flatten(1), nn.Linear(52, 6))
+
+    def shard_model(self, mesh):
+        fully_shard(self.model[1], mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 class Beside(nn.Sequential):
     """Its last layer computes nothing."""
 
@@ -140,8 +152,9 @@ STRATEGIES = {
 
 
 def make(model, **arguments):
-    arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 8, "seed": 1} | arguments
-    own = {"mlp": MLP, "idle": Idle}
+    targets = ["1", "4"] if model == "cnn" else "all-linear"
+    arguments = {"target_modules": targets, "rank": 6, "alpha": 8, "seed": 1} | arguments
+    own = {"mlp": MLP, "idle": Idle, "cnn": CNN}
     return own[model](**arguments) if model in own else Decoder(model, **arguments)
 
 
@@ -178,7 +191,8 @@ def held(module):
             found[name] = tensors.gather(layer.weight) + layer.delta_weight()
             if layer.stack is not None:
                 A, B = layer.stack.factors
-                found[name] += (B @ A).T if layer.weight_is_transposed else B @ A
+                delta = (B @ A).T if layer.weight_is_transposed else B @ A
+                found[name] += delta.view(layer.delta_weight().shape)
     state = {name: tensors.gather(value) for name, value in module.state_dict().items()}
     return found | {name: value for name, value in state.items() if ".lora_" not in name and name != "_extra_state"}
 
@@ -227,13 +241,14 @@ def same(folder):
     fit(folder, "mlp-ddp", strategy="ddp", **double)
     fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
     fit(folder, "llama-ddp", "llama", "ddp", **double)
+    fit(folder, "cnn-ddp", "cnn", "ddp", **double)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
-    for model in ("mlp", "opt", "llama", "gpt2"):
+    for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
-    for model in ("mlp", "llama"):
+    for model in ("mlp", "cnn", "llama"):
         fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
 
 
@@ -390,12 +405,12 @@ def merges(folder):
     mesh = init_device_mesh("cpu", (world(),))
     found = {}
     for n_in, n_out, rank in ((8, 13, 6), (16, 63, 3), (5, 1, 1), (1, 5, 1), (48, 32, 8), (7, 7, 7)):
-        for kind in (nn.Linear, lambda n_in, n_out: Conv1D(n_out, n_in)):
+        for kind in (nn.Linear, lambda n_in, n_out: Conv1D(n_out, n_in), lambda n_in, n_out: nn.Conv2d(n_in, n_out, (3, 2))):
             layers = []
             for is_sharded in (False, True):
                 torch.manual_seed(0)
                 model = nn.Sequential(kind(n_in, n_out))
-                inject_lora(model, "all-linear", rank, alpha=3)
+                inject_lora(model, ["0"], rank, alpha=3)
                 nn.init.normal_(model[0].lora_B)
                 if is_sharded:
                     with without_trained(model):

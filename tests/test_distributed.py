@@ -56,13 +56,15 @@ SAME = {
     "mlp-stack-ddp": (1e-12, {"precision": "64-true", "arguments": {"finished_links": "stack"}}),
     "llama-ddp": (1e-12, {"model": "llama", "precision": "64-true"}),
     "whole-fsdp2": (1e-5, run.WHOLE),
+    "cnn-ddp": (1e-12, {"model": "cnn", "precision": "64-true"}),
+    "cnn-fsdp1": (1e-5, {"model": "cnn", "gradient_clip_val": None}),
     "idle-fsdp2": (1e-5, {"model": "idle", "arguments": {"modules_to_save": ["3"]}}),
     "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
     "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
 }
 SAME |= {
     f"{model}-{mode}-fsdp2": (1e-5, {"model": model, "arguments": {"finished_links": mode}})
-    for model in ("mlp", "opt", "llama", "gpt2")
+    for model in ("mlp", "cnn", "opt", "llama", "gpt2")
     for mode in ("merge", "stack")
 }
 
@@ -141,6 +143,7 @@ def test_a_merge_shard_by_shard_is_the_whole_merge_to_the_bit_and_sends_nothing(
     assert rows["LoRALinear 8 x 13"] == (7, 6)
     assert rows["LoRALinear 5 x 1"] == rows["LoRAConv1D 1 x 5"] == (1, 0)
     assert rows["LoRAConv1D 8 x 13"] == (4, 4)
+    assert rows["LoRAConv2d 8 x 13"] == (7, 6)
 
 
 def test_fsdp1_without_lightning(trained):

@@ -59,7 +59,7 @@ def inject_lora(
     Args:
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
             name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) but the output embeddings and
-            ``modules_to_save``.
+            ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone.
         rank: largest rank of a link, and the first link's; at most the smaller side of each target.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.

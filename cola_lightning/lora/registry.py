@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer, cast_, low_rank_delta, names_of_links, shallow_copy
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import lora_linear_4bit
@@ -14,6 +15,8 @@ from cola_lightning.lora.linear4bit import lora_linear_4bit
 __all__ = [
     "FinishedLinks",
     "Init",
+    "LoRAConv1d",
+    "LoRAConv2d",
     "LoRALayer",
     "LoRALinear",
     "adapt_",
@@ -44,6 +47,8 @@ _entries: dict[type | str, _Entry] = {
     nn.Linear: _Entry(LoRALinear, is_linear=True),
     "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
     "bitsandbytes.nn.modules.Linear4bit": _Entry(lora_linear_4bit, is_linear=True),
+    nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
+    nn.Conv2d: _Entry(LoRAConv2d, is_linear=False),
 }
 
 

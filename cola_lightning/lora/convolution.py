@@ -1,0 +1,75 @@
+"""Convolutions with a live link: A is a convolution with ``rank`` output channels, B one of size 1 behind it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from cola_lightning.lora.layer import LoRALayer, low_rank_delta
+
+
+class LoRAConvolution(LoRALayer):
+    """What LoRA layers of convolutions share; comes before ``nn.Conv1d`` or ``nn.Conv2d``.
+
+    The factors are matrices, as of any layer: A is rank x (in * kernel), B out x rank, and B A is the update of the weight,
+    out x in x kernel, seen as a matrix of out rows.
+    """
+
+    in_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    convolve: Callable[..., Tensor]
+
+    @classmethod
+    @override
+    def matrix_sizes(cls, layer: Any) -> tuple[int, int]:
+        return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
+
+    @classmethod
+    @override
+    def obstacle(cls, layer: Any) -> str | None:
+        if layer.groups > 1:
+            return f"which convolves {layer.groups} groups of channels apart: one with groups 1 can be adapted"
+        if layer.padding_mode != "zeros":
+            return f"whose padding_mode is {layer.padding_mode!r}: one with 'zeros' can be adapted"
+        return None
+
+    @override
+    def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        return self.convolve(x, self._as_kernel(lora_A), None, self.stride, self.padding, self.dilation)
+
+    @override
+    def project_up(self, hidden: Tensor, lora_B: Tensor) -> Tensor:
+        return self.convolve(hidden, lora_B[(..., *[None] * len(self.kernel_size))])
+
+    @override
+    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float, part: tuple[slice, ...]) -> Tensor:
+        rows, *others = part
+        return self._as_kernel(low_rank_delta(lora_A, lora_B[rows], scaling))[:, *others]
+
+    def _as_kernel(self, matrix: Tensor) -> Tensor:
+        """A matrix of so many rows as the weight of so many output channels: ... x in x kernel."""
+        return matrix.reshape(-1, self.in_channels, *self.kernel_size)
+
+
+class LoRAConv1d(LoRAConvolution, nn.Conv1d):
+    """``nn.Conv1d`` with a live link."""
+
+    convolve = staticmethod(F.conv1d)
+
+
+class LoRAConv2d(LoRAConvolution, nn.Conv2d):
+    """``nn.Conv2d`` with a live link.
+
+    Example:
+        >>> layer = LoRAConv2d.from_layer(nn.Conv2d(3, 8, kernel_size=5), rank=2, alpha=4)
+        >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
+        (torch.Size([2, 75]), torch.Size([8, 2]), torch.Size([8, 3, 5, 5]))
+    """
+
+    convolve = staticmethod(F.conv2d)
