@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain
-from cola_lightning.chain.peft import compress, concatenate, describe_links, peft_config, saved_by_peft, write_adapter
+from cola_lightning.chain.peft import (
+    as_peft_weights,
+    compress,
+    concatenate,
+    describe_links,
+    peft_config,
+    saved_by_peft,
+    write_adapter,
+)
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.writing import whole_folder
@@ -226,12 +234,13 @@ def export_adapter(
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
+    weights = as_peft_weights(base, factors)
     saved = saved_by_peft(base, factors, modules_to_save)
     whole = _whole(chain, base, saved)
     config = peft_config(base, list(factors), rank, saved, base_name, revision)
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
-        write_adapter(partial, factors, whole, config, describe_links(chain) if rank == total else None)
+        write_adapter(partial, weights, whole, config, describe_links(chain) if rank == total else None)
         if not verify or probe is None:
             return [*lines, "not compared" + (", for no input is known" if verify else "")]
         return [

@@ -257,13 +257,23 @@ def test_another_method_of_pefts_is_named(tmp_path, config, kind):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_an_embeddings_factors_are_named(tmp_path):
     with_adapter(base_of(tmp_path, "llama"), tmp_path / "peft", target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(UserError, match=r"expected the factors of linear layers in .*received 'model\.embed_tokens\.lora_emb"):
+    with pytest.raises(UserError, match=r"expected the factors of linear layers .*received 'model\.embed_tokens\.lora_emb"):
         read_adapter(tmp_path / "peft")
 
 
-def test_a_convolutions_factors_are_named(tmp_path):
-    with_adapter(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "peft", target_modules=["0"], r=2)
-    with pytest.raises(UserError, match=r"expected the factors of linear layers in .*received '0'"):
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, (3, 2), padding=1), nn.Conv1d(3, 4, 5)], ids=["2d", "1d"])
+def test_a_convolutions_factors_are_matrices_that_give_pefts_update(tmp_path, layer):
+    base = nn.Sequential(layer)
+    tuned = with_adapter(base, tmp_path / "peft", target_modules=["0"], r=2, lora_alpha=3)
+    chain = read_adapter(tmp_path / "peft")
+    expected = tuned.base_model.model[0].get_delta_weight("default")
+    torch.testing.assert_close(chain.delta("0").view_as(expected), expected)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+def test_factors_of_grouped_convolutions_are_named(tmp_path):
+    with_adapter(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), tmp_path / "peft", target_modules=["0"], r=2)
+    with pytest.raises(UserError, match=r"expected the factors of linear layers and convolutions in .*received '0'"):
         read_adapter(tmp_path / "peft")
 
 
@@ -305,7 +315,7 @@ DAMAGES = {
     "truncated": (truncate, "received what cannot be read"),
     "a factor alone": (keep(lambda name: "layers.0.self_attn.q_proj.lora_B" not in name), "received none of .*q_proj.lora_B"),
     "the other alone": (keep(lambda name: "layers.0.self_attn.q_proj.lora_A" not in name), "received '.*q_proj.lora_B"),
-    "empty": (keep(lambda name: False), "the factors of linear layers in .*received 'none'"),
+    "empty": (keep(lambda name: False), "the factors of linear layers .*received 'none'"),
 }
 
 

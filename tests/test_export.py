@@ -997,6 +997,94 @@ def test_a_link_that_is_missing_is_no_module_to_save():
         module.load_state_dict(state)
 
 
+# ---------------------------------------------------------------------- convolutions
+
+
+class ConvToy(COLAModule):
+    """A small network for images, or for rows of numbers, that shows what it takes."""
+
+    def __init__(self, dilation=1, kind="2d", **arguments):
+        super().__init__(**arguments)
+        self.dilation, self.kind = dilation, kind
+        self.example_input_array = torch.randn(2, 3, 6, 6) if kind == "2d" else torch.randn(2, 3, 6)
+
+    def build_model(self):
+        if self.kind == "1d":
+            return nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.GELU(), nn.Flatten(1), nn.Linear(48, 5))
+        first = nn.Conv2d(3, 8, (3, 1), padding="same", dilation=self.dilation)
+        return nn.Sequential(first, nn.GELU(), nn.Conv2d(8, 4, 1, bias=False), nn.Flatten(1), nn.Linear(144, 5))
+
+    def training_step(self, batch, batch_idx):
+        return self.model(self.example_input_array).square().mean()
+
+
+def conv_checkpoint(path, **arguments):
+    targets = ["0", "3"] if arguments.get("kind") == "1d" else ["0", "2", "4"]
+    module = ConvToy(**{"target_modules": targets, "rank": 4, "alpha": 6, "seed": 0} | arguments)
+    run = trainer(path, chain={"every_n_train_steps": 2, "ranks": [4, 2, 3]}, max_steps=6)
+    run.fit(module, DataLoader(range(6), batch_size=1))
+    run.save_checkpoint(path / "end.ckpt")
+    return module, path / "end.ckpt"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kind": "1d"}, {"finished_links": "stack"}, {"links": 2}], ids=str)
+def test_peft_gives_the_logits_of_a_module_with_convolutions(tmp_path, capsys, arguments):
+    links = arguments.pop("links", 3)
+    module, path = conv_checkpoint(tmp_path, **arguments)
+    words = ["--checkpoint", path, "--format", "peft", "--output", tmp_path / "peft", "--links", links]
+    assert command(*words) == 0, capsys.readouterr().err
+    assert "loaded again with peft, its logits differ from the module's by at most " in capsys.readouterr().out
+    rank = sum([4, 2, 3][:links])
+    weights = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    kernel = (3, 1) if module.kind == "2d" else (3,)
+    assert weights["base_model.model.0.lora_A.weight"].shape == (rank, 3, *kernel)
+    assert weights["base_model.model.0.lora_B.weight"].shape == (8, rank, *[1] * len(kernel))
+    x = torch.randn(4, *module.example_input_array.shape[1:])
+    model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft").eval()
+    expected = module.merged_model(links).eval()(x)
+    assert difference(model(x), expected) <= 1e-5
+    assert difference(model.merge_and_unload()(x), expected) <= 1e-5
+    assert difference(module.merged_model(0)(x), expected) > 1e-3
+    again = read_chain(str(tmp_path / "peft"), None, "adapter")
+    assert [link.rank for link in again.links] == [4, 2, 3][:links]
+    torch.testing.assert_close(again.delta("0"), whole_chain(module).truncate(links).delta("0"))
+
+
+def test_a_recompressed_adapter_of_convolutions_is_of_the_rank_asked_for(tmp_path, capsys):
+    _, path = conv_checkpoint(tmp_path)
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "peft", "--max_rank", 6) == 0
+    assert "0: relative error" in capsys.readouterr().out
+    weights = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert weights["base_model.model.0.lora_A.weight"].shape == (6, 3, 3, 1)
+
+
+def test_a_chain_begins_with_convolutions_that_peft_has_trained(tmp_path):
+    module, path = conv_checkpoint(tmp_path)
+    assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "peft") == 0
+    begun = ConvToy(target_modules=["0", "2", "4"], rank=4, alpha=6, seed=0, init_chain=str(tmp_path / "peft"))
+    begun.configure_model()
+    x = module.example_input_array
+    assert difference(begun.model.eval()(x), module.model.eval()(x)) <= 1e-5
+
+
+def test_a_merged_export_of_convolutions_is_a_state_dict(tmp_path):
+    module, path = conv_checkpoint(tmp_path)
+    assert command("--checkpoint", path, "--format", "merged", "--output", tmp_path / "merged") == 0
+    plain = ConvToy().build_model()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert difference(plain.eval()(module.example_input_array), module.model.eval()(module.example_input_array)) <= 1e-5
+
+
+def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path, capsys):
+    _, path = conv_checkpoint(tmp_path, dilation=2)
+    words = ["--checkpoint", path, "--output", tmp_path / "out", "--format"]
+    assert command(*words, "peft") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: format: expected merged, for PEFT's LoRA has no dilation, and that of '0' is (2, 2); received peft"
+    assert not (tmp_path / "out").exists()
+    assert command(*words, "merged") == 0
+
+
 # ---------------------------------------------------------------------- modules that PEFT matches by the end of their names
 
 

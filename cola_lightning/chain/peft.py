@@ -14,6 +14,7 @@ from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.codec import ADAPTER, base_facts, check_version, describe_link, link_facts, parse_json
 from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.lora.registry import is_linear
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -120,10 +121,17 @@ def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tenso
     except KeyError as error:
         raise UserError(f"adapter: expected two factors for each layer in {where}, received none of {error}") from error
     unknown = [name for name in names if ".lora_" in name]
-    unknown += [name for name, (A, B) in pairs.items() if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]]
+    unknown += [name for name, pair in pairs.items() if not _are_factors(*pair)]
     if not pairs or unknown:
-        raise UserError(f"adapter: expected the factors of linear layers in {where}, received {(unknown or ['none'])[0]!r}")
-    return pairs, names
+        raise UserError(
+            f"adapter: expected the factors of linear layers and convolutions in {where}, received {(unknown or ['none'])[0]!r}"
+        )
+    return {name: (A.flatten(1), B.flatten(1)) for name, (A, B) in pairs.items()}, names
+
+
+def _are_factors(lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether these are two matrices of one rank, or the kernels of two convolutions, the second of which is of size 1."""
+    return 2 <= lora_A.dim() == lora_B.dim() and len(lora_A) == lora_B.shape[1] and set(lora_B.shape[2:]) <= {1}
 
 
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
@@ -287,6 +295,37 @@ def _target_modules(layers: list[str], modules: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, layers))
 
 
+def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors in the shapes of PEFT's own: a convolution's are kernels, of rank x in x kernel and out x rank x 1.
+
+    Args:
+        base: the plain model.
+        factors: A and B by layer, as matrices.
+
+    Raises:
+        UserError: for a layer that PEFT does not adapt, or not as it is adapted here.
+
+    Source: ``peft.tuners.lora.layer``, ``_ConvNd.update_layer`` (0.21: it makes A without the layer's dilation).
+    """
+    weights, modules = dict(factors), dict(base.named_modules())
+    for name, (lora_A, lora_B) in factors.items():
+        layer = modules[name]
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            if set(layer.dilation) != {1}:
+                raise UserError(
+                    f"format: expected merged, for PEFT's LoRA has no dilation, and that of {name!r} is {layer.dilation}; "
+                    "received peft"
+                )
+            size = layer.kernel_size
+            weights[name] = lora_A.reshape(-1, layer.in_channels, *size), lora_B[(..., *[None] * len(size))]
+        elif not is_linear(layer):
+            raise UserError(
+                f"format: expected merged, for PEFT has no LoRA that is known here for {name!r}, a {type(layer).__name__}; "
+                "received peft"
+            )
+    return weights
+
+
 def write_adapter(
     folder: Path,
     factors: Mapping[str, tuple[Tensor, Tensor]],
@@ -298,7 +337,7 @@ def write_adapter(
 
     Args:
         folder: where.
-        factors: A and B by layer, of scaling 1.
+        factors: A and B by layer, of scaling 1, from :func:`as_peft_weights`.
         whole: what was trained whole, by name.
         config: the ``LoraConfig``.
         description: of :func:`describe_links`, where the factors are those of a chain.
