@@ -1,5 +1,7 @@
 """The relatives of COLA as rules on its engine: which factor a link trains, and what an optimizer keeps over a knot."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from cola_lightning import AdaptedModel, LoRALinear, UserError
-from cola_lightning.chain.rules import frozen_factor, keep_state
+from cola_lightning.chain.rules import FROZEN_FACTOR, TrainedFactors, frozen_factor, keep_state
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import METHODS, method
 from tests.test_chain_of_lora import Watch
@@ -23,6 +25,10 @@ def base():
 def factors(module):
     layers = module.adapted.layers.items()
     return {name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for name, layer in layers}
+
+
+def test_each_rule_is_an_option_of_the_module():
+    assert list(FROZEN_FACTOR) == list(get_args(TrainedFactors))
 
 
 @pytest.mark.parametrize("drawn", ["A", "B"])

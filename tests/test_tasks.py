@@ -11,6 +11,19 @@ from cola_lightning import Example, UserError
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS, find_task
 
+SIZES = {
+    "SST2": (1000, 500, 872),
+    "RTE": (1000, 500, 277),
+    "CB": (150, 100, 56),
+    "BoolQ": (1000, 500, 1000),
+    "WSC": (454, 100, 104),
+    "WIC": (1000, 500, 638),
+    "MultiRC": (1000, 500, 1000),
+    "COPA": (300, 100, 100),
+    "ReCoRD": (1000, 500, 1000),
+    "SQuAD": (1000, 500, 1000),
+    "DROP": (1000, 500, 1000),
+}
 OPTIONS = {
     "SST2": (" terrible", " great"),
     "RTE": ("Yes", "No"),
@@ -20,6 +33,7 @@ OPTIONS = {
     "WIC": ("No", "Yes"),
     "MultiRC": ("No", "Yes"),
 }
+# Two a task: its name, a row, the prompt, its options where they are not those above or the answer alone, the answer.
 ROWS = [
     ("SST2", {"sentence": "a joy to watch ", "label": 1}, "a joy to watch It was", " great"),
     ("SST2", {"sentence": " no plot , no point", "label": 0}, "no plot , no point It was", " terrible"),
@@ -178,22 +192,14 @@ def test_all_answers_that_count_are_kept():
     assert {example.accepted + example.references for task, example in made if task in OPTIONS or task == "COPA"} == {()}
 
 
-def test_each_task_is_tested_and_has_the_protocols_sizes_and_loss():
+def test_each_task_is_tested():
     assert [task for task, *_ in ROWS] == [task for task in TASKS for _ in range(2)]
-    assert {name: task.sizes for name, task in TASKS.items()} == {
-        "SST2": (1000, 500, 872),
-        "RTE": (1000, 500, 277),
-        "CB": (150, 100, 56),
-        "BoolQ": (1000, 500, 1000),
-        "WSC": (454, 100, 104),
-        "WIC": (1000, 500, 638),
-        "MultiRC": (1000, 500, 1000),
-        "COPA": (300, 100, 100),
-        "ReCoRD": (1000, 500, 1000),
-        "SQuAD": (1000, 500, 1000),
-        "DROP": (1000, 500, 1000),
-    }
-    assert {name: task.loss for name, task in TASKS.items()} == dict.fromkeys(OPTIONS, "options") | dict.fromkeys(
+
+
+def test_the_papers_tasks_have_the_protocols_sizes_and_loss():
+    assert [task for task in TASKS if task in SIZES] == list(SIZES)
+    assert {name: TASKS[name].sizes for name in SIZES} == SIZES
+    assert {name: TASKS[name].loss for name in SIZES} == dict.fromkeys(OPTIONS, "options") | dict.fromkeys(
         ["COPA", "ReCoRD", "SQuAD", "DROP"], "answer"
     )
 
@@ -240,7 +246,7 @@ def options_and_right_ones(task, row):
 
 
 @pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SIZES)
 def test_real_rows_make_the_prompts_of_the_table(task):
     lines = (Path(os.environ["COLA_DATA_DIR"]) / task.lower() / "validation.jsonl").read_text().splitlines()[:20]
     assert len(lines) == 20
@@ -314,8 +320,7 @@ def test_an_example_has_options_that_differ_and_one_that_is_right(options, answe
 
 def test_a_task_is_found_in_any_case_and_a_misspelt_one_gets_the_nearest():
     assert find_task("boolq") is TASKS["BoolQ"]
-    names = "SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD, DROP"
-    with pytest.raises(UserError, match=rf"data\.task: expected {names}, received 'BoolG'; the nearest.*: BoolQ$"):
+    with pytest.raises(UserError, match=rf"data\.task: expected {', '.join(TASKS)}, received 'BoolG'; the nearest.*: BoolQ$"):
         find_task("BoolG")
 
 

@@ -3,7 +3,7 @@
 None of them is seen by a layer's forward pass: it computes with A and B, whichever of them moves.
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Literal
 
 import torch
@@ -14,6 +14,14 @@ from cola_lightning.seeding import derive_seed
 
 TrainedFactors = Literal["both", "B", "random"]
 Factor = Literal["A", "B"]
+
+
+# A rule's name -> the factor that a link does not train, from the run's seed and the link's index; see frozen_factor.
+FROZEN_FACTOR: dict[str, Callable[[int, int], Factor | None]] = {
+    "both": lambda seed, link: None,
+    "B": lambda seed, link: "A",
+    "random": lambda seed, link: "B" if derive_seed(seed, link, "frozen factor") % 2 else "A",
+}
 
 
 def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
@@ -31,11 +39,7 @@ def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | Non
     Source: ``B``: Zhu et al., "Asymmetry in Low-Rank Adapters" (arXiv 2402.16842); ``random``: Malinovsky et al., "Randomized
         Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
     """
-    if trained == "both":
-        return None
-    if trained == "B":
-        return "A"
-    return "B" if derive_seed(seed, link, "frozen factor") % 2 else "A"
+    return FROZEN_FACTOR[trained](seed, link)
 
 
 @torch.no_grad()

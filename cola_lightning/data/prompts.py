@@ -97,7 +97,8 @@ class PromptDataModule(OptionDataModule):
     the rows of each that cannot be used (ReCoRD has entities twice) is left out with a warning.
 
     Args:
-        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP.
+        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or what is added to
+            ``cola_lightning.data.tasks.TASKS``.
         source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, or the id of a data set on the hub.
             ``null``: the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: on the hub, the name of a configuration, for a ``source`` of one's own.

@@ -1,4 +1,4 @@
-"""The paper's eleven tasks as prompts, word for word those of the protocol that it follows.
+"""Tasks as prompts: the paper's eleven, word for word those of the protocol that it follows. CONTRIBUTING.md adds one.
 
 Source: Malladi et al. (arXiv 2305.17333), princeton-nlp/MeZO, large_models/templates.py and tasks.py.
 """
@@ -36,23 +36,23 @@ class Task:
     loss: Loss = "options"
 
 
-def _labelled(row: Row, prompt: str, *options: str) -> Example:
+def labelled(row: Row, prompt: str, *options: str) -> Example:
     """A prompt with fixed options, in the order of the labels."""
     return Example(prompt, options, row.label("label", len(options)), row.place)
 
 
 def _sst2(row: Row) -> Example:
-    return _labelled(row, f"{row.text('sentence').strip()} It was", " terrible", " great")
+    return labelled(row, f"{row.text('sentence').strip()} It was", " terrible", " great")
 
 
 def _rte(row: Row) -> Example:
     prompt = f'{row.text("premise")}\nDoes this mean that "{row.text("hypothesis")}" is true? Yes or No?\n'
-    return _labelled(row, prompt, "Yes", "No")
+    return labelled(row, prompt, "Yes", "No")
 
 
 def _cb(row: Row) -> Example:
     prompt = f'Suppose {row.text("premise")} Can we infer that "{row.text("hypothesis")}"? Yes, No, or Maybe?\n'
-    return _labelled(row, prompt, "Yes", "No", "Maybe")
+    return labelled(row, prompt, "Yes", "No", "Maybe")
 
 
 def _boolq(row: Row) -> Example:
@@ -66,17 +66,17 @@ def _boolq(row: Row) -> Example:
 def _wsc(row: Row) -> Example:
     pronoun, name = row.text("span2_text").lower(), row.text("span1_text")
     question = f'In the previous sentence, does the pronoun "{pronoun}" refer to {name}? Yes or No?'
-    return _labelled(row, f"{row.text('text')}\n{question}\n", "No", "Yes")
+    return labelled(row, f"{row.text('text')}\n{question}\n", "No", "Yes")
 
 
 def _wic(row: Row) -> Example:
     question = f'Does the word "{row.text("word")}" have the same meaning in these two sentences? Yes, No?'
-    return _labelled(row, f"{question}\n{row.text('sentence1')}\n{row.text('sentence2')}\n", "No", "Yes")
+    return labelled(row, f"{question}\n{row.text('sentence1')}\n{row.text('sentence2')}\n", "No", "Yes")
 
 
 def _multirc(row: Row) -> Example:
     question = f'Question: {row.text("question")}\nI found this answer "{row.text("answer")}". Is that correct? Yes or No?'
-    return _labelled(row, f"{row.text('paragraph')}\n{question}\n", "No", "Yes")
+    return labelled(row, f"{row.text('paragraph')}\n{question}\n", "No", "Yes")
 
 
 def _copa(row: Row) -> Example:
@@ -84,7 +84,7 @@ def _copa(row: Row) -> Example:
     if (question := row.text("question")) not in conjunctions:
         raise UnusableRow(f"{row.place}: expected cause or effect in the field 'question', received {question!r}")
     premise = row.text("premise").rstrip().removesuffix(".")
-    return _labelled(row, premise + conjunctions[question], *(_uncapitalised(row.text(f"choice{k}")) for k in (1, 2)))
+    return labelled(row, premise + conjunctions[question], *(_uncapitalised(row.text(f"choice{k}")) for k in (1, 2)))
 
 
 def _uncapitalised(sentence: str) -> str:
@@ -102,7 +102,7 @@ def _record(row: Row) -> Example:
     return Example(prompt, options, accepted[0], row.place, accepted=accepted)
 
 
-def _generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
+def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
     """A prompt whose answer is generated, and compared with each of those given; the first one is learned."""
     return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
 
@@ -110,12 +110,12 @@ def _generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return _generated(row, prompt, row.inner("answers").texts("text"))
+    return generated(row, prompt, row.inner("answers").texts("text"))
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    return _generated(row, prompt, row.inner("answers_spans").texts("spans"))
+    return generated(row, prompt, row.inner("answers_spans").texts("spans"))
 
 
 _superglue = partial(Task, source="aps/super_glue")
