@@ -111,6 +111,14 @@ def test_the_tables_of_tasks_and_of_their_costs_are_the_benchmarks(monkeypatch, 
     assert [row for row in table if row not in README] == []
 
 
+def test_the_table_of_domain_shift_is_the_benchmarks():
+    from benchmarks import domain_shift
+
+    table = [f"| {' | '.join(row)} |" for row in domain_shift.rows()]
+    assert len(table) >= 4
+    assert [row for row in table if row not in README] == []
+
+
 def test_the_predictions_in_half_precision_are_the_benchmarks():
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "half.jsonl").read_text().splitlines()]
     same = {line["model"]: line["same"] for line in lines}
