@@ -25,6 +25,7 @@ from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PLATEAU_KEY = "plateau"  # in a checkpoint
 
 NO_DEEPSPEED = (
     "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
@@ -155,14 +156,16 @@ class ChainOfLoRA(Callback):
         value = trainer.strategy.broadcast(value)
         self.plateau.watch(value, len(self.module.chain), trainer.fit_loop.total_batch_idx)
 
+    # Not state_dict: of callbacks that have one, Lightning refuses a second by words of its own, before ours are said.
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.plateau is None else {"plateau": self.plateau.state_dict()}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.plateau is not None:
+            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.plateau is not None and "plateau" in state_dict:
-            self.plateau.load_state_dict(state_dict["plateau"])
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.plateau is not None and PLATEAU_KEY in checkpoint:
+            self.plateau.load_state_dict(checkpoint[PLATEAU_KEY])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
