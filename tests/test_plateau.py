@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_ties_the_knots_that_it_would_have_tied(tmp_path,
 
 def test_the_checkpoint_holds_the_values_in_plain_types(tmp_path):
     fit(tmp_path, max_epochs=1)
-    state = torch.load(last(tmp_path), weights_only=True)["plateau"]
+    state = torch.load(last(tmp_path), weights_only=True)["cola_plateau"]
     plateau = Plateau(patience=1)
     plateau.load_state_dict(state)
     assert plateau.state_dict() == state

@@ -25,7 +25,7 @@ from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PLATEAU_KEY = "plateau"  # in a checkpoint
+PLATEAU_KEY = "cola_plateau"  # in a checkpoint
 
 NO_DEEPSPEED = (
     "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
