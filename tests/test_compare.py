@@ -72,14 +72,6 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
         assert found.options["model.target_modules"] is None
 
 
-def test_links_of_unknown_number_are_refused():
-    given = config({"patience": 2}, max_epochs=5)
-    with pytest.raises(UserError, match=r"expected links of known number, as cola-4 has, received 'cola' and chain\.patience"):
-        method("cola", given)
-    for name in ("lora", "cola-2"):
-        assert method(name, given).options["chain.patience"] is None
-
-
 def test_links_of_equal_length_end_with_the_run():
     assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]
     assert method("cola-2", config(max_epochs=5)).options["chain.at_epochs"] == [2]

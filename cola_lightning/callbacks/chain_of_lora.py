@@ -18,14 +18,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from cola_lightning.callbacks.plateau import Plateau
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.schedule import ChainSchedule, Counters
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PLATEAU_KEY = "cola_plateau"  # in a checkpoint
 
 NO_DEEPSPEED = (
     "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
@@ -49,9 +47,9 @@ class ChainModule(Protocol):
 class ChainOfLoRA(Callback):
     """Ties the knots: at the first batch of an optimizer step at which one is due, before anything is computed for it.
 
-    At most one of the first four arguments and ``patience``; none is one link: plain LoRA. Steps are optimizer steps, counted
-    over the whole run. A checkpoint at a knot holds the unfinished link, and its resume ties the knot. EarlyStopping's patience
-    runs on across knots.
+    At most one of the first four arguments; none is one link: plain LoRA. Steps are optimizer steps, counted over the
+    whole run. A checkpoint at a knot holds the unfinished link, and its resume ties the knot. EarlyStopping's patience runs on
+    across knots.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -60,13 +58,9 @@ class ChainOfLoRA(Callback):
         at_steps: knots before these optimizer steps: increasing, from 1.
         ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
         alphas: each link's alpha. Default: ``model.alpha`` for all.
-        patience: a knot when ``monitor`` has reached no new lowest value of the link in so many validations in a row. How long
-            a link is, is then not known beforehand, so that a schedule must be ``constant``, or run over the whole run.
-        monitor: a metric that has been logged when a validation ends: ``val_loss``, or one of training.
-        min_delta: by how much ``monitor`` must be lower, to be a new lowest value.
 
     Raises:
-        UserError: for more than one rule, and for values that cannot be.
+        UserError: for more than one of the first four, and for values that cannot be.
 
     Example:
         >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.link_at(epoch=5, global_step=100)
@@ -83,27 +77,10 @@ class ChainOfLoRA(Callback):
         at_steps: list[int] | None = None,
         ranks: list[int] | None = None,
         alphas: list[float] | None = None,
-        patience: int | None = None,
-        monitor: str = "val_loss",
-        min_delta: float = 0.0,
     ) -> None:
-        if patience is not None and patience < 1:
-            raise UserError(f"chain.patience: expected a whole number of at least 1, received {patience}")
-        if not 0 <= min_delta < math.inf:
-            raise UserError(f"chain.min_delta: expected a number of at least 0, received {min_delta}")
-        whens: dict[str, int | list[int] | None] = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_train_steps": every_n_train_steps,
-        }
-        whens |= {"at_epochs": at_epochs, "at_steps": at_steps}
-        if patience is not None and (given := [name for name, value in whens.items() if value is not None]):
-            raise UserError(f"chain: expected at most one of {', '.join(whens)}, patience, received patience and {given[0]}")
-        self.plateau = None if patience is None else Plateau(int(patience), float(min_delta))
-        self.monitor = monitor
-        is_open = self.plateau is not None or type(self).should_tie is not ChainOfLoRA.should_tie
+        is_open = type(self).should_tie is not ChainOfLoRA.should_tie
         self.schedule = ChainSchedule(every_n_epochs, every_n_train_steps, at_epochs, at_steps, ranks, alphas, is_open=is_open)
         self._asked_at: int | None = None
-        self._batch = 0  # of the run, before which it is asked
 
     def should_tie(self, epoch: int, global_step: int) -> bool:
         """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for a rule of your own.
@@ -112,8 +89,6 @@ class ChainOfLoRA(Callback):
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
-        if self.plateau is not None:
-            return self.plateau.is_reached(len(self.module.chain), self._batch)
         return self.schedule.is_due(self.module.link_start, Counters(epoch, global_step))
 
     @override
@@ -122,8 +97,6 @@ class ChainOfLoRA(Callback):
         self.module = cast(ChainModule, pl_module)
         self.module.schedule = self.schedule
         self._asked_at = None
-        if self.plateau is not None and stage == "fit" and not trainer.global_step:  # a resume loads its state after this
-            self.plateau.link, self.plateau.values = 0, []
         # A new list: the trainer is going through the old one. Checkpoints stay last, as Lightning has them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
@@ -135,7 +108,7 @@ class ChainOfLoRA(Callback):
             return
         if now.global_step == self._asked_at:  # inside an accumulation window
             return
-        self._asked_at, self._batch = now.global_step, trainer.fit_loop.total_batch_idx
+        self._asked_at = now.global_step
         if self.should_tie(*now):
             self._report(self.module.tie_knot(), trainer, "finished")
 
@@ -143,29 +116,6 @@ class ChainOfLoRA(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.num_sanity_val_steps == math.inf:  # all of validation, and not its first batches
             log.info("before training: %s", _of_validation(trainer.callback_metrics) or "no metric")
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plateau is None or trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise UserError(f"chain.monitor: expected a metric that is logged by then ({logged}), received {self.monitor!r}")
-        value = float(trainer.callback_metrics[self.monitor])
-        # That of the first process: a knot is tied by all or by none, whether or not they have averaged their metric.
-        value = trainer.strategy.broadcast(value)
-        self.plateau.watch(value, len(self.module.chain), trainer.fit_loop.total_batch_idx)
-
-    # Not state_dict: of callbacks that have one, Lightning refuses a second by words of its own, before ours are said.
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.plateau is not None:
-            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.plateau is not None and PLATEAU_KEY in checkpoint:
-            self.plateau.load_state_dict(checkpoint[PLATEAU_KEY])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -168,15 +168,12 @@ class LinkOptimization:
 
     def check_without_horizon(self) -> None:
         """Refuses a learning-rate schedule that needs a link's length, where that is not known beforehand."""
-        is_end_known = self.run.length is not None and self.run.length.end_step < math.inf
-        if self.schedule_scope == "run" and is_end_known and not 0 < self.knot_warmup_steps < 1:
-            return
         if self._needs_horizon and self._scheduler is not None:  # an overridden configure_optimizers may have none
             share = self.warmup_steps or self.knot_warmup_steps
             received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {share:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-                f"max_steps, endless data, chain.patience, or a should_tie of one's own), received {received}"
+                f"max_steps, endless data, or a should_tie of one's own), received {received}"
             )
 
     def check_new_optimizers(self, configure: Callable[[], Any], trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from cola_lightning.errors import UserError, nearest
 Config = Mapping[str, Any]
 
 WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps")
-NO_CHAIN = {f"chain.{name}": None for name in (*WHENS, "patience", "ranks", "alphas")}
+NO_CHAIN = {f"chain.{name}": None for name in (*WHENS, "ranks", "alphas")}
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ def _rank(config: Config) -> int:
 def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    if chain.get("patience") is not None:
-        raise UserError(f"methods: expected links of known number, as {name}-4 has, received {name!r} and chain.patience")
-    schedule = ChainSchedule(**{field: chain[field] for field in (*WHENS, "ranks", "alphas")})
+    schedule = ChainSchedule(**chain)
     if not schedule.has_knots:
         raise UserError(f"methods: expected a config whose chain has knots, or links, as {name}-4, received {name!r} and none")
     epochs, steps = _length(config)
