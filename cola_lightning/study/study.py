@@ -75,8 +75,9 @@ class Study:
                 results = self.results()
                 n_done = len(results) + len(self.failed)
                 self.bar.update(self.task, completed=n_done, description="")
-                self.trials.ask_for(run for run in self.wanted(results) if run not in self.failed)
-                if (taken := self.trials.take()) is not None:
+                wanted = [run for run in self.wanted(results) if run not in self.failed]
+                self.trials.ask_for(wanted)
+                if (taken := self.trials.take(wanted)) is not None:
                     self._do(*taken, n_done)
                 elif n_done < self.n_runs and self.trials.are_running():
                     time.sleep(WAIT)

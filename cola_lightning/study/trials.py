@@ -7,7 +7,7 @@ know of a journal file is whether a trial that runs is still being run: whoever 
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -84,8 +84,13 @@ class Trials:
                 params = {"learning_rate": run.learning_rate, "seed": run.seed}
                 self.study.enqueue_trial(params, user_attrs={"method": run.method})
 
-    def take(self) -> tuple[optuna.Trial, Run] | None:
-        """The next run that waits, which is now this process' to do; None where none does."""
+    def take(self, wanted: Collection[Run]) -> tuple[optuna.Trial, Run] | None:
+        """The next waiting run, which is now this process' to do; None where none waits.
+
+        Args:
+            wanted: the runs that this command asks for. What else waits, an earlier command had asked for: it is dropped, and
+                a process that still wants it asks for it again.
+        """
         while any(self._trials(TrialState.WAITING)):
             trial = self.study.ask()
             if (method := trial.user_attrs.get("method")) is None:  # another process took the last: Optuna made one up
@@ -94,7 +99,8 @@ class Trials:
             rate = trial.suggest_float("learning_rate", RATES.low, RATES.high, log=True)
             run = Run(method, rate, trial.suggest_int("seed", SEEDS.low, SEEDS.high))
             others = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
-            if any(other == run and one.number < trial.number for other, one in others):  # asked for by two at once
+            is_taken = any(other == run and one.number < trial.number for other, one in others)  # asked for by two at once
+            if is_taken or run not in wanted:
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
             self.keep_alive(trial)
