@@ -20,7 +20,7 @@ ROWS = [
     ["adapted_model"],
     ["sharded/strategy"],
     ["callbacks", "data", "modules"],
-    ["export", "examples"],
+    ["export", "examples", "cli/help"],
     ["cli/training"],
     ["study"],
     ["cli"],

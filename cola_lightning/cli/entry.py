@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing_extensions import override
 
 from cola_lightning import __version__
+from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
-COMMANDS = ("fit", "validate", "test", "predict", "compare", "inspect", "export")
+# Lines of Lightning's that tell nothing of the run.
+NOISE = ("💡 Tip:", "TPU available:", "HPU available:")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -49,8 +51,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if words == ["--version"]:  # without the seconds that imports take
         print(f"cola {__version__}")
         return 0
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise UserError(f"cola: expected {', '.join(COMMANDS)}, received {words[0]!r}{nearest(words[0], COMMANDS)}")
+    if words in (["-h"], ["--help"]):
+        print(overview())
+        return 0
+    if words and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]!r}{nearest(words[0], SUBCOMMANDS)}")
     if words and words[0] == "inspect":
         from cola_lightning.cli.inspect import inspect
 
@@ -60,6 +65,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
         from cola_lightning.cli.export import export
 
         export(words[1:])
+        return 0
+    if words and words[0] == "configs":
+        from cola_lightning.cli.configs import configs
+
+        configs(words[1:])
         return 0
     if words and words[0] == "compare":
         from cola_lightning.study.command import compare
@@ -96,16 +106,22 @@ class ConsoleHandler(logging.Handler):
         rich.get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
 
 
+def _is_of_the_run(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
+
+
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    package = logging.getLogger("cola_lightning")
+    package, lightnings = logging.getLogger("cola_lightning"), logging.getLogger("lightning.pytorch.utilities.rank_zero")
     handler = ConsoleHandler()
     level = package.level
     if os.environ.get("LOCAL_RANK", "0") == "0":
         package.addHandler(handler)
     package.setLevel(logging.INFO)
+    lightnings.addFilter(_is_of_the_run)
     try:
         yield
     finally:
+        lightnings.removeFilter(_is_of_the_run)
         package.removeHandler(handler)
         package.setLevel(level)

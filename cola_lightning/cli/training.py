@@ -16,7 +16,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -27,6 +27,7 @@ from cola_lightning import __version__
 from cola_lightning.callbacks import (
     NO_DEEPSPEED,
     ChainOfLoRA,
+    ChainProgressBar,
     Interruption,
     LastCheckpoint,
     PredictionWriter,
@@ -35,18 +36,13 @@ from cola_lightning.callbacks import (
     run_folder,
 )
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
+from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLAModule
 from cola_lightning.modules.pending import loading
 from cola_lightning.sharded import processes
 
 log = logging.getLogger(__name__)
-
-DESCRIPTION = (
-    "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates. Beside the subcommands below, `cola compare` "
-    "compares methods, `cola inspect` says what each link of a chain did, and `cola export` makes of a checkpoint a plain "
-    "model, a PEFT adapter or a chain."
-)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -95,12 +91,18 @@ class COLACLI(LightningCLI):
             # Without allow_abbrev=False, argparse would take --chain.every_n_epoch for --chain.every_n_epochs.
             parser_kwargs={"prog": "cola", "description": DESCRIPTION, "version": __version__}
             | {"allow_abbrev": False, "exit_on_error": False}
-            | {name: {"allow_abbrev": False, "exit_on_error": False} for name in self.subcommands()},
+            | {
+                name: {"allow_abbrev": False, "exit_on_error": False, "description": SUBCOMMANDS[name], "usage": usage(name)}
+                for name in self.subcommands()
+            },
             args=None if args is None else list(args),
         )
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what people set first in ``--help``: model, data and chain, and then the Trainer with its many options."""
+        parser.add_lightning_class_args(COLAModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
         parser.add_class_arguments(LastCheckpoint, "last")
         parser.add_argument(
@@ -110,6 +112,10 @@ class COLACLI(LightningCLI):
             help="How many links of the checkpoint, or of model.init_chain: the finished ones first, then the live one. "
             "0 is the base. Default: all.",
         )
+        parser.add_lightning_class_args(Trainer, "trainer")
+        for group, title in TITLES.items():
+            (parser.groups or {})[group].title = title
+        parser.set_defaults({"trainer.enable_model_summary": False})  # the module's own line says more
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -198,8 +204,12 @@ class COLACLI(LightningCLI):
         if config.logger in (None, True) and not config.barebones:
             # Lightning's own choice depends on whether tensorboard is installed.
             kwargs["logger"] = CSVLogger(root, name="runs")
+        kwargs["callbacks"] = callbacks = _as_list(config.callbacks)
+        has_bar = config.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not config.barebones and not has_bar:
+            callbacks.append(ChainProgressBar())
         if config.enable_checkpointing is not False and not config.barebones:
-            kwargs["callbacks"] = [*_as_list(config.callbacks), self._get(self.config_init, "last")]
+            callbacks.append(self._get(self.config_init, "last"))
         elif given := [name for name, value in vars(self._get(self.config, "last")).items() if value is not None]:
             raise UserError(f"last.{given[0]}: expected null with trainer.enable_checkpointing: false, received a value")
         try:
@@ -299,7 +309,7 @@ def _save_dirs(loggers: Any) -> list[str]:
 
 
 def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
-    return [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
+    return [] if callbacks is None else [*callbacks] if isinstance(callbacks, list) else [callbacks]
 
 
 def refusal_of_libraries(error: BaseException) -> str | None:

@@ -25,6 +25,7 @@ from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
 from cola_lightning.modules.optimization import check_trained_whole
 from cola_lightning.modules.rewind import align_logged_step
+from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards, undo_replication
@@ -96,6 +97,7 @@ class ChainGuard(Callback):
         self.module.run_state.length = length
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
+        log.info("%s", summary(self.module))
 
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
         """Has the live link go on with its optimizer, or begin as the schedule asks.

@@ -1,0 +1,64 @@
+"""``cola configs``: the configurations that come with the package."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from cola_lightning.cli.help import WIDTH
+from cola_lightning.errors import UserError, nearest
+from cola_lightning.writing import whole_file
+
+PACKAGE = Path(__file__).parent.parent
+# In a wheel they are in the package, in a clone beside it.
+FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+
+
+def configs(words: Sequence[str]) -> None:
+    """Runs ``cola configs``.
+
+    Args:
+        words: what follows it on the command line.
+
+    Raises:
+        UserError: for an unknown name, and a file that is there already.
+    """
+    parser = ArgumentParser(
+        prog="cola configs",
+        description="Lists the configurations that come with cola_lightning, or copies some of them.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="which to copy, or all (without one: a list)")
+    parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="where to")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    options = parser.parse_args(list(words))
+    found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+    if not options.names:
+        for name, path in found.items():
+            print(textwrap.fill(f"{name}: {_first_sentence(path)}", WIDTH, subsequent_indent="    "))
+        print("\n`cola configs NAME` copies one to configs/, where the commands in its header expect it.")
+        return
+    asked = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
+    if unknown := [name for name in asked if name not in found]:
+        raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
+    targets = {name: options.output / found[name].relative_to(FOLDER) for name in asked}
+    existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
+    if existing:
+        raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")
+    for name, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target, is_shared=True) as partial:
+            partial.write_bytes(found[name].read_bytes())
+        print(f"written: {target}")
+
+
+def _first_sentence(path: Path) -> str:
+    """What the header of a configuration says first."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or line == "#":
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines).split(". ")[0].removesuffix(".").removesuffix(":") + "."

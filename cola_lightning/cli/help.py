@@ -1,0 +1,46 @@
+"""``cola --help``, without the seconds that the imports of a fit take."""
+
+import textwrap
+
+WIDTH = 80
+SUBCOMMANDS = {
+    "fit": "Trains a model by a chain of LoRA links, and writes checkpoints and metrics.",
+    "validate": "Evaluates a checkpoint on the validation data.",
+    "test": "Evaluates a checkpoint on the test data.",
+    "predict": "Writes a checkpoint's predictions for each row to a JSONL file.",
+    "compare": "Compares LoRA, chains, full fine-tuning and related methods over rates and seeds.",
+    "inspect": "Prints what each link of a checkpoint or chain folder did.",
+    "configs": "Lists the configurations that come with the package, or copies them.",
+    "export": "Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",
+}
+TITLES = {
+    "model": "The model (`--model.help CLASS` lists a class' options)",
+    "data": "The data (`--data.help CLASS` lists a class' options)",
+    "chain": "The chain: when a link is finished",
+    "last": "The file last.ckpt, from which an interrupted fit continues",
+    "trainer": "The Trainer, as in Lightning",
+}
+DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
+
+
+def overview() -> str:
+    """What ``cola --help`` prints: every subcommand, at 80 columns."""
+    indent = max(map(len, SUBCOMMANDS)) + 4
+    lines = [
+        textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{indent - 2}}", subsequent_indent=" " * indent)
+        for name, text in SUBCOMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: cola SUBCOMMAND [OPTIONS]",
+            "",
+            *(DESCRIPTION, "", "subcommands:", *lines, ""),
+            "`cola SUBCOMMAND --help` lists the options of one; `cola --version` prints the",
+            "version.",
+        ]
+    )
+
+
+def usage(subcommand: str) -> str:
+    """The usage line of a subcommand of LightningCLI's, whose own lists each option of the Trainer's."""
+    return f"cola {subcommand} --config FILE [--config FILE ...] [--GROUP.NAME VALUE ...]"

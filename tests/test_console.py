@@ -1,0 +1,121 @@
+"""What the command line prints: its help, its shipped configurations, a fit's lines and its progress bar."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import rich
+from rich.console import Console
+
+from cola_lightning.callbacks import ChainProgressBar
+from cola_lightning.cli import main
+from cola_lightning.cli.configs import FOLDER
+from cola_lightning.cli.help import SUBCOMMANDS, TITLES, WIDTH
+from tests.toy import Toy, ValidatedToy, batches, toy, trainer
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DIGITS = str(CONFIGS / "digits.yaml")
+FAST = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+
+
+def told(capfd, *words):
+    assert main(list(words)) == 0
+    return capfd.readouterr().out.splitlines()
+
+
+def test_help_lists_every_subcommand_in_whole_sentences_at_80_columns(capfd):
+    lines = told(capfd, "--help")
+    assert max(map(len, lines)) <= WIDTH
+    text = " ".join(" ".join(lines).split())
+    for name, sentence in SUBCOMMANDS.items():
+        assert f"{name} {sentence}" in text
+        assert sentence.endswith(".")
+
+
+def test_help_of_a_fit_begins_with_what_people_set(capfd):
+    lines = told(capfd, "fit", "--help")
+    assert lines[0].startswith("usage: cola fit --config FILE")
+    places = [lines.index(f"{title}:") for title in TITLES.values()]
+    assert places == sorted(places)
+    assert places[0] < 30
+
+
+def test_every_subcommand_has_help(capfd):
+    for name in SUBCOMMANDS:
+        assert told(capfd, name, "--help")[0].startswith(f"usage: cola {name}")
+
+
+def test_configs_lists_what_is_shipped(capfd):
+    lines = told(capfd, "configs")
+    names = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")]
+    assert FOLDER == CONFIGS
+    assert len(names) == 9
+    assert [name for name in names if not any(line.startswith(f"{name}: ") for line in lines)] == []
+
+
+def test_configs_copies_to_where_the_headers_commands_expect_them(capfd):
+    told(capfd, "configs", "digits.yaml", "overlays/fsdp2")
+    for name in ("digits.yaml", "overlays/fsdp2.yaml"):
+        assert (Path("configs") / name).read_bytes() == (CONFIGS / name).read_bytes()
+    assert main(["configs", "digits"]) == 2
+    assert "'configs/digits.yaml', which --overwrite replaces" in capfd.readouterr().err
+    told(capfd, "configs", "digits", "--overwrite")
+    told(capfd, "configs", "all", "--output", "elsewhere")
+    assert len(list(Path("elsewhere").rglob("*.yaml"))) == 9
+
+
+def test_configs_names_the_nearest_of_an_unknown_one(capfd):
+    assert main(["configs", "digit"]) == 2
+    assert capfd.readouterr().err.startswith("error: names: expected digits, domain_shift,")
+
+
+def test_a_fit_prints_what_is_of_use(capfd):
+    lines = told(capfd, "fit", "--config", DIGITS, *FAST)
+    text = "\n".join(lines)
+    assert "model: 330 of 9,300 parameters are trained (3.55%), link 0 of rank 1 and alpha 1 on 3 layers" in lines
+    for noise in ("FLOPs", "Tip", "TPU", "v_num"):
+        assert noise not in text
+    assert "link 1, epoch 1/1" in text
+
+
+def test_lightnings_summary_is_printed_where_it_is_asked_for(capfd):
+    assert "Trainable params" in "\n".join(told(capfd, "fit", "--config", DIGITS, *FAST, "--trainer.enable_model_summary=true"))
+
+
+class Recorder(ChainProgressBar):
+    """Keeps which bars are shown after each refresh."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def refresh(self, hard=False):
+        super().refresh(hard)
+        self.shown.append([task.description for task in self.progress.tasks if task.visible])
+
+
+@pytest.fixture
+def bar(monkeypatch):
+    monkeypatch.setattr(rich, "get_console", lambda: Console(file=io.StringIO(), width=WIDTH))
+    return Recorder()
+
+
+def test_one_bar_is_shown_at_a_time(bar, tmp_path):
+    run = trainer(tmp_path, bar, chain={"every_n_epochs": 1}, enable_progress_bar=True, max_epochs=2, num_sanity_val_steps=0)
+    run.fit(toy(ValidatedToy), batches(), batches())
+    assert {tuple(one) for one in bar.shown if len(one) > 1} == set()
+    seen = {one[0] for one in bar.shown if one}
+    assert {"link 0, epoch 0/1", "link 1, epoch 1/1", "Validation"} <= {name.strip() for name in seen}
+
+
+def test_a_run_that_steps_limit_has_no_last_epoch(bar, tmp_path):
+    trainer(tmp_path, bar, enable_progress_bar=True, max_steps=25, max_epochs=-1).fit(toy(Toy), batches())
+    assert {one[0] for one in bar.shown if one} == {"link 0, epoch 0", "link 0, epoch 1", "link 0, epoch 2"}
