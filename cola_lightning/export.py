@@ -1,6 +1,7 @@
 """What leaves with its owner: a chain merged into a plain model, or as one PEFT adapter; each is loaded again and compared."""
 
 import copy
+import importlib.util
 import inspect
 import math
 import warnings
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,17 +25,46 @@ from cola_lightning.chain.peft import (
     saved_by_peft,
     write_adapter,
 )
-from cola_lightning.errors import OutsideError, UserError
+from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.inject import lies_in
-from cola_lightning.writing import whole_folder
+from cola_lightning.model_card import Card
+from cola_lightning.writing import check_free, whole_folder
 
 STATE_DICT_NAME = "model.safetensors"
 TOLERANCE = 1e-4  # of the largest logit
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
+Format = Literal["merged", "peft", "chain"]
+
+
 class ExportError(OutsideError):
     """What was written does not give the logits that it should; it is not kept."""
+
+
+def check_options(
+    format: Format, folder: Path, dtype: str | None, max_rank: int | None, base_folder: Path | None, *, overwrite: bool
+) -> None:
+    """Refuses options that do not go together, and folders that cannot be written, before anything is loaded.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for option, value, its in (
+        ("dtype", dtype, "merged"),
+        ("max_rank", max_rank, "peft"),
+        ("base_folder", base_folder, "peft"),
+    ):
+        if value is not None and format != its:
+            raise UserError(f"{option}: expected --format {its} beside it, received {format}")
+    if max_rank is not None and max_rank < 1:
+        raise UserError(f"max_rank: expected at least 1, received {max_rank}")
+    if format == "peft" and importlib.util.find_spec("peft") is None:
+        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'")
+    check_free(folder, overwrite=overwrite)
+    places = [place.resolve() for place in (folder, base_folder or folder)]
+    if base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):
+        raise UserError(f"base_folder: expected a folder apart from the output, received {str(base_folder)!r}")
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,7 @@ def export_merged(
     probe: Probe | None = None,
     *,
     tokenizer: Any = None,
+    card: Card | None = None,
     verify: bool = True,
     overwrite: bool = False,
 ) -> str:
@@ -146,6 +177,7 @@ def export_merged(
         folder: where.
         probe: what the chain's module gave; None: no input is known, and weights are compared in place of logits.
         tokenizer: to be written along.
+        card: the model card to be written along, in a Hugging Face folder.
         verify: load what was written, and compare.
         overwrite: replace a folder that is not empty.
 
@@ -161,6 +193,11 @@ def export_merged(
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if card is not None:
+                name = type(model).__name__
+                card.write(
+                    partial, "merged model", f'from transformers import {name}\n\nmodel = {name}.from_pretrained("FOLDER")'
+                )
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
             save_file(tensors, partial / STATE_DICT_NAME)
@@ -199,6 +236,8 @@ def export_adapter(
     revision: str | None = None,
     modules_to_save: Sequence[str] = (),
     max_rank: int | None = None,
+    tokenizer: Any = None,
+    card: Card | None = None,
     verify: bool = True,
     overwrite: bool = False,
 ) -> list[str]:
@@ -214,6 +253,8 @@ def export_adapter(
         revision: of the base, on the hub.
         modules_to_save: names (or dotted name endings) of what was trained whole, or is not to be had by the base's name.
         max_rank: recompress each layer's update to this rank, by SVD.
+        tokenizer: to be written along.
+        card: the model card to be written along.
         verify: load what was written with peft, and compare.
         overwrite: replace a folder that is not empty.
 
@@ -241,12 +282,35 @@ def export_adapter(
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         write_adapter(partial, weights, whole, config, describe_links(chain) if rank == total else None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if card is not None:
+            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", _loading_of_adapter(config.task_type))
         if not verify or probe is None:
             return [*lines, "not compared" + (", for no input is known" if verify else "")]
         return [
             *lines,
             probe.compare(_with_adapter(base, partial), "loaded again with peft", where=where, is_same=rank == total),
         ]
+
+
+def _loading_of_adapter(task: str | None) -> str:
+    """How the user of a folder loads an adapter, in Python."""
+    auto = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification"}
+    if task in auto:
+        return f'from peft import {auto[task]}\n\nmodel = {auto[task]}.from_pretrained("FOLDER")'
+    return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the model without links'
+
+
+def export_chain(chain: Chain, folder: Path, *, verify: bool = True, overwrite: bool = False) -> list[str]:
+    """Writes a chain folder; arguments and errors are those of :func:`export_merged`."""
+    chain.save(folder, overwrite=overwrite)
+    if not verify:
+        return ["not compared"]
+    again = Chain.load(folder)
+    if len(again) != len(chain) or not again.is_beginning_of(chain):
+        raise ExportError(f"the chain in {folder} was loaded again with other factors than were written")
+    return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
@@ -316,3 +380,21 @@ def _is_rounded(value: Tensor, other: Tensor, dtypes: Sequence[torch.dtype]) -> 
 
 def _vllm_rank(rank: int) -> str:
     return next((str(offered) for offered in VLLM_RANKS if offered >= rank), f"more than it offers, {VLLM_RANKS[-1]}")
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Uploads a folder to a model repository, made if need be; gives its address.
+
+    Raises:
+        OutsideError: if the hub cannot be reached, or refuses (``hf auth login`` gives it a token).
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repo_id, exist_ok=True))
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    except Exception as error:  # of the network, of the hub, of a token
+        says = f"push_to_hub: {repo_id!r} could not be uploaded ({one_line(str(error))}); {folder} is kept"
+        raise OutsideError(says) from error
+    return address

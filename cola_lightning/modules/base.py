@@ -1,10 +1,12 @@
 """The Lightning module that owns a base model and its chain."""
 
+import copy
 import functools
 import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning.pytorch import Callback, LightningModule
@@ -22,6 +24,7 @@ from cola_lightning.chain.packed import EXTRA_STATE, pack, unpack
 from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
+from cola_lightning.export import Format, check_options
 from cola_lightning.lora.inject import check_numbers
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
@@ -29,6 +32,7 @@ from cola_lightning.modules.arguments import RecordsArguments, check_choices, ch
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
+from cola_lightning.modules.exporting import export_module
 from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.lazy_model import LazyModel
@@ -205,7 +209,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def chain(self) -> Chain:
-        """The finished links; none before the model is made."""
+        """The finished links, without the live one, which :meth:`full_chain` adds; none before the model is made."""
         return Chain() if self.lazy_model.adapted is None else self.lazy_model.adapted.chain
 
     @property
@@ -351,6 +355,60 @@ class COLAModule(LightningModule, RecordsArguments):
         start = self.link_start.global_step
         facts = {"metrics": self.link_metrics.of(trainer_of(self), start), "outside": self.trained_state.outside()}
         return {"start_step": start, "end_step": self._now.global_step} | facts
+
+    def full_chain(self) -> Chain:
+        """The finished links and the live one as it is now: all that has been trained; ``chain`` holds the finished ones."""
+        live = [] if self.adapted.live is None else [self.live_link()]
+        return Chain([*self.chain.links, *live], self.chain.base)
+
+    def export(
+        self,
+        folder: str | Path,
+        format: Format = "merged",
+        *,
+        dtype: str | None = None,
+        max_rank: int | None = None,
+        base_folder: str | Path | None = None,
+        license: str | None = None,
+        verify: bool = True,
+        overwrite: bool = False,
+    ) -> list[str]:
+        """Writes the model for others, as ``cola export`` does for a checkpoint: from a copy on the CPU.
+
+        Args:
+            folder: which does not exist, or is empty.
+            format: ``merged``: a plain Hugging Face model (of another module, its state dict); ``peft``: the chain as one PEFT
+                adapter; ``chain``: a chain folder.
+            dtype: of merged: ``float32``, ``bfloat16`` or ``float16``; None: the base's.
+            max_rank: of peft: recompress to this rank, by SVD.
+            base_folder: of peft: write the base there, for one that peft cannot load by its name, and name that folder.
+            license: of the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
+            verify: load what was written, and compare its logits with the module's.
+            overwrite: replace a folder that is not empty.
+
+        Returns:
+            What the command prints: how closely the logits agree, and what a user of the folder must know.
+
+        Raises:
+            UserError: for what cannot be written so.
+            ExportError: if what is loaded again gives other logits; it is not kept.
+        """
+        self.configure_model()
+        self.lazy_model.check_has_values()
+        places = Path(folder), None if base_folder is None else Path(base_folder)
+        check_options(format, places[0], dtype, max_rank, places[1], overwrite=overwrite)
+        return export_module(
+            copy.deepcopy(self).cpu(),
+            self.full_chain(),
+            places[0],
+            format,
+            dtype=dtype,
+            max_rank=max_rank,
+            base_folder=places[1],
+            license=license,
+            verify=verify,
+            overwrite=overwrite,
+        )
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.

@@ -120,8 +120,7 @@ class LanguageModule(COLAModule, ABC):
     @property
     @override
     def base_name(self) -> str:
-        revision = self.pretrained.revision
-        return self.pretrained.model_name + (f"@{revision}" if revision else "")
+        return self.pretrained.name
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -67,6 +67,11 @@ class Pretrained:
             )
 
     @property
+    def name(self) -> str:
+        """The name, and the revision where one is asked for."""
+        return self.model_name + (f"@{self.revision}" if self.revision else "")
+
+    @property
     def folder(self) -> Path | None:
         """Where the files lie on this machine; None for a hub id.
 

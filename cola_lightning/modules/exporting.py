@@ -1,0 +1,257 @@
+"""A module's chain as a plain model, a PEFT adapter or a chain folder."""
+
+import copy
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cola_lightning.chain import Chain
+from cola_lightning.errors import UserError
+from cola_lightning.export import (
+    Format,
+    Probe,
+    check_named_base,
+    export_adapter,
+    export_chain,
+    export_merged,
+    logits_of,
+    make_probe,
+    quiet,
+)
+from cola_lightning.lora.inject import lora_layers
+from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
+from cola_lightning.model_card import Card
+from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
+from cola_lightning.seeding import derive_seed, seeded
+
+
+def export_module(
+    module: Any,
+    chain: Chain,
+    folder: Path,
+    format: Format,
+    *,
+    dtype: str | None = None,
+    max_rank: int | None = None,
+    base_folder: Path | None = None,
+    license: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes a module's model or chain; its arguments are those of ``COLAModule.export``.
+
+    Args:
+        module: on the CPU, with the links that are to be written and no other; it is widened in place.
+        chain: those links.
+        folder: where.
+        format: as what.
+        dtype: of merged.
+        max_rank: of peft.
+        base_folder: of peft.
+        license: for the model card.
+        verify: load what was written, and compare.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        What to say of it.
+
+    Raises:
+        UserError: for what cannot be written so.
+        ExportError: for an export that is not what it should be; it is not kept.
+    """
+    if module.target_modules is None and format != "merged":
+        raise UserError(f"format: expected merged for a module without links (model.target_modules: null), received {format}")
+    if format == "chain":
+        return export_chain(chain, folder, verify=verify, overwrite=overwrite)
+    card = Card(module.base_name, chain, module.constructor_arguments, license)
+    with quiet():
+        if format == "merged":
+            return _merged(module, folder, card, dtype, verify=verify, overwrite=overwrite)
+        return _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
+
+
+def _merged(module: Any, folder: Path, card: Card, dtype: str | None, *, verify: bool, overwrite: bool) -> list[str]:
+    model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
+    if was_quantized := is_quantized_model(module.model):
+        dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
+    dtype = dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
+    probe = _probe(module) if verify else None
+    tokenizer = getattr(module, "tokenizer", None)
+    lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
+    return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
+
+
+def _probe(module: Any) -> Probe | None:
+    """What the module gives, widened in place to float32 at least."""
+    module.widen()
+    return make_probe(module.model, module.example_input_array)
+
+
+def _adapter(
+    module: Any,
+    chain: Chain,
+    folder: Path,
+    card: Card,
+    max_rank: int | None,
+    base_folder: Path | None,
+    *,
+    verify: bool,
+    overwrite: bool,
+) -> list[str]:
+    pretrained: Pretrained | None = getattr(module, "pretrained", None)
+    if base_folder is not None and pretrained is None:
+        raise UserError(
+            f"base_folder: expected none for a {type(module).__name__}, whose base is not loaded by transformers, received "
+            f"{str(base_folder)!r}"
+        )
+    layers = lora_layers(module.model).values()
+    rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
+    in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
+    quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
+    probe = _probe(module) if verify else None  # first: it widens the module, whose base then is the one that was trained on
+    base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
+    builder = f"{type(module).__module__}.{type(module).__qualname__}"
+    where, tokenizer = f", on the base that {builder} builds", None
+    if pretrained is not None:
+        saved, tokenizer = saved + new_modules(base, module.new_weights), module.tokenizer
+        if base_folder is not None:
+            pretrained, written = _write_base(pretrained, base, base_folder, tokenizer)
+            hints += written
+    if pretrained is not None and verify:
+        fields = _fields_to_give(module, pretrained)
+        base, more = _named_base(module, pretrained, base, fields, probe, saved, quantized, rounded)
+        hints += more
+        where = f", on {pretrained.model_name!r}, loaded by its name"
+        where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
+    base_name = os.path.expanduser(pretrained.model_name) if pretrained else module.base_name
+    lines = export_adapter(
+        chain,
+        base,
+        folder,
+        probe,
+        where=where,
+        base_name=base_name,
+        revision=pretrained.revision if pretrained else None,
+        modules_to_save=saved,
+        max_rank=max_rank,
+        tokenizer=tokenizer,
+        card=replace(card, base_name=base_name),
+        verify=verify,
+        overwrite=overwrite,
+    )
+    if pretrained is None and module.base_name == builder:  # and no name of the user's own
+        note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"
+        lines = [f"{note}, loaded in Python", *lines]
+    lines += hints
+    for name in sorted(rounded):
+        lines.append(f"its base was rounded to {name} in training: load it in that dtype")
+    for kind in in_4_bits:
+        lines.append(
+            "its base was in 4 bits: 4-bit weights were de-quantised to compare; peft loads the same ones with "
+            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
+        )
+    if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
+        lines.append(
+            f"peft cannot load its base, {pretrained.model_name!r}, by that name: with base_folder (--base_folder DIR) it is "
+            "written there and that folder named"
+        )
+    return lines
+
+
+def _write_base(pretrained: Pretrained, base: Any, folder: Path, tokenizer: Any) -> tuple[Pretrained, list[str]]:
+    """The base as a folder that peft can load: written there, where nothing is; what is there must be it (see _named_base)."""
+    says = []
+    if not folder.is_dir() or not any(folder.iterdir()):
+        export_merged(copy.deepcopy(base).to(getattr(torch, pretrained.dtype)), folder, tokenizer=tokenizer)
+        says = [f"base written: {folder}"]
+    where = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+    return where, says
+
+
+def _fields_to_give(module: Any, pretrained: Pretrained) -> dict[str, Any]:
+    """What transformers must be given beside a base's name: ``num_labels``, where the files say another.
+
+    Raises:
+        UserError: for any other field of ``model_fields`` that is not the named configuration's: nothing gives it to PEFT.
+    """
+    fields = module.model_fields()
+    labels = {name: value for name, value in fields.items() if name == "num_labels"}
+    if fields == labels and (not labels or pretrained.gguf_file):  # from there a configuration takes seconds
+        return labels
+    named, asked = (pretrained.config(**given) for given in (labels, fields))
+    for name, value in fields.items():
+        if not hasattr(named, name) or getattr(asked, name) != getattr(named, name):
+            raise UserError(
+                f"format: expected merged, for {type(module).__name__}.model_fields gives {name}={value!r}, which is not what "
+                f"{pretrained.name!r} is configured with, and an adapter is put on the base that it names; received peft"
+            )
+    own = None if pretrained.gguf_file else pretrained.config()
+    return {name: value for name, value in labels.items() if own is None or own.num_labels != value}
+
+
+def _named_base(
+    module: Any,
+    pretrained: Pretrained,
+    base: Any,
+    fields: dict[str, Any],
+    probe: Probe | None,
+    saved: list[str],
+    quantized: list[str],
+    rounded: set[str],
+) -> tuple[Any, list[str]]:
+    """The base as others load it, by the name that the adapter gives, and what they must know of it.
+
+    Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others. With them its
+    logits are compared, too.
+
+    Args:
+        module: whose chain it is.
+        pretrained: where others find the base.
+        base: its plain base.
+        fields: what they give to transformers beside the name.
+        probe: inputs to compare logits with.
+        saved: names or dotted name endings of what the adapter holds; what is new there is added.
+        quantized: the names of the weights that are in 4 bits in the module.
+        rounded: the dtypes to which the training has rounded the base.
+
+    Raises:
+        UserError: for other weights.
+        ExportError: for other logits.
+    """
+    import transformers
+
+    hints = []
+    with seeded(derive_seed(module.seed, "another")):  # what is new there is not what it is here
+        named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
+    saved += [name for name in new_modules(named, new_weights) if name not in saved]
+    named.to(next(base.parameters()).dtype).eval()
+    dtypes = [getattr(torch, dtype) for dtype in rounded]
+    check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *quantized], dtypes)
+    named.load_state_dict(base.state_dict())
+    own_pad, pad = (getattr(model.config, "pad_token_id", None) for model in (named, base))
+    if own_pad != pad and probe is not None and (own_pad is not None or not _takes_batches(named, probe)):
+        named.config.pad_token_id = pad
+        hints.append(f"for batches its base needs model.config.pad_token_id = {pad}, as in training")
+    if probe is not None:  # without links, so that no recompression hides another function of the same weights
+        how = f"{pretrained.name!r} without a link, in place of the base of {type(module).__name__}"
+        Probe(probe.inputs, logits_of(base, probe.inputs)).compare(named, how, where=" (expected --format merged)")
+    own = str(getattr(pretrained.config(), "dtype", None)).removeprefix("torch.") if not pretrained.gguf_file else None
+    if own not in (pretrained.dtype, None, "None") and not rounded:
+        hints.append(
+            f"its base was loaded in {pretrained.dtype} for training, and is in {own} by itself: load it in that dtype"
+        )
+    return named, hints
+
+
+def _takes_batches(base: Any, probe: Probe) -> bool:
+    """Whether a model takes several rows as it is: a classifier that reads where a text ends needs a padding token for that."""
+    try:
+        logits_of(base, probe.inputs)
+    except ValueError:
+        return False
+    return True
