@@ -116,3 +116,9 @@ def test_the_learning_rates_are_transformers(name, warmup):
 
 def test_a_warm_up_below_one_is_a_share_and_never_longer_than_the_link():
     assert [warmup_length(w, 25) for w in (0, 0.1, 0.5, 1, 3, 40)] == [0, 3, 13, 1, 3, 25]
+
+
+def test_a_period_beyond_the_run_costs_no_time():
+    run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
+    assert ChainSchedule(every_n_epochs=10**12).links(Counters(0, 0), run) == [50]
+    assert ChainSchedule(at_epochs=[10**12]).link_steps(Counters(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100

@@ -47,10 +47,14 @@ class RunLength:
     origin: Counters = START
 
     def step_at(self, epoch: float) -> float:
-        """The global step at which an epoch begins."""
+        """The global step at which an epoch begins; for one after ``max_steps``, some step that is not before that."""
         if epoch == math.inf:
             return math.inf
-        return self.origin.global_step + sum(self.steps_in_epoch(e) for e in range(self.origin.epoch, int(epoch)))
+        step: float = self.origin.global_step
+        e = self.origin.epoch
+        while e < epoch and step < self.max_steps:
+            step, e = step + self.steps_in_epoch(e), e + 1
+        return step
 
     @property
     def end_step(self) -> float:
@@ -179,8 +183,9 @@ class ChainSchedule:
         while start.global_step < end:
             knot = stop = self.next_knot(start)
             if self._counts_epochs and knot < math.inf:
-                stop = epoch_start = epoch_start + sum(run.steps_in_epoch(e) for e in range(epoch, int(knot)))
-                epoch = max(epoch, int(knot))
+                while epoch < knot and epoch_start < end:
+                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
+                stop = epoch_start
             stop = int(min(stop, end))
             lengths.append(stop - start.global_step)
             start = Counters(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)

@@ -1,0 +1,223 @@
+"""Properties of what has many inputs, on inputs that hypothesis draws: schedules, chains, templates, chain folders."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cola_lightning import Chain, UserError
+from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength, lr_factor
+from cola_lightning.data.rows import Row
+from cola_lightning.data.templates import Template
+from tests.test_damage import assert_same
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
+settings.load_profile("same")
+
+# ---------------------------------------------------------------------- schedules
+
+KNOTS = st.lists(st.integers(1, 60), min_size=1, max_size=6, unique=True).map(sorted)
+PERIODS = st.integers(1, 40)
+SCHEDULES = st.one_of(
+    st.just({}),
+    *(st.fixed_dictionaries({name: PERIODS}) for name in ("every_n_epochs", "every_n_train_steps")),
+    *(st.fixed_dictionaries({name: KNOTS}) for name in ("at_epochs", "at_steps")),
+)
+EPOCHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+def every_step(lengths):
+    """The counters before each optimizer step of a run whose epochs have these lengths."""
+    return [Counters(epoch, sum(lengths[:epoch]) + step) for epoch, n in enumerate(lengths) for step in range(n)]
+
+
+def run_of(lengths, max_steps=math.inf):
+    return RunLength(lambda epoch: lengths[epoch], max_epochs=len(lengths), max_steps=max_steps)
+
+
+@given(SCHEDULES, EPOCHS, st.one_of(st.just(math.inf), st.integers(1, 60)))
+def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_steps):
+    schedule = ChainSchedule(**arguments)
+    run = run_of(lengths, max_steps)
+    start, sizes = Counters(0, 0), [0]
+    for now in every_step(lengths)[: int(run.end_step)]:
+        if schedule.is_due(start, now):
+            assert schedule.link_steps(start, run) == sizes[-1]
+            start = now
+            sizes.append(0)
+        sizes[-1] += 1
+    assert schedule.links(Counters(0, 0), run) == sizes
+
+
+@given(SCHEDULES, EPOCHS, st.data())
+def test_a_resumed_run_has_the_links_that_were_left(arguments, lengths, data):
+    schedule, steps = ChainSchedule(**arguments), every_step(lengths)
+    run = run_of(lengths)
+    starts, start = [Counters(0, 0)], Counters(0, 0)
+    for now in steps:
+        if schedule.is_due(start, now):
+            starts.append(start := now)
+    k = data.draw(st.integers(0, len(starts) - 1))
+    assert schedule.links(starts[k], run) == schedule.links(Counters(0, 0), run)[k:]
+
+
+@given(
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.integers(1, 200),
+    st.one_of(st.integers(0, 250), st.floats(0, 1, exclude_max=True)),
+)
+def test_a_rate_rises_over_the_warm_up_and_never_after_it(schedule, horizon, warmup):
+    factors = [lr_factor(schedule, step, horizon, warmup) for step in range(horizon + 1)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    peak = factors.index(max(factors))
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+# ---------------------------------------------------------------------- chains
+
+LINKS = st.lists(st.tuples(st.integers(1, 3), st.floats(0.5, 8)), min_size=1, max_size=4)
+
+
+def adapted(rank=3):
+    return AdaptedModel.of(
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), target_modules="all-linear", rank=rank, seed=0
+    )
+
+
+def trained(links):
+    """A model with finished links of these ranks and alphas, their factors drawn, and its chain."""
+    model = adapted()
+    for k, (rank, alpha) in enumerate(links):
+        model.begin_link(rank, alpha)
+        with torch.no_grad():
+            for name, layer in model.layers.items():
+                generator = torch.Generator().manual_seed(len(name) + k)
+                layer.lora_B[:, :rank] = torch.randn(layer.lora_B[:, :rank].shape, generator=generator)
+        model.tie_knot(1, 1.0)
+    return model
+
+
+@given(LINKS, st.data())
+def test_a_truncated_chain_replays_to_what_the_model_was_then(links, data):
+    k, x = data.draw(st.integers(0, len(links))), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    chain, fresh = trained(links).chain, adapted()
+    fresh.replay(chain.truncate(k))
+    assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
+    fresh.go_to(chain)
+    assert torch.equal(fresh.model(x), trained(links).model(x))
+    fresh.go_to(chain.truncate(k))
+    assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
+
+
+@given(LINKS)
+def test_a_chains_update_is_the_sum_of_its_links(links):
+    model, base = trained(links), adapted().model[0].weight
+    total = sum(alpha / rank * (B @ A) for (rank, alpha), (A, B) in zip(links, factors_of(model.chain), strict=True))
+    torch.testing.assert_close(model.chain.delta("0"), total)
+    torch.testing.assert_close(model.model[0].weight.detach() - base.detach(), total, atol=1e-5, rtol=1e-5)
+
+
+def factors_of(chain):
+    return [link.factors["0"] for link in chain.links]
+
+
+# ---------------------------------------------------------------------- templates
+
+NAMES = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
+
+
+@given(st.lists(st.tuples(st.text(), NAMES), max_size=5), st.text(), st.data())
+def test_a_template_is_its_literals_and_the_fields_as_they_are(parts, end, data):
+    row = {name: data.draw(st.text()) for _, name in parts}
+    escape = {ord("{"): "{{", ord("}"): "}}"}
+    text = "".join(literal.translate(escape) + f"{{{name}}}" for literal, name in parts) + end.translate(escape)
+    expected = "".join(literal + row[name] for literal, name in parts) + end
+    assert Template(text, "data.prompt").fill(Row(row, "line 1")) == expected
+
+
+@given(st.text(alphabet="ab{}.[]!: 0"))
+def test_any_text_is_a_template_or_one_error(text):
+    try:
+        filled = Template(text, "data.prompt").fill(Row({"a": "x", "b": "y"}, "line 1"))
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert isinstance(filled, str)
+
+
+# ---------------------------------------------------------------------- chain folders
+
+WHOLE = trained([(2, 3.0), (1, 1.0)]).chain
+
+
+def read_after(change):
+    """What is read of a saved chain after a change to its files; None where that is refused, in one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        WHOLE.save(folder)
+        change(Path(folder))
+        try:
+            return Chain.load(folder)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            return None
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(["chain.json", "chain.safetensors"]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_a_flipped_byte_is_refused_or_unharmed(name, place, mask):
+    def flip(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[int(place * len(data))] ^= mask
+        (folder / name).write_bytes(data)
+
+    if (chain := read_after(flip)) is not None:
+        assert_same(chain, WHOLE)
+
+
+@given(st.sampled_from(["chain.json", "chain.safetensors"]), st.floats(0, 1, exclude_max=True))
+def test_a_file_that_ends_early_is_refused(name, share):
+    def cut(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    assert read_after(cut) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+
+
+def places(value, path=()):
+    """Paths to everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, inner in items for place in places(inner, (*path, key))]
+
+
+@settings(max_examples=200)
+@given(st.data(), st.booleans())
+def test_a_description_with_another_value_or_without_a_key_is_refused_or_unharmed(data, is_removed):
+    def edit(folder):
+        description = json.loads((folder / "chain.json").read_text())
+        description.pop("sha256_of_json", None)  # as by hand, or by an earlier release
+        *outer, key = data.draw(st.sampled_from(places(description)))
+        inside = description
+        for one in outer:
+            inside = inside[one]
+        if is_removed:
+            del inside[key]
+        else:
+            inside[key] = data.draw(JSON)
+        (folder / "chain.json").write_text(json.dumps(description))
+
+    if (chain := read_after(edit)) is not None:
+        pairs = list(zip(chain.links, WHOLE.links, strict=True))
+        assert [one.rank for one, _ in pairs] == [other.rank for _, other in pairs]
+        assert all(one.is_same_update(other) or one.alpha != other.alpha for one, other in pairs)
