@@ -13,6 +13,9 @@ from cola_lightning.modules.base import COLAModule
 
 Batch = tuple[Tensor, Tensor]
 
+# What this process has pre-trained, by the generator's state and the number of threads: a base is made again for each replay.
+_pretrained: dict[tuple[bytes, int], dict[str, Tensor]] = {}
+
 
 class COLADigits(COLAModule):
     """A 64-64-64-10 network for 8 x 8 digits, pre-trained on the digits 0 to 4.
@@ -24,7 +27,11 @@ class COLADigits(COLAModule):
     def build_model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         if not self.is_base_in_checkpoint:
-            pretrain(model)
+            generator = torch.get_rng_state().numpy().tobytes()  # from which the initial weights have been drawn, too
+            if (found := _pretrained.get((generator, torch.get_num_threads()))) is None:
+                found = {name: value.clone() for name, value in pretrain(model).state_dict().items()}
+                _pretrained[generator, torch.get_num_threads()] = found
+            model.load_state_dict(found)
         return model
 
     @override
@@ -56,7 +63,7 @@ class COLADigits(COLAModule):
         return loss
 
 
-def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, batch_size: int = 64) -> None:
+def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, batch_size: int = 64) -> nn.Module:
     """Trains the model on all images of the digits 0 to 4, in a second; draws its batches from torch's global generator."""
     from sklearn.datasets import load_digits
 
@@ -68,3 +75,4 @@ def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, ba
             optimizer.zero_grad()
             F.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    return model
