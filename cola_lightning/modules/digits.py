@@ -27,11 +27,11 @@ class COLADigits(COLAModule):
     def build_model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         if not self.is_base_in_checkpoint:
-            generator = torch.get_rng_state().numpy().tobytes()  # from which the initial weights have been drawn, too
-            if (found := _pretrained.get((generator, torch.get_num_threads()))) is None:
-                found = {name: value.clone() for name, value in pretrain(model).state_dict().items()}
-                _pretrained[generator, torch.get_num_threads()] = found
-            model.load_state_dict(found)
+            started_at = torch.get_rng_state().numpy().tobytes(), torch.get_num_threads()  # the initial weights follow, too
+            if started_at not in _pretrained:
+                pretrain(model)
+                _pretrained[started_at] = {name: value.clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(_pretrained[started_at])
         return model
 
     @override
@@ -63,7 +63,7 @@ class COLADigits(COLAModule):
         return loss
 
 
-def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, batch_size: int = 64) -> nn.Module:
+def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, batch_size: int = 64) -> None:
     """Trains the model on all images of the digits 0 to 4, in a second; draws its batches from torch's global generator."""
     from sklearn.datasets import load_digits
 
@@ -75,4 +75,3 @@ def pretrain(model: nn.Module, epochs: int = 40, learning_rate: float = 1e-3, ba
             optimizer.zero_grad()
             F.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return model
