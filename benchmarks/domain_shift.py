@@ -65,20 +65,22 @@ class Stage:
 NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA of four times the rank"}
 NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 
-ONE = {"lora": [1e-2], "cola-4": [1e-2], "cola-8": [1e-2]}
-RANK_1 = {"lora": [2e-2], "cola-4": [2e-2], "cola-16": [2e-2]}
-WHOLE = {"full": [2e-3]}
+RANK_1 = dict.fromkeys(("lora", "cola-4", "cola-16"), [2e-2, 4e-2, 1e-2])
+RANK_8 = dict.fromkeys(("lora", "cola-4", "cola-8"), [1e-2, 2e-2, 5e-3])
+FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}
 
 STAGES = [
     Stage(1, 800, 1, RANK_1),
-    Stage(8, 3200, 1, ONE),
+    Stage(8, 3200, 1, RANK_8),
     Stage(1, 800, 3, RANK_1),
-    Stage(8, 3200, 2, ONE),
-    Stage(1, 800, 3, RANK_1 | WHOLE),
-    Stage(8, 3200, 3, ONE),
-    Stage(1, 800, 3, RANK_1 | WHOLE | {"lora-sum-rank-4": [1e-2]}),
-    Stage(8, 3200, 3, ONE | {"full": [2e-3]}),
-    Stage(8, 800, 3, ONE | {"cola-16": [1e-2]}),
+    Stage(8, 3200, 2, RANK_8),
+    Stage(1, 800, 3, RANK_1 | FULL | SUM),
+    Stage(8, 3200, 3, RANK_8),
+    Stage(8, 3200, 3, RANK_8 | FULL),
+    Stage(1, 800, 5, RANK_1 | FULL | SUM),
+    Stage(8, 3200, 5, RANK_8 | FULL),
+    Stage(8, 800, 3, RANK_8),
+    Stage(1, 3200, 3, RANK_1),
 ]
 
 
