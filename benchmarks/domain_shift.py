@@ -65,8 +65,8 @@ class Stage:
 NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA of four times the rank"}
 NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 
-RANK_1 = dict.fromkeys(("lora", "cola-4", "cola-16"), [2e-2, 4e-2, 1e-2])
-RANK_8 = dict.fromkeys(("lora", "cola-4", "cola-8"), [1e-2, 2e-2, 5e-3])
+RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
+RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8")}
 FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}
 
 STAGES = [
