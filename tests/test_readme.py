@@ -239,7 +239,8 @@ def test_every_option_that_is_named_exists(options):
 
 def test_no_page_installs_from_an_index_and_every_extra_exists():
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    texts = PAGES | {path.name: path.read_text() for path in (ROOT / "configs").glob("**/*.yaml")}
+    others = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "cola_lightning").rglob("*.py")]
+    texts = PAGES | {path.name: path.read_text() for path in others}
     for page, text in texts.items():
         assert not re.search(r"pip install (--\S+ )*['\"]?cola[_-]lightning", text), page
         for names in re.findall(r"'\.\[([\w,]+)\]'", text):

@@ -87,7 +87,7 @@ def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
     if is_adapter and opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
     if is_adapter and importlib.util.find_spec("peft") is None:
-        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'")
+        raise UserError("format: expected the package peft, received none: pip install peft")
 
     from cola_lightning.export import quiet
     from cola_lightning.modules import COLAModule, find_class
