@@ -424,7 +424,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight.
+        """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
         The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs; where all
         is trained there are none, nor a base to hold a state against, and the values are all that there is.
@@ -438,7 +438,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or taken back.
+        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or removed.
 
         Args:
             state_dict: it.
@@ -469,7 +469,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
+        """Brings the weights to the finished links of a :meth:`state_dict`, on a rebuilt base if necessary.
 
         Raises:
             UserError: if these were trained on another base.
