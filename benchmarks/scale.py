@@ -263,7 +263,7 @@ def _gb(*sizes: int) -> str:
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The table as the README has it."""
+    """The table as docs/scaling.md has it."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, ["---"] * len(COLUMNS), *rows(results)])
 
 

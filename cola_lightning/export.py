@@ -60,7 +60,7 @@ def check_options(
     if max_rank is not None and max_rank < 1:
         raise UserError(f"max_rank: expected at least 1, received {max_rank}")
     if format == "peft" and importlib.util.find_spec("peft") is None:
-        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'")
+        raise UserError("format: expected the package peft, received none: pip install peft")
     check_free(folder, overwrite=overwrite)
     places = [place.resolve() for place in (folder, base_folder or folder)]
     if base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):

@@ -17,7 +17,7 @@ def adapted(**arguments):
 
 
 def train(model, links=3, **of_knots):
-    """The loop of README, on the toy's batches."""
+    """The loop of docs/python.md, on the toy's batches."""
     for _ in range(links):
         optimizer = AdamW(model.trained_parameters(), lr=1e-2)
         for x, y in batches():

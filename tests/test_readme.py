@@ -1,4 +1,4 @@
-"""What README says is true: its example runs, its commands parse, its figures are the benchmark's."""
+"""What README and the pages of docs/ say is true: examples run, commands parse, tables and figures are the benchmarks'."""
 
 import importlib
 import json
@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
+import cola_lightning
+from benchmarks import domain_shift
 from cola_lightning import Chain
 from cola_lightning.cli import main
 from tests import tiny
@@ -20,142 +23,179 @@ from tests.test_configs import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def all_blocks(language):
+    """Page and block, of all pages."""
+    return [(page, block) for page in PAGES for block in blocks(page, language)]
+
+
+def tables(page):
+    """Each table of a page: its rows as they stand, by its header."""
+    found = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
+    return {header: body.splitlines() for header, body in found}
+
+
+def table(page, start):
+    """Rows of the one table whose header begins so."""
+    (rows,) = [rows for header, rows in tables(page).items() if header.startswith(start)]
+    return rows
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def lines_of(name):
+    return [json.loads(line) for line in (ROOT / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def written(rows):
+    """A benchmark's rows as Markdown."""
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+# ---------------------------------------------------------------------- examples
+
+
+def test_readme_is_short_and_its_first_example_takes_ten_lines():
+    assert len(README.splitlines()) <= 250
+    example, *others = blocks("README.md", "python")
+    assert len([line for line in example.splitlines() if line]) <= 10
+    assert all(len(other.strip().splitlines()) <= 30 for other in others)
+    figures = re.findall(r"!\[", README)
+    assert len(figures) == 1
+    assert README.index("```yaml") < README.index("## Does it pay?")  # one's own file before any result
+
+
+@pytest.fixture
+def model_and_rows(tmp_path, monkeypatch):
+    """A folder ``my_rows`` for each kind of task, and a tiny model's place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    (tmp_path / "my_rows").mkdir()
+    row = {"prompt": "Is it old? ", "response": "Yes", "review": "It was old.", "verdict": "bad"}
+    lines = [json.dumps(row | {"verdict": ("bad", "good")[k % 2]}) for k in range(8)]
+    for split in ("train", "validation"):
+        (tmp_path / "my_rows" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return tiny.folder(tmp_path / "model", "opt")
+
+
+N_LINKS = {("README.md", 0): 2, ("README.md", 1): 2, ("docs/python.md", 0): 1, ("docs/python.md", 1): 3}
+
+
+def examples():
+    return {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
+
+
+def test_all_examples_are_known():
+    assert examples().keys() == N_LINKS.keys()
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_the_examples_are_short_and_run(tmp_path, monkeypatch, capsys):
-    examples = blocks("python")
-    assert len(examples) == 4
-    assert len([line for line in examples[0].splitlines() if line]) <= 10  # "ten lines of Python"
-    monkeypatch.chdir(tmp_path)
-    model = tiny.folder(tmp_path / "model", "opt")
-    (tmp_path / "my_rows").mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / "my_rows" / f"{split}.jsonl").write_text('{"prompt": "Is it old? ", "response": "Yes"}\n' * 8)
-    links = []
-    for example in examples:
-        assert len(example.strip().splitlines()) <= 30
-        names = {}
-        exec(compile(example.replace("facebook/opt-125m", model), "README.md", "exec"), names)
-        links.append(len(names["module" if "module" in names else "adapted"].chain))
-    assert links == [2, 1, 2, 3]
-    assert "2 Sequential(" in capsys.readouterr().out
-    merged = AutoModelForCausalLM.from_pretrained("merged")
-    assert type(merged) is OPTForCausalLM
-    assert AutoTokenizer.from_pretrained("merged")("It")["input_ids"]
+@pytest.mark.parametrize("place", N_LINKS, ids=str)
+def test_an_example_runs(place, model_and_rows, capsys):
+    names = {"__name__": "example"}
+    example = examples()[place].replace("facebook/opt-125m", model_and_rows)
+    exec(compile(example, place[0], "exec"), names)
+    assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
+    out = capsys.readouterr().out
+    if place == ("README.md", 0):
+        assert type(AutoModelForCausalLM.from_pretrained("merged")) is OPTForCausalLM
+        assert AutoTokenizer.from_pretrained("merged")("It")["input_ids"]
+    if place == ("README.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
+        _, stated = blocks("README.md", "text")
+        said, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
+        assert len(said) == len(found) == 4
+        assert found == pytest.approx(said, abs=0.12)
+        assert found[0] < 0.2
+        assert found == sorted(found)
+        assert found[-1] > 0.75
+    if place == ("docs/python.md", 1):
+        losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
+        assert len(losses) == 3
+        assert losses[2] < losses[1] < losses[0] < 1.5
+        assert losses[2] < 0.3
+        assert "rank 3\nSequential(" in out
 
 
-def test_the_table_is_the_benchmarks():
-    results = [json.loads(line) for line in (ROOT / "benchmarks" / "digits.jsonl").read_text().splitlines()]
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    header = next(line for line in README.splitlines() if line.startswith("| | LoRA |"))
-    assert header.strip("| ").split(" | ") == methods
-    row = next(line for line in README.splitlines() if line.startswith("| accuracy |"))
-    accuracy = [[r["test_accuracy"] for r in results if r["method"] == method] for method in methods]
-    assert {len(values) for values in accuracy} == {5}
-    expected = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in accuracy]
-    assert row.strip("| ").split(" | ")[1:] == expected
+def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
+    (block,) = blocks("README.md", "yaml")
+    config = yaml.safe_load(block)
+    fields = set(re.findall(r"\{(\w+)\}", config["data"]["init_args"]["prompt"])) | {config["data"]["init_args"]["label"]}
+    (row,) = [json.loads(text) for text in re.findall(r'`(\{"review".*?\})`', README)]
+    assert row.keys() == fields
+    config["model"]["init_args"] |= {"model_name": model_and_rows, "gguf_file": None}
+    (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(config))
+    assert main(shlex.split(re.search(r"`cola (fit --config my_task\.yaml)`", README)[1])) == 0
+    out = capsys.readouterr().out
+    assert "link 2 live at the end: steps 2 to 3" in out
 
 
-def table_row(start):
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| {start} |")]
-    return row.strip("| ").split(" | ")[1:]
+@pytest.mark.parametrize(("page", "block"), all_blocks("yaml"))
+def test_a_config_parses(page, block, tmp_path, monkeypatch, capsys):
+    """A part of one with the quickstart's other parts."""
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    config = yaml.safe_load(block)
+    assert config.keys() <= {"model", "data", "chain", "trainer", "seed_everything"}
+    rest = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: part for name, part in rest.items() if name not in config}))
+    (tmp_path / "block.yaml").write_text(block)
+    words = ["fit", "--config", str(tmp_path / "config.yaml"), "--config", str(tmp_path / "block.yaml"), "--print_config"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    parsed = yaml.safe_load(printed.out)
+    for part in config.keys() & {"model", "data"}:
+        assert parsed[part]["class_path"].split(".")[-1] == config[part]["class_path"]
+        assert config[part]["init_args"].items() <= parsed[part]["init_args"].items()
 
 
-def test_the_table_of_sst2_is_the_benchmarks():
-    results = [json.loads(line) for line in (ROOT / "benchmarks" / "sst2.jsonl").read_text().splitlines()]
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    assert "| SST-2 | " + " | ".join(methods) + " |" in README
-    for part in ("val", "test"):
-        values = [[r[f"{part}_accuracy"] for r in results if r["method"] == method] for method in methods]
-        assert len({len(value) for value in values}) == 1
-        assert table_row(f"{part}_accuracy") == [" ".join(f"{x:.3f}" for x in value) for value in values]
-
-
-def test_the_kills_are_the_benchmarks():
-    kills = [json.loads(line) for line in (ROOT / "benchmarks" / "kills.jsonl").read_text().splitlines()]
-    n_equal = sum(not kill["wrong"] for kill in kills)
-    assert f"{n_equal} of {len(kills)} by `python benchmarks/kills.py`" in README
-    assert {kill["setup"] for kill in kills} == {"digits", "llama"}
-
-
-def test_the_table_of_speed_is_the_benchmarks():
-    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "speed.jsonl").read_text().splitlines()]
-    results = {(line["what"], line["length"]): line["ratio"] for line in lines}
-    columns = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
-    for length in (64, 256):
-        assert table_row(f"{length} tokens a row") == [f"{results[column, length]:.2f}" for column in columns]
-    assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in README
-
-
-def test_the_table_of_bases_is_the_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    bases = importlib.import_module("bases")
-    results = [json.loads(line) for line in (ROOT / "benchmarks" / "bases.jsonl").read_text().splitlines()]
-    for row in bases.rows(results):
-        assert f"| {' | '.join(row)} |" in README
-
-
-@pytest.mark.parametrize("name", ["tasks", "prompts"])
-def test_the_tables_of_tasks_and_of_their_costs_are_the_benchmarks(monkeypatch, name):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module(name)
-    results = [json.loads(line) for line in (ROOT / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
-    table = [f"| {' | '.join(row)} |" for row in benchmark.rows(results)]
-    assert len(table) == {"tasks": 11, "prompts": 14}[name]
-    assert [row for row in table if row not in README] == []
-
-
-def test_the_table_of_domain_shift_is_the_benchmarks():
-    from benchmarks import domain_shift
-
-    table = [f"| {' | '.join(row)} |" for row in domain_shift.rows()]
-    assert len(table) >= 4
-    assert [row for row in table if row not in README] == []
-
-
-def test_the_predictions_in_half_precision_are_the_benchmarks():
-    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "half.jsonl").read_text().splitlines()]
-    same = {line["model"]: line["same"] for line in lines}
-    for dtype in ("float32", "bfloat16"):
-        assert table_row(f"in {dtype}") == [str(same[f"{model}, {dtype}"]) for model in ("module", "merged", "adapter")]
-    assert max(line["largest_margin"] for line in lines) <= 0.125
+# ---------------------------------------------------------------------- commands
 
 
 def commands(block):
     """The words after each ``cola`` in a block."""
-    return [shlex.split(line.split("cola ", 1)[1]) for line in block.splitlines() if "cola " in line]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.split("cola ", 1)[1]) for line in lines if line.startswith("cola ")]
 
 
 def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
-    *others, _ = [found for block in blocks("bash") if (found := commands(block))]
-    assert [len(found) for found in others] == [1, 4, 1, 2]
-    for words in (words for found in others for words in found):
+    found = [(page, words) for page, block in all_blocks("bash") for words in commands(block)]
+    by_page = {page: sum(where == page for where, _ in found) for page in dict(found)}
+    assert by_page == {"README.md": 5, "docs/checkpoints.md": 8, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
+    for _, words in found:
+        if words[0] in ("inspect", "export"):  # which are run below
+            continue
         words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words]  # which a fit writes
-        assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0
+        words = [word for word in words if word not in ("--model.init_chain", "runs/version_0/checkpoints/last.ckpt")]
+        words = [word for k, word in enumerate(words) if word != "--ckpt_path"]
+        assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 
 
 def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, capsys):
-    """On a tiny model in place of the quickstart's, and with fewer steps."""
+    """On a tiny model in place of the quickstart's, and with fewer steps; README's lines are among them."""
     monkeypatch.setattr(sys, "argv", ["cola"])
     monkeypatch.chdir(tmp_path)
-    (lines,) = [commands(block) for block in blocks("bash") if "cola export" in block]
+    (lines,) = [commands(block) for block in blocks("docs/checkpoints.md", "bash")]
     assert len(lines) == 8
+    of_readme = [words for block in blocks("README.md", "bash") for words in commands(block) if words[0] != "fit"]
+    assert [words for words in of_readme if words not in lines] == [line for line in of_readme if line[0] == "test"]
     small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
     small += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]
     quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml"), *at_tiny_size("quickstart", tmp_path), *small]
     assert main(["fit", *quickstart]) == 0
     capsys.readouterr()
-    for words in lines:
+    for words in [*lines, *(words for words in of_readme if words[0] == "test")]:
         words = ["8" if word == "100" else word for word in words]
         place = words.index("--config") if "configs/quickstart.yaml" in words else None
         words = words if place is None else [*words[:place], *quickstart, *words[place + 2 :]]
@@ -168,6 +208,204 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, ca
     assert len(Chain.load("chain")) == 2
 
 
-def test_what_readme_names_exists():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.fixture(scope="module")
+def options():
+    """All options of ``cola``, as its help names them."""
+    helps = [["fit", "--help"], ["compare", "--help"], ["inspect", "--help"], ["export", "--help"]]
+    helps += [["fit", f"--model.help={name}"] for name in ("COLACausalLM", "COLASequenceClassifier")]
+    helps += [["fit", f"--data.help={name}"] for name in ("TemplateDataModule", "PromptDataModule", "TextDataModule")]
+    found = {"--print_config", "--help", "--model.optimizer.lr"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cola"])
+        for words in helps:
+            with pytest.MonkeyPatch.context() as inner:
+                text = []
+                inner.setattr(sys, "stdout", SimpleNamespace(write=text.append, flush=lambda: None, isatty=lambda: False))
+                assert main(words) == 0
+            found |= {name.replace(".init_args", "") for name in re.findall(r"--[a-z][\w.]*", "".join(text))}
+    return found
+
+
+def test_every_option_that_is_named_exists(options):
+    named = {}
+    for page, text in PAGES.items():
+        spans = re.findall(r"`((?:--|cola )[^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for span in [*spans, *(line for block in blocks(page, "bash") for line in block.splitlines() if line[:5] == "cola ")]:
+            for name in re.findall(r"(?<!\S)--[a-z][\w.]*", span.split(" -- ")[0]):
+                named[name] = page
+    assert len(named) >= 30
+    assert {name: page for name, page in named.items() if name not in options} == {}
+
+
+def test_no_page_installs_from_an_index_and_every_extra_exists():
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    others = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "cola_lightning").rglob("*.py")]
+    texts = PAGES | {path.name: path.read_text() for path in others}
+    for page, text in texts.items():
+        assert not re.search(r"pip install (--\S+ )*['\"]?cola[_-]lightning", text), page
+        for names in re.findall(r"'\.\[([\w,]+)\]'", text):
+            assert set(names.split(",")) <= set(extras), page
+
+
+def test_the_quickstarts_output_is_what_its_config_expects():
+    (output, _) = blocks("README.md", "text")
+    header = (ROOT / "configs" / "quickstart.yaml").read_text()
+    expected = re.search(r"(0\.\d+) before training .*?(0\.\d+), (0\.\d+) and (0\.\d+) after", header).groups()
+    assert tuple(re.findall(r"val_accuracy (\S+)", output)) == expected
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def test_the_table_of_digits_is_the_benchmarks():
+    results = lines_of("digits")
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    (row,) = table("docs/results.md", f"| | {' | '.join(methods)} |")
+    accuracy = [[r["test_accuracy"] for r in results if r["method"] == method] for method in methods]
+    assert {len(values) for values in accuracy} == {5}
+    expected = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in accuracy]
+    assert cells(row) == ["accuracy", *expected]
+
+
+def test_the_table_of_sst2_is_the_benchmarks():
+    results = lines_of("sst2")
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    rows = table("docs/results.md", f"| SST-2 | {' | '.join(methods)} |")
+    expected = []
+    for part in ("val", "test"):
+        values = [[r[f"{part}_accuracy"] for r in results if r["method"] == method] for method in methods]
+        assert len({len(value) for value in values}) == 1
+        expected.append([f"{part}_accuracy", *(" ".join(f"{x:.3f}" for x in value) for value in values)])
+    assert [cells(row) for row in rows] == expected
+
+
+def test_the_kills_are_the_benchmarks():
+    kills = lines_of("kills")
+    n_equal = sum(not kill["wrong"] for kill in kills)
+    assert f"{n_equal} of {len(kills)} by `python benchmarks/kills.py`" in PAGES["docs/guarantees.md"]
+    assert {kill["setup"] for kill in kills} == {"digits", "llama"}
+
+
+def test_the_table_of_speed_is_the_benchmarks():
+    results = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
+    columns = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
+    expected = [[f"{length} tokens a row", *(f"{results[column, length]:.2f}" for column in columns)] for length in (64, 256)]
+    assert [cells(row) for row in table("docs/speed.md", "| | time / peft's |")] == expected
+    assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in PAGES["docs/speed.md"]
+
+
+PRODUCED = {
+    "bases": ("docs/precision.md", "| base | links |"),
+    "prompts": ("docs/speed.md", "| | task |"),
+    "tasks": ("docs/results.md", "| task | training loss |"),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCED)
+def test_a_table_is_its_benchmarks(monkeypatch, name):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    expected = written(importlib.import_module(name).rows(lines_of(name)))
+    assert len(expected) == {"bases": 6, "tasks": 11, "prompts": 14}[name]
+    assert table(*PRODUCED[name]) == expected
+
+
+def test_the_table_of_domain_shift_is_the_benchmarks():
+    """`python benchmarks/domain_shift.py --figure` prints it."""
+    expected = written(domain_shift.rows())
+    assert len(expected) >= 4
+    assert table("README.md", "| | method | rate |") == expected
+
+
+def test_the_table_of_digits_over_splits_is_the_benchmarks(monkeypatch):
+    """`python benchmarks/digits_splits/table.py` prints it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "digits_splits")
+    expected = written(importlib.import_module("table").rows())
+    assert len(expected) >= 2
+    assert table("docs/results.md", "| | method | rate |") == expected
+
+
+def test_where_a_chain_ends_behind_is_the_stored_runs():
+    ends = [
+        [line.split(",")[2] for line in (ROOT / f"notebooks/data/anatomy/{name}.csv").read_text().splitlines()][-1]
+        for name in ("chain", "lora", "lora-sum-rank")
+    ]
+    chain, lora, summed = (f"{float(loss):.3f}" for loss in ends)
+    text = " ".join(PAGES["docs/results.md"].split())
+    assert f"loss of {chain} and {lora} nats per byte; LoRA of rank 32 reaches {summed}" in text
+
+
+def test_the_predictions_in_half_precision_are_the_benchmarks():
+    lines = lines_of("half")
+    same = {line["model"]: line["same"] for line in lines}
+    rows = [cells(row) for row in table("docs/precision.md", "| computed |")]
+    models = ("module", "merged", "adapter")
+    assert rows == [[f"in {dtype}", *(str(same[f"{model}, {dtype}"]) for model in models)] for dtype in ("float32", "bfloat16")]
+    assert max(line["largest_margin"] for line in lines) <= 0.125
+
+
+def test_every_table_of_results_has_a_check():
+    """A table of numbers that is new on a page is to be held against its benchmark, too."""
+    numbers = {
+        (page, header)
+        for page in PAGES
+        for header, rows in tables(page).items()
+        if sum(bool(re.fullmatch(r"[-+±./ \de,\[\]M]*\d[-+±./ \de,\[\]M]*", x)) for row in rows for x in cells(row)[1:]) > 1
+    }
+    known = [("docs/results.md", "| | LoRA | 2 links |"), ("docs/results.md", "| SST-2 |"), ("docs/results.md", "| | method |")]
+    known += [("README.md", "| | method |"), ("docs/speed.md", "| | time / peft's |"), ("docs/precision.md", "| computed |")]
+    known += [*PRODUCED.values(), ("docs/scaling.md", "| model, method |")]  # the last in test_scale.py
+    unknown = {(page, header) for page, header in numbers if not any(page == p and header.startswith(h) for p, h in known)}
+    assert unknown == set()
+    assert len(numbers) == len(known)
+
+
+# ---------------------------------------------------------------------- links, names, citation
+
+
+def anchors(path):
+    """What headings are called in links, as GitHub and mkdocs make it."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / page for page in (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(((?!http)[^)\s]+)\)", page.read_text())]
+    assert len(links) >= 40
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), (page, link)
+        assert not anchor or anchor in anchors(target), (page, link)
+    for page in PAGES:
+        for path in re.findall(r"`(?:python|sh) (benchmarks/\S+)`", PAGES[page]):
+            assert (ROOT / path).exists(), path
+
+
+def test_readme_leads_to_every_page():
+    linked = {f"docs/{name}" for name in re.findall(r"\(docs/(\w+\.md)", README)}
+    assert PAGES.keys() - {"README.md"} <= linked
+
+
+def test_the_api_reference_is_of_all_public_names():
+    named = re.findall(r"^::: cola_lightning\.([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert sorted(name.split(".")[-1] for name in named) == sorted(cola_lightning.__all__)
+    for name in named:
+        place, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(f"cola_lightning.{place}"), attribute)
+        assert found is getattr(cola_lightning, attribute)
+        assert found.__module__ == f"cola_lightning.{place}"  # where the docstring is
+
+
+def test_the_bibtex_is_the_citation_file():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (bibtex,) = blocks("README.md", "bibtex")
+    fields = [dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry, re.MULTILINE)) for entry in bibtex.split("@")[1:]]
+    paper, software = fields
+    of_paper = citation["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in of_paper["authors"])
+    expected = {"title": of_paper["title"], "author": authors, "journal": of_paper["journal"]}
+    assert paper == expected | {"year": str(of_paper["year"]), "url": of_paper["url"]}
+    expected = {"title": citation["title"], "author": citation["authors"][0]["name"], "version": citation["version"]}
+    assert software == expected | {"license": citation["license"]}

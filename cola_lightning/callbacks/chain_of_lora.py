@@ -47,9 +47,9 @@ class ChainModule(Protocol):
 class ChainOfLoRA(Callback):
     """Ties the knots: at the first batch of an optimizer step at which one is due, before anything is computed for it.
 
-    At most one of the first four arguments; none is one link: plain LoRA. Steps are optimizer steps, counted over the
-    whole run. A checkpoint at a knot holds the unfinished link, and its resume ties the knot. EarlyStopping's patience runs on
-    across knots.
+    At most one of the first four arguments; with none of them the run is one link: plain LoRA. Steps are optimizer steps,
+    counted over the whole run. A checkpoint written at a knot contains the unfinished link, and resuming it ties the knot. The
+    patience of EarlyStopping continues across knots.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -60,7 +60,7 @@ class ChainOfLoRA(Callback):
         alphas: each link's alpha. Default: ``model.alpha`` for all.
 
     Raises:
-        UserError: for more than one of the first four, and for values that cannot be.
+        UserError: for more than one of the first four, and for invalid values.
 
     Example:
         >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.link_at(epoch=5, global_step=100)
@@ -83,7 +83,7 @@ class ChainOfLoRA(Callback):
         self._asked_at: int | None = None
 
     def should_tie(self, epoch: int, global_step: int) -> bool:
-        """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for a rule of your own.
+        """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for your own rule.
 
         Args:
             epoch: epochs finished.

@@ -14,18 +14,18 @@ from cola_lightning.errors import UserError
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` the newest state of the fit: what it goes on from after whatever has stopped it.
+    """Writes ``last.ckpt``, the newest state of a fit, from which an interrupted fit resumes.
 
     It is written after each epoch and each validation, whenever another callback has written a checkpoint, and when the fit
-    ends, is interrupted, or fails; an optimizer step that failed halfway is not written. The command line brings it along, as
-    the group ``last``. (ModelCheckpoint's ``save_last`` writes only beside a checkpoint that its ``monitor`` liked.)
+    ends, is interrupted, or fails; the state of a failed optimizer step is not written. The command line includes it as the
+    group ``last``. (ModelCheckpoint's ``save_last`` writes only together with a checkpoint that its ``monitor`` selects.)
 
     Args:
-        every_n_train_steps: write it after every n optimizer steps, too.
-        train_time_interval: write it, too, when so much time has passed since it was last: ``0:10:00`` is ten minutes.
+        every_n_train_steps: also write it after every n optimizer steps.
+        train_time_interval: also write it when this much time has passed since the last write: ``0:10:00`` is ten minutes.
 
     Raises:
-        UserError: for values that cannot be.
+        UserError: for invalid values.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None) -> None:

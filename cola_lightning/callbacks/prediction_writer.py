@@ -22,10 +22,10 @@ FILE_NAME = "predictions.jsonl"
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, whole or not at all.
+    """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
-    ``predict_step`` returns a dict of columns, each with one value a row: ``prediction``, ``target`` and whatever else
-    belongs to a row. ``index``, the row's place in its data, is added. The rows of several loaders follow one another.
+    ``predict_step`` returns a dict of columns, each with one value per row: ``prediction``, ``target`` and any
+    others. ``index``, the row's place in its data, is added. The rows of several loaders follow one another.
     """
 
     def __init__(self) -> None:

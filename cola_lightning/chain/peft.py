@@ -271,7 +271,7 @@ def peft_config(
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UserError("format: expected the package peft, received none: pip install 'cola_lightning[peft]'") from error
+        raise UserError("format: expected the package peft, received none: pip install peft") from error
     modules = dict(base.named_modules())
     return LoraConfig(
         task_type=_task(base),

@@ -33,7 +33,7 @@ def check_quantization(quantization: str) -> None:
         raise UserError(f"{FIELD}: expected null or {', '.join(get_args(Quantization))}, received {quantization!r}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"{FIELD}: expected null, or the package bitsandbytes, received {quantization}: pip install 'cola_lightning[nf4]'"
+            f"{FIELD}: expected null, or the package bitsandbytes, received {quantization}: pip install bitsandbytes"
         )
     try:
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in

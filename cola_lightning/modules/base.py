@@ -52,46 +52,46 @@ log = logging.getLogger(__name__)
 
 
 class COLAModule(LightningModule, RecordsArguments):
-    """A pretrained model that is tuned by a chain of low-rank links.
+    """A pretrained model that is fine-tuned with a chain of low-rank links.
 
-    A subclass writes ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
-    layers adapted in place; ``self.chain`` holds the finished links. When a link is finished is
-    :class:`~cola_lightning.callbacks.ChainOfLoRA`'s to say; without it the run is one link: plain LoRA.
+    A subclass defines ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
+    layers adapted in place; ``self.chain`` contains the finished links. The callback
+    :class:`~cola_lightning.callbacks.ChainOfLoRA` decides when a link is finished; without it the run is one link: plain LoRA.
 
     Args:
-        target_modules: layers to adapt, by PEFT's rule: a regular expression for the whole name, a list of (endings of) names,
+        target_modules: layers to adapt, by PEFT's rule: a regular expression for the whole name, a list of name suffixes,
             or ``all-linear`` (the default). ``null`` trains every parameter without links: full fine-tuning, for comparisons.
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
         init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-        modules_to_save: names (or their endings) of modules that are trained whole, as a new head must be.
-        modules_to_save_lr: the first learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
-        seed: from which each link's A, each batch's dropout and what ``build_model`` draws come. ``null``: the seed of
-            ``seed_everything``, else one is drawn and stored.
-        optimizer: called with the trainable parameters, anew for each link. Default: AdamW with a learning rate of 1e-3.
+        modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
+        modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
+        seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
+            ``seed_everything``, or a random one, which is stored.
+        optimizer: called with the trainable parameters, once per link. Default: AdamW with a learning rate of 1e-3.
         lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, by transformers' formulas.
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
         knot_warmup_steps: optimizer steps over which the rate rises from 0 again after each knot, back onto a schedule over the
             ``run`` (ReLoRA's jagged rate); below 1, a share of the link's length.
-        trained_factors: of each link: ``both``; ``B`` alone, beside an A that stays as it was drawn (asymmetric LoRA); or one
-            of them at ``random``, beside the other (RAC-LoRA).
-        kept_optimizer_state: the share of an optimizer's state that a knot keeps of the links' factors, its largest values, as
-            in ReLoRA, which keeps 0.001 to 0.1; 0: an optimizer begins anew.
-        finished_links: ``merge`` adds a finished link to the frozen weights, which are kept in float32 for that; ``stack``, for
-            bases in half precision or 4 bits, never writes a weight, and keeps the finished links beside them as one frozen
-            low-rank pair a layer.
-        init_chain: where to start from: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are
-            taken up before training begins; ``null``: from the base. A checkpoint of the run holds them, too.
+        trained_factors: of each link: ``both``; ``B`` only, with A at its random initial values (asymmetric LoRA); or one
+            of them chosen at ``random``, with the other at its initial values (RAC-LoRA).
+        kept_optimizer_state: the share of the optimizer state of A and B, its largest entries, that a knot retains, as in
+            ReLoRA (0.001 to 0.1); 0: a new optimizer.
+        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``,
+            for bases in half precision or 4 bits, never modifies a weight and stores the finished links as one frozen
+            low-rank pair per layer.
+        init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
+            training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
-        save_base: store the adapted base's weights in each checkpoint, for a base that cannot be made again bit for bit.
-        compile: ``torch.compile`` the model: once for each rank, and for training and validation.
-        activation_checkpointing: keep only the inputs of the model's blocks, and compute what is inside again in the backward
-            pass: less memory, more time, the same gradients.
+        save_base: store the weights of the adapted base in each checkpoint, for a base that cannot be rebuilt bit for bit.
+        compile: apply ``torch.compile`` to the model; it compiles once per rank, for training and for validation.
+        activation_checkpointing: store only the inputs of the model's blocks and recompute the rest in the backward pass: less
+            memory, more time, the same gradients.
 
     Raises:
-        UserError: for values that cannot be right.
+        UserError: for invalid values.
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
@@ -155,7 +155,7 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ what a subclass writes
 
     def build_model(self) -> nn.Module:
-        """Makes the base model.
+        """Builds the base model.
 
         It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
         ``self.seed``.
@@ -174,8 +174,8 @@ class COLAModule(LightningModule, RecordsArguments):
         """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, the links in place.
 
         As it is, any Hugging Face decoder is sharded by its repeated blocks, and another model by those of its ``ModuleList``
-        that hold more than single layers. Override it with ``fully_shard`` calls of your own: what is trained is out of its
-        sight then, and stays whole on each process.
+        that hold more than single layers. Override it with your own ``fully_shard`` calls: trainable parameters are hidden from
+        them, and replicated on each process.
         """
         shard_by_blocks(self.model, mesh)
 
@@ -188,7 +188,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def adapted(self) -> AdaptedModel:
-        """The model with its layers and its chain, apart from Lightning."""
+        """The model with its layers and its chain, without Lightning."""
         if self.lazy_model.adapted is None:
             self.configure_model()
         assert self.lazy_model.adapted is not None
@@ -303,9 +303,9 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ links
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
-        """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A, drops the optimizer.
+        """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A.
 
-        While training, the optimizer and its schedule are made anew; their state begins empty.
+        During training, the optimizer and its schedule are created again, with empty state.
 
         Args:
             rank: the next link's rank; None: what the schedule says.
@@ -411,11 +411,11 @@ class COLAModule(LightningModule, RecordsArguments):
         )
 
     def merged_model(self, links: int | None = None) -> nn.Module:
-        """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
+        """A plain copy of the model with the chain merged into its weights, without LoRA layers.
 
-        What is trained outside of ``self.model`` is not in the copy, and a warning says so. Where the model is sharded, the
-        copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all is trained, all is gathered:
-        every process must ask for it.)
+        Parameters trained outside of ``self.model`` are not in the copy; a warning names them. If the model is sharded, the
+        copy is built on the CPU from a new base, without communication. (With full fine-tuning the parameters are gathered:
+        every process must call this.)
 
         Args:
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
@@ -482,7 +482,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What training changes: links, modules trained whole, buffers, and what else the module holds; no frozen weight.
+        """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
         The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs; where all
         is trained there are none, nor a base to hold a state against, and the values are all that there is.
@@ -496,7 +496,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or taken back.
+        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or removed.
 
         Args:
             state_dict: it.
@@ -527,7 +527,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        """Brings the weights to the finished links of a :meth:`state_dict`, on the base made anew if need be.
+        """Brings the weights to the finished links of a :meth:`state_dict`, on a rebuilt base if necessary.
 
         Raises:
             UserError: if these were trained on another base.

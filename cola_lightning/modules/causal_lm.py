@@ -39,9 +39,9 @@ def _for_each_stage(kinds: dict[str, type[Metric]]) -> nn.ModuleDict:
 
 
 class COLACausalLM(LanguageModule):
-    """A causal language model that is tuned by a chain of low-rank links.
+    """A causal language model that is fine-tuned with a chain of low-rank links.
 
-    It takes two kinds of batches:
+    It accepts two kinds of batches:
 
     * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
       option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
@@ -55,7 +55,7 @@ class COLACausalLM(LanguageModule):
       (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
-    alone share one forward pass, and rows that are much shorter than others have a pass of their own, without padding.
+    alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
 
     A mixture of experts whose configuration has ``output_router_logits`` adds its router's auxiliary loss, times
     ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.

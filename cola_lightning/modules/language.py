@@ -35,24 +35,24 @@ class StepOutput:
 
 
 class LanguageModule(COLAModule, ABC):
-    """A Hugging Face model that is tuned by a chain of low-rank links.
+    """A Hugging Face model that is fine-tuned with a chain of low-rank links.
 
-    A subclass writes :meth:`step`, and names the class that loads its model.
+    A subclass defines :meth:`step` and the class that loads its model.
 
     Args:
         model_name: a hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory. With ``finished_links: merge`` the adapted ones are kept in float32 nevertheless.
-        quantization: ``nf4`` keeps the weights of the pretrained linear layers in 4 bits, by bitsandbytes; they compute in
+        dtype: of the weights in memory. With ``finished_links: merge`` the adapted weights are stored in float32 nevertheless.
+        quantization: ``nf4`` stores the weights of the pretrained linear layers in 4 bits, by bitsandbytes; they compute in
             ``dtype``. It needs ``finished_links: stack`` and the extra ``nf4``. ``null``: none.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
-        gguf_file: name of a GGUF file among the model's files, to be de-quantised; needs the extra ``gguf``.
-        **chain: how it is tuned: the arguments of :class:`~cola_lightning.modules.COLAModule`.
+        gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``.
+        **chain: the other arguments of :class:`~cola_lightning.modules.COLAModule`.
 
     Raises:
-        UserError: for a name that is none of the three, files that are not there, and values that cannot be right.
+        UserError: for a model that cannot be found, missing files, and invalid values.
     """
 
     auto_class: ClassVar[str]
@@ -101,7 +101,7 @@ class LanguageModule(COLAModule, ABC):
 
     @abstractmethod
     def step(self, batch: Any) -> StepOutput:
-        """The loss of a batch, and what its metric needs: the one thing to override for a loss of one's own."""
+        """The loss of a batch, and the inputs of its metric: override it to define your own loss."""
 
     @abstractmethod
     def make_metric(self) -> Metric:

@@ -52,7 +52,7 @@ class Pretrained:
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise UserError(
                 f"model.gguf_file: expected the packages gguf and accelerate, received no {missing[0]}: "
-                "pip install 'cola_lightning[gguf]'"
+                "pip install gguf accelerate"
             )
         if (folder := self.folder) is None:
             return

@@ -17,7 +17,7 @@ from cola_lightning.modules.pretrained import new_modules
 
 
 class COLASequenceClassifier(LanguageModule):
-    """A sequence classifier that is tuned by a chain of low-rank links; its new head is trained whole.
+    """A sequence classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
     Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. Where ``modules_to_save`` names nothing,
     it is the head (what the model has beside its pretrained body) and what else is newly initialised, for the pretrained files
@@ -27,8 +27,8 @@ class COLASequenceClassifier(LanguageModule):
         model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
         num_labels: how many labels there are.
-        metric: what is logged beside the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean over the
-            labels) or ``matthews_corrcoef``.
+        metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
+            over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of :class:`~cola_lightning.modules.COLACausalLM` and
             :class:`~cola_lightning.modules.COLAModule`; ``modules_to_save_lr`` is the head's learning rate.
 

@@ -40,7 +40,7 @@ def compare(words: Sequence[str]) -> int:
     parser.add_class_arguments(Comparison)
     asked = Comparison(**parser.parse_args(list(words[:cut])).as_dict())
     if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"cola compare: expected {' and '.join(missing)}, which pip install 'cola_lightning[study]' brings")
+        raise UserError(f"cola compare: expected {' and '.join(missing)}, received none: pip install {' '.join(missing)}")
     from cola_lightning.study.study import Study
 
     with _stopping_on_sigterm():

@@ -1,0 +1,18 @@
+"""An extension of griffe: what it reads of the package's docstrings in another form."""
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|meth|func|mod):`~?(?:[\w.]+\.)?(\w+)`")  # of Sphinx
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)  # Google's style guide says `Examples:`, and griffe only that
+
+
+class Docstrings(griffe.Extension):
+    """Shows the name alone where a docstring has a role of Sphinx, and doctests as code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called for each object that is loaded."""
+        if obj.docstring is not None:
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", ROLE.sub(r"``\1``", obj.docstring.value))

@@ -1,0 +1,40 @@
+"""Hooks of mkdocs: README is the site's first page, and a link out of ``docs/`` brings its file along.
+
+So the same Markdown can be read on a repository's page and on the site, and ``mkdocs build --strict`` checks its links.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+LINK = re.compile(r"(\]\()([^)#:]+)([^)]*\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds README and what the pages link to outside of ``docs/``."""
+    for path, source in PAGES.items():
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / source)))
+    texts = [*(ROOT / "docs").glob("*.md"), *(ROOT / source for source in PAGES.values())]
+    linked = {(text.parent / path).resolve() for text in texts for _, path, _ in LINK.findall(text.read_text())}
+    for target in sorted(linked):
+        path = target.relative_to(ROOT).as_posix()
+        if target.is_file() and not path.startswith("docs/") and path not in PAGES.values():
+            files.append(File.generated(config, path, abs_src_path=str(target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Rewrites links for the site, where README is ``index.md`` and all pages lie in one folder."""
+    is_in_docs = page.file.src_path not in PAGES
+
+    def moved(match: re.Match[str]) -> str:
+        path = match[2].removeprefix("../") if is_in_docs else match[2].removeprefix("docs/")
+        return f"{match[1]}{'index.md' if path == 'README.md' else path}{match[3]}"
+
+    return LINK.sub(moved, markdown)
