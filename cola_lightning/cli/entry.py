@@ -17,7 +17,7 @@ from typing_extensions import override
 from cola_lightning import __version__
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
-COMMANDS = ("fit", "validate", "test", "predict", "compare", "inspect", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "compare", "inspect", "export", "generate")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -60,6 +60,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
         from cola_lightning.cli.export import export
 
         export(words[1:])
+        return 0
+    if words and words[0] == "generate":
+        from cola_lightning.cli.generate import generate
+
+        generate(words[1:])
         return 0
     if words and words[0] == "compare":
         from cola_lightning.study.command import compare
