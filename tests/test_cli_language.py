@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -79,19 +80,51 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd)
         assert all(score < 0 for score in row["scores"])
 
 
-def test_instructions_are_trained_and_validated():
+def fit_responses(capfd, splits, **how):
+    """Fits instructions; the subcommands that its last lines name, their arguments, and the command that tries it."""
     Path("own").mkdir()
     rows = [{"prompt": f"Is town {k} old? ", "response": "Yes"} for k in range(8)]
-    for split in ("train", "validation"):
+    for split in splits:
         Path("own", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("text.yaml").write_text(
-        CONFIG.partition("data:")[0] + "data: {class_path: TextDataModule, init_args: {source: own}}\n"
-    )
+    data = {"class_path": "TextDataModule", "init_args": {"source": "own", "max_new_tokens": 4} | how}
+    Path("text.yaml").write_text(CONFIG.partition("data:")[0] + f"data: {json.dumps(data)}\n")
     trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", "text.yaml", *trainer]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: ")]
+    (try_,) = [line.removeprefix("try it: cola ") for line in lines if line.startswith("try it: ")]
+    command, _, others = use.partition(" (")
+    first, *arguments = shlex.split(command)
+    others = others.partition(";")[0].removeprefix("or ").split(", ") if others.startswith("or ") else []
+    return [first, *others], arguments, shlex.split(try_.replace("TEXT (or --chat)", "Old?"))
+
+
+def test_instructions_are_trained_and_a_fits_last_lines_name_the_commands_that_work(capfd):
+    subcommands, arguments, try_ = fit_responses(capfd, ["train", "validation"])
     metrics = Path("runs/version_0/metrics.csv").read_text()
     assert "val_loss" in metrics
     assert "accuracy" not in metrics
+    assert subcommands == ["predict", "test", "validate"]
+    for subcommand in subcommands:
+        assert main([subcommand, *arguments]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["index"], row["target"]) for row in rows] == [(k, "Yes") for k in range(8)]
+    assert main(try_) == 0
+
+
+def test_a_fits_last_lines_name_no_command_for_rows_that_are_not_there(capfd):
+    subcommands, arguments, try_ = fit_responses(capfd, ["train"], val_size=2)
+    assert subcommands == ["validate"]
+    assert main(["validate", *arguments]) == 0
+    assert main(["test", *arguments]) == 2
+    assert main(try_) == 0
+    Path("new").mkdir()
+    Path("new", "asked.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "Old?"}\n')
+    new = ["--data.source", "new", "--data.test_split", "asked"]
+    assert main(["predict", *arguments, *new]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    assert [json.loads(line)["target"] for line in path.read_text().splitlines()] == [None, None]
 
 
 def test_two_processes_are_one():

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, UserError
-from cola_lightning.data.batches import collate_options
+from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
+from cola_lightning.data.batches import collate_options, collate_prompts
+from cola_lightning.data.encoding import PromptRow
 from cola_lightning.data.examples import encode_examples
+from cola_lightning.decoding import Decoding
 from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.modules.metrics import ExactMatch, TokenF1
 from tests import tiny
@@ -164,6 +166,57 @@ def test_what_is_learned_leaves_that_room_too_as_in_the_protocol(architecture):
         encode_examples(tokenizer, [long], 50 + n_option, is_learned=True)
 
 
+def prompts_of(module, decoding, ends=(), prompts=PROMPTS):
+    rows = [PromptRow(module.tokenizer(prompt)["input_ids"], prompt, None) for prompt in prompts]
+    return collate_prompts(rows, module.tokenizer.pad_token_id, decoding, list(ends))
+
+
+@torch.no_grad()
+def plain_text(module, prompt, n_tokens, ends=(), **how):
+    """Greedy, without a cache and without padding, over lines' ends."""
+    ids = module.tokenizer(prompt, **how)["input_ids"]
+    n_prompt = len(ids)
+    while len(ids) < n_prompt + n_tokens:
+        ids.append(int(module.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in (module.tokenizer.eos_token_id, *ends):
+            break
+    return module.tokenizer.decode(ids[n_prompt:], skip_special_tokens=True), len(ids) - n_prompt
+
+
+def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_stop(module):
+    (newline,) = module.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    with ending_by_chance(module, newline) as asked:
+        plain = [plain_text(module, prompt, 20)[0] for prompt in PROMPTS]
+        assert any("\n" in text.strip() for text in plain)
+        assert module.generate(prompts_of(module, Decoding(20))) == [text.strip() for text in plain]
+        stops = plain[0][3:6], plain[1][4:6], "no such text"
+        stopped = module.generate(prompts_of(module, Decoding(20, stop=stops)))
+        assert stopped == [min((text.split(stop)[0] for stop in stops), key=len).strip() for text in plain]
+        assert len(set(map(len, stopped))) > 2
+        lengths = [plain_text(module, prompt, 20, [newline])[1] for prompt in PROMPTS]
+        assert min(lengths) < max(lengths)
+        asked.clear()
+        module.generate(prompts_of(module, Decoding(20), [newline]))  # a token that ends a turn
+        assert len(asked) == max(lengths)
+
+
+def test_samples_follow_from_the_seed_the_temperature_and_top_p(module):
+    greedy = module.generate(prompts_of(module, Decoding(8)))
+
+    def sampled(seed, **how):
+        torch.manual_seed(seed)
+        return module.generate(prompts_of(module, Decoding(8, do_sample=True, **how)))
+
+    assert sampled(1) == sampled(1) != sampled(2)
+    assert sampled(1) != greedy
+    assert sampled(1, temperature=1e-4) == greedy
+    assert sampled(1, top_p=1e-4) == greedy
+    torch.manual_seed(0)  # whatever a model's own file says of top_k, and transformers' 50
+    with torch.no_grad():
+        flat = set(module.generate(prompts_of(module, Decoding(1, True, 1e4), prompts=["It"] * 200)))
+    assert len(flat) > 60
+
+
 MEASURED = [  # what is written, what should be, F1, exact match
     ("The Cat.", ["cat"], 1, 1),
     ("  two   towns ", ["two towns"], 1, 1),
@@ -298,3 +351,36 @@ def test_predict_writes_the_text_and_what_it_should_have_been(tmp_path, squad):
         assert set(row) == {"index", "prediction", "target", "prompt"}
         question = row["prompt"].removeprefix("Title: T\nContext: C\nQuestion: ").removesuffix("\nAnswer:")
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
+
+
+TURNS = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"
+TURNS += "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize("chat", [TURNS, None])
+def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
+    rows = [{"prompt": f"Is town {k} old? " * (k + 1), "response": "Yes"} for k in range(3)] + [{"prompt": "Is it?"}]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=128)
+
+    def predicted(seed=0, **how):
+        module = COLACausalLM(name, target_modules=["q_proj"], rank=2, seed=seed)
+        module.tokenizer.chat_template = chat
+        data = TextDataModule(str(tmp_path), batch_size=2, max_new_tokens=6, **how)
+        run = trainer(tmp_path, PredictionWriter())
+        run.predict(module, datamodule=data, return_predictions=False)
+        return module, [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+
+    module, greedy = predicted()
+    assert [list(row) for row in greedy] == [["index", "prediction", "target", "prompt"]] * 4
+    assert [(row["index"], row["target"], row["prompt"]) for row in greedy] == [
+        (k, row.get("response"), row["prompt"]) for k, row in enumerate(rows)
+    ]
+    for row in greedy:
+        prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
+        text, _ = plain_text(module, prompt, 6, add_special_tokens=False)
+        assert row["prediction"] == text.strip()
+    sampled = predicted(do_sample=True)[1]
+    assert sampled == predicted(do_sample=True)[1]
+    assert [row["prediction"] for row in sampled] != [row["prediction"] for row in greedy]
+    assert sampled != predicted(1, do_sample=True)[1]

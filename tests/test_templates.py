@@ -38,7 +38,7 @@ def examples(rows, tmp_path, own=None, stage="test", cls=TemplateDataModule, **a
     module = SimpleNamespace(tokenizer=own or tokenizer(), seed=3)
     data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
     data.setup(stage)
-    return (data.test if stage == "test" else data.train), data
+    return (data.train if stage == "fit" else data.test), data
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
@@ -118,6 +118,117 @@ def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
     assert data.collate(row)["labels"].tolist() == [labels]
     assert own.decode([label for label in labels if label != -100]) == "Yes.</s>\nNo, נו 🏠</s>\n"
     assert encode_conversations(own, [MESSAGES], 12, ["here"]) == [{"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}]
+
+
+ASKED = [("Is it old? ", "It is."), ("Is it old?", " It is."), ("2 + 2 = ", "4"), ("Old?\n", "No, נו 🏠"), ("A\n  ", "  b")]
+PAIRS = [{"prompt": prompt, "response": response} for prompt, response in ASKED]
+AS_TURNS = [
+    {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
+    for prompt, response in ASKED
+]
+
+
+def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    how = {"cls": TextDataModule, "stage": "fit"}
+    chat, plain = tokenizer(chat=CHAT), tokenizer()
+    turns, _ = examples(AS_TURNS, tmp_path, chat, **how)
+    following, _ = examples(PAIRS, tmp_path, plain, **how)
+    assert turns != following
+    for own, asked, expected, format_, said in [
+        (chat, None, turns, True, "are written in the tokenizer's chat template (data.chat_template: false for none)"),
+        (chat, True, turns, True, "are written in the tokenizer's chat template (data.chat_template: false for none)"),
+        (chat, False, following, False, "without a chat template (data.chat_template: false)"),
+        (plain, None, following, False, "without a chat template (data.chat_template: null, for the tokenizer has none)"),
+        (plain, False, following, False, "without a chat template (data.chat_template: false)"),
+    ]:
+        caplog.clear()
+        rows, data = examples(PAIRS, tmp_path, own, chat_template=asked, **how)
+        assert rows == expected
+        assert data.prompt_format == {"kind": "response", "chat_template": format_}
+        (line,) = caplog.messages  # once, of both parts
+        assert line.endswith(said)
+    with pytest.raises(UserError, match=r"data\.chat_template: expected null or false for a tokenizer without a chat template"):
+        examples(PAIRS, tmp_path, plain, chat_template=True, **how)
+    with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations \(.*line 1\)"):
+        examples(AS_TURNS, tmp_path, chat, chat_template=False, **how)
+    _, data = examples([{"text": "It is old."}], tmp_path, chat, **how)
+    assert data.prompt_format == {"kind": "text", "chat_template": False}
+
+
+@pytest.mark.parametrize("chat", [CHAT, None])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path, chat, architecture):
+    """Token by token: a blank at a prompt's end would else be read in one way and learned in another."""
+    own = tokenizer(architecture, chat)
+    learned, _ = examples(PAIRS, tmp_path, own, cls=TextDataModule)
+    predicted, data = examples(PAIRS, tmp_path, own, "predict", cls=TextDataModule)
+    for row, prompt, (asked, response) in zip(learned, predicted, ASKED, strict=True):
+        n_before = next(k for k, label in enumerate(row["labels"]) if label != -100)
+        assert prompt.prompt_ids == row["input_ids"][:n_before]
+        assert own.decode(row["input_ids"][n_before:], skip_special_tokens=True).strip() == response.strip()
+        assert (prompt.prompt, prompt.target) == (asked, response.strip())
+    batch = data.collate(predicted)
+    assert batch["end_tokens"] == ([own.eos_token_id] if chat else [])
+    assert batch["decoding"]["max_new_tokens"] == 256
+    assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in predicted]
+
+
+def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
+    own = tokenizer(chat=CHAT)
+    rows = [{"prompt": "Old?"}, {"prompt": "Old?", "response": None}, {"messages": MESSAGES[:4]}, {"messages": MESSAGES}]
+    rows += [{"text": "It was "}]
+    predicted, _ = examples(rows, tmp_path, own, "predict", cls=TextDataModule)
+    targets = [None, None, None, "No, נו 🏠", None]
+    prompts = ["Old?", "Old?", MESSAGES[:4], MESSAGES[:4], "It was "]
+    assert [(row.prompt, row.target) for row in predicted] == list(zip(prompts, targets, strict=True))
+    assert own.decode(predicted[2].prompt_ids).endswith("Yes.</s>\n[user]\nOld?</s>\n[assistant]\n")
+    assert own.decode(predicted[4].prompt_ids) == "<s>It was"
+    for row, message in [
+        (rows[0], r"line 1: expected the field 'response', received 'prompt'$"),
+        (rows[1], r"line 1: expected text in the field 'response', received None"),
+        ({"prompt": "Old?", "response": ""}, r"line 1: expected a response that adds tokens to its prompt, received ''"),
+        (rows[2], r"line 1: expected the assistant's turn as the last one, .* received one of the role user"),
+    ]:
+        for stage in ("fit", "test"):
+            with pytest.raises(UserError, match=message):
+                examples([row], tmp_path, own, stage, cls=TextDataModule)
+    with pytest.raises(UserError, match="line 1: expected a turn for the assistant to answer"):
+        examples([{"messages": [ASSISTANT]}], tmp_path, own, "predict", cls=TextDataModule)
+
+
+@pytest.mark.parametrize("chat", [CHAT, None])
+def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat):
+    own = tokenizer(chat=chat)
+    own.model_max_length = 64
+    long = "The capital of the country is the largest town. " * 9
+    rows = [{"prompt": long, "response": "It is."}]
+    for asked, room in ({"max_length": 40, "max_new_tokens": 8}, 40), ({"max_new_tokens": 30}, 34):
+        (row,), _ = examples(rows, tmp_path, own, "predict", cls=TextDataModule, **asked)
+        assert len(row.prompt_ids) == room
+        assert long.rstrip()[-20:] in own.decode(row.prompt_ids)
+    with pytest.raises(UserError, match=r"data\.max_new_tokens: expected fewer than 64 tokens, .* received 64"):
+        examples(rows, tmp_path, own, "predict", cls=TextDataModule, max_new_tokens=64)
+    (row,), _ = examples(rows, tmp_path, own, cls=TextDataModule, max_length=30)
+    assert own.decode([label for label in row["labels"] if label != -100]).strip() == "It is.</s>"
+    with pytest.raises(UserError, match=r"line 1: expected a response of 1 to 29 tokens, its end among them"):
+        examples([{"prompt": "It", "response": long}], tmp_path, own, cls=TextDataModule, max_length=30)
+
+
+UNLIKELY = [
+    ({"max_new_tokens": 0}, r"data\.max_new_tokens: expected a whole number of at least 1, received 0"),
+    ({"do_sample": True, "temperature": 0.0}, r"data\.temperature: expected a number above 0, received 0\.0"),
+    ({"do_sample": True, "top_p": 1.5}, r"data\.top_p: expected a probability above 0, 1 at most, received 1\.5"),
+    ({"temperature": 0.7}, r"data\.temperature: expected data\.do_sample true beside it, .* received 0\.7 alone"),
+    ({"top_p": 0.7}, r"data\.top_p: expected data\.do_sample true beside it"),
+    ({"stop": ["\n", ""]}, r"data\.stop: expected texts of at least one character"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNLIKELY, ids=lambda value: str(value))
+def test_a_way_of_generating_that_cannot_be_is_one_line(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        TextDataModule(str(tmp_path), **options)
 
 
 def test_a_long_text_loses_its_beginning_and_keeps_its_option(tmp_path):
@@ -226,6 +337,7 @@ USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "co
 BAD_MESSAGES = [
     ([USER, ASSISTANT], None, r"expected a tokenizer with a chat template"),
     ([USER], CHAT, r"line 1: expected a turn of the role assistant, received \['user'\]"),
+    ([USER, ASSISTANT, USER], CHAT, r"line 1: expected the assistant's turn as the last one"),
     ([USER, ASSISTANT, USER, ASSISTANT], CHANGING, r"line 1: expected a chat template that writes turn after turn"),
     ([], CHAT, r"line 1: expected a list of turns with role and content in 'messages', received \[\]"),
     ("Old?", CHAT, r"line 1: expected a list of turns with role and content in 'messages', received 'Old\?'"),

@@ -170,6 +170,7 @@ class CheckpointState:
         modules_to_save: names of what is trained whole; None: not known.
         outside: what is trained outside of the model, as it was before the first link.
         progress: Lightning's counters, rewound to the last whole accumulation window.
+        prompt_format: how the data module prompted a language model; empty where it did not.
     """
 
     module: dict[str, Any]
@@ -188,6 +189,7 @@ class CheckpointState:
     modules_to_save: list[str] | None = None
     outside: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    prompt_format: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types and tensors, which ``torch.load(weights_only=True)`` reads."""

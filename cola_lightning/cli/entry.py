@@ -71,6 +71,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
 
         configs(words[1:])
         return 0
+    if words and words[0] == "generate":
+        from cola_lightning.cli.generate import generate
+
+        generate(words[1:])
+        return 0
     if words and words[0] == "compare":
         from cola_lightning.study.command import compare
 

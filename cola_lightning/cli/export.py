@@ -102,5 +102,5 @@ def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
     with quiet(), loading(opened, options.links):
         module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
-    chain = chain_of(opened.contents, options.links)
-    return export_module(module, chain, options.output, options.format, verify=not options.no_verify, **given)
+    given |= {"prompt_format": opened.state.prompt_format, "verify": not options.no_verify}
+    return export_module(module, chain_of(opened.contents, options.links), options.output, options.format, **given)

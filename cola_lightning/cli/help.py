@@ -9,6 +9,7 @@ SUBCOMMANDS = {
     "test": "Evaluates a checkpoint on the test data.",
     "predict": "Writes a checkpoint's predictions for each row to a JSONL file.",
     "compare": "Compares LoRA, chains, full fine-tuning and related methods over rates and seeds.",
+    "generate": "Prints what a language model generates after a prompt, or chats.",
     "inspect": "Prints what each link of a checkpoint or chain folder did.",
     "configs": "Lists the configurations that come with the package, or copies them.",
     "export": "Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",

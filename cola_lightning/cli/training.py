@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
@@ -38,7 +39,7 @@ from cola_lightning.callbacks import (
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line
-from cola_lightning.modules import COLAModule
+from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.pending import loading
 from cola_lightning.sharded import processes
 
@@ -255,23 +256,45 @@ class COLACLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Says where the checkpoint is and what to do with it."""
-        self._log_command("use it: %s (or validate, predict; fit goes on from it)", "test")
+        """Says where the checkpoint is, and the commands that work for it and its data."""
+        commands = self._commands()
+        others = f"or {', '.join(commands[1:])}; " if commands[1:] else ""
+        path = self._log_command(f"use it: %s ({others}fit goes on from it)", commands[0]) if commands else None
+        if path is not None and self._is_generative:
+            log.info("try it: %s", f"{shlex.join(['cola', 'generate', '--checkpoint', path])} --prompt TEXT (or --chat)")
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
 
-    def _log_command(self, message: str, subcommand: str) -> None:
+    @property
+    def _is_generative(self) -> bool:
+        kind = getattr(self.datamodule, "prompt_format", {}).get("kind")
+        return isinstance(self.model, COLACausalLM) and kind in ("response", "text")
+
+    def _commands(self) -> list[str]:
+        """The subcommands that work for the run's module and data, the most useful one first."""
+        data, model = self.datamodule, self.model
+        has_rows = getattr(data, "has_test_rows", True)
+        commands = ["validate"] if sum(self.trainer.num_val_batches) else []
+        if has_rows and is_overridden("test_dataloader", data) and is_overridden("test_step", model):
+            commands.insert(0, "test")
+        if has_rows and is_overridden("predict_dataloader", data) and is_overridden("predict_step", model):
+            commands.insert(0 if self._is_generative else len(commands), "predict")
+        return commands
+
+    def _log_command(self, message: str, subcommand: str) -> str | None:
+        """Says where the checkpoint is, and a command for it; returns its path, None where there is none."""
         config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if subcommand == "fit":
             callbacks = [c for c in callbacks if isinstance(c, LastCheckpoint)]
         path = next((c.best_model_path for c in callbacks if c.best_model_path), None)
         if path is None or not self.trainer.is_global_zero:
-            return
+            return None
         log.info("checkpoint: %s", path)
         if config.exists():  # a fit that had nothing left to do saves none
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path])
             log.info(message, command)
+        return path
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:

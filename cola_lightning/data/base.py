@@ -119,6 +119,21 @@ class EpochDataModule(LightningDataModule, ABC):
         """What the order of training follows from, with the epoch: the split's seed and the module's."""
         return f"{self.split_seed} {getattr(self.trainer and self.trainer.lightning_module, 'seed', None)}"
 
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """How a language model was prompted, for whoever uses it after the training; checkpoints hold it.
+
+        In plain types: ``kind`` (``text``, ``response``, ``answer`` or ``options``), ``chat_template`` (whether prompts are a
+        user's turn in the tokenizer's), and, where these are the same for all rows, ``prompt`` and ``options``, with a row's
+        fields in braces. Empty where a model is not prompted.
+        """
+        return {}
+
+    @property
+    def has_test_rows(self) -> bool:
+        """Whether there are rows to test on, as far as can be said without reading any."""
+        return True
+
     def length(self, row: Any) -> int:
         """How long a row is; evaluation of all rows goes from the longest to the shortest, so that little is padding."""
         return 0

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow
+from cola_lightning.data.encoding import LanguageRow, PromptRow
 from cola_lightning.data.examples import EncodedExample
+from cola_lightning.decoding import Decoding
 
 
 def collate_options(
@@ -56,6 +57,18 @@ def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]
         "input_ids": _pad_left([row["input_ids"] for row in rows], pad),
         "attention_mask": _pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": _pad_left([row["labels"] for row in rows], IGNORE_INDEX),
+    }
+
+
+def collate_prompts(rows: Sequence[PromptRow], pad: int, decoding: Decoding, end_tokens: list[int]) -> dict[str, Any]:
+    """Prompts to go on from, padded on the left, and how: see :meth:`~cola_lightning.COLACausalLM.generate`."""
+    return {
+        "prompt_ids": _pad_left([row.prompt_ids for row in rows], pad),
+        "prompt_mask": _pad_left([[1] * len(row.prompt_ids) for row in rows], 0),
+        "prompt": [row.prompt for row in rows],
+        "target": [row.target for row in rows],
+        "decoding": decoding.to_dict(),
+        "end_tokens": end_tokens,
     }
 
 

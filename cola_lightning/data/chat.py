@@ -4,16 +4,40 @@ from collections.abc import Sequence
 from typing import Any
 
 from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow
+from cola_lightning.data.encoding import LanguageRow, response_too_long
 from cola_lightning.data.tokens import tokenize_with_places
 from cola_lightning.errors import UserError
 
 Messages = list[dict[str, str]]  # turns of a role and its content
 
 
+def user_turn(prompt: str) -> Messages:
+    """A conversation that a user's turn begins."""
+    return [{"role": "user", "content": prompt}]
+
+
+def assistant_turn(response: str) -> dict[str, str]:
+    """The turn that answers it."""
+    return {"role": "assistant", "content": response}
+
+
 def as_turn(tokenizer: Any, prompt: str, place: str) -> str:
     """A user's turn, and the beginning of the assistant's."""
-    return _render(tokenizer, [{"role": "user", "content": prompt}], place, is_open=True)
+    return as_prompt(tokenizer, user_turn(prompt), place)
+
+
+def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
+    """A conversation, and the beginning of the assistant's next turn."""
+    return _render(tokenizer, messages, place, is_open=True)
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
+    asked, said, place = user_turn("Is it old?"), "It is.", "model.model_name"
+    whole = _render(tokenizer, [*asked, assistant_turn(said)], place, is_open=False)
+    _, _, end = whole.removeprefix(as_prompt(tokenizer, asked, place)).partition(said)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
 
 
 def _render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
@@ -30,7 +54,7 @@ def _render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) ->
 
 
 def encode_conversations(
-    tokenizer: Any, conversations: Sequence[Messages], max_length: int, places: Sequence[str]
+    tokenizer: Any, conversations: Sequence[Messages], max_length: int, places: Sequence[str], *, keeps_response: bool = False
 ) -> list[LanguageRow]:
     """Conversations as tokens in the tokenizer's chat template; the loss is on what the assistant says, its end included.
 
@@ -39,15 +63,18 @@ def encode_conversations(
         conversations: turns of a ``role`` and its ``content``.
         max_length: in tokens; a longer conversation loses its beginning.
         places: where each stands, for messages.
+        keeps_response: whether what the assistant says must not lose its beginning.
 
     Raises:
-        UserError: if nobody says anything as the assistant, or it begins, or the template does not write turn after turn.
+        UserError: if the assistant does not have the last word, or it begins, or the template does not write turn after turn.
     """
     written = [_write(tokenizer, messages, place) for messages, place in zip(conversations, places, strict=True)]
     tokens = tokenize_with_places(tokenizer, [text for text, _ in written])
     rows = []
     for (ids, starts, ends), (_, said), place in zip(tokens, written, places, strict=True):
         is_said = [any(start < end and end > a and start < b for a, b in said) for start, end in zip(starts, ends, strict=True)]
+        if keeps_response and (n_response := len(ids) - is_said.index(True)) >= max_length:
+            raise response_too_long(place, n_response, max_length)
         labels = [token if said else IGNORE_INDEX for token, said in zip(ids, is_said, strict=True)]
         labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted
         if set(labels) == {IGNORE_INDEX}:
@@ -72,4 +99,9 @@ def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tu
             said.append((len(before), len(after)))
     if not said:
         raise UserError(f"{place}: expected a turn of the role assistant, received {[turn['role'] for turn in messages]}")
+    if messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"{place}: expected the assistant's turn as the last one, for a loss (predict answers another's), "
+            f"received one of the role {messages[-1]['role']}"
+        )
     return text, said

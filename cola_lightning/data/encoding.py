@@ -1,6 +1,7 @@
-"""Texts, and responses to prompts, as tokens with a language-model loss."""
+"""Texts, and prompts with or without their responses, as tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cola_lightning.conventions import IGNORE_INDEX
@@ -8,6 +9,21 @@ from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
 
 LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX where no loss is wanted
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """What a model is to go on from, in tokens.
+
+    Attributes:
+        prompt_ids: the tokens.
+        prompt: as it stands in the data: a text, or the turns of a conversation.
+        target: what the response should be; None where the data does not say.
+    """
+
+    prompt_ids: list[int]
+    prompt: Any
+    target: str | None
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
@@ -26,7 +42,8 @@ def encode_responses(
 ) -> list[LanguageRow]:
     """Prompts with their responses, each as tokens of one text; the loss is on the response and the end of text after it.
 
-    A token that holds the end of the prompt and the beginning of the response (a blank between them, say) is the response's.
+    A token that holds the end of the prompt and the beginning of the response is the response's, and so are blanks at the
+    prompt's end, whether they are tokens of their own or not: what is generated follows a prompt without them.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -37,24 +54,44 @@ def encode_responses(
     Raises:
         UserError: if a response alone is too long, or adds nothing to its prompt.
     """
-    befores = tokenize(tokenizer, [prompt for prompt, _ in pairs])
+    befores = tokenize(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
     texts = tokenize(tokenizer, [prompt + response for prompt, response in pairs])
     rows = []
     for before, text, (_, response), place in zip(befores, texts, pairs, places, strict=True):
         n_prompt = n_common(before, text)
-        if n_prompt == len(text):
+        if not response or n_prompt == len(text):
             raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
         text = text + _end_of_text(tokenizer, text)
         n_response = len(text) - n_prompt
         if n_response >= max_length:
-            raise UserError(
-                f"{place}: expected a response of 1 to {max_length - 1} tokens, its end among them (data.max_length is "
-                f"{max_length}), received one of {n_response}"
-            )
+            raise response_too_long(place, n_response, max_length)
         text = truncate_left(text, max_length, tokenizer.bos_token_id)
         n_prompt = max(len(text) - n_response, 1)  # a first token is not predicted
         rows.append({"input_ids": text, "labels": [IGNORE_INDEX] * n_prompt + text[n_prompt:]})
     return rows
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int, *, is_whole: bool) -> list[list[int]]:
+    """Prompts to go on from as tokens; a longer one loses tokens at the left, as in training.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompts: what is gone on from; blanks at their ends are left to what is generated.
+        max_length: in tokens.
+        is_whole: whether they are written in the chat template; nothing is left out, then.
+    """
+    if is_whole:
+        return [ids[-max_length:] for ids in tokenize(tokenizer, prompts, is_whole=True)]
+    rows = tokenize(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
+    return [truncate_left(ids, max_length, tokenizer.bos_token_id) for ids in rows]
+
+
+def response_too_long(place: str, n_response: int, max_length: int) -> UserError:
+    """The error for a response that would be cut."""
+    return UserError(
+        f"{place}: expected a response of 1 to {max_length - 1} tokens, its end among them (data.max_length is {max_length}), "
+        f"received one of {n_response}"
+    )
 
 
 def _end_of_text(tokenizer: Any, ids: list[int]) -> list[int]:

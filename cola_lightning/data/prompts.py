@@ -12,7 +12,7 @@ from cola_lightning.data.base import check_sizes
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.rows import LeftOut, Row, check_subset, draw, fill_cache, read_rows
-from cola_lightning.data.tasks import Loss, find_task
+from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.data.text import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
@@ -31,6 +31,27 @@ class OptionBatches(TokenizedDataModule):
     loss: Loss = "options"
     metric: str | None = None
     apply_chat_template = False
+
+    @property
+    @override
+    def prompt_format(self) -> dict[str, Any]:
+        rows = getattr(self, "val", None) or getattr(self, "test", None)
+        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)]
+        if not examples:
+            return {}
+        kind = "answer" if examples[0].references else "options"
+        prompt, options = self.templates()
+        if kind == "options" and options is None and all(example.options == examples[0].options for example in examples):
+            options = [option.replace("{", "{{").replace("}", "}}") for option in examples[0].options]
+        known = {"prompt": prompt} | ({"options": options} if kind == "options" else {})
+        return {"kind": kind, "chat_template": self.apply_chat_template} | known
+
+    def templates(self) -> tuple[str | None, list[str] | str | None]:
+        """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
+
+        None for what no template makes.
+        """
+        return None, None
 
     def encode_examples(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
         """Makes examples into tokens; ``left_out`` takes note of those that cannot be, else the first one is an error."""
@@ -148,6 +169,11 @@ class PromptDataModule(OptionDataModule):
                         f"{DATA_DIR}: expected a folder that holds one named {self.task.name.lower()}, received {folder!r}"
                     )
         self.source, self.subset = source, subset
+        self._template: str | None = None
+
+    @override
+    def templates(self) -> tuple[str | None, list[str] | str | None]:
+        return self._template, None
 
     @override
     def prepare_data(self) -> None:
@@ -169,4 +195,5 @@ class PromptDataModule(OptionDataModule):
         for row in rows[:1]:  # a field that is not there is no row's own mistake: it is said of the first
             with suppress(UnusableRow):
                 self.task.example(row)
+            self._template = template_of(self.task, row)
         return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")

@@ -100,6 +100,12 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
     return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows, start=1)]
 
 
+def has_split(source: str, split: str) -> bool:
+    """Whether a folder holds a split; a data set on the hub is taken to."""
+    folder = _folder(source)
+    return folder is None or (folder / f"{split}.jsonl").is_file()
+
+
 def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
     """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
     if _folder(source) is None:

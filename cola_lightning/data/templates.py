@@ -40,6 +40,7 @@ class Template:
         for _, field, spec, conversion in parts:
             if field is not None and (not field or spec or conversion or "[" in field):
                 raise UserError(f"{option}: expected the names of fields alone in braces, received {text!r}")
+        self.text = text
         self.parts = [(literal, field) for literal, field, *_ in parts]
 
     def fill(self, row: Row) -> str:
@@ -130,6 +131,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
         self.loss = loss or ("answer" if options is None else "options")
+
+    @override
+    def templates(self) -> tuple[str | None, list[str] | str | None]:
+        options = [option.text for option in self.options] if isinstance(self.options, list) else self.options
+        return self.prompt.text, options
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[EncodedExample]:

@@ -1,17 +1,23 @@
 """Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
 
+import logging
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_sizes
-from cola_lightning.data.batches import collate_language
-from cola_lightning.data.chat import encode_conversations
-from cola_lightning.data.encoding import LanguageRow, encode_responses, encode_texts
-from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, read_rows
+from cola_lightning.data.batches import collate_language, collate_prompts
+from cola_lightning.data.chat import as_prompt, assistant_turn, encode_conversations, end_of_turn, user_turn
+from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
+from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, has_split, read_rows
+from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -117,6 +123,11 @@ class SourceDataModule(TokenizedDataModule):
         if stage == "fit":
             self.train = self._known(self.encode_train(train))
 
+    @property
+    @override
+    def has_test_rows(self) -> bool:
+        return has_split(self.source, self.test_split)
+
     def _known(self, encoded: Sequence[Any]) -> Sequence[Any]:
         if not encoded:
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
@@ -138,23 +149,104 @@ class SourceDataModule(TokenizedDataModule):
 class TextDataModule(SourceDataModule):
     """Text (``text``), instructions (``prompt``, ``response``) or conversations (``messages``) with the language-model loss.
 
-    The loss is on all tokens of a text, on those of the response alone, which follows its prompt as it stands, or on what the
-    assistant says in a conversation, in the tokenizer's chat template; an end-of-text token is learned too. A text beyond
-    ``max_length`` becomes several rows; a prompt, and a conversation, loses its beginning.
+    The loss is on all tokens of a text, on those of the response alone, or on what the assistant says in a conversation; an
+    end of text is learned too. Instructions are written in the tokenizer's chat template where it has one, as a user's turn
+    and the assistant's; without one, the response follows its prompt as it stands. A text beyond ``max_length`` becomes several
+    rows; a prompt, and a conversation, loses its beginning.
+
+    Predict generates: the response to a ``prompt`` (a ``response`` beside it is the target), the assistant's answer to the last
+    turn of a conversation (a last turn of the assistant's is the target), or what follows a text.
+
+    Args:
+        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        subset: on the hub, the name of a configuration.
+        chat_template: whether instructions and conversations are written in the tokenizer's chat template; ``null``: where it
+            has one. ``false``: a response follows its prompt as it stands.
+        max_length: of a sequence, in tokens; the model's own limit holds too.
+        max_new_tokens: of predict: how many tokens are generated for a row at most.
+        do_sample: of predict: whether tokens are sampled, from the seed; else each is the most probable one.
+        temperature: of predict, where sampled: the logits are divided by it.
+        top_p: of predict, where sampled: the most probable tokens whose probabilities add up to this are drawn from; 1: all.
+        stop: of predict: texts at which a response ends; they are no part of it.
+        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
 
     Raises:
         UserError: for files, rows and sizes that cannot be.
     """
 
+    def __init__(
+        self,
+        source: str,
+        subset: str | None = None,
+        *,
+        chat_template: bool | None = None,
+        max_length: int = 1024,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        **rows: Any,
+    ) -> None:
+        super().__init__(source, subset, max_length=max_length, **rows)
+        self.chat_template = chat_template
+        self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, tuple(stop))
+        self.decoding.check("data.")
+        self._kinds: set[str] = set()  # of the rows that were encoded
+
+    @property
+    def applies_chat_template(self) -> bool:
+        """Whether instructions are written in the tokenizer's chat template."""
+        return bool(self.tokenizer.chat_template) if self.chat_template is None else self.chat_template
+
+    @property
+    @override
+    def prompt_format(self) -> dict[str, Any]:
+        is_text = self._kinds <= {"text"}
+        return {"kind": "text" if is_text else "response", "chat_template": not is_text and self.applies_chat_template}
+
     @override
     def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
+        return self._encode_by_kind(rows, self._encode)
+
+    @override
+    def encode_predicted(self, rows: Sequence[Row]) -> list[PromptRow]:
+        return self._encode_by_kind(rows, self._encode_prompts)
+
+    def _encode_by_kind(self, rows: Sequence[Row], encode: Callable[[str, Sequence[Row]], list[list[T]]]) -> list[T]:
+        """Rows in their order, those of a kind encoded all at once; one may become several."""
         kinds = [_kind(row) for row in rows]
+        self._check_chat_template({kind: rows[kinds.index(kind)] for kind in dict.fromkeys(kinds)})
         alike = {kind: [row for row, of in zip(rows, kinds, strict=True) if of == kind] for kind in dict.fromkeys(kinds)}
-        encoded = {kind: iter(self._encode(kind, some)) for kind, some in alike.items()}
+        encoded = {kind: iter(encode(kind, some)) for kind, some in alike.items()}
         return [piece for kind in kinds for piece in next(encoded[kind])]
 
+    def _check_chat_template(self, rows: Mapping[str, Row]) -> None:
+        """Refuses a chat template that is asked for or needed and not there, and says once how instructions are written.
+
+        Args:
+            rows: the first of each kind.
+        """
+        has_template, asked = bool(self.tokenizer.chat_template), self.chat_template
+        if asked and not has_template:
+            raise UserError(
+                "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
+                "received true"
+            )
+        if "messages" in rows and asked is False:
+            raise UserError(
+                f"data.chat_template: expected null or true for conversations ({rows['messages'].place}), received false"
+            )
+        if not self._kinds - {"text"}:
+            if rows.keys() - {"text"} and self.applies_chat_template:
+                log.info("instructions are written in the tokenizer's chat template (data.chat_template: false for none)")
+            elif "prompt" in rows:
+                reason = "null, for the tokenizer has none" if asked is None else "false"
+                log.info("a response follows its prompt as it stands, without a chat template (data.chat_template: %s)", reason)
+        self._kinds |= rows.keys()
+
     def _encode(self, kind: str, rows: Sequence[Row]) -> list[list[LanguageRow]]:
-        """Rows of one kind, all at once; a text may become several."""
+        """Rows of one kind to be learned, or measured."""
         if kind == "text":
             return encode_texts(self.tokenizer, [row.text("text") for row in rows], self.max_length)
         places = [row.place for row in rows]
@@ -162,15 +254,50 @@ class TextDataModule(SourceDataModule):
             conversations = [row.messages("messages") for row in rows]
             return [[row] for row in encode_conversations(self.tokenizer, conversations, self.max_length, places)]
         pairs = [(row.text("prompt"), row.text("response")) for row in rows]
-        return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
+        if not self.applies_chat_template:
+            return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
+        for (_, response), place in zip(pairs, places, strict=True):
+            if not response:
+                raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
+        turns = [[*user_turn(prompt), assistant_turn(response)] for prompt, response in pairs]
+        return [[row] for row in encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)]
+
+    def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
+        """Rows of one kind to be gone on from."""
+        asked = [_asked(kind, row) for row in rows]
+        is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
+        if is_chat:
+            turns = [prompt if kind == "messages" else user_turn(prompt) for prompt, _ in asked]
+            texts = [as_prompt(self.tokenizer, some, row.place) for some, row in zip(turns, rows, strict=True)]
+        else:
+            texts = [prompt for prompt, _ in asked]
+        encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
+        for ids, row in zip(encoded, rows, strict=True):
+            if not ids:
+                raise UserError(f"{row.place}: expected a prompt of at least one token, received {dict(row)}")
+        return [[PromptRow(ids, *of)] for ids, of in zip(encoded, asked, strict=True)]
+
+    @property
+    def _room(self) -> int:
+        """How long a prompt may be, so that the model can take the response, too."""
+        limit, n_new = int(self.tokenizer.model_max_length), self.decoding.max_new_tokens
+        if limit - n_new < 1:
+            raise UserError(
+                f"data.max_new_tokens: expected fewer than {limit} tokens, the longest sequence of the model, received {n_new}"
+            )
+        return min(self._max_length, limit - n_new)
 
     @override
-    def length(self, row: LanguageRow) -> int:
-        return len(row["input_ids"])
+    def length(self, row: LanguageRow | PromptRow) -> int:
+        return len(row.prompt_ids if isinstance(row, PromptRow) else row["input_ids"])
 
     @override
-    def collate(self, rows: list[LanguageRow]) -> dict[str, Any]:
-        return collate_language(rows, self.tokenizer.pad_token_id)
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        pad = self.tokenizer.pad_token_id
+        if not isinstance(rows[0], PromptRow):
+            return collate_language(rows, pad)
+        ends = end_of_turn(self.tokenizer) if self.prompt_format["chat_template"] else []
+        return collate_prompts(rows, pad, self.decoding, ends)
 
 
 def _kind(row: Row) -> str:
@@ -182,3 +309,17 @@ def _kind(row: Row) -> str:
         return "prompt"
     fields = ", ".join(map(repr, row)) or "no field"
     raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")
+
+
+def _asked(kind: str, row: Row) -> tuple[Any, str | None]:
+    """What a row asks for, as it stands there, and the response that it gives, if any."""
+    if kind == "text":
+        return row.text("text"), None
+    if kind == "prompt":
+        return row.text("prompt"), None if row.get("response") is None else row.text("response").strip()
+    *before, last = row.messages("messages")
+    if last["role"] != "assistant":
+        return [*before, last], None
+    if not before:
+        raise UserError(f"{row.place}: expected a turn for the assistant to answer, received the assistant's alone")
+    return before, last["content"].strip()

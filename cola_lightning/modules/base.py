@@ -29,7 +29,7 @@ from cola_lightning.lora.inject import check_numbers
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
 from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
-from cola_lightning.modules.checkpoint import write_state
+from cola_lightning.modules.checkpoint import prompt_format_of, write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_module
@@ -406,6 +406,7 @@ class COLAModule(LightningModule, RecordsArguments):
             max_rank=max_rank,
             base_folder=places[1],
             license=license,
+            prompt_format=prompt_format_of(trainer_of(self)),
             verify=verify,
             overwrite=overwrite,
         )

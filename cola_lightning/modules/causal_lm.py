@@ -12,8 +12,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.modules.generation import generate, stop_tokens
+from cola_lightning.modules.generation import ANSWER, end_tokens, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import (
     Batch,
@@ -28,6 +29,7 @@ from cola_lightning.modules.logits import (
     takes_mask_of_pairs,
 )
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
+from cola_lightning.seeding import derive_seed, seeded
 
 # What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of generated answers.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
@@ -52,7 +54,8 @@ class COLACausalLM(LanguageModule):
       wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
       each token, counts alike. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for packed
       sequences, is one of pairs of tokens; ``position_ids`` go with it. A model in which it does not keep sequences apart
-      (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch.
+      (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch. Predict takes prompts
+      (``prompt_ids``, ``prompt_mask``) in their place, and generates: see :meth:`generate`.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
@@ -112,11 +115,25 @@ class COLACausalLM(LanguageModule):
     def _stop_tokens(self) -> list[int]:
         return stop_tokens(self.tokenizer)
 
-    def generate(self, batch: Batch) -> list[str]:
-        """What the model writes after each prompt of a batch (``prompt_ids``, ``prompt_mask``): up to a line's end."""
+    def generate(self, batch: Batch, streamer: Any = None) -> list[str]:
+        """What the model generates after each prompt of a batch, without white space around it.
+
+        Args:
+            batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left. ``decoding``: how, by the fields of
+                :class:`~cola_lightning.decoding.Decoding`; without it greedily, at most 50 tokens, up to a line's end.
+                ``end_tokens``: at which it ends, beside the end of text.
+            streamer: takes the tokens of a single row as they come: transformers' ``TextStreamer``.
+        """
+        if "decoding" in batch:
+            decoding = Decoding(**batch["decoding"])
+            ends = sorted({*end_tokens(self.model, self.tokenizer), *batch.get("end_tokens", ())})
+        else:
+            decoding, ends = ANSWER, self._stop_tokens
         # Each token has a shape of its own: a compiled model would be compiled for each.
         with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
-            return generate(self.model, self.tokenizer, batch, self._stop_tokens, is_sharded=self.is_sharded)
+            how = {"is_sharded": self.is_sharded, "streamer": streamer}
+            texts = generate(self.model, self.tokenizer, batch, ends, decoding, **how)
+        return [(text if "decoding" in batch else text.partition("\n")[0]).strip() for text in texts]
 
     @override
     def metrics_of(self, stage: str) -> list[Metric]:
@@ -224,8 +241,14 @@ class COLACausalLM(LanguageModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        if "option_ids" not in batch and "prompt_ids" in batch:
+            with seeded(derive_seed(self.seed, "predict", self.global_rank, dataloader_idx, batch_idx)):  # where sampled
+                return {"prediction": self.generate(batch), "target": batch["target"], "prompt": batch["prompt"]}
         if "option_ids" not in batch:
-            raise UserError("predict: expected rows with options to choose from, received rows with a language-model loss")
+            raise UserError(
+                "predict: expected rows with options to choose from, or with a prompt to go on from, received rows with a "
+                "language-model loss"
+            )
         if "references" in batch:
             return {"prediction": self.generate(batch), "target": batch["references"], "prompt": batch["prompt"]}
         scores = self.option_scores(batch)

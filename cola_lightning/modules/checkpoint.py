@@ -1,5 +1,6 @@
 """What Lightning's checkpoints hold of ours, as they are written."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule
 from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, LiveLink
 from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import NonFiniteError
-from cola_lightning.modules.arguments import readable
+from cola_lightning.modules.arguments import plain, readable
 from cola_lightning.modules.contract import COLAParts, origin_of, trainer_of
 from cola_lightning.modules.rewind import rewound_progress
 
@@ -63,7 +64,16 @@ def _state_of(module: COLAParts) -> CheckpointState:
         scheduled=plans,
         modules_to_save=module.modules_to_save,
         outside=trained.first_outside,
+        prompt_format=prompt_format_of(trainer),
     )
+
+
+def prompt_format_of(trainer: Any) -> dict[str, Any]:
+    """What the trainer's data module says of it, one of this package or one that says it in the same way; else nothing."""
+    given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
+    with contextlib.suppress(TypeError):  # an attribute of that name that is something else
+        return dict(plain(given)) if isinstance(given, dict) else {}
+    return {}
 
 
 def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *owners: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.model_card import Card
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
 from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.usage import CHAT_IN_TRAINING, usage_section
 
 
 def export_module(
@@ -38,6 +40,7 @@ def export_module(
     max_rank: int | None = None,
     base_folder: Path | None = None,
     license: str | None = None,
+    prompt_format: Mapping[str, Any] | None = None,
     verify: bool = True,
     overwrite: bool = False,
 ) -> list[str]:
@@ -52,6 +55,7 @@ def export_module(
         max_rank: of peft.
         base_folder: of peft.
         license: for the model card.
+        prompt_format: how the data module prompted a language model (``EpochDataModule.prompt_format``); None: it did not.
         verify: load what was written, and compare.
         overwrite: replace a folder that is not empty.
 
@@ -66,11 +70,20 @@ def export_module(
         raise UserError(f"format: expected merged for a module without links (model.target_modules: null), received {format}")
     if format == "chain":
         return export_chain(chain, folder, verify=verify, overwrite=overwrite)
-    card = Card(module.base_name, chain, module.constructor_arguments, license)
+    usage = usage_section(prompt_format or {}, is_adapter=format == "peft") or None
+    card = Card(module.base_name, chain, module.constructor_arguments, license, usage)
     with quiet():
+        if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
+            module.tokenizer.init_kwargs[CHAT_IN_TRAINING] = prompt_format["chat_template"]
         if format == "merged":
-            return _merged(module, folder, card, dtype, verify=verify, overwrite=overwrite)
-        return _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
+            lines = _merged(module, folder, card, dtype, verify=verify, overwrite=overwrite)
+        else:
+            lines = _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
+    if prompt_format and prompt_format.get("kind") == "options":
+        lines.append(
+            "it was trained to choose among options by their log-probabilities, not to generate: `cola predict` chooses"
+        )
+    return lines
 
 
 def _merged(module: Any, folder: Path, card: Card, dtype: str | None, *, verify: bool, overwrite: bool) -> list[str]:

@@ -1,6 +1,6 @@
-"""Answers that a causal language model writes."""
+"""Text that a causal language model generates."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
+from cola_lightning.decoding import Decoding
+
+ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS)  # of a task whose answer is compared with others: up to a line's end
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
@@ -17,35 +20,57 @@ def stop_tokens(tokenizer: Any) -> list[int]:
     return sorted(ends | ({tokenizer.eos_token_id} - {None}))
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which a text ends: the tokenizer's end of text, and those that the model's own files name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])} - {None})
+
+
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: Any, batch: Mapping[str, Any], stops: list[int], *, is_sharded: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    batch: Mapping[str, Any],
+    ends: Sequence[int],
+    decoding: Decoding = ANSWER,
+    *,
+    is_sharded: bool = False,
+    streamer: Any = None,
 ) -> list[str]:
-    """What a model writes after each prompt: greedily, at most 50 tokens, up to a line's end.
+    """What a model generates after each prompt.
 
     Args:
         model: a Hugging Face model.
         tokenizer: its tokenizer.
         batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left.
-        stops: the tokens at which an answer ends.
+        ends: the tokens at which a text ends.
+        decoding: how the tokens are chosen, how many at most, and at which texts it ends.
         is_sharded: whether the model's weights are gathered at each token, so that all processes go on until all are done.
+        streamer: takes the tokens of a single row as they come: transformers' ``TextStreamer``.
 
     Returns:
-        For each row its text, without blanks around it.
+        For each row its text, without special tokens.
     """
     from transformers import GenerationConfig
 
-    how = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    how: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.do_sample}
+    if decoding.do_sample:  # top_k: transformers' own default is 50
+        how |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    if decoding.stop:
+        how["stop_strings"] = list(decoding.stop)
+    how |= {"eos_token_id": list(ends) or None, "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(**how)  # type: ignore[no-untyped-call]
     with _only(config, model):
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
             generation_config=config,
+            tokenizer=tokenizer,  # which stop strings need
             synced_gpus=is_sharded,
+            streamer=streamer,
         )
     new = generated[:, batch["prompt_ids"].shape[1] :]
-    return [text.partition("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [decoding.cut(text, is_open=False)[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 @contextmanager

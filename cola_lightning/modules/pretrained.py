@@ -21,6 +21,22 @@ PACKAGE_PREFIX = "package:"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def package_folder(model_name: str) -> Path:
+    """The folder of an installed Python package: of the one with the import name after ``package:``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    name = model_name.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.model_name: expected the import name of an installed package after {PACKAGE_PREFIX}, "
+            f"received {model_name!r}: is it installed in this environment?"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """The files of a pretrained model. Making one checks what can be checked without reading a weight.
@@ -79,7 +95,7 @@ class Pretrained:
             UserError: if the name is no hub id, and there is no such folder or package.
         """
         if self.model_name.startswith(PACKAGE_PREFIX):
-            return self._package_folder(self.model_name.removeprefix(PACKAGE_PREFIX))
+            return package_folder(self.model_name)
         if self.model_name and (folder := Path(self.model_name).expanduser()).is_dir():
             return folder
         if not hub.is_repo_id(self.model_name):
@@ -88,15 +104,6 @@ class Pretrained:
                 f"received {self.model_name!r}"
             )
         return None
-
-    def _package_folder(self, name: str) -> Path:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"model.model_name: expected the import name of an installed package after {PACKAGE_PREFIX}, "
-                f"received {self.model_name!r}: is it installed in this environment?"
-            )
-        return Path(spec.submodule_search_locations[0])
 
     def load(self, auto_class: Any, **arguments: Any) -> Any:
         """What ``auto_class.from_pretrained`` makes of the files.
@@ -150,9 +157,7 @@ class Pretrained:
         tokenizer = self.load(AutoTokenizer)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
             raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
+        return with_padding(tokenizer)
 
     def model(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> Any:
         """The model of :meth:`model_and_new_weights` alone."""
@@ -181,6 +186,13 @@ class Pretrained:
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model, sorted(info["missing_keys"])
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer; without a padding token it pads with its end-of-text token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:

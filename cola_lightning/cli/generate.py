@@ -1,0 +1,297 @@
+"""``cola generate``: tries a checkpoint or an export of a language model on a prompt, or in a conversation."""
+
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cola_lightning.chain.checkpoint import opened_checkpoint
+from cola_lightning.cli.inspect import LINKS
+from cola_lightning.decoding import Decoding
+from cola_lightning.errors import UserError
+from cola_lightning.usage import CHAT_IN_TRAINING
+
+ADAPTER_CONFIG = "adapter_config.json"
+PLACE = "prompt"  # what a prompt that cannot be written in the chat template is called in messages
+
+
+def generate(words: Sequence[str]) -> None:
+    """Runs ``cola generate``.
+
+    Args:
+        words: what follows it on the command line.
+
+    Raises:
+        UserError: for what is written wrong, and for a model that does not generate.
+    """
+    options = _parser().parse_args(list(words))
+    decoding = Decoding(*(getattr(options, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_p")))
+    decoding = Decoding(**decoding.to_dict() | {"stop": tuple(options.stop)})
+    decoding.check()
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise UserError(f"seed: expected a whole number from 0 to 2**32 - 1, received {options.seed}")
+    prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
+    if prompt is not None and not prompt.strip():
+        raise UserError("prompt: expected text, by --prompt or on standard input, received none")
+    logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for what is generated
+    _run(_loaded(options), options, decoding, prompt)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="cola generate",
+        description="Generates text with a checkpoint, or an export, of a language model, and prints it as it comes.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="a checkpoint that a fit wrote, or a folder that `cola export` wrote: a merged model, or a PEFT adapter",
+    )
+    parser.add_argument("--prompt", type=str | None, metavar="TEXT", help="what is answered (default: standard input)")
+    parser.add_argument("--chat", action="store_true", help="a conversation: a turn a line, ended by an empty line or Ctrl-D")
+    parser.add_argument("--links", type=int | None, metavar="K", help=f"of a checkpoint, {LINKS}")
+    parser.add_argument(
+        "--chat_template",
+        type=bool | None,
+        help="write the prompt in the tokenizer's chat template (default: as in training)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="how many tokens are generated at most")
+    parser.add_argument("--do_sample", action="store_true", help="sample tokens, in place of the most probable one each")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="with --do_sample: the logits are divided by it"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="with --do_sample: draw from the most probable tokens, whose probabilities add up to this",
+    )
+    parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help="texts at which the generated one ends")
+    parser.add_argument(
+        "--seed", type=int | None, metavar="N", help="with --do_sample: of the draws (default: another each time)"
+    )
+    return parser
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        print("prompt, up to Ctrl-D:", file=sys.stderr)
+    text = sys.stdin.read()
+    return text.removesuffix("\n")
+
+
+# ---------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What generates: a model, its tokenizer, and whether it was trained on prompts in the chat template."""
+
+    write: Callable[[dict[str, Any], Any], list[str]]  # of a batch and a streamer
+    tokenizer: Any
+    device: Any
+    uses_chat_template: bool
+
+
+def _loaded(options: Namespace) -> Generator:
+    path = options.checkpoint.expanduser()
+    if not path.is_dir():
+        return _of_checkpoint(path, options.links)
+    if options.links is not None:
+        raise UserError(f"links: expected none beside an export, whose links are merged, received {options.links}")
+    if (path / ADAPTER_CONFIG).is_file():
+        return _of_adapter(path)
+    if (path / "config.json").is_file():
+        return _of_model(path)
+    what = "a chain folder, whose base is elsewhere" if (path / "chain.json").is_file() else "which is neither"
+    raise UserError(
+        "checkpoint: expected a checkpoint file, or the folder of a merged model or of a PEFT adapter, "
+        f"received {str(path)!r}, {what}"
+    )
+
+
+def _of_checkpoint(path: Path, links: int | None) -> Generator:
+    with opened_checkpoint(path) as opened:
+        arguments, format_ = opened.state.module, opened.state.prompt_format
+        if arguments["not_plain"]:
+            raise UserError(
+                f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
+                f"{arguments['not_plain'][0]!r}: load it in Python, and call its generate()"
+            )
+        from cola_lightning.export import quiet
+        from cola_lightning.modules import COLACausalLM, COLAModule, find_class
+        from cola_lightning.modules.pending import loading
+
+        found = find_class(arguments["class_path"])
+        if not issubclass(found, COLACausalLM):
+            raise _generates_nothing(f"{str(path)!r}, of a {found.__name__}")
+        with quiet(), loading(opened, links):
+            module: Any = COLAModule.load_from_checkpoint(path, links=links)
+    if format_.get("kind") == "options":
+        _note("it was trained to choose among options, not to generate: `cola predict` chooses")
+    device = _device()
+    module.to(device).eval()
+    return Generator(module.generate, module.tokenizer, device, bool(format_.get("chat_template")))
+
+
+def _of_model(folder: Path) -> Generator:
+    from cola_lightning.modules.pretrained import Pretrained
+
+    pretrained = Pretrained(str(folder))
+    model = _language_model(pretrained, folder)
+    return _of_plain(model, pretrained.tokenizer())
+
+
+def _of_adapter(folder: Path) -> Generator:
+    from transformers import AutoTokenizer
+
+    from cola_lightning.export import quiet
+    from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, package_folder, with_padding
+
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "checkpoint: expected the package peft beside an adapter, received none: pip install 'cola_lightning[peft]'"
+        )
+    from peft import PeftModel
+
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
+        raise _generates_nothing(f"{str(folder)!r}, an adapter of the task {task}")
+    name, gguf_file = config["base_model_name_or_path"], None
+    if name.startswith(PACKAGE_PREFIX):  # an adapter does not say which of the package's files its base is
+        files = sorted(path.name for path in package_folder(name).glob("*.gguf"))
+        gguf_file = files[0] if len(files) == 1 else None
+    base = Pretrained(name, config.get("revision"), gguf_file=gguf_file)
+    model = _language_model(base, folder)
+    with quiet():
+        model = PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    is_beside = (folder / "tokenizer_config.json").is_file()
+    return _of_plain(model, with_padding(AutoTokenizer.from_pretrained(folder)) if is_beside else base.tokenizer())
+
+
+def _language_model(pretrained: Any, folder: Path) -> Any:
+    """A plain model.
+
+    Raises:
+        UserError: for files of another kind of model: transformers would give it a new head.
+    """
+    import transformers
+
+    from cola_lightning.export import quiet
+
+    names = pretrained.config().architectures or []
+    kinds = [getattr(transformers, name, None) for name in names]  # None: of its own code
+    if kinds and not any(kind is None or kind.can_generate() for kind in kinds):
+        raise _generates_nothing(f"{str(folder)!r}, of a {names[0]}")
+    with quiet():
+        how = {} if pretrained.gguf_file else {"dtype": "auto"}
+        return pretrained.load(transformers.AutoModelForCausalLM, **how)
+
+
+def _of_plain(model: Any, tokenizer: Any) -> Generator:
+    """Of a model without this package's layers; the tokenizer's files say how it was prompted, if an export wrote them."""
+    from cola_lightning.modules.generation import end_tokens
+    from cola_lightning.modules.generation import generate as generate_
+
+    device = _device()
+    model.to(device).eval()
+    ends = end_tokens(model, tokenizer)  # before another configuration takes the place of the model's own
+
+    def write(batch: dict[str, Any], streamer: Any) -> list[str]:
+        decoding = Decoding(**batch["decoding"])
+        return generate_(model, tokenizer, batch, [*ends, *batch["end_tokens"]], decoding, streamer=streamer)
+
+    uses_chat_template = tokenizer.init_kwargs.get(CHAT_IN_TRAINING, tokenizer.chat_template is not None)
+    return Generator(write, tokenizer, device, bool(uses_chat_template))
+
+
+def _generates_nothing(received: str) -> UserError:
+    return UserError(
+        f"checkpoint: expected one of a causal language model (COLACausalLM), which generates, received {received}"
+    )
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+# ---------------------------------------------------------------------- what is generated
+
+
+def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str | None) -> None:
+    import torch
+
+    from cola_lightning.data.chat import assistant_turn, user_turn
+
+    is_chat = model.uses_chat_template if options.chat_template is None else options.chat_template
+    if options.chat and options.chat_template is False:
+        raise UserError("chat: expected --chat_template true or null beside it, received false")
+    if (options.chat or is_chat) and not model.tokenizer.chat_template:
+        raise UserError(
+            f"{'chat' if options.chat else 'chat_template'}: expected a tokenizer with a chat template, received one without"
+        )
+    if options.chat and not is_chat:
+        _note("it was not trained on turns in the chat template")
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    if not options.chat:
+        assert prompt is not None
+        _answer(model, decoding, user_turn(prompt) if is_chat else prompt)
+        return
+    turns = []
+    for turn in _turns(prompt):
+        turns += user_turn(turn)
+        turns.append(assistant_turn(_answer(model, decoding, turns)))
+
+
+def _turns(first: str | None) -> Iterator[str]:
+    """What a user says, a line each, up to an empty one or the end of standard input."""
+    if first is not None:
+        yield first
+    if sys.stdin.isatty():
+        _note("an empty line or Ctrl-D ends the conversation")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _answer(model: Generator, decoding: Decoding, asked: str | list[dict[str, str]]) -> str:
+    """Generates what follows a text, or the next turn of a conversation, and prints it as it comes."""
+    from cola_lightning.cli.streaming import make_streamer
+    from cola_lightning.data.batches import collate_prompts
+    from cola_lightning.data.chat import as_prompt, end_of_turn
+    from cola_lightning.data.encoding import PromptRow, encode_prompts
+
+    tokenizer, is_chat = model.tokenizer, not isinstance(asked, str)
+    text = asked if isinstance(asked, str) else as_prompt(tokenizer, asked, PLACE)
+    (ids,) = encode_prompts(tokenizer, [text], sys.maxsize, is_whole=is_chat)
+    if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
+        raise UserError(f"prompt: expected fewer than {len(ids) + room} tokens, for the model, received {len(ids)}")
+    decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
+    ends = end_of_turn(tokenizer) if is_chat else []
+    batch = collate_prompts([PromptRow(ids, asked, None)], tokenizer.pad_token_id, decoding, ends)
+    batch |= {name: batch[name].to(model.device) for name in ("prompt_ids", "prompt_mask")}
+    (response,) = model.write(batch, make_streamer(tokenizer, decoding))
+    return response.strip()
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,68 @@
+"""How text is generated: the options on which data modules, modules and commands agree."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cola_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated, in the names and meanings of transformers' ``generate``.
+
+    Attributes:
+        max_new_tokens: how many tokens are generated at most.
+        do_sample: whether tokens are sampled; else each is the most probable one.
+        temperature: where sampled: the logits are divided by it.
+        top_p: where sampled: the most probable tokens whose probabilities add up to this are drawn from; 1: all.
+        stop: texts at which the generated one ends; they are no part of it.
+
+    Example:
+        >>> Decoding(stop=("###",)).cut("Oslo.### And", is_open=False), Decoding(stop=("###",)).cut("Oslo.#", is_open=True)
+        (('Oslo.', True), ('Oslo.', False))
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def check(self, group: str = "") -> None:
+        """Refuses values that cannot be right.
+
+        Args:
+            group: what stands before the fields' names in messages: ``data.``.
+        """
+        if self.max_new_tokens < 1:
+            raise UserError(f"{group}max_new_tokens: expected a whole number of at least 1, received {self.max_new_tokens}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"{group}temperature: expected a number above 0, received {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"{group}top_p: expected a probability above 0, 1 at most, received {self.top_p}")
+        changed = [name for name in ("temperature", "top_p") if getattr(self, name) != getattr(Decoding, name)]
+        if changed and not self.do_sample:
+            raise UserError(
+                f"{group}{changed[0]}: expected {group}do_sample true beside it, for the most probable token is taken without "
+                f"it, received {getattr(self, changed[0])} alone"
+            )
+        if "" in self.stop:
+            raise UserError(f"{group}stop: expected texts of at least one character, received an empty one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a batch."""
+        return asdict(self)
+
+    def cut(self, text: str, *, is_open: bool) -> tuple[str, bool]:
+        """What of a text is sure to be before the first stop, and whether that stop was found.
+
+        Args:
+            text: what was generated so far.
+            is_open: whether more may follow: what may be the beginning of a stop is then left out.
+        """
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        if places:
+            return text[: min(places)], True
+        beginnings = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        n_unsure = max(beginnings, default=0) if is_open else 0
+        return text[: len(text) - n_unsure], False

@@ -1,0 +1,122 @@
+"""How an exported language model is used with transformers alone: a section for its model card."""
+
+import json
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+CHAT_IN_TRAINING = "trained_with_chat_template"  # in an exported tokenizer's configuration
+
+LOAD = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+"""
+SCORE = """
+
+def score(prompt, option):  # the mean log-probability of the option's tokens after the prompt
+    {texts}
+    with torch.no_grad():
+        logs = model(torch.tensor([whole])).logits[0, :-1].float().log_softmax(-1)
+    return sum(logs[k - 1, whole[k]].item() for k in range(len(before), len(whole))) / (len(whole) - len(before))
+
+
+{example}
+print(max(options, key=lambda option: score(prompt, option)))
+"""
+PLAIN_TEXTS = 'before, whole = (tokenizer(text.lstrip().rstrip(" "))["input_ids"] for text in (prompt, prompt + option))'
+CHAT_TEXTS = """turn = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (text, text + option))"""
+GENERATE = """
+{example}
+{inputs}
+output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True){cut})
+"""
+PLAIN_INPUTS = 'inputs = tokenizer(prompt.rstrip(" "), return_tensors="pt", return_token_type_ids=False)'
+CHAT_INPUTS = """turn = [{"role": "user", "content": prompt}]
+inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+
+WHAT = {
+    "options": "The model was trained to choose among options, by the mean log-probability of each option's tokens after its "
+    "prompt. It was not trained to generate them: score the options.",
+    "answer": "The model was trained to generate a short answer, up to the end of a line.",
+    "response": "The model was trained to respond to prompts, {how}.",
+    "text": "The model was trained to continue text.",
+}
+
+
+def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/this/folder", is_adapter: bool = False) -> str:
+    """The section of a model card that shows how the model is used, in plain transformers code.
+
+    Args:
+        prompt_format: of the checkpoint: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
+        folder: what the code calls the export's folder.
+        is_adapter: whether it holds a PEFT adapter, and not a whole model.
+
+    Returns:
+        Markdown; empty for a model that is not prompted.
+    """
+    if not prompt_format:
+        return ""
+    kind, is_chat = prompt_format["kind"], prompt_format["chat_template"]
+    what = WHAT[kind].format(how="written in the tokenizer's chat template" if is_chat else "which they follow as they stand")
+    load = LOAD.format(folder=_quoted(folder))
+    if is_adapter:
+        load = load.replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from")
+        load = load.replace(
+            "from transformers import AutoModelForCausalLM, Auto",
+            "from peft import AutoPeftModelForCausalLM\nfrom transformers import Auto",
+        )
+    example = "\n".join(_example(kind, prompt_format))
+    if kind == "options":
+        code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else PLAIN_TEXTS, example=example)
+    else:
+        is_answer = kind == "answer"
+        how = {"max_new_tokens": 50 if is_answer else 256, "cut": r'.partition("\n")[0].strip()' if is_answer else ""}
+        code = load.removeprefix("import torch\n") + GENERATE.format(
+            example=example, inputs=CHAT_INPUTS if is_chat else PLAIN_INPUTS, **how
+        )
+    return (
+        f"## How to use it\n\n{what}\n\n```python\n{code.strip()}\n```\n\n"
+        "Many rows, with the checkpoint and the run's configuration: `cola predict --config config.yaml --ckpt_path FILE "
+        "--data.source FOLDER` writes `predictions.jsonl`.\n"
+    )
+
+
+def _example(kind: str, prompt_format: Mapping[str, Any]) -> list[str]:
+    """Lines of code that make a row's prompt, and its options where it is to choose among some."""
+    prompt, options = (_known(prompt_format.get(name)) for name in ("prompt", "options"))
+    templates = [text for text in (prompt, *(options if isinstance(options, list) else [])) if text is not None]
+    row = {field: '"..."' for text in templates for field in _fields(text)}
+    if kind == "options" and isinstance(options, str):
+        row[options] = '["...", "..."]'
+    lines = [f"row = {{{', '.join(f'{_quoted(name)}: {value}' for name, value in row.items())}}}"] if row else []
+    lines.append('prompt = "..."  # as in training' if prompt is None else f"prompt = {_filled(prompt)}")
+    if kind != "options":
+        return lines
+    if options is None:
+        return [*lines, 'options = ["...", "..."]  # as in training']
+    code = f"row[{_quoted(options)}]" if isinstance(options, str) else f"[{', '.join(map(_filled, options))}]"
+    return [*lines, f"options = {code}"]
+
+
+def _known(given: Any) -> Any:
+    """A template, several, or a field's name; None where ``str.format`` takes no such: a field inside another."""
+    templates = given if isinstance(given, list) else [given]
+    return None if given is None or any("." in field for text in templates for field in _fields(text)) else given
+
+
+def _fields(template: str) -> list[str]:
+    return [field for _, field, *_ in Formatter().parse(template) if field is not None]
+
+
+def _filled(template: str) -> str:
+    """Code for the text that a template makes of a row."""
+    return f"{_quoted(template)}.format(**row)" if _fields(template) else _quoted(template.format())
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,135 @@
+"""The model card's section on use: its lines, executed on an exported folder, give the library's own predictions."""
+
+import contextlib
+import io
+import json
+import re
+
+import pytest
+
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
+from cola_lightning.chain.checkpoint import read_checkpoint
+from cola_lightning.cli import main
+from cola_lightning.data.rows import Row
+from cola_lightning.data.tasks import TASKS, template_of
+from cola_lightning.usage import usage_section
+from tests import tiny
+from tests.test_tasks import ROWS as TASK_ROWS
+from tests.test_templates import CHAT
+from tests.toy import trainer
+
+ROWS = [
+    {"sentence": f"film {k} with {'great' if k % 2 else 'terrible'} {word} ", "label": k % 2, "all": [" old", f" {word}"]}
+    for k, word in enumerate(["actors", "plot", "mat", "river", "town", "cat"])
+]
+FILLED = {"options": [" {sentence}bad", " {sentence}good"]}
+DATA = {
+    "options": lambda source: PromptDataModule("SST2", source, train_size=3, val_size=3, test_size=6),
+    "options in the chat template": lambda source: PromptDataModule(
+        "SST2", source, train_size=3, val_size=3, test_size=6, apply_chat_template=True
+    ),
+    "options with fields": lambda source: TemplateDataModule(source, prompt="{sentence}Is it {{a}}? ", **FILLED),
+    "options in a field": lambda source: TemplateDataModule(source, prompt="A {sentence}is", options="all"),
+    "fixed": lambda source: TemplateDataModule(source, prompt="Is it {{old}}?", options=[" {{no}}", " yes"]),
+    "answer": lambda source: TemplateDataModule(source, prompt="A {sentence}\nIs:", answer="sentence"),
+    "response": lambda source: TextDataModule(source, max_new_tokens=16),
+    "response in the chat template": lambda source: TextDataModule(source, max_new_tokens=16),
+    "text": lambda source: TextDataModule(source, max_new_tokens=16),
+}
+
+
+def code_of(section):
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return code
+
+
+def executed(code, **replaced):
+    """What the code prints, with a row of the data in place of the example's, and what it defines."""
+    for line, value in replaced.items():
+        code = re.sub(rf"^{line} = .*$", lambda _, line=line, value=value: f"{line} = {value!r}", code, flags=re.MULTILINE)
+    out, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), names)
+    return out.getvalue(), names
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind):
+    name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=512)
+    own = tiny.tokenizer()
+    own.chat_template = CHAT if "chat" in kind else None
+    own.save_pretrained(name)
+    rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
+    rows = [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = tiny.three_links(COLACausalLM(name, target_modules=["q_proj", "v_proj"], rank=4, seed=0))
+    run, data = trainer(tmp_path, max_steps=1), DATA[kind](str(tmp_path))
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    merged = str(tmp_path / "merged")
+    assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "merged", "--output", merged]) == 0
+    format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
+    assert format_["kind"] == kind.split()[0].replace("fixed", "options")
+    code = code_of(usage_section(format_, folder=merged))
+    assert len([line for line in code.splitlines() if line]) <= 16
+    code = code.replace("max_new_tokens=256", "max_new_tokens=16")
+    executed(code)  # as it stands
+    seen = set()
+    for row, prediction in list(zip(rows, predictions, strict=True))[:3]:
+        if isinstance(data, PromptDataModule):  # drawn in another order
+            row = {"sentence": prediction["prompt"].removesuffix(" It was")}
+        given = {"prompt": row.get("prompt", row.get("text"))} if isinstance(data, TextDataModule) else {"row": row}
+        printed, names = executed(code, **given)
+        if "options" not in prediction:
+            assert printed.strip() == prediction["prediction"]
+            seen.add(printed)
+            continue
+        assert (names["prompt"], names["options"]) == (prediction["prompt"], prediction["options"])
+        assert printed == prediction["options"][prediction["prediction"]] + "\n"
+        scores = [names["score"](names["prompt"], option) for option in names["options"]]
+        assert scores == pytest.approx(prediction["scores"], abs=1e-5)
+        seen |= set(scores)
+    assert len(seen) > 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
+def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
+    name = tiny.folder(tmp_path / "model", "llama")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    module = tiny.three_links(COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0))
+    run, data = trainer(tmp_path, PredictionWriter(), max_steps=1), DATA["options"](str(tmp_path))
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    run.predict(module, datamodule=data, return_predictions=False)
+    adapter = str(tmp_path / "adapter")
+    assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "peft", "--output", adapter]) == 0
+    assert "trained to choose among options by their log-probabilities, not to generate" in capfd.readouterr().out
+    module.tokenizer.save_pretrained(adapter)
+    format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
+    _, names = executed(code_of(usage_section(format_, folder=adapter, is_adapter=True)))
+    prediction = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
+    scores = [names["score"](prediction["prompt"], option) for option in names["options"]]
+    assert scores == pytest.approx(prediction["scores"], abs=1e-5)
+
+
+def test_an_adapter_is_loaded_on_its_base():
+    section = usage_section({"kind": "options", "chat_template": False, "prompt": None, "options": None}, is_adapter=True)
+    code = code_of(section)
+    assert "from peft import AutoPeftModelForCausalLM\n" in code
+    assert "model = AutoTokenizer.from_pretrained(folder), AutoPeftModelForCausalLM.from_pretrained(folder)" in code
+    assert 'prompt = "..."  # as in training' in code
+    compile(code, "README.md", "exec")
+    assert usage_section({}) == ""
+
+
+def test_a_tasks_template_is_known_where_it_only_puts_fields_in():
+    rows = [(name, Row(row, "here")) for name, row, *_ in TASK_ROWS]
+    known = {name: template_of(TASKS[name], row) for name, row in rows[::-1]}
+    assert known["SST2"] == "{sentence} It was"
+    assert known["CB"] == 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
+    assert {"RTE", "WIC", "MultiRC", "DROP"} <= {name for name, template in known.items() if template}
+    assert {name for name, template in known.items() if not template} >= {"BoolQ", "COPA", "ReCoRD"}
