@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.writing import whole_folder
 
-STATE_DICT_NAME = "model.safetensors"
+STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
 TOLERANCE = 1e-4  # of the largest logit
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -201,6 +202,7 @@ def export_adapter(
     max_rank: int | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> list[str]:
     """Writes a chain as one ordinary LoRA of PEFT's, of rank sum(r).
 
@@ -216,6 +218,7 @@ def export_adapter(
         max_rank: recompress each layer's update to this rank, by SVD.
         verify: load what was written with peft, and compare.
         overwrite: replace a folder that is not empty.
+        labels: a classifier's, written beside the adapter, whose own configuration has no place for them.
 
     Returns:
         What to say: the rank, the errors of recompression, the comparison.
@@ -241,6 +244,9 @@ def export_adapter(
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         write_adapter(partial, weights, whole, config, describe_links(chain) if rank == total else None)
+        if labels is not None:  # no config.json: transformers would take the folder for a whole model
+            (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+            lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
         if not verify or probe is None:
             return [*lines, "not compared" + (", for no input is known" if verify else "")]
         return [

@@ -165,6 +165,7 @@ def _export_adapter(options: Namespace, opened: OpenedCheckpoint, module: Any) -
         max_rank=options.max_rank,
         verify=not options.no_verify,
         overwrite=options.overwrite,
+        labels=module.facts_of_base.get("labels"),
     )
     if pretrained is None and module.base_name == builder:  # and no name of the user's own
         note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"

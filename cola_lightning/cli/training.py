@@ -246,11 +246,19 @@ class COLACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the checkpoint is and what to do with it."""
-        self._log_command("use it: %s (or validate, predict; fit goes on from it)", "test")
+        data = self.datamodule
+        predicts, tests = (getattr(data, name, True) for name in ("can_be_predicted", "can_be_tested"))
+        fitting = [name for name, fits in (("test", tests), ("validate", True), ("predict", predicts)) if fits]
+        first = fitting[0] if tests else fitting[-1]
+        others = ", ".join(name for name in fitting if name != first)
+        self._log_command(f"use it: %s ({f'or {others}; ' if others else ''}fit goes on from it)", first)
+        if predicts and hasattr(data, "source"):
+            own = ["--data.source", "NEW_FILE"] + (["--data.subset", "null"] if data.subset is not None else [])
+            self._log_command("new rows, with or without their labels or answers: %s", "predict", *own)
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
 
-    def _log_command(self, message: str, subcommand: str) -> None:
+    def _log_command(self, message: str, subcommand: str, *options: str) -> None:
         config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if subcommand == "fit":
@@ -258,9 +266,10 @@ class COLACLI(LightningCLI):
         path = next((c.best_model_path for c in callbacks if c.best_model_path), None)
         if path is None or not self.trainer.is_global_zero:
             return
-        log.info("checkpoint: %s", path)
+        if not options:
+            log.info("checkpoint: %s", path)
         if config.exists():  # a fit that had nothing left to do saves none
-            command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path])
+            command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
 
 
