@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.fingerprint import check_made_again, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.fingerprint import (
+    check_made_again,
+    check_same_base,
+    check_same_labels,
+    check_same_layers,
+    describe_base,
+)
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.chain.rules import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
@@ -286,6 +292,7 @@ class AdaptedModel:
         if weights is None:
             check_same_base(chain.base, self.chain.base)
         elif weights is not self.base_weights:
+            check_same_labels(chain.base, self.chain.base)
             check_same_layers(chain.base["weight_norms"], self.chain.base["weight_norms"])
             _check_same_shapes(weights, base_weights(self.model))
 

@@ -47,6 +47,16 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}" if near else ""
 
 
+def shortened(text: str, length: int = 40) -> str:
+    """The beginning of a long text, for messages.
+
+    Example:
+        >>> shortened("a long text", 8)
+        'a lon...'
+    """
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The exception, what it was raised from, and so on."""
     cause: BaseException | None = error

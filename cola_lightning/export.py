@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from cola_lightning.lora.inject import lies_in
 from cola_lightning.model_card import Card
 from cola_lightning.writing import check_free, whole_folder
 
-STATE_DICT_NAME = "model.safetensors"
+STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
 TOLERANCE = 1e-4  # of the largest logit
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -240,6 +241,7 @@ def export_adapter(
     card: Card | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> list[str]:
     """Writes a chain as one ordinary LoRA of PEFT's, of rank sum(r).
 
@@ -257,6 +259,7 @@ def export_adapter(
         card: the model card to be written along.
         verify: load what was written with peft, and compare.
         overwrite: replace a folder that is not empty.
+        labels: a classifier's, written beside the adapter, whose own configuration has no place for them.
 
     Returns:
         What to say: the rank, the errors of recompression, the comparison.
@@ -282,6 +285,9 @@ def export_adapter(
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         write_adapter(partial, weights, whole, config, describe_links(chain) if rank == total else None)
+        if labels is not None:  # no config.json: transformers would take the folder for a whole model
+            (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+            lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card is not None:

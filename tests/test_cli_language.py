@@ -154,7 +154,7 @@ def test_two_processes_are_one():
 
 
 BAD = [
-    (["--data.source", "nowhere/at/all"], "data.source: expected a folder that exists, or the id of a data set on the hub"),
+    (["--data.source", "nowhere/at/all"], "data.source: expected a file or folder that exists, or the id of a data set on"),
     (["--data.source", "renamed"], "line 1: expected the field 'label', received 'sentence', 'gold'"),
     (
         ["--data.train_size", "30"],

@@ -213,7 +213,7 @@ def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):
     assert batch["labels"].sort().values.tolist() == [0, 0, 1, 2]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 12)
     for arguments, labels, message in [
-        ({"text_fields": fields}, 2, "line 3: expected a label from 0 to 1 in the field 'label', received 2"),
+        ({"text_fields": fields}, 2, "line 3: expected one of the labels 0, 1 in the field 'label', received '2'"),
         ({}, 2, "line 1: expected the field 'sentence', received 'premise', 'hypothesis', 'label'"),
         ({"text_fields": fields, "label_field": "gold"}, 2, "expected the field 'gold'"),
         ({"text_fields": fields}, None, "model: expected a classifier, with num_labels"),
@@ -295,7 +295,7 @@ def test_a_blank_line_at_the_end_and_a_byte_order_mark_are_nothing_to_stumble_ov
 BAD_FILES = [
     (b'{"sentence": "\\ud800", "label": 1}\n', "validation.jsonl, line 1: expected text .* received half a character"),
     (b"[" * 100_000 + b"\n", "validation.jsonl, line 1: expected one JSON object"),
-    (None, r"data.source: expected 'validation.jsonl' in .*, received train.jsonl"),
+    (None, r"data.source: expected one file validation.csv \(or .tsv, .*\) in .*, received train.jsonl"),
     (b"", "validation.jsonl: expected one JSON object a line, received an empty file"),
     (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "validation.jsonl, line 2: .* the byte 0xff"),
     (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', "validation.jsonl, line 2: expected one JSON object, received"),
@@ -393,6 +393,35 @@ def test_a_task_of_ones_own_leaves_out_a_few_rows_too_but_none_that_is_predicted
         data.setup("predict")
 
 
+UNLABELLED = {
+    "SST2": ({"sentence": "a film"}, {"label": 1}),
+    "BoolQ": ({"passage": "Tea.", "question": "is it"}, {"answer": None}),
+    "ReCoRD": ({"passage": "Al.", "query": "@placeholder left", "entities": ["Di", "Al"]}, {"answers": ["Al"]}),
+    "SQuAD": ({"title": "T", "context": "C", "question": "Q"}, {"answers": {"text": ["A"]}}),
+    "DROP": ({"passage": "P", "question": "Q"}, {"answers_spans": {"spans": ["A"]}}),
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_path, name):
+    row, target = UNLABELLED[name]
+    source = write(tmp_path / "own", "train", [row] * 20)
+    write(tmp_path / "own", "validation", [row | ({} if None in target.values() else target), row])
+    data = attach(PromptDataModule(name, source, test_size=2, train_size=9, val_size=2))
+    field = next(iter(target))
+    for stage, place in (("fit", "train"), ("validate", "train"), ("test", "validation")):
+        with pytest.raises(
+            UserError, match=rf"{place}\.jsonl, line \d+: expected the field '{field if name != 'BoolQ' else 'label'}'"
+        ):
+            data.setup(stage)
+    for place, n_rows in ((source, 2), (f"{source}/train.jsonl", 20)):  # of a file, all rows, in order
+        data = attach(PromptDataModule(name, place, test_size=2))
+        data.setup("predict")
+        assert len(data.test) == n_rows
+        assert [row.example.answer for row in data.test].count(None) >= n_rows - 1
+        assert list(data.collate(data.test)["prompt"]) == ids(data.test)
+
+
 def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkeypatch):
     both = write(tmp_path / "both", "train", [{"text": "A", "prompt": "B", "response": "C"}])
     empty = write(tmp_path / "empty", "train", [{"text": ""}])
@@ -405,7 +434,7 @@ def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkey
         (lambda: TextDataModule(both, "sub"), "data.subset: expected null where data.source is .*both, received 'sub'"),
         (lambda: PromptDataModule("SST2", None, "rte"), "data.subset: expected null where data.source is null"),
         (lambda: PromptDataModule("SST2"), "COLA_DATA_DIR: expected a folder that holds one named sst2, received"),
-        (lambda: TextDataModule(f"{both}/train.jsonl", test_split="train"), "data.source: expected a folder that exists"),
+        (lambda: TextDataModule(f"{both}/train.jsonl", test_split="train"), "data.test_split: expected null where .* a file"),
         (lambda: TextClassificationDataModule(both, text_fields=[]), r"data.text_fields: expected .* received \[\]"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -427,9 +456,9 @@ def test_a_row_of_neither_kind_is_named(tmp_path):
         attach(TextDataModule(source, test_split="train")).setup("test")
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "./nowhere", "a b"])
+@pytest.mark.parametrize("source", ["no/such/folder", "./nowhere", "a b", "rows.csv"])
 def test_a_source_that_is_neither_folder_nor_hub_id(source):
-    with pytest.raises(UserError, match=r"data\.source: expected a folder that exists, or the id of a data set on the hub"):
+    with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, or the id of a data set"):
         read_rows(source, "train")
 
 

@@ -133,6 +133,167 @@ def test_one_label_is_refused():
         COLASequenceClassifier("a/b", num_labels=1)
 
 
+# ---------------------------------------------------------------------- labels
+
+
+NAMES = ["terrible", "great", "so so"]
+NAMED = [{"sentence": f"It was {NAMES[k % 3]} {k}.", "label": NAMES[k % 3]} for k in range(60)]
+
+
+def file_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def named_data(tmp_path, rows=NAMED, **arguments):
+    return TextClassificationDataModule(file_of(tmp_path / "rows.jsonl", rows), **{"batch_size": 8} | arguments)
+
+
+def fitted(tmp_path, data, **arguments):
+    module = classifier(tmp_path, **arguments)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    return module, run
+
+
+def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_and_predictions(tmp_path):
+    module, _ = fitted(tmp_path, named_data(tmp_path))
+    expected = ["great", "so so", "terrible"]
+    assert module.label_names == expected
+    assert module.model.config.id2label == dict(enumerate(expected))
+    assert module.model.config.label2id == {name: place for place, name in enumerate(expected)}
+    assert module.merged_model().config.id2label == dict(enumerate(expected))
+    loaded = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert loaded.label_names == expected
+    assert loaded.model.config.id2label == dict(enumerate(expected))
+    assert_bit_equal(weights(loaded.model), weights(module.model))
+    unlabelled = named_data(tmp_path, [{"sentence": "It was."}, {"sentence": "It was great.", "label": "great"}] * 3)
+    predictions = trainer(tmp_path).predict(loaded, datamodule=unlabelled)
+    assert [target for batch in predictions for target in batch["target"]] == [None, "great"] * 3
+    best = [expected[place] for batch in predictions for place in batch["scores"].argmax(-1)]
+    assert [name for batch in predictions for name in batch["prediction"]] == best
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments", "names", "written"),
+    [
+        ([0, 1], {}, ["0", "1"], [0, 1]),
+        (["0", "1"], {}, ["0", "1"], [0, 1]),  # as a CSV file has them
+        ([1, 2, 10], {}, ["1", "2", "10"], [1, 2, 10]),
+        ([0, 1], {"num_labels": 3}, ["0", "1", "2"], [0, 1]),
+        (["b", "a"], {"num_labels": 2}, ["a", "b"], ["b", "a"]),
+        (["b", "a"], {"label_names": ["b", "c", "a"]}, ["b", "c", "a"], ["b", "a"]),
+        ([0, 1], {"label_names": ["bad", "good"]}, ["bad", "good"], ["bad", "good"]),  # places
+        ([True, False], {}, ["0", "1"], [1, 0]),
+    ],
+)
+def test_labels_are_names_or_numbers_in_order_unless_they_are_given(tmp_path, values, arguments, names, written):
+    rows = [{"sentence": f"It was {k}.", "label": values[k % len(values)]} for k in range(40)]
+    data = named_data(tmp_path, rows)
+    module, _ = fitted(tmp_path, data, **arguments)
+    assert module.label_names == names
+    assert module.num_labels == len(names) == module.model.config.num_labels
+    batches = trainer(tmp_path).predict(module, datamodule=data)
+    targets = [value for batch in batches for value in batch["target"]]
+    assert [getattr(value, "tolist", lambda value=value: value)() for value in targets[: len(written)]] == written
+
+
+def test_a_metric_knows_how_many_labels_the_data_has(tmp_path):
+    data = named_data(tmp_path)
+    module, _ = fitted(tmp_path, data, metric="matthews_corrcoef")
+    (measured,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    assert -1 <= measured["val_matthews_corrcoef"] <= 1
+
+
+def test_labels_that_are_classes_keep_the_order_that_the_data_gives_them(tmp_path):
+    import datasets
+
+    kind = datasets.ClassLabel(names=["not_entailment", "entailment"])
+    rows = datasets.Dataset.from_list([{"sentence": f"It was {k}.", "label": k % 2} for k in range(40)])
+    rows.cast_column("label", kind).to_parquet(tmp_path / "rows.parquet")
+    data = TextClassificationDataModule(str(tmp_path / "rows.parquet"), batch_size=8)
+    module, _ = fitted(tmp_path, data)
+    assert module.label_names == ["not_entailment", "entailment"]
+
+
+def test_a_pretrained_head_with_the_datas_labels_keeps_their_order(tmp_path):
+    own = {"id2label": {0: "terrible", 1: "so so", 2: "great"}, "num_labels": 3}
+    name = tiny.folder(tmp_path / "bert", "bert", "AutoModelForSequenceClassification", **own)
+    how = {"rank": 2, "alpha": 4, "seed": 0, "target_modules": ["query"]}
+    module = COLASequenceClassifier(name, **how)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=named_data(tmp_path))
+    assert module.label_names == ["terrible", "so so", "great"]
+    module = COLASequenceClassifier(name, **how)
+    with pytest.raises(UserError, match=r"model\.model_name: expected a model that .* can load"):
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=named_data(tmp_path, NAMED[:1] * 9 + NAMED[1:2] * 9))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_label_that_is_not_known_is_refused_with_its_place_and_the_known_ones(tmp_path, stage):
+    (tmp_path / "rows").mkdir()
+    file_of(tmp_path / "rows" / "train.jsonl", NAMED)
+    file_of(tmp_path / "rows" / "validation.jsonl", [*NAMED, {"sentence": "Hm.", "label": "odd"}])
+    data = TextClassificationDataModule(str(tmp_path / "rows"))
+    message = r"validation\.jsonl, line 61: expected one of the labels great, so so, terrible in .* 'label', received 'odd'"
+    with pytest.raises(UserError, match=message):
+        getattr(trainer(tmp_path, max_steps=1), stage)(classifier(tmp_path), datamodule=data)
+
+
+def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path):
+    """A fresh module takes them from the data, and the checkpoint's must be the same, in the same order."""
+    data = named_data(tmp_path)
+    module, _ = fitted(tmp_path, data)
+    (before,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    (again,) = trainer(tmp_path).test(classifier(tmp_path), datamodule=data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert again == before
+    order = ["terrible", "so so", "great"]
+    message = r"model\.label_names: expected \['great', .*\], on which the chain was trained, received \['terrible'"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path).test(classifier(tmp_path, label_names=order), datamodule=data, ckpt_path=tmp_path / "end.ckpt")
+    with pytest.raises(UserError, match=message):
+        COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt", label_names=order).configure_model()
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, max_steps=1).fit(
+            classifier(tmp_path, label_names=order, init_chain=str(tmp_path / "end.ckpt")), datamodule=data
+        )
+    begun = classifier(tmp_path, init_chain=str(tmp_path / "end.ckpt"))  # takes them from the chain
+    assert begun.label_names == ["great", "so so", "terrible"]
+
+
+@pytest.mark.parametrize("row", [{}, {"label": None}, {"label": " "}, {"label": -1}, {"label": float("nan")}])
+def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, row):
+    module, _ = fitted(tmp_path, named_data(tmp_path))
+    data = named_data(tmp_path, [{"sentence": "Hm."} | row] * 30)
+    for stage in ("fit", "validate", "test"):
+        with pytest.raises(UserError, match=r"rows\.jsonl, line \d+: expected .* field 'label', received"):
+            getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+    targets = [target for batch in trainer(tmp_path).predict(module, datamodule=data) for target in batch["target"]]
+    assert targets == [None] * 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_names": ["a"]}, r"model\.label_names: expected at least 2 names that differ, received \['a'\]"),
+        ({"label_names": ["a", "a"]}, r"model\.label_names: expected at least 2 names that differ"),
+        ({"label_names": ["a", "b"], "num_labels": 3}, r"model\.num_labels: expected 2 or null beside model\.label_names, rec"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        COLASequenceClassifier("a/b", **arguments)
+
+
+def test_another_number_of_labels_than_the_datas_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"model\.num_labels: expected 3, the data's labels great, so so, terrible, received 2"):
+        fitted(tmp_path, named_data(tmp_path), num_labels=2)
+    module = classifier(tmp_path)
+    module.configure_model()  # with two labels, for nobody has said how many there are
+    with pytest.raises(UserError, match=r"model\.num_labels: expected 3, the data's labels great, so so, terrible, received 2"):
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=named_data(tmp_path))
+
+
 # ---------------------------------------------------------------------- what the pretrained files do not hold
 
 

@@ -428,6 +428,35 @@ def test_so_is_one_whose_answer_is_written(capfd):
 
 
 @pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize("asked", ['options: ["Yes", "No", Perhaps]', "options: kinds", "answer: verdict"])
+def test_rows_without_their_target_are_predicted_with_null_in_its_place(capfd, asked):
+    """In one batch with rows that have it, and by the command that the fit tells."""
+    rows = [json.loads(line) for line in Path("rows", "train.jsonl").read_text().splitlines()]
+    kinds = ["Yes", "No", "Perhaps"]
+    Path("all.jsonl").write_text("".join(json.dumps(row | {"kinds": kinds}) + "\n" for row in rows * 2))
+    for row in rows[::2]:
+        del row["verdict"]
+    rows[1]["verdict"] = None
+    Path("new.json").write_text(json.dumps([row | {"kinds": kinds} for row in rows]))
+    config = CONFIG.replace('options: ["Yes", "No", Perhaps]', asked).replace("source: rows", "source: all.jsonl")
+    Path("config.yaml").write_text(config)
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    (told,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("new rows, with or without")]
+    assert main([word.replace("NEW_FILE", "new.json") for word in told.partition(": cola ")[2].split()]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    predicted = [json.loads(line) for line in path.read_text().splitlines()]
+    places = {None: None} | ({name: [name] for name in kinds} if "answer" in asked else dict(zip(kinds, range(3), strict=True)))
+    assert [row["target"] for row in predicted] == [places[row.get("verdict")] for row in rows]
+    assert [row["index"] for row in predicted] == list(range(16))
+    capfd.readouterr()
+    for subcommand in ("fit", "test"):
+        assert main([subcommand, "--config", "config.yaml", "--data.source", "new.json", "--data.train_size", "8"]) == 2
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: new.json, row ")
+        assert "'verdict'" in last
+
+
+@pytest.mark.usefixtures("_folder")
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -84,6 +84,7 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
         UserError: if it has other adapted layers, another dtype, or other values.
     """
     check_same_layers(expected["weight_norms"], received["weight_norms"])
+    check_same_labels(expected, received)
     if expected["dtypes"] != received["dtypes"]:
         raise UserError(
             f"base: expected one in {' and '.join(expected['dtypes'])}, in which the chain was trained, "
@@ -124,6 +125,17 @@ def _difference(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str
 
 def _named(base: Mapping[str, Any]) -> str:
     return f"{base['name']!r} (fingerprint {base['fingerprint'][:12]})"
+
+
+def check_same_labels(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+    """Refuses a classifier whose outputs stand for other labels than those on which the chain was trained, if both are known.
+
+    Raises:
+        UserError: for another label, or another order.
+    """
+    theirs, mine = expected.get("labels"), received.get("labels")
+    if None not in (theirs, mine) and theirs != mine:
+        raise UserError(f"model.label_names: expected {theirs}, on which the chain was trained, received {mine}")
 
 
 def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:

@@ -257,9 +257,12 @@ class COLACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the checkpoint is, and the commands that work for it and its data."""
-        commands = self._commands()
+        data, commands = self.datamodule, self._commands()
         others = f"or {', '.join(commands[1:])}; " if commands[1:] else ""
         path = self._log_command(f"use it: %s ({others}fit goes on from it)", commands[0]) if commands else None
+        if "predict" in commands and hasattr(data, "source"):
+            own = ["--data.source", "NEW_FILE"] + (["--data.subset", "null"] if data.subset is not None else [])
+            self._log_command("new rows, with or without their labels or answers: %s", "predict", *own)
         if path is not None and self._is_generative:
             log.info("try it: %s", f"{shlex.join(['cola', 'generate', '--checkpoint', path])} --prompt TEXT (or --chat)")
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
@@ -273,15 +276,19 @@ class COLACLI(LightningCLI):
     def _commands(self) -> list[str]:
         """The subcommands that work for the run's module and data, the most useful one first."""
         data, model = self.datamodule, self.model
-        has_rows = getattr(data, "has_test_rows", True)
         commands = ["validate"] if sum(self.trainer.num_val_batches) else []
-        if has_rows and is_overridden("test_dataloader", data) and is_overridden("test_step", model):
+        if (
+            getattr(data, "can_be_tested", True)
+            and is_overridden("test_dataloader", data)
+            and is_overridden("test_step", model)
+        ):
             commands.insert(0, "test")
-        if has_rows and is_overridden("predict_dataloader", data) and is_overridden("predict_step", model):
+        can_be_predicted = getattr(data, "can_be_predicted", True)
+        if can_be_predicted and is_overridden("predict_dataloader", data) and is_overridden("predict_step", model):
             commands.insert(0 if self._is_generative else len(commands), "predict")
         return commands
 
-    def _log_command(self, message: str, subcommand: str) -> str | None:
+    def _log_command(self, message: str, subcommand: str, *options: str) -> str | None:
         """Says where the checkpoint is, and a command for it; returns its path, None where there is none."""
         config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -290,9 +297,10 @@ class COLACLI(LightningCLI):
         path = next((c.best_model_path for c in callbacks if c.best_model_path), None)
         if path is None or not self.trainer.is_global_zero:
             return None
-        log.info("checkpoint: %s", path)
+        if not options:
+            log.info("checkpoint: %s", path)
         if config.exists():  # a fit that had nothing left to do saves none
-            command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path])
+            command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
         return path
 

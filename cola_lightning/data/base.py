@@ -74,6 +74,13 @@ def check_sizes(**sizes: int | None) -> None:
             raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
 
 
+def check_shares(**sizes: float | None) -> None:
+    """Refuses what is neither a number of rows nor a share of them; each is named by its field, and None is neither given."""
+    for field, size in sizes.items():
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise UserError(f"data.{field}: expected a whole number of rows of at least 1, or a share below 1, received {size}")
+
+
 class EpochDataModule(LightningDataModule, ABC):
     """Loaders over the parts of a data set, which a subclass' ``setup`` makes: sequences of rows.
 
@@ -82,6 +89,8 @@ class EpochDataModule(LightningDataModule, ABC):
         val: rows of validation.
         test: rows of test, and of predict.
         length_grouped: whether a training batch has rows of like length.
+        can_be_predicted: whether there is something to predict for a row.
+        can_be_tested: whether the rows of test have what they are measured by.
 
     Args:
         batch_size: rows in a training batch.
@@ -97,6 +106,11 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
+    can_be_predicted = True
+
+    @property
+    def can_be_tested(self) -> bool:  # noqa: D102  # an attribute, above
+        return True
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
@@ -128,11 +142,6 @@ class EpochDataModule(LightningDataModule, ABC):
         fields in braces. Empty where a model is not prompted.
         """
         return {}
-
-    @property
-    def has_test_rows(self) -> bool:
-        """Whether there are rows to test on, as far as can be said without reading any."""
-        return True
 
     def length(self, row: Any) -> int:
         """How long a row is; evaluation of all rows goes from the longest to the shortest, so that little is padding."""

@@ -16,6 +16,14 @@ def collate_options(
     rows: Sequence[EncodedExample], pad: int, loss: str = "options", metric: str | None = None
 ) -> dict[str, Any]:
     """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
+    batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
+    batch |= {"prompt": [row.example.prompt for row in rows], "options": [list(row.example.options) for row in rows]}
+    if rows[0].prompt_ids:
+        batch["prompt_ids"] = _pad_left([row.prompt_ids for row in rows], pad)
+        batch["prompt_mask"] = _pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
+        batch["references"] = [list(row.example.references) for row in rows]
+    if not all(row.prefixes for row in rows):  # answers are not known, and are to be generated
+        return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
     n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
     option_ids = torch.full((len(rows), n_options, n_tokens), IGNORE_INDEX)
@@ -26,28 +34,22 @@ def collate_options(
             option_ids[i, k, n_tokens - len(ids) :] = torch.tensor(ids)
             option_rows[i, k] = first + prefix
         first += len(row.prefixes)
-    batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
     if any(row.example.accepted for row in rows):
         accepted = torch.zeros(len(rows), n_options, dtype=torch.bool)
         for i, row in enumerate(rows):
-            accepted[i, list(row.example.accepted or [row.example.answer])] = True
+            answers = row.example.accepted or ([] if row.example.answer is None else [row.example.answer])
+            accepted[i, list(answers)] = True
         batch["accepted"] = accepted
     if len(prefixes) > len(rows):
         batch["n_sequences"] = torch.tensor([len(row.prefixes) for row in rows])
         batch["n_shared"] = torch.tensor([row.n_shared for row in rows])
-    if rows[0].prompt_ids:
-        batch["prompt_ids"] = _pad_left([row.prompt_ids for row in rows], pad)
-        batch["prompt_mask"] = _pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
-        batch["references"] = [list(row.example.references) for row in rows]
     return batch | {
         "input_ids": _pad_left(prefixes, pad),
         "attention_mask": _pad_left([[1] * len(prefix) for prefix in prefixes], 0),
         "sequence_lengths": [len(prefix) for prefix in prefixes],
         "option_ids": option_ids,
         "option_rows": option_rows,
-        "answer": torch.tensor([row.example.answer for row in rows]),
-        "prompt": [row.example.prompt for row in rows],
-        "options": [list(row.example.options) for row in rows],
+        "answer": torch.tensor([IGNORE_INDEX if row.example.answer is None else row.example.answer for row in rows]),
     }
 
 

@@ -1,12 +1,14 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from typing_extensions import override
 
-from cola_lightning.data.rows import Row
+from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.data.labels import find_labels, name_of_label, place_of_label
+from cola_lightning.data.row import Row
 from cola_lightning.data.text import SourceDataModule
 from cola_lightning.errors import UserError
 
@@ -14,11 +16,15 @@ from cola_lightning.errors import UserError
 class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or pairs of them, as a model's tokenizer writes them.
 
+    Labels are names or whole numbers. Unless the model is given them (``model.label_names``), they are those of the train
+    split, or of a single file, in sorted order. ``predict`` takes rows without a label, too.
+
     Args:
-        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
+            parts of a file have the same share of each label.
         subset: on the hub, the name of a configuration (``rte`` of ``nyu-mll/glue``).
-        text_fields: the field that holds the text, or the two that hold a pair.
-        label_field: the field that holds the label, from 0.
+        text_fields: the field that holds the text, or a list of the two that hold a pair; ``null``: ``sentence``.
+        label_field: the field that holds the label.
         batch_size: rows in a training batch.
         max_length: of a sequence, in tokens; the model's own limit holds too. A longer text loses its end.
         **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
@@ -32,21 +38,69 @@ class TextClassificationDataModule(SourceDataModule):
         source: str,
         subset: str | None = None,
         *,
-        text_fields: list[str] | None = None,
+        text_fields: list[str] | str | None = None,
         label_field: str = "label",
         batch_size: int = 32,
         max_length: int = 512,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
-        self.text_fields, self.label_field = ["sentence"] if text_fields is None else text_fields, label_field
+        fields = ["sentence"] if text_fields is None else [text_fields] if isinstance(text_fields, str) else list(text_fields)
+        self.text_fields, self.label_field = fields, label_field
         if len(self.text_fields) not in (1, 2):
             raise UserError(f"data.text_fields: expected the name of a field, or of two, received {self.text_fields}")
+
+    # ------------------------------------------------------------------ labels
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels in the order of the model's outputs.
+
+        Raises:
+            UserError: for a module that is no classifier, or one that has not been told yet.
+        """
+        names = getattr(self._module, "label_names", None)
+        if names is None and (n_labels := getattr(self._module, "num_labels", None)) is not None:
+            names = [str(place) for place in range(n_labels)]
+        if names is None:
+            raise UserError(f"model: expected a classifier, with num_labels, received {type(self._module).__name__}")
+        return cast(list[str], names)
+
+    @property
+    def _module(self) -> Any:
+        return self.trainer and self.trainer.lightning_module
+
+    @property
+    @override
+    def target_field(self) -> str:
+        return self.label_field
+
+    @property
+    @override
+    def needs_train_rows(self) -> bool:
+        return getattr(self._module, "label_names", None) is None
+
+    @override
+    def look_at(self, rows: list[Row]) -> None:
+        for field in self.text_fields:
+            rows[0][field]  # one that is not there is said of the first row, whichever is drawn
+        if hasattr(self._module, "settle_labels") and (found := find_labels(rows, self.label_field)):
+            self._module.settle_labels(found)
+
+    @override
+    def group(self, row: Row) -> Hashable:
+        return name_of_label(row, self.label_field)
+
+    # ------------------------------------------------------------------ rows
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if not rows:
             return []
+        # Labels first: what is wrong with them is often wrong with the choice of columns or files.
+        field, is_known = self.label_field, [row.has_target(self.label_field) for row in rows]
+        places = {name: place for place, name in enumerate(self.label_names)} if any(is_known) else {}
+        labels = [place_of_label(row, field, places) if known else None for row, known in zip(rows, is_known, strict=True)]
         texts = [[row.text(field) for row in rows] for field in self.text_fields]
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         for row, ids in zip(rows, encoded["input_ids"], strict=True):
@@ -54,15 +108,19 @@ class TextClassificationDataModule(SourceDataModule):
                 raise UserError(
                     f"{row.place}: expected at least one token of text in {' and '.join(self.text_fields)}, received none"
                 )
-        labels = [row.label(self.label_field, self._n_labels) for row in rows]
-        return [{name: values[k] for name, values in encoded.items()} | {"labels": label} for k, label in enumerate(labels)]
+        return [
+            {name: values[k] for name, values in encoded.items()} | {"labels": IGNORE_INDEX if label is None else label}
+            for k, label in enumerate(labels)
+        ]
 
-    @property
-    def _n_labels(self) -> int:
-        module = self.trainer and self.trainer.lightning_module
-        if (n_labels := getattr(module, "num_labels", None)) is None:
-            raise UserError(f"model: expected a classifier, with num_labels, received {type(module).__name__}")
-        return int(n_labels)
+    @override
+    def encode_train(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        if (n_labels := len(self.label_names)) > len(rows):
+            raise UserError(
+                f"data.label_field: expected no more labels than rows of training in {self.label_field!r}, received {n_labels} "
+                f"labels and {len(rows)} rows"
+            )
+        return self.encode(rows)
 
     @override
     def length(self, row: dict[str, Any]) -> int:

@@ -19,8 +19,9 @@ class Example:
 
     Attributes:
         prompt: what stands before each option.
-        options: appended to the prompt, without blanks at their ends; where the answer is generated, the one that is learned.
-        answer: the right one's place among them.
+        options: appended to the prompt, without blanks at their ends; where the answer is generated, the one that is learned,
+            or none where that is not known.
+        answer: the right one's place among them; None where it is not known, as in rows to be predicted.
         place: where the row stands, for messages.
         accepted: places of all options that count as right, where there are several.
         references: where the answer is generated: what it is compared with.
@@ -32,24 +33,32 @@ class Example:
 
     prompt: str
     options: tuple[str, ...]
-    answer: int
+    answer: int | None
     place: str = "an example"
     accepted: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.answer is None and not self.options:  # to be generated
+            return
         if not self.options:
             raise UnusableRow(f"{self.place}: expected options to choose from, received none")
         if len(set(self.options)) < len(self.options):
             twice = next(option for option in self.options if self.options.count(option) > 1)
             raise UnusableRow(f"{self.place}: expected options that differ, received {twice!r} twice")
-        if not 0 <= self.answer < len(self.options):
+        if self.answer is not None and not 0 <= self.answer < len(self.options):
             raise UserError(
                 f"{self.place}: expected the place of one of {len(self.options)} options as the answer, received {self.answer}"
             )
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether the answer is generated, and not chosen among options."""
+        return bool(self.references) or not self.options
+
     def right(self) -> "Example":
         """The same with the right option alone, and not to be generated: what the language model's loss needs."""
+        assert self.answer is not None, "a row that is trained on has an answer"
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
@@ -63,7 +72,8 @@ class EncodedExample:
             need one forward pass.
         prefix_of: for each option, its place in ``prefixes``.
         option_ids: for each option, its tokens.
-        prompt_ids: where the answer is generated, the prompt, with room left for the answer; else empty.
+        prompt_ids: where the answer is generated, the prompt, with room left for the answer; else empty. Without an option,
+            it is all that there is.
         n_shared: with how many tokens all prefixes begin, without those that an option's tokens are predicted at.
     """
 
@@ -75,7 +85,7 @@ class EncodedExample:
     n_shared: int
 
     def __len__(self) -> int:
-        return max(map(len, self.prefixes))
+        return max(map(len, self.prefixes), default=len(self.prompt_ids))
 
 
 def encode_examples(
@@ -107,12 +117,12 @@ def encode_examples(
 
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
-    if max_length <= MAX_NEW_TOKENS + 1 and any(example.references for example in examples):
+    if max_length <= MAX_NEW_TOKENS + 1 and any(example.is_generated for example in examples):
         raise UserError(
             f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for a generated answer takes up to "
             f"{MAX_NEW_TOKENS} tokens, received {max_length}"
         )
-    rooms = [max_length - MAX_NEW_TOKENS if example.references else max_length for example in examples]
+    rooms = [max_length - MAX_NEW_TOKENS if example.is_generated else max_length for example in examples]
     if is_learned:
         examples = [example.right() for example in examples]
     befores = [as_turn(tokenizer, example.prompt, example.place) if is_chat else example.prompt for example in examples]
@@ -130,8 +140,10 @@ def encode_examples(
                 raise UnusableRow(
                     f"{example.place}: expected options that differ not in blanks alone, received {example.options}"
                 )
+            if not prompt:
+                raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
             for ids in texts[own]:
-                _check_option(example, len(prompt), len(ids) - len(prompt), room, max_length)
+                _check_option(example, len(ids) - len(prompt), room, max_length)
             encoded.append(_encode(example, prompt, texts[own], room, tokenizer.bos_token_id))
     return encoded
 
@@ -146,15 +158,15 @@ def _encode(example: Example, prompt: list[int], texts: list[list[int]], room: i
             prefixes.append(cut[:-1])
         prefix_of.append(prefixes.index(cut[:-1]))
         option_ids.append(cut[len(prompt) - len(text) :])
-    prompt_ids = truncate_left(prompt, room, bos) if example.references else []
+    prompt_ids = truncate_left(prompt, room, bos) if example.is_generated else []
+    if not texts:
+        return EncodedExample(example, [], [], [], prompt_ids, 0)
     n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
     n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
     return EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0))
 
 
-def _check_option(example: Example, n_prompt: int, n_option: int, room: int, max_length: int) -> None:
-    if not n_prompt:
-        raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
+def _check_option(example: Example, n_option: int, room: int, max_length: int) -> None:
     if n_option < 1:
         raise UnusableRow(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
     if n_option >= room:  # one token of the prompt must stay

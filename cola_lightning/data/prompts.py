@@ -3,17 +3,19 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.base import check_sizes
+from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
-from cola_lightning.data.rows import LeftOut, Row, check_subset, draw, fill_cache, read_rows
+from cola_lightning.data.row import Row
+from cola_lightning.data.rows import LeftOut, check_subset, fill_cache, is_file, let_lack_targets, read_rows
 from cola_lightning.data.tasks import Loss, find_task, template_of
-from cola_lightning.data.text import TokenizedDataModule
+from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
@@ -114,23 +116,27 @@ class OptionDataModule(OptionBatches):
 class PromptDataModule(OptionDataModule):
     """A task of the paper's, with the prompts and splits of the protocol that it follows.
 
-    Training and validation are drawn together from the train split, test from the validation split. Up to one in a hundred of
-    the rows of each that cannot be used (ReCoRD has entities twice) is left out with a warning.
+    Training and validation are drawn together from the train split, test from the validation split; all three from the rows of
+    a single file. Up to one in a hundred of the rows of each that cannot be used (ReCoRD has entities twice) is left out with a
+    warning, but for predictions on a file, whose places are those of the rows.
 
     Args:
         task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or what is added to
             ``cola_lightning.data.tasks.TASKS``.
-        source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, or the id of a data set on the hub.
-            ``null``: the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
+        source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, a single file (``.csv``, ``.tsv``,
+            ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
+            the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: on the hub, the name of a configuration, for a ``source`` of one's own.
         apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
         max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
             the answer is generated, 50 tokens are reserved for it, in training, too.
-        train_size: rows of training; ``null``: the protocol's (1000; CB 150, COPA 300), but for WSC.
+        train_size: rows of training, a number or, below 1, a share; ``null``: the protocol's (1000; CB 150, COPA 300), but
+            for WSC. Of a file: what the others leave.
         val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
-            protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation.
+            protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation. Of a
+            file: a share of 0.1.
         test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
-            WSC 104).
+            WSC 104). Of a file: a share of 0.1.
         **rows: how rows are drawn and batched: the other arguments of ``TokenizedDataModule``.
 
     Raises:
@@ -147,18 +153,16 @@ class PromptDataModule(OptionDataModule):
         *,
         apply_chat_template: bool = False,
         max_length: int = 2048,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_size: int | None = None,
+        train_size: int | float | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
         **rows: Any,
     ) -> None:
         super().__init__(max_length=max_length, **rows)
-        check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
+        check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
         check_subset(source, subset)
         self.task = find_task(task)
         self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
-        sizes = zip((train_size, val_size, test_size), self.task.sizes, strict=True)
-        self.train_size, self.val_size, self.test_size = (usual if size is None else size for size, usual in sizes)
         if source is None:
             folder = os.environ.get(DATA_DIR)
             source, subset = self.task.source, self.task.subset
@@ -169,6 +173,9 @@ class PromptDataModule(OptionDataModule):
                         f"{DATA_DIR}: expected a folder that holds one named {self.task.name.lower()}, received {folder!r}"
                     )
         self.source, self.subset = source, subset
+        usual = (None, DRAWN_SHARE, DRAWN_SHARE) if is_file(source) else self.task.sizes
+        sizes = zip((train_size, val_size, test_size), usual, strict=True)
+        self.train_size, self.val_size, self.test_size = (own if size is None else size for size, own in sizes)
         self._template: str | None = None
 
     @override
@@ -181,19 +188,31 @@ class PromptDataModule(OptionDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "predict" and is_file(self.source):
+            rows = let_lack_targets(read_rows(self.source, "train"))
+            self.test = self.encode_examples([self.task.example(row) for row in rows])
+            return
+        read = partial(read_rows, self.source, subset=self.subset)
+        sizes = {"train_size": self.train_size, "val_size": self.val_size}
+        if is_file(self.source):
+            train, val, test = self._draw(read("train"), self.source, **sizes, test_size=self.test_size)
+        elif stage in ("fit", "validate"):
+            train, val = self._draw(read("train"), f"{self.source}, train", **sizes)
+        else:
+            rows = read("validation")
+            if stage == "predict":
+                let_lack_targets(rows)
+            (test,) = self._draw(rows, f"{self.source}, validation", test_size=self.test_size)
         if stage in ("test", "predict"):
-            (test,) = self._draw("validation", [self.test_size], "data.test_size")
             self.test = self.encode_rows(test, self.task.example, is_learned=False)
             return
-        train, val = self._draw("train", [self.train_size, self.val_size], "data.train_size + data.val_size")
         self.val = self.encode_rows(val, self.task.example, is_learned=False)
         if stage == "fit":
             self.train = self.encode_rows(train, self.task.example, is_learned=True)
 
-    def _draw(self, split: str, sizes: list[int], fields: str) -> list[list[Row]]:
-        rows = read_rows(self.source, split, self.subset)
+    def _draw(self, rows: Sequence[Row], what: str, **sizes: float | None) -> list[list[Row]]:
         for row in rows[:1]:  # a field that is not there is no row's own mistake: it is said of the first
             with suppress(UnusableRow):
                 self.task.example(row)
             self._template = template_of(self.task, row)
-        return draw(rows, sizes, self.split_seed, f"{fields}, of {self.source}, {split}")
+        return draw_parts(rows, sizes, self.split_seed, what)

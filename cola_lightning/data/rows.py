@@ -1,7 +1,7 @@
-"""Rows of a data set, from the Hugging Face hub or from a folder of JSONL files; each knows where it stands."""
+"""Rows of a data set: from the Hugging Face hub, a file, or a folder with a file a split."""
 
-import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from cola_lightning import hub
+from cola_lightning.data.files import ENDINGS, class_names, ending_of, read_file
+from cola_lightning.data.row import Row
 from cola_lightning.errors import HubError, UnusableRow, UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -18,104 +20,60 @@ T = TypeVar("T")
 
 PERCENT_LEFT_OUT = 1  # of the rows of a part, at most
 
-
-class Row(dict[str, Any]):
-    """A row's fields by name. A field that is asked for and is not there, or holds something else, is the user's mistake.
-
-    One that is empty in this row makes it an :class:`~cola_lightning.errors.UnusableRow`.
-
-    Attributes:
-        place: file and line, or data set and number.
-
-    Example:
-        >>> Row({"text": "Fine."}, "train.jsonl, line 1").text("text")
-        'Fine.'
-    """
-
-    def __init__(self, fields: dict[str, Any], place: str) -> None:
-        super().__init__(fields)
-        self.place = place
-
-    def __missing__(self, field: str) -> Any:
-        raise UserError(f"{self.place}: expected the field {field!r}, received {', '.join(map(repr, self)) or 'no field'}")
-
-    def text(self, field: str) -> str:
-        """A field that holds text."""
-        if not isinstance(value := self[field], str):
-            kind = UnusableRow if value is None else UserError
-            raise kind(f"{self.place}: expected text in the field {field!r}, received {value!r}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            message = f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}"
-            raise UnusableRow(message) from error
-        return value
-
-    def texts(self, field: str) -> tuple[str, ...]:
-        """A field that holds a list of texts, one at least."""
-        values = self[field]
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            kind = UnusableRow if values is None or values == [] else UserError
-            raise kind(f"{self.place}: expected a list of texts in the field {field!r}, received {values!r}")
-        return tuple(Row({field: value}, self.place).text(field) for value in values)
-
-    def inner(self, field: str) -> "Row":
-        """A field that holds fields of its own."""
-        if not isinstance(value := self[field], dict):
-            raise UserError(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
-        return Row(value, self.place)
-
-    def messages(self, field: str) -> list[dict[str, str]]:
-        """A field that holds a conversation: turns of a ``role`` and its ``content``."""
-        turns = self[field]
-        if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
-        inner = [Row(turn, self.place) for turn in turns]
-        return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
-
-    def label(self, field: str, n_labels: int) -> int:
-        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, is a row without a label."""
-        value = self[field]
-        if not isinstance(value, int) or not 0 <= value < n_labels:
-            kind = UnusableRow if value in (None, -1) else UserError
-            raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}")
-        return int(value)
+NAMES_OF_SPLITS = {"validation": ("validation", "valid", "val", "dev")}  # of files; another split's is its own
 
 
 def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
-    """All rows of a split.
+    """All rows of a split; of a file, all rows, whatever the split.
 
     Args:
-        source: a folder that holds ``{split}.jsonl``, one JSON object a line in UTF-8, or the id of a data set on the hub.
+        source: a file, a folder that holds a file ``{split}.csv``, ``{split}.jsonl`` and so on, or the id of a data set on the
+            hub.
         split: ``train``, ``validation``, ``test``.
         subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
 
     Raises:
-        UserError: if there is no such folder, file or data set, or a line that is no JSON object.
+        UserError: if there is no such file, folder or data set, or a line that cannot be read.
         HubError: if the data set is on the hub, and the hub cannot be reached.
     """
+    if is_file(source):
+        return read_file(Path(source).expanduser())
     if (folder := _folder(source)) is not None:
-        return list(_read_jsonl(folder / f"{split}.jsonl"))
+        return read_file(_file_of(folder, split))
     rows = _load_from_hub(source, split, subset)
-    return [Row(dict(fields), f"{source}, {split}, row {number}") for number, fields in enumerate(rows, start=1)]
+    names = class_names(rows)
+    return [Row(dict(fields), f"{source}, {split}, row {number}", names) for number, fields in enumerate(rows, start=1)]
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a single file."""
+    return Path(source).expanduser().is_file()
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether a folder holds a split; a data set on the hub is taken to."""
-    folder = _folder(source)
-    return folder is None or (folder / f"{split}.jsonl").is_file()
+    """Whether a source has a split: a folder by its files; a file has none but ``train``; the hub's are taken to have two."""
+    if (folder := _folder(source)) is not None:
+        return bool(_files_of(folder, split))
+    return split == "train" or (split == "validation" and not is_file(source))
+
+
+def let_lack_targets(rows: list[Row]) -> list[Row]:
+    """Marks rows that are to be predicted, whose labels or answers may be missing."""
+    for row in rows:
+        row.may_lack_target = True
+    return rows
 
 
 def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
-    """Lets one process download a data set from the hub before all read it; a folder needs nothing."""
-    if _folder(source) is None:
+    """Lets one process download a data set from the hub before all read it; files need nothing."""
+    if _folder(source) is None and not is_file(source):
         for split in sorted(splits):
             _load_from_hub(source, split, subset)
 
 
 def check_subset(source: str | None, subset: str | None) -> None:
     """Refuses a subset where nothing on the hub is named that could have it."""
-    if subset is not None and (source is None or _folder(source) is not None):
+    if subset is not None and (source is None or _folder(source) is not None or is_file(source)):
         raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")
 
 
@@ -124,40 +82,29 @@ def _folder(source: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        there = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl"))) or "no JSONL file"
-        raise UserError(f"data.source: expected {path.name!r} in {path.parent}, received {there}")
-    n_rows = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{place}: expected UTF-8, received the byte 0x{line[error.start]:02x}") from error
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r} ({reason})") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{place}: expected one JSON object, received {_start_of(line)!r}")
-            n_rows += 1
-            yield Row(fields, place)
-    if not n_rows:
-        raise UserError(f"{path}: expected one JSON object a line, received an empty file")
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and ending_of(path.name) is not None]
 
 
-def _start_of(line: bytes) -> str:
-    text = line.decode("utf-8").rstrip("\r\n")
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _files_of(folder: Path, split: str) -> list[Path]:
+    names = NAMES_OF_SPLITS.get(split, (split,))
+    return [path for path in _files(folder) if path.name.lower().removesuffix(".gz").rpartition(".")[0] in names]
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    if len(files := _files_of(folder, split)) != 1:
+        what = f"one file {split}{ENDINGS[0]} (or {', '.join(ENDINGS[1:])})"
+        received = ", ".join(path.name for path in files or _files(folder)) or "no file of rows"
+        raise UserError(f"data.source: expected {what} in {folder}, received {received}")
+    return files[0]
 
 
 def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
-    if Path(source).is_file() or not hub.is_repo_id(source):
+    # A name with the ending of a file would be asked for on the hub, in vain.
+    if ending_of(source) is not None or not hub.is_repo_id(source):
         raise UserError(
-            f"data.source: expected a folder that exists, or the id of a data set on the hub (owner/name), received {source!r}"
+            "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
+            f"received {source!r}"
         )
     import datasets
 
@@ -167,8 +114,8 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
     except (OSError, ValueError, RuntimeError) as error:  # what it raises for ids, subsets and splits that are not there
         if is_offline:
             raise HubError(
-                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a folder of "
-                "JSONL files works without it"
+                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
+                "or folder works without it"
             ) from error
         raise UserError(
             f"data.source: expected a data set with the split {split!r}, received {source!r}: {one_line(str(error))}"
@@ -216,7 +163,19 @@ class LeftOut:
         log.warning("%d of %d rows cannot be used, and are left out; the first: %s", n_left_out, n_rows, self.errors[0])
 
 
-def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[list[T]]:
+def rows_of(size: float, n_rows: int) -> int:
+    """How many rows a size is: a number of them, or, below 1, a share, at least one row.
+
+    Example:
+        >>> rows_of(0.25, 10), rows_of(0.01, 10), rows_of(7, 10)
+        (2, 1, 7)
+    """
+    return int(size) if size >= 1 else max(1, round(size * n_rows))
+
+
+def draw(
+    rows: Sequence[T], sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None
+) -> list[list[T]]:
     """Disjoint parts of the rows, drawn together by one seeded permutation.
 
     Args:
@@ -224,6 +183,8 @@ def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[
         sizes: of the parts.
         seed: of the permutation.
         what: names the rows in the message.
+        groups: for each row, the group that it is of: each part then has about the same share of each group, and of a group
+            of few rows the first parts have theirs first. None: by chance alone.
 
     Raises:
         UserError: if there are fewer rows than the parts need.
@@ -232,5 +193,12 @@ def draw(rows: Sequence[T], sizes: Sequence[int], seed: int, what: str) -> list[
         wanted = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
         raise UserError(f"{what}: expected at least {wanted} rows, received {len(rows)}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if groups is not None:
+        counts, seen = Counter(groups), Counter[object]()
+        places = {}  # from 0 to 1 in the row's own group: all groups are spread evenly over the order
+        for i in order:
+            places[i] = (seen[groups[i]] + 0.5) / counts[groups[i]]
+            seen[groups[i]] += 1
+        order.sort(key=places.__getitem__)
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     return [[rows[i] for i in order[start : start + size]] for start, size in zip(starts, sizes, strict=True)]

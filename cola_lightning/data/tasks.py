@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from cola_lightning.data.examples import Example
-from cola_lightning.data.rows import Row
+from cola_lightning.data.row import Row
 from cola_lightning.errors import UnusableRow, UserError, nearest
 
 Loss = Literal["options", "answer"]
@@ -60,7 +60,7 @@ def _boolq(row: Row) -> Example:
     question = question if question.endswith("?") else f"{question}?"
     prompt = f"{row.text('passage')} {question[:1].upper()}{question[1:]}\n"
     is_true = row.label("answer" if "answer" in row else "label", 2)  # the hub's form, and SuperGLUE's
-    return Example(prompt, ("Yes", "No"), 1 - is_true, row.place)
+    return Example(prompt, ("Yes", "No"), None if is_true is None else 1 - is_true, row.place)
 
 
 def _wsc(row: Row) -> Example:
@@ -93,29 +93,33 @@ def _uncapitalised(sentence: str) -> str:
 
 
 def _record(row: Row) -> Example:
-    entities, answers, query = row.texts("entities"), row.texts("answers"), row.text("query")
+    entities, query = row.texts("entities"), row.text("query")
+    answers = row.texts("answers") if row.has_target("answers") else ()
     if not set(answers) <= set(entities):
         raise UnusableRow(f"{row.place}: expected answers among the entities, received {answers}")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
     accepted = tuple(entities.index(answer) for answer in answers)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
-    return Example(prompt, options, accepted[0], row.place, accepted=accepted)
+    return Example(prompt, options, accepted[0] if accepted else None, row.place, accepted=accepted)
 
 
 def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
-    """A prompt whose answer is generated, and compared with each of those given; the first one is learned."""
+    """A prompt whose answer is generated, and compared with each of those given, if any; the first one is learned."""
+    if not answers:
+        return Example(prompt, (), None, row.place)
     return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
 
 
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return generated(row, prompt, row.inner("answers").texts("text"))
+    return generated(row, prompt, row.inner("answers").texts("text") if row.has_target("answers.text") else ())
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    return generated(row, prompt, row.inner("answers_spans").texts("spans"))
+    answers = row.inner("answers_spans").texts("spans") if row.has_target("answers_spans.spans") else ()
+    return generated(row, prompt, answers)
 
 
 _superglue = partial(Task, source="aps/super_glue")

@@ -6,12 +6,13 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
+from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
-from cola_lightning.data.rows import Row
+from cola_lightning.data.row import Row
 from cola_lightning.data.tasks import Loss
 from cola_lightning.data.text import SourceDataModule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
 AnswerMetric = Literal["f1", "exact_match"]
@@ -69,7 +70,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
     warning, but for predictions, whose places are those of the rows.
 
     Args:
-        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: on the hub, the name of a configuration.
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: what is appended to the prompt, each a text with fields in braces, too; or the name of the field that lists
@@ -132,6 +133,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
         self.loss = loss or ("answer" if options is None else "options")
 
+    @property
+    @override
+    def target_field(self) -> str:
+        return self.label if self.answer is None else self.answer
+
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         options = [option.text for option in self.options] if isinstance(self.options, list) else self.options
@@ -152,6 +158,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)
         if self.answer is not None:
+            if not row.has_target(self.answer):
+                return Example(prompt, (), None, row.place)
             inner, field = _inside(row, self.answer)
             references = (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field)
             return Example(prompt, (f" {references[0]}\n",), 0, row.place, references=references)
@@ -162,12 +170,16 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             options = tuple(option.fill(row) for option in self.options or ())
         return Example(prompt, options, self._place(row, options), row.place)
 
-    def _place(self, row: Row, options: tuple[str, ...]) -> int:
+    def _place(self, row: Row, options: tuple[str, ...]) -> int | None:
+        """The right option's place; None where the row has no label, and may lack it."""
+        if not row.has_target(self.label):
+            return None
         inner, field = _inside(row, self.label)
         label: Any = inner[field]
-        if not isinstance(label, str):
-            return inner.label(field, len(options))
         stripped = [option.strip() for option in options]
+        if not isinstance(label, str) or (label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)):
+            return inner.label(field, len(options))
         if label.strip() not in stripped:
-            raise UserError(f"{row.place}: expected one of the options {stripped} in the field {field!r}, received {label!r}")
+            kind = UserError if label.strip() else UnusableRow
+            raise kind(f"{row.place}: expected one of the options {stripped} in the field {field!r}, received {label!r}")
         return stripped.index(label.strip())

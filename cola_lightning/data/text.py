@@ -1,23 +1,26 @@
 """Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
 
+import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from typing_extensions import override
 
-from cola_lightning.data.base import EpochDataModule, check_sizes
+from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.batches import collate_language, collate_prompts
 from cola_lightning.data.chat import as_prompt, assistant_turn, encode_conversations, end_of_turn, user_turn
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
-from cola_lightning.data.rows import Row, check_subset, draw, fill_cache, has_split, read_rows
+from cola_lightning.data.row import Row
+from cola_lightning.data.rows import check_subset, draw, fill_cache, has_split, is_file, let_lack_targets, read_rows, rows_of
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+DRAWN_SHARE = 0.1  # of the rows of one file, for validation and for test each
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -61,18 +64,52 @@ class TokenizedDataModule(EpochDataModule):
         return int(min(self._max_length, self.tokenizer.model_max_length))
 
 
-class SourceDataModule(TokenizedDataModule):
-    """Rows of a data set, in the splits that it has, from a folder or from the hub.
+def draw_parts(
+    rows: Sequence[Row],
+    sizes: Mapping[str, float | None],
+    seed: int,
+    what: str,
+    groups: Sequence[object] | None = None,
+) -> list[list[Row]]:
+    """Disjoint parts of the rows, see :func:`~cola_lightning.data.rows.draw`; all in their order where one part takes them all.
 
     Args:
-        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
+        rows: what is drawn from.
+        sizes: of each part, by the option that says it: a number of rows, a share below 1, 0 for an empty part; None: the rest.
+        seed: of the permutation.
+        what: names the rows in the message.
+        groups: for each row, the group that it is of.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    counts = {name: size and rows_of(size, len(rows)) for name, size in sizes.items()}
+    rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
+    wanted = [rest if count is None else count for count in counts.values()]
+    if sum(map(bool, wanted)) == 1 and None in counts.values():
+        return [list(rows) if count else [] for count in wanted]
+    fields = " + ".join(f"data.{name}" for name, count in zip(counts, wanted, strict=True) if count)
+    parts = iter(draw(rows, [count for count in wanted if count], seed, f"{fields}, of {what}", groups))
+    return [next(parts) if count else [] for count in wanted]
+
+
+class SourceDataModule(TokenizedDataModule):
+    """Rows of a data set, in the splits that it has, from a file, a folder or the hub.
+
+    Args:
+        source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``; all but the last also ``.gz``), a
+            folder with such a file for each split (``train.csv``, ``validation.csv``, ``test.csv``), or the id of a data set
+            on the hub. The rows of a single file are split by ``split_seed``; ``predict`` takes all of them.
         subset: on the hub, the name of a configuration.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
         max_length: of a sequence, in tokens; the model's own limit holds too.
-        train_size: rows of training, drawn by ``split_seed``; None: all.
-        val_size: rows of validation, drawn together with those of training from the train split; None: the validation split.
-        test_split: the split that test and predict read.
+        train_size: rows of training, a number or, below 1, a share, drawn by ``split_seed``; None: all that the others leave.
+        val_size: rows of validation, a number or a share, drawn together with those of training from the train split; None:
+            the validation split, or a share of 0.1 where there is none.
+        test_size: rows of test, a number or a share, drawn likewise; None: the test split, or a share of 0.1 where there is
+            none.
+        test_split: the split that test and predict read; None: ``test`` where a folder has it, else ``validation``.
         split_seed: which rows are drawn.
         num_workers: processes that prepare batches beside the training; 0: none.
         length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
@@ -86,52 +123,114 @@ class SourceDataModule(TokenizedDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_split: str = "validation",
+        train_size: int | float | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        test_split: str | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
         length_grouped: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
-        check_sizes(train_size=train_size, val_size=val_size)
+        check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
         check_subset(source, subset)
+        if None not in (test_size, test_split):
+            raise UserError(f"data.test_split: expected null beside data.test_size, received {test_split!r}")
         self.source, self.subset, self.test_split = source, subset, test_split
-        self.train_size, self.val_size = train_size, val_size
+        self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
+
+    @property
+    def _val_split(self) -> str | None:
+        """The split of validation; None: its rows are drawn from the train split."""
+        return "validation" if self.val_size is None and has_split(self.source, "validation") else None
+
+    @property
+    def _test_split(self) -> str | None:
+        """The split of test; None: its rows are drawn from the train split."""
+        if self.test_split is not None and is_file(self.source):
+            raise UserError(
+                f"data.test_split: expected null where data.source is a file, {self.source!r}, received {self.test_split!r}"
+            )
+        if self.test_size is not None or self.test_split is not None:
+            return self.test_split
+        return next((split for split in ("test", "validation") if has_split(self.source, split)), None)
 
     @override
     def prepare_data(self) -> None:
-        own = ["validation"] if self.val_size is None else []
-        fill_cache(self.source, self.subset, {"train", *own, self.test_split})
+        if not is_file(self.source):
+            fill_cache(self.source, self.subset, {"train", *filter(None, (self._val_split, self._test_split))})
 
     @override
     def setup(self, stage: str) -> None:
-        if stage in ("test", "predict"):
-            rows = read_rows(self.source, self.test_split, self.subset)
-            self.test = self._known(self.encode(rows) if stage == "test" else self.encode_predicted(rows))
+        read = functools.cache(lambda split: read_rows(self.source, split, self.subset))
+        if stage == "fit" or (self.needs_train_rows and has_split(self.source, "train")):
+            self.look_at(read("train"))
+        if stage == "predict":
+            self.test = self._known(self.encode_predicted(self._predicted(read)))
             return
-        rows = read_rows(self.source, "train", self.subset) if stage == "fit" or self.val_size else []
-        if self.val_size is None:
-            val = read_rows(self.source, "validation", self.subset)
-            train = rows
-            if self.train_size and rows:
-                (train,) = draw(rows, [self.train_size], self.split_seed, f"data.train_size, of {self.source}, train")
-        else:
-            sizes = [self.train_size or max(len(rows) - self.val_size, 1), self.val_size]
-            train, val = draw(rows, sizes, self.split_seed, f"data.train_size + data.val_size, of {self.source}, train")
-        self.val = self._known(self.encode(val))
+        if stage == "test":
+            rows = read(self._test_split) if self._test_split else self._drawn(read("train"))[2]
+            self.test = self._known(self.encode(rows))
+            return
+        train, val, _ = self._drawn(read("train")) if stage == "fit" or self._val_split is None else ([], [], [])
+        self.val = self._known(self.encode(read(self._val_split) if self._val_split else val))
         if stage == "fit":
             self.train = self._known(self.encode_train(train))
 
-    @property
-    @override
-    def has_test_rows(self) -> bool:
-        return has_split(self.source, self.test_split)
+    def _predicted(self, read: Callable[[str], list[Row]]) -> Sequence[Row]:
+        """The rows to be predicted, whose labels or answers may be missing: those of test, and all of a file."""
+        if is_file(self.source):
+            return let_lack_targets(read("train"))
+        if self._test_split:
+            return let_lack_targets(read(self._test_split))
+        return self._drawn(let_lack_targets(read("train")))[2]
+
+    def _drawn(self, rows: list[Row]) -> list[list[Row]]:
+        """What of the rows of the train split is for training, for validation and for test."""
+        sizes = {
+            "train_size": self.train_size,
+            "val_size": 0 if self._val_split else self.val_size or DRAWN_SHARE,
+            "test_size": 0 if self._test_split else self.test_size or DRAWN_SHARE,
+        }
+        # One file, in a folder or alone: other sources are drawn by chance alone, as they were in earlier releases.
+        is_alone = not any(has_split(self.source, split) for split in ("validation", "test"))
+        groups = [self.group(row) for row in rows] if is_alone else None
+        where = self.source if is_file(self.source) else f"{self.source}, train"
+        parts = draw_parts(rows, sizes, self.split_seed, where, groups)
+        if is_alone:
+            counts = [len(part) for part in parts]
+            log.info("%s: %d rows for training, %d for validation and %d for test, by data.split_seed", where, *counts)
+        return parts
 
     def _known(self, encoded: Sequence[Any]) -> Sequence[Any]:
         if not encoded:
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
         return encoded
+
+    @property
+    def target_field(self) -> str | None:
+        """The field that holds what a row is measured by: a label, or an answer; None: the row as a whole."""
+        return None
+
+    @property
+    @override
+    def can_be_tested(self) -> bool:
+        if self.target_field is None or self._test_split is None:
+            return True
+        (row, *_) = let_lack_targets(read_rows(self.source, self._test_split, self.subset))
+        return row.has_target(self.target_field)
+
+    @property
+    def needs_train_rows(self) -> bool:
+        """Whether :meth:`look_at` is to be called for other stages than fit, too."""
+        return False
+
+    def look_at(self, rows: list[Row]) -> None:
+        """What is to be learned of the rows of the train split, whichever are drawn, before any is encoded: their labels."""
+
+    def group(self, row: Row) -> Hashable:
+        """What each part of a file that is split shall have the same share of: a label."""
+        return None
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Sequence[Any]:

@@ -184,6 +184,11 @@ class COLAModule(LightningModule, RecordsArguments):
         """What the base is called, in messages and beside its fingerprint."""
         return class_path(type(self))
 
+    @property
+    def facts_of_base(self) -> dict[str, Any]:
+        """Plain values to stand in ``chain.base``, in checkpoints and chain folders, beside what identifies the base."""
+        return {}
+
     # ------------------------------------------------------------------ its parts
 
     @property

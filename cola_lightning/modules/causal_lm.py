@@ -241,6 +241,9 @@ class COLACausalLM(LanguageModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        if "references" in batch:
+            targets = [answers or None for answers in batch["references"]]
+            return {"prediction": self.generate(batch), "target": targets, "prompt": batch["prompt"]}
         if "option_ids" not in batch and "prompt_ids" in batch:
             with seeded(derive_seed(self.seed, "predict", self.global_rank, dataloader_idx, batch_idx)):  # where sampled
                 return {"prediction": self.generate(batch), "target": batch["target"], "prompt": batch["prompt"]}
@@ -249,13 +252,12 @@ class COLACausalLM(LanguageModule):
                 "predict: expected rows with options to choose from, or with a prompt to go on from, received rows with a "
                 "language-model loss"
             )
-        if "references" in batch:
-            return {"prediction": self.generate(batch), "target": batch["references"], "prompt": batch["prompt"]}
         scores = self.option_scores(batch)
-        columns = {"prediction": scores.argmax(-1), "target": batch["answer"]}
+        answers = [None if answer == IGNORE_INDEX else answer for answer in batch["answer"].tolist()]
+        columns = {"prediction": scores.argmax(-1), "target": answers}
         columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
         if "accepted" in batch:  # several places
-            columns["target"] = [row.nonzero().flatten().tolist() for row in batch["accepted"]]
+            columns["target"] = [row.nonzero().flatten().tolist() or None for row in batch["accepted"]]
         counts = (batch["option_ids"] != IGNORE_INDEX).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
 

@@ -68,6 +68,8 @@ class COLAParts(Protocol):
     @property
     def base_name(self) -> str: ...  # noqa: D102
     @property
+    def facts_of_base(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
     def constructor_arguments(self) -> dict[str, Any]: ...  # noqa: D102
     @property
     def overrides_optimizers(self) -> bool: ...  # noqa: D102

@@ -154,6 +154,7 @@ def _adapter(
         max_rank=max_rank,
         tokenizer=tokenizer,
         card=replace(card, base_name=base_name),
+        labels=module.facts_of_base.get("labels"),
         verify=verify,
         overwrite=overwrite,
     )

@@ -127,6 +127,7 @@ class LazyModel:
         if not self.is_on_meta:
             state.remember_outside()
             adapted.chain.base["outside"] = state.frozen_outside()
+            adapted.chain.base |= module.facts_of_base
         if module.first_chain is not None:
             state.start_from(module.first_chain)
             adapted.start_from(module.first_chain)

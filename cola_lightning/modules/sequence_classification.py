@@ -1,15 +1,17 @@
 """Sequence classifiers: a pretrained model with a new head."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from typing_extensions import override
 
+from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.pending import pending_checkpoint
@@ -19,6 +21,10 @@ from cola_lightning.modules.pretrained import new_modules
 class COLASequenceClassifier(LanguageModule):
     """A sequence classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
+    Its labels are those that it is given, a checkpoint's, or, as ``TextClassificationDataModule`` tells it before the model is
+    made, the data's. Model, chain and exports hold their names, and predictions are names; labels that are whole numbers stay
+    numbers.
+
     Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. Where ``modules_to_save`` names nothing,
     it is the head (what the model has beside its pretrained body) and what else is newly initialised, for the pretrained files
     do not hold it: a BERT that was saved as a masked language model has no pooler.
@@ -26,7 +32,9 @@ class COLASequenceClassifier(LanguageModule):
     Args:
         model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
-        num_labels: how many labels there are.
+        num_labels: how many labels there are; ``null``: as many as ``label_names``, or as the data has. Without either, as the
+            model's own configuration says, which is 2 for one without a head.
+        label_names: the labels in the order of the model's outputs; ``null``: those of the data, in sorted order.
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of :class:`~cola_lightning.modules.COLACausalLM` and
@@ -43,14 +51,92 @@ class COLASequenceClassifier(LanguageModule):
         self,
         model_name: str,
         *,
-        num_labels: int = 2,
+        num_labels: int | None = None,
+        label_names: list[str] | None = None,
         metric: Literal["accuracy", "f1", "matthews_corrcoef"] = "accuracy",
         **pretrained: Any,
     ) -> None:
-        if num_labels < 2:
+        if num_labels is not None and num_labels < 2:
             raise UserError(f"model.num_labels: expected at least 2, received {num_labels}")
-        self.num_labels, self.metric_name = int(num_labels), metric
+        if label_names is not None and (len(set(label_names)) < len(label_names) or len(label_names) < 2):
+            raise UserError(f"model.label_names: expected at least 2 names that differ, received {label_names}")
+        if num_labels is not None and label_names is not None and num_labels != len(label_names):
+            raise UserError(
+                f"model.num_labels: expected {len(label_names)} or null beside model.label_names, received {num_labels}"
+            )
+        self.num_labels, self.metric_name = int(num_labels or len(label_names or ()) or 2), metric
+        self._is_number_given = num_labels is not None
+        self._label_names = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
+        if self._label_names is None and (known := self._labels_of_chain()) is not None:
+            self._set_labels(known)
+
+    # ------------------------------------------------------------------ labels
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The labels in the order of the model's outputs; None while they are not known."""
+        if self._label_names is None and self.is_made and "labels" in self.adapted.chain.base:  # of a checkpoint in Python
+            self._set_labels(self.adapted.chain.base["labels"])
+        return self._label_names
+
+    def settle_labels(self, found: Sequence[str]) -> None:
+        """Takes the labels of the data as the model's, unless it knows which there are.
+
+        Args:
+            found: the data's, in its order; whole numbers as text.
+
+        Raises:
+            UserError: if it was told another number of labels, or was made with one.
+        """
+        if self.label_names is not None:
+            return
+        are_places = set(found) <= set(map(str, range(self.num_labels)))
+        if self._is_number_given and are_places:
+            found = [str(place) for place in range(self.num_labels)]
+        if len(found) < 2:
+            raise UserError(f"model.num_labels: expected at least 2 labels in the data, received {', '.join(found) or 'none'}")
+        if (self._is_number_given or self.is_made) and len(found) != self.num_labels:
+            raise UserError(
+                f"model.num_labels: expected {len(found)}, the data's labels {', '.join(found)}, received {self.num_labels}"
+            )
+        self._set_labels(self._in_models_order(found))
+
+    def _set_labels(self, names: Sequence[str]) -> None:
+        self._label_names = list(names)
+        self._set_number(len(names))
+        if self.is_made:
+            self._describe(self.model.config)
+            self.adapted.chain.base |= self.facts_of_base
+
+    def _set_number(self, num_labels: int) -> None:
+        if num_labels != self.num_labels:
+            self.num_labels = num_labels
+            self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
+
+    def _labels_of_chain(self) -> list[str] | None:
+        """The labels on which the chain was trained that is about to be taken up."""
+        pending = pending_checkpoint()
+        chain = self.first_chain if pending is None else pending.opened.state.chain
+        return None if chain is None else chain.base.get("labels")
+
+    def _in_models_order(self, found: Sequence[str]) -> Sequence[str]:
+        """The same labels in the order of a pretrained head that has them."""
+        if self.pretrained.gguf_file is not None:  # they know none, and a configuration takes seconds
+            return found
+        own = [name for _, name in sorted(self.pretrained.config().id2label.items())]
+        return own if sorted(own) == sorted(found) else found
+
+    def _describe(self, config: Any) -> None:
+        config.id2label = dict(enumerate(self._label_names or ()))
+        config.label2id = {name: place for place, name in config.id2label.items()}
+
+    @property
+    @override
+    def facts_of_base(self) -> dict[str, Any]:
+        return {} if self._label_names is None else {"labels": self._label_names}
+
+    # ------------------------------------------------------------------ model and steps
 
     @override
     def make_metric(self) -> Metric:
@@ -62,11 +148,14 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def model_fields(self) -> dict[str, Any]:
-        return {"num_labels": self.num_labels}
+        return {"num_labels": self.num_labels} if self._is_number_given or self._label_names is not None else {}
 
     @override
     def build_model(self) -> Any:
         model: Any = super().build_model()
+        if self._label_names is not None:
+            self._describe(model.config)
+        self._set_number(int(model.config.num_labels))
         model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
         return model
 
@@ -95,7 +184,18 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         logits = self._logits(batch)
-        return {"prediction": logits.argmax(-1), "target": batch["labels"], "scores": logits.log_softmax(-1)}
+        predicted = logits.argmax(-1)
+        targets = batch.get("labels", torch.full_like(predicted, IGNORE_INDEX))
+        return {"prediction": self._named(predicted), "target": self._named(targets), "scores": logits.log_softmax(-1)}
+
+    def _named(self, places: Tensor) -> Tensor | list[Any]:
+        """Labels by their places: as they are where labels are places or not known, and None for one that is missing."""
+        names = self.label_names or [str(place) for place in range(self.num_labels)]
+        is_missing = places == IGNORE_INDEX
+        if not is_missing.any() and names == [str(place) for place in range(len(names))]:
+            return places
+        values: list[Any] = [int(name) for name in names] if all(map(WHOLE_NUMBER.fullmatch, names)) else names
+        return [None if missing else values[place] for place, missing in zip(places.tolist(), is_missing.tolist(), strict=True)]
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The logits, in float32: rows x labels."""

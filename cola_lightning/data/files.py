@@ -1,0 +1,200 @@
+"""Files of rows: CSV, TSV, JSON Lines, JSON and Parquet; each row knows its file and its line.
+
+CSV and JSON are read by the standard library, not by ``datasets``, which takes a text ``NA`` or ``null`` for a missing one, a
+text that is a date for a date and ``007`` for 7, shifts or drops the cells of a row that has too many, and knows no lines. All
+of a CSV file is text.
+"""
+
+import csv
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.data.row import Row
+from cola_lightning.errors import UserError, one_line, shortened
+
+LONGEST_CELL = 2**31 - 1  # characters; the standard library's own limit is 131,072
+
+Rows = Iterator[tuple[str, Any]]  # each row's place in its file, and its fields
+
+
+def read_file(path: Path) -> list[Row]:
+    """All rows of a file.
+
+    Args:
+        path: it ends in one of :data:`ENDINGS`; all but Parquet may be compressed by gzip, and then end in ``.gz`` too.
+
+    Raises:
+        UserError: for another ending, a file without rows, and a line that cannot be read.
+    """
+    if (ending := ending_of(path.name)) is None:
+        raise UserError(f"data.source: expected a file that ends in {', '.join(ENDINGS)}, received {str(path)!r}")
+    if ending == ".parquet":
+        return _read_parquet(path)
+    rows = []
+    for place, fields in READERS[ending](path):
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, {place}: expected one JSON object, received {shortened(json.dumps(fields))!r}")
+        rows.append(Row(fields, f"{path}, {place}"))
+    if not rows:
+        received = "an empty file" if path.stat().st_size == 0 else "none"
+        raise UserError(f"{path}: expected {EXPECTED[ending]}, received {received}")
+    return rows
+
+
+def ending_of(name: str) -> str | None:
+    """The ending of a file's name that says how it is read, ``.gz`` left out; None if there is none.
+
+    Example:
+        >>> ending_of("train.CSV"), ending_of("my.rows.jsonl.gz"), ending_of("rows.xlsx")
+        ('.csv', '.jsonl', None)
+    """
+    name = name.lower()
+    ending = next((ending for ending in ENDINGS if name.removesuffix(".gz").endswith(ending)), None)
+    return None if ending == ".parquet" and name.endswith(".gz") else ending
+
+
+# ---------------------------------------------------------------------- lines of text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file in UTF-8, their ends included."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path}, line {number}: expected UTF-8, received the byte 0x{byte:02x}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: expected a file that gzip wrote, received another or a damaged one ({error})") from error
+    except OSError as error:
+        raise UserError(f"data.source: expected a file that can be read, received {str(path)!r}: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------- CSV and TSV
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Rows:
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        columns = next(reader, [])
+        _check_columns(path, columns, delimiter)
+        while True:
+            line = reader.line_num + 1
+            if (cells := next(reader, None)) is None:
+                return
+            if cells and len(cells) != len(columns):
+                raise UserError(
+                    f"{path}, line {line}: expected {len(columns)} columns, as in the first line, received {len(cells)}; a "
+                    f"text that holds {delimiter!r} stands in double quotes"
+                )
+            if cells:
+                yield f"line {line}", dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: expected cells in double quotes, or without any, received others ({error})"
+        ) from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_tsv(path: Path) -> Rows:
+    return _read_csv(path, "\t")
+
+
+def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
+    """Refuses a first line that does not name columns, each once."""
+    if not columns:
+        received = "an empty file" if path.stat().st_size == 0 else "an empty line"
+        raise UserError(f"{path}: expected the names of the columns in the first line, received {received}")
+    if twice := [name for k, name in enumerate(columns) if name in columns[:k]]:
+        raise UserError(f"{path}, line 1: expected names of columns that differ, received {twice[0]!r} twice")
+    if len(columns) == 1 and (others := [mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter]):
+        raise UserError(
+            f"{path}, line 1: expected columns separated by {delimiter!r} (.csv: by commas, .tsv: by tabs), received by "
+            f"{others[0]!r}: {shortened(columns[0])!r}"
+        )
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def _read_json_lines(path: Path) -> Rows:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason, start = getattr(error, "msg", "nested too deeply"), shortened(line.rstrip("\r\n"))
+            raise UserError(f"{path}, line {number}: expected one JSON object, received {start!r} ({reason})") from error
+
+
+def _read_json(path: Path) -> Rows:
+    """A list of objects, alone or as the one such list in an object; or JSON Lines, which often have this ending."""
+    text = "".join(_lines(path))
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # behind a first object
+            yield from _read_json_lines(path)
+            return
+        raise UserError(f"{path}, line {error.lineno}: expected JSON, received something else ({error.msg})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: expected a list of objects, received one nested too deeply") from error
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+        if len(lists) != 1:
+            fields = ", ".join(map(repr, value)) or "no field"
+            raise UserError(f"{path}: expected a list of objects, or one in an object, received an object of {fields}")
+        (value,) = lists
+    if not isinstance(value, list):
+        raise UserError(f"{path}: expected a list of objects, received {shortened(json.dumps(value))!r}")
+    for number, fields in enumerate(value, start=1):
+        yield f"row {number}", fields
+
+
+# ---------------------------------------------------------------------- Parquet
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import datasets
+
+    try:  # streaming: no copy of the file in a cache
+        data = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+        names = class_names(data)
+        rows = [Row(fields, f"{path}, row {number}", names) for number, fields in enumerate(data, start=1)]
+    except Exception as error:  # whatever pyarrow makes of the bytes
+        raise UserError(
+            f"{path}: expected a Parquet file, received another or a damaged one ({one_line(str(error))})"
+        ) from error
+    if not rows:
+        raise UserError(f"{path}: expected rows, received none")
+    return rows
+
+
+def class_names(data: Any) -> dict[str, list[str]]:
+    """The names of the classes in those fields of a data set of ``datasets`` that hold classes by their places."""
+    features = getattr(data, "features", None) or {}
+    return {field: list(kind.names) for field, kind in features.items() if hasattr(kind, "names")}
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+}
+ENDINGS = (*READERS, ".parquet")
+EXPECTED = dict.fromkeys(READERS, "one JSON object a line") | {".json": "a list of objects"}
+EXPECTED |= dict.fromkeys((".csv", ".tsv"), "rows below the first line")

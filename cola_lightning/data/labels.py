@@ -1,0 +1,104 @@
+"""Labels of a classifier's rows: names, or whole numbers, as text; which there are, and each one's place among them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cola_lightning.conventions import WHOLE_NUMBER
+from cola_lightning.data.row import Row
+from cola_lightning.errors import UnusableRow, UserError, shortened
+
+MOST_LISTED = 20  # labels in a message
+
+
+def name_of_label(row: Row, field: str) -> str | None:
+    """A row's label as text: a name without blanks around it, a whole number, or the name of a class; None if there is none.
+
+    Raises:
+        UserError: if the field is not there, or holds something else.
+
+    Example:
+        >>> [name_of_label(Row({"label": value}, "here"), "label") for value in (" good ", 3, 1.0, True, "", None, -1)]
+        ['good', '3', '1', '1', None, None, None]
+    """
+    value = _plain(row[field])
+    if value in (None, -1, ""):
+        return None
+    if not isinstance(value, int | str):
+        raise UserError(
+            f"{row.place}: expected a label, text or a whole number, in the field {field!r}, received {shortened(repr(value))}"
+        )
+    names = row.class_names.get(field, [])
+    return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # columns of pandas where some are missing
+        return None if math.isnan(value) else int(value)
+    return value
+
+
+def find_labels(rows: Sequence[Row], field: str) -> list[str]:
+    """The labels that rows have: in the order of their classes where the data tells these, else sorted, numbers by value.
+
+    Args:
+        rows: in which each has a label, but for those that may lack it.
+        field: that holds it.
+
+    Raises:
+        UserError: for the first row without a label, and where some labels are numbers and others are text.
+
+    Example:
+        >>> find_labels([Row({"label": value}, "here") for value in ("10", "9", "9")], "label")
+        ['9', '10']
+    """
+    first: dict[type, Row] = {}
+    found = set()
+    for row in rows:
+        if not row.has_target(field):
+            continue
+        found.add(_present(row, field))
+        first.setdefault(type(_plain(row[field])), row)
+    if len(first) > 1:
+        one, other = first.values()
+        raise UserError(
+            f"{other.place}: expected labels that are all text or all numbers in the field {field!r}, received "
+            f"{other[field]!r}, and {one[field]!r} in {one.place}"
+        )
+    if found and (names := rows[0].class_names.get(field)):
+        return names
+    are_numbers = all(WHOLE_NUMBER.fullmatch(name) for name in found)
+    return sorted(found, key=int) if are_numbers else sorted(found)
+
+
+def _present(row: Row, field: str) -> str:
+    if (name := name_of_label(row, field)) is None:
+        raise UnusableRow(f"{row.place}: expected a label in the field {field!r}, received {row[field]!r}")
+    return name
+
+
+def place_of_label(row: Row, field: str, places: Mapping[str, int]) -> int:
+    """The place of a row's label among those that are known; a number that is none of their names is taken for the place.
+
+    Args:
+        row: it.
+        field: that holds the label.
+        places: those of the labels, by name.
+
+    Raises:
+        UserError: if the label is not known, or there is none.
+    """
+    name = _present(row, field)
+    if name in places:
+        return places[name]
+    value = _plain(row[field])
+    is_number = isinstance(value, int) or WHOLE_NUMBER.fullmatch(value)
+    if is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places)):
+        return int(value)
+    names = [*places]
+    listed = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
+    raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}")

@@ -1,0 +1,99 @@
+"""A row of a data set, which knows where it stands."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cola_lightning.conventions import WHOLE_NUMBER
+from cola_lightning.errors import UnusableRow, UserError, shortened
+
+
+class Row(dict[str, Any]):
+    """A row's fields by name. A field that is asked for and is not there, or holds something else, is the user's mistake.
+
+    One that is empty in this row makes it an :class:`~cola_lightning.errors.UnusableRow`.
+
+    Attributes:
+        place: file and line, or data set and number.
+        class_names: for each field that holds a class by its place, the classes' names, where the data tells them.
+        may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
+
+    Example:
+        >>> Row({"text": "Fine."}, "train.jsonl, line 1").text("text")
+        'Fine.'
+    """
+
+    may_lack_target = False
+
+    def __init__(self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(fields)
+        self.place, self.class_names = place, class_names or {}
+
+    def __missing__(self, field: str) -> Any:
+        fields = ", ".join(repr(shortened(name)) for name in self) or "no field"
+        raise UserError(f"{self.place}: expected the field {field!r}, received {fields}")
+
+    def text(self, field: str) -> str:
+        """A field that holds text."""
+        if not isinstance(value := self[field], str):
+            kind = UnusableRow if value is None else UserError
+            raise kind(f"{self.place}: expected text in the field {field!r}, received {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            message = f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}"
+            raise UnusableRow(message) from error
+        return value
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A field that holds a list of texts, one at least."""
+        values = self[field]
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            kind = UnusableRow if values is None or values == [] else UserError
+            raise kind(f"{self.place}: expected a list of texts in the field {field!r}, received {values!r}")
+        return tuple(Row({field: value}, self.place).text(field) for value in values)
+
+    def inner(self, field: str) -> "Row":
+        """A field that holds fields of its own."""
+        if not isinstance(value := self[field], dict):
+            raise UserError(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
+        return Row(value, self.place)
+
+    def messages(self, field: str) -> list[dict[str, str]]:
+        """A field that holds a conversation: turns of a ``role`` and its ``content``."""
+        turns = self[field]
+        if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
+        inner = [Row(turn, self.place) for turn in turns]
+        return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
+
+    def has_target(self, path: str) -> bool:
+        """Whether a label or an answer is there; true where it may not be missing: reading it then says what is wrong.
+
+        Args:
+            path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 are no target.
+        """
+        if not self.may_lack_target:
+            return True
+        value: Any = self
+        for field in path.split("."):
+            value = value.get(field) if isinstance(value, dict) else None
+        value = value.strip() if isinstance(value, str) else value
+        is_nan = isinstance(value, float) and math.isnan(value)  # as pandas writes what is missing
+        return not is_nan and value not in (None, "", [], -1)
+
+    def label(self, field: str, n_labels: int) -> int | None:
+        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, is a row without a label.
+
+        Returns:
+            The label; None for a row that has none and may lack it.
+        """
+        if not self.has_target(field):
+            return None
+        value = self[field]
+        if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # in a CSV file all is text
+            value = int(value)
+        if not isinstance(value, int) or not 0 <= value < n_labels:
+            kind = UnusableRow if value in (None, -1, "") else UserError
+            raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}")
+        return int(value)

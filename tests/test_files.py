@@ -1,0 +1,359 @@
+"""Any file people have: how its rows are read, which of them are which part, and what is wrong with it in one line."""
+
+import csv
+import gzip
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import transformers
+
+from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning.cli import main
+from cola_lightning.data.rows import draw, read_rows
+from tests import tiny
+from tests.test_language_data import attach
+
+# What spreadsheets and data sets hold, and what readers like to take for something else.
+TEXTS = ["NA", "null", "007", "2020-01-01", 'She said "no", twice', "two\nlines", "café", "", "1e5", "True"]
+ROWS = [{"text": text, "label": ["neg", "pos"][k % 2]} for k, text in enumerate(TEXTS)]
+
+
+def write_csv(path, rows, delimiter=","):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write(path, rows):
+    """The rows in the format that a file's ending names."""
+    path.parent.mkdir(exist_ok=True)
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind in ("csv", "tsv"):
+        write_csv(path, rows, "\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        text = json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+NAMES = ["rows.csv", "rows.tsv", "rows.jsonl", "rows.ndjson", "rows.json", "rows.parquet", "rows.CSV"]
+NAMES += ["rows.csv.gz", "rows.tsv.gz", "rows.jsonl.gz", "rows.json.gz"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
+    write(tmp_path / name.lower(), ROWS)
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    rows = read_rows(str(tmp_path / name), "train")
+    assert rows == ROWS
+    assert all(row.place.startswith(f"{tmp_path / name}, ") for row in rows)
+    if "csv" in name.lower():  # the sixth text takes two lines
+        assert [row.place.rpartition(" ")[2] for row in rows[4:7]] == ["6", "7", "9"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"version": "1.1", "data": ROWS},
+        "".join(json.dumps(row) + "\n" for row in ROWS),  # JSON Lines by another name
+        ROWS,
+    ],
+)
+def test_json_holds_a_list_alone_or_in_an_object_or_lines(tmp_path, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "rows.json").write_text(text)
+    assert read_rows(str(tmp_path / "rows.json"), "train") == ROWS
+
+
+def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
+    assert read_rows(str(tmp_path / "rows.csv"), "train") == [
+        {"text": "fine", "label": "pos"},
+        {"text": "bad", "label": "neg"},
+    ]
+
+
+def test_a_text_may_be_longer_than_the_standard_library_allows(tmp_path):
+    before = csv.field_size_limit()
+    source = write(tmp_path / "rows.csv", [{"text": "long " * 50_000, "label": "pos"}])
+    assert len(read_rows(source, "train")[0]["text"]) == 250_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
+    for k, name in enumerate(["train.csv", "dev.json", "test.parquet"]):
+        write(tmp_path / name, [{"text": f"It was {k}.", "label": "pos"}, {"text": f"Is it {k}?", "label": "neg"}])
+    data = attach(TextDataModule(str(tmp_path)))
+    write(tmp_path / "readme.csv", ROWS)  # no split
+    assert [read_rows(str(tmp_path), split)[0]["text"] for split in ("train", "validation", "test")] == [
+        f"It was {k}." for k in range(3)
+    ]
+    write(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"expected one file train.csv .*, received train.csv, train.jsonl"):
+        data.setup("fit")
+
+
+# ---------------------------------------------------------------------- the parts of one file
+
+
+def labelled(n_rows, shares=(0.9, 0.1)):
+    labels = [name for name, share in zip(("pos", "neg"), shares, strict=True) for _ in range(round(n_rows * share))]
+    return [{"text": f"It was {k}.", "label": label} for k, label in enumerate(labels)]
+
+
+def template(source, **arguments):
+    return attach(TemplateDataModule(source, prompt="{text}", options=[" neg", " pos"], **arguments))
+
+
+def parts(data):
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    return [[row.example.prompt for row in part] for part in (data.train, data.val, data.test)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ({}, [160, 20, 20]),
+        ({"val_size": 0.25, "test_size": 7}, [143, 50, 7]),
+        ({"train_size": 0.5}, [100, 20, 20]),
+        ({"train_size": 30, "val_size": 0.001}, [30, 1, 20]),
+    ],
+)
+def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments, sizes):
+    source = write(tmp_path / "rows.csv", labelled(200))
+    first, again, other = (parts(template(source, split_seed=seed, **arguments)) for seed in (0, 0, 1))
+    assert [len(part) for part in first] == sizes
+    assert len({prompt for part in first for prompt in part}) == sum(sizes)
+    assert first == again
+    assert first[0] != other[0]
+    prompted = PromptDataModule("SST2", write(tmp_path / "sst2.csv", [{"sentence": "a", "label": k % 2} for k in range(200)]))
+    prompted = attach(prompted)
+    prompted.setup("fit")
+    prompted.setup("test")
+    assert [len(part) for part in (prompted.train, prompted.val, prompted.test)] == [160, 20, 20]
+
+
+def test_a_folder_with_one_file_is_split_as_the_file_is(tmp_path):
+    source = write(tmp_path / "rows" / "train.csv", labelled(200))
+    assert parts(template(source)) == parts(template(str(tmp_path / "rows")))
+    write(tmp_path / "rows" / "test.csv", labelled(10))
+    train, val, test = parts(template(str(tmp_path / "rows")))
+    assert [len(train), len(val), len(test)] == [180, 20, 10]
+    write(tmp_path / "rows" / "validation.csv", labelled(30))
+    train, val, test = parts(template(str(tmp_path / "rows")))
+    assert [len(train), len(val), len(test)] == [200, 30, 10]
+    assert train == [row["text"] for row in labelled(200)]  # nothing is drawn
+    assert len(parts(template(str(tmp_path / "rows"), test_split="validation"))[2]) == 30
+
+
+def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path):
+    source = write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}])
+    module = Labelled(source, text_fields="text")
+    data = attach(module)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    counts = [Counter(row["labels"] for row in part) for part in (data.train, data.val, data.test)]
+    assert [[count[0], count[1]] for count in counts] == [[16, 144], [2, 18], [2, 18]]
+    assert [count[2] for count in counts] == [1, 0, 0]  # what is rare is trained on
+
+
+class Labelled(TextClassificationDataModule):
+    """Knows three labels."""
+
+    label_names = ["neg", "pos", "rare"]  # noqa: RUF012
+
+
+def test_groups_are_spread_evenly_and_no_group_is_chance_alone():
+    groups = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    for part, size in zip(draw(range(100), [50, 30, 20], 3, "rows", groups), [50, 30, 20], strict=True):
+        count = Counter(groups[place] for place in part)
+        assert all(abs(count[name] - size * share) <= 1 for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)))
+    assert draw(range(100), [50, 30], 3, "rows") == draw(range(100), [50, 30], 3, "rows", [None] * 100)
+
+
+BAD_SIZES = [
+    ({"val_size": 1.5}, "data.val_size: expected a whole number of rows of at least 1, or a share below 1, received 1.5"),
+    ({"test_size": -0.1}, "data.test_size: expected .*, received -0.1"),
+    ({"train_size": 0}, "data.train_size: expected .*, received 0"),
+    ({"train_size": 190}, r"data.train_size \+ data.val_size \+ data.test_size, of .*rows.csv: .* 190 \+ 20 \+ 20 = 230 rows"),
+    ({"val_size": 0.6, "test_size": 0.6}, r"expected at least 1 \+ 120 \+ 120 = 241 rows, received 200"),
+    ({"test_split": "test"}, "data.test_split: expected null where data.source is a file, .*, received 'test'"),
+    ({"test_split": "test", "test_size": 9}, "data.test_split: expected null beside data.test_size, received 'test'"),
+    ({"subset": "sst2"}, "data.subset: expected null where data.source is .*rows.csv, received 'sst2'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_SIZES)
+def test_sizes_that_cannot_be_are_named(tmp_path, arguments, message):
+    source = write(tmp_path / "rows.csv", labelled(200))
+    with pytest.raises(UserError, match=message):
+        parts(template(source, **arguments))
+    with pytest.raises(UserError, match=r"expected at least 1 \+ 1 \+ 1 = 3 rows, received 2"):
+        parts(template(write(tmp_path / "two.csv", labelled(2, (0.5, 0.5)))))
+
+
+# ---------------------------------------------------------------------- from a file to an exported model
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLASequenceClassifier
+  init_args: {model_name: model, target_modules: [query, value], rank: 2}
+data:
+  class_path: TextClassificationDataModule
+  init_args: {source: reviews.csv, text_fields: text, batch_size: 8}
+chain: {every_n_epochs: 1}
+trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+"""
+VERDICTS = ["positive", "negative", "mixed"]
+
+
+@pytest.fixture
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+    tiny.folder("model", "bert", "AutoModel")
+    rows = [{"id": k, "text": f"It was {VERDICTS[k % 3]}, {k} times.", "label": VERDICTS[k % 3]} for k in range(90)]
+    write(tmp_path / "reviews.csv", rows)
+    write(tmp_path / "new.tsv", [{"text": row["text"]} for row in rows[:5]])
+    Path("config.yaml").write_text(CONFIG)
+
+
+def told(out, beginning):
+    """The command that a line of the output tells, as words."""
+    (line,) = [line for line in out.splitlines() if line.startswith(beginning)]
+    return line.partition(": cola ")[2].partition(" (or")[0].split()
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that_are_told(capfd):
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "reviews.csv: 72 rows for training, 9 for validation and 9 for test, by data.split_seed" in out
+    test = told(out, "use it")
+    assert test[0] == "test"
+    assert main(test) == 0
+    assert main([word.replace("NEW_FILE", "new.tsv") for word in told(out, "new rows")]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["index"], row["target"]) for row in rows] == [(k, None) for k in range(5)]
+    assert {row["prediction"] for row in rows} <= set(VERDICTS)
+
+    expected = dict(enumerate(sorted(VERDICTS)))
+    checkpoint = ["--checkpoint", test[-1]]
+    for format_ in ("merged", "peft", "chain"):
+        assert main(["export", *checkpoint, "--format", format_, "--output", format_]) == 0
+    config = json.loads(Path("merged", "config.json").read_text())
+    assert config["id2label"] == {str(place): name for place, name in expected.items()}
+    assert config["label2id"] == {name: place for place, name in expected.items()}
+    classify = transformers.pipeline("text-classification", model="merged")
+    predicted = classify([f"It was {VERDICTS[k % 3]}, {k} times." for k in range(5)])
+    assert [row["label"] for row in predicted] == [row["prediction"] for row in rows]
+    labels = json.loads(Path("peft", "labels.json").read_text())
+    names = {"id2label": dict(enumerate(labels)), "num_labels": 3}
+    assert transformers.AutoModelForSequenceClassification.from_pretrained("peft", **names).config.id2label == expected
+    assert Chain.load("chain").base["labels"] == labels
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # Lightning's advice about folders that are used again
+def test_what_a_fit_tells_last_fits_a_test_file_without_labels(capfd):
+    rows = read_rows("reviews.csv", "train")
+    write(Path("rows", "train.csv").absolute(), rows)
+    write(Path("rows", "test.csv").absolute(), [{"text": row["text"]} for row in rows[:4]])
+    assert main(["fit", "--config", "config.yaml", "--data.source", "rows"]) == 0
+    predict = told(capfd.readouterr().out, "use it")
+    assert predict[0] == "predict"
+    assert main(predict) == 0
+    assert main(["test", *predict[1:]]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == "error: rows/test.csv, line 2: expected the field 'label', received 'text'"
+
+
+# ---------------------------------------------------------------------- what is wrong with a file
+
+CSV = "text,label\nfine,pos\n"
+BAD = {
+    "empty.csv": ("", "expected the names of the columns in the first line, received an empty file"),
+    "header.csv": ("text,label\n", "expected rows below the first line, received none"),
+    "semicolons.csv": (CSV.replace(",", ";"), r"line 1: expected columns separated by ',' .* received by ';': 'text;label'"),
+    "tabs.csv": (CSV.replace(",", "\t"), r"line 1: expected columns separated by ',' .*, received by '\\t'"),
+    "commas.tsv": (CSV, r"line 1: expected columns separated by '\\t' .*, received by ','"),
+    "twice.csv": ("text,text\na,b\n", "line 1: expected names of columns that differ, received 'text' twice"),
+    "more.csv": (f"{CSV}so, so,neg\n", "line 3: expected 2 columns, as in the first line, received 3; a text that holds"),
+    "all_more.csv": ("text,label\nso, so,neg\n", "line 2: expected 2 columns, as in the first line, received 3"),
+    "fewer.csv": (f"{CSV}fine\n", "line 3: expected 2 columns, as in the first line, received 1"),
+    "quote.csv": (f'{CSV}"fine,pos\n', "expected cells in double quotes, or without any, received others"),
+    "latin.csv": (f"{CSV}café,pos\n".encode("latin-1"), "line 3: expected UTF-8, received the byte 0xe9"),
+    "utf16.csv": (CSV.encode("utf-16"), "line 1: expected UTF-8, received the byte 0xff"),
+    "plain.csv.gz": (CSV, "expected a file that gzip wrote, received another or a damaged one"),
+    "cut.csv.gz": (gzip.compress(CSV.encode() * 99)[:-9], "expected a file that gzip wrote, received another or a damaged one"),
+    "column.csv": ("review,label\nfine,pos\n" * 9, "line 2: expected the field 'text', received 'review', 'label'"),
+    "unlabelled.csv": ("text\nfine\n", "line 2: expected the field 'label', received 'text'"),
+    "some.csv": (f"{CSV}bad,neg\nso,\n", "line 4: expected a label in the field 'label', received ''"),
+    "null.jsonl": ('{"text": "a", "label": null}\n', "line 1: expected a label in the field 'label', received None"),
+    "mixed.jsonl": (
+        '{"text": "a", "label": 1}\n{"text": "b", "label": "pos"}\n',
+        "line 2: expected labels that are all text or all numbers in the field 'label', received 'pos', and 1 in .*line 1",
+    ),
+    "list.jsonl": ('{"text": "a", "label": ["x"]}\n', r"line 1: expected a label, text or a whole number, .* received \['x'\]"),
+    "number.jsonl": (
+        "".join(json.dumps({"text": 3, "label": k % 2}) + "\n" for k in range(9)),
+        r"line \d: expected text in the field 'text', received 3",
+    ),
+    "one.csv": (CSV + "fine,pos\n" * 9, "model.num_labels: expected at least 2 labels in the data, received pos"),
+    "unique.csv": (
+        "text,label\n" + "".join(f"a,{k}\n" for k in range(20)),
+        "data.label_field: expected no more labels than rows of training in 'label', received 20 labels and 16 rows",
+    ),
+    "columns.json": (
+        '{"text": ["a"], "label": ["b"]}',
+        "expected a list of objects, or one in an object, received an object of",
+    ),
+    "broken.json": ('[{"text": "a",\n "label": }]', "line 2: expected JSON, received something else"),
+    "texts.json": ('["a"]', "row 1: expected one JSON object, received"),
+    "blank.json": (" \n", "expected a list of objects, received none"),
+    "broken.parquet": ("PAR1", "expected a Parquet file, received another or a damaged one"),
+    "rows.xlsx": ("PK", r"data.source: expected a file that ends in .csv, .tsv, .*, received '.*rows.xlsx'"),
+}
+
+
+class Learner:
+    """What a classifier knows of its labels, as the data module sees it."""
+
+    label_names = None
+
+    def settle_labels(self, found):
+        if len(found) < 2:
+            raise UserError(f"model.num_labels: expected at least 2 labels in the data, received {', '.join(found)}")
+        self.label_names = found
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_file_is_one_line_that_names_it(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    data = attach(TextClassificationDataModule(str(tmp_path / name), text_fields="text"))
+    module = Learner()
+    module.tokenizer, module.seed = data.trainer.lightning_module.tokenizer, 3
+    data.trainer.lightning_module = module
+    with pytest.raises(UserError, match=message) as caught:
+        data.setup("fit")
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value) or str(caught.value).startswith(("data.label_field", "model.num_labels"))
+
+
+def test_a_name_that_is_no_file_is_not_asked_for_on_the_hub():
+    with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, .* received 'no_such.csv'"):
+        read_rows("no_such.csv", "train")
+    assert not Path("no_such.csv").exists()
