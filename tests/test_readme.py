@@ -83,6 +83,8 @@ def model_and_rows(tmp_path, monkeypatch):
     lines = [json.dumps(row | {"verdict": ("bad", "good")[k % 2]}) for k in range(8)]
     for split in ("train", "validation"):
         (tmp_path / "my_rows" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [f"It was old.,{('bad', 'good')[k % 2]}" for k in range(20)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *rows]) + "\n")
     return tiny.folder(tmp_path / "model", "opt")
 
 
@@ -128,13 +130,15 @@ def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
     (block,) = blocks("README.md", "yaml")
     config = yaml.safe_load(block)
     fields = set(re.findall(r"\{(\w+)\}", config["data"]["init_args"]["prompt"])) | {config["data"]["init_args"]["label"]}
-    (row,) = [json.loads(text) for text in re.findall(r'`(\{"review".*?\})`', README)]
-    assert row.keys() == fields
+    columns = re.search(r"`reviews.csv` with the columns `(\w+)` and `(\w+)`", README)
+    assert set(columns.groups()) == fields
     config["model"]["init_args"] |= {"model_name": model_and_rows, "gguf_file": None}
     (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(config))
     assert main(shlex.split(re.search(r"`cola (fit --config my_task\.yaml)`", README)[1])) == 0
     out = capsys.readouterr().out
-    assert "link 2 live at the end: steps 2 to 3" in out
+    assert "reviews.csv: 16 rows for training, 2 for validation and 2 for test" in out  # 80, 10 and 10 %
+    assert "link 2 live at the end: steps 4 to 6" in out
+    assert "new rows, with or without their labels or answers: cola predict" in out
 
 
 @pytest.mark.parametrize(("page", "block"), all_blocks("yaml"))
@@ -171,9 +175,9 @@ def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
     found = [(page, words) for page, block in all_blocks("bash") for words in commands(block)]
     by_page = {page: sum(where == page for where, _ in found) for page in dict(found)}
-    assert by_page == {"README.md": 5, "docs/checkpoints.md": 8, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
+    assert by_page == {"README.md": 6, "docs/checkpoints.md": 9, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
     for _, words in found:
-        if words[0] in ("inspect", "export"):  # which are run below
+        if words[0] in ("inspect", "export", "generate"):  # which are run below
             continue
         words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words]  # which a fit writes
         words = [word for word in words if word not in ("--model.init_chain", "runs/version_0/checkpoints/last.ckpt")]
@@ -187,7 +191,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["cola"])
     monkeypatch.chdir(tmp_path)
     (lines,) = [commands(block) for block in blocks("docs/checkpoints.md", "bash")]
-    assert len(lines) == 8
+    assert len(lines) == 9
     of_readme = [words for block in blocks("README.md", "bash") for words in commands(block) if words[0] != "fit"]
     assert [words for words in of_readme if words not in lines] == [line for line in of_readme if line[0] == "test"]
     small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
@@ -211,7 +215,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, ca
 @pytest.fixture(scope="module")
 def options():
     """All options of ``cola``, as its help names them."""
-    helps = [["fit", "--help"], ["compare", "--help"], ["inspect", "--help"], ["export", "--help"]]
+    helps = [[name, "--help"] for name in ("fit", "compare", "inspect", "export", "generate", "configs")]
     helps += [["fit", f"--model.help={name}"] for name in ("COLACausalLM", "COLASequenceClassifier")]
     helps += [["fit", f"--data.help={name}"] for name in ("TemplateDataModule", "PromptDataModule", "TextDataModule")]
     found = {"--print_config", "--help", "--model.optimizer.lr"}

@@ -32,7 +32,7 @@ class TokenizedDataModule(EpochDataModule):
         max_length: of a sequence, in tokens; the model's own limit holds too.
         split_seed: which rows are in which part.
         num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
+        length_grouped: training batches of rows of similar length, with little padding, in random order; else rows at random.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class SourceDataModule(TokenizedDataModule):
         test_split: the split that test and predict read; None: ``test`` where a folder has it, else ``validation``.
         split_seed: which rows are drawn.
         num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of like length, so that little is padding; their order is by chance.
+        length_grouped: training batches of rows of similar length, with little padding, in random order; ``false``: rows at
+            random, as in the paper's runs.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class SourceDataModule(TokenizedDataModule):
         test_split: str | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
-        length_grouped: bool = False,
+        length_grouped: bool = True,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
