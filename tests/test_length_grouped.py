@@ -6,7 +6,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, TemplateDataModule
+from cola_lightning import (
+    ChainOfLoRA,
+    COLACausalLM,
+    PromptDataModule,
+    ReviewsDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+)
 from cola_lightning.data.sampling import EpochSampler
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer
@@ -66,3 +74,11 @@ def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
 
     whole = run("whole")
     assert_bit_equal(run("resumed", str(tmp_path / "whole" / "step=13.ckpt")), whole)
+
+
+def test_it_is_the_default_but_for_the_papers_tasks_and_the_generated_reviews():
+    assert TextDataModule("rows").length_grouped
+    assert TextClassificationDataModule("rows").length_grouped
+    assert TemplateDataModule("rows", prompt="{a}", answer="b").length_grouped
+    assert not PromptDataModule("RTE", "rows").length_grouped
+    assert not ReviewsDataModule().length_grouped
