@@ -12,7 +12,7 @@ from cola_lightning.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, opened_checkpoint
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
-from cola_lightning.usage import CHAT_IN_TRAINING
+from cola_lightning.usage import PROMPT_FORMAT
 from cola_lightning.writing import check_free
 
 
@@ -99,7 +99,7 @@ def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
         with loading(opened, options.links):
             module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
         if format_ := opened.state.prompt_format:  # `cola generate` reads it in the tokenizer's configuration
-            module.tokenizer.init_kwargs[CHAT_IN_TRAINING] = format_["chat_template"]
+            module.tokenizer.init_kwargs[PROMPT_FORMAT] = format_
         lines = _export_adapter(options, opened, module) if is_adapter else _export_merged(options, module)
     if format_.get("kind") == "options":
         lines.append(
