@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-CHAT_IN_TRAINING = "trained_with_chat_template"  # in an exported tokenizer's configuration
+PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration: a checkpoint's own
 
 LOAD = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -12,7 +12,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWrite
 from cola_lightning.cli import main
 from cola_lightning.cli.streaming import make_streamer
 from cola_lightning.decoding import Decoding
-from cola_lightning.usage import CHAT_IN_TRAINING
+from cola_lightning.usage import PROMPT_FORMAT
 from tests import tiny
 from tests.toy import trainer
 
@@ -72,7 +72,7 @@ def test_it_prints_what_predict_writes(trained, kind, tmp_path, capfd):
         own = tmp_path / kind
         if not (own / "tokenizer.json").is_file():  # an adapter's, which may lie with its base
             tokenizer = COLACausalLM.load_from_checkpoint(path).tokenizer
-            tokenizer.init_kwargs[CHAT_IN_TRAINING] = torch.load(path)["cola"]["prompt_format"]["chat_template"]
+            tokenizer.init_kwargs[PROMPT_FORMAT] = torch.load(path)["cola"]["prompt_format"]
             tokenizer.save_pretrained(own)
         path = own
     capfd.readouterr()

@@ -54,7 +54,7 @@ def executed(code, **replaced):
 
 
 @pytest.mark.parametrize("kind", DATA)
-def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind):
+def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd):
     name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=512)
     own = tiny.tokenizer()
     own.chat_template = CHAT if "chat" in kind else None
@@ -74,6 +74,12 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind):
     format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
     assert format_["kind"] == kind.split()[0].replace("fixed", "options")
     code = code_of(usage_section(format_, folder=merged))
+    capfd.readouterr()
+    n_new = "50" if kind == "answer" else "16"
+    assert main(["generate", "--checkpoint", merged, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
+    out, err = capfd.readouterr()
+    assert ("trained to choose among options" in err) is ("options" in predictions[0])
+    assert "options" in predictions[0] or out.strip() == predictions[0]["prediction"]
     assert len([line for line in code.splitlines() if line]) <= 16
     code = code.replace("max_new_tokens=256", "max_new_tokens=16")
     executed(code)  # as it stands

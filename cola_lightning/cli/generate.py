@@ -4,7 +4,7 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cola_lightning.chain.checkpoint import opened_checkpoint
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.usage import CHAT_IN_TRAINING
+from cola_lightning.usage import PROMPT_FORMAT
 
 ADAPTER_CONFIG = "adapter_config.json"
 PLACE = "prompt"  # what a prompt that cannot be written in the chat template is called in messages
@@ -96,12 +96,12 @@ def _standard_input() -> str:
 
 @dataclass(frozen=True)
 class Generator:
-    """What generates: a model, its tokenizer, and whether it was trained on prompts in the chat template."""
+    """What generates: of a batch and a streamer; with its tokenizer, and how it was prompted in training."""
 
-    write: Callable[[dict[str, Any], Any], list[str]]  # of a batch and a streamer
+    write: Callable[[dict[str, Any], Any], list[str]]
     tokenizer: Any
     device: Any
-    uses_chat_template: bool
+    prompt_format: Mapping[str, Any]
 
 
 def _loaded(options: Namespace) -> Generator:
@@ -138,11 +138,9 @@ def _of_checkpoint(path: Path, links: int | None) -> Generator:
             raise _generates_nothing(f"{str(path)!r}, of a {found.__name__}")
         with quiet(), loading(opened, links):
             module: Any = COLAModule.load_from_checkpoint(path, links=links)
-    if format_.get("kind") == "options":
-        _note("it was trained to choose among options, not to generate: `cola predict` chooses")
     device = _device()
     module.to(device).eval()
-    return Generator(module.generate, module.tokenizer, device, bool(format_.get("chat_template")))
+    return Generator(module.generate, module.tokenizer, device, format_)
 
 
 def _of_model(folder: Path) -> Generator:
@@ -212,8 +210,8 @@ def _of_plain(model: Any, tokenizer: Any) -> Generator:
         decoding = Decoding(**batch["decoding"])
         return generate_(model, tokenizer, batch, [*ends, *batch["end_tokens"]], decoding, streamer=streamer)
 
-    uses_chat_template = tokenizer.init_kwargs.get(CHAT_IN_TRAINING, tokenizer.chat_template is not None)
-    return Generator(write, tokenizer, device, bool(uses_chat_template))
+    unknown = {"chat_template": tokenizer.chat_template is not None}
+    return Generator(write, tokenizer, device, tokenizer.init_kwargs.get(PROMPT_FORMAT, unknown))
 
 
 def _generates_nothing(received: str) -> UserError:
@@ -236,15 +234,20 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
 
     from cola_lightning.data.chat import assistant_turn, user_turn
 
-    is_chat = model.uses_chat_template if options.chat_template is None else options.chat_template
+    kind, was_chat = model.prompt_format.get("kind"), bool(model.prompt_format.get("chat_template"))
+    is_chat = was_chat if options.chat_template is None else options.chat_template
     if options.chat and options.chat_template is False:
         raise UserError("chat: expected --chat_template true or null beside it, received false")
     if (options.chat or is_chat) and not model.tokenizer.chat_template:
         raise UserError(
             f"{'chat' if options.chat else 'chat_template'}: expected a tokenizer with a chat template, received one without"
         )
-    if options.chat and not is_chat:
+    if kind == "options":
+        _note("it was trained to choose among options, not to generate: `cola predict` chooses")
+    elif options.chat and not was_chat:
         _note("it was not trained on turns in the chat template")
+    if kind == "answer" and not decoding.stop:
+        decoding = replace(decoding, stop=("\n",))  # where the answers that it has learned end
     if options.seed is not None:
         torch.manual_seed(options.seed)
     if not options.chat:
@@ -267,6 +270,7 @@ def _turns(first: str | None) -> Iterator[str]:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            print() if sys.stdin.isatty() else None  # what follows has a line of its own
             return
         if not line.strip():
             return

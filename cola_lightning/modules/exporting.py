@@ -27,7 +27,7 @@ from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.model_card import Card
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
 from cola_lightning.seeding import derive_seed, seeded
-from cola_lightning.usage import CHAT_IN_TRAINING, usage_section
+from cola_lightning.usage import PROMPT_FORMAT, usage_section
 
 
 def export_module(
@@ -74,7 +74,7 @@ def export_module(
     card = Card(module.base_name, chain, module.constructor_arguments, license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
-            module.tokenizer.init_kwargs[CHAT_IN_TRAINING] = prompt_format["chat_template"]
+            module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)
         if format == "merged":
             lines = _merged(module, folder, card, dtype, verify=verify, overwrite=overwrite)
         else:
