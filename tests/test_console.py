@@ -53,6 +53,12 @@ def test_every_subcommand_has_help(capfd):
         assert told(capfd, name, "--help")[0].startswith(f"usage: cola {name}")
 
 
+def test_without_a_subcommand_all_are_named(capfd):
+    assert main([]) == 2
+    line = capfd.readouterr().err
+    assert line == f"error: cola: expected {', '.join(SUBCOMMANDS)}, received none (cola --help describes them)\n"
+
+
 def test_configs_lists_what_is_shipped(capfd):
     lines = told(capfd, "configs")
     names = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")]

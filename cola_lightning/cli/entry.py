@@ -54,29 +54,31 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if words in (["-h"], ["--help"]):
         print(overview())
         return 0
-    if words and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+    if not words:
+        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received none (cola --help describes them)")
+    if not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
         raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]!r}{nearest(words[0], SUBCOMMANDS)}")
-    if words and words[0] == "inspect":
+    if words[0] == "inspect":
         from cola_lightning.cli.inspect import inspect
 
         inspect(words[1:])
         return 0
-    if words and words[0] == "export":
+    if words[0] == "export":
         from cola_lightning.cli.export import export
 
         export(words[1:])
         return 0
-    if words and words[0] == "configs":
+    if words[0] == "configs":
         from cola_lightning.cli.configs import configs
 
         configs(words[1:])
         return 0
-    if words and words[0] == "generate":
+    if words[0] == "generate":
         from cola_lightning.cli.generate import generate
 
         generate(words[1:])
         return 0
-    if words and words[0] == "compare":
+    if words[0] == "compare":
         from cola_lightning.study.command import compare
 
         return compare(words[1:])
