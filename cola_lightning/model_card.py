@@ -54,18 +54,20 @@ class Card:
             license=self.license,
             tags=["lora", "chain-of-lora", "cola_lightning"],
         )
+        links = f"{len(self.chain)} LoRA link{'' if len(self.chain) == 1 else 's'}"
+        name = self.base_name.rstrip("/").rpartition("/")[2].removeprefix("package:")
         usage = self.usage or f"## Use\n\n```python\n{loading.strip()}\n```"
         text = [
             f"---\n{data.to_yaml()}\n---",
-            f"# {self.base_name.rstrip('/').rpartition('/')[2]}, fine-tuned by a chain of LoRA links",
-            f"A {kind} of `{self.base_name}` with {len(self.chain)} LoRA links, written by cola_lightning {__version__}."
+            f"# {name}, fine-tuned by a chain of LoRA links",
+            f"A {kind} of `{self.base_name}` with {links}, written by cola_lightning {__version__}."
             + ("" if self.license else " No license is stated; that of the base applies to its weights."),
             usage,
             f"## Links\n\n{self._table()}" if len(self.chain) else "",
             f"## Training\n\n```yaml\n{self._arguments()}```",
             f"## Citation\n\n```bibtex\n{BIBTEX}\n```",
         ]
-        (folder / CARD_NAME).write_text("\n\n".join(part for part in text if part) + "\n", encoding="utf-8")
+        (folder / CARD_NAME).write_text("\n\n".join(part.strip() for part in text if part) + "\n", encoding="utf-8")
 
     def _table(self) -> str:
         metrics = list(dict.fromkeys(name for link in self.chain.links for name in link.metrics))

@@ -71,7 +71,8 @@ def export_module(
     if format == "chain":
         return export_chain(chain, folder, verify=verify, overwrite=overwrite)
     usage = usage_section(prompt_format or {}, is_adapter=format == "peft") or None
-    card = Card(module.base_name, chain, module.constructor_arguments, license, usage)
+    base_name = module.pretrained.model_name if hasattr(module, "pretrained") else module.base_name
+    card = Card(base_name, chain, module.constructor_arguments, license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
             module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)
@@ -153,7 +154,7 @@ def _adapter(
         modules_to_save=saved,
         max_rank=max_rank,
         tokenizer=tokenizer,
-        card=replace(card, base_name=base_name),
+        card=card,
         labels=module.facts_of_base.get("labels"),
         verify=verify,
         overwrite=overwrite,
