@@ -116,7 +116,6 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(Trainer, "trainer")
         for group, title in TITLES.items():
             (parser.groups or {})[group].title = title
-        parser.set_defaults({"trainer.enable_model_summary": False})  # the module's own line says more
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -205,6 +204,8 @@ class COLACLI(LightningCLI):
         if config.logger in (None, True) and not config.barebones:
             # Lightning's own choice depends on whether tensorboard is installed.
             kwargs["logger"] = CSVLogger(root, name="runs")
+        if config.enable_model_summary is None:  # the module's own line says more
+            kwargs["enable_model_summary"] = False
         kwargs["callbacks"] = callbacks = _as_list(config.callbacks)
         has_bar = config.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not config.barebones and not has_bar:
