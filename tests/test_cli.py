@@ -262,7 +262,7 @@ BAD = [
     ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
     (
         ["fti"],
-        "cola: expected fit, validate, test, predict, compare, inspect, export, received 'fti'; the nearest that exist: fit",
+        "cola: expected fit, validate, test, predict, compare, inspect, export, generate, received 'fti'; the nearest that exist",
     ),
     (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
     (
