@@ -262,7 +262,7 @@ BAD = [
     ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
     (
         ["fti"],
-        "inspect, configs, export, received 'fti'; the nearest that exist: fit",
+        "configs, export, received 'fti'; the nearest that exist: fit",
     ),
     (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
     (
