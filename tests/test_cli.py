@@ -259,7 +259,7 @@ BAD = [
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
     (["fit"], "the following arguments are required: fit.data, fit.model"),
-    ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
+    ([], "export, received none (cola --help describes them)"),
     (
         ["fti"],
         "configs, export, received 'fti'; the nearest that exist: fit",
