@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cola_lightning.lora.layer import low_rank_delta
 from cola_lightning.lora.registry import LoRALinear, adapt_layer, plain_layer
 
 
@@ -130,3 +131,20 @@ def test_a_layer_without_bias_stays_without():
     assert layer.bias is None
     assert plain_layer(layer).bias is None
     assert "rank=1, alpha=1" in repr(layer)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_part_of_an_update_is_the_same_to_the_bit_as_in_the_whole(is_transposed):
+    """However few rows there are: each process of a sharded model computes its own."""
+    generator = torch.Generator().manual_seed(0)
+    for n_out in (1, 5, 7, 17, 24, 100):
+        for n_in in (1, 5, 8, 42, 300):
+            for rank in (1, 3, 8):
+                A, B = torch.randn(rank, n_in, generator=generator), torch.randn(n_out, rank, generator=generator)
+                whole = low_rank_delta(A, B, 1.5, is_transposed=is_transposed)
+                for n_parts in (2, 3, 5):
+                    size = -(-len(whole) // n_parts)
+                    for start in range(0, len(whole), size):
+                        part = slice(start, min(start + size, len(whole)))
+                        mine = low_rank_delta(A, B, 1.5, is_transposed=is_transposed, part=part)
+                        assert torch.equal(mine, whole[part]), (n_out, n_in, rank, part)

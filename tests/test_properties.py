@@ -182,12 +182,13 @@ def test_a_flipped_byte_is_refused_or_unharmed(name, place, mask):
 
 
 @given(st.sampled_from(["chain.json", "chain.safetensors"]), st.floats(0, 1, exclude_max=True))
-def test_a_file_that_ends_early_is_refused(name, share):
+def test_a_file_that_ends_early_is_refused_or_unharmed(name, share):
     def cut(folder):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: int(share * len(data))])
 
-    assert read_after(cut) is None
+    if (chain := read_after(cut)) is not None:  # only white space was cut off
+        assert_same(chain, WHOLE)
 
 
 JSON = st.recursive(

@@ -158,9 +158,7 @@ def _of_adapter(folder: Path) -> Generator:
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, package_folder, with_padding
 
     if importlib.util.find_spec("peft") is None:
-        raise UserError(
-            "checkpoint: expected the package peft beside an adapter, received none: pip install 'cola_lightning[peft]'"
-        )
+        raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
     from peft import PeftModel
 
     config = json.loads((folder / ADAPTER_CONFIG).read_text())

@@ -50,7 +50,7 @@ class LoRAConvolution(LoRALayer):
     @override
     def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float, part: tuple[slice, ...]) -> Tensor:
         rows, *others = part
-        return self._as_kernel(low_rank_delta(lora_A, lora_B[rows], scaling))[:, *others]
+        return self._as_kernel(low_rank_delta(lora_A, lora_B, scaling, part=rows))[:, *others]
 
     def _as_kernel(self, matrix: Tensor) -> Tensor:
         """A matrix of so many rows as the weight of so many output channels: ... x in x kernel."""
