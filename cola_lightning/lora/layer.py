@@ -38,7 +38,7 @@ FinishedLinks = Literal["merge", "stack"]
 LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype")
 
 
-# Products of fewer rows or columns go through other kernels, where a row's rounding follows from its place: seen on CPUs below 8.
+# Products of fewer rows or columns go through kernels in which a row's rounding follows from its place: seen below 8 on a CPU.
 FEWEST = 16
 
 
