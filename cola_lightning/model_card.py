@@ -47,10 +47,9 @@ class Card:
         """
         from huggingface_hub import ModelCardData
 
-        is_adapter = kind.startswith("PEFT")
         data = ModelCardData(
             base_model=self.base_name if hub.is_repo_id(self.base_name) else None,
-            library_name="peft" if is_adapter else "transformers" if "transformers" in loading else None,
+            library_name="peft" if kind.startswith("PEFT") else "transformers",
             license=self.license,
             tags=["lora", "chain-of-lora", "cola_lightning"],
         )

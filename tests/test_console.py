@@ -83,9 +83,10 @@ def test_configs_names_the_nearest_of_an_unknown_one(capfd):
     assert capfd.readouterr().err.startswith("error: names: expected digits, domain_shift,")
 
 
-def test_a_fit_prints_what_is_of_use(capfd):
+def test_a_fit_prints_what_is_of_use(capfd, caplog):
     lines = told(capfd, "fit", "--config", DIGITS, *FAST)
-    text = "\n".join(lines)
+    text = "\n".join([*lines, caplog.text])  # Lightning logs its own lines
+    assert "GPU available" in text
     assert "model: 330 of 9,300 parameters are trained (3.55%), link 0 of rank 1 and alpha 1 on 3 layers" in lines
     for noise in ("FLOPs", "Tip", "TPU", "v_num"):
         assert noise not in text

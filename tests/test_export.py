@@ -50,14 +50,10 @@ def module_of(folder, architecture, **arguments):
     return COLACausalLM(tiny.folder(folder, architecture), **arguments)
 
 
-def whole_chain(module):
-    return Chain([*module.chain.links, module.live_link()], module.chain.base)
-
-
 def as_adapter(module, folder, **arguments):
     arguments = {"base_name": module.base_name, "modules_to_save": module.modules_to_save} | arguments
     probe = export.make_probe(module.model)
-    return export.export_adapter(whole_chain(module), module.merged_model(0), folder, probe, **arguments)
+    return export.export_adapter(module.full_chain(), module.merged_model(0), folder, probe, **arguments)
 
 
 def difference(mine, theirs):
@@ -265,7 +261,7 @@ def test_a_zero_update_is_compressed_without_an_error():
 def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, max_rank):
     module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
     says = as_adapter(module, tmp_path / "peft", max_rank=max_rank)
-    chain, closest = whole_chain(module), module.merged_model(0)
+    chain, closest = module.full_chain(), module.merged_model(0)
     for name, line in zip(chain.layers, says[:-2], strict=True):
         update = chain.delta(name).double()
         u, values, v = torch.linalg.svd(update, full_matrices=False)
@@ -470,7 +466,7 @@ def write(request, tmp_path):
     def write(folder, probe=probe, **how):
         if request.param == "merged":
             return export.export_merged(module.merged_model(), folder, probe, **how)
-        chain = whole_chain(module)
+        chain = module.full_chain()
         return export.export_adapter(chain, module.merged_model(0), folder, probe, base_name="base", **how)
 
     write.format = request.param
@@ -552,7 +548,7 @@ def test_an_export_is_silent_and_leaves_transformers_as_it_was(tmp_path, capsys)
     model, base, probe = module.merged_model(), module.merged_model(0), export.make_probe(module.model)
     capsys.readouterr()
     export.export_merged(model, tmp_path / "merged", probe, tokenizer=module.tokenizer)
-    export.export_adapter(whole_chain(module), base, tmp_path / "peft", probe, base_name="base")
+    export.export_adapter(module.full_chain(), base, tmp_path / "peft", probe, base_name="base")
     assert capsys.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -641,7 +637,7 @@ def test_a_chain_by_the_command(trained, links, tmp_path, capsys):
     assert command("--checkpoint", trained.path, "--format", "chain", "--output", tmp_path / "out", *words) == 0
     n = 3 if links is None else links
     assert f"{n} links; loaded again, their factors are the same to the bit" in capsys.readouterr().out
-    chain, whole = Chain.load(tmp_path / "out"), whole_chain(trained.module)
+    chain, whole = Chain.load(tmp_path / "out"), trained.module.full_chain()
     assert len(chain) == n
     assert chain.is_beginning_of(whole)
     assert chain.base == whole.base
@@ -1047,7 +1043,7 @@ def test_peft_gives_the_logits_of_a_module_with_convolutions(tmp_path, capsys, a
     assert difference(module.merged_model(0)(x), expected) > 1e-3
     again = read_chain(str(tmp_path / "peft"), None, "adapter")
     assert [link.rank for link in again.links] == [4, 2, 3][:links]
-    torch.testing.assert_close(again.delta("0"), whole_chain(module).truncate(links).delta("0"))
+    torch.testing.assert_close(again.delta("0"), module.full_chain().truncate(links).delta("0"))
 
 
 def test_a_recompressed_adapter_of_convolutions_is_of_the_rank_asked_for(tmp_path, capsys):
@@ -1113,7 +1109,7 @@ def norm_as_adapter(folder, **arguments):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * parameter.requires_grad)
     probe = export.make_probe(module.model, module.example_input_array)
     how = {"base_name": "base", "modules_to_save": module.modules_to_save}
-    export.export_adapter(whole_chain(module), module.merged_model(0), folder, probe, **how)
+    export.export_adapter(module.full_chain(), module.merged_model(0), folder, probe, **how)
     return module
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from cola_lightning.chain.checkpoint import opened_checkpoint
+from cola_lightning.chain.folder import JSON_NAME
+from cola_lightning.chain.peft import CONFIG_NAME
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.usage import PROMPT_FORMAT
 
-ADAPTER_CONFIG = "adapter_config.json"
 PLACE = "prompt"  # what a prompt that cannot be written in the chat template is called in messages
 
 
@@ -31,8 +32,8 @@ def generate(words: Sequence[str]) -> None:
         UserError: for what is written wrong, and for a model that does not generate.
     """
     options = _parser().parse_args(list(words))
-    decoding = Decoding(*(getattr(options, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_p")))
-    decoding = Decoding(**decoding.to_dict() | {"stop": tuple(options.stop)})
+    how = {name: options[name] for name in ("max_new_tokens", "do_sample", "temperature", "top_p")}
+    decoding = Decoding(**how, stop=tuple(options.stop))
     decoding.check()
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise UserError(f"seed: expected a whole number from 0 to 2**32 - 1, received {options.seed}")
@@ -110,11 +111,11 @@ def _loaded(options: Namespace) -> Generator:
         return _of_checkpoint(path, options.links)
     if options.links is not None:
         raise UserError(f"links: expected none beside an export, whose links are merged, received {options.links}")
-    if (path / ADAPTER_CONFIG).is_file():
+    if (path / CONFIG_NAME).is_file():
         return _of_adapter(path)
     if (path / "config.json").is_file():
         return _of_model(path)
-    what = "a chain folder, whose base is elsewhere" if (path / "chain.json").is_file() else "which is neither"
+    what = "a chain folder, whose base is elsewhere" if (path / JSON_NAME).is_file() else "which is neither"
     raise UserError(
         "checkpoint: expected a checkpoint file, or the folder of a merged model or of a PEFT adapter, "
         f"received {str(path)!r}, {what}"
@@ -161,7 +162,7 @@ def _of_adapter(folder: Path) -> Generator:
         raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
     from peft import PeftModel
 
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = json.loads((folder / CONFIG_NAME).read_text())
     if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
         raise _generates_nothing(f"{str(folder)!r}, an adapter of the task {task}")
     name, gguf_file = config["base_model_name_or_path"], None

@@ -284,8 +284,7 @@ class COLACLI(LightningCLI):
             and is_overridden("test_step", model)
         ):
             commands.insert(0, "test")
-        can_be_predicted = getattr(data, "can_be_predicted", True)
-        if can_be_predicted and is_overridden("predict_dataloader", data) and is_overridden("predict_step", model):
+        if is_overridden("predict_dataloader", data) and is_overridden("predict_step", model):
             commands.insert(0 if self._is_generative or "test" not in commands else len(commands), "predict")
         return commands
 

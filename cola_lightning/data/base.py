@@ -89,7 +89,6 @@ class EpochDataModule(LightningDataModule, ABC):
         val: rows of validation.
         test: rows of test, and of predict.
         length_grouped: whether a training batch has rows of like length.
-        can_be_predicted: whether there is something to predict for a row.
         can_be_tested: whether the rows of test have what they are measured by.
 
     Args:
@@ -106,7 +105,6 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
-    can_be_predicted = True
 
     @property
     def can_be_tested(self) -> bool:  # noqa: D102  # an attribute, above
