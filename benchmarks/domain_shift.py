@@ -16,11 +16,12 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cola_lightning.cli import main as cola
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import at_best_rates, read
-from cola_lightning.study.table import summarize
+from cola_lightning.study.table import shown_difference, shown_test, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "domain_shift"
@@ -37,6 +38,7 @@ class Stage:
         seeds: how many.
         rates: those of each method.
         tuning_seeds: by how many seeds rates are compared.
+        scope: ``run``: one decay over the run, with a short warm-up after each knot; ``link``: warm-up and decay in each link.
     """
 
     rank: int
@@ -44,11 +46,12 @@ class Stage:
     seeds: int
     rates: dict[str, list[float]] = field(hash=False)
     tuning_seeds: int = 1
+    scope: Literal["run", "link"] = "run"
 
     @property
     def folder(self) -> Path:
         """Of the study."""
-        return FOLDER / f"rank-{self.rank}-steps-{self.steps}"
+        return FOLDER / f"rank-{self.rank}-steps-{self.steps}{'' if self.scope == 'run' else '-decay-in-each-link'}"
 
     @property
     def words(self) -> list[str]:
@@ -58,6 +61,8 @@ class Stage:
         options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": f"{{{rates}}}"}
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
+        if self.scope == "link":
+            of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
         named = [[word for name, value in part.items() for word in (f"--{name}", str(value))] for part in (options, of_fit)]
         return ["compare", *named[0], "--", *named[1]]
 
@@ -67,15 +72,20 @@ NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
 RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8")}
+LINK_1 = {name: [2e-2] for name in ("cola-4", "cola-16")}
+LINK_8 = {name: [1e-2] for name in ("cola-4", "cola-8")}
 FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}
 
 STAGES = [
     Stage(1, 800, 1, RANK_1),
-    Stage(8, 3200, 1, RANK_8),
     Stage(1, 800, 3, RANK_1),
+    Stage(1, 800, 1, LINK_1, scope="link"),
+    Stage(8, 3200, 1, RANK_8),
+    Stage(8, 3200, 1, LINK_8, scope="link"),
     Stage(8, 3200, 2, RANK_8),
-    Stage(1, 800, 3, RANK_1 | FULL | SUM),
+    Stage(1, 800, 3, LINK_1, scope="link"),
     Stage(8, 3200, 3, RANK_8),
+    Stage(1, 800, 3, RANK_1 | FULL | SUM),
     Stage(8, 3200, 3, RANK_8 | FULL),
     Stage(1, 800, 5, RANK_1 | FULL | SUM),
     Stage(8, 3200, 5, RANK_8 | FULL),
@@ -86,7 +96,7 @@ STAGES = [
 
 def studies() -> list[Stage]:
     """The last stage of each study that has lines, by rank and steps."""
-    found = {stage.folder: stage for stage in STAGES if (stage.folder / "results.jsonl").exists()}
+    found = {stage.folder: stage for stage in STAGES if stage.scope == "run" and (stage.folder / "results.jsonl").exists()}
     return sorted(found.values(), key=lambda stage: (stage.rank, stage.steps))
 
 
@@ -94,14 +104,11 @@ def rows() -> list[list[str]]:
     """What README's table says: a row a method of each study, from the lines that are there."""
     table = []
     for stage in studies():
-        results = read(stage.folder / "results.jsonl")
-        for row in summarize(at_best_rates(results, "min", range(stage.tuning_seeds))):
-            test = "" if row.test is None else f"{row.test:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
-            difference = "" if row.difference is None else f"{row.difference:+.3f}"
-            if row.low is not None and row.high is not None:
-                difference += f" [{row.low:+.3f}, {row.high:+.3f}]"
-            place = f"rank {stage.rank}, {stage.steps:,} steps"
-            table.append([place, NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), test, difference])
+        place = f"rank {stage.rank}, {stage.steps:,} steps"
+        results = at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds))
+        for row in summarize(results):
+            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
+            table.append([place, *cells])
     return table
 
 

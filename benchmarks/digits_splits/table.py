@@ -6,7 +6,7 @@ python benchmarks/digits_splits/table.py
 from pathlib import Path
 
 from cola_lightning.study.results import at_best_rates, read
-from cola_lightning.study.table import summarize
+from cola_lightning.study.table import shown_difference, shown_test, summarize
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
@@ -19,12 +19,8 @@ def rows() -> list[list[str]]:
     table = []
     for path in sorted(HERE.glob("rank-*/results.jsonl")):
         for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
-            test = "" if row.test is None else f"{row.test:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
-            difference = "" if row.difference is None else f"{row.difference:+.3f}"
-            if row.low is not None and row.high is not None:
-                difference += f" [{row.low:+.3f}, {row.high:+.3f}]"
-            place = path.parent.name.replace("-", " ")
-            table.append([place, NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), test, difference])
+            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
+            table.append([path.parent.name.replace("-", " "), *cells])
     return table
 
 

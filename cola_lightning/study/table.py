@@ -108,14 +108,24 @@ HEADINGS = ["method", "rank", "links", "learning rate", "seeds", "validation", "
 HEADINGS += ["s", "MB", "trained"]
 
 
+def shown_test(row: Row, digits: int = 4) -> str:
+    """The result on test as text: ``1.8230 ± 0.0027``, or that it diverged."""
+    if row.test is None:
+        return "diverged"
+    deviation = "" if row.deviation is None else f" ± {row.deviation:.{digits}f}"
+    return f"{row.test:.{digits}f}{deviation}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+
+def shown_difference(row: Row, digits: int = 4) -> str:
+    """The difference to LoRA as text: ``-0.0599 [-0.0661, -0.0536]``; empty where there is none."""
+    if row.difference is None:
+        return ""
+    interval = "" if row.low is None or row.high is None else f" [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+    return f"{row.difference:+.{digits}f}{interval}"
+
+
 def _cells(row: Row) -> list[str]:
     """A row as text, under HEADINGS."""
-    test = "diverged" if row.test is None else f"{row.test:.4f}" + ("" if row.deviation is None else f" ± {row.deviation:.4f}")
-    if row.test is not None and row.diverged:
-        test += f" ({row.diverged} diverged)"
-    difference = "" if row.difference is None else f"{row.difference:+.4f}"
-    if row.low is not None and row.high is not None:
-        difference += f" [{row.low:+.4f}, {row.high:+.4f}]"
     return [
         row.method,
         "" if row.rank is None else str(row.rank),
@@ -123,8 +133,8 @@ def _cells(row: Row) -> list[str]:
         f"{row.learning_rate:g}",
         str(row.seeds),
         "" if row.validation is None else f"{row.validation:.4f}",
-        test,
-        difference,
+        shown_test(row),
+        shown_difference(row),
         f"{row.seconds:.0f}",
         f"{row.peak_memory:.0f}",
         f"{row.trainable_parameters:,}",

@@ -1,0 +1,76 @@
+"""The paper's main table in small: LoRA and a chain of two links (3 and 2 epochs) on six of its tasks, with SmolLM2-135M.
+
+    python benchmarks/paper_table.py
+
+runs ``cola compare`` on ``configs/smollm2.yaml`` with the paper's settings (the commands below, which it prints), on one CPU
+thread; each task's study is a folder of ``benchmarks/paper_table``, with a line a run in ``results.jsonl``. The rows are the
+protocol's: at most 1,000 for training, 500 for validation, 1,000 for test, from $COLA_DATA_DIR or the hub. A second call does
+what is missing. A run of CB takes about six minutes, one of RTE about half an hour.
+
+    python benchmarks/paper_table.py --table
+
+prints the rows of docs/results.md, from the lines that are there.
+"""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from cola_lightning.cli import main as cola
+from cola_lightning.study.results import at_best_rates, read
+from cola_lightning.study.table import shown_difference, shown_test, summarize
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+FOLDER = HERE / "paper_table"
+CONFIG = HERE.parent / "configs" / "smollm2.yaml"
+
+TASKS = ["CB", "COPA", "WSC", "SST2", "WIC", "RTE"]  # the quickest first
+NAMES = {"lora": "LoRA", "cola": "2 links"}
+SEEDS, TUNING_SEEDS = 3, 1
+
+# Of each run: the paper's numbers of rows and epochs, and one decay of the rate over the run. The accuracy on validation, which
+# chooses the rate, is measured once, at the end.
+OF_FIT = {"data.train_size": "null", "data.val_size": "null", "data.test_size": "null"}
+OF_FIT |= {"chain.every_n_train_steps": "null", "chain.at_epochs": "[3]", "trainer.max_epochs": "5"}
+OF_FIT |= {"model.schedule_scope": "run", "model.knot_warmup_steps": "0.03", "model.optimizer.weight_decay": "0"}
+OF_FIT |= {"trainer.gradient_clip_val": "1", "trainer.check_val_every_n_epoch": "5", "trainer.num_sanity_val_steps": "0"}
+
+
+def words(task: str, seeds: int) -> list[str]:
+    """What follows ``cola``."""
+    options = {"config": CONFIG, "output": FOLDER / task.lower(), "metric": "val_accuracy", "methods": "[lora, cola]"}
+    options |= {"learning_rates": "[1e-3, 5e-4]", "seeds": seeds, "tuning_seeds": TUNING_SEEDS}
+    named = [[word for name, value in part.items() for word in (f"--{name}", str(value))] for part in (options, OF_FIT)]
+    return ["compare", *named[0], "--", "--data.task", task, *named[1]]
+
+
+def rows() -> list[list[str]]:
+    """A row a method of each task, from the lines that are there."""
+    table = []
+    for task in TASKS:
+        if not (path := FOLDER / task.lower() / "results.jsonl").exists():
+            continue
+        for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
+            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
+            table.append([task, *cells])
+    return table
+
+
+def main() -> None:
+    """Runs what is missing, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    if not parser.parse_args().table:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for seeds in (1, SEEDS):
+            for task in TASKS:
+                print(shlex.join(["cola", *words(task, seeds)]), flush=True)
+                if (status := cola(words(task, seeds))) != 0:
+                    raise SystemExit(status)
+    for row in rows():
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
