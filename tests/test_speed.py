@@ -1,12 +1,14 @@
 """What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from cola_lightning.data.encoding import encode_responses
 from tests import tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -80,3 +82,19 @@ def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bas
     assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
     computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6
     assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)
+
+
+def test_both_commands_train_on_the_same_sequences(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    peft_trainer = importlib.import_module("peft_trainer")
+    pairs = [
+        ("A film with great actors. It was", " great"),
+        ("Is the town old?\n", "Yes"),
+        ("The cat sat on", " the mat. It was"),
+    ]
+    rows = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+    (path := tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    tokenizer = tiny.tokenizer()
+    ours = encode_responses(tokenizer, pairs, 64, ["", "", ""])
+    theirs = [{name: row[name] for name in ("input_ids", "labels")} for row in peft_trainer.Instructions(path, tokenizer)]
+    assert theirs == ours

