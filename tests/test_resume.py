@@ -4,13 +4,14 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cola_lightning import EpochDataModule, LastCheckpoint, LoRALayer, UserError
 from tests.toy import Toy, assert_bit_equal, toy, trainer, weights
@@ -26,6 +27,18 @@ class Data(EpochDataModule):
         x, y = (torch.randn(44, size, generator=generator) for size in (8, 6))
         self.train, self.val = TensorDataset(x[:32], y[:32]), TensorDataset(x[32:], y[32:])
         self.test = self.val
+
+
+class Stateful(LightningDataModule):
+    """The same rows by torchdata's loader, whose state Lightning stores."""
+
+    def train_dataloader(self):
+        (data := Data(batch_size=4)).setup("fit")
+        return StatefulDataLoader(data.train, batch_size=4, shuffle=True)
+
+    def val_dataloader(self):
+        (data := Data(batch_size=4)).setup("fit")
+        return DataLoader(data.val, batch_size=4)
 
 
 class Normed(Toy):
@@ -171,6 +184,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, options,
             assert first == {place: all_[place] for place in first}, stop
         was_left = stop != ("batch_end", 23) or "limit_val_batches" not in options
         assert_same_state(last(folder / "resumed" if was_left else folder), last(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_run_with_torchdatas_loader_goes_on_too(tmp_path, accumulated):
+    def run(folder, **options):
+        seed_everything(5)
+        return fit(folder, data=Stateful(), accumulate_grad_batches=accumulated, **options)
+
+    whole, expected, _ = run(tmp_path / "whole")
+    # An order that begins anew is drawn from the global generator: at an epoch's end, and before its first optimizer step.
+    for stop in FEW[1:-1] if accumulated == 3 else FEW[:-1]:
+        folder = tmp_path / f"{stop}"
+        run(folder, stop=stop)
+        module, after, _ = run(folder / "resumed", ckpt_path=last(folder))
+        assert_bit_equal(weights(module), weights(whole))
+        for second, all_ in zip(after.all, expected.all, strict=True):
+            assert second == {place: all_[place] for place in second}, stop
 
 
 def test_a_run_that_stacks_its_links_in_half_precision_goes_on_too(tmp_path):

@@ -24,7 +24,7 @@ from cola_lightning.lora.inject import lora_layers, shortened
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
 from cola_lightning.modules.optimization import check_trained_whole
-from cola_lightning.modules.rewind import align_logged_step
+from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.sharded import processes, tensors
@@ -87,6 +87,9 @@ class ChainGuard(Callback):
         self._buffer_names = sorted(self.module.trained_state.values().keys() - set(parameters))
         self.module.run_state.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
+        self.module.run_state.window = beginning_window(
+            trainer, trainer.fit_loop.epoch_loop.batch_idx + 1
+        )  # 0, but where it resumes inside an epoch
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
         self._error = None
@@ -137,6 +140,10 @@ class ChainGuard(Callback):
         module.link_plan.reserve(module.adapted, module.link + len(lengths))
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.module.run_state.window = beginning_window(trainer, 0)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             state = self.module.trained_state.values() if self._buffer_names else {}
@@ -152,8 +159,12 @@ class ChainGuard(Callback):
         self._batch.enter_context(seeded(derive_seed(self.module.seed, *place)))
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._batch.close()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
             tensors.share_(state[name] for name in self._buffer_names if name.startswith("model."))

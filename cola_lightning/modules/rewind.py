@@ -10,37 +10,77 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; thi
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.distributed.checkpoint.stateful import Stateful
 
 Progress = dict[str, Any]
 
 EPOCHS, BATCHES, VALIDATION = "epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
+LOADERS = "combined_loader"
 
 
-def rewound_progress(checkpoint: Mapping[str, Any], trainer: Trainer, *, is_validating: bool) -> tuple[Progress, int | None]:
+@dataclass(frozen=True)
+class Window:
+    """What a run needs to begin an accumulation window anew, beside counters and weights.
+
+    Attributes:
+        epoch: of the window.
+        batch_idx: its first batch in the epoch.
+        loaders: the states of the training data loaders before that batch was fetched, of those that have a state.
+    """
+
+    epoch: int
+    batch_idx: int
+    loaders: list[dict[str, Any]]
+
+
+def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
+    """The window whose first batch comes next.
+
+    Args:
+        trainer: whose fit it is of.
+        batch_idx: of that batch in the epoch.
+    """
+    # Those that Lightning asks, in its order; a loader of this package has an empty state.
+    loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
+    return Window(trainer.current_epoch, batch_idx, [copy.deepcopy(loader.state_dict()) for loader in loaders])
+
+
+def rewound_progress(
+    checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
+) -> tuple[Progress, int | None]:
     """The counters of a fit as its resume needs them, by Lightning's names; those of validation where they are others.
 
     Args:
         checkpoint: what Lightning is about to write.
         trainer: whose fit it is of.
+        window: the accumulation window that has begun, or begins with the next batch.
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
         The counters, and the batch of the epoch at which the run will go on, where it has begun with that batch; else None.
+        With such a batch, and loaders that have a state, the counters hold these states, too.
     """
     given = checkpoint["loops"]["fit_loop"]
     counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
     batch_idx = _rewind(counters, trainer, is_validating=is_validating)
     if counters[VALIDATION] == given[VALIDATION]:
         del counters[VALIDATION]
+    if window is not None and any(window.loaders) and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
+        counters[LOADERS] = window.loaders
     return counters, batch_idx
 
 
 def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:
     """Has Lightning go on from :func:`rewound_progress`."""
-    checkpoint["loops"]["fit_loop"].update(counters)
+    given = checkpoint["loops"]["fit_loop"]
+    given.update({name: value for name, value in counters.items() if name != LOADERS})
+    if LOADERS in counters:
+        given["state_dict"][LOADERS] = counters[LOADERS]
 
 
 def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:
