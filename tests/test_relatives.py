@@ -173,19 +173,6 @@ def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"trained_factors": "A"}, r"model\.trained_factors: expected both, B, random, received 'A'"),
-        ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state: expected a share from 0 to 1, received 2"),
-    ],
-    ids=str,
-)
-def test_rules_that_cannot_be_are_refused(arguments, message):
-    with pytest.raises(UserError, match=message):
-        toy(**arguments)
-
-
-@pytest.mark.parametrize(
     ("name", "links", "rule"),
     [
         ("rac", 10, {"trained_factors": "random"}),

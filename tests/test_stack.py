@@ -366,12 +366,6 @@ def test_a_base_that_is_kept_is_stacked_on_as_it_is(tmp_path):
     assert torch.equal(other.model(x), module.model(x))
 
 
-@pytest.mark.parametrize("value", ["merged", "", None])
-def test_an_unknown_mode_is_refused(value):
-    with pytest.raises(UserError, match=r"model\.finished_links: expected merge or stack, received"):
-        toy(finished_links=value)
-
-
 def test_norms_and_reports_are_of_the_chain(tmp_path, caplog):
     caplog.set_level("INFO")
     module = fit(tmp_path)
