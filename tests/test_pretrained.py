@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import modeling_gguf_pytorch_utils as gguf
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, HubError, UserError, hub
 from cola_lightning.modules.pretrained import Pretrained
@@ -55,6 +56,20 @@ def test_a_package_holds_a_model():
     assert (files.folder / GGUF).is_file()
     tokenizer = files.tokenizer()
     assert tokenizer.decode(tokenizer("It was great")["input_ids"]) == "It was great"
+
+
+def test_a_gguf_file_is_read_without_the_bar_of_transformers(tmp_path, capfd):
+    theirs = gguf.tqdm
+    assert "tqdm" in gguf.load_gguf_checkpoint.__code__.co_names
+
+    class Reader:
+        def from_pretrained(self, *_, **__):
+            return list(gguf.tqdm(range(3), desc="Converting and de-quantizing GGUF tensors..."))
+
+    (tmp_path / "x.gguf").touch()
+    assert Pretrained(str(tmp_path), gguf_file="x.gguf").load(Reader()) == [0, 1, 2]
+    assert capfd.readouterr() == ("", "")
+    assert gguf.tqdm is theirs
 
 
 def test_a_file_that_is_not_there_is_named_beside_those_that_are(folder, tmp_path):

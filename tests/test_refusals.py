@@ -94,8 +94,9 @@ def test_a_refusal_names_its_field_and_what_was_expected_and_received(place, mes
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=[f"{row.do.__name__}: {row.field}" for row in REFUSALS])
-def test_what_is_written_wrong_is_refused_in_these_words(row, tmp_path, monkeypatch):
+def test_what_is_written_wrong_is_refused_in_these_words(row, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "cola_lightning")  # and back, after a command that sets it
     with pytest.raises(UserError) as caught:
         row.provoke()
     assert re.fullmatch(re.escape(row.message).replace(r"\.\.\.", ".+"), str(caught.value)), str(caught.value)
