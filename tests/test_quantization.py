@@ -267,7 +267,7 @@ def test_every_precision_trains_wide_links(base, tmp_path, architecture, precisi
     assert {layer.stack.A.dtype for layer in layers} == {computes_in}
     assert {factor.dtype for layer in layers for factor in (layer.lora_A, layer.lora_B)} == {wide}
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
-    assert all(link.norm() > 0.1 for link in [*module.chain.links, module.live_link()])
+    assert all(link.norm() > 0.1 for link in module.full_chain().links)
     assert {"train_loss", "val_loss"} <= module.trainer.callback_metrics.keys()
     assert all(torch.isfinite(value) for value in module.trainer.callback_metrics.values())
     merged = module.merged_model()

@@ -65,7 +65,7 @@ def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
     trainer(tmp_path, watch, chain={"every_n_train_steps": 2}, max_epochs=2).fit(module, batches())
     frozen = [frozen_factor(trained, 0, link) for link in range(10)]
     assert trained != "random" or set(frozen) == {"A", "B"}
-    for link, which in zip([*module.chain.links, module.live_link()], frozen, strict=True):
+    for link, which in zip(module.full_chain().links, frozen, strict=True):
         for name, (lora_A, lora_B) in link.factors.items():
             was_A, was_B = starts[link.index][name]
             assert torch.equal(lora_A, was_A) == (which == "A")
