@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from cola_lightning import Chain, ChainOfLoRA
+from cola_lightning import ChainOfLoRA
 from cola_lightning.examples.byte_gpt import next_byte_loss
 from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
 
@@ -125,7 +125,7 @@ def train(name: str, links: int, rank: int, rate: float) -> None:
         enable_progress_bar=False,
     )
     trainer.fit(module, datamodule=data)
-    Chain([*module.chain.links, module.live_link()], module.chain.base).save(FOLDER / name, overwrite=True)
+    module.full_chain().save(FOLDER / name, overwrite=True)
     names = list(dict.fromkeys(name for row in watched.rows for name in row))
     with (FOLDER / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

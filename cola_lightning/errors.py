@@ -47,11 +47,11 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}" if near else ""
 
 
-def shortened(text: str, length: int = 40) -> str:
+def shortened_text(text: str, length: int = 40) -> str:
     """The beginning of a long text, for messages.
 
     Example:
-        >>> shortened("a long text", 8)
+        >>> shortened_text("a long text", 8)
         'a lon...'
     """
     return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,12 +151,17 @@ def quiet() -> Iterator[None]:
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # What peft imports: on a CPU it recommends a package of kernels, whether or not anything is quantised.
+    bitsandbytes = getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(ERROR)
     try:
         with warnings.catch_warnings():
             # peft 0.21 asks each model for it (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
+        bitsandbytes.setLevel(level)
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

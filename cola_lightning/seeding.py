@@ -8,6 +8,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from cola_lightning.errors import UserError
+
+
+def check_seed(field: str, seed: int | None) -> None:
+    """Refuses a number that the global generators cannot be seeded with; None is no seed.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"{field}: expected a whole number from 0 to 2**32 - 1, received {seed}")
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cola_lightning import Chain, ChainOfLoRA, COLAModule, lora_layers
+from cola_lightning import ChainOfLoRA, COLAModule, lora_layers
 from cola_lightning.chain.codec import CHECKPOINT, FOLDER
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -58,7 +58,7 @@ def main():
         fill(module.model[4].weight, link)
         if link < 2:
             module.tie_knot(rank=rank, alpha=alpha)
-    chain = Chain([*module.chain.links, module.live_link()], module.chain.base)
+    chain = module.full_chain()
     chain.save(FIXTURES / f"chain-{FOLDER.version}", overwrite=True)
     write_logits(module, FIXTURES / f"chain-{FOLDER.version}.logits.json")
     module = Trained(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)

@@ -170,9 +170,7 @@ def exported(request, tmp_path):
         module = COLACausalLM(tiny.folder(tmp_path / "base"), **how)
     tiny.three_links(module)
     facts = [{"start_step": 0, "end_step": 7, "metrics": {"val_loss": 0.5}}, {"start_step": 7, "end_step": 9}, {}]
-    links = [
-        type(link)(**vars(link) | fact) for link, fact in zip([*module.chain.links, module.live_link()], facts, strict=True)
-    ]
+    links = [type(link)(**vars(link) | fact) for link, fact in zip(module.full_chain().links, facts, strict=True)]
     chain = Chain(links, module.chain.base)
     how = {"base_name": module.base_name, "modules_to_save": module.modules_to_save}
     export.export_adapter(chain, module.merged_model(0), tmp_path / "peft", export.make_probe(module.model), **how)

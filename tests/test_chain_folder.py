@@ -127,24 +127,6 @@ def test_a_chain_of_another_base_is_refused_by_name():
         module.configure_model()
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (3, r"received 3 in .*: a newer release is needed"),
-        (0, r"received 0 in .*: it is damaged, or another program's"),
-        (None, r"received none in .*: it is damaged, or another program's"),
-        ("1", r"received '1' in .*: it is damaged, or another program's"),
-        (True, r"received True in .*: it is damaged, or another program's"),
-    ],
-)
-def test_a_newer_version_is_told_from_what_is_none(tmp_path, version, message):
-    Chain([make_link(0, 2)]).save(tmp_path / "chain")
-    path = tmp_path / "chain" / "chain.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
-    with pytest.raises(UserError, match=f"^chain: expected format version 1 or 2, .*{message}$"):
-        Chain.load(tmp_path / "chain")
-
-
 def test_an_older_version_is_told_from_a_newer_one():
     for version, needed in ((1, "an older"), (2, "an older"), (4, "a newer")):
         with pytest.raises(UserError, match=f"received {version} in here: {needed} release is needed$"):

@@ -349,14 +349,6 @@ def test_a_knot_leaves_the_float32_precision_as_it_was():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"rank": 3}, "expected 1 to 2"), ({"alpha": 0}, "above 0, received 0")])
-def test_a_knot_refuses_a_rank_or_alpha_that_cannot_be(arguments, message):
-    module = toy()
-    with pytest.raises(UserError, match=message):
-        module.tie_knot(**arguments)
-    assert module.link == 0
-
-
 def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
     class AtOddSteps(ChainOfLoRA):
         asked = ()
@@ -412,25 +404,6 @@ def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
 class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
         return itertools.cycle((x[0], y[0]) for x, y in batches())
-
-
-@pytest.mark.parametrize(
-    ("module", "chain", "arguments", "message"),
-    [
-        ({}, {"ranks": [2, 3]}, {}, r"chain\.ranks: expected at most 2, which is model\.rank, received 3"),
-        ({}, {"every_n_epochs": 1, "ranks": [2, 1]}, {}, r"chain\.ranks: expected 3 entries, .* received 2"),
-        ({}, {"every_n_epochs": 1, "alphas": [2.0]}, {}, r"chain\.alphas: expected 3 entries, .* received 1"),
-        ({"target_modules": None}, {"every_n_epochs": 1}, {}, r"model\.target_modules: expected layers .* received null"),
-        ({"warmup_steps": 11}, {"every_n_epochs": 1}, {}, r"warmup_steps: expected at most 10, .* received 11"),
-        ({}, {}, {"max_epochs": -1, "max_time": {"minutes": 1}}, r"lr_schedule: expected constant .* received linear"),
-        ({"lr_schedule": "constant", "warmup_steps": 0.1}, {}, {"max_epochs": -1}, r"received a warm-up of 0\.1"),
-    ],
-    ids=str,
-)
-def test_what_cannot_go_well_is_refused_before_training(tmp_path, module, chain, arguments, message):
-    module = toy(**module)
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path, chain=chain, **{"max_epochs": 3} | arguments).fit(module, batches())
 
 
 def test_endless_data_wants_a_constant_rate_or_max_steps(tmp_path):

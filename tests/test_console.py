@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_a_fit_prints_what_is_of_use(capfd, caplog):
     for noise in ("FLOPs", "Tip", "TPU", "v_num"):
         assert noise not in text
     assert "link 1, epoch 1/1" in text
+
+
+def test_a_short_run_is_given_no_advice_on_logging(capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        told(capfd, "fit", "--config", DIGITS, *FAST, "--trainer.log_every_n_steps", "1000")
+    assert [str(warning.message) for warning in caught if "logging interval" in str(warning.message)] == []
 
 
 def test_lightnings_summary_is_printed_where_it_is_asked_for(capfd):

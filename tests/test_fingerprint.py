@@ -34,7 +34,7 @@ def trained(tmp_path):
     run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
     run.fit(module, batches())
     run.save_checkpoint(tmp_path / "run.ckpt")
-    Chain([*module.chain.links, module.live_link()], module.chain.base).save(tmp_path / "chain")
+    module.full_chain().save(tmp_path / "chain")
     return tmp_path
 
 

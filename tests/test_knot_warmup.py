@@ -3,7 +3,6 @@
 import pytest
 from torch.optim import SGD, AdamW
 
-from cola_lightning import UserError
 from tests.test_chain_of_lora import Watch
 from tests.test_resume import ARGUMENTS, FEW, Normed, fit, last
 from tests.toy import assert_bit_equal, batches, toy, trainer, weights
@@ -48,19 +47,3 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_rates(tmp_path):
         resumed, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=module())
         assert_bit_equal(weights(resumed), weights(whole))
         assert before.rates | after.rates == expected.rates, stop
-
-
-@pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
-def test_a_warm_up_that_cannot_be_is_refused(value):
-    with pytest.raises(UserError, match=r"model\.knot_warmup_steps: expected a number of steps, or a share below 1, received"):
-        toy(schedule_scope="run", knot_warmup_steps=value)
-
-
-def test_a_schedule_for_each_link_has_its_own_warm_up(tmp_path):
-    with pytest.raises(UserError, match=r"knot_warmup_steps: expected 0 with model\.schedule_scope link, .* received 3"):
-        toy(knot_warmup_steps=3)
-
-
-def test_a_link_shorter_than_its_warm_up_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"knot_warmup_steps: expected at most 6, the steps of the shortest link .* received 7"):
-        rates(tmp_path, {"every_n_train_steps": 6}, knot_warmup_steps=7)

@@ -292,30 +292,6 @@ def test_a_blank_line_at_the_end_and_a_byte_order_mark_are_nothing_to_stumble_ov
     ]
 
 
-BAD_FILES = [
-    (b'{"sentence": "\\ud800", "label": 1}\n', "validation.jsonl, line 1: expected text .* received half a character"),
-    (b"[" * 100_000 + b"\n", "validation.jsonl, line 1: expected one JSON object"),
-    (None, r"data.source: expected one file validation.csv \(or .tsv, .*\) in .*, received train.jsonl"),
-    (b"", "validation.jsonl: expected one JSON object a line, received an empty file"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": "f\xffine", "label": 1}\n', "validation.jsonl, line 2: .* the byte 0xff"),
-    (b'{"sentence": "fine", "label": 1}\n{"sentence": \n', "validation.jsonl, line 2: expected one JSON object, received"),
-    (b"[1]\n", r"validation.jsonl, line 1: expected one JSON object, received '\[1\]'"),
-    (b'{"text": "fine"}\n', "validation.jsonl, line 1: expected the field 'sentence', received 'text'"),
-    (b'{"sentence": "fine", "gold": 1}\n', "validation.jsonl, line 1: .* field 'label', received 'sentence', 'gold'"),
-    (b'{"sentence": "fine", "label": 2}\n', "validation.jsonl, line 1: expected a label from 0 to 1 .* 'label', received 2"),
-    (b'{"sentence": null, "label": 1}\n', "validation.jsonl, line 1: expected text in the field 'sentence', received None"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
-    source = write(tmp_path / "own", "train", [])
-    if content is not None:
-        (tmp_path / "own" / "validation.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        attach(PromptDataModule("SST2", source, test_size=1)).setup("test")
-
-
 RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
 TWICE = {"entities": ["Al", "Al"]}
 LONG = {"query": "@placeholder left " * 40}
@@ -529,25 +505,3 @@ def test_a_part_is_drawn_once():
     draw(rows, [10], 0, "rows")
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-
-
-@pytest.mark.parametrize(
-    ("cls", "arguments", "message"),
-    [
-        (PromptDataModule, {"task": "SST2", "max_length": 1}, "data.max_length: expected at least 2 tokens, received 1"),
-        (PromptDataModule, {"task": "SST2", "train_size": 0}, "data.train_size: .* received 0"),
-        (PromptDataModule, {"task": "SST2", "eval_batch_size": 0}, "data.eval_batch_size: .* received 0"),
-        (ReviewsDataModule, {"split_seed": -1}, "data.split_seed: .* received -1"),
-        (TextDataModule, {"source": "x", "val_size": 0}, "data.val_size: .* received 0"),
-    ],
-)
-def test_numbers_that_cannot_be(cls, arguments, message):
-    with pytest.raises(UserError, match=message):
-        cls(**arguments)
-
-
-def test_a_module_without_a_tokenizer_is_named():
-    data = ReviewsDataModule()
-    data.trainer = SimpleNamespace(lightning_module=object())
-    with pytest.raises(UserError, match="model: expected a module with a tokenizer, received object"):
-        data.setup("fit")

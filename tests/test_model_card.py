@@ -110,9 +110,7 @@ def test_another_base_in_the_folder_is_refused(packaged, tmp_path):
 @pytest.mark.parametrize(
     ("format_", "given", "says"),
     [
-        ("merged", {"base_folder": "there"}, "base_folder: expected --format peft beside it, received merged"),
         ("peft", {"base_folder": "out/base"}, "base_folder: expected a folder apart from the output"),
-        ("peft", {"dtype": "float16"}, "dtype: expected --format merged beside it, received peft"),
     ],
 )
 def test_options_that_do_not_go_together(module, tmp_path, monkeypatch, format_, given, says):

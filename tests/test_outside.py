@@ -61,7 +61,7 @@ def assert_same_head(module, head):
 
 def test_each_link_records_it(trained):
     module, heads = trained
-    for link, head in zip([*module.chain.links, module.live_link()], heads[1:], strict=True):
+    for link, head in zip(module.full_chain().links, heads[1:], strict=True):
         assert sorted(link.outside) == sorted(NAMES)
         for name in NAMES:
             assert torch.equal(link.outside[name], head[name.removeprefix("head.")])
@@ -80,7 +80,7 @@ def test_a_checkpoint_gives_it_as_it_was_after_any_link(trained, tmp_path, links
 @pytest.mark.parametrize("source", ["run.ckpt", "chain"])
 def test_another_run_begins_with_it(trained, tmp_path, source, links):
     module, heads = trained
-    Chain([*module.chain.links, module.live_link()], module.chain.base).save(tmp_path / "chain")
+    module.full_chain().save(tmp_path / "chain")
     second = toy(Headed, init_chain=str(tmp_path / source), init_links=links)
     second.configure_model()
     assert_same_head(second, heads[links])

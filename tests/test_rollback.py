@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import Chain, COLAModule, UserError, lora_layers
+from cola_lightning import COLAModule, UserError, lora_layers
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 3, "alpha": 4, "seed": 0}
@@ -59,7 +59,7 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
     if how == "by hand":
         first.tie_knot(rank=2)
     if how == "init_chain":
-        Chain([*first.chain.links, first.live_link()], first.chain.base).save(tmp_path / "chain")
+        first.full_chain().save(tmp_path / "chain")
         second = make(Watched, init_chain=str(tmp_path / "chain"))
     else:
         second = first

@@ -366,17 +366,11 @@ def test_a_base_that_is_kept_is_stacked_on_as_it_is(tmp_path):
     assert torch.equal(other.model(x), module.model(x))
 
 
-@pytest.mark.parametrize("value", ["merged", "", None])
-def test_an_unknown_mode_is_refused(value):
-    with pytest.raises(UserError, match=r"model\.finished_links: expected merge or stack, received"):
-        toy(finished_links=value)
-
-
 def test_norms_and_reports_are_of_the_chain(tmp_path, caplog):
     caplog.set_level("INFO")
     module = fit(tmp_path)
     told = [record.args[5] for record in caplog.records if "update norm" in record.msg]
-    assert told == [pytest.approx(link.norm()) for link in [*module.chain.links, module.live_link()]]
+    assert told == [pytest.approx(link.norm()) for link in module.full_chain().links]
     deltas = [low_rank_delta(*module.chain.links[0].factors[name], 2.0) for name in ("0", "2")]
     assert told[0] == pytest.approx(math.hypot(*(float(delta.norm()) for delta in deltas)), rel=1e-5)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cola_lightning import Example, UserError
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS, find_task
 
@@ -262,75 +261,9 @@ def test_real_rows_make_the_prompts_of_the_table(task):
         assert [example.options[place] for place in example.accepted or [example.answer]] == right
 
 
-RECORD = {"passage": "A.", "query": "@placeholder left", "entities": ["Al", "Di"], "answers": ["Di"]}
-BAD = [
-    ("SST2", {"label": 1}, r"expected the field 'sentence', received 'label'"),
-    ("SST2", {"sentence": "Fine.", "label": 2}, r"expected a label from 0 to 1 in the field 'label', received 2"),
-    (
-        "CB",
-        {"premise": "A.", "hypothesis": "B.", "label": -1},
-        r"expected a label from 0 to 2 in the field 'label', received -1",
-    ),
-    ("BoolQ", {"passage": "A.", "question": "Is it"}, r"expected the field 'label', received 'passage', 'question'"),
-    ("BoolQ", {"passage": "A.", "question": "Is it", "answer": "yes"}, r"from 0 to 1 in the field 'answer', received 'yes'"),
-    ("WSC", {"text": "A.", "span1_text": "A", "label": 1}, r"expected the field 'span2_text', received 'text', 'span1_text'"),
-    ("MultiRC", {"paragraph": "A.", "question": "B?", "answer": None}, r"expected text in the field 'answer', received None"),
-    ("COPA", {"premise": "A.", "question": "reason"}, r"expected cause or effect in the field 'question', received 'reason'"),
-    (
-        "COPA",
-        {"premise": "A.", "question": "cause", "choice1": "It was.", "choice2": "it was.", "label": 0},
-        r"expected options that differ, received 'it was\.' twice",
-    ),
-    ("ReCoRD", RECORD | {"answers": ["Bo"]}, r"expected answers among the entities, received \('Bo',\)"),
-    ("ReCoRD", RECORD | {"answers": []}, r"expected a list of texts in the field 'answers', received \[\]"),
-    ("ReCoRD", RECORD | {"entities": []}, r"expected a list of texts in the field 'entities', received \[\]"),
-    ("ReCoRD", RECORD | {"entities": "Di"}, r"expected a list of texts in the field 'entities', received 'Di'"),
-    ("ReCoRD", RECORD | {"query": "She left"}, r"expected options that differ, received ' She left' twice"),
-    ("SQuAD", {"title": "T", "context": "C", "question": "Q", "answers": {"text": []}}, r"list of texts in the field 'text'"),
-    ("SQuAD", {"title": "T", "context": "C", "question": "Q", "answers": ["A"]}, r"expected an object in the field 'answers'"),
-    (
-        "DROP",
-        {"passage": "P", "question": "Q", "answers_spans": {"spans": [3]}},
-        r"expected text in the field 'spans', received 3",
-    ),
-    ("DROP", {"context": "P", "question": "Q"}, r"expected the field 'passage', received 'context', 'question'"),
-]
-
-
-@pytest.mark.parametrize(("task", "row", "message"), BAD)
-def test_a_bad_row_is_named_in_one_line(task, row, message):
-    with pytest.raises(UserError, match=r"^train\.jsonl, line 7: .*" + message) as caught:
-        TASKS[task].example(Row(row, "train.jsonl, line 7"))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "answer", "message"),
-    [
-        ((), 0, r"expected options to choose from, received none"),
-        (("Yes", "No", "Yes"), 0, r"expected options that differ, received 'Yes' twice"),
-        (("Yes", "No"), 2, r"expected the place of one of 2 options as the answer, received 2"),
-        (("Yes", "No"), -1, r"expected the place of one of 2 options as the answer, received -1"),
-    ],
-)
-def test_an_example_has_options_that_differ_and_one_that_is_right(options, answer, message):
-    with pytest.raises(UserError, match=message):
-        Example("Is it?", options, answer)
-
-
-def test_a_task_is_found_in_any_case_and_a_misspelt_one_gets_the_nearest():
+def test_a_task_is_found_in_any_case():
     assert find_task("boolq") is TASKS["BoolQ"]
-    with pytest.raises(UserError, match=rf"data\.task: expected {', '.join(TASKS)}, received 'BoolG'; the nearest.*: BoolQ$"):
-        find_task("BoolG")
 
 
-def test_rows_say_what_they_lack():
-    row = Row({"text": 3, "label": 4, "gold": True}, "train.jsonl, line 7")
-    for ask, message in [
-        (lambda: row.text("sentence"), "expected the field 'sentence', received 'text', 'label', 'gold'"),
-        (lambda: row.text("text"), "expected text in the field 'text', received 3"),
-        (lambda: row.label("label", 2), "expected a label from 0 to 1 in the field 'label', received 4"),
-    ]:
-        with pytest.raises(UserError, match="train.jsonl, line 7: " + message):
-            ask()
-    assert row.label("gold", 2) == 1
+def test_true_is_the_label_1():
+    assert Row({"gold": True}, "here").label("gold", 2) == 1

@@ -15,12 +15,7 @@ from cola_lightning.data.chat import encode_conversations
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
-CHAT = (
-    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}]\n{{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
-)
-CHANGING = "{% for turn in messages %}{{ loop.length }}{{ turn['content'] }}{% endfor %}"
-ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user comes first') }}{% endif %}" + CHAT
+CHAT = tiny.CHAT
 
 
 def tokenizer(architecture="llama", chat=None, **arguments):
@@ -215,22 +210,6 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
         examples([{"prompt": "It", "response": long}], tmp_path, own, cls=TextDataModule, max_length=30)
 
 
-UNLIKELY = [
-    ({"max_new_tokens": 0}, r"data\.max_new_tokens: expected a whole number of at least 1, received 0"),
-    ({"do_sample": True, "temperature": 0.0}, r"data\.temperature: expected a number above 0, received 0\.0"),
-    ({"do_sample": True, "top_p": 1.5}, r"data\.top_p: expected a probability above 0, 1 at most, received 1\.5"),
-    ({"temperature": 0.7}, r"data\.temperature: expected data\.do_sample true beside it, .* received 0\.7 alone"),
-    ({"top_p": 0.7}, r"data\.top_p: expected data\.do_sample true beside it"),
-    ({"stop": ["\n", ""]}, r"data\.stop: expected texts of at least one character"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), UNLIKELY, ids=lambda value: str(value))
-def test_a_way_of_generating_that_cannot_be_is_one_line(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        TextDataModule(str(tmp_path), **options)
-
-
 def test_a_long_text_loses_its_beginning_and_keeps_its_option(tmp_path):
     long = {"text": "The river is long. " * 5264, "label": 0, "messages": [MESSAGES[1], {"role": "assistant", "content": "No"}]}
     assert len(long["text"]) > 100_000
@@ -273,92 +252,7 @@ def test_a_tokenizer_without_padding_or_beginning_of_sentence(tmp_path):
         examples([ROW], tmp_path, own, prompt="{empty}", **FIXED)
 
 
-FIELDS = "'text', 'size', 'share', 'label', 'by', 'all', 'answers', 'gold', 'empty', 'none'"
-MISTAKES = [
-    ({"prompt": "{txt}", **FIXED}, rf"line 1: expected the field 'txt', received {FIELDS}"),
-    ({"prompt": "{by.nme}", **FIXED}, r"line 1: expected the field 'nme', received 'name', 'town'"),
-    ({"prompt": "{text.old}", **FIXED}, r"line 1: expected an object in the field 'text'"),
-    ({"prompt": "{none}", **FIXED}, r"line 1: expected text in the field 'none', received None"),
-    ({"prompt": "{by}", **FIXED}, r"line 1: expected text in the field 'by', received \{"),
-    ({"prompt": "Is it?", "options": ["no", "{txt}"]}, r"line 1: expected the field 'txt', received 'text'"),
-    ({"prompt": "Is it?", "options": "al"}, r"line 1: expected the field 'al', received 'text'"),
-    ({"prompt": "Is it?", "options": "text"}, r"line 1: expected a list of texts in the field 'text'"),
-    ({"prompt": "Is it?", "label": "lbl", **FIXED}, r"line 1: expected the field 'lbl', received 'text'"),
-    ({"prompt": "Is it?", "answer": "answers.txt"}, r"line 1: expected the field 'txt', received 'text'"),
-    ({"prompt": "Is it?", "answer": "none"}, r"line 1: expected a list of texts in the field 'none', received None"),
-    (
-        {"prompt": "{text", **FIXED},
-        r"data\.prompt: expected text with fields in braces \(\{\{ for a brace\), received '\{text'",
-    ),
-    ({"prompt": "text}", **FIXED}, r"data\.prompt: expected text with fields in braces .* received 'text\}'"),
-    ({"prompt": "{}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces, received '\{\}'"),
-    ({"prompt": "{size:03d}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
-    ({"prompt": "{text!r}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
-    ({"prompt": "{all[0]}", **FIXED}, r"data\.prompt: expected the names of fields alone in braces"),
-    ({"prompt": "Is\nit?", "options": ["{", "a"]}, r"data\.options: expected text with fields in braces .* received '\{'"),
-    ({"prompt": "Is it?"}, r"data\.options, data\.answer: expected options to choose from, or the field of an answer, neither"),
-    ({"prompt": "Is it?", "answer": "gold", **FIXED}, r"data\.options, data\.answer: .*, or the field of an answer, both"),
-    ({"prompt": "Is it?", "options": []}, r"data\.options: expected at least one, received none"),
-    ({"prompt": "Is it?", "options": [""], "label": "empty"}, r"line 1: expected options that add tokens to the prompt"),
-    (
-        {"prompt": "Is it?", "options": ["a", "b"], "label": "gold"},
-        r"expected one of the options \['a', 'b'\] .* 'gold', .* 'blue'",
-    ),
-    (
-        {"prompt": "Is it?", "options": ["a", "b"], "label": "size"},
-        r"expected a label from 0 to 1 in the field 'size', received 3",
-    ),
-    ({"prompt": "Is it?", "options": ["a", "b"], "label": "share"}, r"expected a label from 0 to 1 in the field 'share'"),
-    ({"prompt": "Is it?", "options": ["a", "a"]}, r"line 1: expected options that differ, received 'a' twice"),
-    ({"prompt": "Is it?", "options": ["{gold}", "blue"]}, r"line 1: expected options that differ, received 'blue' twice"),
-    ({"prompt": "Is it?", "answer": "gold", "loss": "options"}, r"data\.loss: expected null or answer .* received options"),
-    ({"prompt": "Is it?", "loss": "both", **FIXED}, r"data\.loss: expected .*, received 'both'"),
-    ({"prompt": "Is it?", "metric": "bleu", **FIXED}, r"data\.metric: expected accuracy, f1, .* options, received 'bleu'"),
-    (
-        {"prompt": "Is it?", "answer": "gold", "metric": "accuracy"},
-        r"data\.metric: expected f1, exact_match or null",
-    ),
-    (
-        {"prompt": "Is it?", "options": "all", "metric": "f1"},
-        r"data\.metric: expected accuracy or null where the options are a field",
-    ),
-    ({"prompt": "Is it?", "apply_chat_template": True, **FIXED}, r"expected a tokenizer with a chat template"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_a_mistake_is_one_line(tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message) as caught:
-        examples([ROW], tmp_path, **arguments)
-    assert "\n" not in str(caught.value)
-
-
 USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No"}
-BAD_MESSAGES = [
-    ([USER, ASSISTANT], None, r"expected a tokenizer with a chat template"),
-    ([USER], CHAT, r"line 1: expected a turn of the role assistant, received \['user'\]"),
-    ([USER, ASSISTANT, USER], CHAT, r"line 1: expected the assistant's turn as the last one"),
-    ([USER, ASSISTANT, USER, ASSISTANT], CHANGING, r"line 1: expected a chat template that writes turn after turn"),
-    ([], CHAT, r"line 1: expected a list of turns with role and content in 'messages', received \[\]"),
-    ("Old?", CHAT, r"line 1: expected a list of turns with role and content in 'messages', received 'Old\?'"),
-    ([USER, {"role": "assistant"}], CHAT, r"line 1: expected the field 'content', received 'role'"),
-    ([USER, {"role": "assistant", "content": None}], CHAT, r"line 1: expected text in the field 'content', received None"),
-    ([ASSISTANT, USER], CHAT, r"line 1: expected a conversation that somebody else begins"),
-    (
-        [{"role": "system", "content": "Be brief."}, USER, ASSISTANT],
-        ALTERNATING,
-        r"line 1: expected turns that the chat template can write, received: ",
-    ),
-]
-
-
-@pytest.mark.parametrize(("messages", "chat", "message"), BAD_MESSAGES)
-def test_a_conversation_that_cannot_be_is_one_line(tmp_path, messages, chat, message):
-    with pytest.raises(UserError, match=message) as caught:
-        examples([{"messages": messages}], tmp_path, tokenizer(chat=chat), cls=TextDataModule)
-    assert "\n" not in str(caught.value)
-
-
 CONFIG = """
 seed_everything: 0
 model:

@@ -24,6 +24,11 @@ TEXT = [
     "The capital of the country is the largest town, and the town is old. Is the town old?",
 ] * 3
 
+CHAT = (
+    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}]\n{{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
 SIZES = {"vocab_size": 400, "max_position_embeddings": 64}
 BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

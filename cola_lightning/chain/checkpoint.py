@@ -214,6 +214,23 @@ class CheckpointState:
         return cls(**given | read)
 
 
+def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
+    """Refuses a checkpoint that does not hold all that its module was made with.
+
+    Args:
+        arguments: how the module was made, of a checkpoint.
+        method: of the module, that does in Python what is refused.
+
+    Raises:
+        UserError: naming the first argument that is missing.
+    """
+    if arguments["not_plain"]:
+        raise UserError(
+            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
+            f"{arguments['not_plain'][0]!r}: load it in Python, and call its {method}()"
+        )
+
+
 def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
     """The chain of a checkpoint: its finished links, and the live one as it stood.
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from typing_extensions import override
@@ -20,6 +21,8 @@ from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_
 
 # Lines of Lightning's that tell nothing of the run.
 NOISE = ("💡 Tip:", "TPU available:", "HPU available:")
+# Its advice for short runs, whose metrics each validation logs anyway.
+ADVICE = "The number of training batches .* is smaller than the logging interval"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -127,7 +130,9 @@ def _logging() -> Iterator[None]:
     package.setLevel(logging.INFO)
     lightnings.addFilter(_is_of_the_run)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ADVICE)
+            yield
     finally:
         lightnings.removeFilter(_is_of_the_run)
         package.removeHandler(handler)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, opened_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments, opened_checkpoint
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
 
@@ -85,11 +85,7 @@ def _export_chain(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
 
 def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
     arguments = opened.state.module
-    if arguments["not_plain"]:
-        raise UserError(
-            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
-            f"{arguments['not_plain'][0]!r}: load it in Python, and call its export()"
-        )
+    check_arguments(arguments, "export")
     if options.format == "peft" and opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cola_lightning.chain.checkpoint import opened_checkpoint
+from cola_lightning.chain.checkpoint import check_arguments, opened_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
+from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 
 PLACE = "prompt"  # what a prompt that cannot be written in the chat template is called in messages
@@ -35,8 +36,7 @@ def generate(words: Sequence[str]) -> None:
     how = {name: options[name] for name in ("max_new_tokens", "do_sample", "temperature", "top_p")}
     decoding = Decoding(**how, stop=tuple(options.stop))
     decoding.check()
-    if options.seed is not None and not 0 <= options.seed < 2**32:
-        raise UserError(f"seed: expected a whole number from 0 to 2**32 - 1, received {options.seed}")
+    check_seed("seed", options.seed)
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: expected text, by --prompt or on standard input, received none")
@@ -125,11 +125,7 @@ def _loaded(options: Namespace) -> Generator:
 def _of_checkpoint(path: Path, links: int | None) -> Generator:
     with opened_checkpoint(path) as opened:
         arguments, format_ = opened.state.module, opened.state.prompt_format
-        if arguments["not_plain"]:
-            raise UserError(
-                f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
-                f"{arguments['not_plain'][0]!r}: load it in Python, and call its generate()"
-            )
+        check_arguments(arguments, "generate")
         from cola_lightning.export import quiet
         from cola_lightning.modules import COLACausalLM, COLAModule, find_class
         from cola_lightning.modules.pending import loading

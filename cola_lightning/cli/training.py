@@ -41,6 +41,7 @@ from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.pending import loading
+from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes
 
 log = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class COLACLI(LightningCLI):
             if not isinstance(value := self._get(self.config, group), Namespace):
                 raise UserError(f"{group}: expected options, each with its value, received {value!r}")
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-            raise UserError(f"seed_everything: expected a whole number from 0 to 2**32 - 1, received {seed}")
+        if not isinstance(seed, bool):
+            check_seed("seed_everything", seed)
         self._open_checkpoint()
         self._check_links()
         self._warn_of_base()

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from cola_lightning.data.sampling import DealingSampler, EpochSampler
 from cola_lightning.errors import UserError
-from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.seeding import check_seed, derive_seed, seeded
 
 
 def batches_done(trainer: Trainer | None) -> int:
@@ -115,8 +115,7 @@ class EpochDataModule(LightningDataModule, ABC):
         check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
         if num_workers < 0:
             raise UserError(f"data.num_workers: expected a whole number of at least 0, received {num_workers}")
-        if not 0 <= split_seed < 2**32:
-            raise UserError(f"data.split_seed: expected a whole number from 0 to 2**32 - 1, received {split_seed}")
+        check_seed("data.split_seed", split_seed)
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
         self._order_of_checkpoint: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_lightning.data.row import Row
-from cola_lightning.errors import UserError, one_line, shortened
+from cola_lightning.errors import UserError, one_line, shortened_text
 
 LONGEST_CELL = 2**31 - 1  # characters; the standard library's own limit is 131,072
 
@@ -38,7 +38,7 @@ def read_file(path: Path) -> list[Row]:
     rows = []
     for place, fields in READERS[ending](path):
         if not isinstance(fields, dict):
-            raise UserError(f"{path}, {place}: expected one JSON object, received {shortened(json.dumps(fields))!r}")
+            raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
         rows.append(Row(fields, f"{path}, {place}"))
     if not rows:
         received = "an empty file" if path.stat().st_size == 0 else "none"
@@ -119,7 +119,7 @@ def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
     if len(columns) == 1 and (others := [mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter]):
         raise UserError(
             f"{path}, line 1: expected columns separated by {delimiter!r} (.csv: by commas, .tsv: by tabs), received by "
-            f"{others[0]!r}: {shortened(columns[0])!r}"
+            f"{others[0]!r}: {shortened_text(columns[0])!r}"
         )
 
 
@@ -133,7 +133,7 @@ def _read_json_lines(path: Path) -> Rows:
         try:
             yield f"line {number}", json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            reason, start = getattr(error, "msg", "nested too deeply"), shortened(line.rstrip("\r\n"))
+            reason, start = getattr(error, "msg", "nested too deeply"), shortened_text(line.rstrip("\r\n"))
             raise UserError(f"{path}, line {number}: expected one JSON object, received {start!r} ({reason})") from error
 
 
@@ -158,7 +158,7 @@ def _read_json(path: Path) -> Rows:
             raise UserError(f"{path}: expected a list of objects, or one in an object, received an object of {fields}")
         (value,) = lists
     if not isinstance(value, list):
-        raise UserError(f"{path}: expected a list of objects, received {shortened(json.dumps(value))!r}")
+        raise UserError(f"{path}: expected a list of objects, received {shortened_text(json.dumps(value))!r}")
     for number, fields in enumerate(value, start=1):
         yield f"row {number}", fields
 

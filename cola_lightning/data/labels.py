@@ -6,7 +6,7 @@ from typing import Any
 
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.row import Row
-from cola_lightning.errors import UnusableRow, UserError, shortened
+from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 MOST_LISTED = 20  # labels in a message
 
@@ -25,9 +25,8 @@ def name_of_label(row: Row, field: str) -> str | None:
     if value in (None, -1, ""):
         return None
     if not isinstance(value, int | str):
-        raise UserError(
-            f"{row.place}: expected a label, text or a whole number, in the field {field!r}, received {shortened(repr(value))}"
-        )
+        received = shortened_text(repr(value))
+        raise UserError(f"{row.place}: expected a label, text or a whole number, in the field {field!r}, received {received}")
     names = row.class_names.get(field, [])
     return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
 

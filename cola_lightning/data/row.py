@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cola_lightning.conventions import WHOLE_NUMBER
-from cola_lightning.errors import UnusableRow, UserError, shortened
+from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 
 class Row(dict[str, Any]):
@@ -30,7 +30,7 @@ class Row(dict[str, Any]):
         self.place, self.class_names = place, class_names or {}
 
     def __missing__(self, field: str) -> Any:
-        fields = ", ".join(repr(shortened(name)) for name in self) or "no field"
+        fields = ", ".join(repr(shortened_text(name)) for name in self) or "no field"
         raise UserError(f"{self.place}: expected the field {field!r}, received {fields}")
 
     def text(self, field: str) -> str:

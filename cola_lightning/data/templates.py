@@ -111,7 +111,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         if (options is None) is (answer is None):
             received = "neither" if options is None else "both"
             raise UserError(
-                f"data.options, data.answer: expected options to choose from, or the field of an answer, {received}"
+                f"data.options, data.answer: expected options to choose from, or the field of an answer, received {received}"
             )
         if options == []:
             raise UserError("data.options: expected at least one, received none")

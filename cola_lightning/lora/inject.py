@@ -203,7 +203,7 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
         names = [n for n in linear if model.get_submodule(n) is not head and not is_inside(n, saved)]
         if not names:
             kin = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-            passed_over = f"; passed over: {shortened(kin)}" if kin else ""
+            passed_over = f"; passed over: {first_names(kin)}" if kin else ""
             raise UserError(
                 f"model.target_modules: expected a model with {layer_types(linear_only=True)} layers for all-linear, received "
                 f"none{passed_over}"
@@ -229,7 +229,7 @@ def _warn_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> N
         share = sum(places.values()) / total
         is_worth_it |= issubclass(cls, nn.Linear) or share >= NEGLIGIBLE
         text = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
-        lines.append(f"{attribute} of {cls.__name__} ({text} of the parameters: {shortened(list(places))})")
+        lines.append(f"{attribute} of {cls.__name__} ({text} of the parameters: {first_names(list(places))})")
     if is_worth_it:
         log.warning("model.target_modules: all-linear leaves frozen what is no Linear layer: %s", "; ".join(lines[:4]))
 
@@ -301,7 +301,7 @@ def _count(module: nn.Module, parameter: Tensor) -> int:
     return parameter.numel() * (2 if is_quantized(module) and not parameter.is_floating_point() else 1)
 
 
-def shortened(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     """The first three names."""
     return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 

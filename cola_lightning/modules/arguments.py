@@ -20,6 +20,7 @@ import cola_lightning
 from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.registry import FinishedLinks
+from cola_lightning.seeding import check_seed
 
 # How a module trains, not what it is: a module that is only to be used needs none of it.
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
@@ -61,8 +62,7 @@ def check_choices(
     init_links: int | None,
 ) -> None:
     """Refuses values of a module's arguments that cannot be right."""
-    if seed is not None and not 0 <= seed < 2**32:
-        raise UserError(f"model.seed: expected a whole number from 0 to 2**32 - 1, received {seed}")
+    check_seed("model.seed", seed)
     if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
         raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
     if finished_links not in get_args(FinishedLinks):

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.lora.inject import lora_layers, shortened
+from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
 from cola_lightning.modules.optimization import check_trained_whole
@@ -299,7 +299,7 @@ class ChainGuard(Callback):
                 "not use, such as an expert without tokens, is when it is used",
                 len(names),
                 len(lora_layers(self.module.model)),
-                shortened(names),
+                first_names(names),
             )
 
 

@@ -73,8 +73,9 @@ class LinkOptimization:
         Raises:
             UserError: for values that the optimizer cannot take, or that do not go with it.
         """
+        groups = self._parameter_groups(trained, modules_to_save)
         try:
-            optimizer = self.make_optimizer(self._parameter_groups(trained, modules_to_save))
+            optimizer = self.make_optimizer(groups)
         except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
         for group in optimizer.param_groups:  # a schedule writes a rate that is a tensor in place: of the next link's, too

@@ -120,7 +120,7 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
         module, trainer, facts = cli.model, cli.trainer, recorder.facts()
         assert isinstance(module, COLAModule)
         if module.target_modules is not None:
-            links = [*module.chain.links, module.live_link()]
+            links = module.full_chain().links
             knots = [link.start_step for link in links[1:]]
             facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
         (validated,) = trainer.validate(module, datamodule=cli.datamodule, verbose=False)

@@ -1,0 +1,1345 @@
+"""What users write wrong, and the line with which each is refused: the table that ``tests/test_refusals.py`` runs.
+
+A section is one way of writing something wrong. A row is what is given there, and the whole message; ``...`` in it stands for
+what another library says, or for what depends on the machine. Every row runs in an empty folder. What needs a longer run or a
+checkpoint is refused in the test file of its subject.
+"""
+
+import gzip
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from cola_lightning import (
+    Chain,
+    ChainSchedule,
+    COLACausalLM,
+    COLASequenceClassifier,
+    Example,
+    LastCheckpoint,
+    PredictionWriter,
+    PromptDataModule,
+    ReviewsDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    inject_lora,
+)
+from cola_lightning.callbacks.chain_of_lora import check_strategy
+from cola_lightning.chain.checkpoint import read_checkpoint
+from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.report import plot
+from cola_lightning.cli.configs import configs
+from cola_lightning.cli.generate import generate
+from cola_lightning.data.row import Row
+from cola_lightning.data.rows import read_rows
+from cola_lightning.data.tasks import TASKS
+from cola_lightning.examples.corpora import python_sources
+from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
+from cola_lightning.export import check_options
+from cola_lightning.study.command import compare
+from cola_lightning.study.comparison import Comparison
+from cola_lightning.study.methods import method
+from cola_lightning.writing import whole_folder
+from tests import tiny
+from tests.toy import Toy, batches, toy, trainer
+
+SECTIONS: dict[Callable[..., object], list[tuple[Any, str]]] = {}
+
+
+class Refusal(NamedTuple):
+    """A row of the table."""
+
+    do: Callable[..., object]
+    given: Any
+    message: str
+
+    @property
+    def field(self) -> str:
+        return self.message.partition(":")[0]
+
+    def provoke(self) -> object:
+        """Does what is refused; keyword arguments are given as a dict, several others as a tuple."""
+        if isinstance(self.given, dict):
+            return self.do(**self.given)
+        return self.do(*self.given) if isinstance(self.given, tuple) else self.do(self.given)
+
+
+def refused(*rows: tuple[Any, str]) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Adds a section to the table: the decorated function does what is given."""
+
+    def add(do: Callable[..., object]) -> Callable[..., object]:
+        SECTIONS[do] = list(rows)
+        return do
+
+    return add
+
+
+# ---------------------------------------------------------------------- the chain
+
+
+@refused(
+    (
+        {"every_n_epochs": 1, "at_steps": [2]},
+        "chain: expected at most one of every_n_epochs, every_n_train_steps, at_epochs, at_steps, received "
+        "every_n_epochs and at_steps",
+    ),
+    ({"every_n_epochs": 0}, "chain.every_n_epochs: expected a whole number of at least 1, received 0"),
+    ({"every_n_train_steps": -3}, "chain.every_n_train_steps: expected a whole number of at least 1, received -3"),
+    ({"at_epochs": [3, 3]}, "chain.at_epochs: expected an increasing list of whole numbers from 1, received [3, 3]"),
+    ({"at_steps": [0, 3]}, "chain.at_steps: expected an increasing list of whole numbers from 1, received [0, 3]"),
+    ({"ranks": []}, "chain.ranks: expected a value for each link, received an empty list"),
+    ({"ranks": [4, 0]}, "chain.ranks: expected whole numbers of at least 1, received [4, 0]"),
+    ({"alphas": [1, -1]}, "chain.alphas: expected numbers above 0, received [1, -1]"),
+)
+def schedule(**chain):
+    ChainSchedule(**chain)
+
+
+@refused(
+    ({"every_n_train_steps": 0}, "last.every_n_train_steps: expected a whole number of at least 1, received 0"),
+)
+def last(**arguments):
+    LastCheckpoint(**arguments)
+
+
+@refused(
+    ({"rank": 0}, "model.rank: expected a whole number of at least 1, received 0"),
+    ({"alpha": 0}, "model.alpha: expected a number above 0, received 0"),
+    ({"alpha": float("inf")}, "model.alpha: expected a number above 0, received inf"),
+    ({"dropout": 1.0}, "model.dropout: expected a probability from 0 to below 1, received 1.0"),
+    ({"seed": -1}, "model.seed: expected a whole number from 0 to 2**32 - 1, received -1"),
+    ({"seed": 2**32}, "model.seed: expected a whole number from 0 to 2**32 - 1, received 4294967296"),
+    ({"modules_to_save_lr": -1}, "model.modules_to_save_lr: expected a number of at least 0, received -1"),
+    ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
+    ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
+    ({"kept_optimizer_state": 2}, "model.kept_optimizer_state: expected a share from 0 to 1, received 2"),
+    ({"warmup_steps": -1}, "model.warmup_steps: expected a number of steps, or a share below 1, received -1"),
+    (
+        {"schedule_scope": "run", "knot_warmup_steps": float("nan")},
+        "model.knot_warmup_steps: expected a number of steps, or a share below 1, received nan",
+    ),
+    (
+        {"knot_warmup_steps": 3},
+        "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each "
+        "link's, received 3",
+    ),
+    ({"init_links": 2}, "model.init_links: expected null, or model.init_chain beside it, received 2 alone"),
+    (
+        {"init_chain": "nowhere"},
+        "model.init_chain: expected a checkpoint, a chain folder or a PEFT adapter, received 'nowhere', which does not exist",
+    ),
+    (
+        {"init_chain": "."},
+        "model.init_chain: expected a checkpoint, a chain folder or a PEFT adapter, received '.', which holds none of these",
+    ),
+)
+def module(**arguments):
+    toy(**arguments)
+
+
+@refused(
+    (
+        {"rank": 9},
+        "model.rank: expected at most 8, the smaller side of '0' (12, 8) (or model.target_modules without it), received 9",
+    ),
+    (
+        {"target_modules": ["22"]},
+        "model.target_modules: expected the name of a module of the model, received '22'; the nearest that exist: 2",
+    ),
+    ({"save_base": True, "target_modules": []}, "model.target_modules: expected at least one name, received none"),
+    (
+        {"activation_checkpointing": True},
+        "model.activation_checkpointing: expected a Hugging Face model that can, or a module that overrides "
+        "checkpoint_activations, received a Sequential",
+    ),
+    (
+        {"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})},
+        "model: expected a class with a build_model() that returns its base, received NoBase",
+    ),
+    (
+        {"cls": type("Nothing", (Toy,), {"build_model": lambda self: None})},
+        "Nothing.build_model: expected an nn.Module, received NoneType",
+    ),
+    (
+        {"cls": type("ReadsIt", (Toy,), {"build_model": lambda self: self.model})},
+        "ReadsIt.build_model: expected one that makes the base, received one that reads self.model",
+    ),
+)
+def make(**arguments):
+    toy(**arguments).configure_model()
+
+
+@refused(
+    ({"rank": 3}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 3"),
+    ({"rank": 0}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 0"),
+    ({"alpha": 0}, "alpha: expected a number above 0, received 0"),
+    (
+        {"module": {"target_modules": None}},
+        "model.target_modules: expected layers to adapt for a chain with knots, received null",
+    ),
+)
+def tie_knot(module=(), **arguments):
+    made = toy(**dict(module))
+    made.configure_model()
+    try:
+        made.tie_knot(**arguments)
+    finally:
+        assert made.link == 0
+
+
+@refused(
+    ({"chain": {"ranks": [2, 3]}}, "chain.ranks: expected at most 2, which is model.rank, received 3"),
+    (
+        {"chain": {"every_n_epochs": 1, "ranks": [2, 1]}},
+        "chain.ranks: expected 3 entries, one for each link of this run, received 2",
+    ),
+    (
+        {"chain": {"every_n_epochs": 1, "alphas": [2.0]}},
+        "chain.alphas: expected 3 entries, one for each link of this run, received 1",
+    ),
+    (
+        {"module": {"target_modules": None}, "chain": {"every_n_epochs": 1}},
+        "model.target_modules: expected layers to adapt for a chain with knots, received null",
+    ),
+    (
+        {"module": {"warmup_steps": 11}, "chain": {"every_n_epochs": 1}},
+        "model.warmup_steps: expected at most 10, the steps of the shortest link, received 11",
+    ),
+    (
+        {"module": {"schedule_scope": "run", "knot_warmup_steps": 7}, "chain": {"every_n_train_steps": 6}},
+        "model.knot_warmup_steps: expected at most 6, the steps of the shortest link after a knot, received 7",
+    ),
+    (
+        {"max_epochs": -1, "max_time": {"minutes": 1}},
+        "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
+        "max_steps, endless data, or a should_tie of one's own), received linear",
+    ),
+    (
+        {"module": {"lr_schedule": "constant", "warmup_steps": 0.1}, "max_epochs": -1},
+        "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
+        "max_steps, endless data, or a should_tie of one's own), received a warm-up of 0.1 of it",
+    ),
+    (
+        {"module": {"modules_to_save_lr": 0.1}},
+        "model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none",
+    ),
+    (
+        {"module": {"cls": type("Manual", (Toy,), {"automatic_optimization": False})}},
+        "model: expected automatic optimization, received automatic_optimization = False",
+    ),
+    ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: expected at least 1, received 0"),
+)
+def fit(module=(), chain=(), **arguments):
+    trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | arguments).fit(toy(**dict(module)), batches())
+
+
+@refused(
+    (
+        "ddp_fork",
+        "trainer.strategy: expected ddp, which starts programs, received one that forks or spawns this one: the "
+        "trained chain would stay in the child",
+    ),
+    (
+        "ddp_spawn",
+        "trainer.strategy: expected ddp, which starts programs, received one that forks or spawns this one: the "
+        "trained chain would stay in the child",
+    ),
+)
+def strategy(name):
+    check_strategy(trainer(Path(), strategy=name, devices=1).strategy)
+
+
+@refused(
+    (BoringModel, "model: expected a COLAModule, received BoringModel"),
+)
+def plain_module(cls):
+    trainer(Path(), chain={}, max_epochs=1).fit(cls(), batches())
+
+
+@refused(
+    (torch.zeros(2), "Toy.predict_step: expected a dict of columns, received Tensor"),
+)
+def predictions(prediction):
+    PredictionWriter().write_on_batch_end(trainer(Path()), toy(), prediction, [0, 1], None, 0, 0)
+
+
+# ---------------------------------------------------------------------- what is adapted
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 3)
+
+
+def shared_module():
+    model = Model()
+    model.layers[1].q_proj = model.layers[0].q_proj
+    return model
+
+
+def shared_weight():
+    model = Model()
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    return model
+
+
+def adapted():
+    model = Model()
+    inject_lora(model, ["q_proj"], rank=2, alpha=4)
+    return model
+
+
+def expanded():
+    model = Model()
+    model.layers[0].q_proj.weight = nn.Parameter(torch.ones(1, 8).expand(8, 8))
+    return model
+
+
+def of_another_class():
+    model = Model()
+    model.layers[0].q_proj.weight = type("Buffered", (nn.Parameter,), {})(torch.ones(8, 8))
+    return model
+
+
+def not_quantised():
+    linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
+    return nn.ModuleDict({"q_proj": linear4bit(8, 8, compute_dtype=torch.float32)})
+
+
+def normalised():
+    model = Model()
+    parametrizations.weight_norm(model.layers[0].q_proj)
+    return model
+
+
+@refused(
+    (
+        {"target_modules": ["q_porj"]},
+        "model.target_modules: expected the name of a module of the model, received 'q_porj'; the nearest that "
+        "exist: q_proj, v_proj, k_proj",
+    ),
+    (
+        {"target_modules": ["q_proj", "value"]},
+        "model.target_modules: expected the name of a module of the model, received 'value'; the nearest that exist: "
+        "q_proj, layers.0.q_proj, k_proj",
+    ),
+    (
+        {"target_modules": r".*\.qproj"},
+        "model.target_modules: expected the name of a module of the model, received '.*\\\\.qproj'; the nearest that "
+        "exist: q_proj",
+    ),
+    ({"target_modules": "(q_proj"}, "model.target_modules: expected a regular expression, received '(q_proj' (...)"),
+    ({"target_modules": []}, "model.target_modules: expected at least one name, received none"),
+    (
+        {"target_modules": ["norm"]},
+        "model.target_modules: expected layers of type ..., received 'layers.0.norm', which is a LayerNorm",
+    ),
+    (
+        {"target_modules": "all-linear", "make": lambda: nn.Sequential(nn.ReLU())},
+        "model.target_modules: expected a model with ... layers for all-linear, received none",
+    ),
+    (
+        {"rank": 9},
+        "model.rank: expected at most 8, the smaller side of 'layers.0.q_proj' (8, 8) (or model.target_modules "
+        "without it), received 9",
+    ),
+    (
+        {"target_modules": "all-linear", "rank": 5},
+        "model.rank: expected at most 4, the smaller side of 'layers.0.v_proj' (4, 8) (or model.target_modules "
+        "without it), received 5",
+    ),
+    (
+        {"modules_to_save": ["haed"]},
+        "model.modules_to_save: expected the name of a module of the model, received 'haed'; the nearest that exist: head",
+    ),
+    (
+        {"modules_to_save": ["layers"]},
+        "model.modules_to_save: expected modules that hold no target, received the target 'layers.0.q_proj'",
+    ),
+    (
+        {"make": shared_module},
+        "model.target_modules: expected layers that the model uses under one name, received layers.0.q_proj = layers.1.q_proj",
+    ),
+    (
+        {"make": shared_weight},
+        "model.target_modules: expected layers with weights of their own, received 'layers.0.q_proj', whose weight "
+        "is shared (layers.0.q_proj.weight = layers.1.q_proj.weight)",
+    ),
+    ({"make": adapted}, "model: expected a model without LoRA layers, received one that is adapted already"),
+    (
+        {"make": expanded},
+        "model.target_modules: expected layers whose weights can be written, received 'layers.0.q_proj', whose "
+        "weight repeats values in memory (clone() makes it a plain one)",
+    ),
+    (
+        {"make": normalised},
+        "model.target_modules: expected layers that stay as they are with a link beside, received 'layers.0.q_proj', "
+        "whose weight is computed at each forward pass (parametrizations): torch.nn.utils "
+        "(parametrize.remove_parametrizations, remove_weight_norm, prune.remove, ...) makes it a plain one",
+    ),
+    (
+        {"make": of_another_class},
+        "model.finished_links: expected stack, for links cannot be merged into the weight of 'layers.0.q_proj', a "
+        "Buffered; received merge",
+    ),
+    (
+        {"make": not_quantised},
+        "model.finished_links: expected stack, for links cannot be merged into the 4-bit weight of 'q_proj'; received merge",
+    ),
+    (
+        {"make": not_quantised, "finished_links": "stack"},
+        "model.target_modules: expected layers whose weights are quantised, received 'q_proj', whose is not yet: "
+        "moving it to a device does that",
+    ),
+)
+def inject(make=Model, **arguments):
+    model = make()
+    before = [type(module) for module in model.modules()]
+    try:
+        inject_lora(model, **{"target_modules": ["q_proj"], "rank": 2, "alpha": 4} | arguments)
+    finally:
+        assert [type(module) for module in model.modules()] == before
+
+
+# ---------------------------------------------------------------------- models
+
+
+@refused(
+    (
+        {"model_name": "no/such/folder"},
+        "model.model_name: expected a hub id (owner/name), a folder that exists, or package:NAME, received 'no/such/folder'",
+    ),
+    (
+        {"model_name": "two words"},
+        "model.model_name: expected a hub id (owner/name), a folder that exists, or package:NAME, received 'two words'",
+    ),
+    (
+        {"model_name": ""},
+        "model.model_name: expected a hub id (owner/name), a folder that exists, or package:NAME, received ''",
+    ),
+    (
+        {"model_name": "package:no_such_package"},
+        "model.model_name: expected the import name of an installed package after package:, received "
+        "'package:no_such_package': is it installed in this environment?",
+    ),
+    (
+        {"model_name": "package:sys"},
+        "model.model_name: expected the import name of an installed package after package:, received 'package:sys': "
+        "is it installed in this environment?",
+    ),
+    ({"model_name": "."}, "model.model_name: expected 'config.json' in ., received no model file (name it by gguf_file)"),
+    ({"model_name": ".", "gguf_file": "x.gguf"}, "model.gguf_file: expected 'x.gguf' in ., received no model file"),
+    ({"model_name": ".", "revision": "main"}, "model.revision: expected null for files on this machine, received 'main'"),
+    ({"dtype": "float31"}, "model.dtype: expected float32, bfloat16, float16, received 'float31'"),
+    ({"quantization": "int8", "finished_links": "stack"}, "model.quantization: expected null or nf4, received 'int8'"),
+    (
+        {"quantization": "nf4"},
+        "model.finished_links: expected stack beside model.quantization, for links cannot be merged into 4-bit "
+        "weights (or model.quantization null), received merge",
+    ),
+    (
+        {"quantization": "nf4", "finished_links": "stack", "target_modules": None},
+        "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
+        "trained, received null",
+    ),
+    (
+        {"quantization": "nf4", "finished_links": "stack", "save_base": True},
+        "model.save_base: expected false beside model.quantization, received true",
+    ),
+)
+def language_model(model_name="a/b", **arguments):
+    COLACausalLM(model_name, **{"target_modules": ["q_proj"]} | arguments)
+
+
+@refused(
+    ({"metric": "F1"}, "data.metric: expected accuracy, f1, matthews_corrcoef or null, received 'F1'"),
+    ({"metric": "accuracy", "references": []}, "data.metric: expected f1, exact_match or null, received 'accuracy'"),
+)
+def metric(**batch):
+    module = COLACausalLM("a/b", target_modules=["q_proj"])
+    module.measure(batch, None, "val", module.val_metric)
+
+
+@refused(
+    ({"num_labels": 1}, "model.num_labels: expected at least 2, received 1"),
+    ({"label_names": ["a"]}, "model.label_names: expected at least 2 names that differ, received ['a']"),
+    ({"label_names": ["a", "a"]}, "model.label_names: expected at least 2 names that differ, received ['a', 'a']"),
+    ({"label_names": ["a", "b"], "num_labels": 3}, "model.num_labels: expected 2 or null beside model.label_names, received 3"),
+)
+def classifier(**arguments):
+    COLASequenceClassifier("a/b", target_modules=["query"], **arguments)
+
+
+@refused(
+    ({"depth": 0}, "model.depth: expected a whole number of at least 1, received 0"),
+    ({"heads": 3}, "model.heads: expected a divisor of model.width, 128, received 3"),
+    ({"pretrain_steps": -1}, "model.pretrain_steps: expected a whole number of at least 0, received -1"),
+)
+def byte_gpt(**arguments):
+    COLAByteGPT(**arguments)
+
+
+@refused(
+    ({"context": 0}, "data.context: expected a whole number of at least 1, received 0"),
+    ({"eval_size": 10**6}, "data.eval_size: expected at most ... windows of this length, received 1000000"),
+)
+def python_source(**arguments):
+    PythonSourceDataModule(**arguments).setup("fit")
+
+
+# ---------------------------------------------------------------------- arguments of data modules
+
+
+@refused(
+    ({"max_length": 1}, "data.max_length: expected at least 2 tokens, received 1"),
+    ({"eval_batch_size": 0}, "data.eval_batch_size: expected a whole number of at least 1, received 0"),
+    ({"batch_size": 0}, "data.batch_size: expected a whole number of at least 1, received 0"),
+    ({"split_seed": -1}, "data.split_seed: expected a whole number from 0 to 2**32 - 1, received -1"),
+    ({"num_workers": -1}, "data.num_workers: expected a whole number of at least 0, received -1"),
+)
+def reviews(**arguments):
+    ReviewsDataModule(**arguments)
+
+
+@refused(
+    ({"train_size": 0}, "data.train_size: expected a whole number of rows of at least 1, or a share below 1, received 0"),
+    ({"val_size": 1.5}, "data.val_size: expected a whole number of rows of at least 1, or a share below 1, received 1.5"),
+    ({"test_size": -0.1}, "data.test_size: expected a whole number of rows of at least 1, or a share below 1, received -0.1"),
+    ({"test_size": 9, "test_split": "test"}, "data.test_split: expected null beside data.test_size, received 'test'"),
+    ({"source": ".", "subset": "sst2"}, "data.subset: expected null where data.source is ., received 'sst2'"),
+    ({"max_new_tokens": 0}, "data.max_new_tokens: expected a whole number of at least 1, received 0"),
+    ({"do_sample": True, "temperature": 0.0}, "data.temperature: expected a number above 0, received 0.0"),
+    ({"do_sample": True, "top_p": 1.5}, "data.top_p: expected a probability above 0, 1 at most, received 1.5"),
+    (
+        {"temperature": 0.7},
+        "data.temperature: expected data.do_sample true beside it, for the most probable token is taken without it, "
+        "received 0.7 alone",
+    ),
+    (
+        {"top_p": 0.7},
+        "data.top_p: expected data.do_sample true beside it, for the most probable token is taken without it, "
+        "received 0.7 alone",
+    ),
+    ({"stop": ["\n", ""]}, "data.stop: expected texts of at least one character, received an empty one"),
+)
+def text_data(source="a/b", **arguments):
+    TextDataModule(source, **arguments)
+
+
+@refused(
+    (
+        {"task": "BoolG"},
+        "data.task: expected SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD, DROP, received 'BoolG'; "
+        "the nearest that exist: BoolQ",
+    ),
+    (
+        {"task": "SST2", "train_size": 0},
+        "data.train_size: expected a whole number of rows of at least 1, or a share below 1, received 0",
+    ),
+    (
+        {"task": "SST2", "source": "rows.csv", "subset": "sst2"},
+        "data.subset: expected null where data.source is rows.csv, received 'sst2'",
+    ),
+)
+def prompt_data(**arguments):
+    Path("rows.csv").touch()
+    PromptDataModule(**arguments)
+
+
+@refused(
+    ({"text_fields": []}, "data.text_fields: expected the name of a field, or of two, received []"),
+    ({"text_fields": ["a", "b", "c"]}, "data.text_fields: expected the name of a field, or of two, received ['a', 'b', 'c']"),
+)
+def classification_data(**arguments):
+    TextClassificationDataModule("a/b", **arguments)
+
+
+FIXED = {"options": [" no", " yes"]}
+
+
+@refused(
+    ({"prompt": "{text", **FIXED}, "data.prompt: expected text with fields in braces ({{ for a brace), received '{text'"),
+    ({"prompt": "text}", **FIXED}, "data.prompt: expected text with fields in braces ({{ for a brace), received 'text}'"),
+    ({"prompt": "{}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{}'"),
+    ({"prompt": "{size:03d}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{size:03d}'"),
+    ({"prompt": "{text!r}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{text!r}'"),
+    ({"prompt": "{all[0]}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{all[0]}'"),
+    (
+        {"prompt": "Is\nit?", "options": ["{", "a"]},
+        "data.options: expected text with fields in braces ({{ for a brace), received '{'",
+    ),
+    ({}, "data.options, data.answer: expected options to choose from, or the field of an answer, received neither"),
+    (
+        {"answer": "gold", **FIXED},
+        "data.options, data.answer: expected options to choose from, or the field of an answer, received both",
+    ),
+    ({"options": []}, "data.options: expected at least one, received none"),
+    (
+        {"answer": "gold", "loss": "options"},
+        "data.loss: expected null or answer where the answer is generated, received options",
+    ),
+    ({"loss": "both", **FIXED}, "data.loss: expected options, answer or null, received 'both'"),
+    ({"metric": "bleu", **FIXED}, "data.metric: expected accuracy, f1, matthews_corrcoef or null for options, received 'bleu'"),
+    (
+        {"answer": "gold", "metric": "accuracy"},
+        "data.metric: expected f1, exact_match or null for a generated answer, received 'accuracy'",
+    ),
+    (
+        {"options": "all", "metric": "f1"},
+        "data.metric: expected accuracy or null where the options are a field, that differ by row, received 'f1'",
+    ),
+)
+def template_data(prompt="Is it?", **arguments):
+    TemplateDataModule("a/b", prompt=prompt, **arguments)
+
+
+# ---------------------------------------------------------------------- files of rows
+
+CSV = "text,label\nfine,pos\n"
+
+
+@refused(
+    (("empty.csv", ""), "empty.csv: expected the names of the columns in the first line, received an empty file"),
+    (("header.csv", "text,label\n"), "header.csv: expected rows below the first line, received none"),
+    (("blank.csv", "\n"), "blank.csv: expected the names of the columns in the first line, received an empty line"),
+    (
+        ("semicolons.csv", CSV.replace(",", ";")),
+        "semicolons.csv, line 1: expected columns separated by ',' (.csv: by commas, .tsv: by tabs), received by "
+        "';': 'text;label'",
+    ),
+    (
+        ("tabs.csv", CSV.replace(",", "\t")),
+        "tabs.csv, line 1: expected columns separated by ',' (.csv: by commas, .tsv: by tabs), received by '\\t': "
+        "'text\\tlabel'",
+    ),
+    (
+        ("commas.tsv", CSV),
+        "commas.tsv, line 1: expected columns separated by '\\t' (.csv: by commas, .tsv: by tabs), received by ',': "
+        "'text,label'",
+    ),
+    (("twice.csv", "text,text\na,b\n"), "twice.csv, line 1: expected names of columns that differ, received 'text' twice"),
+    (
+        ("more.csv", f"{CSV}so, so,neg\n"),
+        "more.csv, line 3: expected 2 columns, as in the first line, received 3; a text that holds ',' stands in double quotes",
+    ),
+    (
+        ("fewer.csv", f"{CSV}fine\n"),
+        "fewer.csv, line 3: expected 2 columns, as in the first line, received 1; a text that holds ',' stands in "
+        "double quotes",
+    ),
+    (
+        ("quote.csv", f'{CSV}"fine,pos\n'),
+        "quote.csv, line 3: expected cells in double quotes, or without any, received others (...)",
+    ),
+    (("latin.csv", f"{CSV}café,pos\n".encode("latin-1")), "latin.csv, line 3: expected UTF-8, received the byte 0xe9"),
+    (("utf16.csv", CSV.encode("utf-16")), "utf16.csv, line 1: expected UTF-8, received the byte 0xff"),
+    (("plain.csv.gz", CSV), "plain.csv.gz: expected a file that gzip wrote, received another or a damaged one (...)"),
+    (
+        ("cut.csv.gz", gzip.compress(CSV.encode() * 99, mtime=0)[:-9]),
+        "cut.csv.gz: expected a file that gzip wrote, received another or a damaged one (...)",
+    ),
+    (
+        ("columns.json", '{"text": ["a"], "label": ["b"]}'),
+        "columns.json: expected a list of objects, or one in an object, received an object of 'text', 'label'",
+    ),
+    (("object.json", "{}"), "object.json: expected a list of objects, or one in an object, received an object of no field"),
+    (
+        ("broken.json", '[{"text": "a",\n "label": }]'),
+        "broken.json, line 2: expected JSON, received something else (Expecting value)",
+    ),
+    (("texts.json", '["a"]'), "texts.json, row 1: expected one JSON object, received '\"a\"'"),
+    (("number.json", "3"), "number.json: expected a list of objects, received '3'"),
+    (("deep.json", "[" * 100_000), "deep.json: expected a list of objects, received one nested too deeply"),
+    (("blank.json", " \n"), "blank.json: expected a list of objects, received none"),
+    (("empty.jsonl", ""), "empty.jsonl: expected one JSON object a line, received an empty file"),
+    (
+        ("cut.jsonl", '{"text": "fine"}\n{"text": \n'),
+        "cut.jsonl, line 2: expected one JSON object, received '{\"text\": ' (Expecting value)",
+    ),
+    (("list.jsonl", "[1]\n"), "list.jsonl, line 1: expected one JSON object, received '[1]'"),
+    (
+        ("deep.jsonl", "[" * 100_000 + "\n"),
+        "deep.jsonl, line 1: expected one JSON object, received '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[...' (nested too deeply)",
+    ),
+    (("broken.parquet", "PAR1"), "broken.parquet: expected a Parquet file, received another or a damaged one (...)"),
+    (
+        ("rows.xlsx", "PK"),
+        "data.source: expected a file that ends in .csv, .tsv, .jsonl, .ndjson, .json, .parquet, received 'rows.xlsx'",
+    ),
+)
+def file_of_rows(name, content):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    read_rows(name, "train")
+
+
+@refused(
+    (
+        ("no_such.csv", "train"),
+        "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
+        "received 'no_such.csv'",
+    ),
+    (
+        ("two words", "train"),
+        "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
+        "received 'two words'",
+    ),
+    (
+        (".", "validation"),
+        "data.source: expected one file validation.csv (or .tsv, .jsonl, .ndjson, .json, .parquet) in ., received "
+        "train.csv, train.jsonl",
+    ),
+    (
+        (".", "train"),
+        "data.source: expected one file train.csv (or .tsv, .jsonl, .ndjson, .json, .parquet) in ., received "
+        "train.csv, train.jsonl",
+    ),
+)
+def source(name, split):
+    for file in ("train.csv", "train.jsonl"):
+        Path(file).write_text(CSV)
+    read_rows(name, split)
+
+
+# ---------------------------------------------------------------------- rows
+
+RECORD = {"passage": "A.", "query": "@placeholder left", "entities": ["Al", "Di"], "answers": ["Di"]}
+SQUAD = {"title": "T", "context": "C", "question": "Q"}
+
+
+@refused(
+    (("SST2", {"label": 1}), "train.jsonl, line 7: expected the field 'sentence', received 'label'"),
+    (("SST2", {}), "train.jsonl, line 7: expected the field 'sentence', received no field"),
+    (
+        ("SST2", {"sentence": "Fine.", "label": 2}),
+        "train.jsonl, line 7: expected a label from 0 to 1 in the field 'label', received 2",
+    ),
+    (
+        ("SST2", {"sentence": "\ud800", "label": 1}),
+        "train.jsonl, line 7: expected text in the field 'sentence', received half a character, '\\ud800'",
+    ),
+    (
+        ("CB", {"premise": "A.", "hypothesis": "B.", "label": -1}),
+        "train.jsonl, line 7: expected a label from 0 to 2 in the field 'label', received -1",
+    ),
+    (
+        ("BoolQ", {"passage": "A.", "question": "Is it"}),
+        "train.jsonl, line 7: expected the field 'label', received 'passage', 'question'",
+    ),
+    (
+        ("BoolQ", {"passage": "A.", "question": "Is it", "answer": "yes"}),
+        "train.jsonl, line 7: expected a label from 0 to 1 in the field 'answer', received 'yes'",
+    ),
+    (
+        ("WSC", {"text": "A.", "span1_text": "A", "label": 1}),
+        "train.jsonl, line 7: expected the field 'span2_text', received 'text', 'span1_text', 'label'",
+    ),
+    (
+        ("MultiRC", {"paragraph": "A.", "question": "B?", "answer": None}),
+        "train.jsonl, line 7: expected text in the field 'answer', received None",
+    ),
+    (
+        ("COPA", {"premise": "A.", "question": "reason"}),
+        "train.jsonl, line 7: expected cause or effect in the field 'question', received 'reason'",
+    ),
+    (
+        ("COPA", {"premise": "A.", "question": "cause", "choice1": "It was.", "choice2": "it was.", "label": 0}),
+        "train.jsonl, line 7: expected options that differ, received 'it was.' twice",
+    ),
+    (("ReCoRD", RECORD | {"answers": ["Bo"]}), "train.jsonl, line 7: expected answers among the entities, received ('Bo',)"),
+    (("ReCoRD", RECORD | {"answers": []}), "train.jsonl, line 7: expected a list of texts in the field 'answers', received []"),
+    (
+        ("ReCoRD", RECORD | {"entities": []}),
+        "train.jsonl, line 7: expected a list of texts in the field 'entities', received []",
+    ),
+    (
+        ("ReCoRD", RECORD | {"entities": "Di"}),
+        "train.jsonl, line 7: expected a list of texts in the field 'entities', received 'Di'",
+    ),
+    (
+        ("ReCoRD", RECORD | {"query": "She left"}),
+        "train.jsonl, line 7: expected options that differ, received ' She left' twice",
+    ),
+    (
+        ("SQuAD", SQUAD | {"answers": {"text": []}}),
+        "train.jsonl, line 7: expected a list of texts in the field 'text', received []",
+    ),
+    (("SQuAD", SQUAD | {"answers": ["A"]}), "train.jsonl, line 7: expected an object in the field 'answers', received ['A']"),
+    (
+        ("DROP", {"passage": "P", "question": "Q", "answers_spans": {"spans": [3]}}),
+        "train.jsonl, line 7: expected text in the field 'spans', received 3",
+    ),
+    (
+        ("DROP", {"context": "P", "question": "Q"}),
+        "train.jsonl, line 7: expected the field 'passage', received 'context', 'question'",
+    ),
+)
+def row_of_a_task(task, row):
+    TASKS[task].example(Row(row, "train.jsonl, line 7"))
+
+
+@refused(
+    (((), 0), "an example: expected options to choose from, received none"),
+    ((("Yes", "No", "Yes"), 0), "an example: expected options that differ, received 'Yes' twice"),
+    ((("Yes", "No"), 2), "an example: expected the place of one of 2 options as the answer, received 2"),
+    ((("Yes", "No"), -1), "an example: expected the place of one of 2 options as the answer, received -1"),
+)
+def example(options, answer):
+    Example("Is it?", options, answer)
+
+
+def set_up(data, row, stage="fit", chat=None, n_rows=20, **module):
+    """A data module with a file of equal rows, and a module whose tokenizer adds no token of its own."""
+    Path(data.source).write_text((json.dumps(row) + "\n") * n_rows)
+    tokenizer = tiny.tokenizer("gpt2", pad=True)
+    tokenizer.chat_template, tokenizer.model_max_length = chat, 64
+    module = SimpleNamespace(**{"tokenizer": tokenizer, "seed": 3} | module)
+    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
+    data.setup(stage)
+
+
+ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
+ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": "", "none": None}
+
+
+@refused(
+    (
+        {"prompt": "{txt}", **FIXED},
+        "rows.jsonl, line 16: expected the field 'txt', received 'text', 'size', 'share', 'label', 'by', 'all', "
+        "'answers', 'gold', 'empty', 'none'",
+    ),
+    ({"prompt": "{by.nme}", **FIXED}, "rows.jsonl, line 16: expected the field 'nme', received 'name', 'town'"),
+    (
+        {"prompt": "{text.old}", **FIXED},
+        "rows.jsonl, line 16: expected an object in the field 'text', received 'It was {old}.'",
+    ),
+    (
+        {"prompt": "{none}", **FIXED},
+        "rows.jsonl, line 16: expected text in the field 'none', received None (2 of 2 rows cannot be used; up to 1 "
+        "% would be left out)",
+    ),
+    (
+        {"prompt": "{by}", **FIXED},
+        "rows.jsonl, line 16: expected text in the field 'by', received {'name': 'Al', 'town': {'name': 'Oslo'}}",
+    ),
+    (
+        {"options": ["no", "{txt}"]},
+        "rows.jsonl, line 16: expected the field 'txt', received 'text', 'size', 'share', 'label', 'by', 'all', "
+        "'answers', 'gold', 'empty', 'none'",
+    ),
+    (
+        {"options": "al"},
+        "rows.jsonl, line 16: expected the field 'al', received 'text', 'size', 'share', 'label', 'by', 'all', "
+        "'answers', 'gold', 'empty', 'none'",
+    ),
+    ({"options": "text"}, "rows.jsonl, line 16: expected a list of texts in the field 'text', received 'It was {old}.'"),
+    (
+        {"label": "lbl", **FIXED},
+        "rows.jsonl, line 16: expected the field 'lbl', received 'text', 'size', 'share', 'label', 'by', 'all', "
+        "'answers', 'gold', 'empty', 'none'",
+    ),
+    ({"answer": "answers.txt"}, "rows.jsonl, line 16: expected the field 'txt', received 'text'"),
+    (
+        {"answer": "none"},
+        "rows.jsonl, line 16: expected a list of texts in the field 'none', received None (2 of 2 rows cannot be "
+        "used; up to 1 % would be left out)",
+    ),
+    (
+        {"options": [""], "label": "empty"},
+        "rows.jsonl, line 16: expected options that add tokens to the prompt, received ('',) (2 of 2 rows cannot be "
+        "used; up to 1 % would be left out)",
+    ),
+    (
+        {"options": ["a", "a "]},
+        "rows.jsonl, line 16: expected options that differ not in blanks alone, received ('a', 'a ') (2 of 2 rows "
+        "cannot be used; up to 1 % would be left out)",
+    ),
+    (
+        {"options": ["a", "b"], "label": "gold"},
+        "rows.jsonl, line 16: expected one of the options ['a', 'b'] in the field 'gold', received 'blue'",
+    ),
+    (
+        {"options": ["a", "b"], "label": "size"},
+        "rows.jsonl, line 16: expected a label from 0 to 1 in the field 'size', received 3",
+    ),
+    (
+        {"options": ["a", "b"], "label": "share"},
+        "rows.jsonl, line 16: expected a label from 0 to 1 in the field 'share', received 0.5",
+    ),
+    (
+        {"options": ["{gold}", "blue"]},
+        "rows.jsonl, line 16: expected options that differ, received 'blue' twice (2 of 2 rows cannot be used; up to "
+        "1 % would be left out)",
+    ),
+    (
+        {"prompt": "{empty}", **FIXED},
+        "rows.jsonl, line 16: expected a prompt of at least one token, received '' (2 of 2 rows cannot be used; up "
+        "to 1 % would be left out)",
+    ),
+    (
+        {"options": ["It was the largest town. " * 3, "b"], "max_length": 9},
+        "rows.jsonl, line 16: expected options of fewer than 9 tokens (data.max_length), received one of 19 (2 of 2 "
+        "rows cannot be used; up to 1 % would be left out)",
+    ),
+    (
+        {"answer": "gold", "max_length": 51},
+        "data.max_length: expected more than 51, for a generated answer takes up to 50 tokens, received 51",
+    ),
+    (
+        {"apply_chat_template": True, **FIXED},
+        "data: expected a tokenizer with a chat template (model.model_name), received one without",
+    ),
+    (
+        {"train_size": 19, **FIXED},
+        "data.train_size + data.val_size + data.test_size, of rows.jsonl: expected at least 19 + 2 + 2 = 23 rows, received 20",
+    ),
+    (
+        {"test_split": "test", **FIXED},
+        "data.test_split: expected null where data.source is a file, 'rows.jsonl', received 'test'",
+    ),
+)
+def row_of_a_template(prompt="Is it?", **arguments):
+    set_up(TemplateDataModule("rows.jsonl", prompt=prompt, **arguments), ROW)
+
+
+CHAT = tiny.CHAT
+CHANGING = "{% for turn in messages %}{{ loop.length }}{{ turn['content'] }}{% endfor %}"
+ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user comes first') }}{% endif %}" + CHAT
+SYSTEM, USER, ASSISTANT = (
+    {"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "Old?"), ("assistant", "No"))
+)
+LONG = "The capital of the country is the largest town. " * 9
+
+
+@refused(
+    ([USER, ASSISTANT], "data: expected a tokenizer with a chat template (model.model_name), received one without"),
+    (([USER], CHAT), "rows.jsonl, line 16: expected a turn of the role assistant, received ['user']"),
+    (
+        ([USER, ASSISTANT, USER], CHAT),
+        "rows.jsonl, line 16: expected the assistant's turn as the last one, for a loss (predict answers another's), "
+        "received one of the role user",
+    ),
+    (
+        ([USER, ASSISTANT, USER, ASSISTANT], CHANGING),
+        "rows.jsonl, line 16: expected a chat template that writes turn after turn, received one that does not",
+    ),
+    (([], CHAT), "rows.jsonl, line 16: expected a list of turns with role and content in 'messages', received []"),
+    (("Old?", CHAT), "rows.jsonl, line 16: expected a list of turns with role and content in 'messages', received 'Old?'"),
+    (([USER, {"role": "assistant"}], CHAT), "rows.jsonl, line 16: expected the field 'content', received 'role'"),
+    (
+        ([USER, {"role": "assistant", "content": None}], CHAT),
+        "rows.jsonl, line 16: expected text in the field 'content', received None",
+    ),
+    (
+        ([ASSISTANT, USER], CHAT),
+        "rows.jsonl, line 16: expected a conversation that somebody else begins, received one that the assistant does",
+    ),
+    (
+        ([SYSTEM, USER, ASSISTANT], ALTERNATING),
+        "rows.jsonl, line 16: expected turns that the chat template can write, received: A user comes first",
+    ),
+    (
+        ([ASSISTANT], CHAT, "predict"),
+        "rows.jsonl, line 1: expected a turn for the assistant to answer, received the assistant's alone",
+    ),
+)
+def conversation(messages, chat=None, stage="fit"):
+    set_up(TextDataModule("rows.jsonl"), {"messages": messages}, stage, chat)
+
+
+@refused(
+    (({"prompt": "Old?"},), "rows.jsonl, line 16: expected the field 'response', received 'prompt'"),
+    (({"prompt": "Old?", "response": None},), "rows.jsonl, line 16: expected text in the field 'response', received None"),
+    (
+        ({"prompt": "Old?", "response": ""},),
+        "rows.jsonl, line 16: expected a response that adds tokens to its prompt, received ''",
+    ),
+    (
+        ({"prompt": "Old?", "response": ""}, "fit", CHAT),
+        "rows.jsonl, line 16: expected a response that adds tokens to its prompt, received ''",
+    ),
+    (
+        ({"prompt": "It", "response": LONG},),
+        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end among them (data.max_length is 30), "
+        "received one of 100",
+    ),
+    (
+        ({"prompt": "It", "response": LONG}, "fit", CHAT),
+        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end among them (data.max_length is 30), "
+        "received one of 101",
+    ),
+    (
+        ({"prompt": "", "response": "No"}, "predict"),
+        "rows.jsonl, line 1: expected a prompt of at least one token, received {'prompt': '', 'response': 'No'}",
+    ),
+    (
+        ({"text": "It was.", "messages": [USER]},),
+        "rows.jsonl, line 16: expected 'text', 'messages', or 'prompt' and 'response', received 'text', 'messages'",
+    ),
+    (({"label": 1},), "rows.jsonl, line 16: expected 'text', 'messages', or 'prompt' and 'response', received 'label'"),
+    (({"text": ""},), "data.source: expected rows of at least two tokens, received none in 'rows.jsonl'"),
+    (
+        ({"prompt": "Old?", "response": "No"}, "fit", None, True),
+        "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), received true",
+    ),
+    (
+        ({"messages": [USER, ASSISTANT]}, "fit", CHAT, False),
+        "data.chat_template: expected null or true for conversations (rows.jsonl, line 16), received false",
+    ),
+    (
+        ({"prompt": "Old?", "response": "No"}, "predict", None, None, 64),
+        "data.max_new_tokens: expected fewer than 64 tokens, the longest sequence of the model, received 64",
+    ),
+)
+def text_or_instruction(row, stage="fit", chat=None, chat_template=None, max_new_tokens=8):
+    data = TextDataModule("rows.jsonl", max_length=30, chat_template=chat_template, max_new_tokens=max_new_tokens)
+    set_up(data, row, stage, chat)
+
+
+@refused(
+    ({"label": 1}, "rows.jsonl, line 1: expected the field 'text', received 'label'"),
+    ({"text": "fine"}, "rows.jsonl, line 1: expected the field 'label', received 'text'"),
+    ({"text": "fine", "label": None}, "rows.jsonl, line 16: expected a label in the field 'label', received None"),
+    (
+        {"text": "fine", "label": ["x"]},
+        "rows.jsonl, line 1: expected a label, text or a whole number, in the field 'label', received ['x']",
+    ),
+    (
+        {"text": "fine", "label": "odd"},
+        "rows.jsonl, line 16: expected one of the labels neg, pos in the field 'label', received 'odd'",
+    ),
+    ({"text": 3, "label": "pos"}, "rows.jsonl, line 16: expected text in the field 'text', received 3"),
+    ({"text": "", "label": "pos"}, "rows.jsonl, line 16: expected at least one token of text in text, received none"),
+)
+def labelled_row(**row):
+    set_up(TextClassificationDataModule("rows.jsonl", text_fields="text"), row, label_names=["neg", "pos"])
+
+
+@refused(
+    ({"module": {}}, "model: expected a classifier, with num_labels, received SimpleNamespace"),
+    (
+        {"module": {"label_names": [*map(str, range(20))]}},
+        "data.label_field: expected no more labels than rows of training in 'label', received 20 labels and 16 rows",
+    ),
+)
+def labels(module):
+    set_up(TextClassificationDataModule("rows.jsonl", text_fields="text"), {"text": "fine", "label": 1}, **module)
+
+
+@refused(
+    ({}, "model: expected a module with a tokenizer, received object"),
+)
+def tokenizer():
+    data = ReviewsDataModule()
+    data.trainer = SimpleNamespace(lightning_module=object())
+    data.setup("fit")
+
+
+# ---------------------------------------------------------------------- files of chains
+
+
+@refused(
+    ("nowhere", "checkpoint: expected a checkpoint file, received 'nowhere', which does not exist"),
+    (".", "checkpoint: expected a checkpoint file, received '.', which is a folder"),
+)
+def checkpoint(path):
+    read_checkpoint(path)
+
+
+@refused(
+    ({"links": 1}, "links: expected a checkpoint on this machine to take some links of, received another"),
+)
+def open_file(**arguments):
+    Toy.load_from_checkpoint(io.BytesIO(), **arguments)
+
+
+@refused(
+    (
+        "nowhere",
+        "checkpoint: expected a checkpoint, a chain folder or a PEFT adapter, received 'nowhere', which does not exist",
+    ),
+    (".", "checkpoint: expected a checkpoint, a chain folder or a PEFT adapter, received '.', which holds none of these"),
+    ("file", "checkpoint: expected a checkpoint file, received 'file', which cannot be read (...)"),
+)
+def chain_of(path):
+    Path("file").write_text("no checkpoint")
+    read_chain(path)
+
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+@refused(
+    (
+        ("{",),
+        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received what cannot be "
+        "read (...)",
+    ),
+    (
+        ("[]",),
+        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received what cannot be "
+        "read (adapter_config.json holds no fields)",
+    ),
+    ((json.dumps({"peft_type": "IA3"}),), "adapter: expected an ordinary LoRA in '.', received one with peft_type IA3"),
+    ((json.dumps(LORA | {"bias": "all"}),), "adapter: expected an ordinary LoRA in '.', received one with bias all"),
+    (
+        (json.dumps(LORA | {"init_lora_weights": "pissa"}),),
+        "adapter: expected an ordinary LoRA in '.', received one with init_lora_weights pissa",
+    ),
+    ((json.dumps(LORA | {"use_dora": True}),), "adapter: expected an ordinary LoRA in '.', received one with use_dora"),
+    ((json.dumps(LORA),), "adapter: expected the factors of linear layers and convolutions in ., received 'none'"),
+    (
+        (json.dumps(LORA), "0.lora_A.weight"),
+        "adapter: expected two factors for each layer in ., received none of '0.lora_B.weight'",
+    ),
+    (
+        (json.dumps({"peft_type": "LORA"}), "0.lora_A.weight", "0.lora_B.weight"),
+        "adapter: expected a whole LoRA of PEFT in '.', received a damaged one (ValueError(\"rank of '0' is 2, and not 8\"))",
+    ),
+)
+def adapter(config, *names):
+    from safetensors.torch import save_file
+
+    Path("adapter_config.json").write_text(config)
+    save_file({f"base_model.model.{name}": torch.ones(2, 2) for name in names}, "adapter_model.safetensors")
+    read_chain(".")
+
+
+@refused(
+    ({}, "chain: expected a folder with chain.json and chain.safetensors, received '.'"),
+    (
+        {"chain.json": "{", "chain.safetensors": ""},
+        "chain: expected a whole chain in '.', received a damaged one (JSONDecodeError(...))",
+    ),
+    (
+        {"chain.json": '{"format_version": 1, "sha256": "0"}', "chain.safetensors": ""},
+        "chain: expected the tensors that chain.json tells of in '.', received a damaged file",
+    ),
+    (
+        {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},
+        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received 9 in "
+        "chain.json: a newer release is needed",
+    ),
+    (
+        {"chain.json": '{"format_version": 0}', "chain.safetensors": ""},
+        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received 0 in "
+        "chain.json: it is damaged, or another program's",
+    ),
+    (
+        {"chain.json": '{"format_version": null}', "chain.safetensors": ""},
+        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received none in "
+        "chain.json: it is damaged, or another program's",
+    ),
+    (
+        {"chain.json": '{"format_version": "1"}', "chain.safetensors": ""},
+        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received '1' in "
+        "chain.json: it is damaged, or another program's",
+    ),
+    (
+        {"chain.json": '{"format_version": true}', "chain.safetensors": ""},
+        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received True in "
+        "chain.json: it is damaged, or another program's",
+    ),
+)
+def chain_folder(**files):
+    for name, content in files.items():
+        Path(name).write_text(content)
+    Chain.load(Path())
+
+
+@refused(
+    (("out.png",), "links: expected at least one to plot, received none"),
+    (("out.pdf", None), "plot: expected a .png file in a folder that exists and can be written, received 'out.pdf'"),
+    (("folder.png", None), "plot: expected a .png file in a folder that exists and can be written, received 'folder.png'"),
+    (
+        ("no/such/folder.png", None),
+        "plot: expected a .png file in a folder that exists and can be written, received 'no/such/folder.png'",
+    ),
+)
+def plotted(path, *reports):
+    Path("folder.png").mkdir()
+    plot(reports, Path(path))
+
+
+@refused(
+    (("truncate", -1), "links: expected 0 to 0, the length of the chain, received -1"),
+    (("truncate", 1), "links: expected 0 to 0, the length of the chain, received 1"),
+)
+def empty_chain(name, *arguments):
+    getattr(Chain(), name)(*arguments)
+
+
+# ---------------------------------------------------------------------- commands
+
+
+@refused(
+    (("merged", "out", None, 2, None), "max_rank: expected --format peft beside it, received merged"),
+    (("peft", "out", "bfloat16", None, None), "dtype: expected --format merged beside it, received peft"),
+    (("merged", "out", None, None, Path("base")), "base_folder: expected --format peft beside it, received merged"),
+    (("peft", "out", None, 0, None), "max_rank: expected at least 1, received 0"),
+    (
+        ("peft", "out", None, None, Path("out/base")),
+        "base_folder: expected a folder apart from the output, received 'out/base'",
+    ),
+    (
+        ("merged", "used", None, None, None),
+        "output: expected a folder that does not exist or is empty, received 'used', which is not: overwrite replaces it",
+    ),
+    (("merged", "used/file", None, None, None), "output: expected a folder, received 'used/file', which is a file"),
+)
+def export(format_, folder, *options):
+    Path("used").mkdir()
+    Path("used", "file").touch()
+    check_options(format_, Path(folder), *options, overwrite=False)
+
+
+@refused(
+    ("peft", "format: expected merged for a module without links (model.target_modules: null), received peft"),
+    ("chain", "format: expected merged for a module without links (model.target_modules: null), received chain"),
+)
+def export_without_links(format_):
+    toy(target_modules=None).export("out", format_)
+
+
+@refused(
+    (["--prompt", " "], "prompt: expected text, by --prompt or on standard input, received none"),
+    (["--max_new_tokens", "0"], "max_new_tokens: expected a whole number of at least 1, received 0"),
+    (
+        ["--temperature", "2"],
+        "temperature: expected do_sample true beside it, for the most probable token is taken without it, received 2.0 alone",
+    ),
+    (["--seed", "-1"], "seed: expected a whole number from 0 to 2**32 - 1, received -1"),
+    ([], "checkpoint: expected a checkpoint file, received 'nowhere', which does not exist"),
+)
+def generated(words):
+    generate(["--checkpoint", "nowhere", "--prompt", "It", *words])
+
+
+@refused(
+    (".", "output: expected a folder of files alone to overwrite, received '.', which holds folders or is in use"),
+    ("folders", "output: expected a folder of files alone to overwrite, received 'folders', which holds folders or is in use"),
+)
+def overwrite(path):
+    Path("folders", "inside").mkdir(parents=True)
+    with whole_folder(Path(path), overwrite=True):
+        raise AssertionError
+
+
+@refused(
+    (["digts"], "names: expected digits, ..., received 'digts'; the nearest that exist: digits"),
+    (["digits", "--output", "."], "output: expected no file of that name, received 'digits.yaml', which --overwrite replaces"),
+)
+def copied(words):
+    Path("digits.yaml").touch()
+    configs(words)
+
+
+@refused(
+    ({"methods": []}, "methods: expected a list of names, each once, received []"),
+    ({"methods": ["lora", "lora"]}, "methods: expected a list of names, each once, received ['lora', 'lora']"),
+    ({"seeds": 0}, "seeds: expected a whole number of at least 1, received 0"),
+    ({"config": "nowhere.yaml"}, "config: expected a file, received 'nowhere.yaml'"),
+    ({"metric": "accuracy"}, "metric: expected a name that begins with val_, received 'accuracy'"),
+    ({"tuning_seeds": 4}, "tuning_seeds: expected 1 to 3, which is seeds, received 4"),
+    ({"learning_rates": [0.0]}, "learning_rates: expected numbers above 0, each once, received [0.0]"),
+    ({"learning_rates": {"lora": [0.01]}}, "learning_rates: expected a list for each of lora, cola, received lora"),
+)
+def comparison(config="some.yaml", methods=("lora", "cola"), **options):
+    Path("some.yaml").touch()
+    Comparison(config, "out", list(methods), **options)
+
+
+@refused(
+    (
+        ("lore",),
+        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lore'; the nearest "
+        "that exist: lora, relora",
+    ),
+    (("lora-3",), "methods: expected lora, received 'lora-3'"),
+    (("cola-0",), "methods: expected cola-1 or more, received 'cola-0'"),
+    (
+        ("cola", {}, {"max_epochs": 3}),
+        "methods: expected a config whose chain has knots, or links, as cola-4, received 'cola' and none",
+    ),
+    (
+        ("cola", {"every_n_epochs": 1}, {"max_steps": 20}),
+        "trainer: expected max_epochs alone, as the chain counts epochs, so that it is known how many links a run "
+        "has, received another limit",
+    ),
+    (
+        ("cola", {"every_n_train_steps": 1}, {"max_epochs": 2}),
+        "trainer: expected max_steps, as the chain counts steps, so that it is known how many links a run has, "
+        "received another limit",
+    ),
+    (("cola-9", {}, {"max_epochs": 3}), "methods: expected at most 3 links, one for each of a run's parts, received 9"),
+    (("cola-2",), "trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither"),
+)
+def method_of(name, chain=(), trainer=()):
+    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
+    config = {"model": {"init_args": {"rank": 4, "alpha": 8.0}}, "chain": whens | dict(chain)}
+    method(name, config | {"trainer": {"max_epochs": None, "max_steps": -1} | dict(trainer)})
+
+
+# ---------------------------------------------------------------------- what is not installed
+
+
+def adapter_to_generate():
+    Path("adapter_config.json").write_text("{}")
+    generate(["--checkpoint", ".", "--prompt", "It"])
+
+
+def study():
+    Path("some.yaml").touch()
+    compare(["--config", "some.yaml", "--output", "out", "--methods", "[lora]"])
+
+
+@refused(
+    (
+        lambda: check_options("peft", Path("out"), None, None, None, overwrite=False),
+        "format: expected the package peft, received none: pip install peft",
+    ),
+    (
+        lambda: language_model(gguf_file="x.gguf"),
+        "model.gguf_file: expected the packages gguf and accelerate, received no gguf: pip install gguf accelerate",
+    ),
+    (
+        lambda: language_model(quantization="nf4", finished_links="stack"),
+        "model.quantization: expected null, or the package bitsandbytes, received nf4: pip install bitsandbytes",
+    ),
+    (adapter_to_generate, "checkpoint: expected the package peft beside an adapter, received none: pip install peft"),
+    (study, "cola compare: expected optuna and scipy, received none: pip install optuna scipy"),
+)
+def without_packages(do):
+    with mock.patch.object(importlib.util, "find_spec", return_value=None):
+        do()
+
+
+@refused(
+    (".", "data: expected the standard library's source in '.', received no file ending in .py"),
+)
+def standard_library(folder):
+    with mock.patch("sysconfig.get_path", return_value=folder):
+        python_sources()
+
+
+REFUSALS = [Refusal(do, given, message) for do, rows in SECTIONS.items() for given, message in rows]
