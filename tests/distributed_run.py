@@ -246,6 +246,8 @@ def same(folder):
     for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
+    for strategy in ("fsdp2", "fsdp1"):  # each link's A depends on those before
+        fit(folder, f"orthogonal-{strategy}", strategy=strategy, arguments={"init": "orthogonal"}, gradient_clip_val=None)
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
     for model in ("mlp", "cnn", "llama"):

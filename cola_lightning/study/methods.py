@@ -101,6 +101,12 @@ def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
     return Method(name, 1, _rank(config), NO_CHAIN | {"model.trained_factors": "B"})
 
 
+def _boost(name: str, config: Config, chain: ChainOf) -> Method:
+    """A chain of which each link begins orthogonal to those before, as BoostLoRA's rounds do."""
+    found = _cola(name, config, chain)
+    return replace(found, options={**found.options, "model.init": "orthogonal"})
+
+
 METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
@@ -109,6 +115,7 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "rac": _rac,
     "relora": _relora,
     "asymmetric": _asymmetric,
+    "boost": _boost,
 }
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 
