@@ -115,7 +115,7 @@ class AdaptedModel:
             rank: largest rank of a link, and the first link's.
             alpha: a link's update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` or ``gaussian``.
+            init: how A is drawn: ``kaiming``, ``gaussian`` or ``orthogonal``.
             modules_to_save: names, or dotted name endings, of modules that are trained whole.
             finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
             seed: of all draws.
@@ -205,7 +205,7 @@ class AdaptedModel:
 
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function stays what it is."""
-        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
+        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", self.chain.links)
 
     def resume_link(self, rank: int, alpha: float) -> None:
         """Gives the layers rank and alpha of a live link whose factors are loaded from elsewhere."""

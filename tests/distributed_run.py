@@ -246,6 +246,8 @@ def same(folder):
     for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
+    for strategy in ("fsdp2", "fsdp1"):  # each link's A depends on those before
+        fit(folder, f"orthogonal-{strategy}", strategy=strategy, arguments={"init": "orthogonal"}, gradient_clip_val=None)
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
     for model in ("mlp", "cnn", "llama"):
@@ -371,6 +373,23 @@ def counted(folder):
             sent = SentAtEachStep()
             fit(folder, f"counted-{model}-{strategy}", model, strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
             torch.save(sent.steps, folder / f"counted-{model}-{strategy}.sent")
+
+
+class Diverse(MLP):
+    """Its validation loss falls on one process as it rises on the other."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
+
+
+def plateau(folder):
+    """Knots by a metric that is another on each process, and stands still in the mean."""
+    module = Diverse(target_modules="all-linear", rank=2, alpha=4, seed=1, lr_schedule="constant")
+    options = {"devices": world(), "strategy": STRATEGIES["ddp"](), "max_epochs": 4}
+    made = trainer(folder, chain={"patience": 1}, **options)
+    made.fit(module, datamodule=Data())
+    left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
+    torch.save(left | {"weights": held(module)}, folder / f"plateau.rank{made.global_rank}.pt")
 
 
 def predicted(folder):

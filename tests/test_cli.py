@@ -42,6 +42,14 @@ def fitted(capfd):
     return ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
 
 
+def test_fit_ties_knots_at_a_plateau(capfd):
+    rule = "{every_n_epochs: null, patience: 1, monitor: val_accuracy, mode: max, min_delta: 0.02}"
+    Path("chain.yaml").write_text(f"chain: {rule}\ntrainer: {{max_epochs: 8}}\n")
+    assert run("fit", "--config", DIGITS, "--config", "chain.yaml", "--trainer.enable_progress_bar", "false") == 0
+    state = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["cola"]
+    assert 0 < len(state["chain"]["links"]) < 8
+
+
 def test_fit_says_how_to_go_on_and_that_works(fitted, capfd):
     out = capfd.readouterr().out
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in out
@@ -216,6 +224,8 @@ BAD = [
     (["fit", "--config", DIGITS, "--chain.ranks", "[1, 2]"], "chain.ranks: expected at most 1, which is model.rank"),
     (["fit", "--config", DIGITS, "--chain.ranks", "[1, 1]"], "chain.ranks: expected 10 entries, one for each link"),
     (["fit", "--config", DIGITS, "--chain.at_steps", "[3]"], "received every_n_epochs and at_steps"),
+    (["fit", "--config", DIGITS, "--chain.patience", "3"], "received every_n_epochs and patience"),
+    (["fit", "--config", DIGITS, "--chain.monitor", "val_accuracy"], "expected chain.patience beside them, received none"),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
     (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "received deepspeed, whose engine owns the optimizer"),

@@ -47,8 +47,15 @@ def trained(tmp_path_factory):
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    on_two_processes(folder, "same", "predicted", "written", "counted", "merges", "fsdp1")
+    on_two_processes(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau")
     return folder
+
+
+def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_value(trained):
+    first, second = (torch.load(trained / f"plateau.rank{rank}.pt") for rank in range(2))
+    assert first["knots"] == second["knots"] != []
+    assert first["own"] != second["own"]
+    assert_bit_equal(first["weights"], second["weights"])
 
 
 SAME = {
@@ -61,6 +68,8 @@ SAME = {
     "idle-fsdp2": (1e-5, {"model": "idle", "arguments": {"modules_to_save": ["3"]}}),
     "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
     "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
+    "orthogonal-fsdp1": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
+    "orthogonal-fsdp2": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
 }
 SAME |= {
     f"{model}-{mode}-fsdp2": (1e-5, {"model": model, "arguments": {"finished_links": mode}})

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.plateau import Mode, Plateau
 from cola_lightning.chain.schedule import ChainSchedule, Counters
 from cola_lightning.errors import UserError
 
@@ -47,9 +48,9 @@ class ChainModule(Protocol):
 class ChainOfLoRA(Callback):
     """Ties the knots: at the first batch of an optimizer step at which one is due, before anything is computed for it.
 
-    At most one of the first four arguments; with none of them the run is one link: plain LoRA. Steps are optimizer steps,
-    counted over the whole run. A checkpoint written at a knot contains the unfinished link, and resuming it ties the knot. The
-    patience of EarlyStopping continues across knots.
+    At most one of ``every_n_epochs``, ``every_n_train_steps``, ``at_epochs``, ``at_steps`` and ``patience``; with none of them
+    the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run. A checkpoint written at a knot
+    contains the unfinished link, and resuming it ties the knot. The patience of EarlyStopping continues across knots.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -58,9 +59,14 @@ class ChainOfLoRA(Callback):
         at_steps: knots before these optimizer steps: increasing, from 1.
         ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
         alphas: each link's alpha. Default: ``model.alpha`` for all.
+        patience: a knot after so many validations in a row in which ``monitor`` did not improve. How long a link will be is
+            then not known beforehand: a learning rate that decays needs ``model.schedule_scope: run``.
+        monitor: with ``patience``: the metric, one that validation logs.
+        min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
+        mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
 
     Raises:
-        UserError: for more than one of the first four, and for invalid values.
+        UserError: for more than one rule for when knots are tied, and for invalid values.
 
     Example:
         >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.link_at(epoch=5, global_step=100)
@@ -77,10 +83,20 @@ class ChainOfLoRA(Callback):
         at_steps: list[int] | None = None,
         ranks: list[int] | None = None,
         alphas: list[float] | None = None,
+        patience: int | None = None,
+        monitor: str = "val_loss",
+        min_delta: float = 0.0,
+        mode: Mode = "min",
     ) -> None:
         is_open = type(self).should_tie is not ChainOfLoRA.should_tie
-        self.schedule = ChainSchedule(every_n_epochs, every_n_train_steps, at_epochs, at_steps, ranks, alphas, is_open=is_open)
+        whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
+        self.schedule = ChainSchedule(*whens, ranks, alphas, is_open=is_open, patience=patience)
+        self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
+        if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
+            raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
         self._asked_at: int | None = None
+        self._last_step: int | None = None  # at which a batch began
+        self._values: dict[int, float] = {}  # of the monitored metric, by the step from which on it is known
 
     def should_tie(self, epoch: int, global_step: int) -> bool:
         """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for your own rule.
@@ -89,20 +105,27 @@ class ChainOfLoRA(Callback):
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
-        return self.schedule.is_due(self.module.link_start, Counters(epoch, global_step))
+        start = self.module.link_start
+        if self.plateau is not None:  # what is known at a link's first step is of the link before
+            known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
+            return self.plateau.is_reached(known)
+        return self.schedule.is_due(start, Counters(epoch, global_step))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule)
         self.module = cast(ChainModule, pl_module)
         self.module.schedule = self.schedule
-        self._asked_at = None
+        self._asked_at = self._last_step = None
+        if stage == "fit":  # those of a fit that this Trainer goes on with, or, in what follows, of a checkpoint
+            self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
         # A new list: the trainer is going through the old one. Checkpoints stay last, as Lightning has them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = Counters(trainer.current_epoch, trainer.global_step)
+        self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
             self.module.link_start = now  # a knot tied by hand at the end of an epoch counted that epoch
             return
@@ -116,6 +139,45 @@ class ChainOfLoRA(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.num_sanity_val_steps == math.inf:  # all of validation, and not its first batches
             log.info("before training: %s", _of_validation(trainer.callback_metrics) or "no metric")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.plateau is not None and not trainer.enable_validation:
+            raise UserError(
+                "chain.patience: expected a run with validation (its rows, a validation_step, and a trainer.limit_val_batches "
+                "above 0), received one without"
+            )
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.plateau is None or trainer.state.fn != "fit":
+            return
+        logged, name = trainer.callback_metrics, self.plateau.monitor
+        if name not in logged:  # in the check before training, too: before any time is lost
+            raise UserError(
+                f"chain.monitor: expected one of {', '.join(sorted(logged)) or 'the metrics that validation logs'}, "
+                f"received {name}"
+            )
+        if not trainer.sanity_checking:
+            # The mean over the processes, of a copy that may be written: all of them tie a knot, or none.
+            value = logged[name].detach().to(trainer.strategy.root_device, copy=True)
+            # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the next step is the
+            # first that can know of it, also in a run that resumes at the window's beginning.
+            is_inside_window = trainer.global_step == self._last_step
+            known_at = trainer.global_step + is_inside_window
+            self._values[known_at] = float(trainer.strategy.reduce(value, reduce_op="mean"))
+
+    # Not by state_dict: where there are two callbacks of a class that has it, Lightning fails before ``setup`` can say why.
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        start = self.module.link_start.global_step
+        if values := {step: value for step, value in self._values.items() if step > start}:
+            checkpoint["callbacks"].setdefault(self.state_key, {})["values"] = values
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._values = dict(checkpoint["callbacks"].get(self.state_key, {}).get("values", {}))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

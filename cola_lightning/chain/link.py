@@ -1,7 +1,7 @@
 """A link: one low-rank update, from its draw to its merge, and what is recorded of it then."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,12 +100,22 @@ def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
 
 
 def begin_link(
-    layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Literal["A", "B"] = "A"
+    layers: Mapping[str, LoRALayer],
+    seed: int,
+    index: int,
+    rank: int,
+    alpha: float,
+    drawn: Literal["A", "B"] = "A",
+    finished: Sequence[Link] = (),
 ) -> None:
     """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
-    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
+    The draw depends on nothing else but the finished links, where a layer's ``init`` asks for them: not on the global
+    generator, the device, or the number of processes.
     """
+    place = "AB".index(drawn)
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn)
+        factors = [link.factors[name][place] for link in finished if name in link.factors]
+        before = factors if drawn == "A" else [lora_B.T for lora_B in factors]
+        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn, before=before)

@@ -14,6 +14,8 @@ from cola_lightning.errors import UserError
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
+WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
+
 
 class Counters(NamedTuple):
     """A moment of a run: epochs finished and optimizer steps taken."""
@@ -64,7 +66,7 @@ class RunLength:
 
 @dataclass(frozen=True)
 class ChainSchedule:
-    """Where the knots of a chain lie. At most one of the four "when" arguments is given; none is one link: plain LoRA.
+    """Where the knots of a chain lie. At most one of the five "when" arguments is given; none is one link: plain LoRA.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -74,6 +76,8 @@ class ChainSchedule:
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         is_open: knots are decided while training, so no link's length is known beforehand.
+        patience: a knot after so many validations without improvement, see :class:`~cola_lightning.chain.plateau.Plateau`,
+            which decides: the schedule is then open.
 
     Raises:
         UserError: for more than one "when" and for values that cannot be.
@@ -93,9 +97,10 @@ class ChainSchedule:
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
     is_open: bool = False
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        whens = {name: getattr(self, name) for name in ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps")}
+        whens = {name: getattr(self, name) for name in WHENS}
         given = [name for name, value in whens.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
@@ -107,6 +112,8 @@ class ChainSchedule:
             knots = whens[name]
             if knots is not None and any(b <= a for a, b in zip([0, *knots], knots, strict=False)):
                 raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+        if self.patience is not None:
+            object.__setattr__(self, "is_open", True)
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
             if values is not None and not values:
                 raise UserError(f"chain.{name}: expected a value for each link, received an empty list")

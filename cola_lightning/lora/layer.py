@@ -17,8 +17,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 """
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -28,10 +27,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.lora.initialization import DRAWS, Init
 from cola_lightning.lora.stack import Stack
 from cola_lightning.sharded import tensors
 
-Init = Literal["kaiming", "gaussian"]
 FinishedLinks = Literal["merge", "stack"]
 
 # What a LoRA layer has beside all that its base layer has.
@@ -187,7 +186,8 @@ class LoRALayer(nn.Module):
             rank: largest rank of a link, and the first link's.
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
+            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
+                ``orthogonal`` to the A of the links before.
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 keeps them beside it, and never writes it.
         """
@@ -368,6 +368,7 @@ class LoRALayer(nn.Module):
         rank: int | None = None,
         alpha: float | None = None,
         drawn: Literal["A", "B"] = "A",
+        before: Sequence[Tensor] = (),
     ) -> None:
         """Begins a new link in place: draws A, zeroes B, drops their gradients.
 
@@ -378,15 +379,13 @@ class LoRALayer(nn.Module):
             rank: the new link's rank, 1 to ``max_rank``; None keeps it.
             alpha: the new link's alpha; None keeps it.
             drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
+            before: the same factor of each link before, rank x in (of B, rank x out): some ways of drawing depend on them.
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
         n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
         full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
-        if self.init == "gaussian":
-            nn.init.normal_(full[: self.rank], std=1 / self.rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(full[: self.rank], a=math.sqrt(5), generator=generator)
+        DRAWS[self.init](full[: self.rank], generator, before)
         if drawn == "A":
             tensors.copy_(self.lora_A, full)
             self._zero_B()

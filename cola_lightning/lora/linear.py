@@ -10,7 +10,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 from typing_extensions import override
 
-from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer, shallow_copy
+from cola_lightning.lora.initialization import Init
+from cola_lightning.lora.layer import FinishedLinks, LoRALayer, shallow_copy
 
 # The output layer of nn.MultiheadAttention, which reads its weight in every mode.
 NEVER_CALLED = (NonDynamicallyQuantizableLinear,)

@@ -64,7 +64,8 @@ class COLAModule(LightningModule, RecordsArguments):
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
-        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
+        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
+            ``orthogonal`` to the A of every finished link, until no direction is left and it begins again (BoostLoRA).
         modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
@@ -123,7 +124,7 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> None:
         super().__init__()
         check_numbers(rank, alpha, dropout)
-        check_choices(seed, modules_to_save_lr, finished_links, trained_factors, init_chain, init_links)
+        check_choices(seed, modules_to_save_lr, init, finished_links, trained_factors, init_chain, init_links)
         check_schedule(warmup_steps, schedule_scope, knot_warmup_steps, kept_optimizer_state)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)

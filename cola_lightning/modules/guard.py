@@ -132,7 +132,7 @@ class ChainGuard(Callback):
         module, run = self.module, self.module.run_state
         if run.schedule.is_open or length.end_step == math.inf:
             module.link_plan.warn_of_open_ranks()
-            module.optimization.check_without_horizon()
+            module.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
         module.link_plan.check_lengths(lengths, module.link)

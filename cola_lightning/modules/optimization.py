@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cola_lightning.adapted_model import AdaptedModel, is_factor
 from cola_lightning.chain.rules import keep_state
-from cola_lightning.chain.schedule import LRSchedule, lr_factor, warmup_length
+from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.modules.run_state import RunState
@@ -167,14 +167,26 @@ class LinkOptimization:
                 f"received {self.knot_warmup_steps:g}"
             )
 
-    def check_without_horizon(self) -> None:
-        """Refuses a learning-rate schedule that needs a link's length, where that is not known beforehand."""
-        if self._needs_horizon and self._scheduler is not None:  # an overridden configure_optimizers may have none
-            share = self.warmup_steps or self.knot_warmup_steps
-            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {share:g} of it"
+    def check_without_horizon(self, run: RunLength) -> None:
+        """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
+
+        Args:
+            run: how far the fit goes, whose links end as it is found in training, if the run itself has an end.
+        """
+        if self._scheduler is None:  # an overridden configure_optimizers may have none
+            return
+        is_known = self.schedule_scope == "run" and run.end_step < math.inf
+        if not is_known and (self.lr_schedule != "constant" or 0 < self.warmup_steps < 1):
+            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-                f"max_steps, endless data, or a should_tie of one's own), received {received}"
+                "max_steps, endless data, chain.patience, or a should_tie of one's own), or model.schedule_scope: run in a run "
+                f"whose length is, received {received}"
+            )
+        if 0 < self.knot_warmup_steps < 1:
+            raise UserError(
+                "model.knot_warmup_steps: expected a number of steps where a link's length is not known beforehand, received "
+                f"{self.knot_warmup_steps:g} of it"
             )
 
     def check_new_optimizers(self, configure: Callable[[], Any], trainer: Trainer) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import START, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import START, WHENS, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 
 Config = Mapping[str, Any]
 
-WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps")
-NO_CHAIN = {f"chain.{name}": None for name in (*WHENS, "ranks", "alphas")}
+OF_SCHEDULE = (*WHENS, "ranks", "alphas")
+NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
+NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Method:
 
     Attributes:
         name: as the user wrote it: ``cola``, or ``cola-4`` for a chain of four links.
-        links: how many links a run has; 0 where all is trained.
+        links: how many links a run has, where that is known beforehand; 0 where all is trained.
         rank: the largest rank of a link; None where all is trained.
         options: what changes the config, by the names of ``cola fit``.
     """
@@ -100,6 +101,12 @@ def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
     return Method(name, 1, _rank(config), NO_CHAIN | {"model.trained_factors": "B"})
 
 
+def _boost(name: str, config: Config, chain: ChainOf) -> Method:
+    """A chain of which each link begins orthogonal to those before, as BoostLoRA's rounds do."""
+    found = _cola(name, config, chain)
+    return replace(found, options={**found.options, "model.init": "orthogonal"})
+
+
 METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
@@ -108,6 +115,7 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "rac": _rac,
     "relora": _relora,
     "asymmetric": _asymmetric,
+    "boost": _boost,
 }
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 
@@ -123,9 +131,13 @@ def _rank(config: Config) -> int:
 def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    schedule = ChainSchedule(**chain)
+    schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE})
     if not schedule.has_knots:
         raise UserError(f"methods: expected a config whose chain has knots, or links, as {name}-4, received {name!r} and none")
+    if schedule.is_open:  # how many links there are, each run finds out
+        if name == "lora-sum-rank":
+            raise UserError("methods: expected links, as lora-sum-rank-4, of a chain with a patience, received 'lora-sum-rank'")
+        return [max(schedule.ranks or [_rank(config)])], {}
     epochs, steps = _length(config)
     counts_epochs = chain["every_n_epochs"] or chain["at_epochs"]
     if (epochs if counts_epochs else steps) is None:

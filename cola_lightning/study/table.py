@@ -21,7 +21,7 @@ class Row:
     Attributes:
         method: its name.
         rank: of its links, the largest; None where all was trained.
-        links: how many; 0 where all was trained.
+        links: how many, median; 0 where all was trained.
         learning_rate: the best on validation.
         seeds: how many runs there are.
         diverged: how many of them diverged; the others are what follows.
@@ -71,7 +71,7 @@ def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float | No
     return Row(
         method=name,
         rank=first.rank,
-        links=first.links,
+        links=statistics.median_low(result.links for result in results),
         learning_rate=first.learning_rate,
         seeds=len(results),
         diverged=len(results) - len(tests),
