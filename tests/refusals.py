@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations
 
 from cola_lightning import (
     Chain,
+    ChainOfLoRA,
     ChainSchedule,
     COLACausalLM,
     COLASequenceClassifier,
@@ -92,8 +93,8 @@ def refused(*rows: tuple[Any, str]) -> Callable[[Callable[..., object]], Callabl
 @refused(
     (
         {"every_n_epochs": 1, "at_steps": [2]},
-        "chain: expected at most one of every_n_epochs, every_n_train_steps, at_epochs, at_steps, received "
-        "every_n_epochs and at_steps",
+        "chain: expected at most one of every_n_epochs, every_n_train_steps, at_epochs, at_steps, patience, "
+        "received every_n_epochs and at_steps",
     ),
     ({"every_n_epochs": 0}, "chain.every_n_epochs: expected a whole number of at least 1, received 0"),
     ({"every_n_train_steps": -3}, "chain.every_n_train_steps: expected a whole number of at least 1, received -3"),
@@ -105,6 +106,20 @@ def refused(*rows: tuple[Any, str]) -> Callable[[Callable[..., object]], Callabl
 )
 def schedule(**chain):
     ChainSchedule(**chain)
+
+
+@refused(
+    ({"patience": 0}, "chain.patience: expected a whole number of validations of at least 1, received 0"),
+    ({"patience": 1, "min_delta": -1}, "chain.min_delta: expected a number of at least 0, received -1"),
+    ({"patience": 1, "min_delta": float("nan")}, "chain.min_delta: expected a number of at least 0, received nan"),
+    ({"patience": 1, "mode": "lower"}, "chain.mode: expected min or max, received 'lower'"),
+    (
+        {"monitor": "val_accuracy"},
+        "chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none",
+    ),
+)
+def rule(**chain):
+    ChainOfLoRA(**chain)
 
 
 @refused(
@@ -223,13 +238,14 @@ def tie_knot(module=(), **arguments):
     ),
     (
         {"max_epochs": -1, "max_time": {"minutes": 1}},
-        "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-        "max_steps, endless data, or a should_tie of one's own), received linear",
+        "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
+        "length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received linear",
     ),
     (
         {"module": {"lr_schedule": "constant", "warmup_steps": 0.1}, "max_epochs": -1},
-        "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-        "max_steps, endless data, or a should_tie of one's own), received a warm-up of 0.1 of it",
+        "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
+        "length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received a "
+        "warm-up of 0.1 of it",
     ),
     (
         {"module": {"modules_to_save_lr": 0.1}},
@@ -1272,8 +1288,8 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
 @refused(
     (
         ("lore",),
-        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lore'; the nearest "
-        "that exist: lora, relora",
+        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, boost, received 'lore'; the "
+        "nearest that exist: lora, relora",
     ),
     (("lora-3",), "methods: expected lora, received 'lora-3'"),
     (("cola-0",), "methods: expected cola-1 or more, received 'cola-0'"),

@@ -361,7 +361,7 @@ def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
     trainer(tmp_path, rule, max_epochs=2, accumulate_grad_batches=2).fit(module, batches())
     assert rule.asked == (1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert [link.end_step for link in module.chain.links] == [3, 7]
-    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant .* received linear"):
+    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, .* received linear"):
         trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())
 
 

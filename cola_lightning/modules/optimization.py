@@ -179,9 +179,9 @@ class LinkOptimization:
         if not is_known and (self.lr_schedule != "constant" or 0 < self.warmup_steps < 1):
             received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
             raise UserError(
-                "model.lr_schedule: expected constant where a link's length is not known beforehand (no max_epochs or "
-                "max_steps, endless data, chain.patience, or a should_tie of one's own), or model.schedule_scope: run in a run "
-                f"whose length is, received {received}"
+                "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's"
+                " length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received "
+                f"{received}"
             )
         if 0 < self.knot_warmup_steps < 1:
             raise UserError(
