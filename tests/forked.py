@@ -8,6 +8,7 @@ process it must be where a test is about what is imported, how long that takes, 
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -147,6 +148,7 @@ def _become(arguments, folder, environment, has_own_session):
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # else each process would go through all of that once more at its end: for a second
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who wait for commands are not waited for
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         request = _serve(requests)
