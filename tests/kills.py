@@ -5,19 +5,16 @@ validations an epoch and two knots. What a run does is written down, batch by ba
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tests import tiny
+from tests import forked, tiny
 from tests.run_comparison import differences_of_checkpoints, differences_of_records, too_much_done_twice, twice_done
 
-ROOT = Path(__file__).parent.parent
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
 SECONDS = 120  # a run takes ten
@@ -144,16 +141,13 @@ def prepare(setup, folder):
 def fit(folder, name, *arguments, **recorder):
     """One ``cola fit`` in a folder beside the configuration; it leaves ``name.log`` and ``name.jsonl``. Its exit status."""
     options = [f"--trainer.callbacks.{option}={value}" for option, value in {"path": f"{name}.jsonl", **recorder}.items()]
-    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
+    command = ["-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
     command += ["--trainer.callbacks+=tests.kill_run.Recorder", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder / f"{name}.log").open("w") as log:  # not a pipe: the data workers of a killed run would hold it open
-        how = {"cwd": folder, "env": environment, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-        try:
-            done = subprocess.run(command, **how, timeout=SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            return None
-    return done.returncode
+    how = {"cwd": folder, "log": folder / f"{name}.log", "start_new_session": True}
+    try:
+        return forked.run(*command, **how, timeout=SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def records(folder, name):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it writes, what it says, and its exit status."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from cola_lightning.cli import main
+from tests import forked
 
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 FSDP2_CLASS = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -292,25 +294,21 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
 def test_what_fails_while_running_is_status_1_with_its_traceback():
     program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "fit", "--config", DIGITS, *FAST], capture_output=True, text=True, check=False
-    )
+    done = forked.run("-c", program, "fit", "--config", DIGITS, *FAST)
     assert done.returncode == 1
     assert "the training loss is nan at step 0 (epoch 0), in link 0" in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
-    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--trainer.max_epochs", "100000"]
-    with Path("log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    fit = ["fit", "--config", DIGITS, "--trainer.max_epochs", "100000"]
+    process = forked.Command("-m", "cola_lightning", *fit, log=Path("log"))
     checkpoint = Path("runs/version_0/checkpoints/last.ckpt")
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    process.wait(timeout=60)
-    assert process.returncode == status
+    os.kill(process.pid, number)
+    assert process.finish(timeout=60).returncode == status
     assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 2
     assert not list(checkpoint.parent.glob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("go on: cola fit")]

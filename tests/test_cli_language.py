@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cola_lightning.cli import main
-from tests import tiny
+from tests import forked, tiny
 
 CONFIG = """
 seed_everything: 0
@@ -132,8 +132,7 @@ def test_two_processes_are_one():
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     checkpoint = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
     for arguments in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], ["predict", *checkpoint]):
-        done = subprocess.run([sys.executable, "-m", "cola_lightning", *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        forked.run("-m", "cola_lightning", *arguments, check=True)  # it starts the second
     (path,) = Path("runs").rglob("predictions.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.unlink()

@@ -17,7 +17,7 @@ from scipy import stats
 
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
-from cola_lightning.study import process
+from cola_lightning.study import process, study
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import METHODS, method
@@ -25,6 +25,7 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.table import summarize
 from cola_lightning.study.trials import Trials
 from cola_lightning.writing import whole_file
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -141,7 +142,7 @@ def test_several_processes_write_one_file(tmp_path):
     with whole_file(tmp_path / "file", is_shared=True) as mine:
         other = "import sys, pathlib\nfrom cola_lightning.writing import whole_file\n"
         other += "with whole_file(pathlib.Path(sys.argv[1]), is_shared=True) as path: path.write_text('theirs')"
-        subprocess.run([sys.executable, "-c", other, tmp_path / "file"], check=True)
+        forked.run("-c", other, tmp_path / "file", check=True)
         assert (tmp_path / "file").read_text() == "theirs"
         mine.write_text("mine")
     assert (tmp_path / "file").read_text() == "mine"
@@ -181,8 +182,16 @@ class Runs:
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def drawn_runs(monkeypatch):
     return Runs(monkeypatch)
+
+
+@pytest.fixture
+def runs(drawn_runs, monkeypatch):
+    """Without the figures, which take longer than all else."""
+    for draw in ("draw_curves", "draw_points"):
+        monkeypatch.setattr(study, draw, lambda *_: None)
+    return drawn_runs
 
 
 def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
@@ -194,7 +203,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_study_leaves_lines_tables_and_figures(tmp_path, runs, capsys):
+def test_a_study_leaves_lines_tables_and_figures(tmp_path, drawn_runs, capsys):
     assert compare(tmp_path, "--learning_rates", "[1e-2, 2e-2]") == 0
     assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
         (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
@@ -397,9 +406,9 @@ def test_optunas_own_tools_see_the_study(tmp_path, runs):
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "digits" / "study.journal"))
     )
-    study = optuna.load_study(study_name="digits", storage=storage)
-    assert [trial.params for trial in study.trials] == [{"learning_rate": 0.02, "seed": seed} for seed in (0, 1)]
-    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    found = optuna.load_study(study_name="digits", storage=storage)
+    assert [trial.params for trial in found.trials] == [{"learning_rate": 0.02, "seed": seed} for seed in (0, 1)]
+    assert {trial.state for trial in found.trials} == {TrialState.COMPLETE}
 
 
 # ---------------------------------------------------------------------- runs that are run
@@ -457,20 +466,19 @@ def test_a_study_that_is_stopped_ends_its_run_and_goes_on(tmp_path):
     ]
     command = [sys.executable, "-m", "cola_lightning", "compare", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    study = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    stopped = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / "runs" / "lora-lr0.02-seed0" / "log.txt"
     for _ in range(600):
         if log.exists():
             break
         time.sleep(0.1)
     time.sleep(0.5)
-    study.send_signal(signal.SIGTERM)
-    assert study.wait(60) == 143, study.stderr.read()
-    study.stderr.close()
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == 143, stopped.stderr.read()
+    stopped.stderr.close()
     processes = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(p)]
     assert processes == []
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    forked.run(*command[1:], env=environment, cwd=tmp_path, timeout=120, check=True)
     assert len(lines(tmp_path)) == 1
 
 

@@ -18,7 +18,7 @@ from cola_lightning import UserError
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import repeated_blocks, without_trained
 from tests import distributed_run as run
-from tests import tiny
+from tests import forked, tiny
 from tests.toy import assert_bit_equal
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,16 @@ def on_two_processes(folder, *jobs):
     command += [run.__file__, str(folder), *jobs]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def forked_pair(folder, *jobs, **environment):
+    """Starts the same without torchrun, each process forked."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    return [forked.Command(run.__file__, folder, *jobs, env=shared | rank) for rank in ranks]
 
 
 def distance(mine, theirs):
@@ -47,7 +57,10 @@ def trained(tmp_path_factory):
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    on_two_processes(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau")
+    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # to Lightning
+    for process in forked_pair(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", **as_torchrun):
+        done = process.finish(timeout=240)
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -300,19 +313,10 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
 def test_where_one_process_is_killed_the_other_ends_with_an_error_and_the_last_checkpoint_loads(tmp_path, strategy):
     folder = tmp_path / strategy
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    command = [sys.executable, run.__file__, str(folder), "killed"]
-    processes = [
-        subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    _, error = processes[0].communicate(timeout=run.TIMEOUT.total_seconds() + 60)
-    processes[1].communicate()
-    assert (processes[0].returncode, processes[1].returncode) == (1, -signal.SIGKILL)
-    assert "RuntimeError" in error
+    first, second = forked_pair(folder, "killed")
+    first, second = first.finish(timeout=run.TIMEOUT.total_seconds() + 60), second.finish()
+    assert (first.returncode, second.returncode) == (1, -signal.SIGKILL)
+    assert "RuntimeError" in first.stderr
     (last,) = folder.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 5
     run.fit(tmp_path, "resumed", ckpt_path=last)

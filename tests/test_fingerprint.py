@@ -100,6 +100,6 @@ def test_describing_a_large_base_takes_no_time():
     """As many tensors as a model of 7 billion parameters has, and a value of each of them in 64."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(225)))
     inject_lora(model, [str(k) for k in range(0, 225, 4)], rank=1, alpha=1)
-    begin = time.perf_counter()
+    begin = time.process_time()  # the same however busy the machine is
     describe_base(model)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2

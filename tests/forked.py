@@ -1,0 +1,156 @@
+"""Python commands in processes of their own, without the five seconds in which each would import torch and lightning.
+
+``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
+forked from one that has imported the libraries and done nothing with them. Its folder, environment, arguments, standard
+streams, signals, coverage and exit status are its own; ``test_forked.py`` compares it with a new process, to the bit. A new
+process it must be where a test is about what is imported, how long that takes, or a variable that is read meanwhile.
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+IMPORTED = ["lightning.pytorch", "cola_lightning.cli.training"]  # neither starts a thread, which a fork would lose
+_BEFORE_TESTS = os.environ | {"OMP_NUM_THREADS": "1"}  # OpenMP reads this once: when torch is imported
+
+
+@functools.cache
+def _server():
+    """The process that forks, from its first use on; the socket that takes its requests."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        command = [sys.executable, "-m", "tests.forked", str(its.fileno())]
+        how = {"cwd": ROOT, "env": _BEFORE_TESTS, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        server = subprocess.Popen(command, pass_fds=[its.fileno()], **how)
+
+    @atexit.register
+    def _end():
+        ours.close()
+        server.wait()  # until its coverage is written
+
+    return ours
+
+
+class Command:
+    """A command that runs.
+
+    Args:
+        *arguments: what would follow ``python``: ``-m`` and a module, ``-c`` and a program, or a script; then its arguments.
+        cwd: the folder in which it runs; None: the current one.
+        env: its environment; None: this process' own. ``OMP_NUM_THREADS``, which is 1, and ``PYTHONPATH`` stay the tests'.
+        log: the path of a file that gets both of its streams; None: they are collected.
+        start_new_session: whether it has a session, and so a process group, of its own.
+    """
+
+    def __init__(self, *arguments, cwd=None, env=None, log=None, start_new_session=False):
+        self.arguments = list(map(str, arguments))
+        self._streams = [log.open("w+")] if log else [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
+        self._reports, reports = os.pipe()
+        environment = dict(os.environ if env is None else env)
+        request = json.dumps([self.arguments, os.path.abspath(cwd or "."), environment, start_new_session])
+        descriptors = [reports, self._streams[0].fileno(), self._streams[-1].fileno()]
+        socket.send_fds(_server(), [request.encode()], descriptors)
+        os.close(reports)
+        self.pid = _read(self._reports)
+
+    def finish(self, timeout=None):
+        """Waits for its end, and kills it after ``timeout`` seconds; gives what ``subprocess.run`` does, as text."""
+        try:
+            if not select.select([self._reports], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.arguments, timeout)
+            status = _read(self._reports)
+        except BaseException:  # Ctrl-C, too
+            os.kill(self.pid, signal.SIGKILL)
+            _read(self._reports)
+            raise
+        else:
+            texts = [stream.seek(0) or stream.read() for stream in self._streams]
+        finally:
+            os.close(self._reports)
+            for stream in self._streams:
+                stream.close()
+        return subprocess.CompletedProcess(self.arguments, status, *texts)
+
+
+def _read(pipe):
+    if not (received := os.read(pipe, 8)):
+        raise RuntimeError("tests.forked: the process that forks has ended")
+    return int.from_bytes(received, "little", signed=True)
+
+
+def _write(pipe, number):
+    os.write(pipe, number.to_bytes(8, "little", signed=True))
+
+
+def run(*arguments, timeout=None, check=False, **how):
+    """A command from beginning to end; see ``Command``."""
+    done = Command(*arguments, **how).finish(timeout)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def _serve(requests):
+    """Forks a process for each request. Returns in each of these, with the request, and where no more will come, with None."""
+    while (received := socket.recv_fds(requests, 1 << 20, 3))[0]:
+        request, descriptors, *_ = received
+        if os.fork() == 0:  # who waits for the command
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if (pid := os.fork()) == 0:
+                for number, stream in enumerate(descriptors[1:], start=1):
+                    os.dup2(stream, number)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return json.loads(request)
+            _write(descriptors[0], pid)
+            _write(descriptors[0], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return None
+
+
+def _become(arguments, folder, environment, has_own_session):
+    """Makes of a process that was just forked what ``python *arguments`` would be."""
+    if has_own_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.modules["torch"].seed()  # as a new process has one of its own
+    first, *rest = arguments
+    if first == "-m":
+        module, *rest = rest
+        sys.path[0], sys.argv[1:] = folder, rest
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        program, *rest = rest
+        sys.path[0], sys.argv = "", ["-c", *rest]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(program, vars(sys.modules["__main__"]))
+    else:
+        sys.path[0], sys.argv = os.path.dirname(os.path.abspath(first)), [first, *rest]
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()  # else each process would go through all of that once more at its end: for a second
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who wait for commands are not waited for
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        request = _serve(requests)
+    if request is not None:
+        _become(*request)
