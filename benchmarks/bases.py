@@ -14,15 +14,13 @@ measures on one CPU thread, writes each result to ``bases.jsonl``, one a line, a
 """
 
 import argparse
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from lines import Lines, show
 from speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, shape, take_turns
 from torch import Tensor, nn
 from transformers import OPTConfig
@@ -186,24 +184,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     full, pair = (SMALL, SMALL) if options.small else (FULL, PAIR)
-    options.output.write_text("")
-    results: list[dict[str, Any]] = []
-
-    def note(result: dict[str, Any]) -> None:
-        results.append(result)
-        with options.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-
+    lines = Lines(options.output, is_new=True)
     for mode in [*MODES, PLAIN]:
         knot = None if mode == PLAIN else change_at_knots(mode, pair)
-        note({"mode": " ".join(mode), "error": error_of_update(mode), "knot": knot})
+        lines.add({"mode": " ".join(mode), "error": error_of_update(mode), "knot": knot})
     for targets in (TARGETS, "all-linear"):
-        note({"targets": targets, **measure_steps(full, targets, options.repeats)})
-    table = Table(*COLUMNS, title="targets: q_proj and v_proj / all linear layers")
-    for row in rows(results):
-        table.add_row(*row)
-    Console(width=128).print(table)
-    print(f"the loss at a knot: { ({result['mode']: result['knot'] for result in results if result.get('knot') is not None}) }")
+        lines.add({"targets": targets, **measure_steps(full, targets, options.repeats)})
+    show(COLUMNS, rows(lines.results), title="targets: q_proj and v_proj / all linear layers")
+    knots = {result["mode"]: result["knot"] for result in lines.results if result.get("knot") is not None}
+    print(f"the loss at a knot: {knots}")
 
 
 if __name__ == "__main__":

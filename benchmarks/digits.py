@@ -8,7 +8,6 @@ writes ``digits.jsonl`` (one run a line; a second call does only what is missing
 
 import argparse
 import csv
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,10 +15,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from lines import Lines, show
 from matplotlib import pyplot as plt
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from cola_lightning.cli import main as cola
 
@@ -63,12 +61,17 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def deviation(values: list[float]) -> float | None:
+    """The standard deviation; one value has none."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 def draw(results: list[dict], path: Path) -> None:
     """Left: test accuracy by method. Right: how the validation accuracy of the first seed runs on."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for place, method in enumerate(METHODS):
         values = [r["test_accuracy"] for r in results if r["method"] == method]
-        left.barh(place, statistics.mean(values), xerr=statistics.stdev(values), color="#9ecae1", height=0.7)
+        left.barh(place, statistics.mean(values), xerr=deviation(values), color="#9ecae1", height=0.7)
         left.plot(values, [place] * len(values), ".", color="black", markersize=3)
     left.set_yticks(range(len(METHODS)), METHODS)
     left.invert_yaxis()
@@ -87,6 +90,17 @@ def draw(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def table_rows(results: list[dict]) -> list[list[str]]:
+    """The table's rows: a method, its mean, its standard deviation, and each seed's accuracy."""
+    table = []
+    for method in METHODS:
+        values = [r["test_accuracy"] for r in results if r["method"] == method]
+        spread = deviation(values)
+        each = " ".join(f"{value:.3f}" for value in values)
+        table.append([method, f"{statistics.mean(values):.3f}", "" if spread is None else f"{spread:.3f}", each])
+    return table
+
+
 def main() -> None:
     """Runs what is missing, then prints the table and draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,22 +108,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="folder of digits.jsonl and digits.png")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    record = options.output / "digits.jsonl"
-    results = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    done = {(r["method"], r["seed"]) for r in results}
-    missing = [(m, s) for m in METHODS for s in range(options.seeds) if (m, s) not in done]
-    for method, seed in track(missing, "digits"):
-        results.append(run(method, seed))
-        with record.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-
-    table = Table("method", "test accuracy", "standard deviation", "each seed")
-    for method in METHODS:
-        values = [r["test_accuracy"] for r in results if r["method"] == method]
-        each = " ".join(f"{value:.3f}" for value in values)
-        table.add_row(method, f"{statistics.mean(values):.3f}", f"{statistics.stdev(values):.3f}", each)
-    Console(width=100).print(table)
-    draw(results, options.output / "digits.png")
+    lines = Lines(options.output / "digits.jsonl")
+    wanted = [{"method": method, "seed": seed} for method in METHODS for seed in range(options.seeds)]
+    for one in track(lines.missing(wanted), "digits"):
+        lines.add(run(**one))
+    show(["method", "test accuracy", "standard deviation", "each seed"], table_rows(lines.results), width=100)
+    draw(lines.results, options.output / "digits.png")
 
 
 if __name__ == "__main__":

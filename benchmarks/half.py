@@ -9,7 +9,6 @@ under plain transformers and of the adapter under plain peft, each computed in f
 """
 
 import argparse
-import json
 import subprocess
 import tempfile
 import warnings
@@ -18,9 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lines import Lines, show
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -77,8 +75,7 @@ def main() -> None:
         for words in (("merged", "--dtype", "float32"), ("peft",)):
             cola(folder, "export", "--checkpoint", str(checkpoint), "--output", words[0], "--format", *words)
         found, answers = predictions(checkpoint, folder / "merged", folder / "peft")
-    options.output.write_text("")
-    table = Table("predictions", "accuracy", "as the module in float32", "margin of those that differ, at most")
+    lines, table = Lines(options.output, is_new=True), []
     reference = found["module, float32"]
     for model, scores in found.items():
         differs = scores.argmax(1) != reference.argmax(1)
@@ -89,11 +86,10 @@ def main() -> None:
             "rows": len(answers),
             "largest_margin": float((scores[differs, 0] - scores[differs, 1]).abs().max()) if differs.any() else 0.0,
         }
-        with options.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        lines.add(result)
         told = [f"{result['accuracy']:.4f}", f"{result['same']} of {result['rows']}", f"{result['largest_margin']:.3f}"]
-        table.add_row(model, *told)
-    Console(width=128).print(table)
+        table.append([model, *told])
+    show(["predictions", "accuracy", "as the module in float32", "margin of those that differ, at most"], table)
 
 
 if __name__ == "__main__":

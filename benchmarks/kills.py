@@ -10,14 +10,13 @@ cores). It writes ``kills.jsonl``, one kill a line, and prints a table; exit sta
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
+from lines import Lines, show
 from rich.progress import track
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests make the same kills
 
@@ -30,24 +29,23 @@ def run_all(folder: Path, output: Path) -> list[Outcome]:
     for setup in SETUPS:
         (folder / setup).mkdir(parents=True)
         wholes[setup] = run_whole(setup, folder / setup)
-    output.write_text("")
-    outcomes = []
+    lines, outcomes = Lines(output, is_new=True), []
     for setup, kill in track([(setup, kill) for setup in SETUPS for kill in KILLS], "kills"):
         outcomes.append(run_kill(setup, wholes[setup], kill))
-        with output.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(outcomes[-1])) + "\n")
+        lines.add(dataclasses.asdict(outcomes[-1]))
     return outcomes
 
 
-def table(outcomes: list[Outcome]) -> Table:
+COLUMNS = ["set-up", "moment", "signal", "exit", "resumed from step", "steps, batches, validations twice", "equal"]
+
+
+def rows(outcomes: list[Outcome]) -> Iterator[list[str]]:
     """One kill a row."""
-    result = Table("set-up", "moment", "signal", "exit", "resumed from step", "steps, batches, validations twice", "equal")
     for o in outcomes:
         twice = f"{o.steps_twice}, {o.batches_twice}, {o.validations_twice}"
         start = "the beginning" if o.resumed_from is None else str(o.resumed_from)
         equal = f"no: {o.wrong[0]}" if o.wrong else "yes"
-        result.add_row(o.setup, o.moment, o.signal, str(o.status), start, twice, equal)
-    return result
+        yield [o.setup, o.moment, o.signal, str(o.status), start, twice, equal]
 
 
 def main() -> int:
@@ -58,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run_all(options.folder or Path(folder), options.output)
-    Console(width=160).print(table(outcomes))
+    show(COLUMNS, rows(outcomes), width=160)
     return int(any(outcome.wrong for outcome in outcomes))
 
 

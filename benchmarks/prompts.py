@@ -17,7 +17,6 @@ above what the interpreter and the libraries hold before there is a model.
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -28,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import Lines, show
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from speed import FULL, SMALL, TARGETS, RandomCausalLM, Values, Work, build, peak_above, ratio, take_turns, training_step
 from torch import Tensor
 from torch.nn import functional as F
@@ -207,17 +205,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model, to see it run: the limits are not made for it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.output.write_text("")
-    results = []
+    lines = Lines(options.output, is_new=True)
     for what, task, value, limit, values in measure(SMALL if options.small else FULL, options.repeats):
-        results.append({"what": what, "task": task, "value": value, "limit": limit, "values": values})
-        with options.output.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-        print(rows(results[-1:])[0], flush=True)
-    table = Table("what", "task", "value", "limit", "median of each")
-    for row in rows(results):
-        table.add_row(*row)
-    Console(width=128).print(table)
+        lines.add({"what": what, "task": task, "value": value, "limit": limit, "values": values})
+        print(rows(lines.results[-1:])[0], flush=True)
+    show(["what", "task", "value", "limit", "median of each"], rows(lines.results))
 
 
 if __name__ == "__main__":

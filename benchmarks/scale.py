@@ -21,15 +21,13 @@ added to in float32, under bf16-mixed: the adapted ones with ``finished_links: m
 
 import argparse
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from lines import Lines, show
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's documentation imports it
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -273,12 +271,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = [result for name in MODELS for method in METHODS for result in plan(name, MODELS[name], method)]
-    options.output.write_text("".join(json.dumps(result) + "\n" for result in results))
-    table = Table(*COLUMNS, title=f"GB; {ROWS} rows of {LENGTH} tokens a GPU; {PROCESSES['FSDP2']} GPUs for DDP and FSDP2")
-    for row in rows(results):
-        table.add_row(*row)
-    Console(width=180).print(table)
+    lines = Lines(options.output, is_new=True)
+    for result in (result for name in MODELS for method in METHODS for result in plan(name, MODELS[name], method)):
+        lines.add(result)
+    title = f"GB; {ROWS} rows of {LENGTH} tokens a GPU; {PROCESSES['FSDP2']} GPUs for DDP and FSDP2"
+    show(COLUMNS, rows(lines.results), width=180, title=title)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ what the interpreter and the libraries hold before there is a model.
 """
 
 import argparse
-import json
 import logging
 import multiprocessing
 import re
@@ -25,9 +24,8 @@ from timeit import timeit
 
 import torch
 from lightning.pytorch import Trainer
+from lines import Lines, show
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -190,15 +188,13 @@ def main() -> None:
     configs = (SMALL, SMALL) if options.small else (FULL, CHAINED)
     warnings.simplefilter("ignore")  # Lightning's advice
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    options.output.write_text("")
-    table = Table("what", "tokens", "ratio", "limit", "median of each")
+    lines, table = Lines(options.output, is_new=True), []
     for unit, mine, other, length, limit, values in measure(*configs, options.lengths, options.repeats):
         what, value = f"{unit}: {mine} / {other}", ratio(values, mine, other)
-        with options.output.open("a") as file:
-            file.write(json.dumps({"what": what, "length": length, unit: values, "ratio": value, "limit": limit}) + "\n")
+        lines.add({"what": what, "length": length, unit: values, "ratio": value, "limit": limit})
         each = ", ".join(f"{name} {statistics.median(some):.4g}" for name, some in values.items())
-        table.add_row(what, str(length), f"{value:.3f}", "" if limit is None else f"{limit:.2f}", each)
-    Console(width=128).print(table)
+        table.append([what, str(length), f"{value:.3f}", "" if limit is None else f"{limit:.2f}", each])
+    show(["what", "tokens", "ratio", "limit", "median of each"], table)
 
 
 if __name__ == "__main__":

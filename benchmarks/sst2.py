@@ -9,14 +9,13 @@ missing.
 
 import argparse
 import csv
-import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from lines import Lines, show
 
 from cola_lightning.cli import main as cola
 
@@ -53,20 +52,18 @@ def last(folder: Path, name: str) -> float:
         return [round(float(row[name]), 4) for row in csv.DictReader(file) if row.get(name)][-1]
 
 
-def table(results: list[dict[str, object]]) -> Table:
+def table_rows(results: list[dict[str, object]]) -> Iterator[list[str]]:
     """One row a method: mean accuracies, and each seed's."""
-    made = Table("method", "validation", "test", "each seed's test", "seconds")
     for method in METHODS:
         rows = [result for result in results if result["method"] == method]
         values = {name: [float(str(row[name])) for row in rows] for name in ("val_accuracy", "test_accuracy", "seconds")}
-        made.add_row(
+        yield [
             method,
             f"{statistics.mean(values['val_accuracy']):.3f}",
             f"{statistics.mean(values['test_accuracy']):.3f}",
             " ".join(f"{value:.3f}" for value in values["test_accuracy"]),
             f"{statistics.median(values['seconds']):.0f}",
-        )
-    return made
+        ]
 
 
 def main() -> None:
@@ -75,16 +72,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sst2.jsonl")
     arguments = parser.parse_args()
-    results = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
-    done = {(result["method"], result["seed"]) for result in results}
-    for seed in range(arguments.seeds):
-        for method in METHODS:
-            if (method, seed) not in done:
-                results.append(run(method, seed))
-                with arguments.output.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                print(results[-1], flush=True)
-    Console(width=120).print(table(results))
+    lines = Lines(arguments.output)
+    for one in lines.missing({"method": method, "seed": seed} for seed in range(arguments.seeds) for method in METHODS):
+        lines.add(run(**one))
+        print(lines.results[-1], flush=True)
+    show(["method", "validation", "test", "each seed's test", "seconds"], table_rows(lines.results), width=120)
 
 
 if __name__ == "__main__":

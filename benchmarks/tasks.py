@@ -9,7 +9,6 @@ loss is over all training rows, by the base and at the end.
 
 import argparse
 import csv
-import json
 import logging
 import tempfile
 import time
@@ -18,8 +17,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from rich.console import Console
-from rich.table import Table
+from lines import Lines, show
 
 from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.cli import main as cola
@@ -98,17 +96,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "tasks.jsonl")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    results = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
-    done = {result["task"] for result in results}
-    for task in (name for name in TASKS if name not in done):
-        results.append(run(task))
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-        print(results[-1], flush=True)
-    table = Table("task", "training loss", "test", "seconds")
-    for row in rows(sorted(results, key=lambda result: list(TASKS).index(result["task"]))):
-        table.add_row(*row)
-    Console().print(table)
+    lines = Lines(arguments.output)
+    for one in lines.missing({"task": task} for task in TASKS):
+        lines.add(run(**one))
+        print(lines.results[-1], flush=True)
+    ordered = sorted(lines.results, key=lambda result: list(TASKS).index(result["task"]))
+    show(["task", "training loss", "test", "seconds"], rows(ordered))
 
 
 if __name__ == "__main__":

@@ -313,6 +313,23 @@ def used_again(folder):
     torch.save(found, folder / f"again.rank{torch.distributed.get_rank()}.pt")
 
 
+def exported(folder):
+    """What a sharded module writes: a chain, by one process, and nothing else."""
+    module, found = make("mlp"), {}
+    options = {"devices": world(), "max_steps": 6, "num_sanity_val_steps": 0}
+    made = trainer(folder, chain={"every_n_train_steps": 4}, strategy=STRATEGIES["fsdp2"](), **options)
+    made.fit(module, datamodule=Data())
+    made.save_checkpoint(folder / "exported.ckpt")
+    for format_ in ("merged", "peft"):
+        try:
+            module.export(folder / format_, format_)
+        except UserError as error:
+            found[format_] = str(error)
+    if made.is_global_zero:
+        module.export(folder / "chain", "chain")
+    torch.save(found, folder / f"exported.rank{made.global_rank}.pt")
+
+
 class Quantized(MLP):
     """An MLP whose first layer is in 4 bits."""
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning import UserError
+from cola_lightning import Chain, UserError
+from cola_lightning.chain.files import read_chain
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import repeated_blocks, without_trained
 from tests import distributed_run as run
@@ -272,6 +273,18 @@ def test_what_a_step_sends_is_what_the_benchmark_of_scale_computes(trained, monk
 def size(parameter):
     """The bytes of one of two processes' part, padded."""
     return math.ceil(len(parameter) / 2) * parameter[0].nbytes
+
+
+def test_a_sharded_module_writes_its_chain_and_refuses_the_rest_in_one_line(tmp_path):
+    on_two_processes(tmp_path, "exported")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"exported.rank{rank}.pt")
+        for kind in ("merged", "peft"):
+            assert found[kind].startswith(f"format: expected chain for a model that is sharded, received {kind}: `cola export`")
+            assert not (tmp_path / kind).exists()
+    written, of_checkpoint = Chain.load(tmp_path / "chain"), read_chain(tmp_path / "exported.ckpt")
+    assert written.is_beginning_of(of_checkpoint)
+    assert len(written) == len(of_checkpoint) == 2
 
 
 def test_a_module_is_used_again_after_a_fit(trained):

@@ -102,6 +102,20 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         data.setup("fit")
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
+def test_whether_test_has_labels_is_read_off_its_first_row_alone(tmp_path, name):
+    write(tmp_path / "train.jsonl", ROWS)
+    path = tmp_path / name
+    write(path, ROWS[:2])
+    path.write_text(path.read_text() + ("{" if name == "test.jsonl" else "a,b,c\n"))
+    data = TextClassificationDataModule(str(tmp_path), text_fields="text")
+    assert data.can_be_tested
+    with pytest.raises(UserError, match=rf"{name}, line \d: expected"):
+        read_rows(str(tmp_path), "test")
+    write(path, [{"text": "It was."}])
+    assert not data.can_be_tested
+
+
 # ---------------------------------------------------------------------- the parts of one file
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from cola_lightning import (
     COLACausalLM,
@@ -252,6 +253,22 @@ def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path)
         )
     begun = classifier(tmp_path, init_chain=str(tmp_path / "end.ckpt"))  # takes them from the chain
     assert begun.label_names == ["great", "so so", "terrible"]
+
+
+def test_labels_come_with_a_checkpoint_and_reading_them_changes_nothing(tmp_path):
+    expected = ["great", "so so", "terrible"]
+    module, _ = fitted(tmp_path, named_data(tmp_path))
+    fresh, other = (classifier(tmp_path, num_labels=3) for _ in range(2))
+    batch = dict(module.tokenizer(["Hm."], return_tensors="pt"))
+    trainer(tmp_path).predict(fresh, DataLoader([batch], batch_size=None), ckpt_path=tmp_path / "end.ckpt")
+    assert fresh.model.config.id2label == dict(enumerate(expected))
+    other.configure_model()
+    other.load_state_dict(module.state_dict())
+    before = dict(other.model.config.id2label), dict(vars(other))
+    assert other.label_names == expected
+    assert (other.model.config.id2label, vars(other)) == before
+    other.settle_labels(["so so"])
+    assert other.model.config.id2label == dict(enumerate(expected))
 
 
 @pytest.mark.parametrize("row", [{}, {"label": None}, {"label": " "}, {"label": -1}, {"label": float("nan")}])

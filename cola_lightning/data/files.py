@@ -22,8 +22,8 @@ LONGEST_CELL = 2**31 - 1  # characters; the standard library's own limit is 131,
 Rows = Iterator[tuple[str, Any]]  # each row's place in its file, and its fields
 
 
-def read_file(path: Path) -> list[Row]:
-    """All rows of a file.
+def iterate_file(path: Path) -> Iterator[Row]:
+    """The rows of a file, each as soon as it is read.
 
     Args:
         path: it ends in one of :data:`ENDINGS`; all but Parquet may be compressed by gzip, and then end in ``.gz`` too.
@@ -34,16 +34,17 @@ def read_file(path: Path) -> list[Row]:
     if (ending := ending_of(path.name)) is None:
         raise UserError(f"data.source: expected a file that ends in {', '.join(ENDINGS)}, received {str(path)!r}")
     if ending == ".parquet":
-        return _read_parquet(path)
-    rows = []
+        yield from _iterate_parquet(path)
+        return
+    is_empty = True
     for place, fields in READERS[ending](path):
         if not isinstance(fields, dict):
             raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
-        rows.append(Row(fields, f"{path}, {place}"))
-    if not rows:
+        is_empty = False
+        yield Row(fields, f"{path}, {place}")
+    if is_empty:
         received = "an empty file" if path.stat().st_size == 0 else "none"
         raise UserError(f"{path}: expected {EXPECTED[ending]}, received {received}")
-    return rows
 
 
 def ending_of(name: str) -> str | None:
@@ -166,20 +167,21 @@ def _read_json(path: Path) -> Rows:
 # ---------------------------------------------------------------------- Parquet
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _iterate_parquet(path: Path) -> Iterator[Row]:
     import datasets
 
+    number = 0
     try:  # streaming: no copy of the file in a cache
         data = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
         names = class_names(data)
-        rows = [Row(fields, f"{path}, row {number}", names) for number, fields in enumerate(data, start=1)]
+        for number, fields in enumerate(data, start=1):
+            yield Row(fields, f"{path}, row {number}", names)
     except Exception as error:  # whatever pyarrow makes of the bytes
         raise UserError(
             f"{path}: expected a Parquet file, received another or a damaged one ({one_line(str(error))})"
         ) from error
-    if not rows:
+    if not number:
         raise UserError(f"{path}: expected rows, received none")
-    return rows
 
 
 def class_names(data: Any) -> dict[str, list[str]]:

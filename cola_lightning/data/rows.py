@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from cola_lightning import hub
-from cola_lightning.data.files import ENDINGS, class_names, ending_of, read_file
+from cola_lightning.data.files import ENDINGS, class_names, ending_of, iterate_file
 from cola_lightning.data.row import Row
 from cola_lightning.errors import HubError, UnusableRow, UserError, one_line
 
@@ -36,13 +36,24 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
         UserError: if there is no such file, folder or data set, or a line that cannot be read.
         HubError: if the data set is on the hub, and the hub cannot be reached.
     """
+    return list(_iterate_rows(source, split, subset))
+
+
+def first_row(source: str, split: str, subset: str | None = None) -> Row:
+    """The first row of a split, without reading the others; see :func:`read_rows`."""
+    return next(_iterate_rows(source, split, subset))
+
+
+def _iterate_rows(source: str, split: str, subset: str | None) -> Iterator[Row]:
     if is_file(source):
-        return read_file(Path(source).expanduser())
-    if (folder := _folder(source)) is not None:
-        return read_file(_file_of(folder, split))
-    rows = _load_from_hub(source, split, subset)
-    names = class_names(rows)
-    return [Row(dict(fields), f"{source}, {split}, row {number}", names) for number, fields in enumerate(rows, start=1)]
+        yield from iterate_file(Path(source).expanduser())
+    elif (folder := _folder(source)) is not None:
+        yield from iterate_file(_file_of(folder, split))
+    else:
+        rows = _load_from_hub(source, split, subset)
+        names = class_names(rows)
+        for number, fields in enumerate(rows, start=1):
+            yield Row(dict(fields), f"{source}, {split}, row {number}", names)
 
 
 def is_file(source: str) -> bool:

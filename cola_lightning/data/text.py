@@ -13,7 +13,17 @@ from cola_lightning.data.batches import collate_language, collate_prompts
 from cola_lightning.data.chat import as_prompt, assistant_turn, encode_conversations, end_of_turn, user_turn
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import check_subset, draw, fill_cache, has_split, is_file, let_lack_targets, read_rows, rows_of
+from cola_lightning.data.rows import (
+    check_subset,
+    draw,
+    fill_cache,
+    first_row,
+    has_split,
+    is_file,
+    let_lack_targets,
+    read_rows,
+    rows_of,
+)
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
@@ -218,7 +228,7 @@ class SourceDataModule(TokenizedDataModule):
     def can_be_tested(self) -> bool:
         if self.target_field is None or self._test_split is None:
             return True
-        (row, *_) = let_lack_targets(read_rows(self.source, self._test_split, self.subset))
+        (row,) = let_lack_targets([first_row(self.source, self._test_split, self.subset)])
         return row.has_target(self.target_field)
 
     @property

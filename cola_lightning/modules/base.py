@@ -381,6 +381,8 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> list[str]:
         """Writes the model for others, as ``cola export`` does for a checkpoint: from a copy on the CPU.
 
+        A sharded model can be written as a chain alone, by one of the processes; the other formats are made of a checkpoint.
+
         Args:
             folder: which does not exist, or is empty.
             format: ``merged``: a plain Hugging Face model (of another module, its state dict); ``peft``: the chain as one PEFT
@@ -403,8 +405,13 @@ class COLAModule(LightningModule, RecordsArguments):
         self.lazy_model.check_has_values()
         places = Path(folder), None if base_folder is None else Path(base_folder)
         check_options(format, places[0], dtype, max_rank, places[1], overwrite=overwrite)
+        if self.is_sharded and format != "chain":  # to compare logits, every process would have to write
+            raise UserError(
+                f"format: expected chain for a model that is sharded, received {format}: `cola export`, or "
+                "load_from_checkpoint in one process, makes it of a checkpoint"
+            )
         return export_module(
-            copy.deepcopy(self).cpu(),
+            self if format == "chain" else copy.deepcopy(self).cpu(),
             self.full_chain(),
             places[0],
             format,

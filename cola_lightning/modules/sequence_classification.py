@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
@@ -76,8 +77,8 @@ class COLASequenceClassifier(LanguageModule):
     @property
     def label_names(self) -> list[str] | None:
         """The labels in the order of the model's outputs; None while they are not known."""
-        if self._label_names is None and self.is_made and "labels" in self.adapted.chain.base:  # of a checkpoint in Python
-            self._set_labels(self.adapted.chain.base["labels"])
+        if self._label_names is None and self.is_made:  # of a state dict that was loaded
+            return self.adapted.chain.base.get("labels")
         return self._label_names
 
     def settle_labels(self, found: Sequence[str]) -> None:
@@ -89,7 +90,9 @@ class COLASequenceClassifier(LanguageModule):
         Raises:
             UserError: if it was told another number of labels, or was made with one.
         """
-        if self.label_names is not None:
+        if (known := self.label_names) is not None:
+            if self._label_names is None:
+                self._set_labels(known)
             return
         are_places = set(found) <= set(map(str, range(self.num_labels)))
         if self._is_number_given and are_places:
@@ -135,6 +138,14 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def facts_of_base(self) -> dict[str, Any]:
         return {} if self._label_names is None else {"labels": self._label_names}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._label_names is not None or CHECKPOINT_KEY not in checkpoint:
+            return
+        if (known := CheckpointState.of(checkpoint).chain.base.get("labels")) is not None:
+            self._set_labels(known)
 
     # ------------------------------------------------------------------ model and steps
 
