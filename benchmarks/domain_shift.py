@@ -8,14 +8,15 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 
     python benchmarks/domain_shift.py --figure
 
-draws ``domain_shift.png`` from the lines that are there, and prints README's table.
+draws ``domain_shift.png`` from the lines that are there, and prints README's table and that of docs/results.md.
 """
 
 import argparse
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from cola_lightning.cli import main as cola
@@ -94,9 +95,9 @@ STAGES = [
 ]
 
 
-def studies() -> list[Stage]:
+def studies(scope: str = "run") -> list[Stage]:
     """The last stage of each study that has lines, by rank and steps."""
-    found = {stage.folder: stage for stage in STAGES if stage.scope == "run" and (stage.folder / "results.jsonl").exists()}
+    found = {stage.folder: stage for stage in STAGES if stage.scope == scope and (stage.folder / "results.jsonl").exists()}
     return sorted(found.values(), key=lambda stage: (stage.rank, stage.steps))
 
 
@@ -109,6 +110,20 @@ def rows() -> list[list[str]]:
         for row in summarize(results):
             cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
             table.append([place, *cells])
+    return table
+
+
+def rows_of_scopes() -> list[list[str]]:
+    """What docs/results.md says of the two schedules: the same runs with one decay over the run and with one in each link."""
+    table = []
+    for stage in studies("link"):
+        over_run = read(replace(stage, scope="run").folder / "results.jsonl")
+        for name, of_method in at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds)).items():
+            runs = {(one.seed, one.learning_rate): one.test for one in over_run if one.method == name}
+            pairs = [(runs[key], one.test) for one in of_method if (key := (one.seed, one.learning_rate)) in runs]
+            run, link = (fmean(values) for values in zip(*pairs, strict=True))
+            cells = [NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"]
+            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *cells])
     return table
 
 
@@ -142,7 +157,7 @@ def main() -> None:
             print(shlex.join(["cola", *stage.words]), flush=True)
             if (status := cola(stage.words)) != 0:
                 raise SystemExit(status)
-    for row in rows():
+    for row in [*rows(), *rows_of_scopes()]:
         print(f"| {' | '.join(row)} |")
     draw(HERE / "domain_shift.png")
 

@@ -320,6 +320,13 @@ def test_the_table_of_domain_shift_is_the_benchmarks():
     assert table("README.md", "| | method | rate |") == expected
 
 
+def test_the_table_of_schedules_is_the_benchmarks():
+    """`python benchmarks/domain_shift.py --figure` prints it."""
+    expected = written(domain_shift.rows_of_scopes())
+    assert len(expected) >= 3
+    assert table("docs/results.md", "| | method | seeds |") == expected
+
+
 def test_the_table_of_digits_over_splits_is_the_benchmarks(monkeypatch):
     """`python benchmarks/digits_splits/table.py` prints it."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "digits_splits")
