@@ -92,13 +92,13 @@ class EpochDataModule(LightningDataModule, ABC):
         can_be_tested: whether the rows of test have what they are measured by.
 
     Args:
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
-        split_seed: which rows are in which part.
-        num_workers: processes that prepare batches beside the training; 0: none.
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        split_seed: seed of the split into training, validation and test rows.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
 
     Raises:
-        UserError: for values that cannot be right.
+        UserError: for invalid values.
     """
 
     train: Any

@@ -14,7 +14,7 @@ from cola_lightning.errors import UserError
 
 
 class TextClassificationDataModule(SourceDataModule):
-    """Labelled texts, or pairs of them, as a model's tokenizer writes them.
+    """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
     Labels are names or whole numbers. Unless the model is given them (``model.label_names``), they are those of the train
     split, or of a single file, in sorted order. ``predict`` takes rows without a label, too.
@@ -22,15 +22,16 @@ class TextClassificationDataModule(SourceDataModule):
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
             parts of a file have the same share of each label.
-        subset: on the hub, the name of a configuration (``rte`` of ``nyu-mll/glue``).
-        text_fields: the field that holds the text, or a list of the two that hold a pair; ``null``: ``sentence``.
-        label_field: the field that holds the label.
-        batch_size: rows in a training batch.
-        max_length: of a sequence, in tokens; the model's own limit holds too. A longer text loses its end.
-        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
+        subset: name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
+        text_fields: the field with the text, or a list of two fields with a pair of texts; ``null``: ``sentence``.
+        label_field: the field with the label.
+        batch_size: rows per training batch.
+        max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
+            the right.
+        **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
-        UserError: for files, rows and sizes that cannot be.
+        UserError: for invalid files, rows and sizes.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ class DigitsDataModule(EpochDataModule):
     Args:
         batch_size: rows in a batch.
         split_seed: which rows are in which part, and the order of training.
-        num_workers: processes that prepare batches beside the training; 0: none.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998,
         as in ``sklearn.datasets.load_digits``.

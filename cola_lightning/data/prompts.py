@@ -102,10 +102,11 @@ class OptionDataModule(OptionBatches):
     """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
 
     Args:
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
-        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning.
-        split_seed: of the order of training, with the module's seed.
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
+            truncated on the left.
+        split_seed: seed of the training order, together with the module's seed.
     """
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
@@ -114,7 +115,7 @@ class OptionDataModule(OptionBatches):
 
 
 class PromptDataModule(OptionDataModule):
-    """A task of the paper's, with the prompts and splits of the protocol that it follows.
+    """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all three from the rows of
     a single file. Up to one in a hundred of the rows of each that cannot be used (ReCoRD has entities twice) is left out with a
@@ -126,10 +127,10 @@ class PromptDataModule(OptionDataModule):
         source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, a single file (``.csv``, ``.tsv``,
             ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
             the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
-        subset: on the hub, the name of a configuration, for a ``source`` of one's own.
-        apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
-        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
-            the answer is generated, 50 tokens are reserved for it, in training, too.
+        subset: name of a configuration of a data set on the hub, for a ``source`` of your own.
+        apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
+        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
+            truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
         train_size: rows of training, a number or, below 1, a share; ``null``: the protocol's (1000; CB 150, COPA 300), but
             for WSC. Of a file: what the others leave.
         val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
@@ -137,10 +138,10 @@ class PromptDataModule(OptionDataModule):
             file: a share of 0.1.
         test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
             WSC 104). Of a file: a share of 0.1.
-        **rows: how rows are drawn and batched: the other arguments of ``TokenizedDataModule``.
+        **rows: the other arguments of ``TokenizedDataModule``: how rows are drawn and batched.
 
     Raises:
-        UserError: for a task that there is not, and for files, rows and sizes that cannot be.
+        UserError: for an unknown task, and for invalid files, rows and sizes.
 
     Source: Malladi et al. (arXiv 2305.17333) and its code, princeton-nlp/MeZO, large_models.
     """

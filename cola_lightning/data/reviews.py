@@ -14,11 +14,11 @@ class ReviewsDataModule(OptionDataModule):
     template.
 
     Args:
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; ``null``: as in training.
-        max_length: of prompt and option, in tokens; a longer prompt loses its beginning.
-        split_seed: which reviews are written.
-        num_workers: processes that prepare batches beside the training; 0: none.
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        max_length: maximum length of prompt and option, in tokens; a longer prompt is truncated on the left.
+        split_seed: seed of the grammar that generates the reviews.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
-        subset: on the hub, the name of a configuration.
+        subset: name of a configuration of a data set on the hub.
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: what is appended to the prompt, each a text with fields in braces, too; or the name of the field that lists
             them. ``null`` where the answer is generated.
@@ -83,13 +83,13 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
             ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of a generated answer. ``null``:
             accuracy of options, both of an answer.
-        apply_chat_template: put the prompt into the tokenizer's chat template, as a user's turn, before an assistant's.
-        max_length: of prompt and option, in tokens; the model's own limit holds too. A longer prompt loses its beginning. Where
-            the answer is generated, 50 tokens are reserved for it, in training, too.
-        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
+        apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
+        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
+            truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
+        **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
-        UserError: for a prompt that names what the data lacks, and for files, rows and sizes that cannot be.
+        UserError: for a prompt with fields that the data does not have, and for invalid files, rows and sizes.
     """
 
     def __init__(

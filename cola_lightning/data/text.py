@@ -34,15 +34,16 @@ DRAWN_SHARE = 0.1  # of the rows of one file, for validation and for test each
 
 
 class TokenizedDataModule(EpochDataModule):
-    """Rows that the module's tokenizer makes into tokens.
+    """Rows that the module's tokenizer tokenizes.
 
     Args:
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
-        max_length: of a sequence, in tokens; the model's own limit holds too.
-        split_seed: which rows are in which part.
-        num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of similar length, with little padding, in random order; else rows at random.
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
+        split_seed: seed of the split into training, validation and test rows.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        length_grouped: group rows of similar length into training batches, which need little padding then, and shuffle the
+            batches; ``false``: shuffle the rows.
     """
 
     def __init__(
@@ -104,26 +105,27 @@ def draw_parts(
 
 
 class SourceDataModule(TokenizedDataModule):
-    """Rows of a data set, in the splits that it has, from a file, a folder or the hub.
+    """Rows of a data set from a file, a folder or the hub, in its own splits or in drawn ones.
 
     Args:
         source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``; all but the last also ``.gz``), a
             folder with such a file for each split (``train.csv``, ``validation.csv``, ``test.csv``), or the id of a data set
             on the hub. The rows of a single file are split by ``split_seed``; ``predict`` takes all of them.
-        subset: on the hub, the name of a configuration.
-        batch_size: rows in a training batch.
-        eval_batch_size: rows in a batch of validation, test and predict; None: as in training.
-        max_length: of a sequence, in tokens; the model's own limit holds too.
-        train_size: rows of training, a number or, below 1, a share, drawn by ``split_seed``; None: all that the others leave.
-        val_size: rows of validation, a number or a share, drawn together with those of training from the train split; None:
-            the validation split, or a share of 0.1 where there is none.
-        test_size: rows of test, a number or a share, drawn likewise; None: the test split, or a share of 0.1 where there is
+        subset: name of a configuration of a data set on the hub.
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
+        train_size: number of training rows or, below 1, their share of the rows, drawn by ``split_seed``; ``null``: all that
+            remain.
+        val_size: number or share of validation rows, drawn from the train split together with the training rows; ``null``: the
+            validation split, or a share of 0.1 if there is none.
+        test_size: number or share of test rows, drawn in the same way; ``null``: the test split, or a share of 0.1 if there is
             none.
-        test_split: the split that test and predict read; None: ``test`` where a folder has it, else ``validation``.
-        split_seed: which rows are drawn.
-        num_workers: processes that prepare batches beside the training; 0: none.
-        length_grouped: training batches of rows of similar length, with little padding, in random order; ``false``: rows at
-            random, as in the paper's runs.
+        test_split: the split that test and predict read; ``null``: ``test`` if a folder has it, else ``validation``.
+        split_seed: seed by which rows are drawn.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        length_grouped: group rows of similar length into training batches, which need little padding then, and shuffle the
+            batches; ``false``: shuffle the rows, as in the paper's runs.
     """
 
     def __init__(
@@ -259,29 +261,30 @@ class SourceDataModule(TokenizedDataModule):
 class TextDataModule(SourceDataModule):
     """Text (``text``), instructions (``prompt``, ``response``) or conversations (``messages``) with the language-model loss.
 
-    The loss is on all tokens of a text, on those of the response alone, or on what the assistant says in a conversation; an
-    end of text is learned too. Instructions are written in the tokenizer's chat template where it has one, as a user's turn
-    and the assistant's; without one, the response follows its prompt as it stands. A text beyond ``max_length`` becomes several
-    rows; a prompt, and a conversation, loses its beginning.
+    The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with its
+    end-of-text token. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
+    assistant's; without one, the response directly follows its prompt. A text longer than ``max_length`` is split into several
+    rows; a prompt or a conversation is truncated on the left.
 
-    Predict generates: the response to a ``prompt`` (a ``response`` beside it is the target), the assistant's answer to the last
-    turn of a conversation (a last turn of the assistant's is the target), or what follows a text.
+    Predict generates: the response to a ``prompt`` (the row's ``response`` is the target), the assistant's answer to the last
+    turn of a conversation (if the assistant has the last turn, it is the target), or the continuation of a text.
 
     Args:
-        source: a folder of ``train.jsonl`` and so on, one JSON object a line, or the id of a data set on the hub.
-        subset: on the hub, the name of a configuration.
-        chat_template: whether instructions and conversations are written in the tokenizer's chat template; ``null``: where it
-            has one. ``false``: a response follows its prompt as it stands.
-        max_length: of a sequence, in tokens; the model's own limit holds too.
-        max_new_tokens: of predict: how many tokens are generated for a row at most.
-        do_sample: of predict: whether tokens are sampled, from the seed; else each is the most probable one.
-        temperature: of predict, where sampled: the logits are divided by it.
-        top_p: of predict, where sampled: the most probable tokens whose probabilities add up to this are drawn from; 1: all.
-        stop: of predict: texts at which a response ends; they are no part of it.
-        **rows: which rows there are, and how they are batched: the other arguments of ``SourceDataModule``.
+        source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
+        subset: name of a configuration of a data set on the hub.
+        chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
+            one. ``false``: a response directly follows its prompt.
+        max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
+        max_new_tokens: for predict: maximum number of generated tokens per row.
+        do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
+        temperature: for predict with ``do_sample``: divides the logits.
+        top_p: for predict with ``do_sample``: sample from the most probable tokens whose probabilities add up to this; 1: from
+            all.
+        stop: for predict: texts at which generation stops; they are not part of the response.
+        **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
-        UserError: for files, rows and sizes that cannot be.
+        UserError: for invalid files, rows and sizes.
     """
 
     def __init__(
