@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from lines import Lines, show
 from transformers import AutoModelForCausalLM
 
 from cola_lightning.data.rows import read_rows
@@ -28,6 +28,8 @@ from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained
 
 HERE = Path(__file__).parent
+UNITS = ("seconds", "mib")
+SIDES = {"cola": "`cola fit`", "peft": "peft, Trainer"}
 LORA = ["--model.target_modules", "[q_proj, v_proj]", "--model.rank", "8", "--model.alpha", "16"]
 OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
 DATA = ["--data.chat_template", "false"]
@@ -90,6 +92,18 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"seconds": used.ru_utime + used.ru_stime, "by_clock": by_clock, "mib": used.ru_maxrss / 1024}
 
 
+def rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The table: medians over the rounds, and those of ours over peft's within a round."""
+    table = []
+    for result in results:
+        rounds = result["rounds"]
+        for side in ("cola", "peft"):
+            cells = [f"{statistics.median(one[side][unit] for one in rounds):,.0f}" for unit in UNITS]
+            ratios = [statistics.median(one[side][unit] / one["peft"][unit] for one in rounds) for unit in UNITS]
+            table.append([result["task"], SIDES[side], *cells, *(f"{ratio:.2f}" for ratio in ratios)])
+    return table
+
+
 def main() -> None:
     """Measures in turns, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,27 +112,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["SST2", "RTE"])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
     options = parser.parse_args()
-    options.output.write_text("")
-    table = Table("task", "command", "seconds", "MiB", "seconds / peft's", "MiB / peft's")
+    lines = Lines(options.output, is_new=True)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         write_base(base)
         for task in options.tasks:
             (folder := Path(name) / task).mkdir()
             both = commands(base, write_rows(task, options.rows, folder), folder)
-            results = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
-            with options.output.open("a") as file:
-                file.write(json.dumps({"task": task, "rows": options.rows, "rounds": results}) + "\n")
-            for side in both:
-                cells = [f"{statistics.median(one[side][unit] for one in results):.0f}" for unit in ("seconds", "mib")]
-                cells += [f"{ratio(results, unit) if side == 'cola' else 1:.2f}" for unit in ("seconds", "mib")]
-                table.add_row(task, side, *cells)
-    Console().print(table)
-
-
-def ratio(results: list[dict[str, dict[str, float]]], unit: str) -> float:
-    """The median over the rounds of ours over peft's."""
-    return statistics.median(one["cola"][unit] / one["peft"][unit] for one in results)
+            rounds = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
+            lines.add({"task": task, "rows": options.rows, "rounds": rounds})
+    show(["task", "command", "seconds", "MiB", "seconds / peft's", "MiB / peft's"], rows(lines.results))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def rows_of_scopes() -> list[list[str]]:
         over_run = read(replace(stage, scope="run").folder / "results.jsonl")
         for name, of_method in at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds)).items():
             runs = {(one.seed, one.learning_rate): one.test for one in over_run if one.method == name}
-            pairs = [(runs[key], one.test) for one in of_method if (key := (one.seed, one.learning_rate)) in runs]
+            tests = [(runs.get((one.seed, one.learning_rate)), one.test) for one in of_method]
+            pairs = [(run, link) for run, link in tests if run is not None and link is not None]
             run, link = (fmean(values) for values in zip(*pairs, strict=True))
             cells = [NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"]
             table.append([f"rank {stage.rank}, {stage.steps:,} steps", *cells])

@@ -9,7 +9,7 @@ what is missing. A run of CB takes about six minutes, one of RTE about half an h
 
     python benchmarks/paper_table.py --table
 
-prints the rows of docs/results.md, from the lines that are there.
+prints the table, from the lines that are there.
 """
 
 import argparse

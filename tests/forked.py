@@ -130,6 +130,7 @@ def _become(arguments, folder, environment, has_own_session):
     os.environ.clear()
     os.environ.update(environment)
     sys.modules["torch"].seed()  # as a new process has one of its own
+    sys.modules["numpy"].random.seed()
     first, *rest = arguments
     if first == "-m":
         module, *rest = rest

@@ -150,6 +150,7 @@ def last(**arguments):
         "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each "
         "link's, received 3",
     ),
+    ({"init": "kaimin"}, "model.init: expected kaiming, gaussian, orthogonal, received 'kaimin'"),
     ({"init_links": 2}, "model.init_links: expected null, or model.init_chain beside it, received 2 alone"),
     (
         {"init_chain": "nowhere"},

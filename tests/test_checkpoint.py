@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import Chain, ChainOfLoRA, UserError, base_from_checkpoint, lora_layers
+from cola_lightning import Chain, ChainOfLoRA, COLAModule, UserError, base_from_checkpoint, lora_layers
 from cola_lightning.errors import DiskError
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -335,3 +335,10 @@ def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
     trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
     assert loaded.link == 2
     assert loaded.live_link().end_step == 10
+
+
+def test_a_trainer_that_has_not_run_saves_what_it_is_connected_to(tmp_path):
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=1)
+    run.strategy.connect(toy())
+    run.save_checkpoint(tmp_path / "before.ckpt")
+    assert COLAModule.load_from_checkpoint(tmp_path / "before.ckpt").link == 0

@@ -248,6 +248,22 @@ def test_rows_are_as_long_as_kaimings():
         assert lengths[1] == pytest.approx(lengths[0], rel=0.15)
 
 
+def test_the_first_link_is_drawn_alike_in_each_default_dtype_and_device():
+    drawn = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = torch.zeros(2, 8)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                DRAWS["orthogonal"](rows, torch.Generator("cpu").manual_seed(3), ())
+        finally:
+            torch.set_default_dtype(before)
+        drawn.append(rows)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
 def test_a_B_that_is_drawn_is_orthogonal_to_those_before():
     adapted = trained(knots=1, trained_factors="random", seed=3)
     assert [frozen_factor("random", 3, link) for link in range(2)] == ["A", "B"]
@@ -269,14 +285,13 @@ def test_where_no_direction_is_left_the_basis_begins_again():
     assert is_orthogonal == [[blocks[j] == blocks[k] for j in range(k)] for k in range(6)]
 
 
-def test_with_frozen_As_the_rank_grows_by_a_links_with_each():
+def test_with_frozen_As_the_ranks_of_the_links_add_up():
     adapted = trained(knots=4, trained_factors="B")
     for name in adapted.layers:
         total = adapted.chain.total_rank(name)
         assert torch.linalg.matrix_rank(adapted.chain.delta(name), rtol=1e-4) == min(total, 6) == 6
-        assert [
-            cosines(a, b) < 1e-6 for k, a in enumerate(rows_of(adapted.chain, name)) for b in rows_of(adapted.chain, name)[:k]
-        ]
+        rows = rows_of(adapted.chain, name)
+        assert all(cosines(one, other) < 1e-6 for k, one in enumerate(rows) for other in rows[:k])
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_finished_links_alone(tmp_path):

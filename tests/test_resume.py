@@ -32,9 +32,13 @@ class Data(EpochDataModule):
 class Stateful(LightningDataModule):
     """The same rows by torchdata's loader, whose state Lightning stores."""
 
+    def __init__(self, *, shuffle):
+        super().__init__()
+        self.shuffle = shuffle
+
     def train_dataloader(self):
         (data := Data(batch_size=4)).setup("fit")
-        return StatefulDataLoader(data.train, batch_size=4, shuffle=True)
+        return StatefulDataLoader(data.train, batch_size=4, shuffle=self.shuffle)
 
     def val_dataloader(self):
         (data := Data(batch_size=4)).setup("fit")
@@ -188,14 +192,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, options,
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_a_run_with_torchdatas_loader_goes_on_too(tmp_path, accumulated):
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_with_torchdatas_loader_goes_on_too(tmp_path, shuffle, accumulated):
     def run(folder, **options):
         seed_everything(5)
-        return fit(folder, data=Stateful(), accumulate_grad_batches=accumulated, **options)
+        return fit(folder, data=Stateful(shuffle=shuffle), accumulate_grad_batches=accumulated, **options)
 
     whole, expected, _ = run(tmp_path / "whole")
-    # An order that begins anew is drawn from the global generator: at an epoch's end, and before its first optimizer step.
-    for stop in FEW[1:-1] if accumulated == 3 else FEW[:-1]:
+    # A shuffled order that begins anew is drawn from the global generator: at an epoch's end, and before its first optimizer step.
+    shuffled = FEW[1:-1] if accumulated == 3 else FEW[:-1]
+    for stop in shuffled if shuffle else [("batch_start", 8), *FEW]:
         folder = tmp_path / f"{stop}"
         run(folder, stop=stop)
         module, after, _ = run(folder / "resumed", ckpt_path=last(folder))

@@ -59,7 +59,8 @@ class ChainOfLoRA(Callback):
         at_steps: knots before these optimizer steps: increasing, from 1.
         ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
         alphas: each link's alpha. Default: ``model.alpha`` for all.
-        patience: a knot after so many validations in a row in which ``monitor`` did not improve. How long a link will be is
+        patience: a knot after so many validations in a row in which ``monitor`` did not improve; those of one optimizer step
+            count as one. How long a link will be is
             then not known beforehand: a learning rate that decays needs ``model.schedule_scope: run``.
         monitor: with ``patience``: the metric, one that validation logs.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
@@ -171,6 +172,8 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._values:  # also where there was no run
+            return
         start = self.module.link_start.global_step
         if values := {step: value for step, value in self._values.items() if step > start}:
             checkpoint["callbacks"].setdefault(self.state_key, {})["values"] = values

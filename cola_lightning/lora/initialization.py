@@ -52,7 +52,7 @@ def orthogonal_(rows: Tensor, generator: torch.Generator | None, before: Sequenc
         if used + size > n:
             start, used = place, 0
         used += size
-    drawn = torch.empty(rank, n).normal_(generator=generator).double()
+    drawn = torch.empty(rank, n, dtype=torch.float32, device="cpu").normal_(generator=generator).double()
     if start < len(before):
         basis, _ = torch.linalg.qr(torch.cat([factor.double() for factor in before[start:]]).T)
         for _ in range(2):  # what rounding leaves, the second time takes away

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cola_lightning.errors import UserError, nearest
+from cola_lightning.lora.initialization import DRAWS
 from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
 from cola_lightning.lora.registry import (
     FinishedLinks,
@@ -83,7 +84,7 @@ def inject_lora(
 
     Source: Hu et al., arXiv 2106.09685, section 4; for the matching rule, PEFT's ``LoraConfig.target_modules``.
     """
-    check_numbers(rank, alpha, dropout)
+    check_factors(rank, alpha, dropout, init)
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
     saved = _matches(model, list(modules_to_save), "model.modules_to_save", [name for name, _ in model.named_modules()])
@@ -172,14 +173,16 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
 
 
-def check_numbers(rank: int, alpha: float, dropout: float) -> None:
-    """Refuses numbers that no model could have, before any model is made."""
+def check_factors(rank: int, alpha: float, dropout: float, init: str) -> None:
+    """Refuses what no link could have, before any model is made."""
     if rank < 1:
         raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
     if not 0 < alpha < math.inf:
         raise UserError(f"model.alpha: expected a number above 0, received {alpha}")
     if not 0 <= dropout < 1:
         raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
+    if init not in DRAWS:
+        raise UserError(f"model.init: expected {', '.join(DRAWS)}, received {init!r}")
 
 
 def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:

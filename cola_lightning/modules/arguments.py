@@ -19,7 +19,6 @@ from torch import Tensor
 import cola_lightning
 from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.errors import UserError
-from cola_lightning.lora.initialization import DRAWS
 from cola_lightning.lora.registry import FinishedLinks
 from cola_lightning.seeding import check_seed
 
@@ -57,7 +56,6 @@ class RecordsArguments:
 def check_choices(
     seed: int | None,
     modules_to_save_lr: float | None,
-    init: str,
     finished_links: str,
     trained_factors: str,
     init_chain: str | None,
@@ -67,8 +65,6 @@ def check_choices(
     check_seed("model.seed", seed)
     if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
         raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
-    if init not in DRAWS:
-        raise UserError(f"model.init: expected {', '.join(DRAWS)}, received {init!r}")
     if finished_links not in get_args(FinishedLinks):
         raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
     if trained_factors not in get_args(TrainedFactors):

@@ -25,7 +25,7 @@ from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
 from cola_lightning.export import Format, check_options
-from cola_lightning.lora.inject import check_numbers
+from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
 from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
@@ -65,7 +65,8 @@ class COLAModule(LightningModule, RecordsArguments):
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
         init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
-            ``orthogonal`` to the A of every finished link, until no direction is left and it begins again (BoostLoRA).
+            ``orthogonal`` to the A of every finished link, until no direction is left and it begins again (BoostLoRA); the time
+            of a knot grows with the square of the summed rank.
         modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
@@ -123,8 +124,8 @@ class COLAModule(LightningModule, RecordsArguments):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_numbers(rank, alpha, dropout)
-        check_choices(seed, modules_to_save_lr, init, finished_links, trained_factors, init_chain, init_links)
+        check_factors(rank, alpha, dropout, init)
+        check_choices(seed, modules_to_save_lr, finished_links, trained_factors, init_chain, init_links)
         check_schedule(warmup_steps, schedule_scope, knot_warmup_steps, kept_optimizer_state)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)

@@ -47,7 +47,7 @@ def export_module(
     """Writes a module's model or chain; its arguments are those of ``COLAModule.export``.
 
     Args:
-        module: on the CPU, with the links that are to be written and no other; it is widened in place.
+        module: on the CPU, with the links that are to be written and no other; it is widened in place. Of ``chain``: any.
         chain: those links.
         folder: where.
         format: as what.

@@ -52,12 +52,14 @@ def _own_progress_bar() -> Iterator[None]:
 
     gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
-    def bar(tensors: Iterable[Any], desc: str = "") -> Iterable[Any]:
+    def bar(tensors: Iterable[Any], **_: Any) -> Iterable[Any]:
         console, is_first = Console(stderr=True), os.environ.get("LOCAL_RANK", "0") == "0"
         is_shown = is_first and console.is_terminal
         return track(tensors, "dequantizing", transient=True, console=console, disable=not is_shown)
 
-    theirs = gguf.tqdm
+    if (theirs := getattr(gguf, "tqdm", None)) is None:  # another version's
+        yield
+        return
     gguf.tqdm = bar
     try:
         yield

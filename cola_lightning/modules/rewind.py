@@ -30,7 +30,8 @@ class Window:
     Attributes:
         epoch: of the window.
         batch_idx: its first batch in the epoch.
-        loaders: the states of the training data loaders before that batch was fetched, of those that have a state.
+        loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none where
+            the epoch begins: then they begin anew. (Where a loader has no length, Lightning fetches one batch ahead.)
     """
 
     epoch: int
@@ -45,9 +46,12 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
         trainer: whose fit it is of.
         batch_idx: of that batch in the epoch.
     """
-    # Those that Lightning asks, in its order; a loader of this package has an empty state.
-    loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
-    return Window(trainer.current_epoch, batch_idx, [copy.deepcopy(loader.state_dict()) for loader in loaders])
+    states = list[dict[str, Any]]()
+    if batch_idx:  # before an epoch, a loader may still have the state of the end of the last
+        # Those that Lightning asks, in its order; a loader of this package has an empty state.
+        loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
+        states = [copy.deepcopy(loader.state_dict()) for loader in loaders]
+    return Window(trainer.current_epoch, batch_idx, states)
 
 
 def rewound_progress(
@@ -70,7 +74,8 @@ def rewound_progress(
     batch_idx = _rewind(counters, trainer, is_validating=is_validating)
     if counters[VALIDATION] == given[VALIDATION]:
         del counters[VALIDATION]
-    if window is not None and any(window.loaders) and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
+    has_states = any(given["state_dict"].get(LOADERS, ()))
+    if has_states and window is not None and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
         counters[LOADERS] = window.loaders
     return counters, batch_idx
 

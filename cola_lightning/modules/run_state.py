@@ -19,7 +19,7 @@ class RunState:
         length: how far the fit goes; None while that is not known.
         left_at: the counters of the Trainer when the last fit ended; with the same, the next one continues it.
         is_validating: whether a validation inside a fit has begun and not ended.
-        window: the accumulation window that has begun, or begins with the next batch; None outside a fit.
+        window: the accumulation window that has begun, or begins with the next batch; None before a fit.
         window_start: epoch and batch at which the accumulation window began.
         window_buffers: the persistent buffers as they were then.
         resumes_knots: whether the checkpoint that a fit goes on from is of a run with knots.

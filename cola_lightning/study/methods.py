@@ -93,6 +93,11 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
     rise = _model(config).get("knot_warmup_steps") or 0.1
+    if found.options == {} and config["chain"].get("patience") and rise < 1:
+        raise UserError(
+            "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "
+            f"length is not known beforehand, received {rise:g} of it"
+        )
     return replace(found, options={**found.options, **jagged, "model.knot_warmup_steps": rise})
 
 

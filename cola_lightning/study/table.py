@@ -71,7 +71,7 @@ def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float | No
     return Row(
         method=name,
         rank=first.rank,
-        links=statistics.median_low(result.links for result in results),
+        links=statistics.median_low(result.links for result in ([r for r in results if r.test is not None] or results)),
         learning_rate=first.learning_rate,
         seeds=len(results),
         diverged=len(results) - len(tests),
