@@ -1309,6 +1309,11 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
         "received another limit",
     ),
     (("cola-9", {}, {"max_epochs": 3}), "methods: expected at most 3 links, one for each of a run's parts, received 9"),
+    (
+        ("relora", {"patience": 2}, {"max_epochs": 3}),
+        "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "
+        "length is not known beforehand, received 0.1 of it",
+    ),
     (("cola-2",), "trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither"),
 )
 def method_of(name, chain=(), trainer=()):

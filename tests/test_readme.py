@@ -300,6 +300,7 @@ def test_the_table_of_speed_is_the_benchmarks():
 
 PRODUCED = {
     "bases": ("docs/precision.md", "| base | links |"),
+    "commands": ("docs/speed.md", "| task | command |"),
     "prompts": ("docs/speed.md", "| | task |"),
     "tasks": ("docs/results.md", "| task | training loss |"),
 }
@@ -309,7 +310,7 @@ PRODUCED = {
 def test_a_table_is_its_benchmarks(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     expected = written(importlib.import_module(name).rows(lines_of(name)))
-    assert len(expected) == {"bases": 6, "tasks": 11, "prompts": 14}[name]
+    assert len(expected) == {"bases": 6, "commands": 4, "tasks": 11, "prompts": 14}[name]
     assert table(*PRODUCED[name]) == expected
 
 

@@ -199,7 +199,7 @@ def test_a_run_with_torchdatas_loader_goes_on_too(tmp_path, shuffle, accumulated
         return fit(folder, data=Stateful(shuffle=shuffle), accumulate_grad_batches=accumulated, **options)
 
     whole, expected, _ = run(tmp_path / "whole")
-    # A shuffled order that begins anew is drawn from the global generator: at an epoch's end, and before its first optimizer step.
+    # An order that is shuffled anew comes from the global generator: at an epoch's end, and before its first optimizer step.
     shuffled = FEW[1:-1] if accumulated == 3 else FEW[:-1]
     for stop in shuffled if shuffle else [("batch_start", 8), *FEW]:
         folder = tmp_path / f"{stop}"

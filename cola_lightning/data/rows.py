@@ -39,11 +39,9 @@ def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
     return list(_iterate_rows(source, split, subset))
 
 
-def first_row(source: str, split: str, subset: str | None = None) -> Row:
-    """The first row of a split, without reading the others; see :func:`read_rows`."""
-    for row in _iterate_rows(source, split, subset):
-        return row
-    raise UserError(f"data.source: expected rows in {source!r}, {split}, received none")
+def first_row(source: str, split: str, subset: str | None = None) -> Row | None:
+    """The first row of a split, None of an empty one, without reading the others; see :func:`read_rows`."""
+    return next(_iterate_rows(source, split, subset), None)
 
 
 def _iterate_rows(source: str, split: str, subset: str | None) -> Iterator[Row]:

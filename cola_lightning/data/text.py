@@ -230,8 +230,8 @@ class SourceDataModule(TokenizedDataModule):
     def can_be_tested(self) -> bool:
         if self.target_field is None or self._test_split is None:
             return True
-        (row,) = let_lack_targets([first_row(self.source, self._test_split, self.subset)])
-        return row.has_target(self.target_field)
+        row = first_row(self.source, self._test_split, self.subset)
+        return row is not None and let_lack_targets([row])[0].has_target(self.target_field)
 
     @property
     def needs_train_rows(self) -> bool:
