@@ -22,7 +22,7 @@ from typing import Literal
 from cola_lightning.cli import main as cola
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import at_best_rates, read
-from cola_lightning.study.table import shown_difference, shown_test, summarize
+from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "domain_shift"
@@ -108,8 +108,7 @@ def rows() -> list[list[str]]:
         place = f"rank {stage.rank}, {stage.steps:,} steps"
         results = at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds))
         for row in summarize(results):
-            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
-            table.append([place, *cells])
+            table.append([place, *short_cells(row, NAMES[row.method])])
     return table
 
 

@@ -5,7 +5,7 @@
 runs ``cola compare`` on ``configs/smollm2.yaml`` with the paper's settings (the commands below, which it prints), on one CPU
 thread; each task's study is a folder of ``benchmarks/paper_table``, with a line a run in ``results.jsonl``. The rows are the
 protocol's: at most 1,000 for training, 500 for validation, 1,000 for test, from $COLA_DATA_DIR or the hub. A second call does
-what is missing. A run of CB takes about six minutes, one of RTE about half an hour.
+what is missing. A run of CB takes more than six minutes, and those of the longer tasks several times as long.
 
     python benchmarks/paper_table.py --table
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cola_lightning.cli import main as cola
 from cola_lightning.study.results import at_best_rates, read
-from cola_lightning.study.table import shown_difference, shown_test, summarize
+from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "paper_table"
@@ -52,8 +52,7 @@ def rows() -> list[list[str]]:
         if not (path := FOLDER / task.lower() / "results.jsonl").exists():
             continue
         for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
-            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
-            table.append([task, *cells])
+            table.append([task, *short_cells(row, NAMES[row.method])])
     return table
 
 

@@ -64,7 +64,6 @@ def main() -> None:
     trainer = Trainer(get_peft_model(model, lora), arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
     trainer.save_model()
-    print("tokens", sum(len(row["input_ids"]) for row in rows.rows))
 
 
 if __name__ == "__main__":

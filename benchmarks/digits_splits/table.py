@@ -6,7 +6,7 @@ python benchmarks/digits_splits/table.py
 from pathlib import Path
 
 from cola_lightning.study.results import at_best_rates, read
-from cola_lightning.study.table import shown_difference, shown_test, summarize
+from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
@@ -19,8 +19,7 @@ def rows() -> list[list[str]]:
     table = []
     for path in sorted(HERE.glob("rank-*/results.jsonl")):
         for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
-            cells = [NAMES[row.method], f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
-            table.append([path.parent.name.replace("-", " "), *cells])
+            table.append([path.parent.name.replace("-", " "), *short_cells(row, NAMES[row.method])])
     return table
 
 

@@ -60,8 +60,8 @@ class ChainOfLoRA(Callback):
         ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
         alphas: each link's alpha. Default: ``model.alpha`` for all.
         patience: a knot after so many validations in a row in which ``monitor`` did not improve; those of one optimizer step
-            count as one. How long a link will be is
-            then not known beforehand: a learning rate that decays needs ``model.schedule_scope: run``.
+            count as one. The length of a link is then not known beforehand: a learning rate that decays needs
+            ``model.schedule_scope: run``.
         monitor: with ``patience``: the metric, one that validation logs.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.

@@ -23,7 +23,7 @@ class Plateau:
         mode: whether a lower (``min``) or a higher (``max``) value is better.
 
     Raises:
-        UserError: for values that cannot be.
+        UserError: for invalid values.
 
     Example:
         >>> rule = Plateau(patience=2, min_delta=0.1)

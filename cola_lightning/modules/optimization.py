@@ -171,7 +171,7 @@ class LinkOptimization:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
 
         Args:
-            run: how far the fit goes, whose links end as it is found in training, if the run itself has an end.
+            run: how far the fit goes, if it has an end; the lengths of its links are decided during training.
         """
         if self._scheduler is None:  # an overridden configure_optimizers may have none
             return
