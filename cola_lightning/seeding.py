@@ -1,5 +1,6 @@
 """Random draws that follow from a seed alone, and leave the global generators as they were."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -37,9 +38,12 @@ def seeded(seed: int) -> Iterator[None]:
     """
     pythons, numpys = random.getstate(), np.random.get_state()
     # A data worker that was forked may not touch CUDA.
-    devices = range(torch.cuda.device_count()) if torch.utils.data.get_worker_info() is None else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    is_worker = torch.utils.data.get_worker_info() is not None
+    with torch.random.fork_rng(() if is_worker else range(torch.cuda.device_count())):
+        if is_worker or _has_accelerator():
+            torch.manual_seed(seed)
+        else:  # torch.manual_seed formats a call stack for each kind of accelerator that is not in use: milliseconds a batch
+            torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
@@ -47,6 +51,11 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(pythons)
             np.random.set_state(numpys)
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 def derive_seed(*parts: object) -> int:

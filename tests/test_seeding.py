@@ -1,6 +1,7 @@
 """What is drawn while training follows from seeds, and the global generators go on as if nothing had been drawn."""
 
 import random
+import traceback
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from cola_lightning import EpochDataModule, LastCheckpoint, UserError
+from cola_lightning.seeding import seeded
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 
@@ -65,6 +67,19 @@ class Noisy(Toy):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", sum(draws()))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is seeded, too")
+def test_seeding_formats_no_call_stack_where_there_is_no_accelerator(monkeypatch):
+    def stack():
+        raise AssertionError("torch.manual_seed queues a call for a device that is not in use")
+
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(traceback, "format_stack", stack)
+        with seeded(7):
+            assert torch.equal(torch.rand(3), expected)
 
 
 def test_draws_of_python_and_numpy_are_those_of_the_batch(tmp_path):

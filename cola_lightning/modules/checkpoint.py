@@ -35,10 +35,9 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
     if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
         return
-    counters, batch_idx = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)
+    counters, buffers = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)
     checkpoint[CHECKPOINT_KEY]["progress"] = counters
-    if batch_idx is not None and run.window_start == (trainer.current_epoch, batch_idx):
-        checkpoint["state_dict"] |= run.window_buffers
+    checkpoint["state_dict"] |= buffers
 
 
 def _state_of(module: COLAParts) -> CheckpointState:

@@ -7,6 +7,7 @@ watch over losses and weights.
 import logging
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -145,10 +146,11 @@ class ChainGuard(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            state = self.module.trained_state.values() if self._buffer_names else {}
-            self.module.run_state.window_start = trainer.current_epoch, batch_idx
-            self.module.run_state.window_buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
+        window = self.module.run_state.window
+        if self._buffer_names and window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            state = self.module.trained_state.values()
+            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
+            self.module.run_state.window = replace(window, buffers=buffers)
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
 

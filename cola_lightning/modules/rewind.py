@@ -10,11 +10,12 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; thi
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 Progress = dict[str, Any]
@@ -32,11 +33,13 @@ class Window:
         batch_idx: its first batch in the epoch.
         loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none where
             the epoch begins: then they begin anew. (Where a loader has no length, Lightning fetches one batch ahead.)
+        buffers: the persistent buffers when that batch began; none before.
     """
 
     epoch: int
     batch_idx: int
     loaders: list[dict[str, Any]]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
@@ -56,7 +59,7 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
 
 def rewound_progress(
     checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
-) -> tuple[Progress, int | None]:
+) -> tuple[Progress, Mapping[str, Tensor]]:
     """The counters of a fit as its resume needs them, by Lightning's names; those of validation where they are others.
 
     Args:
@@ -66,7 +69,7 @@ def rewound_progress(
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
-        The counters, and the batch of the epoch at which the run will go on, where it has begun with that batch; else None.
+        The counters, and the buffers as they were at the batch at which the run will go on, where it has begun with that batch.
         With such a batch, and loaders that have a state, the counters hold these states, too.
     """
     given = checkpoint["loops"]["fit_loop"]
@@ -74,10 +77,11 @@ def rewound_progress(
     batch_idx = _rewind(counters, trainer, is_validating=is_validating)
     if counters[VALIDATION] == given[VALIDATION]:
         del counters[VALIDATION]
-    has_states = any(given["state_dict"].get(LOADERS, ()))
-    if has_states and window is not None and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
+    if window is None or (trainer.current_epoch, batch_idx) != (window.epoch, window.batch_idx):
+        return counters, {}
+    if any(given["state_dict"].get(LOADERS, ())):
         counters[LOADERS] = window.loaders
-    return counters, batch_idx
+    return counters, window.buffers
 
 
 def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:

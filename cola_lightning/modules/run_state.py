@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
 from cola_lightning.modules.rewind import Window
 
@@ -20,8 +18,6 @@ class RunState:
         left_at: the counters of the Trainer when the last fit ended; with the same, the next one continues it.
         is_validating: whether a validation inside a fit has begun and not ended.
         window: the accumulation window that has begun, or begins with the next batch; None before a fit.
-        window_start: epoch and batch at which the accumulation window began.
-        window_buffers: the persistent buffers as they were then.
         resumes_knots: whether the checkpoint that a fit goes on from is of a run with knots.
         warned_of: what checkpoints leave out, of which the user was warned.
         is_tying: whether a knot has begun, and has not ended well.
@@ -33,8 +29,6 @@ class RunState:
     left_at: Counters | None = None
     is_validating: bool = False
     window: Window | None = None
-    window_start: tuple[int, int] | None = None
-    window_buffers: dict[str, Tensor] = field(default_factory=dict)
     resumes_knots: bool = False
     warned_of: set[str] = field(default_factory=set)
     is_tying: bool = False
