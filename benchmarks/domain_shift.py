@@ -143,7 +143,7 @@ def draw(path: Path) -> None:
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("validation loss (nats a byte), mean over seeds")
+    figure.axes[0].set_ylabel("validation loss (nats per byte), mean over seeds")
     figure.savefig(path, dpi=130)
 
 

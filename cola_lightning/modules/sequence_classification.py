@@ -11,7 +11,6 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
@@ -90,9 +89,8 @@ class COLASequenceClassifier(LanguageModule):
         Raises:
             UserError: if it was told another number of labels, or was made with one.
         """
-        if (known := self.label_names) is not None:
-            if self._label_names is None:
-                self._set_labels(known)
+        self._settle_known()
+        if self._label_names is not None:
             return
         are_places = set(found) <= set(map(str, range(self.num_labels)))
         if self._is_number_given and are_places:
@@ -104,6 +102,11 @@ class COLASequenceClassifier(LanguageModule):
                 f"model.num_labels: expected {len(found)}, the data's labels {', '.join(found)}, received {self.num_labels}"
             )
         self._set_labels(self._in_models_order(found))
+
+    def _settle_known(self) -> None:
+        """Takes the labels of a chain that was loaded as the model's."""
+        if self._label_names is None and (known := self.label_names) is not None:
+            self._set_labels(known)
 
     def _set_labels(self, names: Sequence[str]) -> None:
         self._label_names = list(names)
@@ -142,10 +145,7 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self._label_names is not None or CHECKPOINT_KEY not in checkpoint:
-            return
-        if (known := CheckpointState.of(checkpoint).chain.base.get("labels")) is not None:
-            self._set_labels(known)
+        self._settle_known()
 
     # ------------------------------------------------------------------ model and steps
 
