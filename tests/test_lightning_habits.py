@@ -18,13 +18,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, UserError, lora_layers
 from cola_lightning.errors import NonFiniteError
-from cola_lightning.sharded.strategy import replicate_trained, undo_replication
+from cola_lightning.sharded.strategy import check_sharding, replicate_trained, undo_replication
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -238,6 +238,56 @@ def test_nor_does_that_of_a_mixin(tmp_path):
         trainer(tmp_path, chain={}, max_epochs=1, precision="64-true").fit(module, batches(dtype=torch.float64))
         assert module.noted
         assert module.model[0].lora_A.dtype == torch.float64
+
+
+class Older:
+    """A mixin with the hook that Lightning had before ``configure_model``."""
+
+    n_calls = 0
+
+    def configure_sharded_model(self):
+        self.n_calls += 1
+
+
+class OlderToy(Older, Toy):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `OlderToy.configure_sharded_model` which is deprecated")
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_module_with_the_older_configure_sharded_model_is_trained_as_one_without(tmp_path, precision):
+    how = {"chain": {"every_n_epochs": 1}, "precision": precision}
+    data = batches(dtype=torch.float64 if precision == "64-true" else torch.float32)
+    expected, whole = toy(), toy(OlderToy)
+    for module in (expected, whole):
+        trainer(tmp_path, **how, max_epochs=3).fit(module, data)
+    assert whole.n_calls == 1
+    assert_bit_equal(weights(whole), weights(expected))
+
+    path = tmp_path / "run.ckpt"
+    begun = trainer(tmp_path, **how, max_epochs=2)
+    begun.fit(toy(OlderToy), data)
+    begun.save_checkpoint(path)
+    resumed = toy(OlderToy)
+    trainer(tmp_path, **how, max_epochs=3).fit(resumed, data, ckpt_path=path)
+    assert_bit_equal(weights(resumed), weights(expected))
+    assert OlderToy.load_from_checkpoint(path).link == 1
+
+
+def test_lightning_warns_of_the_older_hook_and_refuses_it_beside_the_newer_one(tmp_path):
+    class Both(OlderToy):
+        def configure_model(self): ...
+
+    with pytest.warns(DeprecationWarning, match=r"overridden `OlderToy\.configure_sharded_model` which is deprecated"):
+        fitted(tmp_path, toy(OlderToy))
+    with pytest.raises(RuntimeError, match=r"Both `Both\.configure_model`, and `Both\.configure_sharded_model` are overridden"):
+        fitted(tmp_path, toy(Both))
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_the_older_hook_is_refused_where_it_would_leave_the_model_unsharded(strategy):
+    with pytest.raises(UserError, match=rf"configure_sharded_model: expected shard_model\(\).* received {strategy.__name__}"):
+        check_sharding(strategy(), toy(OlderToy))
 
 
 def test_a_model_that_was_made_on_meta_takes_up_no_chain(tmp_path):

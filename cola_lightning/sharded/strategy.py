@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -84,8 +85,14 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
     """Refuses what could not go well under a strategy, before any model is made.
 
     Raises:
-        UserError: for tensor parallelism, for FSDP1 where all is trained, and for a module laid out for another strategy.
+        UserError: for tensor parallelism, for FSDP1 where all is trained, for a module laid out for another strategy, and for
+            one with the hook that tells Lightning to shard nothing.
     """
+    if shards(strategy) and is_overridden("configure_sharded_model", module):
+        raise UserError(
+            f"{type(module).__name__}.configure_sharded_model: expected shard_model() in its place under a strategy that "
+            f"shards, for beside this deprecated hook Lightning leaves the model whole; received {type(strategy).__name__}"
+        )
     if module.is_wrapped_by_fsdp1:
         raise UserError(
             "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
