@@ -3,7 +3,7 @@
 import math
 import pickle
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, UserList
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -506,6 +506,18 @@ def test_hyperparameters_are_stored_plain_and_come_back_as_they_were(tmp_path):
     assert (loaded.where, loaded.colour) == (tmp_path, Colour.RED)
     assert loaded.hparams.sizes["b"].equal(sizes["b"])
     assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_sequences_of_a_configuration_library_are_stored_as_lists(tmp_path):
+    sizes = UserDict(widths=UserList([1, UserList([2.5])]), parts=UserList([torch.ones(2)]))  # as OmegaConf's are
+    module = Saving(sizes=sizes, size=UserList(["a"]))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]
+    assert (stored["sizes"]["widths"], stored["size"]) == ([1, [2.5]], ["a"])
+    assert stored["sizes"]["parts"][0].equal(torch.ones(2))
+    assert Saving.load_from_checkpoint(tmp_path / "saved.ckpt").hparams.size == ["a"]
 
 
 def test_hyperparameters_that_cannot_be_stored_are_left_out_with_one_warning(tmp_path, caplog):

@@ -5,7 +5,7 @@ import inspect
 import math
 import pydoc
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from pathlib import PurePath
@@ -122,7 +122,7 @@ def plain(value: Any) -> Any:
             return kind(value)
     if isinstance(value, PathLike):
         return str(value)
-    if isinstance(value, list | tuple):
+    if _is_list(value):
         return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
@@ -137,11 +137,16 @@ def readable(value: Any) -> Any:
     """
     if type(value) in (Tensor, torch.dtype, torch.device, torch.Size):
         return value
-    if isinstance(value, list | tuple):
+    if _is_list(value):
         return tuple(map(readable, value)) if isinstance(value, tuple) else list(map(readable, value))
     if isinstance(value, Mapping):
         return {plain(key): readable(item) for key, item in value.items()}
     return plain(value)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list or a tuple, or what another library has in their place, such as OmegaConf."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
     """
     if shards(strategy) and is_overridden("configure_sharded_model", module):
         raise UserError(
-            f"{type(module).__name__}.configure_sharded_model: expected shard_model() in its place under a strategy that "
-            f"shards, for beside this deprecated hook Lightning leaves the model whole; received {type(strategy).__name__}"
+            f"{type(module).__name__}.configure_sharded_model: expected shard_model() in its place, since Lightning does not "
+            f"shard a module with this deprecated hook, received {type(strategy).__name__}"
         )
     if module.is_wrapped_by_fsdp1:
         raise UserError(
