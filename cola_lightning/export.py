@@ -30,6 +30,7 @@ from cola_lightning.chain.peft import (
 from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.model_card import Card
+from cola_lightning.progress import own_progress_bar
 from cola_lightning.writing import check_free, whole_folder
 
 STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
@@ -145,26 +146,23 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing of what transformers tells of a model that it loads, and no warning that is peft's own."""
+    """No warning of transformers and peft, and one progress bar of ours in place of theirs."""
     from transformers.utils import logging
 
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # What peft imports: on a CPU it recommends a package of kernels, whether or not anything is quantised.
     bitsandbytes = getLogger("bitsandbytes")
     level = bitsandbytes.level
     bitsandbytes.setLevel(ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), own_progress_bar():
             # peft 0.21 asks each model for it (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         bitsandbytes.setLevel(level)
         logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def export_merged(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel, inject_adapter_in_model
 from safetensors.torch import load, load_file, save_file
 from torch import nn
@@ -540,6 +541,16 @@ def test_so_are_those_of_a_plain_module(tmp_path, monkeypatch):
     with pytest.raises(export.ExportError, match=r"'0\.weight' was loaded again with another value"):
         export.export_merged(toy().merged_model(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them():
+    disable_progress_bars()
+    try:
+        with export.quiet():
+            pass
+        assert are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()
 
 
 @pytest.mark.filterwarnings("error")

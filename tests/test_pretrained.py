@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import modeling_gguf_pytorch_utils as gguf
+from transformers.utils import logging
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, HubError, UserError, hub
 from cola_lightning.modules.pretrained import Pretrained
@@ -70,6 +71,35 @@ def test_a_gguf_file_is_read_without_the_bar_of_transformers(tmp_path, capfd):
     assert Pretrained(str(tmp_path), gguf_file="x.gguf").load(Reader()) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
     assert gguf.tqdm is theirs
+
+
+def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd, monkeypatch):
+    def hook(factory, arguments, options):
+        return factory(*arguments, **options)
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        Pretrained(folder).model(AutoModelForCausalLM)
+        assert capfd.readouterr() == ("", "")
+        monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+        Pretrained(folder).model(AutoModelForCausalLM)
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "loading weights" in err
+        assert "it/s" not in err  # tqdm's
+    finally:
+        assert logging.set_tqdm_hook(before) is hook
+
+
+def test_bars_that_a_user_turned_off_stay_off(folder, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    logging.disable_progress_bar()
+    try:
+        Pretrained(folder).model(AutoModelForCausalLM)
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_file_that_is_not_there_is_named_beside_those_that_are(folder, tmp_path):

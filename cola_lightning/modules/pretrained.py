@@ -3,11 +3,9 @@
 import importlib
 import importlib.util
 import logging
-import os
 import struct
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +14,7 @@ from torch import nn
 
 from cola_lightning import hub
 from cola_lightning.errors import HubError, UserError, one_line
+from cola_lightning.progress import own_progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -38,33 +37,6 @@ def package_folder(model_name: str) -> Path:
             f"received {model_name!r}: is it installed in this environment?"
         )
     return Path(spec.submodule_search_locations[0])
-
-
-@contextmanager
-def _own_progress_bar() -> Iterator[None]:
-    """While a GGUF file is read: one bar, which goes away, on a terminal alone.
-
-    transformers 5.24 shows one that stays for each time that a file is read, and that its own switch does not turn off
-    (``load_gguf_checkpoint``).
-    """
-    from rich.console import Console
-    from rich.progress import track
-
-    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-
-    def bar(tensors: Iterable[Any], **_: Any) -> Iterable[Any]:
-        console, is_first = Console(stderr=True), os.environ.get("LOCAL_RANK", "0") == "0"
-        is_shown = is_first and console.is_terminal
-        return track(tensors, "dequantizing", transient=True, console=console, disable=not is_shown)
-
-    if (theirs := getattr(gguf, "tqdm", None)) is None:  # another version's
-        yield
-        return
-    gguf.tqdm = bar
-    try:
-        yield
-    finally:
-        gguf.tqdm = theirs
 
 
 @dataclass(frozen=True)
@@ -164,7 +136,7 @@ class Pretrained:
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
         try:
-            with _own_progress_bar() if self.gguf_file else nullcontext():
+            with own_progress_bar():
                 return auto_class.from_pretrained(place, **where, **arguments)
         except Exception as error:
             if not _is_of_the_files(error):

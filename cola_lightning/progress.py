@@ -1,0 +1,73 @@
+"""Progress bars while transformers reads or writes a model's files: one of ours in place of its own."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def own_progress_bar() -> Iterator[None]:
+    """Inside the block: one bar at a time, which disappears, on a terminal alone, in place of transformers' bars, which stay.
+
+    None where the user turned transformers' off. Downloads show the bars of huggingface_hub.
+    """
+    from transformers.utils import logging
+
+    is_enabled = logging.is_progress_bar_enabled()
+
+    def dequantizing(tensors: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return _bar(tensors, "dequantizing", is_enabled=is_enabled)
+
+    def hook(factory: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        if not arguments:  # a bar that is moved by hand
+            return factory(**options)
+        return _bar(arguments[0], str(options.get("desc") or "loading").lower(), is_enabled=is_enabled)
+
+    # Neither the hook nor transformers' own switch reaches the bar of a GGUF file in 5.24 (load_gguf_checkpoint).
+    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    theirs = getattr(gguf, "tqdm", None)  # another version may have none
+    with _replaced_by(hook):
+        if theirs is not None:
+            gguf.tqdm = dequantizing
+        try:
+            yield
+        finally:
+            if theirs is not None:
+                gguf.tqdm = theirs
+
+
+@contextmanager
+def _replaced_by(hook: Callable[..., Any]) -> Iterator[None]:
+    """Has transformers ask the hook for its bars; a version without hooks (5.0 to 5.3 at least) shows none."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    if hasattr(logging, "set_tqdm_hook"):
+        previous = logging.set_tqdm_hook(hook)
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(previous)
+        return
+    had_bars, had_downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
+    if had_downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not had_downloads:
+            disable_progress_bars()
+
+
+def _bar(items: Iterable[Any], description: str, *, is_enabled: bool) -> Iterable[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console, is_first = Console(stderr=True), os.environ.get("LOCAL_RANK", "0") == "0"
+    is_shown = is_enabled and is_first and console.is_terminal
+    return track(items, description, transient=True, console=console, disable=not is_shown)
