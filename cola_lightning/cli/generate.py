@@ -227,7 +227,7 @@ def _device() -> Any:
 def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str | None) -> None:
     import torch
 
-    from cola_lightning.data.chat import assistant_turn, user_turn
+    from cola_lightning.turns import assistant_turn, user_turn
 
     kind, was_chat = model.prompt_format.get("kind"), bool(model.prompt_format.get("chat_template"))
     is_chat = was_chat if options.chat_template is None else options.chat_template
@@ -276,8 +276,8 @@ def _answer(model: Generator, decoding: Decoding, asked: str | list[dict[str, st
     """Generates what follows a text, or the next turn of a conversation, and prints it as it comes."""
     from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.batches import collate_prompts
-    from cola_lightning.data.chat import as_prompt, end_of_turn
     from cola_lightning.data.encoding import PromptRow, encode_prompts
+    from cola_lightning.turns import as_prompt, end_of_turn
 
     tokenizer, is_chat = model.tokenizer, not isinstance(asked, str)
     text = asked if isinstance(asked, str) else as_prompt(tokenizer, asked, PLACE)

@@ -1,4 +1,4 @@
-"""Conversations in a tokenizer's chat template."""
+"""Conversations to train on, as tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,50 +7,7 @@ from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.encoding import LanguageRow, response_too_long
 from cola_lightning.data.tokens import tokenize_with_places
 from cola_lightning.errors import UserError
-
-Messages = list[dict[str, str]]  # turns of a role and its content
-
-
-def user_turn(prompt: str) -> Messages:
-    """A conversation that a user's turn begins."""
-    return [{"role": "user", "content": prompt}]
-
-
-def assistant_turn(response: str) -> dict[str, str]:
-    """The turn that answers it."""
-    return {"role": "assistant", "content": response}
-
-
-def as_turn(tokenizer: Any, prompt: str, place: str) -> str:
-    """A user's turn, and the beginning of the assistant's."""
-    return as_prompt(tokenizer, user_turn(prompt), place)
-
-
-def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
-    """A conversation, and the beginning of the assistant's next turn."""
-    return _render(tokenizer, messages, place, is_open=True)
-
-
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
-    asked, said, place = user_turn("Is it old?"), "It is.", "model.model_name"
-    whole = _render(tokenizer, [*asked, assistant_turn(said)], place, is_open=False)
-    _, _, end = whole.removeprefix(as_prompt(tokenizer, asked, place)).partition(said)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
-
-
-def _render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
-    """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
-    if not tokenizer.chat_template:
-        raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
-    import jinja2
-
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{place}: expected turns that the chat template can write, received: {error}") from error
-    return text
+from cola_lightning.turns import Messages, render
 
 
 def encode_conversations(
@@ -89,11 +46,11 @@ def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tu
     """A conversation as text, and where in it the assistant speaks."""
     if messages[0]["role"] == "assistant":
         raise UserError(f"{place}: expected a conversation that somebody else begins, received one that the assistant does")
-    text, said = _render(tokenizer, messages, place, is_open=False), []
+    text, said = render(tokenizer, messages, place, is_open=False), []
     for k, turn in enumerate(messages):
         if turn["role"] == "assistant":
-            before = _render(tokenizer, messages[:k], place, is_open=True)
-            after = _render(tokenizer, messages[: k + 1], place, is_open=False)
+            before = render(tokenizer, messages[:k], place, is_open=True)
+            after = render(tokenizer, messages[: k + 1], place, is_open=False)
             if not text.startswith(after) or not after.startswith(before):
                 raise UserError(f"{place}: expected a chat template that writes turn after turn, received one that does not")
             said.append((len(before), len(after)))

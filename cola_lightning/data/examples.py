@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
-from cola_lightning.data.chat import as_turn
 from cola_lightning.data.encoding import n_common, truncate_left
 from cola_lightning.data.rows import LeftOut
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.turns import as_turn
 
 
 @dataclass(frozen=True)

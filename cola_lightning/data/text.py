@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.batches import collate_language, collate_prompts
-from cola_lightning.data.chat import as_prompt, assistant_turn, encode_conversations, end_of_turn, user_turn
+from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
 from cola_lightning.data.rows import (
@@ -26,6 +26,7 @@ from cola_lightning.data.rows import (
 )
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
+from cola_lightning.turns import as_prompt, assistant_turn, end_of_turn, user_turn
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,10 @@ from cola_lightning.export import (
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.model_card import Card
+from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
 from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.turns import end_of_turn
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
 
 
@@ -77,7 +79,7 @@ def export_module(
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
             module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)
         if format == "merged":
-            lines = _merged(module, folder, card, dtype, verify=verify, overwrite=overwrite)
+            lines = _merged(module, folder, card, dtype, prompt_format or {}, verify=verify, overwrite=overwrite)
         else:
             lines = _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
     if prompt_format and prompt_format.get("kind") == "options":
@@ -87,7 +89,16 @@ def export_module(
     return lines
 
 
-def _merged(module: Any, folder: Path, card: Card, dtype: str | None, *, verify: bool, overwrite: bool) -> list[str]:
+def _merged(
+    module: Any,
+    folder: Path,
+    card: Card,
+    dtype: str | None,
+    prompt_format: Mapping[str, Any],
+    *,
+    verify: bool,
+    overwrite: bool,
+) -> list[str]:
     model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
@@ -96,6 +107,9 @@ def _merged(module: Any, folder: Path, card: Card, dtype: str | None, *, verify:
         model.to(getattr(torch, dtype))
     probe = _probe(module) if verify else None
     tokenizer = getattr(module, "tokenizer", None)
+    if prompt_format.get("kind") == "response":  # a server ends a text there, as `cola generate` does
+        ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format["chat_template"] else [])}
+        model.generation_config.eos_token_id = sorted(ends)
     lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 

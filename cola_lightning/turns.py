@@ -1,0 +1,49 @@
+"""Turns of a conversation, in a tokenizer's chat template."""
+
+from typing import Any
+
+from cola_lightning.errors import UserError
+
+Messages = list[dict[str, str]]  # turns of a role and its content
+
+
+def user_turn(prompt: str) -> Messages:
+    """A conversation that a user's turn begins."""
+    return [{"role": "user", "content": prompt}]
+
+
+def assistant_turn(response: str) -> dict[str, str]:
+    """The turn that answers it."""
+    return {"role": "assistant", "content": response}
+
+
+def as_turn(tokenizer: Any, prompt: str, place: str) -> str:
+    """A user's turn, and the beginning of the assistant's."""
+    return as_prompt(tokenizer, user_turn(prompt), place)
+
+
+def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
+    """A conversation, and the beginning of the assistant's next turn."""
+    return render(tokenizer, messages, place, is_open=True)
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
+    asked, said, place = user_turn("Is it old?"), "It is.", "model.model_name"
+    whole = render(tokenizer, [*asked, assistant_turn(said)], place, is_open=False)
+    _, _, end = whole.removeprefix(as_prompt(tokenizer, asked, place)).partition(said)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
+
+
+def render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
+    """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
+    if not tokenizer.chat_template:
+        raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
+    import jinja2
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{place}: expected turns that the chat template can write, received: {error}") from error
+    return text
