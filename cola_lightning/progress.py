@@ -41,7 +41,7 @@ def own_progress_bar() -> Iterator[None]:
 @contextmanager
 def _replaced_by(hook: Callable[..., Any]) -> Iterator[None]:
     """Has transformers ask the hook for its bars; a version without hooks (5.0 to 5.3 at least) shows none."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils as hub  # documented there, but not in its __all__
     from transformers.utils import logging
 
     if hasattr(logging, "set_tqdm_hook"):
@@ -51,17 +51,17 @@ def _replaced_by(hook: Callable[..., Any]) -> Iterator[None]:
         finally:
             logging.set_tqdm_hook(previous)
         return
-    had_bars, had_downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    had_bars, had_downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
     if had_downloads:
-        enable_progress_bars()
+        hub.enable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     finally:
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if not had_downloads:
-            disable_progress_bars()
+            hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _bar(items: Iterable[Any], description: str, *, is_enabled: bool) -> Iterable[Any]:

@@ -543,12 +543,19 @@ def test_so_are_those_of_a_plain_module(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them():
+@pytest.mark.parametrize("is_old", [False, True])
+def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them(is_old, monkeypatch):
+    if is_old:  # a version of transformers that shows all its bars or none
+        monkeypatch.delattr(logging, "set_tqdm_hook")
+    with export.quiet():
+        assert not are_progress_bars_disabled()  # a download takes long
+        assert logging.is_progress_bar_enabled() is not is_old
     disable_progress_bars()
     try:
         with export.quiet():
             pass
         assert are_progress_bars_disabled()
+        assert logging.is_progress_bar_enabled()
     finally:
         enable_progress_bars()
 
