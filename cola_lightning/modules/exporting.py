@@ -79,7 +79,7 @@ def export_module(
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
             module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)
         if format == "merged":
-            lines = _merged(module, folder, card, dtype, prompt_format or {}, verify=verify, overwrite=overwrite)
+            lines = _merged(module, folder, card, dtype, prompt_format, verify=verify, overwrite=overwrite)
         else:
             lines = _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
     if prompt_format and prompt_format.get("kind") == "options":
@@ -94,7 +94,7 @@ def _merged(
     folder: Path,
     card: Card,
     dtype: str | None,
-    prompt_format: Mapping[str, Any],
+    prompt_format: Mapping[str, Any] | None,
     *,
     verify: bool,
     overwrite: bool,
@@ -107,8 +107,9 @@ def _merged(
         model.to(getattr(torch, dtype))
     probe = _probe(module) if verify else None
     tokenizer = getattr(module, "tokenizer", None)
-    if prompt_format.get("kind") == "response":  # a server ends a text there, as `cola generate` does
-        ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format["chat_template"] else [])}
+    if prompt_format and prompt_format.get("kind") == "response" and hasattr(model, "generation_config"):
+        # Where `cola generate` ends a response, a server does.
+        ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
         model.generation_config.eos_token_id = sorted(ends)
     lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
