@@ -68,7 +68,7 @@ class Stage:
         return ["compare", *named[0], "--", *named[1]]
 
 
-NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA of four times the rank"}
+NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA, four times the rank"}
 NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
@@ -133,15 +133,15 @@ def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = studies()
-    figure = Figure(figsize=(5.0 * len(shown), 4.0), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(shown), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     for place, stage in enumerate(shown, start=1):
         axes = figure.add_subplot(1, len(shown), place)
         results = read(stage.folder / "results.jsonl")
-        plot_curves(axes, at_best_rates(results, "min", range(stage.tuning_seeds)), skip=0.12)
+        plot_curves(axes, at_best_rates(results, "min", range(stage.tuning_seeds)), skip=0.12, names=NAMES)
         axes.set_title(f"rank {stage.rank}, {stage.steps:,} steps")
         axes.set_xlabel("optimizer steps (dots: knots)")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation loss (nats per byte), mean over seeds")
     figure.savefig(path, dpi=130)

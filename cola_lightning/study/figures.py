@@ -30,13 +30,14 @@ def draw_curves(results: Results, metric: str, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_curves(axes: Any, results: Results, skip: float = 0.0) -> None:
+def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[str, str] | None = None) -> None:
     """Draws the curves of :func:`draw_curves` into axes of matplotlib's.
 
     Args:
         axes: to draw into.
         results: of each method, at one learning rate.
         skip: the share of a run's steps, from its start, that is left out, where all methods are alike.
+        names: what the legend calls the methods; None: their names, ranks and numbers of links.
     """
     for place, (name, of_method) in enumerate(results.items()):
         curve = mean_curve(of_method)
@@ -45,13 +46,13 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0) -> None:
             continue
         color = COLORS[place % len(COLORS)]
         if name == "full":
-            axes.axhline(
-                list(curve.values())[-1], color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end"
-            )
+            end = list(curve.values())[-1]
+            axes.axhline(end, color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end")
             continue
         first = of_method[0]
         links = f", {first.links} links" if first.links > 1 else ""
-        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=f"{name}, rank {first.rank}{links}")
+        label = f"{name}, rank {first.rank}{links}" if names is None else names[name]
+        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=label)
         knots = [knot for knot in first.knots if knot >= min(curve)]
         axes.plot(knots, [_at(curve, knot) for knot in knots], "o", color=color, markersize=4)
 
