@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import pydoc
-from collections import OrderedDict
+from collections import OrderedDict, UserString
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from os import PathLike
@@ -146,7 +146,7 @@ def readable(value: Any) -> Any:
 
 def _is_list(value: Any) -> bool:
     """Whether it is a list or a tuple, or what another library has in their place, such as OmegaConf."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+    return isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview)
 
 
 def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:
