@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain.checkpoint import read_checkpoint
@@ -117,6 +118,23 @@ def test_a_merged_model_ends_a_response_where_its_training_did(tmp_path, is_chat
     module.export(tmp_path / "merged")
     ends = {own.eos_token_id, 5} | ({own.convert_tokens_to_ids("<|end|>")} if is_chat else set())
     assert set(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id) == ends
+
+
+def test_a_merged_model_without_an_end_of_text_generates(tmp_path):
+    name = tiny.folder(tmp_path / "model", "llama")
+    own = tiny.tokenizer(pad=True)
+    own.eos_token = None
+    own.save_pretrained(name)
+    for file in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / "model" / file).read_text()) | {"eos_token_id": None}
+        (tmp_path / "model" / file).write_text(json.dumps(fields))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"prompt": "Is it old?", "response": "It is."}\n')
+    module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path)))
+    module.export(tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape == (1, 5)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it

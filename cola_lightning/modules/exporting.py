@@ -110,7 +110,7 @@ def _merged(
     if prompt_format and prompt_format.get("kind") == "response" and hasattr(model, "generation_config"):
         # Where `cola generate` ends a response, a server does.
         ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
-        model.generation_config.eos_token_id = sorted(ends)
+        model.generation_config.eos_token_id = sorted(ends) or None
     lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
