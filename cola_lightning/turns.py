@@ -30,8 +30,13 @@ def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
 def end_of_turn(tokenizer: Any) -> list[int]:
     """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
     asked, said, place = user_turn("Is it old?"), "It is.", "model.model_name"
+    try:
+        prompt = as_prompt(tokenizer, asked, place)
+    except UserError:  # some templates need a system turn
+        asked = [{"role": "system", "content": "Be brief."}, *asked]
+        prompt = as_prompt(tokenizer, asked, place)
     whole = render(tokenizer, [*asked, assistant_turn(said)], place, is_open=False)
-    _, _, end = whole.removeprefix(as_prompt(tokenizer, asked, place)).partition(said)
+    _, _, end = whole.removeprefix(prompt).partition(said)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
 

@@ -137,6 +137,24 @@ def test_a_merged_model_without_an_end_of_text_generates(tmp_path):
     assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape == (1, 5)
 
 
+def test_a_template_that_asks_for_a_system_turn_is_predicted_with_and_exported(tmp_path):
+    name = tiny.folder(tmp_path / "model", "llama")
+    own = tiny.tokenizer()
+    own.chat_template = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('A system turn comes first') }}{% endif %}"
+    own.chat_template += CHAT
+    own.save_pretrained(name)
+    turns = [("system", "Be brief."), ("user", "Is it old?"), ("assistant", "It is.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    module, data = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0), TextDataModule(str(tmp_path), max_new_tokens=2)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, datamodule=data)
+    module.export(tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [own.eos_token_id]
+    assert run.predict(module, datamodule=data)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
 def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
     name = tiny.folder(tmp_path / "model", "llama")
