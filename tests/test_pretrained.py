@@ -82,6 +82,7 @@ def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd, monke
         Pretrained(folder).model(AutoModelForCausalLM)
         assert capfd.readouterr() == ("", "")
         monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+        monkeypatch.setenv("TERM", "xterm")  # one that can show a bar
         Pretrained(folder).model(AutoModelForCausalLM)
         out, err = capfd.readouterr()
         assert out == ""
@@ -93,6 +94,7 @@ def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd, monke
 
 def test_bars_that_a_user_turned_off_stay_off(folder, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     logging.disable_progress_bar()
     try:
         Pretrained(folder).model(AutoModelForCausalLM)
