@@ -103,20 +103,21 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("is_chat", [True, False])
-def test_a_merged_model_ends_a_response_where_its_training_did(tmp_path, is_chat):
+@pytest.mark.parametrize("kind", ["chat", "response", "text"])
+def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     name = tiny.folder(tmp_path / "model", "llama")
     own = tiny.tokenizer()
     own.add_special_tokens({"additional_special_tokens": ["<|end|>"]})  # of a turn; the base's own files end a text elsewhere
-    own.chat_template = tiny.CHAT.replace("{{ eos_token }}", "<|end|>") if is_chat else None
+    own.chat_template = tiny.CHAT.replace("{{ eos_token }}", "<|end|>") if kind == "chat" else None
     own.save_pretrained(name)
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 5}')
-    (tmp_path / "train.jsonl").write_text('{"prompt": "Is it old?", "response": "It is."}\n')
-    (tmp_path / "validation.jsonl").write_text('{"prompt": "Is it old?", "response": "It is."}\n')
+    row = {"text": "It is old."} if kind == "text" else {"prompt": "Is it old?", "response": "It is."}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
     trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path)))
     module.export(tmp_path / "merged")
-    ends = {own.eos_token_id, 5} | ({own.convert_tokens_to_ids("<|end|>")} if is_chat else set())
+    ends = {own.eos_token_id, 5} | ({own.convert_tokens_to_ids("<|end|>")} if kind == "chat" else set())
     assert set(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id) == ends
 
 

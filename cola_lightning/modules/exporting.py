@@ -107,8 +107,8 @@ def _merged(
         model.to(getattr(torch, dtype))
     probe = _probe(module) if verify else None
     tokenizer = getattr(module, "tokenizer", None)
-    if prompt_format and prompt_format.get("kind") == "response" and hasattr(model, "generation_config"):
-        # Where `cola generate` ends a response, a server does.
+    if prompt_format and prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
+        # Where `cola generate` ends a response or a text, a server does.
         ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
         model.generation_config.eos_token_id = sorted(ends) or None
     lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
