@@ -148,7 +148,8 @@ def test_a_template_that_asks_for_a_system_turn_is_predicted_with_and_exported(t
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    module, data = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0), TextDataModule(str(tmp_path), max_new_tokens=2)
+    module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
+    data = TextDataModule(str(tmp_path), max_new_tokens=2)
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, datamodule=data)
     module.export(tmp_path / "merged")

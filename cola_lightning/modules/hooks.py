@@ -63,7 +63,7 @@ def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...
 
 
 def _in_contexts(ours: Callable[..., None]) -> Callable[[Any], None]:
-    """Our ``configure_model`` in the contexts of that hook, which Lightning calls the older one without: the default dtype."""
+    """Our ``configure_model`` in the contexts that Lightning enters for that hook alone: they set default dtype and device."""
 
     def configure(self: Any) -> None:
         trainer = trainer_of(self)
