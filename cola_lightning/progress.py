@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -26,8 +26,10 @@ def own_progress_bar() -> Iterator[None]:
         return _bar(arguments[0], str(options.get("desc") or "loading").lower(), is_enabled=is_enabled)
 
     # Neither the hook nor transformers' own switch reaches the bar of a GGUF file in 5.24 (load_gguf_checkpoint).
-    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    theirs = getattr(gguf, "tqdm", None)  # another version may have none
+    gguf: Any = None
+    with suppress(ImportError):  # another version may have no such module, or another bar
+        gguf = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    theirs = getattr(gguf, "tqdm", None)
     with _replaced_by(hook):
         if theirs is not None:
             gguf.tqdm = dequantizing

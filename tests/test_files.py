@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
+from cola_lightning.data.files import iterate_file
 from cola_lightning.data.rows import draw, read_rows
 from tests import tiny
 from tests.test_language_data import attach
@@ -340,3 +342,23 @@ def test_a_name_that_is_no_file_is_not_asked_for_on_the_hub():
     with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, .* received 'no_such.csv'"):
         read_rows("no_such.csv", "train")
     assert not Path("no_such.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("more.csv", "text,label\na,b,c\n"),
+        ("quotes.csv", 'text,label\n"a"b,c\n'),
+        ("twice.tsv", "text\ttext\na\tb\n"),
+        ("broken.jsonl", '{"text": "a"}\n{"text\n'),
+        ("list.jsonl", '["a"]\n["b"]\n'),
+    ],
+)
+def test_a_file_that_is_refused_is_closed(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        list(iterate_file(path))
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert str(path) not in opened
+    assert refused.value.__traceback__ is not None  # whose frames would have kept it open

@@ -10,7 +10,8 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cola_lightning.errors import UserError, one_line, shortened_text
 
 LONGEST_CELL = 2**31 - 1  # characters; the standard library's own limit is 131,072
 
-Rows = Iterator[tuple[str, Any]]  # each row's place in its file, and its fields
+Rows = Generator[tuple[str, Any], None, None]  # each row's place in its file, and its fields
 
 
 def iterate_file(path: Path) -> Iterator[Row]:
@@ -37,11 +38,12 @@ def iterate_file(path: Path) -> Iterator[Row]:
         yield from _iterate_parquet(path)
         return
     is_empty = True
-    for place, fields in READERS[ending](path):
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
-        is_empty = False
-        yield Row(fields, f"{path}, {place}")
+    with closing(READERS[ending](path)) as rows:  # with the file that it reads, where a row is refused
+        for place, fields in rows:
+            if not isinstance(fields, dict):
+                raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
+            is_empty = False
+            yield Row(fields, f"{path}, {place}")
     if is_empty:
         received = "an empty file" if path.stat().st_size == 0 else "none"
         raise UserError(f"{path}: expected {EXPECTED[ending]}, received {received}")
@@ -62,7 +64,7 @@ def ending_of(name: str) -> str | None:
 # ---------------------------------------------------------------------- lines of text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Generator[str, None, None]:
     """The lines of a file in UTF-8, their ends included."""
     number = 0
     try:
@@ -82,9 +84,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Rows:
-    before = csv.field_size_limit(LONGEST_CELL)
+    before, lines = csv.field_size_limit(LONGEST_CELL), _lines(path)
     try:
-        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         columns = next(reader, [])
         _check_columns(path, columns, delimiter)
         while True:
@@ -103,6 +105,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Rows:
             f"{path}, line {reader.line_num}: expected cells in double quotes, or without any, received others ({error})"
         ) from error
     finally:
+        lines.close()
         csv.field_size_limit(before)
 
 
@@ -128,14 +131,15 @@ def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
 
 
 def _read_json_lines(path: Path) -> Rows:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason, start = getattr(error, "msg", "nested too deeply"), shortened_text(line.rstrip("\r\n"))
-            raise UserError(f"{path}, line {number}: expected one JSON object, received {start!r} ({reason})") from error
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason, start = getattr(error, "msg", "nested too deeply"), shortened_text(line.rstrip("\r\n"))
+                raise UserError(f"{path}, line {number}: expected one JSON object, received {start!r} ({reason})") from error
 
 
 def _read_json(path: Path) -> Rows:

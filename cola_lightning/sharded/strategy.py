@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
         UserError: for tensor parallelism, for FSDP1 where all is trained, for a module laid out for another strategy, and for
             one with the hook that tells Lightning to shard nothing.
     """
-    if shards(strategy) and is_overridden("configure_sharded_model", module):
+    older = "configure_sharded_model"  # deprecated: some version of Lightning will be without it
+    if shards(strategy) and hasattr(LightningModule, older) and is_overridden(older, module):
         raise UserError(
             f"{type(module).__name__}.configure_sharded_model: expected shard_model() in its place, since Lightning does not "
             f"shard a module with this deprecated hook, received {type(strategy).__name__}"
