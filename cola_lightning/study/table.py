@@ -124,9 +124,9 @@ def shown_difference(row: Row, digits: int = 4) -> str:
     return f"{row.difference:+.{digits}f}{interval}"
 
 
-def short_cells(row: Row, name: str, digits: int = 3) -> list[str]:
+def short_cells(row: Row, name: str) -> list[str]:
     """What a document shows of a row: a name, the learning rate, how many seeds, the result on test, the difference to LoRA."""
-    return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, digits), shown_difference(row, digits)]
+    return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
 
 
 def _cells(row: Row) -> list[str]:
