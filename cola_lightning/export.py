@@ -45,29 +45,47 @@ class ExportError(OutsideError):
     """What was written does not give the logits that it should; it is not kept."""
 
 
-def check_options(
-    format: Format, folder: Path, dtype: str | None, max_rank: int | None, base_folder: Path | None, *, overwrite: bool
-) -> None:
-    """Refuses options that do not go together, and folders that cannot be written, before anything is loaded.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is asked of an export, as :meth:`~cola_lightning.COLAModule.export` says it.
 
-    Raises:
-        UserError: naming the option.
+    Attributes:
+        folder: where.
+        format: as what.
+        dtype: of merged.
+        max_rank: of peft.
+        base_folder: of peft: where its base goes.
+        license: for the model card.
+        verify: load what was written, and compare.
+        overwrite: replace a folder that is not empty.
     """
-    for option, value, its in (
-        ("dtype", dtype, "merged"),
-        ("max_rank", max_rank, "peft"),
-        ("base_folder", base_folder, "peft"),
-    ):
-        if value is not None and format != its:
-            raise UserError(f"{option}: expected --format {its} beside it, received {format}")
-    if max_rank is not None and max_rank < 1:
-        raise UserError(f"max_rank: expected at least 1, received {max_rank}")
-    if format == "peft" and importlib.util.find_spec("peft") is None:
-        raise UserError("format: expected the package peft, received none: pip install peft")
-    check_free(folder, overwrite=overwrite)
-    places = [place.resolve() for place in (folder, base_folder or folder)]
-    if base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):
-        raise UserError(f"base_folder: expected a folder apart from the output, received {str(base_folder)!r}")
+
+    folder: Path
+    format: Format
+    dtype: str | None = None
+    max_rank: int | None = None
+    base_folder: Path | None = None
+    license: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Refuses options that do not go together, and folders that cannot be written, before anything is loaded.
+
+        Raises:
+            UserError: naming the option.
+        """
+        for option, its in (("dtype", "merged"), ("max_rank", "peft"), ("base_folder", "peft")):
+            if getattr(self, option) is not None and self.format != its:
+                raise UserError(f"{option}: expected --format {its} beside it, received {self.format}")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UserError(f"max_rank: expected at least 1, received {self.max_rank}")
+        if self.format == "peft" and importlib.util.find_spec("peft") is None:
+            raise UserError("format: expected the package peft, received none: pip install peft")
+        check_free(self.folder, overwrite=self.overwrite)
+        places = [place.resolve() for place in (self.folder, self.base_folder or self.folder)]
+        if self.base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):
+            raise UserError(f"base_folder: expected a folder apart from the output, received {str(self.base_folder)!r}")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from cola_lightning.data.rows import read_rows
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.examples.corpora import python_sources
 from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
-from cola_lightning.export import check_options
+from cola_lightning.export import ExportOptions
 from cola_lightning.study.command import compare
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.methods import method
@@ -1227,7 +1227,7 @@ def empty_chain(name, *arguments):
 def export(format_, folder, *options):
     Path("used").mkdir()
     Path("used", "file").touch()
-    check_options(format_, Path(folder), *options, overwrite=False)
+    ExportOptions(Path(folder), format_, *options).check()
 
 
 @refused(
@@ -1337,7 +1337,7 @@ def study():
 
 @refused(
     (
-        lambda: check_options("peft", Path("out"), None, None, None, overwrite=False),
+        lambda: ExportOptions(Path("out"), "peft").check(),
         "format: expected the package peft, received none: pip install peft",
     ),
     (

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments, opened_checkpoint
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cola_lightning.export import ExportOptions
 
 
 def export(words: Sequence[str]) -> None:
@@ -57,14 +61,16 @@ def export(words: Sequence[str]) -> None:
     options = parser.parse_args(list(words))
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
-    from cola_lightning.export import check_options
+    from cola_lightning.export import ExportOptions
 
     output = options.output
-    check_options(options.format, output, options.dtype, options.max_rank, options.base_folder, overwrite=options.overwrite)
+    given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
+    asked = ExportOptions(output, options.format, verify=not options.no_verify, **given)
+    asked.check()
     if options.checkpoint.resolve().is_relative_to(output.resolve()):
         raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(output)!r}")
     with opened_checkpoint(options.checkpoint) as opened:
-        for line in (_export_chain if options.format == "chain" else _export_model)(options, opened):
+        for line in (_export_chain if asked.format == "chain" else _export_model)(opened, options.links, asked):
             print(line)
     print(f"written: {output}")
     if options.push_to_hub is not None:
@@ -73,20 +79,19 @@ def export(words: Sequence[str]) -> None:
         print(f"uploaded: {upload(output, options.push_to_hub)}")
 
 
-def _export_chain(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
+def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
     """Without the module."""
     from cola_lightning.export import export_chain
 
     if opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
-    chain = chain_of(opened.contents, options.links)
-    return export_chain(chain, options.output, verify=not options.no_verify, overwrite=options.overwrite)
+    return export_chain(chain_of(opened.contents, links), asked.folder, verify=asked.verify, overwrite=asked.overwrite)
 
 
-def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
+def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
     arguments = opened.state.module
     check_arguments(arguments, "export")
-    if options.format == "peft" and opened.state.live is None:
+    if asked.format == "peft" and opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
 
     from cola_lightning.export import quiet
@@ -95,8 +100,6 @@ def _export_model(options: Namespace, opened: OpenedCheckpoint) -> list[str]:
     from cola_lightning.modules.pending import loading
 
     find_class(arguments["class_path"])
-    with quiet(), loading(opened, options.links):
-        module = COLAModule.load_from_checkpoint(options.checkpoint, links=options.links)
-    given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
-    given |= {"prompt_format": opened.state.prompt_format, "verify": not options.no_verify}
-    return export_module(module, chain_of(opened.contents, options.links), options.output, options.format, **given)
+    with quiet(), loading(opened, links):
+        module = COLAModule.load_from_checkpoint(opened.path, links=links)
+    return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format)

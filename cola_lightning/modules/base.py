@@ -1,10 +1,8 @@
 """The Lightning module that owns a base model and its chain."""
 
-import copy
 import functools
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,32 +17,32 @@ from typing_extensions import override
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
-from cola_lightning.chain.fingerprint import check_same_base
-from cola_lightning.chain.packed import EXTRA_STATE, pack, unpack
+from cola_lightning.chain.packed import pack
 from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
-from cola_lightning.export import Format, check_options
+from cola_lightning.export import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
 from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
-from cola_lightning.modules.checkpoint import prompt_format_of, write_state
+from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
-from cola_lightning.modules.exporting import export_module
+from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.modules.hooks import keep_hooks
+from cola_lightning.modules.knot import counters_now, facts_of_live_link, tie_knot
 from cola_lightning.modules.lazy_model import LazyModel
 from cola_lightning.modules.link_metrics import LinkMetrics
 from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.pending import pending_checkpoint
-from cola_lightning.modules.restore import load_module, restore
+from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
-from cola_lightning.modules.torchscript import hide_from_torchscript
-from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen, laid_out
+from cola_lightning.modules.torchscript import hide_from_torchscript, refuse_links
+from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks
 
@@ -151,7 +149,6 @@ class COLAModule(LightningModule, RecordsArguments):
         )
         self.lazy_model = LazyModel(self)
         self.is_wrapped_by_fsdp1 = False
-        self.values_to_load: dict[str, Tensor] | None = None  # in place of a checkpoint's own, until these are loaded
         self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ what a subclass writes
@@ -326,42 +323,11 @@ class COLAModule(LightningModule, RecordsArguments):
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        if self.target_modules is None:
-            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-        if rank is not None and rank not in range(1, self.max_rank + 1):
-            raise UserError(f"rank: expected 1 to {self.max_rank}, the largest rank of a link (model.rank), received {rank}")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise UserError(f"alpha: expected a number above 0, received {alpha}")
-        self.configure_model()
-        planned, trainer = self.link_plan.of(self.link + 1), trainer_of(self)
-        self.run_state.is_tying = True
-        link = self.adapted.tie_knot(
-            planned[0] if rank is None else rank, planned[1] if alpha is None else alpha, **self._facts_of_link()
-        )
-        self.link_metrics.begin_link(trainer)
-        self.link_start = self._now
-        self.run_state.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
-        # In a validation inside fit, too: trainer.training is False there.
-        if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
-            before = trainer.optimizers
-            trainer.strategy.setup_optimizers(trainer)
-            self.optimization.keep_state(before, trainer.optimizers, self.adapted)
-        return link
+        return tie_knot(self, rank, alpha)
 
     def live_link(self) -> Link:
         """The live link as it is now: what a knot would record."""
-        return self.adapted.live_link(**self._facts_of_link())
-
-    @property
-    def _now(self) -> Counters:
-        trainer = trainer_of(self)
-        return Counters(trainer.current_epoch, trainer.global_step) if trainer else self.link_start
-
-    def _facts_of_link(self) -> dict[str, Any]:
-        """What this module knows of the live link beside the model's part."""
-        start = self.link_start.global_step
-        facts = {"metrics": self.link_metrics.of(trainer_of(self), start), "outside": self.trained_state.outside()}
-        return {"start_step": start, "end_step": self._now.global_step} | facts
+        return self.adapted.live_link(**facts_of_live_link(self))
 
     def full_chain(self) -> Chain:
         """The finished links and the live one as it is now: all that has been trained; ``chain`` holds the finished ones."""
@@ -402,28 +368,9 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: for what cannot be written so.
             ExportError: if what is loaded again gives other logits; it is not kept.
         """
-        self.configure_model()
-        self.lazy_model.check_has_values()
-        places = Path(folder), None if base_folder is None else Path(base_folder)
-        check_options(format, places[0], dtype, max_rank, places[1], overwrite=overwrite)
-        if self.is_sharded and format != "chain":  # to compare logits, every process would have to write
-            raise UserError(
-                f"format: expected chain for a model that is sharded, received {format}: `cola export`, or "
-                "load_from_checkpoint in one process, makes it of a checkpoint"
-            )
-        return export_module(
-            self if format == "chain" else copy.deepcopy(self).cpu(),
-            self.full_chain(),
-            places[0],
-            format,
-            dtype=dtype,
-            max_rank=max_rank,
-            base_folder=places[1],
-            license=license,
-            prompt_format=prompt_format_of(trainer_of(self)),
-            verify=verify,
-            overwrite=overwrite,
-        )
+        base = None if base_folder is None else Path(base_folder)
+        options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
+        return export_trained(self, options)
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain merged into its weights, without LoRA layers.
@@ -463,17 +410,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self._apply(widened)  # type: ignore[no-untyped-call]
         self.adapted.widen_stacks()
 
-    def __prepare_scriptable__(self) -> Self:
-        """What ``torch.jit.script`` asks for first; it cannot read links.
-
-        Raises:
-            UserError: for a module with links.
-        """
-        if self.adapted.live is not None:
-            raise UserError(
-                "torch.jit.script: expected a model without links, as merged_model() gives it, received one with them"
-            )
-        return self
+    __prepare_scriptable__ = refuse_links
 
     # ------------------------------------------------------------------ training
 
@@ -482,7 +419,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
         frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
-        return self.optimization.configure(trained, self.modules_to_save, self._now.global_step)
+        return self.optimization.configure(trained, self.modules_to_save, counters_now(self).global_step)
 
     @property
     def overrides_optimizers(self) -> bool:
@@ -522,14 +459,7 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
         """
         self.configure_model()
-        others, self.values_to_load = self.values_to_load, None
-        if others is not None and state_dict and EXTRA_STATE not in state_dict:  # a checkpoint's, whose chain is here by now
-            state_dict = {name: others.get(name, value) for name, value in state_dict.items()} | {EXTRA_STATE: UNCHANGED}
-        own = self.trained_state.unpacked()
-        self.trained_state.check(own, state_dict, strict=strict)
-        result = super().load_state_dict(laid_out(state_dict, own), strict=False, assign=assign)
-        result.missing_keys[:] = [name for name in result.missing_keys if name in own]  # what is frozen is not missing
-        return result
+        return self.trained_state.load(super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -551,12 +481,7 @@ class COLAModule(LightningModule, RecordsArguments):
             return
         self.configure_model()
         self.lazy_model.check_has_values()
-        chain, facts = unpack(state)
-        check_same_base(chain.base, self.chain.base)
-        self.adapted.go_to(chain)
-        if facts["live"] is not None:
-            self.adapted.resume_link(*facts["live"])
-        self.link_start = Counters(*facts["link_start"])
+        restore_packed(self, state)
 
     # ------------------------------------------------------------------ checkpoints
 

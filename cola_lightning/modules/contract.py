@@ -44,7 +44,6 @@ class COLAParts(Protocol):
     link_metrics: LinkMetrics
     optimization: LinkOptimization
     is_wrapped_by_fsdp1: bool
-    values_to_load: dict[str, Any] | None
     training: bool
     model: nn.Module
 

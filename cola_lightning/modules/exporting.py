@@ -12,7 +12,7 @@ import torch
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
-    Format,
+    ExportOptions,
     Probe,
     check_named_base,
     export_adapter,
@@ -25,6 +25,8 @@ from cola_lightning.export import (
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.model_card import Card
+from cola_lightning.modules.checkpoint import prompt_format_of
+from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
 from cola_lightning.seeding import derive_seed, seeded
@@ -32,34 +34,30 @@ from cola_lightning.turns import end_of_turn
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
 
 
+def export_trained(module: Any, options: ExportOptions) -> list[str]:
+    """Writes a module that may be in training, from a copy on the CPU; see :meth:`~cola_lightning.COLAModule.export`."""
+    module.configure_model()
+    module.lazy_model.check_has_values()
+    options.check()
+    if module.is_sharded and options.format != "chain":  # to compare logits, every process would have to write
+        raise UserError(
+            f"format: expected chain for a model that is sharded, received {options.format}: `cola export`, or "
+            "load_from_checkpoint in one process, makes it of a checkpoint"
+        )
+    own = module if options.format == "chain" else copy.deepcopy(module).cpu()
+    return export_module(own, module.full_chain(), options, prompt_format_of(trainer_of(module)))
+
+
 def export_module(
-    module: Any,
-    chain: Chain,
-    folder: Path,
-    format: Format,
-    *,
-    dtype: str | None = None,
-    max_rank: int | None = None,
-    base_folder: Path | None = None,
-    license: str | None = None,
-    prompt_format: Mapping[str, Any] | None = None,
-    verify: bool = True,
-    overwrite: bool = False,
+    module: Any, chain: Chain, options: ExportOptions, prompt_format: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Writes a module's model or chain; its arguments are those of ``COLAModule.export``.
+    """Writes a module's model or chain.
 
     Args:
         module: on the CPU, with the links that are to be written and no other; it is widened in place. Of ``chain``: any.
         chain: those links.
-        folder: where.
-        format: as what.
-        dtype: of merged.
-        max_rank: of peft.
-        base_folder: of peft.
-        license: for the model card.
+        options: as what, and where.
         prompt_format: how the data module prompted a language model (``EpochDataModule.prompt_format``); None: it did not.
-        verify: load what was written, and compare.
-        overwrite: replace a folder that is not empty.
 
     Returns:
         What to say of it.
@@ -68,20 +66,19 @@ def export_module(
         UserError: for what cannot be written so.
         ExportError: for an export that is not what it should be; it is not kept.
     """
+    format = options.format
     if module.target_modules is None and format != "merged":
         raise UserError(f"format: expected merged for a module without links (model.target_modules: null), received {format}")
     if format == "chain":
-        return export_chain(chain, folder, verify=verify, overwrite=overwrite)
+        return export_chain(chain, options.folder, verify=options.verify, overwrite=options.overwrite)
     usage = usage_section(prompt_format or {}, is_adapter=format == "peft") or None
     base_name = module.pretrained.model_name if hasattr(module, "pretrained") else module.base_name
-    card = Card(base_name, chain, module.constructor_arguments, license, usage)
+    card = Card(base_name, chain, module.constructor_arguments, options.license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
             module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)
-        if format == "merged":
-            lines = _merged(module, folder, card, dtype, prompt_format, verify=verify, overwrite=overwrite)
-        else:
-            lines = _adapter(module, chain, folder, card, max_rank, base_folder, verify=verify, overwrite=overwrite)
+        is_merged = format == "merged"
+        lines = _merged(module, card, options, prompt_format) if is_merged else _adapter(module, chain, card, options)
     if prompt_format and prompt_format.get("kind") == "options":
         lines.append(
             "it was trained to choose among options by their log-probabilities, not to generate: `cola predict` chooses"
@@ -89,29 +86,21 @@ def export_module(
     return lines
 
 
-def _merged(
-    module: Any,
-    folder: Path,
-    card: Card,
-    dtype: str | None,
-    prompt_format: Mapping[str, Any] | None,
-    *,
-    verify: bool,
-    overwrite: bool,
-) -> list[str]:
+def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapping[str, Any] | None) -> list[str]:
     model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
-    dtype = dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
+    dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
     if dtype is not None:
         model.to(getattr(torch, dtype))
-    probe = _probe(module) if verify else None
+    probe = _probe(module) if options.verify else None
     tokenizer = getattr(module, "tokenizer", None)
     if prompt_format and prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
         # Where `cola generate` ends a response or a text, a server does.
         ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
         model.generation_config.eos_token_id = sorted(ends) or None
-    lines = [export_merged(model, folder, probe, tokenizer=tokenizer, card=card, verify=verify, overwrite=overwrite)]
+    how = {"verify": options.verify, "overwrite": options.overwrite}
+    lines = [export_merged(model, options.folder, probe, tokenizer=tokenizer, card=card, **how)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
@@ -121,17 +110,8 @@ def _probe(module: Any) -> Probe | None:
     return make_probe(module.model, module.example_input_array)
 
 
-def _adapter(
-    module: Any,
-    chain: Chain,
-    folder: Path,
-    card: Card,
-    max_rank: int | None,
-    base_folder: Path | None,
-    *,
-    verify: bool,
-    overwrite: bool,
-) -> list[str]:
+def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> list[str]:
+    base_folder = options.base_folder
     pretrained: Pretrained | None = getattr(module, "pretrained", None)
     if base_folder is not None and pretrained is None:
         raise UserError(
@@ -142,7 +122,9 @@ def _adapter(
     rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
     in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
     quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
-    probe = _probe(module) if verify else None  # first: it widens the module, whose base then is the one that was trained on
+    probe = (
+        _probe(module) if options.verify else None
+    )  # first: it widens the module, whose base then is the one that was trained on
     base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
     builder = f"{type(module).__module__}.{type(module).__qualname__}"
     where, tokenizer = f", on the base that {builder} builds", None
@@ -151,7 +133,7 @@ def _adapter(
         if base_folder is not None:
             pretrained, written = _write_base(pretrained, base, base_folder, tokenizer)
             hints += written
-    if pretrained is not None and verify:
+    if pretrained is not None and options.verify:
         fields = _fields_to_give(module, pretrained)
         base, more = _named_base(module, pretrained, base, fields, probe, saved, quantized, rounded)
         hints += more
@@ -161,18 +143,18 @@ def _adapter(
     lines = export_adapter(
         chain,
         base,
-        folder,
+        options.folder,
         probe,
         where=where,
         base_name=base_name,
         revision=pretrained.revision if pretrained else None,
         modules_to_save=saved,
-        max_rank=max_rank,
+        max_rank=options.max_rank,
         tokenizer=tokenizer,
         card=card,
         labels=module.facts_of_base.get("labels"),
-        verify=verify,
-        overwrite=overwrite,
+        verify=options.verify,
+        overwrite=options.overwrite,
     )
     if pretrained is None and module.base_name == builder:  # and no name of the user's own
         note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"

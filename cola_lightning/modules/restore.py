@@ -17,7 +17,9 @@ from torch import Tensor
 from cola_lightning.adapted_model import AdaptedModel, check_links
 from cola_lightning.chain import Chain
 from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, chain_of, opened_checkpoint
-from cola_lightning.chain.packed import EXTRA_STATE
+from cola_lightning.chain.fingerprint import check_same_base
+from cola_lightning.chain.packed import EXTRA_STATE, unpack
+from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import as_annotated, find_class
 from cola_lightning.modules.checkpoint_io import check_source, unreadable_as_user_error
@@ -55,7 +57,7 @@ class WeightsAloneError(UserError, KeyError):
 
 
 def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
-    """Brings a module to the state of a checkpoint's chain; ``values_to_load`` is what the next load of its values needs.
+    """Brings a module to the state of a checkpoint's chain; what the next load of its values needs is laid ready.
 
     Where fewer links are asked for (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. Where
     all is trained, a checkpoint of values alone will do; a fit begins from one that does not say how far training got.
@@ -87,7 +89,7 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
         module.link_metrics.begin_link(trainer)
     else:
         module.link_metrics.load(state.live.metrics if state.live else {}, state.callback_metrics)
-    module.values_to_load = values_after(plan, adapted, trained)
+    trained.values_to_load = values_after(plan, adapted, trained)
 
 
 def plan_restore(
@@ -149,6 +151,20 @@ def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState
     values |= {name: value.detach() for name, value in trained.values().items() if name.startswith("model.")}
     values |= {f"model.{name}": value for name, value in adapted.extras_after(plan.chain).items()}
     return values | trained.outside_after(plan.chain)
+
+
+def restore_packed(module: COLAParts, packed: Tensor) -> None:
+    """Brings a module to the finished links of a state dict, on a rebuilt base if necessary.
+
+    Raises:
+        UserError: if these were trained on another base.
+    """
+    chain, facts = unpack(packed)
+    check_same_base(chain.base, module.adapted.chain.base)
+    module.adapted.go_to(chain)
+    if facts["live"] is not None:
+        module.adapted.resume_link(*facts["live"])
+    module.run_state.link_start = Counters(*facts["link_start"])
 
 
 def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state: CheckpointState) -> None:

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from cola_lightning.errors import UserError
+
 
 def hide_from_torchscript(cls: Any) -> None:
     """Keeps annotations and properties of a class of ours, and of its bases that are ours, out of TorchScript's sight."""
@@ -11,3 +13,14 @@ def hide_from_torchscript(cls: Any) -> None:
     properties = [name for base in ours for name, value in vars(base).items() if isinstance(value, property)]
     cls.__jit_ignored_attributes__ = annotated
     cls.__jit_unused_properties__ = cls.__jit_unused_properties__ + properties
+
+
+def refuse_links(module: Any) -> Any:
+    """What ``torch.jit.script`` asks a module for first: it cannot read links.
+
+    Raises:
+        UserError: for a module with links.
+    """
+    if module.adapted.live is not None:
+        raise UserError("torch.jit.script: expected a model without links, as merged_model() gives it, received one with them")
+    return module

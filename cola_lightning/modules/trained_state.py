@@ -1,6 +1,6 @@
 """What of a module training changes: the content of its state dict, inside of the model and outside of it."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class TrainedState:
 
     Attributes:
         first_outside: what is trained outside of the model, as it was before the first link.
+        values_to_load: what takes the place of a checkpoint's values in the next load.
         is_packing: whether a state dict holds the finished links, which take time to pack.
     """
 
     def __init__(self, module: Any, adapted: AdaptedModel) -> None:
         self.module, self.adapted = module, adapted
         self.first_outside: dict[str, Tensor] = {}
+        self.values_to_load: dict[str, Tensor] | None = None
         self.is_packing = True
 
     # ------------------------------------------------------------------ names and values
@@ -140,17 +142,28 @@ class TrainedState:
 
     # ------------------------------------------------------------------ loading
 
-    def check(self, own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool) -> None:
-        """Refuses a state dict that is not one of this module's.
+    def load(self, load: Callable[..., Any], received: Mapping[str, Any], *, strict: bool, assign: bool) -> Any:
+        """Loads a state dict of the module.
 
         Args:
-            own: the module's own.
-            received: what is to be loaded.
-            strict: whether each has to have the other's names.
+            load: torch's ``load_state_dict`` of the module.
+            received: the state dict.
+            strict: whether it must have all names of the module's own, and no others.
+            assign: see ``nn.Module.load_state_dict``.
 
         Raises:
             UserError: if a name is missing or unknown, or a shape differs.
         """
+        others, self.values_to_load = self.values_to_load, None
+        if others is not None and received and EXTRA_STATE not in received:  # a checkpoint's, whose chain is here by now
+            received = {name: others.get(name, value) for name, value in received.items()} | {EXTRA_STATE: UNCHANGED}
+        own = self.unpacked()
+        self._check(own, received, strict=strict)
+        result = load(_laid_out(received, own), strict=False, assign=assign)
+        result.missing_keys[:] = [name for name in result.missing_keys if name in own]  # what is frozen is not missing
+        return result
+
+    def _check(self, own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool) -> None:
         if strict:
             self._check_names(own.keys(), received.keys())
         for name, value in own.items():
@@ -182,7 +195,7 @@ class TrainedState:
             )
 
 
-def laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a state dict in the layout that a module's own have."""
     return {
         name: tensors.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value

@@ -1,0 +1,48 @@
+"""What a knot is in a run: beside the link in the model, its place in the run, its metrics, and the next link's optimizer."""
+
+import math
+from typing import Any
+
+from cola_lightning.chain import Link
+from cola_lightning.chain.schedule import Counters
+from cola_lightning.errors import UserError
+from cola_lightning.modules.contract import COLAParts, trainer_of
+
+
+def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
+    """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
+    if module.target_modules is None:
+        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+    if rank is not None and rank not in range(1, module.max_rank + 1):
+        raise UserError(f"rank: expected 1 to {module.max_rank}, the largest rank of a link (model.rank), received {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"alpha: expected a number above 0, received {alpha}")
+    module.configure_model()
+    adapted, run, trainer = module.adapted, module.run_state, trainer_of(module)
+    planned_rank, planned_alpha = module.link_plan.of(module.link + 1)
+    run.is_tying = True
+    link = adapted.tie_knot(
+        planned_rank if rank is None else rank, planned_alpha if alpha is None else alpha, **facts_of_live_link(module)
+    )
+    module.link_metrics.begin_link(trainer)
+    run.link_start = counters_now(module)
+    run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
+    # In a validation inside fit, too: trainer.training is False there.
+    if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
+        before = trainer.optimizers
+        trainer.strategy.setup_optimizers(trainer)
+        module.optimization.keep_state(before, trainer.optimizers, adapted)
+    return link
+
+
+def facts_of_live_link(module: COLAParts) -> dict[str, Any]:
+    """What a module knows of its live link beside the model's part."""
+    start = module.run_state.link_start.global_step
+    facts = {"metrics": module.link_metrics.of(trainer_of(module), start), "outside": module.trained_state.outside()}
+    return {"start_step": start, "end_step": counters_now(module).global_step} | facts
+
+
+def counters_now(module: COLAParts) -> Counters:
+    """The epoch and optimizer step that a module's run has reached; outside of one, those at which the live link began."""
+    trainer = trainer_of(module)
+    return Counters(trainer.current_epoch, trainer.global_step) if trainer else module.run_state.link_start
