@@ -15,6 +15,7 @@ import yaml
 from optuna.trial import TrialState
 from scipy import stats
 
+from benchmarks import paper_table
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import process, study
@@ -487,3 +488,22 @@ def _read(path):
         return path.read_bytes()
     except OSError:
         return b""
+
+
+# ---------------------------------------------------------------------- the paper's table
+
+
+@pytest.mark.parametrize("task", paper_table.TASKS)
+def test_the_papers_table_asks_for_the_papers_numbers(task):
+    words = paper_table.words(task)[1:]
+    cut = words.index("--")
+    given = dict(zip(words[:cut:2], words[1:cut:2], strict=True))
+    asked = resolved(["--config", str(ROOT / "configs" / "smollm2.yaml"), *words[cut + 1 :]])
+    model, data = asked["model"]["init_args"], asked["data"]["init_args"]
+    assert (model["rank"], model["alpha"], model["target_modules"]) == (8, 16, ["q_proj", "v_proj"])
+    assert (data["task"], data["batch_size"], data["train_size"], data["test_size"]) == (task, 8, None, None)
+    assert (asked["trainer"]["max_epochs"], asked["chain"]["at_epochs"]) == (5, [3])
+    assert (given["--seeds"], given["--metric"]) == ("3", "val_accuracy")
+    assert given["--learning_rates"] == "[1e-3, 5e-4]"
+    links = {name: method(name, asked).links for name in given["--methods"].strip("[]").split(", ")}
+    assert links == {"lora": 1, "cola": 2}

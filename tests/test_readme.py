@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
 import cola_lightning
-from benchmarks import domain_shift
+from benchmarks import domain_shift, paper_table
 from cola_lightning import Chain
 from cola_lightning.cli import main
 from tests import tiny
@@ -321,6 +321,13 @@ def test_the_table_of_domain_shift_is_the_benchmarks():
     assert table("README.md", "| | method | rate |") == expected
 
 
+def test_the_papers_table_is_the_benchmarks():
+    """`python benchmarks/paper_table.py --table` prints it."""
+    expected = written(paper_table.rows())
+    assert len(expected) >= 2
+    assert table("docs/results.md", "| paper's task |") == expected
+
+
 def test_the_table_of_schedules_is_the_benchmarks():
     """`python benchmarks/domain_shift.py --figure` prints it."""
     expected = written(domain_shift.rows_of_scopes())
@@ -368,7 +375,7 @@ def test_every_table_of_results_has_a_check():
         ("docs/results.md", "| SST-2 |"),
         ("docs/results.md", "| | method | rate |"),
     ]
-    known += [("docs/results.md", "| | method | seeds |")]
+    known += [("docs/results.md", "| | method | seeds |"), ("docs/results.md", "| paper's task |")]
     known += [("README.md", "| | method |"), ("docs/speed.md", "| | time / peft's |"), ("docs/precision.md", "| computed |")]
     known += [*PRODUCED.values(), ("docs/scaling.md", "| model, method |")]  # the last in test_scale.py
     unknown = {(page, header) for page, header in numbers if not any(page == p and header.startswith(h) for p, h in known)}
