@@ -103,6 +103,16 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
 
 
+def trained_on(row, base, folder):
+    """A module after one step on one row, its data and its Trainer."""
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    module = COLACausalLM(base, target_modules=["q_proj"], rank=4, seed=0)
+    data, run = TextDataModule(str(folder), max_new_tokens=2), trainer(folder, max_steps=1)
+    run.fit(module, datamodule=data)
+    return module, data, run
+
+
 @pytest.mark.parametrize("kind", ["chat", "response", "text"])
 def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     name = tiny.folder(tmp_path / "model", "llama")
@@ -112,10 +122,7 @@ def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     own.save_pretrained(name)
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 5}')
     row = {"text": "It is old."} if kind == "text" else {"prompt": "Is it old?", "response": "It is."}
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path)))
+    module, *_ = trained_on(row, name, tmp_path)
     module.export(tmp_path / "merged")
     ends = {own.eos_token_id, 5} | ({own.convert_tokens_to_ids("<|end|>")} if kind == "chat" else set())
     assert set(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id) == ends
@@ -129,10 +136,7 @@ def test_a_merged_model_without_an_end_of_text_generates(tmp_path):
     for file in ("config.json", "generation_config.json"):
         fields = json.loads((tmp_path / "model" / file).read_text()) | {"eos_token_id": None}
         (tmp_path / "model" / file).write_text(json.dumps(fields))
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text('{"prompt": "Is it old?", "response": "It is."}\n')
-    module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path)))
+    module, *_ = trained_on({"prompt": "Is it old?", "response": "It is."}, name, tmp_path)
     module.export(tmp_path / "merged")
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape == (1, 5)
@@ -146,12 +150,7 @@ def test_a_template_that_asks_for_a_system_turn_is_predicted_with_and_exported(t
     own.save_pretrained(name)
     turns = [("system", "Be brief."), ("user", "Is it old?"), ("assistant", "It is.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    module = COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0)
-    data = TextDataModule(str(tmp_path), max_new_tokens=2)
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(module, datamodule=data)
+    module, data, run = trained_on(row, name, tmp_path)
     module.export(tmp_path / "merged")
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [own.eos_token_id]
     assert run.predict(module, datamodule=data)
