@@ -1150,7 +1150,7 @@ def adapter(config, *names):
     ),
     (
         {"chain.json": '{"format_version": 1, "sha256": "0"}', "chain.safetensors": ""},
-        "chain: expected the tensors that chain.json tells of in '.', received a damaged file",
+        "chain: expected the tensors that chain.json describes in '.', received a damaged file",
     ),
     (
         {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},

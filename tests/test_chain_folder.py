@@ -140,7 +140,7 @@ def test_another_number_or_name_in_the_json_is_seen_unless_its_checksum_is_taken
     description = json.loads(path.read_text())
     change(description)
     path.write_text(json.dumps(description))
-    with pytest.raises(UserError, match="holds other values than were written; if it was edited, take sha256_of_json out"):
+    with pytest.raises(UserError, match="was changed after it was written; if that was an edit, remove sha256_of_json"):
         Chain.load(tmp_path / "chain")
     del description["sha256_of_json"]
     path.write_text(json.dumps(description))

@@ -1,4 +1,4 @@
-"""Chains: links, when they end, and how they are written and read."""
+"""Chains: links, when they end, and how they are saved and loaded."""
 
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link

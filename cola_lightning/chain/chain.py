@@ -1,7 +1,7 @@
-"""A chain: the finished links of a run, in order, as plain CPU tensors, and what is needed to put them into a base again.
+"""A chain: the finished links of a run, in order, as plain CPU tensors, and what is needed to replay them on a base.
 
-The chain is what a checkpoint stores instead of weights. Replaying it runs link by link through the very function that the
-knots used, so the weights, or what is stacked beside them, come out equal to the last bit.
+A checkpoint stores the chain instead of weights. Replay passes each link through the same function as its knot did, so the
+weights, or the factors stacked beside them, are equal bit for bit.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ class Chain:
 
     Attributes:
         links: the links, ``links[k].index == k``.
-        base: what the base was: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
-            :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of what is frozen outside of the
-            model; empty where that is not known.
+        base: identifies the base: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
+            :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of the frozen values outside the
+            model; empty if the base is unknown.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
@@ -51,14 +51,14 @@ class Chain:
         """Adds the next finished link.
 
         Raises:
-            ValueError: if its index is not the next one.
+            ValueError: if the link's index is not the chain's length.
         """
         if link.index != len(self.links):
             raise ValueError(f"expected link {len(self.links)}, received link {link.index}")
         self.links.append(link)
 
     def delta(self, name: str) -> Tensor:
-        """The whole chain's update of one layer: the sum of its links' (out x in)."""
+        """The whole chain's update of one layer: the sum of its links' updates (out x in)."""
         if not self.links:
             raise ValueError("expected a chain with links, received an empty one")
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
@@ -71,7 +71,7 @@ class Chain:
         """A chain of the first n links; the links are shared, not copied.
 
         Raises:
-            UserError: if the chain is shorter.
+            UserError: if n is negative or the chain has fewer links.
         """
         if not 0 <= n <= len(self.links):
             raise UserError(f"links: expected 0 to {len(self.links)}, the length of the chain, received {n}")
@@ -89,12 +89,12 @@ class Chain:
         return all(mine.is_same_update(theirs) for mine, theirs in zip(self.links, other.links, strict=False))
 
     def replay(self, layers: Mapping[str, LoRALayer], device: torch.device | str = "cpu", start: int = 0) -> None:
-        """Has the layers take up the links from ``start`` on, as at their knots: merged into the weights, or stacked.
+        """Applies the links from ``start`` on to the layers, as their knots did: merged into the weights, or stacked.
 
         Args:
             layers: the adapted layers by name, or some of them.
-            device: where the products are computed: the device of the training, for equal bits.
-            start: the first link that the layers do not hold yet.
+            device: where the products are computed: the training's device gives equal bits.
+            start: the first link that has not been applied to the layers.
         """
         for link in self.links[start:]:
             for name, layer in layers.items():
@@ -108,14 +108,14 @@ class Chain:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        """The chain of a :meth:`state_dict`."""
+        """The chain from its :meth:`state_dict`."""
         return cls([link_of_state(link) for link in state["links"]], dict(state["base"]))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the chain as a folder, whole or not at all.
+        """Writes the chain as a folder, atomically.
 
         Args:
-            folder: where; it is made.
+            folder: the folder, which is created.
             overwrite: replace a folder that is not empty.
 
         Raises:
@@ -129,6 +129,6 @@ class Chain:
         """Reads a chain that :meth:`save` wrote.
 
         Raises:
-            UserError: for a folder that is no chain, or a damaged one, or one of a newer version.
+            UserError: if the folder holds no chain, a damaged one, or one of an unknown format version.
         """
         return cls(*read_folder(Path(folder)))

@@ -1,6 +1,6 @@
-"""What a checkpoint holds of a chain: the finished links, the live one, and where the run stood.
+"""The chain in a checkpoint: the finished links, the live link, and the state of the run.
 
-That is megabytes where the weights would be gigabytes. This file reads checkpoints without a module, and needs no Lightning.
+These are megabytes where the weights would be gigabytes. This file reads checkpoints without a module or Lightning.
 """
 
 import pickle
@@ -20,43 +20,43 @@ from cola_lightning.chain.link import Link
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
 
-CHECKPOINT_KEY = "cola"  # all of ours in a checkpoint
+CHECKPOINT_KEY = "cola"  # holds everything that this package adds to a checkpoint
 
 
 def check_archive(file: str | Path | IO[bytes], field: str = "checkpoint", *, name: str | None = None) -> None:
-    """Refuses a checkpoint whose bytes are not those that were written: torch.load itself does not look at their checksums.
+    """Refuses a corrupted checkpoint: torch.load itself does not verify checksums.
 
     Args:
-        file: the checkpoint, which is read once, from its beginning to its end.
-        field: what the user calls it, for messages.
-        name: of an open file; None: what it says.
+        file: the checkpoint, which is read completely, once.
+        field: its name in messages.
+        name: an open file's path, for messages; None: its repr.
 
     Raises:
-        UserError: if a part of it is damaged or missing, or it is no file of ``torch.save``.
+        UserError: if a part is damaged or missing, or ``torch.save`` did not write the file.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             if (part := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"its part {part!r} is damaged")
-    except Exception as error:  # whatever zipfile makes of the bytes
+    except Exception as error:  # zipfile may raise anything for damaged bytes
         raise unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
 
 
 def unreadable(path: str, field: str, error: Exception, advice: str = "") -> UserError:
-    """The error for a file that is no checkpoint, or a damaged one."""
+    """The error for a file that is not a checkpoint, or is damaged."""
     reason = " ".join(str(error).split())[:120] + advice
     return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
 
 
 def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, Any]:
-    """A checkpoint of a COLA module, on the CPU and mapped from the file: for looking at, and not for training on.
+    """Reads a COLA module's checkpoint, on the CPU and memory-mapped: for inspection, not for training.
 
     Args:
         path: the file.
-        field: what the user calls the path, for messages.
+        field: the path's name in messages.
 
     Raises:
-        UserError: for a path that is none, or a damaged one.
+        UserError: if there is no such file, or it is no such checkpoint, or damaged.
     """
     path = _existing(path, field)
     check_archive(path, field)
@@ -65,13 +65,13 @@ def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, An
 
 @dataclass
 class OpenedCheckpoint:
-    """A checkpoint file that was opened, checked and read, for all in a command that need something of it.
+    """A checkpoint file that was opened, checked and read once, shared by the parts of a command.
 
     Attributes:
-        path: where it is.
-        file: the file itself, for another reader.
-        state: all of ours in it.
-        contents: what it holds; empty once it was taken.
+        path: its path.
+        file: the open file, for another reader.
+        state: what this package stored in it.
+        contents: the whole checkpoint; empty after :meth:`take`.
     """
 
     path: Path
@@ -80,9 +80,9 @@ class OpenedCheckpoint:
     contents: dict[str, Any]
 
     def take(self) -> dict[str, Any]:
-        """What the file holds, for the one that loads it, which may change it; nothing when it was taken before."""
+        """Hands the contents to the caller, which may change them, and closes the file; empty on a second call."""
         contents, self.contents = self.contents, {}
-        self.file.close()  # it may be replaced while a run goes on
+        self.file.close()  # the run may replace the file
         return contents
 
 
@@ -92,11 +92,11 @@ def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_on
 
     Args:
         path: the file.
-        field: what the user calls the path, for messages.
+        field: the path's name in messages.
         weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
-        UserError: for a path that is none, or a damaged one.
+        UserError: if there is no such file, or it is no such checkpoint, or damaged.
     """
     path = _existing(path, field)
     with path.open("rb") as file:
@@ -117,7 +117,7 @@ def _existing(path: str | Path, field: str) -> Path:
 def _load(source: Path | BinaryIO, path: Path, field: str, *, weights_only: bool) -> dict[str, Any]:
     try:
         checkpoint = torch.load(source, weights_only=weights_only, map_location="cpu", mmap=isinstance(source, Path))
-    except Exception as error:  # whatever torch.load makes of the bytes
+    except Exception as error:  # torch.load may raise anything for damaged bytes
         holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
         advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
         raise unreadable(str(path), field, error, advice) from error
@@ -130,15 +130,15 @@ def _load(source: Path | BinaryIO, path: Path, field: str, *, weights_only: bool
 
 @dataclass(frozen=True)
 class LiveLink:
-    """What a checkpoint says of its live link, beside the tensors, which are in Lightning's state dict.
+    """A checkpoint's live link without its tensors, which are in Lightning's state dict.
 
     Attributes:
         rank: its rank.
         alpha: its update is scaled by ``alpha / rank``.
-        scheduled: rank and alpha as they were asked for.
-        metrics: what was logged last since it began.
-        extras: names, in the model, of what is trained whole, and of buffers.
-        outside: names, in the module, of what is trained outside of the model.
+        scheduled: the requested rank and alpha.
+        metrics: the metrics last logged since it began.
+        extras: names, in the model, of fully trained parameters and of buffers.
+        outside: names, in the module, of values trained outside the model.
     """
 
     rank: int
@@ -151,26 +151,26 @@ class LiveLink:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """All of ours in a checkpoint; what has a default here is not in version 1.
+    """Everything that this package stores in a checkpoint; fields with a default are absent from version 1.
 
     Attributes:
-        module: how the module was made: ``class_path``, ``init_args``, ``not_plain``.
+        module: how the module was constructed: ``class_path``, ``init_args``, ``not_plain``.
         chain: the finished links.
-        live: None where the module trains without links.
-        dtype: to which a precision had cast adapted layers.
+        live: the live link; None if the module trains without links.
+        dtype: the dtype to which the precision plugin cast adapted layers.
         link_start: epoch and step at which the live link began.
-        has_knots: whether the run's schedule has any.
-        seed: of all draws.
-        origin: path of the chain that the run began from, and how many of its links were asked for.
-        optimizer: class path of the live link's.
-        has_rate_of_saved: whether what is trained whole had a learning rate of its own.
-        base_weights: the base, where it is kept (``save_base``).
-        callback_metrics: what the Trainer had logged last.
-        scheduled: rank and alpha of each link up to the live one, as they were asked for.
-        modules_to_save: names of what is trained whole; None: not known.
-        outside: what is trained outside of the model, as it was before the first link.
-        progress: Lightning's counters, rewound to the last whole accumulation window.
-        prompt_format: how the data module prompted a language model; empty where it did not.
+        has_knots: whether the run's schedule has knots.
+        seed: seed of all random draws.
+        origin: path of the chain that the run began from, and the requested number of its links.
+        optimizer: class path of the live link's optimizer.
+        has_rate_of_saved: whether fully trained modules had a separate learning rate.
+        base_weights: the base's weights, if they are stored (``save_base``).
+        callback_metrics: the metrics that the Trainer last logged.
+        scheduled: requested rank and alpha of each link up to the live one.
+        modules_to_save: names of the fully trained modules; None: not known.
+        outside: values trained outside the model, as they were before the first link.
+        progress: Lightning's counters, rewound to the last complete accumulation window.
+        prompt_format: the data module's prompt format for a language model; empty if there is none.
     """
 
     module: dict[str, Any]
@@ -192,7 +192,7 @@ class CheckpointState:
     prompt_format: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, which ``torch.load(weights_only=True)`` reads."""
+        """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         live = None if self.live is None else dict(vars(self.live))
         written = {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}
@@ -200,10 +200,10 @@ class CheckpointState:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> Self:
-        """What a checkpoint of Lightning's holds of ours.
+        """The state stored in a Lightning checkpoint.
 
         Raises:
-            UserError: if it holds no chain, or one of another version.
+            UserError: if the checkpoint holds no chain, or one of an unknown format version.
         """
         if not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
             raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
@@ -215,14 +215,14 @@ class CheckpointState:
 
 
 def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
-    """Refuses a checkpoint that does not hold all that its module was made with.
+    """Refuses a checkpoint that lacks some of its module's constructor arguments.
 
     Args:
-        arguments: how the module was made, of a checkpoint.
-        method: of the module, that does in Python what is refused.
+        arguments: :attr:`CheckpointState.module`.
+        method: the module's method that does in Python what is refused.
 
     Raises:
-        UserError: naming the first argument that is missing.
+        UserError: naming the first missing argument.
     """
     if arguments["not_plain"]:
         raise UserError(
@@ -232,15 +232,15 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
 
 
 def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
-    """The chain of a checkpoint: its finished links, and the live one as it stood.
+    """A checkpoint's chain: its finished links, and the live link in its current state.
 
     Args:
-        checkpoint: as :func:`read_checkpoint` gives it.
-        links: how many, from the first; None: all.
+        checkpoint: what :func:`read_checkpoint` returns.
+        links: the number of links, from the first; None: all.
     """
     state = CheckpointState.of(checkpoint)
     chain, live = state.chain, state.live
-    if live is not None:  # else trained without links
+    if live is not None:  # None: trained without links
         weights, factors = checkpoint["state_dict"], {}
         for name in chain.base["weight_norms"]:
             lora_A, lora_B = (weights[f"model.{name}.lora_{factor}"] for factor in "AB")

@@ -1,7 +1,7 @@
-"""How links are written: the one codec that chain folders, PEFT adapters, state dicts and checkpoints share.
+"""Serialisation of links: the codec shared by chain folders, PEFT adapters, state dicts and checkpoints.
 
-A link becomes a description, which is JSON, and named tensors. Each format has a version of its own. Version 2 has what is
-trained outside of the model, and a hash of each value of the base; version 1 is read too.
+A link is serialised as a JSON description and named tensors. Each format has its own version. Version 2 adds the values trained
+outside the model and a hash of each value of the base; version 1 can still be read.
 """
 
 import json
@@ -16,11 +16,11 @@ from cola_lightning.errors import UserError
 
 
 class Format(NamedTuple):
-    """A format of this package.
+    """A file format of this package.
 
     Attributes:
-        version: in which it is written.
-        readable: the versions that are read.
+        version: the version that is written.
+        readable: the versions that can be read.
     """
 
     version: int
@@ -32,16 +32,16 @@ FOLDER = Format(2, (1, 2))
 ADAPTER = Format(2, (1, 2))
 STATE_DICT = Format(2, (1, 2))
 
-FACTS = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # of a link, in JSON
-WHOLE = ("extras", "outside")  # what a link holds beside its factors
+FACTS = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields in JSON
+WHOLE = ("extras", "outside")  # a link's tensors beside its factors
 BASE_FACTS = {"fingerprint", "dtypes", "weight_norms"}
 
 
 def check_version(version: Any, known: Format, where: str) -> None:
-    """Refuses a version of a format that this release does not know.
+    """Refuses a format version that this release cannot read.
 
     Raises:
-        UserError: that tells a newer release's, an older one's, and what is no version apart.
+        UserError: which says whether the version is newer, older, or invalid.
     """
     if version in known.readable and type(version) is int:
         return
@@ -59,7 +59,7 @@ def check_version(version: Any, known: Format, where: str) -> None:
 
 
 def describe(links: Sequence[Link], base: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """All of a chain but its tensors, for strict JSON."""
+    """A chain without its tensors, for strict JSON."""
     return {
         "format_version": version,
         "base": base,
@@ -80,10 +80,10 @@ def named_tensors(links: Sequence[Link]) -> dict[str, Tensor]:
 
 
 def links_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[list[Link], dict[str, Any]]:
-    """The links, and what is known of their base, of a :func:`describe` and its :func:`named_tensors`.
+    """The links and the description of their base, from :func:`describe` and :func:`named_tensors`.
 
     Raises:
-        KeyError, TypeError, ValueError: if the description is not that of these tensors.
+        KeyError, TypeError, ValueError: if the description does not match the tensors.
     """
     if extra := {int(name.split(".")[1]) for name in tensors} - set(range(len(description["links"]))):
         raise ValueError(f"link {min(extra)} is not described")
@@ -96,7 +96,7 @@ def _link(place: int, facts: Mapping[str, Any], targets: Sequence[str], tensors:
     """One link, with its tensors.
 
     Raises:
-        ValueError: if it is not the next one, or if tensors are missing or of another shape.
+        ValueError: if its index is not ``place``, or if tensors are missing or have a wrong shape.
     """
     n_layers = _whole_number(facts["layers"], "layers")
     facts = link_facts({name: value for name, value in facts.items() if name != "layers"})
@@ -126,16 +126,16 @@ def layers_of(links: Sequence[Link]) -> list[str]:
 
 
 def describe_link(link: Link) -> dict[str, Any]:
-    """A link without its tensors, for strict JSON: a metric that is not finite is null."""
+    """A link without its tensors, for strict JSON: a non-finite metric is null."""
     facts = {name: getattr(link, name) for name in FACTS}
     return facts | {"metrics": {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}}
 
 
 def link_facts(facts: Any) -> dict[str, Any]:
-    """What JSON says of a link beside its tensors, each value of its own type; a metric that is null is NaN.
+    """The fields of a link from JSON, checked for type; a null metric becomes NaN.
 
     Raises:
-        KeyError, TypeError, ValueError: if something is missing, unknown, or of another type.
+        KeyError, TypeError, ValueError: if a field is missing, unknown, or of a wrong type.
     """
     if unknown := facts.keys() - set(FACTS):
         raise ValueError(f"a link has no {min(unknown)!r}")
@@ -154,10 +154,10 @@ def link_state(link: Link) -> dict[str, Any]:
 
 
 def link_of_state(state: Mapping[str, Any]) -> Link:
-    """The link of a :func:`link_state`.
+    """The link from its :func:`link_state`.
 
     Raises:
-        KeyError: if something is missing.
+        KeyError: if a field is missing.
     """
     facts = {name: state[name] for name in FACTS}
     return Link(**facts, factors=state["factors"], extras=state["extras"], outside=state.get("outside", {}))
@@ -167,14 +167,14 @@ def link_of_state(state: Mapping[str, Any]) -> Link:
 
 
 def base_facts(base: Any) -> dict[str, Any]:
-    """What JSON says of a chain's base (see :attr:`~cola_lightning.chain.Chain.base`), each value of its own type.
+    """The description of a chain's base (see :attr:`~cola_lightning.chain.Chain.base`) from JSON, checked for type.
 
     Raises:
-        KeyError, TypeError, ValueError: if something is of another type, or a part of what identifies a base is missing.
+        KeyError, TypeError, ValueError: if a value has a wrong type, or a field that identifies the base is missing.
     """
     if not isinstance(base, dict) or not isinstance(base.get("name", ""), str):
         raise TypeError(f"base is {base!r}"[:80])
-    if not base.keys() & BASE_FACTS:  # it is not known
+    if not base.keys() & BASE_FACTS:  # the base is unknown
         return dict(base)
     dtypes, norms = base["dtypes"], {name: _number(norm, name) for name, norm in base["weight_norms"].items()}
     texts = [base["fingerprint"], *dtypes]
@@ -187,10 +187,10 @@ def base_facts(base: Any) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of strict JSON.
+    """Parses strict JSON.
 
     Raises:
-        ValueError: if it is none: Python's own parser takes ``NaN`` and ``Infinity`` for numbers.
+        ValueError: if the text is not JSON; also for ``NaN`` and ``Infinity``, which Python's parser accepts.
     """
 
     def refuse(constant: str) -> NoReturn:

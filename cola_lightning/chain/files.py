@@ -1,4 +1,4 @@
-"""Chains wherever they lie: in a checkpoint, in a folder of their own, or in a PEFT adapter."""
+"""Reads a chain from a checkpoint, a chain folder or a PEFT adapter."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     """Reads a chain without its base.
 
     Args:
-        path: a checkpoint, whose live link then is the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
+        path: a checkpoint, whose live link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
             link.
-        links: how many, from the first; None: all.
-        field: what the user calls the path, for messages.
+        links: the number of links, from the first; None: all.
+        field: the path's name in messages.
 
     Raises:
-        UserError: for a path that is none of these, and for files that are damaged.
+        UserError: if the path is none of these, or the files are damaged.
     """
     path = Path(path).expanduser()
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Which base a chain was trained on: its name, fingerprints of its values, and the checks of a base against them."""
+"""Identifies the base that a chain was trained on: its name, fingerprints of its values, and the checks against them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.sharded import tensors
 
-SAMPLED_VALUES = 64  # of each parameter and buffer
+SAMPLED_VALUES = 64  # per parameter and buffer
 
 
 def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
-    """What identifies the base under a model's LoRA layers before any link is merged.
+    """A description that identifies the base under a model's LoRA layers, before any link is merged.
 
     Args:
-        model: an adapted model without any link in its weights.
-        name: what people call it: a hub id, say.
+        model: an adapted model with no link merged into its weights.
+        name: the model's name, such as a hub id.
 
     Returns:
-        ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: the
-        dtypes they came in (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name;
-        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None where it is
-        trained (format version 2).
+        ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: their
+        original dtypes (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name;
+        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None if it is trained
+        (format version 2).
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)
@@ -68,7 +68,7 @@ def _sample(value: Tensor) -> Tensor:
 
 
 def _bytes(sample: Tensor) -> bytes:
-    """The values in float64: the same bytes in whatever wider dtype they are kept."""
+    """The values in float64: the same bytes whichever wider dtype stores them."""
     wide = torch.view_as_real(sample) if sample.is_complex() else sample
     return wide.detach().cpu().double().numpy().tobytes()
 
@@ -77,11 +77,11 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
     """Refuses a base on which the chain was not trained.
 
     Args:
-        expected: what :func:`describe_base` said of the chain's base; what format version 1 does not hold is not compared.
-        received: what it says of this one.
+        expected: :func:`describe_base` of the chain's base; fields that format version 1 lacks are not compared.
+        received: :func:`describe_base` of this base.
 
     Raises:
-        UserError: if it has other adapted layers, another dtype, or other values.
+        UserError: if the adapted layers, the dtypes, the labels or the values differ.
     """
     check_same_layers(expected["weight_norms"], received["weight_norms"])
     check_same_labels(expected, received)
@@ -99,10 +99,10 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
 
 
 def check_made_again(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
-    """Refuses a base that ``build_model`` has made anew, and not as before.
+    """Refuses a base that ``build_model`` rebuilt with different values.
 
     Raises:
-        UserError: if it has other values.
+        UserError: if a value differs.
     """
     if (where := _difference(expected, received)) is not None:
         raise UserError(
@@ -112,7 +112,7 @@ def check_made_again(expected: Mapping[str, Any], received: Mapping[str, Any]) -
 
 
 def _difference(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str | None:
-    """Where two bases differ; None where they are the same by all that is known of both."""
+    """Where two bases differ; None if everything known of both is equal."""
     mine, theirs = received.get("values", {}), expected.get("values", received.get("values", {}))
     if alone := sorted(mine.keys() ^ theirs.keys()):
         return f"{'with' if alone[0] in mine else 'without'} {alone[0]!r}"
@@ -128,10 +128,10 @@ def _named(base: Mapping[str, Any]) -> str:
 
 
 def check_same_labels(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
-    """Refuses a classifier whose outputs stand for other labels than those on which the chain was trained, if both are known.
+    """Refuses a classifier whose labels differ from those on which the chain was trained, if both are known.
 
     Raises:
-        UserError: for another label, or another order.
+        UserError: if the labels or their order differ.
     """
     theirs, mine = expected.get("labels"), received.get("labels")
     if None not in (theirs, mine) and theirs != mine:
@@ -139,14 +139,14 @@ def check_same_labels(expected: Mapping[str, Any], received: Mapping[str, Any]) 
 
 
 def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
-    """Refuses a model in which other layers are adapted than in the one that the chain was trained on.
+    """Refuses a model whose adapted layers are not those of the chain.
 
     Args:
-        expected: something for each layer of the chain, by name.
-        received: something for each adapted layer of this model, by name.
+        expected: a mapping whose keys are the names of the chain's layers.
+        received: a mapping whose keys are the names of this model's adapted layers.
 
     Raises:
-        UserError: naming a layer that is adapted in one of them alone.
+        UserError: naming a layer that only one of them adapts.
     """
     if missing := sorted(expected.keys() - received.keys()):
         raise UserError(f"model.target_modules: expected the chain's layers, with {missing[0]!r}, received none such")

@@ -1,4 +1,4 @@
-"""A chain as a folder of its own, which needs no pickle: ``chain.safetensors`` and ``chain.json``, which people can read."""
+"""A chain as a folder, without pickle: ``chain.safetensors`` and ``chain.json``, which is human-readable."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_folder
 
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
-JSON_CHECKSUM = "sha256_of_json"  # of all other fields; version 1 has none
+JSON_CHECKSUM = "sha256_of_json"  # checksum of all other fields; absent from version 1
 
 
 def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> None:
     """See :meth:`~cola_lightning.chain.Chain.save`."""
     with whole_folder(folder, overwrite=overwrite) as partial:
-        # Clones, for slices of a larger tensor may not be written, nor tensors that share their memory.
+        # Clones: safetensors refuses slices of a larger tensor and tensors that share memory.
         save_file({name: value.clone().contiguous() for name, value in named_tensors(links).items()}, partial / TENSORS_NAME)
         description = describe(links, base, FOLDER.version) | {"sha256": _sha256(partial / TENSORS_NAME)}
         description[JSON_CHECKSUM] = _sha256_of_json(description)
@@ -29,7 +29,7 @@ def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *
 
 
 def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
-    """The links of a chain folder, and what is known of their base; see :meth:`~cola_lightning.chain.Chain.load`."""
+    """The links of a chain folder and the description of their base; see :meth:`~cola_lightning.chain.Chain.load`."""
     if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
         raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
     try:
@@ -39,15 +39,13 @@ def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
             chain = links_of(description, load_file(folder / TENSORS_NAME))
             checksum = description.pop(JSON_CHECKSUM, None)
             if checksum not in (None, _sha256_of_json(description)):
-                raise ValueError(
-                    f"{JSON_NAME} holds other values than were written; if it was edited, take {JSON_CHECKSUM} out"
-                )
+                raise ValueError(f"{JSON_NAME} was changed after it was written; if that was an edit, remove {JSON_CHECKSUM}")
             return chain
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"chain: expected a whole chain in {str(folder)!r}, received a damaged one ({error!r})") from error
-    raise UserError(f"chain: expected the tensors that {JSON_NAME} tells of in {str(folder)!r}, received a damaged file")
+    raise UserError(f"chain: expected the tensors that {JSON_NAME} describes in {str(folder)!r}, received a damaged file")
 
 
 def _sha256_of_json(description: Mapping[str, Any]) -> str:

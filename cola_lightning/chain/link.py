@@ -1,4 +1,4 @@
-"""A link: one low-rank update, from its draw to its merge, and what is recorded of it then."""
+"""A link: one low-rank update, from its initialisation to its knot, and its record."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ class Link:
         start_step: global step (optimizer steps of the run) at its initialisation.
         end_step: global step at its knot.
         factors: A (rank x in) and B (out x rank) by the layer's name in the model.
-        extras: what else training changes in the model, as it was at the knot: parameters that are trained whole, and buffers.
-        metrics: what was logged last before the knot.
-        outside: the same of the Lightning module outside of its model, by name in the module.
+        extras: what else training changes in the model, with the values at the knot: fully trained parameters, and buffers.
+        metrics: the metrics last logged before the knot.
+        outside: the same as ``extras`` for the Lightning module outside its model, by name in the module.
     """
 
     index: int
@@ -55,7 +55,7 @@ class Link:
         return low_rank_delta(*self.factors[name], self.scaling)
 
     def is_same_update(self, other: "Link") -> bool:
-        """Whether both links add the same to the same layers, to the bit."""
+        """Whether both links add the same update to the same layers, bit for bit."""
         if self.scaling != other.scaling or self.factors.keys() != other.factors.keys():
             return False
         pairs = [
@@ -73,7 +73,7 @@ class Link:
 
 
 def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: a product's SVD is that of C, which is small.
+    """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: the SVD of the small C gives that of B A.
 
     Shape:
         ``lora_A``: rank x in; ``lora_B``: out x rank; Q: out x k; C: k x l; P: in x l, in float64, where k and l are rank, or
@@ -85,11 +85,11 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
-    """Records the live link of the layers as a finished one; the layers stay as they are.
+    """Records the live link of the layers as a finished one; the layers are unchanged.
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.
-        **facts: ``index``, ``start_step``, ``end_step`` and, where there are any, ``extras``, ``metrics`` and ``outside``.
+        **facts: ``index``, ``start_step``, ``end_step`` and optionally ``extras``, ``metrics`` and ``outside``.
     """
     first = next(iter(layers.values()))
     factors = {}
@@ -110,8 +110,8 @@ def begin_link(
 ) -> None:
     """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
-    The draw depends on nothing else but the finished links, where a layer's ``init`` asks for them: not on the global
-    generator, the device, or the number of processes.
+    Otherwise the draw depends only on the finished links, if a layer's ``init`` uses them: not on the global generator, the
+    device, or the number of processes.
     """
     place = "AB".index(drawn)
     for name, layer in layers.items():

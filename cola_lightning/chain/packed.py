@@ -1,6 +1,6 @@
 """A chain as one tensor of bytes, in a state dict under torch's name for extra state.
 
-A state dict of tensors alone is what averages of weights, ``safetensors`` and loops over its values expect.
+Weight averaging, ``safetensors`` and loops over a state dict's values expect nothing but tensors.
 """
 
 import json
@@ -20,7 +20,7 @@ ALIGNMENT = 16  # bytes
 
 
 def pack(chain: Chain, **facts: Any) -> Tensor:
-    """A chain, and plain facts beside it: the length of a JSON header, the header, and all values.
+    """Packs a chain and additional JSON values: the length of a JSON header, the header, and all tensors.
 
     Shape:
         A vector of uint8.
@@ -36,10 +36,10 @@ def pack(chain: Chain, **facts: Any) -> Tensor:
 
 
 def unpack(packed: Any) -> tuple[Chain, dict[str, Any]]:
-    """The chain and the facts of :func:`pack`.
+    """The chain and the facts from :func:`pack`.
 
     Raises:
-        UserError: if it was cast or otherwise changed.
+        UserError: if the tensor was cast or otherwise changed.
     """
     try:
         packed = packed.cpu()

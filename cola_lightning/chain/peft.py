@@ -1,4 +1,4 @@
-"""Chains as PEFT adapters: any LoRA of PEFT's is one link, and a whole chain is one LoRA of rank sum(r)."""
+"""Chains as PEFT adapters: a PEFT LoRA is one link, and a whole chain is one LoRA of rank sum(r)."""
 
 import functools
 import json
@@ -18,28 +18,28 @@ from cola_lightning.lora.registry import is_linear
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-LINKS_KEY = "cola_chain"  # in the metadata of the tensors' file: of which links the factors are made
+LINKS_KEY = "cola_chain"  # in the safetensors metadata: the links whose factors are concatenated
 
 # The fields of PEFT's configuration that are read here ...
 READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-# ... those that say where the tensors belong, which their names say, too ...
+# ... those that say which layers the tensors belong to, which the tensors' names also say ...
 WITHOUT_MEANING = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 WITHOUT_MEANING |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-# ... and those of training, of memory, and of what others that are refused stand for. Any other that is set may change what
-# an adapter computes.
+# ... and those of training, of memory, and of initialisations, see INITS. Any other field that is set may change what an
+# adapter computes.
 WITHOUT_MEANING |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
-WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # see INITS
-# Initialisations that leave the base as it is; others are of another one, which is not at hand.
+WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
+# Initialisations that leave the base unchanged; the others modify it, and the modified base is not available here.
 INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(folder: str | Path) -> Chain:
-    """An ordinary LoRA of PEFT's as a chain of one link; one that was a chain, as that chain again (equal to rounding).
+    """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
 
-    Ranks and alphas that differ from layer to layer are folded into B, and the factors are padded to the largest rank.
+    Scalings that differ from layer to layer are folded into B, and the factors are padded to the largest rank.
 
     Raises:
-        UserError: for an adapter of another kind, or a damaged one.
+        UserError: for an adapter of another type, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -75,10 +75,10 @@ def read_adapter(folder: str | Path) -> Chain:
 
 
 def _as_link(pairs: Mapping[str, tuple[Tensor, Tensor]], extras: dict[str, Tensor], config: dict[str, Any]) -> Link:
-    """The factors as one link, whose scaling, alpha / rank, is in B.
+    """The factors as one link with the scaling, alpha / rank, folded into B.
 
     Raises:
-        TypeError, ValueError: if they are not those that the configuration tells of.
+        TypeError, ValueError: if the factors do not match the configuration.
     """
     rank = max(A.shape[0] for A, _ in pairs.values())
     factors = {}
@@ -90,7 +90,7 @@ def _as_link(pairs: Mapping[str, tuple[Tensor, Tensor]], extras: dict[str, Tenso
 
 
 def _other_kind(config: dict[str, Any]) -> str | None:
-    """What makes an adapter something else than an ordinary LoRA; None for an ordinary one."""
+    """The setting that makes an adapter something other than an ordinary LoRA; None for an ordinary one."""
     if config.get("peft_type") != "LORA":
         return f"peft_type {config.get('peft_type')}"
     if config.get("bias", "none") != "none":
@@ -104,7 +104,7 @@ def _other_kind(config: dict[str, Any]) -> str | None:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """What the fields of PEFT's configuration are where nobody sets them; nothing is known of them without peft."""
+    """The default values of PEFT's configuration; empty without peft."""
     try:
         from peft import LoraConfig
     except ImportError:
@@ -113,7 +113,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """The factors by layer, and what is trained whole by name."""
+    """The factors by layer, and the fully trained parameters by name."""
     names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
     try:
@@ -130,7 +130,7 @@ def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tenso
 
 
 def _are_factors(lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether these are two matrices of one rank, or the kernels of two convolutions, the second of which is of size 1."""
+    """Whether these are two matrices of equal rank, or the kernels of two convolutions, the second of size 1."""
     return 2 <= lora_A.dim() == lora_B.dim() and len(lora_A) == lora_B.shape[1] and set(lora_B.shape[2:]) <= {1}
 
 
@@ -138,10 +138,9 @@ def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
     """PEFT's factor in front of B A; a pattern's keys are regular expressions for the end of a layer's name.
 
     Raises:
-        TypeError, ValueError: if the numbers are none, or the layer's rank is another than the configuration's.
+        TypeError, ValueError: if a value is not a number, or the layer's rank is not the configuration's.
 
-    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is its ``r`` and ``lora_alpha`` where none is
-    written).
+    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
     """
 
     def value_of(field: str, pattern: str) -> Any:
@@ -166,10 +165,10 @@ def _padded(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
-    """The whole chain as one pair of factors a layer: A's rows and the scaled B's columns, link after link.
+    """The whole chain as one pair of factors per layer: A's rows and the scaled B's columns, link after link.
 
     Shape:
-        A: sum(r) x in; B: out x sum(r), in float32; a layer that a link leaves alone has zeros there.
+        A: sum(r) x in; B: out x sum(r), in float32; zeros where a link does not adapt the layer.
     """
     factors = {}
     for name in chain.layers:
@@ -195,19 +194,19 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
     error = float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
     root = values[:rank].sqrt()
     smaller = (root[:, None] * (v[:rank] @ p.T)).float(), (q @ u[:, :rank] * root).float()
-    return *_padded(*smaller, rank), error  # a layer may have a side that is smaller yet
+    return *_padded(*smaller, rank), error  # a layer's side may be smaller than the rank
 
 
 def describe_links(chain: Chain) -> dict[str, Any]:
-    """What is lost when factors are concatenated: which belong to which link, and what is known of it."""
+    """What concatenation loses: which factors belong to which link, and each link's description."""
     return {"format_version": ADAPTER.version, "base": chain.base, "links": list(map(describe_link, chain.links))}
 
 
 def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
-    """The links of which a description tells, out of the factors of all.
+    """Splits concatenated factors into the links of a description.
 
     Raises:
-        LookupError, TypeError, ValueError: if it does not tell of these factors.
+        LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     links, start = [], 0
     described = [link_facts(facts) for facts in description["links"]]
@@ -224,7 +223,7 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
 
 
 def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Iterable[str]) -> list[str]:
-    """The modules that PEFT takes from an adapter as a whole, where these are to be: it matches the ends of names.
+    """The modules that PEFT loads whole from an adapter with these ``modules_to_save``: it matches the ends of names.
 
     Args:
         base: the plain model.
@@ -232,10 +231,10 @@ def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Itera
         modules_to_save: names or dotted name endings.
 
     Returns:
-        Names, written as which PEFT takes these modules alone: those asked for, and others whose names end in one of them.
+        Names that make PEFT load exactly these modules: the requested ones, and others whose names end in one of them.
 
     Raises:
-        UserError: if one of them is, or lies in or around, what is adapted or saved by itself.
+        UserError: if one of them is, contains, or is part of another adapted or saved module.
 
     Source: ``peft.utils.other._set_trainable``, and ``PeftModelForSequenceClassification``, which adds two endings.
     """
@@ -287,7 +286,7 @@ def peft_config(
 
 
 def _target_modules(layers: list[str], modules: list[str]) -> list[str] | str:
-    """What PEFT takes for these layers alone: the last parts of their names, else the whole names, else an expression."""
+    """``target_modules`` that match exactly these layers in PEFT: last parts of their names, else full names, else a regex."""
     for names in (sorted({name.rpartition(".")[2] for name in layers}), layers):
         endings = tuple(f".{name}" for name in names)
         if {name for name in modules if name in names or name.endswith(endings)} == set(layers):
@@ -296,14 +295,14 @@ def _target_modules(layers: list[str], modules: list[str]) -> list[str] | str:
 
 
 def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors in the shapes of PEFT's own: a convolution's are kernels, of rank x in x kernel and out x rank x 1.
+    """The factors in PEFT's shapes: a convolution's are kernels, of rank x in x kernel and out x rank x 1.
 
     Args:
         base: the plain model.
         factors: A and B by layer, as matrices.
 
     Raises:
-        UserError: for a layer that PEFT does not adapt, or not as it is adapted here.
+        UserError: for a layer that PEFT does not adapt, or adapts differently.
 
     Source: ``peft.tuners.lora.layer``, ``_ConvNd.update_layer`` (0.21: it makes A without the layer's dilation).
     """
@@ -336,11 +335,11 @@ def write_adapter(
     """Writes the two files of an adapter into a folder.
 
     Args:
-        folder: where.
-        factors: A and B by layer, of scaling 1, from :func:`as_peft_weights`.
-        whole: what was trained whole, by name.
+        folder: the folder.
+        factors: A and B by layer, with scaling 1, from :func:`as_peft_weights`.
+        whole: the fully trained parameters, by name.
         config: the ``LoraConfig``.
-        description: of :func:`describe_links`, where the factors are those of a chain.
+        description: the chain's :func:`describe_links`; None if the factors are not a chain's.
     """
     from safetensors.torch import save_file
 

@@ -12,14 +12,14 @@ Mode = Literal["min", "max"]
 
 @dataclass(frozen=True)
 class Plateau:
-    """A link is finished once a metric has not improved at so many validations in a row, as EarlyStopping ends a run.
+    """Finishes a link once a metric has not improved for ``patience`` validations in a row, as EarlyStopping ends a run.
 
-    A pure function of the link's values, so that a resumed run that has these decides as the first one did.
+    A pure function of the link's values, so a resumed run with the same values decides the same.
 
     Args:
         patience: validations without improvement after which the link is finished.
         monitor: name of the metric.
-        min_delta: what counts as an improvement: a value that is better than the link's best by more than this.
+        min_delta: a value is an improvement if it is better than the link's best by more than this.
         mode: whether a lower (``min``) or a higher (``max``) value is better.
 
     Raises:
@@ -45,7 +45,7 @@ class Plateau:
             raise UserError(f"chain.mode: expected {' or '.join(get_args(Mode))}, received {self.mode!r}")
 
     def is_reached(self, values: Iterable[float]) -> bool:
-        """Whether the link whose metric has had these values is finished; its first value is an improvement if it is finite."""
+        """Whether a link with these metric values is finished; its first value is an improvement if it is finite."""
         best, waited = math.inf, 0
         for value in values:
             loss = value if self.mode == "min" else -value

@@ -1,4 +1,4 @@
-"""What the links of a chain are: how much each adds to the base, in how many directions, and how well it validated.
+"""Statistics of a chain's links: the size of each update, its effective rank, and its validation metrics.
 
 Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), section 2.
 """
@@ -33,8 +33,8 @@ class LayerReport:
 
     Attributes:
         norm: Frobenius norm of dW.
-        relative_norm: the norm by that of the base's weight; None where that is unknown or zero.
-        singular_values: of dW, rank many, largest first.
+        relative_norm: the norm divided by that of the base's weight; None if that is unknown or zero.
+        singular_values: the ``rank`` largest of dW, largest first.
         effective_rank: see :func:`effective_rank`.
     """
 
@@ -46,17 +46,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """One link's update of all its layers; index, rank and alpha are the link's. A number is NaN where the training diverged.
+    """One link's update of all its layers; index, rank and alpha are the link's. A number is NaN if the training diverged.
 
     Attributes:
         steps: optimizer steps that it was trained for.
-        mean_norm: mean of the layers' relative norms; None where none is known.
-        max_norm: the largest of them.
+        mean_norm: mean of the layers' relative norms; None if none is known.
+        max_norm: the largest of the layers' relative norms.
         update_norm: Frobenius norm over all layers.
-        effective_rank: mean of the layers'.
-        total_rank: sum of the ranks up to this link's.
-        metrics: those of validation at its end, or all where none is of validation.
-        layers: each layer's own, by its name in the model.
+        effective_rank: mean of the layers' effective ranks.
+        total_rank: sum of the ranks of this link and those before it.
+        metrics: validation metrics at its end, or all metrics if there are none.
+        layers: each layer's report, by its name in the model.
     """
 
     index: int
@@ -73,7 +73,7 @@ class LinkReport:
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The singular values of ``scaling * B A``, largest first, in float64, without a matrix of out x in.
+    """The singular values of ``scaling * B A``, largest first, in float64, without computing an out x in matrix.
 
     Shape:
         ``lora_A``: rank x in; ``lora_B``: out x rank; result: rank.
@@ -87,7 +87,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     if not core.isfinite().all():  # the training diverged
         return torch.full((rank,), math.nan, dtype=torch.float64)
     values = torch.linalg.svdvals(core)
-    # Else the zeros of a link that uses fewer directions than its rank would come out as 1e-17 or so.
+    # Otherwise the zeros of an update of lower rank would come out as about 1e-17.
     size = lora_A.double().norm() * lora_B.double().norm()
     rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * size
     values = values * (values > rounding) * abs(scaling)
@@ -95,7 +95,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """The exponential of the entropy of the singular values' shares in their sum: 1 to their number; 0 where all are zero.
+    """The exponential of the entropy of the normalised singular values: 1 to their number; 0 if all are zero.
 
     Example:
         >>> [round(effective_rank(torch.tensor(values)), 2) for values in ([2.0, 2.0], [2.0, 0.1], [2.0, 0.0], [0.0, 0.0])]
@@ -106,7 +106,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def report(chain: Chain) -> list[LinkReport]:
-    """Each link's numbers, in order.
+    """Each link's report, in order.
 
     Example:
         >>> factors = {"fc": (torch.eye(2, 4), torch.eye(3, 2))}
@@ -145,7 +145,7 @@ def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerRepo
 
 
 def table(reports: Sequence[LinkReport]) -> "Table":
-    """The reports for people, a row a link; every number is in :func:`to_json`."""
+    """The reports as a human-readable table, one row per link; :func:`to_json` has every number."""
     from rich import box
     from rich.table import Column, Table
     from rich.text import Text
@@ -164,16 +164,16 @@ def table(reports: Sequence[LinkReport]) -> "Table":
 
 
 def to_json(reports: Sequence[LinkReport]) -> list[dict[str, Any]]:
-    """The reports as plain types for strict JSON: None where a number is NaN or infinite."""
+    """The reports as plain types for strict JSON: None for NaN and infinity."""
     rows: list[dict[str, Any]] = json.loads(json.dumps([asdict(link) for link in reports]), parse_constant=lambda _: None)
     return rows
 
 
 def plot(reports: Sequence[LinkReport], path: Path) -> None:
-    """Draws the links' norms and singular values into a PNG file, which is written whole or not at all.
+    """Plots the links' norms and singular values to a PNG file, which is written atomically.
 
     Raises:
-        UserError: if there is no link, or for a path that is not a PNG file's or cannot be written.
+        UserError: if there is no link, or if the path is not a ``.png`` file or cannot be written.
     """
     if not reports:
         raise UserError("links: expected at least one to plot, received none")

@@ -1,6 +1,6 @@
-"""Rules by which relatives of COLA differ from it: which factor a link trains, and what an optimizer keeps over a knot.
+"""Rules by which relatives of COLA differ from it: which factor a link trains, and which optimizer state survives a knot.
 
-None of them is seen by a layer's forward pass: it computes with A and B, whichever of them moves.
+A layer's forward pass does not depend on them: it uses A and B, whichever of them is trained.
 """
 
 from collections.abc import Callable, Container
@@ -25,12 +25,12 @@ FROZEN_FACTOR: dict[str, Callable[[int, int], Factor | None]] = {
 
 
 def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
-    """The factor that a link does not train: it is drawn, and the other begins at zero. None where both are trained.
+    """The factor that a link does not train: it is drawn, and the other begins at zero. None if both are trained.
 
     Args:
-        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``, beside an A that stays as it was drawn; ``random``: one of them.
-        seed: of the draw.
-        link: its index.
+        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``: A stays as drawn; ``random``: a randomly chosen factor.
+        seed: the run's seed.
+        link: the link's index.
 
     Example:
         >>> [frozen_factor("random", 0, link) for link in range(5, 11)]
@@ -44,14 +44,14 @@ def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | Non
 
 @torch.no_grad()
 def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[int]) -> None:
-    """Gives a new optimizer what its forerunner knows: of a link's factors the largest values alone, of other parameters all.
+    """Copies optimizer state over a knot: of the factors' moments only the largest values, of other parameters all of it.
 
-    Counts of steps go along.
+    Step counts are copied too.
 
     Args:
-        old: of the link before.
-        new: of the link that begins, on the same parameters.
-        share: of the values of each of the factors' moments, above 0.
+        old: the previous link's optimizer.
+        new: the next link's optimizer, on the same parameters.
+        share: the share of values that each of the factors' moments retains, above 0.
         factors: the ids of the links' factors.
 
     Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
@@ -67,7 +67,7 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
 
 
 def _kept(value: object, parameter: Tensor, share: float) -> object:
-    """A moment without its small values; what is no moment, as it is."""
+    """A moment with its small values set to 0; anything else unchanged."""
     if share == 1 or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     n_kept = max(1, round(share * value.numel()))

@@ -1,7 +1,7 @@
-"""When knots fall, what rank and alpha each link has, how long it is, and how its learning rate runs.
+"""When knots are tied, each link's rank, alpha and length, and its learning-rate schedule.
 
 Everything here is a pure function of counters: an epoch and a global step (optimizer steps since the start of the run, as
-Lightning counts them). Nothing is remembered between calls, so a resumed run decides as the first one did.
+Lightning counts them). There is no state between calls, so a resumed run makes the same decisions.
 """
 
 import math
@@ -29,13 +29,13 @@ START = Counters(0, 0)
 
 @dataclass(frozen=True)
 class RunLength:
-    """How far a run goes; ``math.inf`` for what has no end.
+    """The length of a run; ``math.inf`` for no limit.
 
     Attributes:
-        steps_in_epoch: optimizer steps in the given epoch, the shorter last accumulation window included.
+        steps_in_epoch: optimizer steps in the given epoch, including a shorter last accumulation window.
         max_epochs: the run ends before this epoch.
         max_steps: the run ends before this global step.
-        origin: the beginning of an epoch, from which the others are counted.
+        origin: the beginning of an epoch, from which steps and epochs are counted.
 
     Example:
         >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
@@ -49,7 +49,7 @@ class RunLength:
     origin: Counters = START
 
     def step_at(self, epoch: float) -> float:
-        """The global step at which an epoch begins; for one after ``max_steps``, some step that is not before that."""
+        """The global step at which an epoch begins; for an epoch after ``max_steps``, some step of at least ``max_steps``."""
         if epoch == math.inf:
             return math.inf
         step: float = self.origin.global_step
@@ -66,7 +66,7 @@ class RunLength:
 
 @dataclass(frozen=True)
 class ChainSchedule:
-    """Where the knots of a chain lie. At most one of the five "when" arguments is given; none is one link: plain LoRA.
+    """When the knots of a chain are tied. At most one of the five "when" arguments is given; without one: one link, plain LoRA.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -76,11 +76,11 @@ class ChainSchedule:
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         is_open: knots are decided while training, so no link's length is known beforehand.
-        patience: a knot after so many validations without improvement, see :class:`~cola_lightning.chain.plateau.Plateau`,
+        patience: a knot after this many validations without improvement, see :class:`~cola_lightning.chain.plateau.Plateau`,
             which decides: the schedule is then open.
 
     Raises:
-        UserError: for more than one "when" and for values that cannot be.
+        UserError: for more than one "when" and for invalid values.
 
     Example:
         >>> schedule = ChainSchedule(at_epochs=[3], ranks=[8, 2])
@@ -124,12 +124,12 @@ class ChainSchedule:
 
     @property
     def has_knots(self) -> bool:
-        """Whether a run that is long enough is more than one link."""
+        """Whether a long enough run has more than one link."""
         return any(self._when) or self.is_open
 
     @property
     def _when(self) -> tuple[int | None, Sequence[int]]:
-        """The period of the knots, or the list of them, in whichever the schedule counts."""
+        """The period of the knots, or the list of them, in epochs or steps, whichever the schedule counts."""
         return self.every_n_epochs or self.every_n_train_steps, self.at_epochs or self.at_steps or ()
 
     @property
@@ -143,7 +143,7 @@ class ChainSchedule:
         return now // every if every else bisect_right(knots, now)
 
     def is_due(self, start: Counters, now: Counters) -> bool:
-        """Whether the link that began at ``start`` is to be finished at ``now``."""
+        """Whether the link that began at ``start`` ends at ``now``."""
         return self.link_at(*now) > self.link_at(*start)
 
     def rank(self, link: int, default: int) -> int:
@@ -163,7 +163,7 @@ class ChainSchedule:
         return next((knot for knot in knots if knot > now), math.inf)
 
     def link_steps(self, start: Counters, run: RunLength) -> float:
-        """Optimizer steps of the link that begins at ``start``; ``math.inf`` where nothing ends it."""
+        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if its end is not known."""
         if self.is_open:
             return math.inf
         knot = self.next_knot(start)
@@ -171,7 +171,7 @@ class ChainSchedule:
         return max(0, end - start.global_step)
 
     def links(self, start: Counters, run: RunLength) -> list[int]:
-        """Optimizer steps of each link that a run from ``start`` still has, in order.
+        """Optimizer steps of each remaining link of a run from ``start``, in order.
 
         Raises:
             ValueError: if the run has no end.
@@ -185,7 +185,7 @@ class ChainSchedule:
         if self.is_open or end == math.inf:
             raise ValueError("expected a run and links of known length")
         lengths = []
-        epoch = max(start.epoch, run.origin.epoch)  # how long earlier epochs were is not known
+        epoch = max(start.epoch, run.origin.epoch)  # the length of earlier epochs is not known
         epoch_start = run.step_at(epoch)
         while start.global_step < end:
             knot = stop = self.next_knot(start)
@@ -202,8 +202,8 @@ class ChainSchedule:
 def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
     """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
 
-    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), falls
-    linearly to 0 (``linear``) or along half a cosine (``cosine``).
+    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then is ``constant``, or decays
+    to 0 linearly (``linear``) or along half a cosine (``cosine``).
 
     Example:
         >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]
