@@ -1,4 +1,4 @@
-"""Callbacks: when knots are tied, and what is written."""
+"""Callbacks: knots, checkpoints, predictions, the progress bar, and interruption."""
 
 from cola_lightning.callbacks.chain_of_lora import NO_DEEPSPEED, ChainOfLoRA, check_strategy
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint

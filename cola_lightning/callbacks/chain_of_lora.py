@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
-# No public name tells the strategies apart whose processes give nothing back but weights.
+# No public name identifies the strategies whose child processes return only weights.
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
@@ -33,7 +33,7 @@ NO_DEEPSPEED = (
 
 
 class ChainModule(Protocol):
-    """What ChainOfLoRA asks of its module; :class:`~cola_lightning.modules.COLAModule` has it."""
+    """The interface that ChainOfLoRA needs; :class:`~cola_lightning.modules.COLAModule` implements it."""
 
     target_modules: str | list[str] | None
     max_rank: int
@@ -46,7 +46,7 @@ class ChainModule(Protocol):
 
 
 class ChainOfLoRA(Callback):
-    """Ties the knots: at the first batch of an optimizer step at which one is due, before anything is computed for it.
+    """Ties each knot at the first batch of the optimizer step at which it is due, before that batch's forward pass.
 
     At most one of ``every_n_epochs``, ``every_n_train_steps``, ``at_epochs``, ``at_steps`` and ``patience``; with none of them
     the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run. A checkpoint written at a knot
@@ -59,10 +59,10 @@ class ChainOfLoRA(Callback):
         at_steps: knots before these optimizer steps: increasing, from 1.
         ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
         alphas: each link's alpha. Default: ``model.alpha`` for all.
-        patience: a knot after so many validations in a row in which ``monitor`` did not improve; those of one optimizer step
+        patience: a knot after this many validations in a row without improvement of ``monitor``; those of one optimizer step
             count as one. The length of a link is then not known beforehand: a learning rate that decays needs
             ``model.schedule_scope: run``.
-        monitor: with ``patience``: the metric, one that validation logs.
+        monitor: with ``patience``: the metric, logged in validation.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
 
@@ -96,18 +96,18 @@ class ChainOfLoRA(Callback):
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
         self._asked_at: int | None = None
-        self._last_step: int | None = None  # at which a batch began
-        self._values: dict[int, float] = {}  # of the monitored metric, by the step from which on it is known
+        self._last_step: int | None = None  # global step at the last batch start
+        self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
 
     def should_tie(self, epoch: int, global_step: int) -> bool:
-        """Whether a knot is due. Asked once for each optimizer step but a link's first; override it for your own rule.
+        """Whether a knot is due. Called once for each optimizer step except a link's first; override it for your own rule.
 
         Args:
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
         start = self.module.link_start
-        if self.plateau is not None:  # what is known at a link's first step is of the link before
+        if self.plateau is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return self.plateau.is_reached(known)
         return self.schedule.is_due(start, Counters(epoch, global_step))
@@ -118,9 +118,9 @@ class ChainOfLoRA(Callback):
         self.module = cast(ChainModule, pl_module)
         self.module.schedule = self.schedule
         self._asked_at = self._last_step = None
-        if stage == "fit":  # those of a fit that this Trainer goes on with, or, in what follows, of a checkpoint
+        if stage == "fit":  # retains those of a fit that this Trainer continues; a checkpoint's replace them later
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
-        # A new list: the trainer is going through the old one. Checkpoints stay last, as Lightning has them.
+        # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     @override
@@ -138,7 +138,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.num_sanity_val_steps == math.inf:  # all of validation, and not its first batches
+        if trainer.num_sanity_val_steps == math.inf:  # all validation batches, not only the first
             log.info("before training: %s", _of_validation(trainer.callback_metrics) or "no metric")
 
     @override
@@ -154,25 +154,25 @@ class ChainOfLoRA(Callback):
         if self.plateau is None or trainer.state.fn != "fit":
             return
         logged, name = trainer.callback_metrics, self.plateau.monitor
-        if name not in logged:  # in the check before training, too: before any time is lost
+        if name not in logged:  # in the sanity check too: before any training time is lost
             raise UserError(
                 f"chain.monitor: expected one of {', '.join(sorted(logged)) or 'the metrics that validation logs'}, "
                 f"received {name}"
             )
         if not trainer.sanity_checking:
-            # The mean over the processes, of a copy that may be written: all of them tie a knot, or none.
+            # The mean over the processes, so that all of them tie a knot, or none; of a copy, for it is reduced in place.
             value = logged[name].detach().to(trainer.strategy.root_device, copy=True)
-            # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the next step is the
-            # first that can know of it, also in a run that resumes at the window's beginning.
+            # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the value is known
+            # only from the next step on, also in a run that resumes at the window's beginning.
             is_inside_window = trainer.global_step == self._last_step
             known_at = trainer.global_step + is_inside_window
             self._values[known_at] = float(trainer.strategy.reduce(value, reduce_op="mean"))
 
-    # Not by state_dict: where there are two callbacks of a class that has it, Lightning fails before ``setup`` can say why.
+    # Not by state_dict: for two callbacks of one class with a state_dict, Lightning fails before ``setup`` can say why.
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not self._values:  # also where there was no run
+        if not self._values:  # also if no run has begun
             return
         start = self.module.link_start.global_step
         if values := {step: value for step, value in self._values.items() if step > start}:
@@ -206,10 +206,10 @@ def _of_validation(metrics: Mapping[str, Any]) -> str:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses a strategy under which a chain would go wrong or be lost.
+    """Refuses a strategy under which a chain would be wrong or lost.
 
     Raises:
-        UserError: for one that owns the optimizer, or forks this process.
+        UserError: for a strategy that owns the optimizer, or forks or spawns this process.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         raise UserError(NO_DEEPSPEED)
@@ -221,7 +221,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
-    """Everything about a trainer and a module with which a chain would go wrong, found before training."""
+    """Refuses, before training, a trainer or module with which a chain would be wrong."""
     if not hasattr(module, "tie_knot"):
         raise UserError(f"model: expected a COLAModule, received {type(module).__name__}")
     check_strategy(trainer.strategy)

@@ -42,7 +42,7 @@ class LastCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._is_in_training = self._is_writing = self._is_outdated = False
-        # After all others, for what they write; and so that ckpt_path="best" asks another.
+        # Last, to see the checkpoints that the others write; and so that ckpt_path="best" uses another callback.
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ when
@@ -82,16 +82,16 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, UserError) and trainer.global_step == self._first_step:  # it is refused: nothing has happened
+        if isinstance(exception, UserError) and trainer.global_step == self._first_step:  # refused: nothing was trained
             return
-        is_alone = trainer.world_size == 1 or isinstance(exception, Interruption)  # else other processes may not be here
+        is_alone = trainer.world_size == 1 or isinstance(exception, Interruption)  # else other processes may not get here
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
         if not self._is_in_training or is_halfway or self._is_writing or not is_alone:
             return
         try:
             self._write(trainer)
-        except Exception as error:  # the first failure is the one to tell of
+        except Exception as error:  # the first failure is the one to report
             exception.add_note(f"and its last checkpoint could not be written: {error}")
 
     @override
@@ -106,7 +106,7 @@ class LastCheckpoint(ModelCheckpoint):
         path = str(Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         self._is_writing = True
         trainer.save_checkpoint(path, weights_only=False)
-        self._is_writing = False  # not in a finally: a writing that fails is not to be tried again
+        self._is_writing = False  # not in a finally: a failed write is not retried
         self._written_at, self._step_written = time.monotonic(), trainer.global_step
         self.last_model_path = self.best_model_path = path
 
@@ -116,4 +116,4 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load: where the former run wrote is not where this one does."""
+        """Nothing to load: the previous run's paths are not this run's."""

@@ -1,4 +1,4 @@
-"""Predictions as a file: one JSON object a line, a line a row of the data, in the data's order."""
+"""Predictions as a file: one line with a JSON object per row of the data, in the data's order."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
     ``predict_step`` returns a dict of columns, each with one value per row: ``prediction``, ``target`` and any
-    others. ``index``, the row's place in its data, is added. The rows of several loaders follow one another.
+    others. ``index``, the row's index in its data, is added. The rows of several loaders follow one another.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts = processes.gather_objects(self.rows)
-        # By index: a distributed sampler deals the rows out, and repeats some to make its parts equal.
+        # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
         rows = {(loader, row["index"]): row for part in parts for loader, row in part}
-        path = Path(run_folder(trainer)) / FILE_NAME  # on every process: it is a broadcast
+        path = Path(run_folder(trainer)) / FILE_NAME  # on every process: run_folder broadcasts
         if trainer.is_global_zero:
             with whole_file(path) as partial:
                 partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))

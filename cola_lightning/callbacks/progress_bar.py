@@ -11,12 +11,12 @@ WIDE = 100  # columns
 
 
 class ChainProgressBar(RichProgressBar):
-    """Lightning's, with the live link's index in it, and one bar at a time: a validation's in the place of training's."""
+    """Lightning's progress bar with the live link's index, and one bar at a time: validation's replaces training's."""
 
     @override
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         columns = super().configure_columns(trainer)
-        return columns if rich.get_console().width >= WIDE else columns[:-1]  # without batches a second
+        return columns if rich.get_console().width >= WIDE else columns[:-1]  # without batches per second
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -24,7 +24,7 @@ class ChainProgressBar(RichProgressBar):
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:
-        """In place of Lightning's, whose last epoch is -2 where steps limit a run."""
+        """Replaces Lightning's, whose last epoch is -2 if ``max_steps`` limits the run."""
         link, max_epochs = getattr(self.trainer.lightning_module, "link", 0), self.trainer.max_epochs
         last = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
         return f"link {link}, epoch {current_epoch}{last}"

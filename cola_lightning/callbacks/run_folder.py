@@ -1,4 +1,4 @@
-"""Where a run's own files lie."""
+"""The folder of a run's files."""
 
 import os
 
@@ -6,10 +6,10 @@ from lightning.pytorch import Trainer
 
 
 def run_folder(trainer: Trainer) -> str:
-    """The folder that holds the run's ``checkpoints``: by the rule by which ModelCheckpoint makes that, from the first logger.
+    """The folder that holds the run's ``checkpoints``, derived from the first logger as in ModelCheckpoint.
 
-    ``trainer.log_dir`` is one for all runs with most loggers, WandbLogger among them. To be called on all processes (the result
-    is the first one's), once the loggers have begun: from ``setup`` on.
+    With most loggers, such as WandbLogger, ``trainer.log_dir`` is the same for all runs. Must be called on all processes (the
+    result is the first one's), once the loggers are initialised: from ``setup`` on.
     """
     folder = trainer.default_root_dir
     if (logger := trainer.logger) is not None:

@@ -1,4 +1,4 @@
-"""What the command line has an eye on while a run goes on: Ctrl-C and SIGTERM, and the folders that it makes."""
+"""What the command line watches during a run: Ctrl-C and SIGTERM, and the folders that the run creates."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(BaseException):
-    """The run was asked to stop. Not a KeyboardInterrupt: after that, Lightning is deaf to a second Ctrl-C."""
+    """A signal asked the run to stop. Not a KeyboardInterrupt: after that, Lightning ignores a second Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -29,10 +29,10 @@ class Interruption(BaseException):
 
 
 class RunWatch(Callback):
-    """Stops a fit where it can go on exactly, and takes back the folders of a run that wrote nothing.
+    """Stops a fit where it can be resumed exactly, and removes the folders of a run that wrote nothing.
 
-    The first Ctrl-C or SIGTERM lets the batch that is being computed come to its end; outside of a fit, it stops at once. A
-    second one always does, and then nothing more is written.
+    After the first Ctrl-C or SIGTERM, a fit finishes the current batch; anything else stops at once. A second signal always
+    stops at once, and then nothing more is written.
     """
 
     def __init__(self) -> None:
@@ -48,15 +48,15 @@ class RunWatch(Callback):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals inside the block."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
             yield
             return
-        befores = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, before in befores.items():
-                signal.signal(number, before)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker, forked with this handler: a Ctrl-C in the terminal is not for it
@@ -71,7 +71,7 @@ class RunWatch(Callback):
         log.warning("%s: stopping after this batch; once more stops at once", signal.Signals(number).name)
 
     def _stop_at_once(self, number: int) -> None:
-        """Ends the process, whatever it is doing: a file that is being written keeps its former content."""
+        """Ends the process, whatever it is doing: a file that is being written retains its previous content."""
         import rich
 
         rich.get_console().show_cursor()
@@ -79,7 +79,7 @@ class RunWatch(Callback):
 
     def _stop_if_asked(self, trainer: Trainer, *, everywhere: bool = True) -> None:
         is_asked = self._received is not None
-        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others for ever
+        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
             is_asked = everywhere and trainer.strategy.reduce_boolean_decision(is_asked, all=False)
         if is_asked:
             self._is_waited_for = False
@@ -92,12 +92,12 @@ class RunWatch(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback, patience in self._patience.items():  # which it takes from the checkpoint, whatever was asked for
+        for callback, patience in self._patience.items():  # EarlyStopping restores the checkpoint's, not the requested one
             callback.patience = patience
         self.has_begun = self._is_waited_for = True
         is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
         if threading.current_thread() is threading.main_thread() and not is_requeued:
-            # In place of Lightning's, after which a fit ends with status 0; Lightning itself takes it back after the fit.
+            # Replaces Lightning's handler, after which a fit ends with status 0; Lightning removes it after the fit.
             signal.signal(signal.SIGTERM, self._handle)
 
     @override
@@ -119,12 +119,12 @@ class RunWatch(Callback):
     # ------------------------------------------------------------------ folders
 
     def expect_folder(self, folder: str | Path) -> None:
-        """Takes note of a folder that a logger will make: it, and those of its parents that are not there yet."""
+        """Records a folder that a logger will create, and those of its parents that do not exist yet."""
         path = Path(folder).absolute()
         self.folders += [part for part in (path, *path.parents) if not part.exists()]
 
     def remove_empty_folders(self) -> None:
-        """Takes back what was made for a run that wrote nothing; a folder that holds anything stays."""
+        """Removes the recorded folders of a run that wrote nothing; a folder with contents stays."""
         for folder in sorted(self.folders, key=lambda path: len(path.parts), reverse=True):
             with contextlib.suppress(OSError):
                 folder.rmdir()
