@@ -598,10 +598,10 @@ FIXED = {"options": [" no", " yes"]}
 @refused(
     ({"prompt": "{text", **FIXED}, "data.prompt: expected text with fields in braces ({{ for a brace), received '{text'"),
     ({"prompt": "text}", **FIXED}, "data.prompt: expected text with fields in braces ({{ for a brace), received 'text}'"),
-    ({"prompt": "{}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{}'"),
-    ({"prompt": "{size:03d}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{size:03d}'"),
-    ({"prompt": "{text!r}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{text!r}'"),
-    ({"prompt": "{all[0]}", **FIXED}, "data.prompt: expected the names of fields alone in braces, received '{all[0]}'"),
+    ({"prompt": "{}", **FIXED}, "data.prompt: expected only field names in braces, received '{}'"),
+    ({"prompt": "{size:03d}", **FIXED}, "data.prompt: expected only field names in braces, received '{size:03d}'"),
+    ({"prompt": "{text!r}", **FIXED}, "data.prompt: expected only field names in braces, received '{text!r}'"),
+    ({"prompt": "{all[0]}", **FIXED}, "data.prompt: expected only field names in braces, received '{all[0]}'"),
     (
         {"prompt": "Is\nit?", "options": ["{", "a"]},
         "data.options: expected text with fields in braces ({{ for a brace), received '{'",
@@ -624,7 +624,7 @@ FIXED = {"options": [" no", " yes"]}
     ),
     (
         {"options": "all", "metric": "f1"},
-        "data.metric: expected accuracy or null where the options are a field, that differ by row, received 'f1'",
+        "data.metric: expected accuracy or null for options from a field, which differ by row, received 'f1'",
     ),
 )
 def template_data(prompt="Is it?", **arguments):
@@ -637,9 +637,9 @@ CSV = "text,label\nfine,pos\n"
 
 
 @refused(
-    (("empty.csv", ""), "empty.csv: expected the names of the columns in the first line, received an empty file"),
+    (("empty.csv", ""), "empty.csv: expected column names in the first line, received an empty file"),
     (("header.csv", "text,label\n"), "header.csv: expected rows below the first line, received none"),
-    (("blank.csv", "\n"), "blank.csv: expected the names of the columns in the first line, received an empty line"),
+    (("blank.csv", "\n"), "blank.csv: expected column names in the first line, received an empty line"),
     (
         ("semicolons.csv", CSV.replace(",", ";")),
         "semicolons.csv, line 1: expected columns separated by ',' (.csv: by commas, .tsv: by tabs), received by "
@@ -655,15 +655,14 @@ CSV = "text,label\nfine,pos\n"
         "commas.tsv, line 1: expected columns separated by '\\t' (.csv: by commas, .tsv: by tabs), received by ',': "
         "'text,label'",
     ),
-    (("twice.csv", "text,text\na,b\n"), "twice.csv, line 1: expected names of columns that differ, received 'text' twice"),
+    (("twice.csv", "text,text\na,b\n"), "twice.csv, line 1: expected unique column names, received 'text' twice"),
     (
         ("more.csv", f"{CSV}so, so,neg\n"),
-        "more.csv, line 3: expected 2 columns, as in the first line, received 3; a text that holds ',' stands in double quotes",
+        "more.csv, line 3: expected 2 columns, as in the first line, received 3; a text that contains ',' needs double quotes",
     ),
     (
         ("fewer.csv", f"{CSV}fine\n"),
-        "fewer.csv, line 3: expected 2 columns, as in the first line, received 1; a text that holds ',' stands in "
-        "double quotes",
+        "fewer.csv, line 3: expected 2 columns, as in the first line, received 1; a text that contains ',' needs double quotes",
     ),
     (
         ("quote.csv", f'{CSV}"fine,pos\n'),
@@ -671,16 +670,19 @@ CSV = "text,label\nfine,pos\n"
     ),
     (("latin.csv", f"{CSV}café,pos\n".encode("latin-1")), "latin.csv, line 3: expected UTF-8, received the byte 0xe9"),
     (("utf16.csv", CSV.encode("utf-16")), "utf16.csv, line 1: expected UTF-8, received the byte 0xff"),
-    (("plain.csv.gz", CSV), "plain.csv.gz: expected a file that gzip wrote, received another or a damaged one (...)"),
+    (("plain.csv.gz", CSV), "plain.csv.gz: expected a gzip file, received another or a damaged one (...)"),
     (
         ("cut.csv.gz", gzip.compress(CSV.encode() * 99, mtime=0)[:-9]),
-        "cut.csv.gz: expected a file that gzip wrote, received another or a damaged one (...)",
+        "cut.csv.gz: expected a gzip file, received another or a damaged one (...)",
     ),
     (
         ("columns.json", '{"text": ["a"], "label": ["b"]}'),
-        "columns.json: expected a list of objects, or one in an object, received an object of 'text', 'label'",
+        "columns.json: expected a list of objects, or an object with one such list, received one with 'text', 'label'",
     ),
-    (("object.json", "{}"), "object.json: expected a list of objects, or one in an object, received an object of no field"),
+    (
+        ("object.json", "{}"),
+        "object.json: expected a list of objects, or an object with one such list, received one with no field",
+    ),
     (
         ("broken.json", '[{"text": "a",\n "label": }]'),
         "broken.json, line 2: expected JSON, received something else (Expecting value)",
@@ -689,7 +691,7 @@ CSV = "text,label\nfine,pos\n"
     (("number.json", "3"), "number.json: expected a list of objects, received '3'"),
     (("deep.json", "[" * 100_000), "deep.json: expected a list of objects, received one nested too deeply"),
     (("blank.json", " \n"), "blank.json: expected a list of objects, received none"),
-    (("empty.jsonl", ""), "empty.jsonl: expected one JSON object a line, received an empty file"),
+    (("empty.jsonl", ""), "empty.jsonl: expected one JSON object per line, received an empty file"),
     (
         ("cut.jsonl", '{"text": "fine"}\n{"text": \n'),
         "cut.jsonl, line 2: expected one JSON object, received '{\"text\": ' (Expecting value)",
@@ -753,7 +755,7 @@ SQUAD = {"title": "T", "context": "C", "question": "Q"}
     ),
     (
         ("SST2", {"sentence": "\ud800", "label": 1}),
-        "train.jsonl, line 7: expected text in the field 'sentence', received half a character, '\\ud800'",
+        "train.jsonl, line 7: expected text in the field 'sentence', received a lone surrogate in '\\ud800'",
     ),
     (
         ("CB", {"premise": "A.", "hypothesis": "B.", "label": -1}),
@@ -818,8 +820,8 @@ def row_of_a_task(task, row):
 @refused(
     (((), 0), "an example: expected options to choose from, received none"),
     ((("Yes", "No", "Yes"), 0), "an example: expected options that differ, received 'Yes' twice"),
-    ((("Yes", "No"), 2), "an example: expected the place of one of 2 options as the answer, received 2"),
-    ((("Yes", "No"), -1), "an example: expected the place of one of 2 options as the answer, received -1"),
+    ((("Yes", "No"), 2), "an example: expected the index of one of 2 options as the answer, received 2"),
+    ((("Yes", "No"), -1), "an example: expected the index of one of 2 options as the answer, received -1"),
 )
 def example(options, answer):
     Example("Is it?", options, answer)
@@ -888,7 +890,7 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
     ),
     (
         {"options": ["a", "a "]},
-        "rows.jsonl, line 16: expected options that differ not in blanks alone, received ('a', 'a ') (2 of 2 rows "
+        "rows.jsonl, line 16: expected options that differ in more than spaces, received ('a', 'a ') (2 of 2 rows "
         "cannot be used; up to 1 % would be left out)",
     ),
     (
@@ -953,7 +955,7 @@ LONG = "The capital of the country is the largest town. " * 9
     (([USER], CHAT), "rows.jsonl, line 16: expected a turn of the role assistant, received ['user']"),
     (
         ([USER, ASSISTANT, USER], CHAT),
-        "rows.jsonl, line 16: expected the assistant's turn as the last one, for a loss (predict answers another's), "
+        "rows.jsonl, line 16: expected the assistant's turn as the last one, for a loss (predict answers another role's), "
         "received one of the role user",
     ),
     (
@@ -969,7 +971,7 @@ LONG = "The capital of the country is the largest town. " * 9
     ),
     (
         ([ASSISTANT, USER], CHAT),
-        "rows.jsonl, line 16: expected a conversation that somebody else begins, received one that the assistant does",
+        "rows.jsonl, line 16: expected a first turn of another role than assistant, received the assistant's",
     ),
     (
         ([SYSTEM, USER, ASSISTANT], ALTERNATING),
@@ -997,12 +999,12 @@ def conversation(messages, chat=None, stage="fit"):
     ),
     (
         ({"prompt": "It", "response": LONG},),
-        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end among them (data.max_length is 30), "
+        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end included (data.max_length is 30), "
         "received one of 100",
     ),
     (
         ({"prompt": "It", "response": LONG}, "fit", CHAT),
-        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end among them (data.max_length is 30), "
+        "rows.jsonl, line 16: expected a response of 1 to 29 tokens, its end included (data.max_length is 30), "
         "received one of 101",
     ),
     (

@@ -125,7 +125,7 @@ def test_no_option_is_cut(sst2):
         encode_examples(tokenizer, [example], n_option)
     with pytest.raises(UserError, match="expected options that add tokens"):
         encode_examples(tokenizer, [Example("It was", ("", " great"), 0)], 500)
-    with pytest.raises(UserError, match=r"expected options that differ not in blanks alone, received \('Yes', 'Yes '"):
+    with pytest.raises(UserError, match=r"expected options that differ in more than spaces, received \('Yes', 'Yes '"):
         encode_examples(tokenizer, [Example("It was", ("Yes", "Yes "), 0)], 500)
     with pytest.raises(UserError, match="expected a prompt of at least one token"):
         encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
@@ -197,7 +197,7 @@ def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path)
     assert (len(drawn.train), len(drawn.val)) == (3, 2)
     with pytest.raises(UserError, match=r"expected at least 5 \+ 2 = 7 rows, received 6"):
         attach(TextDataModule(source, train_size=5, val_size=2)).setup("fit")
-    with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end among them"):
+    with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end included"):
         encode_responses(tiny.tokenizer(), [("Is it? ", "It is one of the oldest.")], 4, ["here"])
     assert encode_texts(tiny.tokenizer("gpt2"), [""], 8) == [[]]
 

@@ -206,7 +206,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
         examples(rows, tmp_path, own, "predict", cls=TextDataModule, max_new_tokens=64)
     (row,), _ = examples(rows, tmp_path, own, cls=TextDataModule, max_length=30)
     assert own.decode([label for label in row["labels"] if label != -100]).strip() == "It is.</s>"
-    with pytest.raises(UserError, match=r"line 1: expected a response of 1 to 29 tokens, its end among them"):
+    with pytest.raises(UserError, match=r"line 1: expected a response of 1 to 29 tokens, its end included"):
         examples([{"prompt": "It", "response": long}], tmp_path, own, cls=TextDataModule, max_length=30)
 
 

@@ -104,7 +104,7 @@ def test_a_cache_that_fails_is_said_and_costs_nothing_else(cache, computed, capl
     cache.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         assert tokenize(tiny.tokenizer(), TEXTS) == tiny.tokenizer()(TEXTS)["input_ids"]
-    assert f"Tokens are computed anew, for the cache in {cache} fails" in caplog.text
+    assert f"tokenizing without a cache, for the cache in {cache} fails" in caplog.text
 
 
 def test_a_broken_file_in_the_cache_is_no_end(cache, computed, caplog):

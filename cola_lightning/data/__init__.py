@@ -1,4 +1,4 @@
-"""Data modules; they know nothing of models or chains."""
+"""Data modules; they do not depend on models or chains."""
 
 from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.digits import DigitsDataModule

@@ -1,4 +1,4 @@
-"""What data modules share: loaders whose training order goes on where a run stopped."""
+"""Base class of the data modules: loaders that resume the training order inside an epoch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from cola_lightning.seeding import check_seed, derive_seed, seeded
 
 
 def batches_done(trainer: Trainer | None) -> int:
-    """Training batches of the current epoch that a resumed run has behind it; 0 in a run that is not resumed."""
+    """Training batches of the current epoch that were done before a resume; 0 in a run that is not resumed."""
     if trainer is None or not trainer.training:
         return 0
     return (trainer.fit_loop.batch_idx + 1) % int(trainer.num_training_batches)  # all of them: the next epoch begins
 
 
 class SeededBatches(Dataset[Any]):
-    """Batches of a data set's rows, each made under a seed of its own: random augmentation is the same in a resumed epoch.
+    """Batches of a data set's rows, each collated under its own seed: random augmentation is the same in a resumed epoch.
 
     Args:
         rows: the data set.
         collate: makes a batch of rows.
-        seed: of all draws, with the epoch and the places of a batch's rows.
+        seed: combined with the epoch and the indices of a batch's rows.
     """
 
     def __init__(self, rows: Any, collate: Callable[[list[Any]], Any], seed: int | str) -> None:
@@ -40,56 +40,56 @@ class SeededBatches(Dataset[Any]):
         return self.rows[place]
 
     def __getitems__(self, places: list[int]) -> Any:
-        """The batch of the rows at these places; in a worker process, where there are any."""
+        """The batch of the rows at these indices; runs in a worker process if there are any."""
         with seeded(derive_seed(self.seed, self.epoch, *places)):
             return self.collate([self.rows[place] for place in places])
 
 
 class EpochLoader(DataLoader[Any]):
-    """A loader over an :class:`EpochSampler`. It has no state: the order is a function, the place in it is the trainer's."""
+    """A loader over an :class:`EpochSampler`. It has no state: the order is a function, the trainer has the position in it."""
 
     @override
     def __iter__(self) -> Any:
-        # A generator: workers would ask for the epoch's first rows at once, before the run knows its epoch and its place in it.
+        # A generator: otherwise workers fetch the epoch's first rows at once, before the run knows its epoch and position.
         if isinstance(self.dataset, SeededBatches):
             self.dataset.epoch = getattr(self.sampler, "epoch", 0)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; that there is such a method tells Lightning that the loader goes on where a run stopped."""
+        """Empty; the method's existence tells Lightning that the loader can resume inside an epoch."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Refuses a number of rows below 1; each is named by its field, and None where it is not given."""
+    """Refuses a number of rows below 1; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
 
 
 def check_shares(**sizes: float | None) -> None:
-    """Refuses what is neither a number of rows nor a share of them; each is named by its field, and None is neither given."""
+    """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
             raise UserError(f"data.{field}: expected a whole number of rows of at least 1, or a share below 1, received {size}")
 
 
 class EpochDataModule(LightningDataModule, ABC):
-    """Loaders over the parts of a data set, which a subclass' ``setup`` makes: sequences of rows.
+    """Loaders over the parts of a data set, sequences of rows that a subclass' ``setup`` creates.
 
     Attributes:
-        train: rows of training.
-        val: rows of validation.
-        test: rows of test, and of predict.
-        length_grouped: whether a training batch has rows of like length.
-        can_be_tested: whether the rows of test have what they are measured by.
+        train: training rows.
+        val: validation rows.
+        test: rows of test and predict.
+        length_grouped: whether a training batch has rows of similar length.
+        can_be_tested: whether the test rows have labels or answers to be scored with.
 
     Args:
         batch_size: rows per training batch.
@@ -123,25 +123,25 @@ class EpochDataModule(LightningDataModule, ABC):
     @abstractmethod
     @override
     def setup(self, stage: str) -> None:
-        """Makes the parts that the stage needs: ``fit``, ``validate``, ``test`` or ``predict``."""
+        """Creates the parts that the stage needs: ``fit``, ``validate``, ``test`` or ``predict``."""
 
     @property
     def order_seed(self) -> int | str:
-        """What the order of training follows from, with the epoch: the split's seed and the module's."""
+        """The seed of the training order, besides the epoch: the split's seed and the module's."""
         return f"{self.split_seed} {getattr(self.trainer and self.trainer.lightning_module, 'seed', None)}"
 
     @property
     def prompt_format(self) -> dict[str, Any]:
-        """How a language model was prompted, for whoever uses it after the training; checkpoints hold it.
+        """How a language model was prompted, for its use after training; checkpoints store it.
 
         In plain types: ``kind`` (``text``, ``response``, ``answer`` or ``options``), ``chat_template`` (whether prompts are a
-        user's turn in the tokenizer's), and, where these are the same for all rows, ``prompt`` and ``options``, with a row's
-        fields in braces. Empty where a model is not prompted.
+        user's turn in the tokenizer's), and, if the same for all rows, ``prompt`` and ``options``, with a row's fields in
+        braces. Empty if the model is not prompted.
         """
         return {}
 
     def length(self, row: Any) -> int:
-        """How long a row is; evaluation of all rows goes from the longest to the shortest, so that little is padding."""
+        """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
         return 0
 
     def collate(self, rows: list[Any]) -> Any:
@@ -163,7 +163,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @property
     def _processes(self) -> tuple[int, int]:
-        """How many processes share the rows, and which of them this is."""
+        """The number of processes that share the rows, and this process's rank."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @override
@@ -183,19 +183,19 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @property
     def _is_order_free(self) -> bool:
-        """Whether all rows are predicted, and the predictions are only written, with their places, and not returned."""
+        """Whether all rows are predicted, and the predictions are not returned but only written, with their indices."""
         trainer = self.trainer
         if trainer is None or not trainer.predicting or trainer.predict_loop.return_predictions:
             return False
         return self._takes_all("limit_predict_batches")
 
     def _takes_all(self, limit: str) -> bool:
-        """Whether all rows of a part are taken, as far as a limit of the trainer's says so."""
+        """Whether a limit of the trainer includes all rows of a part."""
         value = getattr(self.trainer, limit, None)
         return isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
 
     def _evaluation_loader(self, data: Any, limit: str) -> EpochLoader:
-        # Under a limit, the first rows, and not the longest: a label whose rows are long could be all of them.
+        # Under a limit, the first rows, not the longest: those could all have one label, whose rows are long.
         order = self._by_length(data) if self._takes_all(limit) else list(range(len(data)))
         return self._loader(data, self.eval_batch_size, order)
 
@@ -203,18 +203,18 @@ class EpochDataModule(LightningDataModule, ABC):
         return sorted(range(len(data)), key=lambda place: -self.length(data[place]))
 
     def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
-        # Keywords: Lightning makes this loader anew for predict. A generator of its own: without one, each pass over the data
-        # would draw from the global one.
-        how: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator(), "collate_fn": _as_it_is}
+        # Keywords: Lightning rebuilds this loader for predict. A separate generator: without it, each pass over the data would
+        # draw from the global one.
+        options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator(), "collate_fn": _identity}
         batches = SeededBatches(data, self.collate, self.order_seed)
-        return EpochLoader(batches, batch_size=batch_size, sampler=sampler, **how)
+        return EpochLoader(batches, batch_size=batch_size, sampler=sampler, **options)
 
-    # ------------------------------------------------------------------ the place in an epoch, in a checkpoint
+    # ------------------------------------------------------------------ the position in an epoch, in a checkpoint
 
     def _order(self) -> dict[str, Any]:
-        """What the order of an epoch's batches follows from, by the option that changes it.
+        """The values that determine the order of an epoch's batches, by option.
 
-        Processes take turns in the order, so that batches of half the size on twice as many processes are the same rows.
+        Processes take turns in the order, so batches of half the size on twice as many processes hold the same rows.
         """
         return {
             "data.batch_size x processes": self.batch_size * self._processes[0],
@@ -225,19 +225,19 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What the place in an epoch depends on; see :meth:`load_state_dict`."""
+        """What the position in an epoch depends on; see :meth:`load_state_dict`."""
         return self._order() if hasattr(self, "train") else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes note of it: a run that goes on inside an epoch needs the same."""
+        """Records the state: a run that resumes inside an epoch needs the same values."""
         self._order_of_checkpoint = dict(state_dict)
 
     def _check_same_order(self) -> None:
-        """Refuses to go on inside an epoch whose rows would come in another order, some of them twice and some never."""
+        """Refuses to resume inside an epoch in another order, in which rows would be repeated and others omitted."""
         for option, value in self._order().items():
             if self._order_of_checkpoint.get(option, value) != value:
                 raise UserError(
-                    f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint lies inside an epoch, "
-                    f"received {value}; one from the end of an epoch can go on with another"
+                    f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint was written inside an epoch, "
+                    f"received {value}; a checkpoint from the end of an epoch allows another"
                 )

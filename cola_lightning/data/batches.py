@@ -1,4 +1,4 @@
-"""From tokens to batches, padded on the left."""
+"""Collates tokens into batches, padded on the left."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def collate_options(
         batch["prompt_ids"] = _pad_left([row.prompt_ids for row in rows], pad)
         batch["prompt_mask"] = _pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
         batch["references"] = [list(row.example.references) for row in rows]
-    if not all(row.prefixes for row in rows):  # answers are not known, and are to be generated
+    if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
         return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
     n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
@@ -54,7 +54,7 @@ def collate_options(
 
 
 def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]:
-    """The usual language-model batch, padded on the left, so that the tokens with a loss stand together at its end."""
+    """The usual language-model batch, padded on the left, so that the tokens with a loss are aligned at its end."""
     return {
         "input_ids": _pad_left([row["input_ids"] for row in rows], pad),
         "attention_mask": _pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
@@ -63,7 +63,7 @@ def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]
 
 
 def collate_prompts(rows: Sequence[PromptRow], pad: int, decoding: Decoding, end_tokens: list[int]) -> dict[str, Any]:
-    """Prompts to go on from, padded on the left, and how: see :meth:`~cola_lightning.COLACausalLM.generate`."""
+    """Prompts for generation, padded on the left, and decoding options: see :meth:`~cola_lightning.COLACausalLM.generate`."""
     return {
         "prompt_ids": _pad_left([row.prompt_ids for row in rows], pad),
         "prompt_mask": _pad_left([[1] * len(row.prompt_ids) for row in rows], 0),

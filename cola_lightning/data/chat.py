@@ -13,17 +13,17 @@ from cola_lightning.turns import Messages, render
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Messages], max_length: int, places: Sequence[str], *, keeps_response: bool = False
 ) -> list[LanguageRow]:
-    """Conversations as tokens in the tokenizer's chat template; the loss is on what the assistant says, its end included.
+    """Conversations as tokens in the tokenizer's chat template; the loss is on the assistant's turns, including their end.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, a fast one.
-        conversations: turns of a ``role`` and its ``content``.
-        max_length: in tokens; a longer conversation loses its beginning.
-        places: where each stands, for messages.
-        keeps_response: whether what the assistant says must not lose its beginning.
+        tokenizer: a fast Hugging Face tokenizer.
+        conversations: turns, each with ``role`` and ``content``.
+        max_length: in tokens; a longer conversation is truncated on the left.
+        places: each conversation's file and line, for messages.
+        keeps_response: whether to refuse a conversation whose assistant's turns would be truncated.
 
     Raises:
-        UserError: if the assistant does not have the last word, or it begins, or the template does not write turn after turn.
+        UserError: if the last turn is not the assistant's, the first one is, or the template does not write turn after turn.
     """
     written = [_write(tokenizer, messages, place) for messages, place in zip(conversations, places, strict=True)]
     tokens = tokenize_with_places(tokenizer, [text for text, _ in written])
@@ -43,9 +43,9 @@ def encode_conversations(
 
 
 def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and where in it the assistant speaks."""
+    """A conversation as text, and the spans of the assistant's turns in it."""
     if messages[0]["role"] == "assistant":
-        raise UserError(f"{place}: expected a conversation that somebody else begins, received one that the assistant does")
+        raise UserError(f"{place}: expected a first turn of another role than assistant, received the assistant's")
     text, said = render(tokenizer, messages, place, is_open=False), []
     for k, turn in enumerate(messages):
         if turn["role"] == "assistant":
@@ -58,7 +58,7 @@ def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tu
         raise UserError(f"{place}: expected a turn of the role assistant, received {[turn['role'] for turn in messages]}")
     if messages[-1]["role"] != "assistant":
         raise UserError(
-            f"{place}: expected the assistant's turn as the last one, for a loss (predict answers another's), "
+            f"{place}: expected the assistant's turn as the last one, for a loss (predict answers another role's), "
             f"received one of the role {messages[-1]['role']}"
         )
     return text, said

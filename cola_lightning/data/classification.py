@@ -16,8 +16,8 @@ from cola_lightning.errors import UserError
 class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
-    Labels are names or whole numbers. Unless the model is given them (``model.label_names``), they are those of the train
-    split, or of a single file, in sorted order. ``predict`` takes rows without a label, too.
+    Labels are names or whole numbers. Without ``model.label_names``, they are those of the train split, or of a single file, in
+    sorted order. ``predict`` also accepts rows without a label.
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
@@ -58,7 +58,7 @@ class TextClassificationDataModule(SourceDataModule):
         """The labels in the order of the model's outputs.
 
         Raises:
-            UserError: for a module that is no classifier, or one that has not been told yet.
+            UserError: for a module that is not a classifier, or whose labels are not known yet.
         """
         names = getattr(self._module, "label_names", None)
         if names is None and (n_labels := getattr(self._module, "num_labels", None)) is not None:
@@ -84,7 +84,7 @@ class TextClassificationDataModule(SourceDataModule):
     @override
     def look_at(self, rows: list[Row]) -> None:
         for field in self.text_fields:
-            rows[0][field]  # one that is not there is said of the first row, whichever is drawn
+            rows[0][field]  # a missing field is reported for the first row, whichever rows are drawn
         if hasattr(self._module, "settle_labels") and (found := find_labels(rows, self.label_field)):
             self._module.settle_labels(found)
 
@@ -98,7 +98,7 @@ class TextClassificationDataModule(SourceDataModule):
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if not rows:
             return []
-        # Labels first: what is wrong with them is often wrong with the choice of columns or files.
+        # Labels first: their errors often reveal a wrong choice of columns or files.
         field, is_known = self.label_field, [row.has_target(self.label_field) for row in rows]
         places = {name: place for place, name in enumerate(self.label_names)} if any(is_known) else {}
         labels = [place_of_label(row, field, places) if known else None for row, known in zip(rows, is_known, strict=True)]
@@ -130,6 +130,6 @@ class TextClassificationDataModule(SourceDataModule):
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
-        # On the right, whatever the tokenizer prefers: not every classifier with learned positions asks where padding ends.
+        # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

@@ -15,7 +15,7 @@ class DigitsDataModule(EpochDataModule):
 
     Args:
         batch_size: rows in a batch.
-        split_seed: which rows are in which part, and the order of training.
+        split_seed: seed of the split and of the training order.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998,

@@ -8,17 +8,17 @@ from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
 
-LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX where no loss is wanted
+LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX for tokens without a loss
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """What a model is to go on from, in tokens.
+    """A prompt for generation, in tokens.
 
     Attributes:
         prompt_ids: the tokens.
-        prompt: as it stands in the data: a text, or the turns of a conversation.
-        target: what the response should be; None where the data does not say.
+        prompt: the prompt in the data: a text, or the turns of a conversation.
+        target: the expected response; None if the data has none.
     """
 
     prompt_ids: list[int]
@@ -27,7 +27,7 @@ class PromptRow:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
-    """Texts as tokens with a loss on all of them; a longer one becomes several rows, one of a token alone becomes none."""
+    """Texts as tokens with a loss on all of them; a text over ``max_length`` becomes several rows, a single token none."""
     rows = []
     for ids in tokenize(tokenizer, texts):
         ids = ids + _end_of_text(tokenizer, ids)
@@ -40,16 +40,16 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
 def encode_responses(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int, places: Sequence[str]
 ) -> list[LanguageRow]:
-    """Prompts with their responses, each as tokens of one text; the loss is on the response and the end of text after it.
+    """Prompts with their responses, each pair tokenized as one text; the loss is on the response and its end-of-text token.
 
-    A token that holds the end of the prompt and the beginning of the response is the response's, and so are blanks at the
-    prompt's end, whether they are tokens of their own or not: what is generated follows a prompt without them.
+    A token that spans the boundary of prompt and response counts as the response's, and so do spaces at the prompt's end,
+    whether they are separate tokens or not: in generation the prompt has none.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        pairs: prompt and response. The prompt loses tokens at the left where both are too long; the response is never cut.
-        max_length: of both, in tokens.
-        places: where each stands, for messages.
+        pairs: prompt and response. If both together are too long, the prompt is truncated on the left, never the response.
+        max_length: of both together, in tokens.
+        places: each pair's file and line, for messages.
 
     Raises:
         UserError: if a response alone is too long, or adds nothing to its prompt.
@@ -72,13 +72,13 @@ def encode_responses(
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int, *, is_whole: bool) -> list[list[int]]:
-    """Prompts to go on from as tokens; a longer one loses tokens at the left, as in training.
+    """Prompts for generation as tokens; a longer one is truncated on the left, as in training.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompts: what is gone on from; blanks at their ends are left to what is generated.
+        prompts: the texts; spaces at their ends are removed, for the model to generate.
         max_length: in tokens.
-        is_whole: whether they are written in the chat template; nothing is left out, then.
+        is_whole: whether they are formatted by the chat template; their spaces then stay.
     """
     if is_whole:
         return [ids[-max_length:] for ids in tokenize(tokenizer, prompts, is_whole=True)]
@@ -87,9 +87,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int, *, i
 
 
 def response_too_long(place: str, n_response: int, max_length: int) -> UserError:
-    """The error for a response that would be cut."""
+    """The error for a response that would be truncated."""
     return UserError(
-        f"{place}: expected a response of 1 to {max_length - 1} tokens, its end among them (data.max_length is {max_length}), "
+        f"{place}: expected a response of 1 to {max_length - 1} tokens, its end included (data.max_length is {max_length}), "
         f"received one of {n_response}"
     )
 
@@ -112,5 +112,5 @@ def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]
 
 
 def n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts share at their beginning."""
+    """The length of the common prefix of two token sequences."""
     return next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""Prompts with their options, and what they are in tokens."""
+"""Prompts with their options, and their tokens."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,17 +18,17 @@ class Example:
     """A prompt, the options to choose from, and which one is right; or a prompt whose answer is generated.
 
     Attributes:
-        prompt: what stands before each option.
-        options: appended to the prompt, without blanks at their ends; where the answer is generated, the one that is learned,
-            or none where that is not known.
-        answer: the right one's place among them; None where it is not known, as in rows to be predicted.
-        place: where the row stands, for messages.
-        accepted: places of all options that count as right, where there are several.
-        references: where the answer is generated: what it is compared with.
+        prompt: the text before each option.
+        options: appended to the prompt, without spaces at their ends; if the answer is generated: the answer that is trained
+            on, or none if it is not known.
+        answer: the index of the right option; None if it is not known, as in rows to be predicted.
+        place: the row's file and line, for messages.
+        accepted: indices of all options that count as right, if there are several.
+        references: if the answer is generated: the answers it is compared with.
 
     Raises:
         UnusableRow: if there is no option, or if two are equal.
-        UserError: if the answer is none of them.
+        UserError: if the answer is not the index of an option.
     """
 
     prompt: str
@@ -48,16 +48,16 @@ class Example:
             raise UnusableRow(f"{self.place}: expected options that differ, received {twice!r} twice")
         if self.answer is not None and not 0 <= self.answer < len(self.options):
             raise UserError(
-                f"{self.place}: expected the place of one of {len(self.options)} options as the answer, received {self.answer}"
+                f"{self.place}: expected the index of one of {len(self.options)} options as the answer, received {self.answer}"
             )
 
     @property
     def is_generated(self) -> bool:
-        """Whether the answer is generated, and not chosen among options."""
+        """Whether the answer is generated, not chosen among options."""
         return bool(self.references) or not self.options
 
     def right(self) -> "Example":
-        """The same with the right option alone, and not to be generated: what the language model's loss needs."""
+        """The example with only the right option, and no references: what the language-model loss needs."""
         assert self.answer is not None, "a row that is trained on has an answer"
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
@@ -68,13 +68,13 @@ class EncodedExample:
 
     Attributes:
         example: what was encoded.
-        prefixes: what precedes an option's last token: once for all options that share it, so that options of one token
+        prefixes: the tokens before an option's last token, once for all options that share them, so that options of one token
             need one forward pass.
-        prefix_of: for each option, its place in ``prefixes``.
+        prefix_of: for each option, its index in ``prefixes``.
         option_ids: for each option, its tokens.
-        prompt_ids: where the answer is generated, the prompt, with room left for the answer; else empty. Without an option,
-            it is all that there is.
-        n_shared: with how many tokens all prefixes begin, without those that an option's tokens are predicted at.
+        prompt_ids: the prompt, with room left for the answer, if the answer is generated; else empty. Without an option, all
+            other token fields are empty.
+        n_shared: length of the common prefix of all prefixes, without positions at which an option's tokens are predicted.
     """
 
     example: Example
@@ -97,22 +97,22 @@ def encode_examples(
     is_learned: bool = False,
     left_out: LeftOut | None = None,
 ) -> list[EncodedExample]:
-    """Tokenises prompt and option as one text; what that has more than the prompt alone is the option.
+    """Tokenizes prompt and option as one text; the option's tokens are those that the prompt alone does not have.
 
-    White space before a prompt goes, and blanks at its end and an option's (not in a chat template): a blank between the two
-    belongs to the option. A text that is too long loses tokens at the left; a beginning-of-sentence token stays. No option is
-    cut. Where the answer is generated, prompt and option have 50 tokens less, as many as are generated behind a prompt.
+    White space before a prompt is removed, and spaces at its end and an option's (not in a chat template): a space between the
+    two belongs to the option. A text that is too long is truncated on the left; a beginning-of-sentence token stays. No option
+    is truncated. If the answer is generated, prompt and option have 50 tokens less, the maximum number of generated tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        examples: what to encode.
+        examples: the examples to encode.
         max_length: of prompt and option, in tokens.
-        is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option what the assistant says.
-        is_learned: whether the language model's loss on the right options is all that is needed of them.
-        left_out: takes note of those that cannot be encoded; None: the first one is an error.
+        is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option the assistant's turn.
+        is_learned: whether to encode only the right options, for the language-model loss.
+        left_out: records the examples that cannot be encoded; None: the first one is an error.
 
     Raises:
-        UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another in blanks alone.
+        UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another only in spaces.
         UserError: if ``max_length`` leaves no room.
 
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
@@ -138,7 +138,7 @@ def encode_examples(
         with left_out.if_unusable() if left_out else nullcontext():
             if len(set(afters[own])) < len(example.options):
                 raise UnusableRow(
-                    f"{example.place}: expected options that differ not in blanks alone, received {example.options}"
+                    f"{example.place}: expected options that differ in more than spaces, received {example.options}"
                 )
             if not prompt:
                 raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
@@ -149,7 +149,7 @@ def encode_examples(
 
 
 def _encode(example: Example, prompt: list[int], texts: list[list[int]], room: int, bos: int | None) -> EncodedExample:
-    """An example by the tokens of its prompt, and of the prompt with each option."""
+    """Encodes an example, given the tokens of its prompt, and of the prompt with each option."""
     prefixes: list[list[int]] = []
     prefix_of, option_ids = [], []
     for text in texts:

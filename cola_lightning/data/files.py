@@ -1,8 +1,8 @@
-"""Files of rows: CSV, TSV, JSON Lines, JSON and Parquet; each row knows its file and its line.
+"""Files of rows: CSV, TSV, JSON Lines, JSON and Parquet; each row records its file and line.
 
-CSV and JSON are read by the standard library, not by ``datasets``, which takes a text ``NA`` or ``null`` for a missing one, a
-text that is a date for a date and ``007`` for 7, shifts or drops the cells of a row that has too many, and knows no lines. All
-of a CSV file is text.
+CSV and JSON are read by the standard library, not by ``datasets``, which parses ``NA`` and ``null`` as missing, a text that is
+a date as a date and ``007`` as 7, shifts or drops the cells of a row that has too many, and has no line numbers. All values of
+a CSV file are text.
 """
 
 import csv
@@ -20,14 +20,15 @@ from cola_lightning.errors import UserError, one_line, shortened_text
 
 LONGEST_CELL = 2**31 - 1  # characters; the standard library's own limit is 131,072
 
-Rows = Generator[tuple[str, Any], None, None]  # each row's place in its file, and its fields
+Rows = Generator[tuple[str, Any], None, None]  # each row's line in its file, and its fields
 
 
 def iterate_file(path: Path) -> Iterator[Row]:
-    """The rows of a file, each as soon as it is read.
+    """The rows of a file, read lazily.
 
     Args:
-        path: it ends in one of :data:`ENDINGS`; all but Parquet may be compressed by gzip, and then end in ``.gz`` too.
+        path: a file that ends in one of :data:`ENDINGS`; all but Parquet may be compressed by gzip, and then also end in
+            ``.gz``.
 
     Raises:
         UserError: for another ending, a file without rows, and a line that cannot be read.
@@ -38,7 +39,7 @@ def iterate_file(path: Path) -> Iterator[Row]:
         yield from _iterate_parquet(path)
         return
     is_empty = True
-    with closing(READERS[ending](path)) as rows:  # with the file that it reads, where a row is refused
+    with closing(READERS[ending](path)) as rows:  # closes the file if a row is refused
         for place, fields in rows:
             if not isinstance(fields, dict):
                 raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
@@ -50,7 +51,7 @@ def iterate_file(path: Path) -> Iterator[Row]:
 
 
 def ending_of(name: str) -> str | None:
-    """The ending of a file's name that says how it is read, ``.gz`` left out; None if there is none.
+    """The ending of a file's name that selects its reader, without ``.gz``; None for an unknown one.
 
     Example:
         >>> ending_of("train.CSV"), ending_of("my.rows.jsonl.gz"), ending_of("rows.xlsx")
@@ -65,7 +66,7 @@ def ending_of(name: str) -> str | None:
 
 
 def _lines(path: Path) -> Generator[str, None, None]:
-    """The lines of a file in UTF-8, their ends included."""
+    """The lines of a file in UTF-8, with line ends."""
     number = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -75,7 +76,7 @@ def _lines(path: Path) -> Generator[str, None, None]:
         byte = error.object[error.start]
         raise UserError(f"{path}, line {number}: expected UTF-8, received the byte 0x{byte:02x}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: expected a file that gzip wrote, received another or a damaged one ({error})") from error
+        raise UserError(f"{path}: expected a gzip file, received another or a damaged one ({error})") from error
     except OSError as error:
         raise UserError(f"data.source: expected a file that can be read, received {str(path)!r}: {error.strerror}") from error
 
@@ -96,7 +97,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Rows:
             if cells and len(cells) != len(columns):
                 raise UserError(
                     f"{path}, line {line}: expected {len(columns)} columns, as in the first line, received {len(cells)}; a "
-                    f"text that holds {delimiter!r} stands in double quotes"
+                    f"text that contains {delimiter!r} needs double quotes"
                 )
             if cells:
                 yield f"line {line}", dict(zip(columns, cells, strict=True))
@@ -114,12 +115,12 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
-    """Refuses a first line that does not name columns, each once."""
+    """Refuses a first line without unique column names."""
     if not columns:
         received = "an empty file" if path.stat().st_size == 0 else "an empty line"
-        raise UserError(f"{path}: expected the names of the columns in the first line, received {received}")
+        raise UserError(f"{path}: expected column names in the first line, received {received}")
     if twice := [name for k, name in enumerate(columns) if name in columns[:k]]:
-        raise UserError(f"{path}, line 1: expected names of columns that differ, received {twice[0]!r} twice")
+        raise UserError(f"{path}, line 1: expected unique column names, received {twice[0]!r} twice")
     if len(columns) == 1 and (others := [mark for mark in ",;\t|" if mark in columns[0] and mark != delimiter]):
         raise UserError(
             f"{path}, line 1: expected columns separated by {delimiter!r} (.csv: by commas, .tsv: by tabs), received by "
@@ -143,14 +144,14 @@ def _read_json_lines(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """A list of objects, alone or as the one such list in an object; or JSON Lines, which often have this ending."""
+    """A list of objects, alone or as the only such list in an object; or JSON Lines, which often have this ending."""
     text = "".join(_lines(path))
     if not text.strip():
         return
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # behind a first object
+        if error.msg == "Extra data":  # after a first object
             yield from _read_json_lines(path)
             return
         raise UserError(f"{path}, line {error.lineno}: expected JSON, received something else ({error.msg})") from error
@@ -160,7 +161,7 @@ def _read_json(path: Path) -> Rows:
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         if len(lists) != 1:
             fields = ", ".join(map(repr, value)) or "no field"
-            raise UserError(f"{path}: expected a list of objects, or one in an object, received an object of {fields}")
+            raise UserError(f"{path}: expected a list of objects, or an object with one such list, received one with {fields}")
         (value,) = lists
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of objects, received {shortened_text(json.dumps(value))!r}")
@@ -175,12 +176,12 @@ def _iterate_parquet(path: Path) -> Iterator[Row]:
     import datasets
 
     number = 0
-    try:  # streaming: no copy of the file in a cache
+    try:  # streaming: does not copy the file to a cache
         data = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
         names = class_names(data)
         for number, fields in enumerate(data, start=1):
             yield Row(fields, f"{path}, row {number}", names)
-    except Exception as error:  # whatever pyarrow makes of the bytes
+    except Exception as error:  # pyarrow may raise anything for damaged bytes
         raise UserError(
             f"{path}: expected a Parquet file, received another or a damaged one ({one_line(str(error))})"
         ) from error
@@ -189,7 +190,7 @@ def _iterate_parquet(path: Path) -> Iterator[Row]:
 
 
 def class_names(data: Any) -> dict[str, list[str]]:
-    """The names of the classes in those fields of a data set of ``datasets`` that hold classes by their places."""
+    """The class names of each ``ClassLabel`` field (which holds class indices) of a data set of ``datasets``."""
     features = getattr(data, "features", None) or {}
     return {field: list(kind.names) for field, kind in features.items() if hasattr(kind, "names")}
 
@@ -202,5 +203,5 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _read_json,
 }
 ENDINGS = (*READERS, ".parquet")
-EXPECTED = dict.fromkeys(READERS, "one JSON object a line") | {".json": "a list of objects"}
+EXPECTED = dict.fromkeys(READERS, "one JSON object per line") | {".json": "a list of objects"}
 EXPECTED |= dict.fromkeys((".csv", ".tsv"), "rows below the first line")

@@ -1,7 +1,7 @@
 """Short labelled reviews in plain English, written by a small grammar: a sentiment task that needs no download.
 
 A bag of words can't solve it: every review has a mirror image in its split, with the same slots and the opposite label, and in
-most templates the two are made of the very same words. The other templates have one adjective: some say it, some deny it.
+most templates the two consist of the same words. The other templates have one adjective: some affirm it, some negate it.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class Review:
 
 
 class Aspect(NamedTuple):
-    """What a review judges, and the two adjectives that it may get. The articles go by an adjective's first letter."""
+    """What a review judges, and the two adjectives for it. The article depends on an adjective's first letter."""
 
     noun: str
     good: str
@@ -37,7 +37,7 @@ class Aspect(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """Where aspects are found: here, or elsewhere; and who else has an opinion, as a plural."""
+    """The phrases for the place of a review's aspects, for another place, and for other people with an opinion (a plural)."""
 
     here: str
     elsewhere: str

@@ -1,4 +1,4 @@
-"""Labels of a classifier's rows: names, or whole numbers, as text; which there are, and each one's place among them."""
+"""Labels of a classifier's rows, names or whole numbers, as text: finding them, and mapping each to its index."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ MOST_LISTED = 20  # labels in a message
 
 
 def name_of_label(row: Row, field: str) -> str | None:
-    """A row's label as text: a name without blanks around it, a whole number, or the name of a class; None if there is none.
+    """A row's label as text: a name without surrounding white space, a whole number, or a class name; None if there is none.
 
     Raises:
-        UserError: if the field is not there, or holds something else.
+        UserError: if the field is missing, or holds something else.
 
     Example:
         >>> [name_of_label(Row({"label": value}, "here"), "label") for value in (" good ", 3, 1.0, True, "", None, -1)]
@@ -36,20 +36,20 @@ def _plain(value: Any) -> Any:
         return value.strip()
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # columns of pandas where some are missing
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # pandas columns with missing values
         return None if math.isnan(value) else int(value)
     return value
 
 
 def find_labels(rows: Sequence[Row], field: str) -> list[str]:
-    """The labels that rows have: in the order of their classes where the data tells these, else sorted, numbers by value.
+    """The labels of the rows: in the order of the data's class names if it has them, else sorted, numbers by value.
 
     Args:
-        rows: in which each has a label, but for those that may lack it.
-        field: that holds it.
+        rows: rows that have a label, unless they may lack it.
+        field: the field with the label.
 
     Raises:
-        UserError: for the first row without a label, and where some labels are numbers and others are text.
+        UserError: for the first row without a label, and if some labels are numbers and others are text.
 
     Example:
         >>> find_labels([Row({"label": value}, "here") for value in ("10", "9", "9")], "label")
@@ -81,15 +81,15 @@ def _present(row: Row, field: str) -> str:
 
 
 def place_of_label(row: Row, field: str, places: Mapping[str, int]) -> int:
-    """The place of a row's label among those that are known; a number that is none of their names is taken for the place.
+    """The index of a row's label among the known labels; a number that is not one of their names is used as the index.
 
     Args:
-        row: it.
-        field: that holds the label.
-        places: those of the labels, by name.
+        row: the row.
+        field: the field with the label.
+        places: the labels' indices, by name.
 
     Raises:
-        UserError: if the label is not known, or there is none.
+        UserError: if the label is not known, or missing.
     """
     name = _present(row, field)
     if name in places:

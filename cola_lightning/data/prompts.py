@@ -18,15 +18,15 @@ from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
 
-DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder a task
+DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder per task
 
 
 class OptionBatches(TokenizedDataModule):
-    """What data modules share whose rows are examples.
+    """Base class of data modules whose rows are examples.
 
     Attributes:
-        loss: over all ``options``, or the language model's on the right ``answer`` alone.
-        metric: what is measured; None: accuracy of options, F1 and exact match of generated answers.
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
+        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
         apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
     """
 
@@ -51,16 +51,16 @@ class OptionBatches(TokenizedDataModule):
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
 
-        None for what no template makes.
+        None for what is not made from a template.
         """
         return None, None
 
     def encode_examples(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
-        """Makes examples into tokens; ``left_out`` takes note of those that cannot be, else the first one is an error."""
+        """Encodes examples; ``left_out`` records those that cannot be encoded, without it the first one is an error."""
         return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template, left_out=left_out)
 
     def encode_learned(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
-        """The same, of examples to be trained on: what their loss needs of them."""
+        """Encodes training examples: only what their loss needs."""
         return encode_examples(
             self.tokenizer,
             examples,
@@ -71,12 +71,12 @@ class OptionBatches(TokenizedDataModule):
         )
 
     def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
-        """Makes rows into examples, and these into tokens; a few rows that cannot be used are left out.
+        """Converts rows to examples and encodes them; a few unusable rows are omitted.
 
         Args:
-            rows: of a part.
+            rows: the rows of a part.
             example: makes an example of a row.
-            is_learned: whether they are to be trained on.
+            is_learned: whether they are training rows.
 
         Raises:
             UserError: if more than one row in a hundred cannot be used.
@@ -110,7 +110,7 @@ class OptionDataModule(OptionBatches):
     """
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Makes examples into tokens."""
+        """Encodes examples."""
         return self.encode_examples(examples)
 
 
@@ -118,11 +118,11 @@ class PromptDataModule(OptionDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all three from the rows of
-    a single file. Up to one in a hundred of the rows of each that cannot be used (ReCoRD has entities twice) is left out with a
-    warning, but for predictions on a file, whose places are those of the rows.
+    a single file. Unusable rows (ReCoRD has duplicate entities), up to one in a hundred of each part, are omitted with a
+    warning, except in predictions on a file, whose indices are those of the rows.
 
     Args:
-        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or what is added to
+        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
             ``cola_lightning.data.tasks.TASKS``.
         source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, a single file (``.csv``, ``.tsv``,
             ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
@@ -131,13 +131,13 @@ class PromptDataModule(OptionDataModule):
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
-        train_size: rows of training, a number or, below 1, a share; ``null``: the protocol's (1000; CB 150, COPA 300), but
-            for WSC. Of a file: what the others leave.
-        val_size: rows of validation; ``null``: the protocol's (500; CB and COPA 100), but for WSC. WSC has 554 rows: the
-            protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for validation. Of a
-            file: a share of 0.1.
-        test_size: rows of test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277, SST2 872, WIC 638,
-            WSC 104). Of a file: a share of 0.1.
+        train_size: number of training rows or, below 1, their share; ``null``: the protocol's (1000; CB 150, COPA 300),
+            except for WSC. Of a file: all that remain.
+        val_size: number or share of validation rows; ``null``: the protocol's (500; CB and COPA 100), except for WSC, which
+            has 554 rows: the protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for
+            validation. Of a file: a share of 0.1.
+        test_size: number or share of rows for test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277,
+            SST2 872, WIC 638, WSC 104). Of a file: a share of 0.1.
         **rows: the other arguments of ``TokenizedDataModule``: how rows are drawn and batched.
 
     Raises:
@@ -212,7 +212,7 @@ class PromptDataModule(OptionDataModule):
             self.train = self.encode_rows(train, self.task.example, is_learned=True)
 
     def _draw(self, rows: Sequence[Row], what: str, **sizes: float | None) -> list[list[Row]]:
-        for row in rows[:1]:  # a field that is not there is no row's own mistake: it is said of the first
+        for row in rows[:1]:  # a missing field is not one row's error: it is reported for the first
             with suppress(UnusableRow):
                 self.task.example(row)
             self._template = template_of(self.task, row)

@@ -1,4 +1,4 @@
-"""A row of a data set, which knows where it stands."""
+"""A row of a data set, with its file and line."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 
 class Row(dict[str, Any]):
-    """A row's fields by name. A field that is asked for and is not there, or holds something else, is the user's mistake.
+    """A row's fields by name. Access to a missing field, or one of another type, raises a UserError.
 
-    One that is empty in this row makes it an :class:`~cola_lightning.errors.UnusableRow`.
+    Access to a field that is empty in this row raises an :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
         place: file and line, or data set and number.
-        class_names: for each field that holds a class by its place, the classes' names, where the data tells them.
+        class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
 
     Example:
@@ -41,12 +41,12 @@ class Row(dict[str, Any]):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            message = f"{self.place}: expected text in the field {field!r}, received half a character, {value!r}"
+            message = f"{self.place}: expected text in the field {field!r}, received a lone surrogate in {value!r}"
             raise UnusableRow(message) from error
         return value
 
     def texts(self, field: str) -> tuple[str, ...]:
-        """A field that holds a list of texts, one at least."""
+        """A field that holds a list of at least one text."""
         values = self[field]
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             kind = UnusableRow if values is None or values == [] else UserError
@@ -54,13 +54,13 @@ class Row(dict[str, Any]):
         return tuple(Row({field: value}, self.place).text(field) for value in values)
 
     def inner(self, field: str) -> "Row":
-        """A field that holds fields of its own."""
+        """A field that holds an object."""
         if not isinstance(value := self[field], dict):
             raise UserError(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
         return Row(value, self.place)
 
     def messages(self, field: str) -> list[dict[str, str]]:
-        """A field that holds a conversation: turns of a ``role`` and its ``content``."""
+        """A field that holds a conversation: turns with ``role`` and ``content``."""
         turns = self[field]
         if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
@@ -68,10 +68,10 @@ class Row(dict[str, Any]):
         return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
 
     def has_target(self, path: str) -> bool:
-        """Whether a label or an answer is there; true where it may not be missing: reading it then says what is wrong.
+        """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
 
         Args:
-            path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 are no target.
+            path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 count as missing.
         """
         if not self.may_lack_target:
             return True
@@ -79,19 +79,19 @@ class Row(dict[str, Any]):
         for field in path.split("."):
             value = value.get(field) if isinstance(value, dict) else None
         value = value.strip() if isinstance(value, str) else value
-        is_nan = isinstance(value, float) and math.isnan(value)  # as pandas writes what is missing
+        is_nan = isinstance(value, float) and math.isnan(value)  # pandas' missing value
         return not is_nan and value not in (None, "", [], -1)
 
     def label(self, field: str, n_labels: int) -> int | None:
-        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, is a row without a label.
+        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, means no label.
 
         Returns:
-            The label; None for a row that has none and may lack it.
+            The label; None if it is missing and the row may lack it.
         """
         if not self.has_target(field):
             return None
         value = self[field]
-        if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # in a CSV file all is text
+        if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text
             value = int(value)
         if not isinstance(value, int) or not 0 <= value < n_labels:
             kind = UnusableRow if value in (None, -1, "") else UserError

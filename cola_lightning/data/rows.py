@@ -1,4 +1,4 @@
-"""Rows of a data set: from the Hugging Face hub, a file, or a folder with a file a split."""
+"""Rows of a data set: from the Hugging Face hub, a file, or a folder with one file per split."""
 
 import logging
 from collections import Counter
@@ -18,29 +18,28 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PERCENT_LEFT_OUT = 1  # of the rows of a part, at most
+PERCENT_LEFT_OUT = 1  # at most, of the rows of a part
 
-NAMES_OF_SPLITS = {"validation": ("validation", "valid", "val", "dev")}  # of files; another split's is its own
+NAMES_OF_SPLITS = {"validation": ("validation", "valid", "val", "dev")}  # of files; those of other splits have the split's name
 
 
 def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
-    """All rows of a split; of a file, all rows, whatever the split.
+    """All rows of a split; for a single file, all its rows, whatever the split.
 
     Args:
-        source: a file, a folder that holds a file ``{split}.csv``, ``{split}.jsonl`` and so on, or the id of a data set on the
-            hub.
+        source: a file, a folder with a file ``{split}.csv``, ``{split}.jsonl`` and so on, or the id of a data set on the hub.
         split: ``train``, ``validation``, ``test``.
         subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
 
     Raises:
-        UserError: if there is no such file, folder or data set, or a line that cannot be read.
-        HubError: if the data set is on the hub, and the hub cannot be reached.
+        UserError: if there is no such file, folder or data set, or a line cannot be read.
+        HubError: if the data set is on the hub, which cannot be reached.
     """
     return list(_iterate_rows(source, split, subset))
 
 
 def first_row(source: str, split: str, subset: str | None = None) -> Row | None:
-    """The first row of a split, None of an empty one, without reading the others; see :func:`read_rows`."""
+    """The first row of a split, without reading the others; None for an empty split; see :func:`read_rows`."""
     return next(_iterate_rows(source, split, subset), None)
 
 
@@ -62,28 +61,28 @@ def is_file(source: str) -> bool:
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether a source has a split: a folder by its files; a file has none but ``train``; the hub's are taken to have two."""
+    """Whether a source has a split: a folder by its files; a file only ``train``; the hub is assumed to have validation too."""
     if (folder := _folder(source)) is not None:
         return bool(_files_of(folder, split))
     return split == "train" or (split == "validation" and not is_file(source))
 
 
 def let_lack_targets(rows: list[Row]) -> list[Row]:
-    """Marks rows that are to be predicted, whose labels or answers may be missing."""
+    """Marks rows to be predicted, whose labels or answers may be missing."""
     for row in rows:
         row.may_lack_target = True
     return rows
 
 
 def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
-    """Lets one process download a data set from the hub before all read it; files need nothing."""
+    """Downloads a data set from the hub, in one process before all read it; nothing to do for files."""
     if _folder(source) is None and not is_file(source):
         for split in sorted(splits):
             _load_from_hub(source, split, subset)
 
 
 def check_subset(source: str | None, subset: str | None) -> None:
-    """Refuses a subset where nothing on the hub is named that could have it."""
+    """Refuses a subset unless the source names a data set on the hub."""
     if subset is not None and (source is None or _folder(source) is not None or is_file(source)):
         raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")
 
@@ -111,7 +110,7 @@ def _file_of(folder: Path, split: str) -> Path:
 
 
 def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
-    # A name with the ending of a file would be asked for on the hub, in vain.
+    # The hub would be asked in vain for a name with the ending of a file.
     if ending_of(source) is not None or not hub.is_repo_id(source):
         raise UserError(
             "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
@@ -122,7 +121,7 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
     try:
         with hub.offline_if_unreachable() as is_offline:
             return datasets.load_dataset(source, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # what it raises for ids, subsets and splits that are not there
+    except (OSError, ValueError, RuntimeError) as error:  # for ids, subsets and splits that do not exist
         if is_offline:
             raise HubError(
                 f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
@@ -134,7 +133,7 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
 
 
 class LeftOut:
-    """The rows of a part that cannot be used: left out with a warning where they are few.
+    """The unusable rows of a part, which are omitted with a warning if they are few.
 
     Example:
         >>> left_out = LeftOut()
@@ -149,20 +148,20 @@ class LeftOut:
 
     @contextmanager
     def if_unusable(self) -> Iterator[None]:
-        """Takes note of a row that turns out to be unusable inside the block, and goes on behind it."""
+        """Records an UnusableRow raised inside the block, and continues after it."""
         try:
             yield
         except UnusableRow as error:
             self.errors.append(error)
 
     def check(self, n_rows: int) -> None:
-        """Warns of what is left out.
+        """Warns of the omitted rows.
 
         Args:
-            n_rows: of the part, these among them.
+            n_rows: number of rows of the part, including the omitted ones.
 
         Raises:
-            UserError: if it is more than one in a hundred.
+            UserError: if more than one in a hundred is omitted.
         """
         n_left_out = len(self.errors)
         if not n_left_out:
@@ -175,7 +174,7 @@ class LeftOut:
 
 
 def rows_of(size: float, n_rows: int) -> int:
-    """How many rows a size is: a number of them, or, below 1, a share, at least one row.
+    """The number of rows for a size: a number or, below 1, a share, of at least one row.
 
     Example:
         >>> rows_of(0.25, 10), rows_of(0.01, 10), rows_of(7, 10)
@@ -190,12 +189,12 @@ def draw(
     """Disjoint parts of the rows, drawn together by one seeded permutation.
 
     Args:
-        rows: what is drawn from, in its order.
-        sizes: of the parts.
-        seed: of the permutation.
+        rows: the rows to draw from, in order.
+        sizes: the parts' sizes.
+        seed: the permutation's seed.
         what: names the rows in the message.
-        groups: for each row, the group that it is of: each part then has about the same share of each group, and of a group
-            of few rows the first parts have theirs first. None: by chance alone.
+        groups: each row's group, for a stratified split: each part has about the same share of each group, and earlier parts
+            have priority for a group of few rows. None: purely random.
 
     Raises:
         UserError: if there are fewer rows than the parts need.
@@ -206,7 +205,7 @@ def draw(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     if groups is not None:
         counts, seen = Counter(groups), Counter[object]()
-        places = {}  # from 0 to 1 in the row's own group: all groups are spread evenly over the order
+        places = {}  # position, from 0 to 1, in the row's group: all groups are spread evenly over the order
         for i in order:
             places[i] = (seen[groups[i]] + 0.5) / counts[groups[i]]
             seen[groups[i]] += 1

@@ -1,4 +1,4 @@
-"""In which order rows come: a training order that depends on a seed and the epoch alone, and rows dealt out to processes."""
+"""Samplers: a training order that depends only on a seed and the epoch, and rows distributed over processes."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -14,17 +14,17 @@ BATCHES_GROUPED = 50  # batches whose rows are sorted by length together
 class EpochSampler(DistributedSampler[int]):
     """Shuffles by (seed, epoch): the same order in a resumed epoch, whatever else was drawn before it.
 
-    Lightning calls :meth:`set_epoch`, and puts no sampler of its own in the place of a distributed one. Processes take turns in
-    the order; where they do not divide it, its first rows come again at its end.
+    Lightning calls :meth:`set_epoch`, and does not replace a distributed sampler by its own. Processes take turns in the order;
+    if their number does not divide its length, its first rows are repeated at its end.
 
     Args:
-        data: what is sampled; its length matters.
-        seed: of the order: a number, or several in a text.
-        rows_done: asked when an epoch's first row is: how many rows a resumed epoch has behind it.
-        n_processes: how many share the order.
-        rank: which of them this is.
-        lengths: of the rows, to go through rows of like length together; None: by chance alone.
-        batch_size: rows that are like, in a batch of all processes together; they matter with ``lengths`` alone.
+        data: the data set; only its length is used.
+        seed: seed of the order: a number, or several in a text.
+        rows_done: called at the start of an epoch: the number of rows done before a resume.
+        n_processes: the number of processes that share the order.
+        rank: this process's rank.
+        lengths: the rows' lengths, to group rows of similar length; None: purely random.
+        batch_size: rows in a group of similar length, a batch of all processes together; used only with ``lengths``.
 
     Example:
         >>> sampler = EpochSampler(range(4), seed=0)
@@ -60,13 +60,13 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
-    """Another order, in which each batch has rows of like length: of some fifty batches' rows at a time, so that chance stays.
+    """Reorders rows so that each batch has rows of similar length, sorted within fifty batches at a time to remain random.
 
     Args:
-        order: of the rows, by chance.
-        lengths: of the rows.
+        order: a random order of the rows.
+        lengths: the rows' lengths.
         batch_size: rows in a batch.
-        generator: which shuffles the batches.
+        generator: shuffles the batches.
 
     Example:
         >>> group_by_length([0, 1, 2, 3], [9, 2, 8, 1], 2, torch.Generator().manual_seed(0))
@@ -76,20 +76,20 @@ def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, g
     pieces = [sorted(order[start : start + near], key=lambda row: -lengths[row]) for start in range(0, len(order), near)]
     ordered = [row for piece in pieces for row in piece]
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    n_whole = len(ordered) // batch_size  # a last one that is not stays the last
+    n_whole = len(ordered) // batch_size  # an incomplete last batch stays last
     shuffled = torch.randperm(n_whole, generator=generator).tolist()
     return [row for place in [*shuffled, *range(n_whole, len(batches))] for row in batches[place]]
 
 
 class DealingSampler(DistributedSampler[int]):
-    """Deals rows out to processes, one after another in an order.
+    """Distributes rows over processes round-robin, in a given order.
 
-    Some are dealt twice, so that each process has as many: where a model is sharded, all must compute together.
+    Some rows are repeated, so that all processes have equally many: with a sharded model, all must run each forward pass.
 
     Args:
-        order: of the rows.
-        n_processes: how many share them.
-        rank: which of them this is.
+        order: the rows' order.
+        n_processes: the number of processes.
+        rank: this process's rank.
 
     Example:
         >>> [list(DealingSampler([4, 2, 3], n_processes=2, rank=rank)) for rank in (0, 1)]

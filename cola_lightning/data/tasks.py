@@ -1,4 +1,4 @@
-"""Tasks as prompts: the paper's eleven, word for word those of the protocol that it follows. CONTRIBUTING.md adds one.
+"""Prompted tasks: the paper's eleven, with the prompts of its protocol word for word. CONTRIBUTING.md shows how to add one.
 
 Source: Malladi et al. (arXiv 2305.17333), princeton-nlp/MeZO, large_models/templates.py and tasks.py.
 """
@@ -20,12 +20,12 @@ class Task:
     """A prompted task.
 
     Attributes:
-        name: the protocol's.
+        name: the protocol's name.
         source: id of the data set on the hub.
         subset: its configuration there.
         example: makes a row's prompt, with options to choose from, or the text to be generated.
-        sizes: rows for training, validation and test: the protocol's, but for WSC.
-        loss: over all ``options``, or the language model's on the right ``answer`` alone.
+        sizes: rows for training, validation and test: the protocol's, except for WSC.
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _record(row: Row) -> Example:
 
 
 def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
-    """A prompt whose answer is generated, and compared with each of those given, if any; the first one is learned."""
+    """A prompt whose answer is generated, and compared with each of the given answers, if any; the first is trained on."""
     if not answers:
         return Example(prompt, (), None, row.place)
     return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
@@ -143,7 +143,7 @@ TASKS = {
 
 
 class _Named(Row):
-    """A row whose texts are its fields' names in braces."""
+    """A row whose texts are its field names in braces."""
 
     def text(self, field: str) -> str:
         return f"{{{field}}}"
@@ -153,7 +153,7 @@ class _Named(Row):
 
 
 def template_of(task: Task, row: Row) -> str | None:
-    """A task's prompt with a row's fields in braces, for ``str.format``; None where it does more than put texts in.
+    """A task's prompt with a row's fields in braces, for ``str.format``; None if it does more than insert texts.
 
     Args:
         task: the task.
@@ -172,10 +172,10 @@ def template_of(task: Task, row: Row) -> str | None:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, in whatever case it is written.
+    """The task of that name, case-insensitive.
 
     Raises:
-        UserError: if there is none; it tells the nearest.
+        UserError: if there is none; it suggests the nearest name.
 
     Example:
         >>> find_task("sst2").sizes

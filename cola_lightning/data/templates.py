@@ -1,4 +1,4 @@
-"""A task of one's own, without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
+"""A custom task without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
 
 from collections.abc import Sequence
 from string import Formatter
@@ -19,14 +19,14 @@ AnswerMetric = Literal["f1", "exact_match"]
 
 
 class Template:
-    """Text with fields of a row in braces: ``{premise}``, or ``{answers.text}`` for one inside another; ``{{`` is a brace.
+    """Text with fields of a row in braces: ``{premise}``, or ``{answers.text}`` for a field inside another; ``{{`` is a brace.
 
     Args:
         text: the template.
-        option: the option that it is the value of, for messages.
+        option: the option whose value it is, for messages.
 
     Raises:
-        UserError: if it is no such text.
+        UserError: for invalid syntax.
 
     Example:
         >>> Template("{question}? {{yes}}", "data.prompt").fill(Row({"question": "Is it"}, "line 1"))
@@ -40,7 +40,7 @@ class Template:
             raise UserError(f"{option}: expected text with fields in braces ({{{{ for a brace), received {text!r}") from error
         for _, field, spec, conversion in parts:
             if field is not None and (not field or spec or conversion or "[" in field):
-                raise UserError(f"{option}: expected the names of fields alone in braces, received {text!r}")
+                raise UserError(f"{option}: expected only field names in braces, received {text!r}")
         self.text = text
         self.parts = [(literal, field) for literal, field, *_ in parts]
 
@@ -50,7 +50,7 @@ class Template:
 
 
 def _inside(row: Row, path: str) -> tuple[Row, str]:
-    """The row, or what lies in it, and the name of the field there."""
+    """The row, or the object inside it, that holds the last field of a dotted path, and that field's name."""
     *outer, field = path.split(".")
     for name in outer:
         row = row.inner(name)
@@ -66,23 +66,23 @@ def _as_text(row: Row, path: str) -> str:
 class TemplateDataModule(OptionBatches, SourceDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
-    Up to one row in a hundred that cannot be used (a text is null, an option comes twice or is too long) is left out with a
-    warning, but for predictions, whose places are those of the rows.
+    Unusable rows (a text is null, an option is repeated or too long), up to one in a hundred, are omitted with a warning,
+    except in predictions, whose indices are those of the rows.
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: name of a configuration of a data set on the hub.
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
-        options: what is appended to the prompt, each a text with fields in braces, too; or the name of the field that lists
-            them. ``null`` where the answer is generated.
-        label: the field with the right option: its place, from 0, or its text.
-        answer: where the answer is generated: the field that holds it, or a list of answers, of which the first is learned and
-            the best one counts (``answers.text``: a field inside another).
-        loss: over all ``options``, or the language model's on the right ``answer`` alone; ``null``: ``options`` where there
+        options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
+            ``null`` if the answer is generated.
+        label: the field with the right option: its index, from 0, or its text.
+        answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
+            on and the best match counts (``answers.text``: a field inside another).
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only; ``null``: ``options`` if there
             are any.
         metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
-            ``matthews_corrcoef`` of options; ``f1`` (in words) or ``exact_match`` of a generated answer. ``null``:
-            accuracy of options, both of an answer.
+            ``matthews_corrcoef`` of options; ``f1`` (over words) or ``exact_match`` of a generated answer. ``null``:
+            accuracy of options, both metrics of an answer.
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
@@ -125,7 +125,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             raise UserError(f"data.metric: expected {', '.join(kind)} or null for {which}, received {metric!r}")
         if isinstance(options, str) and metric not in (None, "accuracy"):
             raise UserError(
-                f"data.metric: expected accuracy or null where the options are a field, that differ by row, received {metric!r}"
+                f"data.metric: expected accuracy or null for options from a field, which differ by row, received {metric!r}"
             )
         self.metric = metric
         self.prompt = Template(prompt, "data.prompt")
@@ -171,7 +171,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         return Example(prompt, options, self._place(row, options), row.place)
 
     def _place(self, row: Row, options: tuple[str, ...]) -> int | None:
-        """The right option's place; None where the row has no label, and may lack it."""
+        """The right option's index; None if the label is missing and the row may lack it."""
         if not row.has_target(self.label):
             return None
         inner, field = _inside(row, self.label)

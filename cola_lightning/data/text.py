@@ -1,4 +1,4 @@
-"""Data for language models: what its data modules share, and plain text or instructions with a language-model loss."""
+"""Data for language models: base classes, and plain text or instructions with a language-model loss."""
 
 import functools
 import logging
@@ -31,7 +31,7 @@ from cola_lightning.turns import as_prompt, assistant_turn, end_of_turn, user_tu
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DRAWN_SHARE = 0.1  # of the rows of one file, for validation and for test each
+DRAWN_SHARE = 0.1  # of the rows of one file, each for validation and test
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -43,8 +43,8 @@ class TokenizedDataModule(EpochDataModule):
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         split_seed: seed of the split into training, validation and test rows.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        length_grouped: group rows of similar length into training batches, which need little padding then, and shuffle the
-            batches; ``false``: shuffle the rows.
+        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
+            ``false``: shuffle the rows.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class TokenizedDataModule(EpochDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer of the module that is trained."""
         module = self.trainer and self.trainer.lightning_module
-        if "tokenizer" not in dir(module):  # not getattr: what a property of that name raises is to be seen
+        if "tokenizer" not in dir(module):  # not getattr: an error inside a property of that name must not be hidden
             raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
         return cast(Any, module).tokenizer
 
     @property
     def max_length(self) -> int:
-        """The longest sequence, in tokens: what was asked for, or what the model can take."""
+        """The longest sequence, in tokens: the smaller of the requested length and the model's limit."""
         return int(min(self._max_length, self.tokenizer.model_max_length))
 
 
@@ -83,14 +83,14 @@ def draw_parts(
     what: str,
     groups: Sequence[object] | None = None,
 ) -> list[list[Row]]:
-    """Disjoint parts of the rows, see :func:`~cola_lightning.data.rows.draw`; all in their order where one part takes them all.
+    """Disjoint parts of the rows, see :func:`~cola_lightning.data.rows.draw`; in their order if one part takes all.
 
     Args:
-        rows: what is drawn from.
-        sizes: of each part, by the option that says it: a number of rows, a share below 1, 0 for an empty part; None: the rest.
-        seed: of the permutation.
+        rows: the rows to draw from.
+        sizes: each part's size, by option: a number of rows, a share below 1, 0 for an empty part; None: the rest.
+        seed: the permutation's seed.
         what: names the rows in the message.
-        groups: for each row, the group that it is of.
+        groups: each row's group.
 
     Raises:
         UserError: if there are fewer rows than the parts need.
@@ -125,8 +125,8 @@ class SourceDataModule(TokenizedDataModule):
         test_split: the split that test and predict read; ``null``: ``test`` if a folder has it, else ``validation``.
         split_seed: seed by which rows are drawn.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        length_grouped: group rows of similar length into training batches, which need little padding then, and shuffle the
-            batches; ``false``: shuffle the rows, as in the paper's runs.
+        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
+            ``false``: shuffle the rows, as in the paper's runs.
     """
 
     def __init__(
@@ -155,12 +155,12 @@ class SourceDataModule(TokenizedDataModule):
 
     @property
     def _val_split(self) -> str | None:
-        """The split of validation; None: its rows are drawn from the train split."""
+        """The validation split's name; None: validation rows are drawn from the train split."""
         return "validation" if self.val_size is None and has_split(self.source, "validation") else None
 
     @property
     def _test_split(self) -> str | None:
-        """The split of test; None: its rows are drawn from the train split."""
+        """The test split's name; None: test rows are drawn from the train split."""
         if self.test_split is not None and is_file(self.source):
             raise UserError(
                 f"data.test_split: expected null where data.source is a file, {self.source!r}, received {self.test_split!r}"
@@ -192,7 +192,7 @@ class SourceDataModule(TokenizedDataModule):
             self.train = self._known(self.encode_train(train))
 
     def _predicted(self, read: Callable[[str], list[Row]]) -> Sequence[Row]:
-        """The rows to be predicted, whose labels or answers may be missing: those of test, and all of a file."""
+        """The rows to be predicted, whose labels or answers may be missing: the test rows, or all rows of a file."""
         if is_file(self.source):
             return let_lack_targets(read("train"))
         if self._test_split:
@@ -200,13 +200,13 @@ class SourceDataModule(TokenizedDataModule):
         return self._drawn(let_lack_targets(read("train")))[2]
 
     def _drawn(self, rows: list[Row]) -> list[list[Row]]:
-        """What of the rows of the train split is for training, for validation and for test."""
+        """Splits the rows of the train split into training, validation and test rows."""
         sizes = {
             "train_size": self.train_size,
             "val_size": 0 if self._val_split else self.val_size or DRAWN_SHARE,
             "test_size": 0 if self._test_split else self.test_size or DRAWN_SHARE,
         }
-        # One file, in a folder or alone: other sources are drawn by chance alone, as they were in earlier releases.
+        # One file, in a folder or alone, is stratified; other sources are drawn purely at random, as in earlier releases.
         is_alone = not any(has_split(self.source, split) for split in ("validation", "test"))
         groups = [self.group(row) for row in rows] if is_alone else None
         where = self.source if is_file(self.source) else f"{self.source}, train"
@@ -223,7 +223,7 @@ class SourceDataModule(TokenizedDataModule):
 
     @property
     def target_field(self) -> str | None:
-        """The field that holds what a row is measured by: a label, or an answer; None: the row as a whole."""
+        """The field with a row's target, a label or an answer; None: the row as a whole."""
         return None
 
     @property
@@ -236,26 +236,26 @@ class SourceDataModule(TokenizedDataModule):
 
     @property
     def needs_train_rows(self) -> bool:
-        """Whether :meth:`look_at` is to be called for other stages than fit, too."""
+        """Whether :meth:`look_at` is also called for other stages than fit."""
         return False
 
     def look_at(self, rows: list[Row]) -> None:
-        """What is to be learned of the rows of the train split, whichever are drawn, before any is encoded: their labels."""
+        """Inspects all rows of the train split, before any is drawn or encoded: for their labels."""
 
     def group(self, row: Row) -> Hashable:
-        """What each part of a file that is split shall have the same share of: a label."""
+        """The group, such as the label, of which each part of a split file has the same share."""
         return None
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
-        """Makes rows into what ``collate`` takes."""
+        """Encodes rows for ``collate``."""
 
     def encode_train(self, rows: Sequence[Row]) -> Sequence[Any]:
-        """The same, of rows to be trained on."""
+        """Encodes training rows."""
         return self.encode(rows)
 
     def encode_predicted(self, rows: Sequence[Row]) -> Sequence[Any]:
-        """The same, of rows to be predicted, none of which may be left out: the place of a prediction is that of its row."""
+        """Encodes rows to be predicted, none of which may be omitted: a prediction's index is its row's."""
         return self.encode(rows)
 
 
@@ -306,11 +306,11 @@ class TextDataModule(SourceDataModule):
         self.chat_template = chat_template
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, tuple(stop))
         self.decoding.check("data.")
-        self._kinds: set[str] = set()  # of the rows that were encoded
+        self._kinds: set[str] = set()  # of the encoded rows
 
     @property
     def applies_chat_template(self) -> bool:
-        """Whether instructions are written in the tokenizer's chat template."""
+        """Whether instructions are formatted by the tokenizer's chat template."""
         return bool(self.tokenizer.chat_template) if self.chat_template is None else self.chat_template
 
     @property
@@ -328,7 +328,7 @@ class TextDataModule(SourceDataModule):
         return self._encode_by_kind(rows, self._encode_prompts)
 
     def _encode_by_kind(self, rows: Sequence[Row], encode: Callable[[str, Sequence[Row]], list[list[T]]]) -> list[T]:
-        """Rows in their order, those of a kind encoded all at once; one may become several."""
+        """Encodes rows, in order, all rows of a kind at once; one row may become several."""
         kinds = [_kind(row) for row in rows]
         self._check_chat_template({kind: rows[kinds.index(kind)] for kind in dict.fromkeys(kinds)})
         alike = {kind: [row for row, of in zip(rows, kinds, strict=True) if of == kind] for kind in dict.fromkeys(kinds)}
@@ -336,10 +336,10 @@ class TextDataModule(SourceDataModule):
         return [piece for kind in kinds for piece in next(encoded[kind])]
 
     def _check_chat_template(self, rows: Mapping[str, Row]) -> None:
-        """Refuses a chat template that is asked for or needed and not there, and says once how instructions are written.
+        """Refuses a requested or needed chat template that is missing, and logs once how instructions are formatted.
 
         Args:
-            rows: the first of each kind.
+            rows: the first row of each kind.
         """
         has_template, asked = bool(self.tokenizer.chat_template), self.chat_template
         if asked and not has_template:
@@ -360,7 +360,7 @@ class TextDataModule(SourceDataModule):
         self._kinds |= rows.keys()
 
     def _encode(self, kind: str, rows: Sequence[Row]) -> list[list[LanguageRow]]:
-        """Rows of one kind to be learned, or measured."""
+        """Encodes rows of one kind for training or evaluation."""
         if kind == "text":
             return encode_texts(self.tokenizer, [row.text("text") for row in rows], self.max_length)
         places = [row.place for row in rows]
@@ -377,7 +377,7 @@ class TextDataModule(SourceDataModule):
         return [[row] for row in encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)]
 
     def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
-        """Rows of one kind to be gone on from."""
+        """Encodes rows of one kind as prompts for generation."""
         asked = [_asked(kind, row) for row in rows]
         is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
         if is_chat:
@@ -393,7 +393,7 @@ class TextDataModule(SourceDataModule):
 
     @property
     def _room(self) -> int:
-        """How long a prompt may be, so that the model can take the response, too."""
+        """The maximum length of a prompt that leaves room for the response."""
         limit, n_new = int(self.tokenizer.model_max_length), self.decoding.max_new_tokens
         if limit - n_new < 1:
             raise UserError(
@@ -415,7 +415,7 @@ class TextDataModule(SourceDataModule):
 
 
 def _kind(row: Row) -> str:
-    """What a row holds: ``text``, ``messages``, or ``prompt`` with its response."""
+    """The kind of a row: ``text``, ``messages``, or ``prompt`` with its response."""
     kinds = row.keys() & {"text", "prompt", "response", "messages"}
     if kinds in ({"text"}, {"messages"}):
         return next(iter(kinds))
@@ -426,7 +426,7 @@ def _kind(row: Row) -> str:
 
 
 def _asked(kind: str, row: Row) -> tuple[Any, str | None]:
-    """What a row asks for, as it stands there, and the response that it gives, if any."""
+    """A row's prompt, as in the data, and its response, if any."""
     if kind == "text":
         return row.text("text"), None
     if kind == "prompt":

@@ -1,4 +1,4 @@
-"""Texts as tokens. Many texts are tokenised once: their tokens are kept in the cache of ``datasets``."""
+"""Tokenization of texts. The tokens of many texts are cached by ``datasets``."""
 
 import hashlib
 import logging
@@ -8,18 +8,18 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-WORTH_CACHING = 250_000  # characters; fewer are tokenised before a cache is opened
+WORTH_CACHING = 250_000  # characters; fewer are tokenized faster than a cache is opened
 
 Tokens = dict[str, list[list[int]]]  # columns, each with a list for each text
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
-    """Tokens with what the tokenizer puts before a text, and without an end-of-text token that it puts behind it.
+    """Tokens with the special tokens that the tokenizer prepends, and without an end-of-text token that it appends.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        texts: what is tokenised.
-        is_whole: whether the texts have all of that already, as a chat template writes it.
+        texts: the texts.
+        is_whole: whether the texts already contain all special tokens, as from a chat template.
     """
     rows = _cached(tokenizer, texts, is_whole=is_whole)["ids"]
     adds_end = not is_whole and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
@@ -27,13 +27,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
 
 
 def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int], list[int]]]:
-    """For each text, as a chat template writes it: its tokens, and where in the text each begins and ends, in characters."""
+    """For each text from a chat template: its tokens, and where each begins and ends in the text, in characters."""
     columns = _cached(tokenizer, texts, is_whole=True, with_places=True)
     return list(zip(columns["ids"], columns["starts"], columns["ends"], strict=True))
 
 
 def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places: bool = False) -> Tokens:
-    """What :func:`_compute` does, or did when it was last asked for the same."""
+    """The result of :func:`_compute`, from the cache if there is one."""
     names = ("ids", "starts", "ends") if with_places else ("ids",)
     if not texts:
         return {name: [] for name in names}
@@ -54,11 +54,11 @@ def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places
     features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names})
     try:
         with _without_progress_bar():  # one process fills the cache, others wait for it
-            kept = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)[:]
-        return {name: kept[name] for name in names}
+            cached = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)[:]
+        return {name: cached[name] for name in names}
     except Exception as error:  # a full or read-only disk, a broken file: no reason to end a run
         cause = error.__cause__ or error
-        log.warning("Tokens are computed anew, for the cache in %s fails: %s", datasets.config.HF_DATASETS_CACHE, cause)
+        log.warning("tokenizing without a cache, for the cache in %s fails: %s", datasets.config.HF_DATASETS_CACHE, cause)
         return _compute(tokenizer, texts, **how)
 
 
@@ -67,7 +67,7 @@ def _compute(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_place
         list(texts),
         add_special_tokens=not is_whole,
         return_offsets_mapping=with_places,
-        verbose=False,  # of texts that are too long: they are cut later
+        verbose=False,  # no warning of texts that are too long: they are truncated later
     )
     columns = {"ids": encoded["input_ids"]}
     if with_places:
@@ -77,9 +77,9 @@ def _compute(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_place
 
 
 def _fingerprint(tokenizer: Any, texts: Sequence[str], how: dict[str, bool]) -> str | None:
-    """Of all that tokens follow from; None for a tokenizer that has code of its own, which may change.
+    """A hash of everything that determines the tokens; None for a tokenizer with custom code, which may change.
 
-    What a template makes of a row is in the texts; a maximum length cuts tokens that are the same for all lengths.
+    A prompt template's effect is in the texts; a maximum length only truncates tokens that are the same for all lengths.
     """
     import tokenizers
     import transformers
@@ -89,7 +89,7 @@ def _fingerprint(tokenizer: Any, texts: Sequence[str], how: dict[str, bool]) -> 
         return None
     digest = hashlib.sha256()
     identity = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__, sorted(how.items()))
-    # The backend's own text leaves split_special_tokens out.
+    # The backend's serialisation omits split_special_tokens.
     for part in (*identity, tokenizer.split_special_tokens, [len(text) for text in texts]):
         digest.update(repr(part).encode())
     for text in (tokenizer.backend_tokenizer.to_str(), *texts):
