@@ -311,7 +311,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
     assert process.finish(timeout=60).returncode == status
     assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 2
     assert not list(checkpoint.parent.glob("*.partial"))
-    (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("go on: cola fit")]
+    (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]
     assert str(checkpoint.absolute()) in command
 
 

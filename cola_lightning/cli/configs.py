@@ -11,7 +11,7 @@ from cola_lightning.errors import UserError, nearest
 from cola_lightning.writing import whole_file
 
 PACKAGE = Path(__file__).parent.parent
-# In a wheel they are in the package, in a clone beside it.
+# In a wheel the configurations are in the package, in a clone beside it.
 FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 
 
@@ -19,10 +19,10 @@ def configs(words: Sequence[str]) -> None:
     """Runs ``cola configs``.
 
     Args:
-        words: what follows it on the command line.
+        words: its arguments.
 
     Raises:
-        UserError: for an unknown name, and a file that is there already.
+        UserError: for an unknown name, and a file that already exists.
     """
     parser = ArgumentParser(
         prog="cola configs",
@@ -30,15 +30,17 @@ def configs(words: Sequence[str]) -> None:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="which to copy, or all (without one: a list)")
-    parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="where to")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    parser.add_argument(
+        "names", nargs="*", default=[], metavar="NAME", help="configurations to copy, or all (default: list them)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="folder to copy to")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     options = parser.parse_args(list(words))
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
     if not options.names:
         for name, path in found.items():
             print(textwrap.fill(f"{name}: {_first_sentence(path)}", WIDTH, subsequent_indent="    "))
-        print("\n`cola configs NAME` copies one to configs/, where the commands in its header expect it.")
+        print("\n`cola configs NAME` copies a configuration to configs/, where the commands in its header expect it.")
         return
     asked = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
     if unknown := [name for name in asked if name not in found]:
@@ -55,7 +57,7 @@ def configs(words: Sequence[str]) -> None:
 
 
 def _first_sentence(path: Path) -> str:
-    """What the header of a configuration says first."""
+    """The first sentence of a configuration's header."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#") or line == "#":

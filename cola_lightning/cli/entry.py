@@ -1,7 +1,7 @@
-"""The ``cola`` command: which of its subcommands runs, and one line and an exit status for everything that can go wrong.
+"""The ``cola`` command: runs a subcommand, and reports an error by one line and the exit status.
 
-Exit status: 0; 2 for what the user wrote wrong, with one last line ``error: ...``; 1 for what failed while running; 130 after
-Ctrl-C; 143 after SIGTERM.
+Exit status: 0; 2 for a user error, with one last line ``error: ...``; 1 for a failure while running; 130 after Ctrl-C; 143
+after SIGTERM.
 
 Only what a subcommand needs is imported: ``inspect`` needs neither lightning nor transformers.
 """
@@ -19,9 +19,9 @@ from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
-# Lines of Lightning's that tell nothing of the run.
+# Lightning's log lines that say nothing about the run.
 NOISE = ("💡 Tip:", "TPU available:", "HPU available:")
-# Its advice for short runs, whose metrics each validation logs anyway.
+# Lightning's advice for short runs, whose metrics each validation logs anyway.
 ADVICE = "The number of training batches .* is smaller than the logging interval"
 
 
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        args: what follows ``cola``; None: what the process was given.
+        args: the arguments of ``cola``; None: the process's.
 
     Returns:
         The exit status; see the module's docstring.
@@ -38,20 +38,20 @@ def main(args: Sequence[str] | None = None) -> int:
     with _logging():
         try:
             return _run(words, args)
-        except KeyboardInterrupt:  # before there is a handler, or while imports go on
+        except KeyboardInterrupt:  # before a handler is installed, or during imports
             return 130
         except SystemExit as exit_:  # --help
             return int(exit_.code or 0)
         except Exception as error:
             outside = next((cause for cause in causes(error) if isinstance(cause, OutsideError)), None)
-            if (message := str(outside) if outside else _users_mistake(error)) is None:
+            if (message := str(outside) if outside else _user_error(error)) is None:
                 raise
             print(f"error: {message}", file=sys.stderr)
             return 1 if outside else 2
 
 
 def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
-    if words == ["--version"]:  # without the seconds that imports take
+    if words == ["--version"]:  # without slow imports
         print(f"cola {__version__}")
         return 0
     if words in (["-h"], ["--help"]):
@@ -90,11 +90,11 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     return train(args)
 
 
-def _users_mistake(error: BaseException) -> str | None:
-    """What to tell the user, in one line, if the error is of the user's making; else None."""
+def _user_error(error: BaseException) -> str | None:
+    """The message in one line if the error is the user's; else None."""
     from jsonargparse import ArgumentError
 
-    for cause in causes(error):  # jsonargparse wraps what a constructor raises
+    for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
         if isinstance(cause, UserError):
             return str(cause)
     if isinstance(error, ArgumentError):
@@ -107,7 +107,7 @@ def _users_mistake(error: BaseException) -> str | None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log lines through rich's console, so that they do not tear its progress bar; one line each."""
+    """Prints log lines through rich's console, which keeps its progress bar intact; one line each."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""``cola export``: a plain model, a PEFT adapter or a chain folder of a checkpoint."""
+"""``cola export``: converts a checkpoint to a plain model, a PEFT adapter or a chain folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +18,15 @@ def export(words: Sequence[str]) -> None:
     """Runs ``cola export``.
 
     Args:
-        words: what follows it on the command line.
+        words: its arguments.
 
     Raises:
-        UserError: for what is written wrong.
-        ExportError: for an export that is not what it should be; it is not kept.
+        UserError: for invalid arguments.
+        ExportError: if the export does not pass its verification; it is then deleted.
     """
     parser = ArgumentParser(
         prog="cola export",
-        description="Makes a model, an adapter or a chain of a checkpoint.",
+        description="Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -35,29 +35,31 @@ def export(words: Sequence[str]) -> None:
         "--format",
         required=True,
         choices=["merged", "peft", "chain"],
-        help="merged: a plain Hugging Face model (of another module, its state dict); peft: the chain as one PEFT adapter; "
+        help="merged: a plain Hugging Face model (for other modules, a state dict); peft: the chain as one PEFT adapter; "
         "chain: a chain folder",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of merged (default: the base's, float32 if it has several)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="with merged: dtype (default: the base's, float32 if it has several)",
     )
-    parser.add_argument("--max_rank", type=int | None, metavar="R", help="of peft: recompress to this rank, by SVD")
+    parser.add_argument("--max_rank", type=int | None, metavar="R", help="with peft: recompress to this rank, by SVD")
     parser.add_argument(
         "--base_folder",
         type=Path | None,
         metavar="DIR",
-        help="of peft: write the base there, and name that folder in the adapter: for a base that peft cannot load by its name",
+        help="with peft: write the base there, and name that folder in the adapter: for a base that peft cannot load by name",
     )
-    parser.add_argument("--license", metavar="ID", help="of the model card: the hub's identifier, such as apache-2.0")
+    parser.add_argument("--license", metavar="ID", help="the model card's license: the hub's identifier, such as apache-2.0")
     parser.add_argument(
         "--push_to_hub",
         metavar="ID",
         help="upload the folder to this model repository of the Hugging Face hub",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
-    parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
+    parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
     options = parser.parse_args(list(words))
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
@@ -80,7 +82,7 @@ def export(words: Sequence[str]) -> None:
 
 
 def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
-    """Without the module."""
+    """Exports a chain folder, without constructing the module."""
     from cola_lightning.export import export_chain
 
     if opened.state.live is None:

@@ -1,4 +1,4 @@
-"""``cola generate``: tries a checkpoint or an export of a language model on a prompt, or in a conversation."""
+"""``cola generate``: generates text with a checkpoint or an export, from a prompt or in a conversation."""
 
 import importlib.util
 import json
@@ -20,17 +20,17 @@ from cola_lightning.errors import UserError
 from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 
-PLACE = "prompt"  # what a prompt that cannot be written in the chat template is called in messages
+PLACE = "prompt"  # names a prompt that the chat template cannot format, in messages
 
 
 def generate(words: Sequence[str]) -> None:
     """Runs ``cola generate``.
 
     Args:
-        words: what follows it on the command line.
+        words: its arguments.
 
     Raises:
-        UserError: for what is written wrong, and for a model that does not generate.
+        UserError: for invalid arguments, and for a model that does not generate.
     """
     options = _parser().parse_args(list(words))
     how = {name: options[name] for name in ("max_new_tokens", "do_sample", "temperature", "top_p")}
@@ -40,14 +40,14 @@ def generate(words: Sequence[str]) -> None:
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: expected text, by --prompt or on standard input, received none")
-    logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for what is generated
+    logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     _run(_loaded(options), options, decoding, prompt)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="cola generate",
-        description="Generates text with a checkpoint, or an export, of a language model, and prints it as it comes.",
+        description="Generates text with a checkpoint, or an export, of a language model, and streams it to standard output.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -58,30 +58,28 @@ def _parser() -> ArgumentParser:
         metavar="PATH",
         help="a checkpoint that a fit wrote, or a folder that `cola export` wrote: a merged model, or a PEFT adapter",
     )
-    parser.add_argument("--prompt", type=str | None, metavar="TEXT", help="what is answered (default: standard input)")
-    parser.add_argument("--chat", action="store_true", help="a conversation: a turn a line, ended by an empty line or Ctrl-D")
+    parser.add_argument("--prompt", type=str | None, metavar="TEXT", help="the prompt (default: standard input)")
+    parser.add_argument(
+        "--chat", action="store_true", help="a conversation: one turn per line; an empty line or Ctrl-D ends it"
+    )
     parser.add_argument("--links", type=int | None, metavar="K", help=f"of a checkpoint, {LINKS}")
     parser.add_argument(
         "--chat_template",
         type=bool | None,
-        help="write the prompt in the tokenizer's chat template (default: as in training)",
+        help="format the prompt by the tokenizer's chat template (default: as in training)",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="how many tokens are generated at most")
-    parser.add_argument("--do_sample", action="store_true", help="sample tokens, in place of the most probable one each")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="with --do_sample: the logits are divided by it"
-    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="maximum number of generated tokens")
+    parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --do_sample: divides the logits")
     parser.add_argument(
         "--top_p",
         type=float,
         default=1.0,
         metavar="P",
-        help="with --do_sample: draw from the most probable tokens, whose probabilities add up to this",
+        help="with --do_sample: sample from the most probable tokens whose probabilities add up to this",
     )
-    parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help="texts at which the generated one ends")
-    parser.add_argument(
-        "--seed", type=int | None, metavar="N", help="with --do_sample: of the draws (default: another each time)"
-    )
+    parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help="texts at which generation stops")
+    parser.add_argument("--seed", type=int | None, metavar="N", help="with --do_sample: seed of the sampling (default: random)")
     return parser
 
 
@@ -97,7 +95,7 @@ def _standard_input() -> str:
 
 @dataclass(frozen=True)
 class Generator:
-    """What generates: of a batch and a streamer; with its tokenizer, and how it was prompted in training."""
+    """A function that generates from a batch and a streamer, with its tokenizer, device and training prompt format."""
 
     write: Callable[[dict[str, Any], Any], list[str]]
     tokenizer: Any
@@ -132,7 +130,7 @@ def _of_checkpoint(path: Path, links: int | None) -> Generator:
 
         found = find_class(arguments["class_path"])
         if not issubclass(found, COLACausalLM):
-            raise _generates_nothing(f"{str(path)!r}, of a {found.__name__}")
+            raise _cannot_generate(f"{str(path)!r}, of a {found.__name__}")
         with quiet(), loading(opened, links):
             module: Any = COLAModule.load_from_checkpoint(path, links=links)
     device = _device()
@@ -160,9 +158,9 @@ def _of_adapter(folder: Path) -> Generator:
 
     config = json.loads((folder / CONFIG_NAME).read_text())
     if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
-        raise _generates_nothing(f"{str(folder)!r}, an adapter of the task {task}")
+        raise _cannot_generate(f"{str(folder)!r}, an adapter of the task {task}")
     name, gguf_file = config["base_model_name_or_path"], None
-    if name.startswith(PACKAGE_PREFIX):  # an adapter does not say which of the package's files its base is
+    if name.startswith(PACKAGE_PREFIX):  # an adapter's config does not name the package's file with its base
         files = sorted(path.name for path in package_folder(name).glob("*.gguf"))
         gguf_file = files[0] if len(files) == 1 else None
     base = Pretrained(name, config.get("revision"), gguf_file=gguf_file)
@@ -174,32 +172,32 @@ def _of_adapter(folder: Path) -> Generator:
 
 
 def _language_model(pretrained: Any, folder: Path) -> Any:
-    """A plain model.
+    """Loads a plain model.
 
     Raises:
-        UserError: for files of another kind of model: transformers would give it a new head.
+        UserError: for a model of another type: transformers would initialise a new head.
     """
     import transformers
 
     from cola_lightning.export import quiet
 
     names = pretrained.config().architectures or []
-    kinds = [getattr(transformers, name, None) for name in names]  # None: of its own code
+    kinds = [getattr(transformers, name, None) for name in names]  # None: custom code
     if kinds and not any(kind is None or kind.can_generate() for kind in kinds):
-        raise _generates_nothing(f"{str(folder)!r}, of a {names[0]}")
+        raise _cannot_generate(f"{str(folder)!r}, of a {names[0]}")
     with quiet():
         how = {} if pretrained.gguf_file else {"dtype": "auto"}
         return pretrained.load(transformers.AutoModelForCausalLM, **how)
 
 
 def _of_plain(model: Any, tokenizer: Any) -> Generator:
-    """Of a model without this package's layers; the tokenizer's files say how it was prompted, if an export wrote them."""
+    """A generator for a model without this package's layers; tokenizer files from an export contain the prompt format."""
     from cola_lightning.modules.generation import end_tokens
     from cola_lightning.modules.generation import generate as generate_
 
     device = _device()
     model.to(device).eval()
-    ends = end_tokens(model, tokenizer)  # before another configuration takes the place of the model's own
+    ends = end_tokens(model, tokenizer)  # before generation replaces the model's own generation config
 
     def write(batch: dict[str, Any], streamer: Any) -> list[str]:
         decoding = Decoding(**batch["decoding"])
@@ -209,7 +207,7 @@ def _of_plain(model: Any, tokenizer: Any) -> Generator:
     return Generator(write, tokenizer, device, tokenizer.init_kwargs.get(PROMPT_FORMAT, unknown))
 
 
-def _generates_nothing(received: str) -> UserError:
+def _cannot_generate(received: str) -> UserError:
     return UserError(
         f"checkpoint: expected one of a causal language model (COLACausalLM), which generates, received {received}"
     )
@@ -221,7 +219,7 @@ def _device() -> Any:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-# ---------------------------------------------------------------------- what is generated
+# ---------------------------------------------------------------------- generation
 
 
 def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str | None) -> None:
@@ -242,7 +240,7 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
     elif options.chat and not was_chat:
         _note("it was not trained on turns in the chat template")
     if kind == "answer" and not decoding.stop:
-        decoding = replace(decoding, stop=("\n",))  # where the answers that it has learned end
+        decoding = replace(decoding, stop=("\n",))  # the training answers end with it
     if options.seed is not None:
         torch.manual_seed(options.seed)
     if not options.chat:
@@ -256,7 +254,7 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
 
 
 def _turns(first: str | None) -> Iterator[str]:
-    """What a user says, a line each, up to an empty one or the end of standard input."""
+    """The user's turns, one per line, up to an empty line or the end of standard input."""
     if first is not None:
         yield first
     if sys.stdin.isatty():
@@ -265,7 +263,7 @@ def _turns(first: str | None) -> Iterator[str]:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
-            print() if sys.stdin.isatty() else None  # what follows has a line of its own
+            print() if sys.stdin.isatty() else None  # ends the prompt's line
             return
         if not line.strip():
             return
@@ -273,7 +271,7 @@ def _turns(first: str | None) -> Iterator[str]:
 
 
 def _answer(model: Generator, decoding: Decoding, asked: str | list[dict[str, str]]) -> str:
-    """Generates what follows a text, or the next turn of a conversation, and prints it as it comes."""
+    """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
     from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.batches import collate_prompts
     from cola_lightning.data.encoding import PromptRow, encode_prompts

@@ -1,4 +1,4 @@
-"""``cola --help``, without the seconds that the imports of a fit take."""
+"""``cola --help``, without the slow imports of a fit."""
 
 import textwrap
 
@@ -10,7 +10,7 @@ SUBCOMMANDS = {
     "predict": "Writes a checkpoint's predictions for each row to a JSONL file.",
     "compare": "Compares LoRA, chains, full fine-tuning and related methods over rates and seeds.",
     "generate": "Prints what a language model generates after a prompt, or chats.",
-    "inspect": "Prints what each link of a checkpoint or chain folder did.",
+    "inspect": "Prints statistics of each link of a checkpoint or chain folder.",
     "configs": "Lists the configurations that come with the package, or copies them.",
     "export": "Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",
 }
@@ -43,5 +43,5 @@ def overview() -> str:
 
 
 def usage(subcommand: str) -> str:
-    """The usage line of a subcommand of LightningCLI's, whose own lists each option of the Trainer's."""
+    """The usage line of a LightningCLI subcommand; LightningCLI's own lists every Trainer option."""
     return f"cola {subcommand} --config FILE [--config FILE ...] [--GROUP.NAME VALUE ...]"

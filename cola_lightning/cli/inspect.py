@@ -1,4 +1,4 @@
-"""``cola inspect``: what each link of a chain did. It needs neither lightning nor transformers."""
+"""``cola inspect``: statistics of each link of a chain. It needs neither lightning nor transformers."""
 
 import json
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.files import read_chain
 
-LINKS = "how many links: the finished ones first, then the live one; 0 is the base (default: all)"
+LINKS = "number of links: the finished ones first, then the live one; 0 is the base (default: all)"
 
 
 def inspect(words: Sequence[str]) -> None:
     """Runs ``cola inspect``.
 
     Args:
-        words: what follows it on the command line.
+        words: its arguments.
 
     Raises:
-        UserError: for what is written wrong.
+        UserError: for invalid arguments.
     """
     parser = ArgumentParser(
-        prog="cola inspect", description="Says what each link of a chain did.", exit_on_error=False, allow_abbrev=False
+        prog="cola inspect", description="Prints statistics of each link of a chain.", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, a chain folder, or a PEFT adapter")
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
-    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="draw norms and singular values")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every layer, in place of the table")
+    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")
     options = parser.parse_args(list(words))
 
     import rich

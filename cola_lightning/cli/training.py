@@ -1,4 +1,4 @@
-"""``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with one clear line for what is written wrong."""
+"""``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-import cola_lightning.data  # noqa: F401  # known to the command line by their short names, as the modules are
+import cola_lightning.data  # noqa: F401  # so that the command line knows the classes by their short names, as the modules
 from cola_lightning import __version__
 from cola_lightning.callbacks import (
     NO_DEEPSPEED,
@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves the run's configuration beside its checkpoints, once it is known to be sound: when its first epoch starts.
+    """Saves the run's configuration beside its checkpoints, once it is known to work: when its first epoch starts.
 
-    A fit replaces what is there; an evaluation, which may be in the same folder, leaves the fit's. The checkpoint that the run
-    went on from is not part of it: a later command with this configuration would take that for the run's own.
+    A fit replaces an existing file; an evaluation, which may use the same folder, leaves the fit's. The checkpoint that the run
+    resumed from is omitted: a later command with this configuration would use it in place of the run's own.
     """
 
     @override
@@ -66,7 +66,7 @@ class ConfigSaver(SaveConfigCallback):
         if trainer.is_global_zero and (trainer.state.fn == "fit" or not files.exists(path)):
             files.makedirs(folder, exist_ok=True)
             config = self.config.clone()
-            config.ckpt_path = config.links = None  # of another run: this one's own checkpoints are beside the file
+            config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are beside the file
             self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
@@ -86,11 +86,11 @@ class COLACLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            # True would build one optimizer for all links; the module builds one for each.
+            # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
             save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
-            # Without allow_abbrev=False, argparse would take --chain.every_n_epoch for --chain.every_n_epochs.
+            # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
             parser_kwargs={"prog": "cola", "description": DESCRIPTION, "version": __version__}
             | {"allow_abbrev": False, "exit_on_error": False}
             | {
@@ -102,7 +102,7 @@ class COLACLI(LightningCLI):
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what people set first in ``--help``: model, data and chain, and then the Trainer with its many options."""
+        """Puts what users set most first in ``--help``: model, data and chain, then the Trainer with its many options."""
         parser.add_lightning_class_args(COLAModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
@@ -111,7 +111,7 @@ class COLACLI(LightningCLI):
             "--links",
             type=int | None,
             default=None,
-            help="How many links of the checkpoint, or of model.init_chain: the finished ones first, then the live one. "
+            help="Number of links of the checkpoint, or of model.init_chain: the finished ones first, then the live one. "
             "0 is the base. Default: all.",
         )
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -137,10 +137,10 @@ class COLACLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let hyperparameters in the checkpoint overrule what the user writes."""
+        """Does nothing: Lightning would let hyperparameters in the checkpoint override the user's."""
 
     def _open_checkpoint(self) -> None:
-        """Checks the checkpoint before anything is made; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
+        """Checks the checkpoint before anything is created; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
         config = self.config[self.subcommand]
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd())
@@ -157,14 +157,14 @@ class COLACLI(LightningCLI):
             self.opened = self.open_files.enter_context(opened_checkpoint(config.ckpt_path, "ckpt_path", weights_only=is_plain))
 
     def _check_links(self) -> None:
-        """Refuses ``links`` where there is no chain to take them of; those of ``init_chain`` are the module's to take."""
+        """Refuses ``links`` without a chain to select them from; passes those of ``init_chain`` on to the module."""
         config = self.config[self.subcommand]
         self.links = config.links
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
             return
         if config.ckpt_path is not None:
             raise UserError(
-                f"links: expected none beside ckpt_path, for fit goes on with the whole chain, received {self.links}; "
+                f"links: expected none beside ckpt_path, for fit resumes with the whole chain, received {self.links}; "
                 "--model.init_chain begins a new run from some of its links"
             )
         if config.model.init_args.get("init_chain") is None:
@@ -172,7 +172,7 @@ class COLACLI(LightningCLI):
         config.model.init_args.init_links, config.links = self.links, None
 
     def _warn_of_base(self) -> None:
-        """Says what is evaluated where no checkpoint is given, which a run's own configuration does not name."""
+        """Logs what is evaluated if no checkpoint is given; a run's saved configuration does not name one."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" or config.ckpt_path is not None:
             return
@@ -187,7 +187,7 @@ class COLACLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         strategy = self._get(self.config, "trainer").strategy
-        if "deepspeed" in str(strategy).lower():  # before Lightning asks for its package
+        if "deepspeed" in str(strategy).lower():  # before Lightning requires its package
             raise UserError(NO_DEEPSPEED)
         if isinstance(strategy, str) and strategy.lower().endswith(("modelparallelstrategy", "fsdp2")):
             raise UserError(
@@ -195,7 +195,7 @@ class COLACLI(LightningCLI):
                 f"received {strategy}"
             )
         if self.subcommand == "predict" and not self.config.predict.trainer.callbacks:
-            self.config.predict.return_predictions = False  # nobody sees them: they are written
+            self.config.predict.return_predictions = False  # unused: they are written to a file
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -205,7 +205,7 @@ class COLACLI(LightningCLI):
         if config.logger in (None, True) and not config.barebones:
             # Lightning's own choice depends on whether tensorboard is installed.
             kwargs["logger"] = CSVLogger(root, name="runs")
-        if config.enable_model_summary is None:  # the module's own line says more
+        if config.enable_model_summary is None:  # the module's own log line says more
             kwargs["enable_model_summary"] = False
         kwargs["callbacks"] = callbacks = _as_list(config.callbacks)
         has_bar = config.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -216,10 +216,10 @@ class COLACLI(LightningCLI):
         elif given := [name for name, value in vars(self._get(self.config, "last")).items() if value is not None]:
             raise UserError(f"last.{given[0]}: expected null with trainer.enable_checkpointing: false, received a value")
         try:
-            with warnings.catch_warnings():  # an error below
+            with warnings.catch_warnings():  # refused below
                 warnings.filterwarnings("ignore", r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`")
                 trainer = super().instantiate_trainer(**kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:  # Lightning's words for arguments that do not go together
+        except (RuntimeError, TypeError, ValueError) as error:  # Lightning's message for incompatible arguments
             raise UserError(f"trainer: {one_line(str(error))}") from error
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
@@ -228,7 +228,7 @@ class COLACLI(LightningCLI):
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)
-        check_strategy(trainer.strategy)  # here, too: a forked process could not tell of it in one line
+        check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         for logger in trainer.loggers:
             if logger.save_dir is not None:
                 _check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
@@ -254,21 +254,21 @@ class COLACLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except Interruption:
             if subcommand == "fit":
-                self._log_command("go on: %s", "fit")
+                self._log_command("resume: %s", "fit")
             raise
 
     def after_fit(self) -> None:
-        """Says where the checkpoint is, and the commands that work for it and its data."""
+        """Logs the checkpoint's path, and the commands that work for it and its data."""
         data, commands = self.datamodule, self._commands()
         others = f"or {', '.join(commands[1:])}; " if commands[1:] else ""
-        path = self._log_command(f"use it: %s ({others}fit goes on from it)", commands[0]) if commands else None
+        path = self._log_command(f"use it: %s ({others}fit resumes from it)", commands[0]) if commands else None
         if "predict" in commands and hasattr(data, "source"):
             own = ["--data.source", "NEW_FILE"] + (["--data.subset", "null"] if data.subset is not None else [])
             self._log_command("new rows, with or without their labels or answers: %s", "predict", *own)
         if path is not None and self._is_generative:
             log.info("try it: %s", f"{shlex.join(['cola', 'generate', '--checkpoint', path])} --prompt TEXT (or --chat)")
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
-            log.info("nothing was left to do: trainer.max_epochs or max_steps is where the checkpoint stands")
+            log.info("nothing was left to do: the checkpoint is already at trainer.max_epochs or max_steps")
 
     @property
     def _is_generative(self) -> bool:
@@ -290,8 +290,8 @@ class COLACLI(LightningCLI):
         return commands
 
     def _log_command(self, message: str, subcommand: str, *options: str) -> str | None:
-        """Says where the checkpoint is, and a command for it; returns its path, None where there is none."""
-        config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: it is a broadcast
+        """Logs the checkpoint's path, and a command for it; returns the path, None if there is no checkpoint."""
+        config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: run_folder broadcasts
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if subcommand == "fit":
             callbacks = [c for c in callbacks if isinstance(c, LastCheckpoint)]
@@ -307,7 +307,7 @@ class COLACLI(LightningCLI):
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:
-    """Refuses sizes of FSDP2's mesh that are not those of the processes to be started."""
+    """Refuses sizes of FSDP2's device mesh that do not match the number of processes."""
     sizes = strategy.get("init_args", {}) if isinstance(strategy, Namespace) else {}
     data, tensor = (sizes.get(f"{kind}_parallel_size") for kind in ("data", "tensor"))
     if (data, tensor) != (n_processes, 1):
@@ -318,7 +318,7 @@ def _check_sizes(strategy: Any, n_processes: int) -> None:
 
 
 def _check_writable(field: str, folder: str | Path) -> None:
-    """Refuses a folder that could not be made or written to; makes nothing."""
+    """Refuses a folder that cannot be created or written to, without creating it."""
     if "://" in str(folder):
         return
     path = Path(folder).absolute()
@@ -345,21 +345,21 @@ def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
 
 
 def refusal_of_libraries(error: BaseException) -> str | None:
-    """What Lightning or jsonargparse says of arguments that it cannot take, in one line; None for any other error."""
+    """The message of Lightning or jsonargparse for invalid arguments, in one line; None for any other error."""
     if isinstance(error, ValueError) and "Does not validate against any of the Union subtypes" in str(error):
-        *_, innermost = causes(error)  # what a class that jsonargparse makes said of its arguments
+        *_, innermost = causes(error)  # raised by a class that jsonargparse instantiated
         return one_line(str(innermost))
-    # What Lightning's own code refuses (a val_check_interval above the number of batches, say) is a mistake in its arguments.
+    # An error from Lightning's own code (for a val_check_interval above the number of batches, say) is a user error.
     place = traceback.extract_tb(error.__traceback__)[-1].filename
     is_lightnings = isinstance(error, TypeError | ValueError) and Path(lightning.__file__).parent in Path(place).parents
     return one_line(str(error)) if is_lightnings or isinstance(error, MisconfigurationException) else None
 
 
 def train(args: Sequence[str] | None) -> int:
-    """Runs a subcommand of LightningCLI's.
+    """Runs a LightningCLI subcommand.
 
     Args:
-        args: what follows ``cola``; None: what the process was given.
+        args: the arguments of ``cola``; None: the process's.
 
     Returns:
         The exit status: 0, 130 or 143.
@@ -368,7 +368,7 @@ def train(args: Sequence[str] | None) -> int:
     with watch.listening(), contextlib.ExitStack() as open_files:
         try:
             cli = COLACLI(args, watch, open_files)
-            with contextlib.suppress(RuntimeError):  # where another process has failed
+            with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         except Interruption as interruption:
             return interruption.exit_status
