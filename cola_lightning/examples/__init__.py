@@ -1,1 +1,1 @@
-"""Modules and data of one's own, worked out: each is what a user of this package would write, and nothing that is built in."""
+"""Complete examples of custom modules and data, written as a user of this package would; nothing of it is built in."""

@@ -11,11 +11,11 @@ N_BYTES = 256
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward network, each behind a layer norm and added to what came in.
+    """Causal self-attention and a feed-forward network, each after a layer norm and with a residual connection.
 
     Args:
-        width: of the residual stream.
-        heads: of attention; a divisor of ``width``.
+        width: width of the residual stream.
+        heads: number of attention heads; a divisor of ``width``.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width), as is what it returns
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width) -> (batch, length, width)
         x = x + self.proj(self._attend(self.qkv(self.attention_norm(x))))
         out: Tensor = x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
         return out
@@ -40,13 +40,13 @@ class Block(nn.Module):
 
 
 class ByteGPT(nn.Module):
-    """A decoder with learned positions, pre-norm blocks and a head of its own.
+    """A decoder with learned positions, pre-norm blocks and an untied head.
 
     Args:
         depth: number of blocks.
-        width: of the residual stream.
-        heads: of attention.
-        context: bytes that it can see.
+        width: width of the residual stream.
+        heads: number of attention heads.
+        context: context length, in bytes.
 
     Shape:
         bytes (batch, length) of at most ``context`` -> logits (batch, length, 256).
@@ -83,7 +83,7 @@ def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """The mean cross-entropy of each window's bytes from the second on, in nats.
 
     Args:
-        model: gives logits of the next byte.
+        model: computes logits of the next byte.
         windows: bytes (batch, length + 1).
     """
     windows = windows.long()

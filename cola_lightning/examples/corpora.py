@@ -11,15 +11,15 @@ from cola_lightning.data.rows import read_rows
 from cola_lightning.errors import UserError
 
 ENGLISH = {"SQuAD": "context", "DROP": "passage", "BoolQ": "passage"}
-ENGLISH_BYTES = 4_000_000  # at most: the whole data sets of the hub have ten times as many
+ENGLISH_BYTES = 4_000_000  # at most: the complete data sets on the hub have ten times as many
 
 
 def english_passages() -> Tensor:
     """The passages of SQuAD, DROP and BoolQ, each once, as one tensor of bytes.
 
-    They are read where the tasks of the same names are: in ``$COLA_DATA_DIR``, else on the Hugging Face hub.
+    They are read from the sources of the tasks of the same names: ``$COLA_DATA_DIR``, else the Hugging Face hub.
     """
-    passages: dict[str, None] = {}  # a set that keeps its order
+    passages: dict[str, None] = {}  # an ordered set
     for task, field in ENGLISH.items():
         data = PromptDataModule(task)
         for split in ("train", "validation"):
@@ -30,10 +30,10 @@ def english_passages() -> Tensor:
 def python_sources() -> Tensor:
     """The modules of this Python's standard library, in the order of their names, as one tensor of bytes.
 
-    Packages are left out, and so are modules that are made for each machine.
+    Packages and modules generated for each machine are omitted.
 
     Raises:
-        UserError: where there is no source: in a frozen program, say.
+        UserError: if there is no source, as in a frozen program.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     paths = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))

@@ -1,7 +1,7 @@
 """A language model under domain shift: a small GPT that reads English learns to read Python.
 
-All of it is what a user of one's own writes: a module with ``build_model`` and its steps, and a data module with ``setup``.
-The base is trained once on the machine, and then read from a cache.
+It is what a user would write: a module with ``build_model`` and its steps, and a data module with ``setup``. The base is
+trained once on each machine, and then read from a cache.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
-RECIPE = 1  # of pre-training: to be counted up with every change of this file or of ByteGPT that changes the weights
+RECIPE = 1  # version of pre-training: to be incremented with every change of this file or of ByteGPT that changes the weights
 PRETRAIN_SEED, PRETRAIN_BATCH_SIZE, PRETRAIN_LR, PRETRAIN_WARMUP = 0, 32, 3e-3, 100
-CACHE = "COLA_CACHE_DIR"  # the environment variable that names a folder for bases
+CACHE = "COLA_CACHE_DIR"  # the environment variable that names the folder for pre-trained bases
 
 
 class COLAByteGPT(COLAModule):
@@ -39,11 +39,11 @@ class COLAByteGPT(COLAModule):
 
     Args:
         depth: number of blocks.
-        width: of the residual stream.
-        heads: of attention.
-        context: bytes that it can see.
+        width: width of the residual stream.
+        heads: number of attention heads.
+        context: context length, in bytes.
         pretrain_steps: optimizer steps of pre-training, of 32 windows each: 13 minutes on a CPU core for 3,000.
-        arguments: those of :class:`~cola_lightning.COLAModule`.
+        arguments: the arguments of :class:`~cola_lightning.COLAModule`.
     """
 
     def __init__(
@@ -96,19 +96,19 @@ class COLAByteGPT(COLAModule):
 
 
 class PythonSourceDataModule(EpochDataModule):
-    """Python's standard library as windows of bytes that do not overlap.
+    """Python's standard library as non-overlapping windows of bytes.
 
-    The first nine tenths of the bytes are for training. The windows of the last tenth take turns between validation and test,
-    and of each those kept lie evenly over it.
+    The first nine tenths of the bytes are for training. The windows of the last tenth alternate between validation and test,
+    each of which uses ``eval_size`` evenly spaced ones.
 
     Args:
-        context: bytes of a window, beside the one that follows its last.
-        batch_size: windows in a training batch.
-        eval_batch_size: windows in a batch of validation and test; None: as in training.
-        eval_size: windows of validation, and of test.
-        train_size: windows of training; None: all.
-        split_seed: the order of training, with the module's seed.
-        num_workers: processes that prepare batches beside the training; 0: none.
+        context: bytes of a window, without the target of its last byte.
+        batch_size: windows per training batch.
+        eval_batch_size: windows per batch in validation and test; None: as in training.
+        eval_size: number of validation windows, and of test windows.
+        train_size: number of training windows; None: all.
+        split_seed: seed of the training order, together with the module's seed.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
     """
 
     def __init__(
@@ -150,14 +150,14 @@ def windows(text: Tensor, context: int) -> Tensor:
 
 
 def pretrained(steps: int, **sizes: int) -> ByteGPT:
-    """A :class:`ByteGPT` that has been trained on English passages: from the cache, or now.
+    """A :class:`ByteGPT` pre-trained on English passages: from the cache, or trained now.
 
-    The file lies in ``$COLA_CACHE_DIR``, else in ``cola_lightning`` in the user's cache folder; its name holds a digest of all
-    that the weights follow from, but for the machine.
+    The file is in ``$COLA_CACHE_DIR``, else in ``cola_lightning`` in the user's cache folder; its name contains a digest of
+    everything that determines the weights, except the machine.
 
     Args:
-        steps: of training.
-        sizes: those of :class:`ByteGPT`.
+        steps: optimizer steps.
+        sizes: the arguments of :class:`ByteGPT`.
     """
     text = english_passages()
     recipe = [RECIPE, steps, sorted(sizes.items()), PRETRAIN_SEED, PRETRAIN_BATCH_SIZE, PRETRAIN_LR, PRETRAIN_WARMUP]
