@@ -1,5 +1,5 @@
 """Comparisons of methods on one config, at equal numbers of optimizer steps: ``cola compare``.
 
-``methods`` says what each method is in options of ``cola fit``; ``run`` is one run, in a process of its own; ``trials`` gives
-the runs to Optuna and takes them from it; ``results`` are lines of a file, of which ``table`` and ``figures`` are made.
+``methods`` defines each method by options of ``cola fit``; ``run`` is one run, in a separate process; ``trials`` stores the
+runs in Optuna and claims them; ``results`` are lines of a file, from which ``table`` and ``figures`` are made.
 """

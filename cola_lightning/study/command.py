@@ -13,8 +13,8 @@ from cola_lightning.errors import UserError
 from cola_lightning.study.comparison import Comparison
 
 DESCRIPTION = (
-    "Compares methods on one config, at equal numbers of optimizer steps. Runs that are done are not done again: the same "
-    "command goes on where it was stopped, and several processes with the same command share the runs. What follows `--` are "
+    "Compares methods on one config, at equal numbers of optimizer steps. Finished runs are not repeated: the same command "
+    "continues a study that was stopped, and several processes with the same command share the runs. Options after `--` are "
     "options of `cola fit` for every run: `cola compare --config configs/digits.yaml ... -- --model.rank 2`."
 )
 
@@ -23,15 +23,15 @@ def compare(words: Sequence[str]) -> int:
     """Runs ``cola compare``.
 
     Args:
-        words: what follows it on the command line.
+        words: its arguments.
 
     Returns:
-        The exit status: 0, or 1 where runs failed.
+        The exit status: 0, or 1 if runs failed.
 
     Raises:
-        UserError: for what is written wrong.
+        UserError: for invalid arguments.
     """
-    if words and words[0] == "--run":  # a study's own process
+    if words and words[0] == "--run":  # the process of one run
         from cola_lightning.study.run import main
 
         return main(words[1])
@@ -49,12 +49,12 @@ def compare(words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the study as Ctrl-C does, with the exit status that it should have."""
+    """Makes SIGTERM end the study as Ctrl-C does, with the right exit status."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

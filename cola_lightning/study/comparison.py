@@ -1,4 +1,4 @@
-"""What ``cola compare`` compares: its options."""
+"""The options of ``cola compare``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,26 @@ from cola_lightning.study.results import Mode
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """A comparison of methods.
 
     Args:
-        config: of ``cola fit``; each run is it with a seed, a learning rate and what the method changes.
+        config: config file of ``cola fit``; each run overrides its seed, its learning rate and the method's options.
         output: folder for ``results.jsonl``, ``table.md``, ``table.csv``, the figures, and a folder for each run.
         methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link of the chain's summed rank),
             ``full`` (all parameters), and COLA's relatives: ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link
-            that trains B alone), ``boost`` (each link's A orthogonal to those before, after BoostLoRA). ``cola-4`` is a chain
+            that trains B only), ``boost`` (each link's A orthogonal to those before, after BoostLoRA). ``cola-4`` is a chain
             of four links of equal length, and so on.
-        seeds: how many runs of each method: with the seeds 0, 1, ...
-        learning_rates: those to be tried for every method, or for each by its name (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
+        seeds: number of runs of each method, with the seeds 0, 1, ...
+        learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
             The best on validation is reported. Default: the config's.
-        tuning_seeds: by how many seeds rates are compared; the others run at the best rate alone. Default: all.
-        metric: the one on the rows of validation, by which rates are chosen; that of test has the same name with ``test_``.
-        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for a loss, else higher.
-        also_seeded: options of ``cola fit`` that are given each run's seed, too: ``[data.split_seed]``, say.
-        keep_checkpoints: keep those of the runs, in their folders; else they are deleted with each run's end.
+        tuning_seeds: number of seeds by which rates are compared; the others run only at the best rate. Default: all.
+        metric: the validation metric, by which rates are chosen; the test metric has the same name with ``test_``.
+        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for a loss or a perplexity, else
+            higher.
+        also_seeded: further options of ``cola fit`` that are set to each run's seed: ``[data.split_seed]``, say.
+        keep_checkpoints: keep the runs' checkpoints, in their folders; ``false``: delete them at each run's end.
         storage: the file or the URL of Optuna's storage. Default: ``study.journal`` in the output.
-        study_name: in the storage. Default: the name of the output.
+        study_name: the study's name in the storage. Default: the name of the output.
     """
 
     config: str

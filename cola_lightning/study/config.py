@@ -1,4 +1,4 @@
-"""The config that a study's runs share: read whole, changed by options, and kept beside the results."""
+"""The config that a study's runs share: resolved, overridden by options, and saved beside the results."""
 
 import contextlib
 import io
@@ -17,10 +17,10 @@ from cola_lightning.writing import whole_file
 
 
 def resolved(words: Sequence[str]) -> dict[str, Any]:
-    """The complete configuration of ``cola fit`` with these words after it, defaults included; nothing is made.
+    """The complete configuration of ``cola fit`` with these arguments, including defaults; nothing is instantiated.
 
     Raises:
-        UserError: for what ``cola fit`` would refuse when it reads them; jsonargparse's ArgumentError likewise.
+        UserError: for arguments that ``cola fit`` would refuse when it parses them; likewise jsonargparse's ArgumentError.
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
@@ -31,7 +31,7 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line.
+    """Options as command-line arguments.
 
     Example:
         >>> as_words({"model.rank": 4, "chain.at_steps": None})
@@ -42,10 +42,10 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def keep_config(config: Mapping[str, Any], path: Path) -> None:
-    """Writes the config beside a study's results, or checks that it is the one that is there.
+    """Writes the config beside a study's results, or checks that it equals the existing one.
 
     Raises:
-        UserError: if it is another: its runs would not be comparable with those that are done.
+        UserError: if it differs: its runs would not be comparable with the finished ones.
     """
     shared = {name: value for name, value in config.items() if name != "seed_everything"}
     if not path.exists():
@@ -54,10 +54,10 @@ def keep_config(config: Mapping[str, Any], path: Path) -> None:
         return
     mine, theirs = _flat(shared), _flat(yaml.safe_load(path.read_text()))
     for name in mine | theirs:
-        if name in theirs and mine.get(name) != theirs[name]:  # an option that is new since then has its default
+        if name in theirs and mine.get(name) != theirs[name]:  # an option introduced since then has its default
             raise UserError(
-                f"config: expected {name}: {theirs[name]!r}, as in {path}, received {mine.get(name)!r}; another output "
-                "takes another study"
+                f"config: expected {name}: {theirs[name]!r}, as in {path}, received {mine.get(name)!r}; a different "
+                "study needs another output"
             )
 
 

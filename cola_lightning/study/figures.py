@@ -10,16 +10,16 @@ from cola_lightning.writing import whole_file
 
 Results = Mapping[str, Sequence[Result]]
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")  # told apart by all
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")  # safe for color blindness
 
 
 def draw_curves(results: Results, metric: str, path: Path) -> None:
-    """The metric over the optimizer steps: a method a line, knots as dots, full fine-tuning as a floor.
+    """Plots the metric over the optimizer steps: one line per method, knots as dots, full fine-tuning as a dashed line.
 
     Args:
-        results: of each method, at one learning rate.
-        metric: its name.
-        path: of a PNG.
+        results: each method's results, at one learning rate.
+        metric: the metric's name.
+        path: a PNG file.
     """
     figure, axes = _figure(6.4, 4.2)
     plot_curves(axes, results)
@@ -31,13 +31,13 @@ def draw_curves(results: Results, metric: str, path: Path) -> None:
 
 
 def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[str, str] | None = None) -> None:
-    """Draws the curves of :func:`draw_curves` into axes of matplotlib's.
+    """Plots the curves of :func:`draw_curves` into matplotlib axes.
 
     Args:
-        axes: to draw into.
-        results: of each method, at one learning rate.
-        skip: the share of a run's steps, from its start, that is left out, where all methods are alike.
-        names: what the legend calls the methods; None: their names, ranks and numbers of links.
+        axes: the axes.
+        results: each method's results, at one learning rate.
+        skip: the share of a run's steps, from its start, that is omitted, where all methods are alike.
+        names: the methods' names in the legend; None: their names, ranks and numbers of links.
     """
     for place, (name, of_method) in enumerate(results.items()):
         curve = mean_curve(of_method)
@@ -58,7 +58,7 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
 
 
 def mean_curve(results: Sequence[Result]) -> dict[int, float]:
-    """The mean over the seeds of the metric, at each step at which all have it."""
+    """The metric's mean over the seeds, at each step at which all seeds have it."""
     curves = [dict(result.curve) for result in results if result.curve]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
@@ -96,7 +96,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: that would choose a backend for all
+    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: that would set the backend globally
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

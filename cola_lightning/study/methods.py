@@ -1,4 +1,4 @@
-"""What each method is: options of ``cola fit`` that make it of a config."""
+"""The methods, each defined by the options of ``cola fit`` that turn a config into it."""
 
 import math
 import re
@@ -18,13 +18,13 @@ NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, as far as a config's options say it.
+    """A method for a config.
 
     Attributes:
         name: as the user wrote it: ``cola``, or ``cola-4`` for a chain of four links.
-        links: how many links a run has, where that is known beforehand; 0 where all is trained.
-        rank: the largest rank of a link; None where all is trained.
-        options: what changes the config, by the names of ``cola fit``.
+        links: the number of links of a run, if known beforehand; 0 for full fine-tuning.
+        rank: the largest rank of a link; None for full fine-tuning.
+        options: the options of ``cola fit`` that override the config.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Method:
 
 
 def method(name: str, config: Config) -> Method:
-    """Finds what a method's name means for a config.
+    """The method of a name, for a config.
 
     Args:
-        name: one of :data:`METHODS`; ``-N`` after one that speaks of a chain gives it N links of equal length, in place of the
-            config's own.
-        config: of ``cola fit``, complete.
+        name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links of equal length instead of the
+            config's chain.
+        config: the complete configuration of ``cola fit``.
 
     Raises:
-        UserError: for a name that is none, and for a config without what the method needs.
+        UserError: for an unknown name, and for a config that lacks what the method needs.
     """
     kind, n_links = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()  # type: ignore[union-attr]
     if kind not in METHODS:
@@ -83,13 +83,13 @@ def _full(name: str, config: Config, chain: ChainOf) -> Method:
 
 
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain of which each link trains one factor beside the other, which stays as it was drawn: RAC-LoRA."""
+    """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
     found = _cola(name, config, chain)
     return replace(found, options={**found.options, "model.trained_factors": "random"})
 
 
 def _relora(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain whose optimizer keeps a hundredth of its state over a knot, with one cosine and a warm-up after each knot."""
+    """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA."""
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
     rise = _model(config).get("knot_warmup_steps") or 0.1
@@ -102,12 +102,12 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
 
 
 def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
-    """One link that trains B beside an A that stays as it was drawn."""
+    """One link that trains only B; A stays as drawn."""
     return Method(name, 1, _rank(config), NO_CHAIN | {"model.trained_factors": "B"})
 
 
 def _boost(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain of which each link begins orthogonal to those before, as BoostLoRA's rounds do."""
+    """A chain in which each link begins orthogonal to the previous ones, as BoostLoRA's rounds do."""
     found = _cola(name, config, chain)
     return replace(found, options={**found.options, "model.init": "orthogonal"})
 
@@ -139,7 +139,7 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE})
     if not schedule.has_knots:
         raise UserError(f"methods: expected a config whose chain has knots, or links, as {name}-4, received {name!r} and none")
-    if schedule.is_open:  # how many links there are, each run finds out
+    if schedule.is_open:  # the number of links is known only after each run
         if name == "lora-sum-rank":
             raise UserError("methods: expected links, as lora-sum-rank-4, of a chain with a patience, received 'lora-sum-rank'")
         return [max(schedule.ranks or [_rank(config)])], {}
@@ -154,7 +154,7 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
 
 
 def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any]]:
-    """The ranks of a chain of so many links, and the options that make it."""
+    """The ranks of a chain of ``n_links`` links of equal length, and its options."""
     epochs, steps = _length(config)
     total = steps or epochs
     if total is None:
@@ -167,7 +167,7 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
 
 
 def _length(config: Config) -> tuple[int | None, int | None]:
-    """A run's epochs and its optimizer steps: the one of them that ends it."""
+    """A run's epochs and its optimizer steps: the limit that ends it, and None for the other."""
     trainer = config["trainer"]
     steps = trainer["max_steps"] if (trainer["max_steps"] or -1) >= 0 else None
     epochs = trainer["max_epochs"] if (trainer["max_epochs"] or -1) >= 0 else None

@@ -1,4 +1,4 @@
-"""A run in a process of its own, from the side that waits for it."""
+"""Starts a run in a separate process, and waits for it."""
 
 import json
 import os
@@ -18,17 +18,17 @@ LOG = "log.txt"
 def do(
     words: Sequence[str], metric: str, folder: Path, tell: Callable[[float], None], tell_every: float
 ) -> dict[str, Any] | None:
-    """Does a run, and gives what it reports of itself; None where it failed.
+    """Executes a run, and returns its reported result; None if it failed.
 
     Args:
-        words: what follows ``cola fit``.
-        metric: on the rows of validation.
-        folder: of the run, which is emptied first; the process writes ``log.txt`` there.
-        tell: is told the share of the run that is done, now and then.
-        tell_every: seconds between two calls of it, at most.
+        words: the arguments of ``cola fit``.
+        metric: the validation metric.
+        folder: the run's folder, which is emptied first; the process writes ``log.txt`` there.
+        tell: called with the share of the run that is done, periodically.
+        tell_every: maximum number of seconds between two calls of ``tell``.
 
     Raises:
-        UserError: for what the run calls a mistake of the user's: other runs would, too.
+        UserError: if the run reports a user error: other runs would report it, too.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -46,7 +46,7 @@ def do(
             status = process.wait()
         finally:
             if process.poll() is None:
-                process.terminate()  # after the terminal's Ctrl-C a second signal, at which it stops at once
+                process.terminate()  # after the terminal's Ctrl-C, this is a second signal: it stops at once
                 process.wait()
     if status == 2:
         raise UserError(_last_error(folder / LOG))
@@ -54,7 +54,7 @@ def do(
 
 
 def _reports(reading: int, at_least_every: float) -> Iterator[dict[str, Any]]:
-    """What the process writes, a report a line, until it ends; an empty one where it writes nothing for a while."""
+    """The process's reports, one per line, until it ends; an empty report if it writes nothing for a while."""
     pending = b""
     while True:
         if not select.select([reading], [], [], at_least_every)[0]:

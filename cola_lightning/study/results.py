@@ -1,4 +1,4 @@
-"""The results of a study's runs, a line each, and what is read off them."""
+"""The results of a study's runs, one line each, and the choice of the best learning rates."""
 
 import json
 import math
@@ -16,12 +16,12 @@ Mode = Literal["min", "max"]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is to be, and what it is known by in its study.
+    """The parameters of a run, which identify it in its study.
 
     Attributes:
-        method: its name.
-        learning_rate: of the optimizer.
-        seed: of ``seed_everything``.
+        method: the method's name.
+        learning_rate: the optimizer's learning rate.
+        seed: the value of ``seed_everything``.
     """
 
     method: str
@@ -31,22 +31,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        method: its name.
-        seed: of ``seed_everything``.
-        learning_rate: of the optimizer.
-        rank: of its links, the largest; None where all was trained.
-        links: how many; 0 where all was trained.
-        validation: the metric on the rows of validation, at the end; None where the run diverged, as for ``test``.
-        test: the metric on the rows of test, at the end.
+        method: the method's name.
+        seed: the value of ``seed_everything``.
+        learning_rate: the optimizer's learning rate.
+        rank: the largest rank of its links; None for full fine-tuning.
+        links: number of links; 0 for full fine-tuning.
+        validation: the final validation metric; None if the run diverged.
+        test: the final test metric; None if the run diverged.
         steps: optimizer steps taken.
-        seconds: of the fit, its validations included.
-        peak_memory: the most that the process, or its GPU, has held, in MB.
-        trainable_parameters: of the first link, or of the model where all was trained.
+        seconds: duration of the fit, including validations.
+        peak_memory: peak memory of the process, or of its GPU, in MB.
+        trainable_parameters: of the first link, or of the model for full fine-tuning.
         knots: the optimizer steps before which a link was finished.
-        curve: optimizer steps and the metric on the rows of validation, whenever it was measured.
+        curve: the optimizer step and the validation metric, at each validation.
     """
 
     method: str
@@ -65,21 +65,21 @@ class Result:
 
     @property
     def run(self) -> Run:
-        """The run that it is of."""
+        """The run with this result."""
         return Run(self.method, self.learning_rate, self.seed)
 
 
 def write(results: Iterable[Result], path: Path) -> None:
-    """Writes the results as JSON, a line each; the file changes as a whole."""
+    """Writes the results as JSON, one line each, atomically."""
     with whole_file(path, is_shared=True) as partial:
         partial.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 
 def read(path: Path) -> list[Result]:
-    """Reads what :func:`write` has written; none where there is no file.
+    """Reads the results that :func:`write` wrote; empty if there is no file.
 
     Raises:
-        UserError: for a line that is none of its lines.
+        UserError: for a line that is not a result.
     """
     results = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
@@ -91,14 +91,14 @@ def read(path: Path) -> list[Result]:
 
 
 def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:
-    """The learning rate of each method that is best on validation, in the mean over the seeds that are there for all its rates.
+    """Each method's learning rate with the best mean validation metric, over the seeds with results for all its rates.
 
-    A rate at which a run diverged is taken only where all did.
+    A rate at which a run diverged is chosen only if this holds for all rates.
 
     Args:
-        results: of any methods, rates and seeds.
+        results: results of any methods, rates and seeds.
         mode: whether a lower or a higher metric is better.
-        tuning_seeds: those by which rates are compared.
+        tuning_seeds: the seeds by which rates are compared.
     """
     best = {}
     for method in dict.fromkeys(result.method for result in results):
@@ -112,9 +112,9 @@ def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int
             continue
         shared = set.intersection(*(set(values) for values in by_rate.values())) or set(tuning_seeds)
         means = {
-            rate: statistics.fmean(kept)
+            rate: statistics.fmean(compared)
             for rate, values in by_rate.items()
-            if (kept := [value for seed, value in values.items() if seed in shared])
+            if (compared := [value for seed, value in values.items() if seed in shared])
         }
         best[method] = (min if mode == "min" else max)(means, key=lambda rate: means[rate])
     return best

@@ -1,6 +1,6 @@
-"""One run of a study, in a process of its own: an ordinary fit, then validation and test of what it ended with.
+"""One run of a study: an ordinary fit, then validation and test of the final model.
 
-A process of its own, so that its peak of memory is its own, and so that a run that is killed takes no study with it.
+It has a separate process, so that its peak memory can be measured, and so that killing a run does not kill the study.
 """
 
 import json
@@ -31,11 +31,11 @@ REPORT_EVERY = 0.5  # seconds
 
 
 class Recorder(Callback):
-    """Notes what a study wants to know of a fit, and reports how far it is.
+    """Records what a study needs of a fit, and reports its progress.
 
     Args:
-        metric: the name of the metric on the rows of validation.
-        report: takes ``{"done": share of the run}``.
+        metric: the validation metric's name.
+        report: called with ``{"done": share of the run}``.
     """
 
     def __init__(self, metric: str, report: Report) -> None:
@@ -44,7 +44,7 @@ class Recorder(Callback):
         self.steps, self.trainable_parameters, self.seconds, self._reported_at = 0, 0, 0.0, 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What it has noted, as a Result's fields."""
+        """The recorded values, as a Result's fields."""
         return {
             "steps": self.steps,
             "seconds": self.seconds,
@@ -95,9 +95,9 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
     """Fits, validates and tests, and reports the result.
 
     Args:
-        words: what follows ``cola fit``.
-        metric: the name of the metric on the rows of validation, ``val_...``; that of test is ``test_...``.
-        report: takes ``{"done": share of the run}`` and, at the end, ``{"result": fields of a Result}``.
+        words: the arguments of ``cola fit``.
+        metric: the validation metric's name, ``val_...``; the test metric's is ``test_...``.
+        report: called with ``{"done": share of the run}`` and, at the end, ``{"result": fields of a Result}``.
 
     Returns:
         The exit status.
@@ -106,7 +106,7 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
         UserError: if the run has no such metric.
     """
     watch, recorder = RunWatch(), Recorder(metric, report)
-    # Lightning's warning that the process' own words are not used.
+    # Lightning's warning that the process's own arguments are not used.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     with watch.listening():
         try:
@@ -135,16 +135,16 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
 
 
 def main(asked: str) -> int:
-    """Does what a study asks of a process of its own.
+    """The entry point of a run's process.
 
     Args:
-        asked: JSON: ``words``, ``metric``, and ``report``, the number of the file to which reports are written.
+        asked: JSON: ``words``, ``metric``, and ``report``, the file descriptor to which reports are written.
     """
     given = json.loads(asked)
 
     @rank_zero_only
     def report(facts: dict[str, Any]) -> None:
-        os.write(given["report"], (json.dumps(facts) + "\n").encode())  # a study that is gone ends its run: a broken pipe
+        os.write(given["report"], (json.dumps(facts) + "\n").encode())  # if the study has died, a broken pipe ends its run
 
     return run(given["words"], given["metric"], report)
 
@@ -157,8 +157,8 @@ def _share_done(trainer: Trainer) -> float:
 
 
 def _peak_memory() -> float:
-    """In MB: of the GPU where there is one, else of this process."""
+    """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return held / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # which gives it in bytes
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS reports bytes

@@ -1,4 +1,4 @@
-"""A comparison that goes on: which runs are still to be done, doing them, and what they come to."""
+"""A resumable comparison: finds the remaining runs, executes them, and writes the results."""
 
 import logging
 import shutil
@@ -24,18 +24,18 @@ from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
-WAIT = 5.0  # seconds between two looks at the runs of other processes
+WAIT = 5.0  # seconds between two checks of other processes' runs
 
 
 class Study:
     """A comparison, from its first run to its table.
 
     Args:
-        asked: what is compared.
+        asked: the command's options.
         fit_words: options of ``cola fit`` for every run.
 
     Raises:
-        UserError: for what cannot be compared.
+        UserError: for an invalid comparison.
     """
 
     def __init__(self, asked: Comparison, fit_words: Sequence[str]) -> None:
@@ -61,11 +61,11 @@ class Study:
 
     def _method(self, name: str) -> Method:
         found = method(name, self.config)
-        resolved([*self.words, *as_words(found.options)])  # refused here, before any time is lost
+        resolved([*self.words, *as_words(found.options)])  # errors are raised here, before any time is lost
         return found
 
     def run(self) -> int:
-        """Does what is to be done, and what other processes leave; gives the exit status."""
+        """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
         self.trials.take_up(read(self.output / "results.jsonl"))
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         left = [TextColumn("left"), TimeRemainingColumn()]
@@ -89,14 +89,14 @@ class Study:
         return 1 if self.failed else 0
 
     def results(self) -> list[Result]:
-        """Of the runs that this command asks for; the study may hold others."""
+        """Results of the runs that this command requests; the study may contain others."""
         found = {result.run: result for result in self.trials.results()}
         return [found[run] for run in self.wanted(found.values()) if run in found]
 
     def wanted(self, results: Iterable[Result]) -> list[Run]:
-        """The runs in their order: by seed, so that a study that is stopped has something of each method.
+        """The runs in order: by seed, so that a study that is stopped has results of each method.
 
-        Those of the seeds that compare no rates follow when the best rates are known, but for methods of which a run failed.
+        Runs of seeds that are not used for tuning follow once the best rates are known, except for methods with a failed run.
         """
         by_run, tuned_by = {result.run: result for result in results}, self.asked.tuned_by
         runs = [Run(name, rate, seed) for seed in tuned_by for name, rates in self.rates.items() for rate in rates]
@@ -109,7 +109,7 @@ class Study:
         return runs + [Run(name, rate, seed) for seed in rest for name, rate in best.items()]
 
     def _do(self, trial: Any, run: Run, n_done: int) -> None:
-        """Has a run done in a process of its own, and tells Optuna what came of it."""
+        """Executes a run in a separate process, and reports its outcome to Optuna."""
         folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
         what = f"{run.method}, rate {run.learning_rate:g}, seed {run.seed}"
         told_at = time.monotonic()
@@ -135,7 +135,7 @@ class Study:
             self.trials.fail(trial)
             self.failed[run] = folder / process.LOG
             return
-        known = {"rank": chosen.rank, "links": chosen.links}  # of a run that diverged
+        known = {"rank": chosen.rank, "links": chosen.links}  # for a run that diverged
         self.trials.finish(trial, Result(**asdict(run), **known | facts))
         if not self.asked.keep_checkpoints:
             for checkpoints in folder.glob("**/checkpoints"):
@@ -143,7 +143,7 @@ class Study:
         self._write()
 
     def _write(self) -> list[Row]:
-        """Writes the results, the tables and the figures; gives the table's rows."""
+        """Writes the results, the tables and the figures; returns the table's rows."""
         results = self.results()
         write(self.trials.results(), self.output / "results.jsonl")
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)

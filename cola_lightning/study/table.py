@@ -1,4 +1,4 @@
-"""The table of a study: a method a row, at its best learning rate."""
+"""The table of a study: one row per method, at its best learning rate."""
 
 import csv
 import io
@@ -19,21 +19,21 @@ class Row:
     """A method at its best learning rate.
 
     Attributes:
-        method: its name.
-        rank: of its links, the largest; None where all was trained.
-        links: how many, median; 0 where all was trained.
+        method: the method's name.
+        rank: the largest rank of its links; None for full fine-tuning.
+        links: median number of links; 0 for full fine-tuning.
         learning_rate: the best on validation.
-        seeds: how many runs there are.
-        diverged: how many of them diverged; the others are what follows.
-        validation: mean of the metric on the rows of validation.
-        test: mean of the metric on the rows of test.
-        deviation: standard deviation of it over the seeds; None of one alone.
-        difference: mean difference to LoRA's, seed by seed; None where there is none to compare with.
-        low: of the interval of 95 % around it, by Student's t; None of fewer than two seeds.
-        high: its other end.
-        seconds: of a fit, median.
-        peak_memory: in MB, median.
-        trainable_parameters: of a run.
+        seeds: number of runs.
+        diverged: number of diverged runs; the metrics are those of the others.
+        validation: mean validation metric.
+        test: mean test metric.
+        deviation: standard deviation of the test metric over the seeds; None for a single seed.
+        difference: mean difference of the test metric to LoRA's, paired by seed; None without a pair.
+        low: lower end of its 95 % interval, by Student's t; None for fewer than two seeds.
+        high: upper end of that interval.
+        seconds: median duration of a fit.
+        peak_memory: median, in MB.
+        trainable_parameters: of the first run.
     """
 
     method: str
@@ -57,7 +57,7 @@ def summarize(results: Mapping[str, Sequence[Result]]) -> list[Row]:
     """A row for each method.
 
     Args:
-        results: of each method, at one learning rate.
+        results: each method's results, at one learning rate.
     """
     baseline = {result.seed: result.test for result in results.get(BASELINE, ())}
     return [_row(name, of_method, {} if name == BASELINE else baseline) for name, of_method in results.items()]
@@ -92,10 +92,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _interval(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """The interval of the mean difference within pairs, by Student's t."""
+    """The confidence interval of the mean paired difference, by Student's t."""
     if len(pairs) < 2:
         return None, None
-    if len({mine - theirs for mine, theirs in pairs}) == 1:  # no deviation, of which scipy warns
+    if len({mine - theirs for mine, theirs in pairs}) == 1:  # no deviation: scipy would warn
         return (only := pairs[0][0] - pairs[0][1]), only
     from scipy import stats
 
@@ -109,7 +109,7 @@ HEADINGS += ["s", "MB", "trained"]
 
 
 def shown_test(row: Row, digits: int = 4) -> str:
-    """The result on test as text: ``1.8230 ± 0.0027``, or that it diverged."""
+    """The test metric as text: ``1.8230 ± 0.0027``, or ``diverged``."""
     if row.test is None:
         return "diverged"
     deviation = "" if row.deviation is None else f" ± {row.deviation:.{digits}f}"
@@ -117,7 +117,7 @@ def shown_test(row: Row, digits: int = 4) -> str:
 
 
 def shown_difference(row: Row, digits: int = 4) -> str:
-    """The difference to LoRA as text: ``-0.0599 [-0.0661, -0.0536]``; empty where there is none."""
+    """The difference to LoRA as text: ``-0.0599 [-0.0661, -0.0536]``; empty if there is none."""
     if row.difference is None:
         return ""
     interval = "" if row.low is None or row.high is None else f" [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
@@ -125,12 +125,12 @@ def shown_difference(row: Row, digits: int = 4) -> str:
 
 
 def short_cells(row: Row, name: str) -> list[str]:
-    """What a document shows of a row: a name, the learning rate, how many seeds, the result on test, the difference to LoRA."""
+    """A row's cells in a document: a name, learning rate, number of seeds, test metric, difference to LoRA."""
     return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
 
 
 def _cells(row: Row) -> list[str]:
-    """A row as text, under HEADINGS."""
+    """A row's cells as text, under HEADINGS."""
     return [
         row.method,
         "" if row.rank is None else str(row.rank),
@@ -147,7 +147,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def as_markdown(rows: Sequence[Row], metric: str) -> str:
-    """The table for a document."""
+    """The table as Markdown, with a note."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows)]
     note = (
         f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
@@ -158,7 +158,7 @@ def as_markdown(rows: Sequence[Row], metric: str) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The table for a program."""
+    """The table as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -167,7 +167,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def on_screen(rows: Sequence[Row], metric: str) -> Table:
-    """The table for a terminal of 80 columns: without what is the same for most methods."""
+    """The table for a terminal of 80 columns, with the most important columns."""
     shown = [HEADINGS.index(name) for name in ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")]
     title = f"test_{metric.removeprefix('val_')}, mean ± standard deviation; intervals of 95 %, paired by seed"
     table = Table(title=title)

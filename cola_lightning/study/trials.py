@@ -1,7 +1,7 @@
-"""The runs of a study as Optuna's trials: which are to be done, which are being done, by whom, and what came of them.
+"""The runs of a study as Optuna trials: which are waiting, which are running, in which process, and their results.
 
-Optuna's storage is the only state, so any number of processes and machines may take runs of one study. What Optuna does not
-know of a journal file is whether a trial that runs is still being run: whoever runs it says so every minute.
+Optuna's storage is the only state, so any number of processes and machines may share the runs of one study. With a journal file
+Optuna has no heartbeat for running trials: the process that runs a trial writes one every minute.
 """
 
 import os
@@ -31,35 +31,35 @@ class Trials:
     """The trials of a study.
 
     Args:
-        storage: a file for a journal, or the URL of a database.
-        name: of the study.
-        metric: on the rows of validation; the value of a trial.
-        mode: whether a lower or a higher one is better.
+        storage: a journal file, or the URL of a database.
+        name: the study's name.
+        metric: the validation metric, which is the value of a trial.
+        mode: whether a lower or a higher metric is better.
 
     Raises:
-        UserError: for a study of another metric, and a storage that cannot be opened.
+        UserError: for a study of another metric or mode, and a storage that cannot be opened.
     """
 
     def __init__(self, storage: str, name: str, metric: str, mode: Mode) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         direction = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}[mode]
         self.study = optuna.create_study(storage=_open(storage), study_name=name, direction=direction, load_if_exists=True)
-        had = self.study.user_attrs.get("metric", metric)
-        if (had, self.study.direction) != (metric, direction):
-            was = f"{had} and {self.study.direction.name.lower()[:3]}"
-            raise UserError(f"metric, mode: expected {was}, as in the study, received {metric} and {mode}")
+        stored = self.study.user_attrs.get("metric", metric)
+        if (stored, self.study.direction) != (metric, direction):
+            expected = f"{stored} and {self.study.direction.name.lower()[:3]}"
+            raise UserError(f"metric, mode: expected {expected}, as in the study, received {metric} and {mode}")
         self.study.set_user_attr("metric", metric)
         self.mode = mode
 
     def results(self) -> list[Result]:
-        """What came of the runs that are done, each once, in the order in which they were asked for."""
+        """The results of the finished runs, each once, in the order in which they were requested."""
         by_key: dict[Run, Result] = {}
         for run, trial in self._trials(TrialState.COMPLETE):
             by_key.setdefault(run, Result(**trial.user_attrs["result"]))
         return list(by_key.values())
 
     def take_up(self, results: Iterable[Result]) -> None:
-        """Adds results of runs that the study does not know."""
+        """Adds the results of runs that are not in the study."""
         known = {run for run, _ in self._trials(TrialState.COMPLETE)}
         for result in results:
             if (run := result.run) not in known:
@@ -73,7 +73,7 @@ class Trials:
                 )
 
     def ask_for(self, runs: Iterable[Run]) -> None:
-        """Has runs done that are neither done, nor being done, nor waiting; those whose process is gone, again."""
+        """Enqueues runs that are neither finished, running nor waiting; again if the process that ran them is gone."""
         for _, trial in self._trials(TrialState.RUNNING):
             if not _is_alive(trial):
                 with suppress(UpdateFinishedTrialError):  # another process was first
@@ -85,11 +85,11 @@ class Trials:
                 self.study.enqueue_trial(params, user_attrs={"method": run.method})
 
     def take(self, wanted: Collection[Run]) -> tuple[optuna.Trial, Run] | None:
-        """The next waiting run, which is now this process' to do; None where none waits.
+        """Claims the next waiting run for this process; None if none is waiting.
 
         Args:
-            wanted: the runs that this command asks for. What else waits, an earlier command had asked for: it is dropped, and
-                a process that still wants it asks for it again.
+            wanted: the runs that this command requests. Other waiting runs were requested by an earlier command: they are
+                dropped, and a process that still wants them requests them again.
         """
         while any(self._trials(TrialState.WAITING)):
             trial = self.study.ask()
@@ -99,7 +99,9 @@ class Trials:
             rate = trial.suggest_float("learning_rate", RATES.low, RATES.high, log=True)
             run = Run(method, rate, trial.suggest_int("seed", SEEDS.low, SEEDS.high))
             others = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
-            is_taken = any(other == run and one.number < trial.number for other, one in others)  # asked for by two at once
+            is_taken = any(
+                other == run and one.number < trial.number for other, one in others
+            )  # requested by two processes at once
             if is_taken or run not in wanted:
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
@@ -108,20 +110,20 @@ class Trials:
         return None
 
     def are_running(self) -> bool:
-        """Whether any run is being done, by whichever process."""
+        """Whether any process is executing a run."""
         return any(_is_alive(trial) for _, trial in self._trials(TrialState.RUNNING))
 
     def keep_alive(self, trial: optuna.Trial) -> None:
-        """Says that the run is being done."""
+        """Records that the run is still running."""
         trial.set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
 
     def finish(self, trial: optuna.Trial, result: Result) -> None:
-        """Takes note of what came of a run."""
+        """Records a run's result."""
         trial.set_user_attr("result", asdict(result))
         self.study.tell(trial, self._value(result))
 
     def fail(self, trial: optuna.Trial) -> None:
-        """Takes note that a run came to nothing; it will be done again when it is asked for."""
+        """Records that a run failed; it is repeated when it is requested again."""
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _value(self, result: Result) -> float:
@@ -141,7 +143,7 @@ def _open(storage: str) -> BaseStorage:
             return RDBStorage(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(storage))
-    except Exception as error:  # of the database's own kind, or the disk's
+    except Exception as error:  # the database's own exceptions, or the disk's
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
         ) from error
