@@ -855,7 +855,7 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
     (
         {"prompt": "{none}", **FIXED},
         "rows.jsonl, line 16: expected text in the field 'none', received None (2 of 2 rows cannot be used; up to 1 "
-        "% would be left out)",
+        "% would be skipped)",
     ),
     (
         {"prompt": "{by}", **FIXED},
@@ -881,17 +881,17 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
     (
         {"answer": "none"},
         "rows.jsonl, line 16: expected a list of texts in the field 'none', received None (2 of 2 rows cannot be "
-        "used; up to 1 % would be left out)",
+        "used; up to 1 % would be skipped)",
     ),
     (
         {"options": [""], "label": "empty"},
         "rows.jsonl, line 16: expected options that add tokens to the prompt, received ('',) (2 of 2 rows cannot be "
-        "used; up to 1 % would be left out)",
+        "used; up to 1 % would be skipped)",
     ),
     (
         {"options": ["a", "a "]},
         "rows.jsonl, line 16: expected options that differ in more than spaces, received ('a', 'a ') (2 of 2 rows "
-        "cannot be used; up to 1 % would be left out)",
+        "cannot be used; up to 1 % would be skipped)",
     ),
     (
         {"options": ["a", "b"], "label": "gold"},
@@ -908,17 +908,17 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
     (
         {"options": ["{gold}", "blue"]},
         "rows.jsonl, line 16: expected options that differ, received 'blue' twice (2 of 2 rows cannot be used; up to "
-        "1 % would be left out)",
+        "1 % would be skipped)",
     ),
     (
         {"prompt": "{empty}", **FIXED},
         "rows.jsonl, line 16: expected a prompt of at least one token, received '' (2 of 2 rows cannot be used; up "
-        "to 1 % would be left out)",
+        "to 1 % would be skipped)",
     ),
     (
         {"options": ["It was the largest town. " * 3, "b"], "max_length": 9},
         "rows.jsonl, line 16: expected options of fewer than 9 tokens (data.max_length), received one of 19 (2 of 2 "
-        "rows cannot be used; up to 1 % would be left out)",
+        "rows cannot be used; up to 1 % would be skipped)",
     ),
     (
         {"answer": "gold", "max_length": 51},
@@ -1111,12 +1111,12 @@ LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 @refused(
     (
         ("{",),
-        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received what cannot be "
+        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received files that cannot be "
         "read (...)",
     ),
     (
         ("[]",),
-        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received what cannot be "
+        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received files that cannot be "
         "read (adapter_config.json holds no fields)",
     ),
     ((json.dumps({"peft_type": "IA3"}),), "adapter: expected an ordinary LoRA in '.', received one with peft_type IA3"),
@@ -1298,19 +1298,18 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
     (("cola-0",), "methods: expected cola-1 or more, received 'cola-0'"),
     (
         ("cola", {}, {"max_epochs": 3}),
-        "methods: expected a config whose chain has knots, or links, as cola-4, received 'cola' and none",
+        "methods: expected a config whose chain has knots, or a number of links, as in cola-4, received 'cola' and none",
     ),
     (
         ("cola", {"every_n_epochs": 1}, {"max_steps": 20}),
-        "trainer: expected max_epochs alone, as the chain counts epochs, so that it is known how many links a run "
-        "has, received another limit",
+        "trainer: expected max_epochs alone, as the chain counts epochs, so that the number of links is known, "
+        "received another limit",
     ),
     (
         ("cola", {"every_n_train_steps": 1}, {"max_epochs": 2}),
-        "trainer: expected max_steps, as the chain counts steps, so that it is known how many links a run has, "
-        "received another limit",
+        "trainer: expected max_steps, as the chain counts steps, so that the number of links is known, received another limit",
     ),
-    (("cola-9", {}, {"max_epochs": 3}), "methods: expected at most 3 links, one for each of a run's parts, received 9"),
+    (("cola-9", {}, {"max_epochs": 3}), "methods: expected at most 3 links, one per epoch or step of a run, received 9"),
     (
         ("relora", {"patience": 2}, {"max_epochs": 3}),
         "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "

@@ -173,7 +173,7 @@ BAD = [
     (["--model.finished_links", "stak"], "model.finished_links: expected Literal['merge', 'stack'], received 'stak'"),
     (["--model.quantization", "int8"], "model.quantization: expected Literal['nf4'], received 'int8'"),
     (["--model.quantization", "nf4"], "model.finished_links: expected stack beside model.quantization, for links cannot be"),
-    (["--trainer.precision", "16-mixed"], "for Lightning makes bf16-mixed of 16-mixed there"),
+    (["--trainer.precision", "16-mixed"], "where Lightning replaces 16-mixed by bf16-mixed"),
     (["--trainer.precision", "bf17"], "trainer.precision: "),
     (["--model.dtype", "float31"], "model.dtype: expected Literal['float32', 'bfloat16', 'float16'], received 'float31'"),
     (["--model.target_modules", "[lm_head]"], "'lm_head', whose weight is shared"),

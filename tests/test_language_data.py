@@ -327,7 +327,7 @@ def test_a_drawn_row_that_cannot_be_used_is_left_out_and_counted(tmp_path, caplo
     for part, others, places in ((data.train, plain.train, train), (data.val, plain.val, val)):
         assert ids(part) == [prompt for prompt, place in zip(ids(others), places, strict=True) if place not in which]
     told = [record.getMessage() for record in caplog.records]
-    assert [one.partition(", and are left out; the first: ")[0] for one in told] == [
+    assert [one.partition(", and are skipped; the first: ")[0] for one in told] == [
         "1 of 100 rows cannot be used",
         "2 of 200 rows cannot be used",
     ]

@@ -187,5 +187,7 @@ def test_a_study_leaves_the_number_of_links_to_its_runs():
     for name in ("lora", "cola-5", "full"):
         changed = resolved([*words, *as_words(method(name, config).options)])["chain"]
         assert (changed["patience"], changed["min_delta"]) == (None, 0)
-    with pytest.raises(UserError, match=r"methods: expected links, as lora-sum-rank-4, .* received 'lora-sum-rank'"):
+    with pytest.raises(
+        UserError, match=r"methods: expected a number of links, as in lora-sum-rank-4, .* received 'lora-sum-rank'"
+    ):
         method("lora-sum-rank", config)

@@ -233,7 +233,9 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
                 f"as merged models, after them), received {type(callback).__name__}"
             )
     if sum(isinstance(callback, ChainOfLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-        raise UserError("trainer.callbacks: expected one ChainOfLoRA, received several (on the command line, chain is one)")
+        raise UserError(
+            "trainer.callbacks: expected one ChainOfLoRA, received several (on the command line, the group chain is one)"
+        )
     if not module.automatic_optimization:
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
     if module.target_modules is None and schedule.has_knots:

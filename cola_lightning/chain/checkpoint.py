@@ -226,8 +226,8 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
     """
     if arguments["not_plain"]:
         raise UserError(
-            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one with another "
-            f"{arguments['not_plain'][0]!r}: load it in Python, and call its {method}()"
+            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one whose "
+            f"{arguments['not_plain'][0]!r} is not plain: load it in Python, and call its {method}()"
         )
 
 

@@ -107,7 +107,7 @@ def check_made_again(expected: Mapping[str, Any], received: Mapping[str, Any]) -
     if (where := _difference(expected, received)) is not None:
         raise UserError(
             f"base: expected build_model to make the same base again, received another, {where}: it may draw from the global "
-            "generators of Python, numpy and torch, which are seeded for it, or save_base: true keeps the first"
+            "generators of Python, numpy and torch, which are seeded for it, or save_base: true stores the first"
         )
 
 

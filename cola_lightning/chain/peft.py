@@ -53,8 +53,8 @@ def read_adapter(folder: str | Path) -> Chain:
             raise ValueError(f"{CONFIG_NAME} holds no fields")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
-            f"adapter: expected {CONFIG_NAME} and {TENSORS_NAME} of PEFT in {str(folder)!r}, received what cannot be read "
-            f"({one_line(str(error))})"
+            f"adapter: expected {CONFIG_NAME} and {TENSORS_NAME} of PEFT in {str(folder)!r}, received files that cannot be "
+            f"read ({one_line(str(error))})"
         ) from error
     if (kind := _other_kind(config)) is not None:
         raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {kind}")
@@ -238,9 +238,9 @@ def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Itera
 
     Source: ``peft.utils.other._set_trainable``, and ``PeftModelForSequenceClassification``, which adds two endings.
     """
-    asked = tuple(modules_to_save)
+    requested = tuple(modules_to_save)
     names = [name for name, _ in base.named_modules() if name]
-    wanted = tuple(name for name in names if name in asked or name.endswith(tuple(f".{one}" for one in asked)))
+    wanted = tuple(name for name in names if name in requested or name.endswith(tuple(f".{one}" for one in requested)))
     endings = (*wanted, *(("classifier", "score") if _task(base) == "SEQ_CLS" else ()))
     saved = [name for name in names if name.endswith(endings)]
     for name in saved:
@@ -248,7 +248,7 @@ def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Itera
         if any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in others):
             ending = next(one for one in endings if name.endswith(one))
             raise UserError(
-                f"format: expected merged, for PEFT takes {name!r} for {ending!r}, and something in or around it is adapted or "
+                f"format: expected merged, for PEFT matches {name!r} by {ending!r}, and a module in or around it is adapted or "
                 "saved, too; received peft"
             )
     return saved

@@ -217,13 +217,13 @@ def _draw_singular_values(axes: "Axes", reports: Sequence[LinkReport]) -> None:
         values = torch.tensor([layer.singular_values for layer in link.layers.values()], dtype=torch.float64)
         spread[:, place, : link.rank] = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
     spread[1][spread[1] == 0] = math.nan  # a gap: a log scale has no zero
-    shown = sorted({*(2**power for power in range(largest.bit_length())), largest})  # enough to tell how fast they fall
+    shown = sorted({*(2**power for power in range(largest.bit_length())), largest})  # enough to show how fast they decay
     for k, shade in zip(shown, torch.linspace(0, 0.85, len(shown)).tolist(), strict=True):
         _draw(axes, reports, spread[:, :, k - 1], colormaps["viridis"](shade), rf"$\sigma_{{{k}}}$")
     if (spread > 0).any():
         axes.set_yscale("log")
     axes.set_title("singular values: median and quartiles over layers")
-    axes.set_ylabel(r"singular value of $\Delta W$ (zeros left out)")
+    axes.set_ylabel(r"singular value of $\Delta W$ (zeros omitted)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -42,10 +42,10 @@ def configs(words: Sequence[str]) -> None:
             print(textwrap.fill(f"{name}: {_first_sentence(path)}", WIDTH, subsequent_indent="    "))
         print("\n`cola configs NAME` copies a configuration to configs/, where the commands in its header expect it.")
         return
-    asked = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
-    if unknown := [name for name in asked if name not in found]:
+    requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
+    if unknown := [name for name in requested if name not in found]:
         raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
-    targets = {name: options.output / found[name].relative_to(FOLDER) for name in asked}
+    targets = {name: options.output / found[name].relative_to(FOLDER) for name in requested}
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")

@@ -270,21 +270,21 @@ def _turns(first: str | None) -> Iterator[str]:
         yield line
 
 
-def _answer(model: Generator, decoding: Decoding, asked: str | list[dict[str, str]]) -> str:
+def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, str]]) -> str:
     """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
     from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.batches import collate_prompts
     from cola_lightning.data.encoding import PromptRow, encode_prompts
     from cola_lightning.turns import as_prompt, end_of_turn
 
-    tokenizer, is_chat = model.tokenizer, not isinstance(asked, str)
-    text = asked if isinstance(asked, str) else as_prompt(tokenizer, asked, PLACE)
+    tokenizer, is_chat = model.tokenizer, not isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else as_prompt(tokenizer, prompt, PLACE)
     (ids,) = encode_prompts(tokenizer, [text], sys.maxsize, is_whole=is_chat)
     if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
         raise UserError(f"prompt: expected fewer than {len(ids) + room} tokens, for the model, received {len(ids)}")
     decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
     ends = end_of_turn(tokenizer) if is_chat else []
-    batch = collate_prompts([PromptRow(ids, asked, None)], tokenizer.pad_token_id, decoding, ends)
+    batch = collate_prompts([PromptRow(ids, prompt, None)], tokenizer.pad_token_id, decoding, ends)
     batch |= {name: batch[name].to(model.device) for name in ("prompt_ids", "prompt_mask")}
     (response,) = model.write(batch, make_streamer(tokenizer, decoding))
     return response.strip()

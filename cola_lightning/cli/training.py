@@ -123,7 +123,7 @@ class COLACLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
-            raise UserError(f"config: expected a text file in UTF-8, received bytes that are none ({error.reason})") from error
+            raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
         for group in ("trainer", "chain"):
             if not isinstance(value := self._get(self.config, group), Namespace):
@@ -223,7 +223,7 @@ class COLACLI(LightningCLI):
             raise UserError(f"trainer: {one_line(str(error))}") from error
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
-                "trainer.precision: expected another on a CPU, for Lightning makes bf16-mixed of 16-mixed there: "
+                "trainer.precision: expected another on a CPU, where Lightning replaces 16-mixed by bf16-mixed: "
                 f"bf16-mixed itself, bf16-true or 32-true; received {config.precision}"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):

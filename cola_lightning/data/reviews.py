@@ -10,8 +10,8 @@ from cola_lightning.data.prompts import OptionDataModule
 class ReviewsDataModule(OptionDataModule):
     """600 short reviews, 400 for training and 100 each for validation and test, prompted as SST-2 is.
 
-    What a review says hangs on its negations and contrasts: its words alone tell nothing. No two parts share a sentence
-    template.
+    A review's sentiment depends on its negations and contrasts: its words alone do not determine it. No two parts share a
+    sentence template.
 
     Args:
         batch_size: rows per training batch.

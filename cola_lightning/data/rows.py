@@ -168,9 +168,9 @@ class LeftOut:
             return
         if 100 * n_left_out > PERCENT_LEFT_OUT * n_rows:
             raise UserError(
-                f"{self.errors[0]} ({n_left_out} of {n_rows} rows cannot be used; up to {PERCENT_LEFT_OUT} % would be left out)"
+                f"{self.errors[0]} ({n_left_out} of {n_rows} rows cannot be used; up to {PERCENT_LEFT_OUT} % would be skipped)"
             )
-        log.warning("%d of %d rows cannot be used, and are left out; the first: %s", n_left_out, n_rows, self.errors[0])
+        log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_left_out, n_rows, self.errors[0])
 
 
 def rows_of(size: float, n_rows: int) -> int:

@@ -341,22 +341,22 @@ class TextDataModule(SourceDataModule):
         Args:
             rows: the first row of each kind.
         """
-        has_template, asked = bool(self.tokenizer.chat_template), self.chat_template
-        if asked and not has_template:
+        has_template, requested = bool(self.tokenizer.chat_template), self.chat_template
+        if requested and not has_template:
             raise UserError(
                 "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
                 "received true"
             )
-        if "messages" in rows and asked is False:
+        if "messages" in rows and requested is False:
             raise UserError(
                 f"data.chat_template: expected null or true for conversations ({rows['messages'].place}), received false"
             )
         if not self._kinds - {"text"}:
             if rows.keys() - {"text"} and self.applies_chat_template:
-                log.info("instructions are written in the tokenizer's chat template (data.chat_template: false for none)")
+                log.info("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
             elif "prompt" in rows:
-                reason = "null, for the tokenizer has none" if asked is None else "false"
-                log.info("a response follows its prompt as it stands, without a chat template (data.chat_template: %s)", reason)
+                reason = "null, for the tokenizer has none" if requested is None else "false"
+                log.info("a response directly follows its prompt, without a chat template (data.chat_template: %s)", reason)
         self._kinds |= rows.keys()
 
     def _encode(self, kind: str, rows: Sequence[Row]) -> list[list[LanguageRow]]:
@@ -378,18 +378,18 @@ class TextDataModule(SourceDataModule):
 
     def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
         """Encodes rows of one kind as prompts for generation."""
-        asked = [_asked(kind, row) for row in rows]
+        prompts = [_prompt_and_response(kind, row) for row in rows]
         is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
         if is_chat:
-            turns = [prompt if kind == "messages" else user_turn(prompt) for prompt, _ in asked]
+            turns = [prompt if kind == "messages" else user_turn(prompt) for prompt, _ in prompts]
             texts = [as_prompt(self.tokenizer, some, row.place) for some, row in zip(turns, rows, strict=True)]
         else:
-            texts = [prompt for prompt, _ in asked]
+            texts = [prompt for prompt, _ in prompts]
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
         for ids, row in zip(encoded, rows, strict=True):
             if not ids:
                 raise UserError(f"{row.place}: expected a prompt of at least one token, received {dict(row)}")
-        return [[PromptRow(ids, *of)] for ids, of in zip(encoded, asked, strict=True)]
+        return [[PromptRow(ids, *prompt)] for ids, prompt in zip(encoded, prompts, strict=True)]
 
     @property
     def _room(self) -> int:
@@ -425,7 +425,7 @@ def _kind(row: Row) -> str:
     raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")
 
 
-def _asked(kind: str, row: Row) -> tuple[Any, str | None]:
+def _prompt_and_response(kind: str, row: Row) -> tuple[Any, str | None]:
     """A row's prompt, as in the data, and its response, if any."""
     if kind == "text":
         return row.text("text"), None

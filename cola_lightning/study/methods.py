@@ -138,16 +138,22 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     chain = config["chain"]
     schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE})
     if not schedule.has_knots:
-        raise UserError(f"methods: expected a config whose chain has knots, or links, as {name}-4, received {name!r} and none")
+        raise UserError(
+            f"methods: expected a config whose chain has knots, or a number of links, as in {name}-4, received {name!r} and "
+            "none"
+        )
     if schedule.is_open:  # the number of links is known only after each run
         if name == "lora-sum-rank":
-            raise UserError("methods: expected links, as lora-sum-rank-4, of a chain with a patience, received 'lora-sum-rank'")
+            raise UserError(
+                "methods: expected a number of links, as in lora-sum-rank-4, for a chain with a patience, received "
+                "'lora-sum-rank'"
+            )
         return [max(schedule.ranks or [_rank(config)])], {}
     epochs, steps = _length(config)
     counts_epochs = chain["every_n_epochs"] or chain["at_epochs"]
     if (epochs if counts_epochs else steps) is None:
         wanted = "max_epochs alone, as the chain counts epochs" if counts_epochs else "max_steps, as the chain counts steps"
-        raise UserError(f"trainer: expected {wanted}, so that it is known how many links a run has, received another limit")
+        raise UserError(f"trainer: expected {wanted}, so that the number of links is known, received another limit")
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
     return [schedule.rank(link, _rank(config)) for link in range(len(schedule.links(START, run)))], {}
@@ -161,7 +167,7 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
         raise UserError("trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither")
     knots = [round(k * total / n_links) for k in range(1, n_links)]
     if len({0, *knots, total}) <= n_links:
-        raise UserError(f"methods: expected at most {total} links, one for each of a run's parts, received {n_links}")
+        raise UserError(f"methods: expected at most {total} links, one per epoch or step of a run, received {n_links}")
     ranks = [_rank(config)] * n_links
     return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
 

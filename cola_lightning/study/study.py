@@ -112,13 +112,13 @@ class Study:
         """Executes a run in a separate process, and reports its outcome to Optuna."""
         folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
         what = f"{run.method}, rate {run.learning_rate:g}, seed {run.seed}"
-        told_at = time.monotonic()
+        written_at = time.monotonic()
 
-        def tell(done: float) -> None:
-            nonlocal told_at
+        def report_progress(done: float) -> None:
+            nonlocal written_at
             self.bar.update(self.task, completed=n_done + done, description=what)
-            if time.monotonic() - told_at > ALIVE_EVERY:
-                told_at = time.monotonic()
+            if time.monotonic() - written_at > ALIVE_EVERY:
+                written_at = time.monotonic()
                 self.trials.keep_alive(trial)
 
         try:
@@ -127,7 +127,7 @@ class Study:
             changes |= dict.fromkeys(self.asked.also_seeded or (), run.seed)
             changes |= {"trainer.default_root_dir": str(folder)}
             changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
-            facts = process.do([*self.words, *as_words(changes)], self.asked.metric, folder, tell, ALIVE_EVERY)
+            facts = process.do([*self.words, *as_words(changes)], self.asked.metric, folder, report_progress, ALIVE_EVERY)
         except BaseException:
             self.trials.fail(trial)
             raise
