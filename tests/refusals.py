@@ -1109,15 +1109,10 @@ LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 
 
 @refused(
-    (
-        ("{",),
-        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received files that cannot be "
-        "read (...)",
-    ),
+    (("{",), "adapter: expected adapter_config.json of PEFT in '.', received a file that cannot be read (...)"),
     (
         ("[]",),
-        "adapter: expected adapter_config.json and adapter_model.safetensors of PEFT in '.', received files that cannot be "
-        "read (adapter_config.json holds no fields)",
+        "adapter: expected adapter_config.json of PEFT in '.', received a file that cannot be read (it has no fields)",
     ),
     ((json.dumps({"peft_type": "IA3"}),), "adapter: expected an ordinary LoRA in '.', received one with peft_type IA3"),
     ((json.dumps(LORA | {"bias": "all"}),), "adapter: expected an ordinary LoRA in '.', received one with bias all"),
@@ -1252,6 +1247,17 @@ def export_without_links(format_):
 )
 def generated(words):
     generate(["--checkpoint", "nowhere", "--prompt", "It", *words])
+
+
+@refused(
+    (
+        {"base_model_name_or_path": "."},
+        "adapter: expected adapter_model.safetensors beside adapter_config.json in '.', received none",
+    ),
+)
+def generated_by_adapter(config):
+    Path("adapter_config.json").write_text(json.dumps(config))
+    generate(["--checkpoint", ".", "--prompt", "It"])
 
 
 @refused(

@@ -279,7 +279,7 @@ def test_weights_in_a_pickle_are_not_read(tmp_path):
     model = lora(tmp_path, "llama")
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert (tmp_path / "pickled" / "adapter_model.bin").is_file()
-    with pytest.raises(UserError, match=r"expected adapter_config\.json and adapter_model\.safetensors .*No such file"):
+    with pytest.raises(UserError, match=r"expected adapter_model\.safetensors of PEFT .*No such file"):
         read_adapter(tmp_path / "pickled")
 
 
@@ -305,12 +305,12 @@ def keep(chosen):
 
 
 DAMAGES = {
-    "no configuration": (drop("adapter_config.json"), "received files that cannot be read .*No such file"),
-    "no tensors": (drop("adapter_model.safetensors"), "received files that cannot be read .*No such file"),
-    "no json": (write("adapter_config.json", "{"), "received files that cannot be read .*Expecting property name"),
-    "a list": (write("adapter_config.json", "[]"), "received files that cannot be read .*holds no fields"),
+    "no configuration": (drop("adapter_config.json"), "received a file that cannot be read .*No such file"),
+    "no tensors": (drop("adapter_model.safetensors"), "received a file that cannot be read .*No such file"),
+    "no json": (write("adapter_config.json", "{"), "received a file that cannot be read .*Expecting property name"),
+    "a list": (write("adapter_config.json", "[]"), "received a file that cannot be read .*has no fields"),
     "no adapter": (write("adapter_config.json", "{}"), "received one with peft_type None"),
-    "truncated": (truncate, "received files that cannot be read"),
+    "truncated": (truncate, "received a file that cannot be read"),
     "a factor alone": (keep(lambda name: "layers.0.self_attn.q_proj.lora_B" not in name), "received none of .*q_proj.lora_B"),
     "the other alone": (keep(lambda name: "layers.0.self_attn.q_proj.lora_A" not in name), "received '.*q_proj.lora_B"),
     "empty": (keep(lambda name: False), "the factors of linear layers .*received 'none'"),

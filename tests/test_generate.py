@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -164,6 +165,42 @@ def test_what_does_not_generate_is_one_line_and_status_2(checkpoint, classifiers
     out, err = capfd.readouterr()
     assert message in err.strip().splitlines()[-1]
     assert err.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+    assert not out
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "peft", "--output", str(folder / "peft")]) == 0
+    return folder / "peft"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapter_config.json", cut, "error: adapter: expected adapter_config.json of PEFT in "),
+        ("adapter_config.json", lambda path: path.write_text("[]"), "error: adapter: expected adapter_config.json of PEFT in "),
+        ("adapter_config.json", lambda path: path.write_text("{}"), "received none"),
+        ("adapter_config.json", lambda path: path.write_text('{"base_model_name_or_path": null}'), "received none"),
+        ("adapter_model.safetensors", cut, "received one that peft cannot load (Error while deserializing"),
+        (
+            "adapter_model.safetensors",
+            Path.unlink,
+            "error: adapter: expected adapter_model.safetensors beside adapter_config.json in ",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_one_line_and_status_2(adapter, tmp_path, name, damage, message, capfd):
+    shutil.copytree(adapter, tmp_path / "peft")
+    damage(tmp_path / "peft" / name)
+    assert main(["generate", "--checkpoint", str(tmp_path / "peft"), "--prompt", "It"]) == 2
+    out, err = capfd.readouterr()
+    assert message in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     assert not out
 

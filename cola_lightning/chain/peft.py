@@ -33,6 +33,24 @@ WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_confi
 INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The fields of an adapter's configuration.
+
+    Raises:
+        UserError: for a file that cannot be read, or contains no fields.
+    """
+    try:
+        config = parse_json((folder / CONFIG_NAME).read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it has no fields")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"adapter: expected {CONFIG_NAME} of PEFT in {str(folder)!r}, received a file that cannot be read "
+            f"({one_line(str(error))})"
+        ) from error
+    return config
+
+
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
 
@@ -44,17 +62,15 @@ def read_adapter(folder: str | Path) -> Chain:
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
+    config = adapter_config(folder)
     try:
-        config = parse_json((folder / CONFIG_NAME).read_text())
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             links = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG_NAME} holds no fields")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
-            f"adapter: expected {CONFIG_NAME} and {TENSORS_NAME} of PEFT in {str(folder)!r}, received files that cannot be "
-            f"read ({one_line(str(error))})"
+            f"adapter: expected {TENSORS_NAME} of PEFT in {str(folder)!r}, received a file that cannot be read "
+            f"({one_line(str(error))})"
         ) from error
     if (kind := _other_kind(config)) is not None:
         raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {kind}")

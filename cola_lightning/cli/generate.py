@@ -1,7 +1,6 @@
 """``cola generate``: generates text with a checkpoint or an export, from a prompt or in a conversation."""
 
 import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cola_lightning.chain.checkpoint import check_arguments, opened_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
-from cola_lightning.chain.peft import CONFIG_NAME
+from cola_lightning.chain.peft import CONFIG_NAME, TENSORS_NAME, adapter_config
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, one_line
 from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 
@@ -155,18 +154,29 @@ def _of_adapter(folder: Path) -> Generator:
     if importlib.util.find_spec("peft") is None:
         raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = adapter_config(folder)
     if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
         raise _cannot_generate(f"{str(folder)!r}, an adapter of the task {task}")
-    name, gguf_file = config["base_model_name_or_path"], None
+    name, gguf_file = config.get("base_model_name_or_path"), None
+    if not isinstance(name, str):
+        raise UserError(f"adapter: expected the base's name, base_model_name_or_path, in {CONFIG_NAME}, received none")
+    if not any((folder / file).is_file() for file in (TENSORS_NAME, "adapter_model.bin")):  # or peft would ask the hub
+        raise UserError(f"adapter: expected {TENSORS_NAME} beside {CONFIG_NAME} in {str(folder)!r}, received none")
     if name.startswith(PACKAGE_PREFIX):  # an adapter's config does not name the package's file with its base
         files = sorted(path.name for path in package_folder(name).glob("*.gguf"))
         gguf_file = files[0] if len(files) == 1 else None
     base = Pretrained(name, config.get("revision"), gguf_file=gguf_file)
     model = _language_model(base, folder)
-    with quiet():
-        model = PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    try:
+        with quiet():
+            model = PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"adapter: expected a LoRA of PEFT for {name!r} in {str(folder)!r}, received one that peft cannot load "
+            f"({one_line(str(error))})"
+        ) from error
     is_beside = (folder / "tokenizer_config.json").is_file()
     return _of_plain(model, with_padding(AutoTokenizer.from_pretrained(folder)) if is_beside else base.tokenizer())
 

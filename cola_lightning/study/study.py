@@ -151,7 +151,7 @@ class Study:
         for name, text in {"table.md": as_markdown(table, self.asked.metric), "table.csv": as_csv(table)}.items():
             with whole_file(self.output / name, is_shared=True) as partial:
                 partial.write_text(text)
-        if any(results):
+        if results:
             draw_curves(chosen, self.asked.metric, self.output / "curves.png")
             draw_points(chosen, self.asked.metric, self.output / "points.png")
         return table

@@ -99,9 +99,8 @@ class Trials:
             rate = trial.suggest_float("learning_rate", RATES.low, RATES.high, log=True)
             run = Run(method, rate, trial.suggest_int("seed", SEEDS.low, SEEDS.high))
             others = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
-            is_taken = any(
-                other == run and one.number < trial.number for other, one in others
-            )  # requested by two processes at once
+            # Two processes may have requested it at once: the first trial is the one that counts.
+            is_taken = any(other == run and one.number < trial.number for other, one in others)
             if is_taken or run not in wanted:
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
