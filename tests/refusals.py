@@ -177,7 +177,7 @@ def module(**arguments):
     ({"save_base": True, "target_modules": []}, "model.target_modules: expected at least one name, received none"),
     (
         {"activation_checkpointing": True},
-        "model.activation_checkpointing: expected a Hugging Face model that can, or a module that overrides "
+        "model.activation_checkpointing: expected a Hugging Face model that supports it, or a module that overrides "
         "checkpoint_activations, received a Sequential",
     ),
     (
@@ -240,17 +240,17 @@ def tie_knot(module=(), **arguments):
     (
         {"max_epochs": -1, "max_time": {"minutes": 1}},
         "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
-        "length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received linear",
+        "length is not known beforehand (chain.patience, an overridden should_tie, endless data), received linear",
     ),
     (
         {"module": {"lr_schedule": "constant", "warmup_steps": 0.1}, "max_epochs": -1},
         "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
-        "length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received a "
+        "length is not known beforehand (chain.patience, an overridden should_tie, endless data), received a "
         "warm-up of 0.1 of it",
     ),
     (
         {"module": {"modules_to_save_lr": 0.1}},
-        "model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none",
+        "model.modules_to_save_lr: expected modules_to_save beside other parameters, received none",
     ),
     (
         {"module": {"cls": type("Manual", (Toy,), {"automatic_optimization": False})}},
@@ -1086,7 +1086,7 @@ def checkpoint(path):
 
 
 @refused(
-    ({"links": 1}, "links: expected a checkpoint on this machine to take some links of, received another"),
+    ({"links": 1}, "links: expected a checkpoint on this machine to load some links from, received another"),
 )
 def open_file(**arguments):
     Toy.load_from_checkpoint(io.BytesIO(), **arguments)

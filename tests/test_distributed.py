@@ -280,7 +280,7 @@ def test_a_sharded_module_writes_its_chain_and_refuses_the_rest_in_one_line(tmp_
     for rank in range(2):
         found = torch.load(tmp_path / f"exported.rank{rank}.pt")
         for kind in ("merged", "peft"):
-            assert found[kind].startswith(f"format: expected chain for a model that is sharded, received {kind}: `cola export`")
+            assert found[kind].startswith(f"format: expected chain for a sharded model, received {kind}: `cola export`")
             assert not (tmp_path / kind).exists()
     written, of_checkpoint = Chain.load(tmp_path / "chain"), read_chain(tmp_path / "exported.ckpt")
     assert written.is_beginning_of(of_checkpoint)
@@ -318,7 +318,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
             "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained "
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
-            "uneven": "predict: expected as many batches on each process",
+            "uneven": "predict: expected the same number of batches on each process",
         }
 
 

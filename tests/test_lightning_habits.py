@@ -531,7 +531,7 @@ def test_hyperparameters_that_cannot_be_stored_are_left_out_with_one_warning(tmp
         run.save_checkpoint(tmp_path / name)
     told = [record.getMessage() for record in caplog.records if "hyperparameter" in record.getMessage()]
     kind = type(size).__name__
-    assert told == [f"Saving: the hyperparameter 'size' is of type {kind}, which no checkpoint can hold: it is left out"]
+    assert told == [f"Saving: the hyperparameter 'size' is of type {kind}, which a checkpoint cannot contain: it is omitted"]
     assert "size" not in torch.load(tmp_path / "second.ckpt", weights_only=True)["hyper_parameters"]
     assert Saving.load_from_checkpoint(tmp_path / "second.ckpt").hparams.size is None
 

@@ -8,7 +8,7 @@ from torch import nn
 from cola_lightning import UserError
 from tests.toy import ValidatedToy, batches, toy, trainer
 
-REFUSED = r"^model: expected frozen weights that stay as they are in evaluation, .* 'body', .* rescale_every"
+REFUSED = r"^model: expected frozen weights that do not change in evaluation, .* 'body', .* rescale_every"
 
 
 class Rescaling(nn.Module):

@@ -188,7 +188,7 @@ def test_what_is_not_plain_is_told_when_it_is_not_given(tmp_path, caplog):
     run.fit(module, batches())
     run.save_checkpoint(tmp_path / "run.ckpt")
     assert Function.load_from_checkpoint(tmp_path / "run.ckpt").function is len
-    assert "it holds no 'function', which was no plain value" in caplog.text
+    assert "it has no 'function', which was not a plain value" in caplog.text
     caplog.clear()
     assert Function.load_from_checkpoint(tmp_path / "run.ckpt", function=max).function is max
     assert not caplog.text

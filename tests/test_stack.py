@@ -481,10 +481,10 @@ def test_a_module_that_could_not_be_made_is_not_taken_for_ready():
 
 @pytest.mark.parametrize("how", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
 def test_what_no_optimizer_can_train_is_refused_and_what_it_trains_badly_is_told(tmp_path, caplog, how):
-    with pytest.raises(UserError, match=r"expected another than float16 for what is trained whole"):
+    with pytest.raises(UserError, match=r"expected another dtype than float16 for fully trained parameters"):
         trainer(tmp_path, max_epochs=1, precision="16-true").fit(toy(**how), batches())
     trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**how), batches())
-    assert caplog.text.count("what is trained whole is in bfloat16") == 1
+    assert caplog.text.count("fully trained parameters are in bfloat16") == 1
 
 
 def test_a_run_in_float64_with_a_head_resumes_to_the_bit(tmp_path):
@@ -550,5 +550,5 @@ def test_what_is_trained_whole_is_looked_at_before_anything_is_computed(tmp_path
             raise AssertionError("computed")
 
     module = toy(Counted, modules_to_save=["2"], target_modules=["0"])
-    with pytest.raises(UserError, match="expected another than float16"):
+    with pytest.raises(UserError, match="expected another dtype than float16"):
         trainer(tmp_path, max_epochs=1, precision="16-true").fit(module, batches(), batches(2))

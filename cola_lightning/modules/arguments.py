@@ -1,4 +1,4 @@
-"""How a module was made, so that it can be made again from a checkpoint alone: its class, and its plain arguments."""
+"""A module's class and plain constructor arguments, recorded so that it can be rebuilt from a checkpoint alone."""
 
 import contextlib
 import inspect
@@ -22,21 +22,21 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.registry import FinishedLinks
 from cola_lightning.seeding import check_seed
 
-# How a module trains, not what it is: a module that is only to be used needs none of it.
+# Arguments of the training, not of the model: inference needs none of them.
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
 
 
 class RecordsArguments:
-    """A class whose instances know what they were made with, whatever a subclass' ``__init__`` does with its arguments.
+    """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
 
-    (A class of its own: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
+    (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
     """
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
         self = super().__new__(cls)
         init_args, not_plain = {}, []
-        with contextlib.suppress(TypeError):  # __init__ will say what does not fit
+        with contextlib.suppress(TypeError):  # __init__ will raise it
             for name, value in _by_name(inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)):
                 try:
                     init_args[name] = plain(value)
@@ -48,7 +48,7 @@ class RecordsArguments:
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:
-        """How it was made: ``class_path``, the plain ``init_args``, and ``not_plain``, the names of the others."""
+        """``class_path``, the plain ``init_args``, and ``not_plain``: the names of the arguments without a plain value."""
         recorded: dict[str, Any] = self.__dict__["_constructor_arguments"]
         return recorded
 
@@ -61,7 +61,7 @@ def check_choices(
     init_chain: str | None,
     init_links: int | None,
 ) -> None:
-    """Refuses values of a module's arguments that cannot be right."""
+    """Refuses invalid values of a module's arguments."""
     check_seed("model.seed", seed)
     if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
         raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
@@ -74,7 +74,7 @@ def check_choices(
 
 
 def check_schedule(warmup_steps: float, scope: str, knot_warmup_steps: float, kept_optimizer_state: float) -> None:
-    """Refuses values of a learning-rate schedule's arguments that cannot be right."""
+    """Refuses invalid values of a learning-rate schedule's arguments."""
     for name, steps in (("warmup_steps", warmup_steps), ("knot_warmup_steps", knot_warmup_steps)):
         if not 0 <= steps < math.inf:
             raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")
@@ -88,14 +88,14 @@ def check_schedule(warmup_steps: float, scope: str, knot_warmup_steps: float, ke
 
 
 def class_path(cls: type) -> str:
-    """The path by which a class is imported: the public one for this package's, whose files may move."""
+    """The import path of a class: the public one for this package's classes, whose files may move."""
     if cls.__module__.startswith("cola_lightning.") and getattr(cola_lightning, cls.__name__, None) is cls:
         return f"cola_lightning.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _by_name(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
-    """The arguments that say what a module is; those without a name of their own are no plain values."""
+    """The arguments that define the model, by name; positional-only ones and ``*args`` count as not plain."""
     kinds = inspect.Parameter
     for name, value in list(bound.arguments.items())[1:]:  # without self
         kind = bound.signature.parameters[name].kind
@@ -106,10 +106,10 @@ def _by_name(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The value in the plainest types: ``torch.load(weights_only=True)`` reads no others.
+    """The value in built-in types, which ``torch.load(weights_only=True)`` reads.
 
     Raises:
-        TypeError: if it has none.
+        TypeError: if it cannot be expressed in them.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -117,7 +117,7 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if isinstance(value, np.generic):
         return plain(value.item())
-    for kind in (int, float, str):  # jsonargparse's restricted numbers are of classes of their own
+    for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, PathLike):
@@ -133,7 +133,7 @@ def readable(value: Any) -> Any:
     """The value in types that ``torch.load(weights_only=True)`` reads: plain ones, tensors, dtypes, devices and sizes.
 
     Raises:
-        TypeError: if it has none.
+        TypeError: if it cannot be expressed in them.
     """
     if type(value) in (Tensor, torch.dtype, torch.device, torch.Size):
         return value
@@ -145,15 +145,15 @@ def readable(value: Any) -> Any:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it is a list or a tuple, or what another library has in their place, such as OmegaConf."""
+    """Whether it is a list, a tuple, or another library's equivalent, such as OmegaConf's."""
     return isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview)
 
 
 def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain arguments as the class' ``__init__`` annotates them: members of an Enum, paths and ordered dicts."""
+    """Plain arguments in the types that the class' ``__init__`` annotates: members of an Enum, paths and ordered dicts."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        with contextlib.suppress(NameError):  # annotations of what is imported for type checkers alone
+        with contextlib.suppress(NameError):  # annotations with names that are imported for type checkers alone
             hints |= get_type_hints(base.__init__)  # type: ignore[misc]
     return {name: _as_annotated(value, hints.get(name)) for name, value in init_args.items()}
 
@@ -167,14 +167,14 @@ def _as_annotated(value: Any, hint: Any) -> Any:
 
 
 def find_class(path: str) -> type:
-    """The class of a class path; it may be inside another.
+    """The class at an import path; it may be nested in another.
 
     Raises:
         UserError: if it cannot be imported.
     """
     try:
         found = pydoc.locate(path)
-    except pydoc.ErrorDuringImport as error:  # of what its module itself does
+    except pydoc.ErrorDuringImport as error:  # raised by the code of its module
         raise error.value or error from None
     if isinstance(found, type):
         return found

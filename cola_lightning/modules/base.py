@@ -151,7 +151,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
 
-    # ------------------------------------------------------------------ what a subclass writes
+    # ------------------------------------------------------------------ defined by a subclass
 
     def build_model(self) -> nn.Module:
         """Builds the base model.
@@ -162,37 +162,37 @@ class COLAModule(LightningModule, RecordsArguments):
         raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
 
     def checkpoint_activations(self) -> None:
-        """What ``activation_checkpointing`` does to ``self.model``; to be overridden for a model that is not Hugging Face's.
+        """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
 
-        Its layers must keep their names (a module around them changes those), and it must stay one that can be copied (a method
-        that knows this very model would go along): set a flag that the blocks' own ``forward`` reads, say.
+        The names of its layers must not change (a wrapper module changes them), and copies of it must work (a method bound to
+        this model would be copied as such): set a flag that the blocks' own ``forward`` reads, for example.
         """
         checkpoint_activations(self.model)
 
     def shard_model(self, mesh: DeviceMesh) -> None:
-        """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, the links in place.
+        """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, with links injected.
 
-        As it is, any Hugging Face decoder is sharded by its repeated blocks, and another model by those of its ``ModuleList``
-        that hold more than single layers. Override it with your own ``fully_shard`` calls: trainable parameters are hidden from
-        them, and replicated on each process.
+        By default, a Hugging Face decoder is sharded by its repeated blocks, and another model by the blocks of its
+        ``ModuleList`` that hold more than single layers. Override it with your own ``fully_shard`` calls: trainable parameters
+        are hidden from them, and replicated.
         """
         shard_by_blocks(self.model, mesh)
 
     @property
     def base_name(self) -> str:
-        """What the base is called, in messages and beside its fingerprint."""
+        """The base's name, in messages and beside its fingerprint."""
         return class_path(type(self))
 
     @property
     def facts_of_base(self) -> dict[str, Any]:
-        """Plain values to stand in ``chain.base``, in checkpoints and chain folders, beside what identifies the base."""
+        """Plain values to store in ``chain.base``, in checkpoints and chain folders, beside the base's identity."""
         return {}
 
     # ------------------------------------------------------------------ its parts
 
     @property
     def adapted(self) -> AdaptedModel:
-        """The model with its layers and its chain, without Lightning."""
+        """The adapted model and its chain, without Lightning."""
         if self.lazy_model.adapted is None:
             self.configure_model()
         assert self.lazy_model.adapted is not None
@@ -200,7 +200,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def trained_state(self) -> TrainedState:
-        """What of this module training changes."""
+        """The part of this module's state that training changes."""
         if self.lazy_model.state is None:
             self.configure_model()
         assert self.lazy_model.state is not None
@@ -241,20 +241,20 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @functools.cached_property
     def rank(self) -> int:
-        """The largest rank of a link, as it was given. A subclass may have a ``rank`` of its own, say of its process."""
+        """The largest rank of a link, as given. A subclass may define another ``rank``, such as its process'."""
         return self.max_rank
 
     @property
     def seed(self) -> int | None:
-        """What every draw comes from; None where none was given, until the model is made."""
+        """The seed of every random draw; if none was given, None until the model is made."""
         return self.seed_choice.value
 
     @property
     def is_base_in_checkpoint(self) -> bool:
-        """For ``build_model``: whether only the shapes matter: the base's weights come from a checkpoint, or are on meta."""
+        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint or are on meta."""
         pending, adapted = pending_checkpoint(), self.lazy_model.adapted
-        is_kept = adapted is not None and adapted.base_weights is not None
-        return self.lazy_model.is_on_meta or (pending is not None and pending.holds_base) or is_kept
+        is_stored = adapted is not None and adapted.base_weights is not None
+        return self.lazy_model.is_on_meta or (pending is not None and pending.holds_base) or is_stored
 
     @property
     def is_sharded(self) -> bool:
@@ -265,15 +265,15 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def configure_model(self) -> None:
-        """Makes the model and its first link, once; lays it out for the Trainer's precision and strategy, where there is one.
+        """Makes the model and its first link, once, and prepares it for the Trainer's precision and strategy, if there is one.
 
-        What a subclass' own does comes first, and needs no ``super()``.
+        A subclass' ``configure_model`` runs first, and needs no ``super()``.
         """
         self.lazy_model.configure()
 
     @override
     def __getattr__(self, name: str) -> Any:
-        if name == "model" and "lazy_model" in self.__dict__:  # after __init__, that is
+        if name == "model" and "lazy_model" in self.__dict__:  # that is, after __init__
             if "model" not in self._modules:
                 self.lazy_model.make() if self.lazy_model.is_being_made else self.lazy_model.ensure()
             return self._modules["model"]
@@ -346,27 +346,27 @@ class COLAModule(LightningModule, RecordsArguments):
         verify: bool = True,
         overwrite: bool = False,
     ) -> list[str]:
-        """Writes the model for others, as ``cola export`` does for a checkpoint: from a copy on the CPU.
+        """Exports the model, as ``cola export`` does for a checkpoint, from a copy on the CPU.
 
-        A sharded model can be written as a chain alone, by one of the processes; the other formats are made of a checkpoint.
+        A sharded model can only be exported as a chain, by one process; the other formats are exported from a checkpoint.
 
         Args:
-            folder: which does not exist, or is empty.
+            folder: a folder that does not exist, or is empty.
             format: ``merged``: a plain Hugging Face model (of another module, its state dict); ``peft``: the chain as one PEFT
                 adapter; ``chain``: a chain folder.
-            dtype: of merged: ``float32``, ``bfloat16`` or ``float16``; None: the base's.
-            max_rank: of peft: recompress to this rank, by SVD.
-            base_folder: of peft: write the base there, for one that peft cannot load by its name, and name that folder.
-            license: of the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
-            verify: load what was written, and compare its logits with the module's.
+            dtype: for merged: ``float32``, ``bfloat16`` or ``float16``; None: the base's.
+            max_rank: for peft: recompress to this rank, by SVD.
+            base_folder: for peft: write the base there, if peft cannot load it by its name, and name that folder.
+            license: for the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
+            verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
 
         Returns:
-            What the command prints: how closely the logits agree, and what a user of the folder must know.
+            The lines that the command prints: how closely the logits agree, and what a user of the folder must know.
 
         Raises:
-            UserError: for what cannot be written so.
-            ExportError: if what is loaded again gives other logits; it is not kept.
+            UserError: for a model that cannot be exported in this format.
+            ExportError: if the loaded export gives other logits; it is removed.
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
@@ -383,11 +383,11 @@ class COLAModule(LightningModule, RecordsArguments):
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
 
         Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); where ``target_modules`` is
-            null, in the dtype that it has.
+            The model in float32, whatever it was trained in (in float64 where that was float64); if ``target_modules`` is
+            null, in its own dtype.
 
         Raises:
-            UserError: if there are not as many links.
+            UserError: if there are fewer links.
         """
         self.configure_model()
         self.lazy_model.check_has_values()
@@ -399,9 +399,9 @@ class COLAModule(LightningModule, RecordsArguments):
         return model
 
     def widen(self) -> None:
-        """Casts what is in half precision to float32, and finished links to what they are in the chain.
+        """Casts half-precision tensors to float32, and restores the precision that finished links have in the chain.
 
-        For computing, not for training on: what was rounded stays so.
+        For inference, not for further training: rounded weights stay rounded.
         """
 
         def widened(tensor: Tensor) -> Tensor:
@@ -436,8 +436,8 @@ class COLAModule(LightningModule, RecordsArguments):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
-        The finished links are in it as torch's extra state, so that :meth:`load_state_dict` gives the same outputs; where all
-        is trained there are none, nor a base to hold a state against, and the values are all that there is.
+        The finished links are stored as torch's extra state, so that :meth:`load_state_dict` gives the same outputs. With full
+        fine-tuning there are no links, nor a base to compare a state dict with, and it contains the values alone.
         """
         prefix, trained = kwargs.get("prefix", ""), self.trained_state
         if tensors.has_fsdp1(self):
@@ -451,19 +451,19 @@ class COLAModule(LightningModule, RecordsArguments):
         """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or removed.
 
         Args:
-            state_dict: it.
-            strict: False leaves what is missing as it is, and what is unknown aside, and returns their names.
+            state_dict: as :meth:`state_dict` returns it.
+            strict: False leaves missing values unchanged, ignores unknown ones, and returns their names.
             assign: see ``nn.Module.load_state_dict``.
 
         Raises:
-            UserError: if a name is missing or unknown, a shape differs, or the finished links are of another base.
+            UserError: if a name is missing or unknown, a shape differs, or the links were trained on another base.
         """
         self.configure_model()
         return self.trained_state.load(super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     @override
     def get_extra_state(self) -> Tensor:
-        """The finished links, their base, and the live link's rank, alpha and beginning, as a tensor of bytes."""
+        """The finished links, their base, and the live link's rank, alpha and start, as a tensor of bytes."""
         if not self.trained_state.is_packing:
             return UNCHANGED
         return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
@@ -475,7 +475,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """Brings the weights to the finished links of a :meth:`state_dict`, on a rebuilt base if necessary.
 
         Raises:
-            UserError: if these were trained on another base.
+            UserError: if the links were trained on another base.
         """
         if isinstance(state, Tensor) and not state.numel():
             return
@@ -510,23 +510,23 @@ class COLAModule(LightningModule, RecordsArguments):
         links: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """As in Lightning, on the CPU; the class and its arguments are those that the checkpoint tells of.
+        """As in Lightning, on the CPU; the class and its arguments are read from the checkpoint.
 
-        A base that the checkpoint holds is not made first.
+        A base that the checkpoint contains is not built first.
 
         Args:
             checkpoint_path: a file that a fit wrote.
-            map_location: see ``LightningModule.load_from_checkpoint``, as for the next one.
-            hparams_file: of hyperparameters.
-            strict: whether what the module trains and what the checkpoint holds must have the same names; None: as
+            map_location: see ``LightningModule.load_from_checkpoint``.
+            hparams_file: see ``LightningModule.load_from_checkpoint``.
+            strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set.
-            weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
+            weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
-            **kwargs: arguments of the class, in place of the checkpoint's; what is not plain, such as an optimizer, is not in
-                there.
+            **kwargs: arguments of the class, in place of the checkpoint's; those that are not plain values, such as an
+                optimizer, are not stored in it.
 
         Raises:
-            UserError: for a path that is no checkpoint, or a damaged one, and for another base.
+            UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
         how = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
 
@@ -538,7 +538,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have one seed: those of spawned processes, which look at the model before they are joined."""
+        """Chooses the seed first: spawned processes read the model before they are joined, and need the same one."""
         if not processes.has_processes():
             self.lazy_model.choose_seed()
         return super().__getstate__()
@@ -546,7 +546,7 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keeps model, chain and guard of a subclass whose hooks, its own or a mixin's, forget ``super()``."""
+        """Preserves model, chain and guard if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
         keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
 

@@ -31,7 +31,7 @@ from cola_lightning.modules.logits import (
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 from cola_lightning.seeding import derive_seed, seeded
 
-# What a batch may ask for as its ``metric``, beside accuracy: of options that are chosen, and of generated answers.
+# What a batch may request as its ``metric``, besides accuracy: of chosen options, and of generated answers.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
 ANSWER_METRICS: dict[str, type[Metric]] = {"f1": TokenF1, "exact_match": ExactMatch}
 
@@ -47,15 +47,15 @@ class COLACausalLM(LanguageModule):
 
     * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
       option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
-      language model's on the right option's tokens (``loss: answer``). Where an answer is to be generated (``references``), it
-      is, but for a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` say how near it is.
-      A batch may name another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
-    * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 where no loss is
-      wanted: the loss is the mean over all other tokens of the batch, so that with accumulated gradients each batch, and not
-      each token, counts alike. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for packed
-      sequences, is one of pairs of tokens; ``position_ids`` go with it. A model in which it does not keep sequences apart
+      language model's on the correct option's tokens (``loss: answer``). With ``references``, an answer is generated, except
+      in a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` compare it with them.
+      A batch may request another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
+    * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 for tokens without
+      loss: the loss is the mean over the other tokens of the batch, so that with accumulated gradients each batch, and not
+      each token, has the same weight. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for
+      packed sequences, masks pairs of tokens; ``position_ids`` go with it. A model in which it does not separate sequences
       (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch. Predict takes prompts
-      (``prompt_ids``, ``prompt_mask``) in their place, and generates: see :meth:`generate`.
+      (``prompt_ids``, ``prompt_mask``) instead, and generates: see :meth:`generate`.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
@@ -90,7 +90,7 @@ class COLACausalLM(LanguageModule):
         if "option_ids" not in batch:
             return self._language_step(batch)
         router_loss = None
-        if has_router_loss(self.model):  # in one pass: it is no sum over rows
+        if has_router_loss(self.model):  # in one forward pass: this loss is not a sum over rows
             logits, router_loss = logits_and_router_loss(self.model, batch, batch["option_ids"].shape[-1])
             scores = _mean_log_probabilities(logits, batch)
         else:
@@ -116,20 +116,20 @@ class COLACausalLM(LanguageModule):
         return stop_tokens(self.tokenizer)
 
     def generate(self, batch: Batch, streamer: Any = None) -> list[str]:
-        """What the model generates after each prompt of a batch, without white space around it.
+        """The text that the model generates after each prompt of a batch, without surrounding white space.
 
         Args:
-            batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left. ``decoding``: how, by the fields of
-                :class:`~cola_lightning.decoding.Decoding`; without it greedily, at most 50 tokens, up to a line's end.
-                ``end_tokens``: at which it ends, beside the end of text.
-            streamer: takes the tokens of a single row as they come: transformers' ``TextStreamer``.
+            batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left. ``decoding``: the fields of
+                :class:`~cola_lightning.decoding.Decoding`; without it, greedy, at most 50 tokens, up to a line's end.
+                ``end_tokens``: tokens at which it ends, besides the end of text.
+            streamer: receives the tokens of a single row as they are generated: transformers' ``TextStreamer``.
         """
         if "decoding" in batch:
             decoding = Decoding(**batch["decoding"])
             ends = sorted({*end_tokens(self.model, self.tokenizer), *batch.get("end_tokens", ())})
         else:
             decoding, ends = ANSWER, self._stop_tokens
-        # Each token has a shape of its own: a compiled model would be compiled for each.
+        # Each token has another shape: a compiled model would be recompiled for each.
         with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
             how = {"is_sharded": self.is_sharded, "streamer": streamer}
             texts = generate(self.model, self.tokenizer, batch, ends, decoding, **how)
@@ -142,18 +142,18 @@ class COLACausalLM(LanguageModule):
 
     @override
     def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
-        asked = batch.get("metric") if isinstance(batch, Mapping) else None
-        is_written = "references" in batch
-        known = [*ANSWER_METRICS] if is_written else ["accuracy", *OPTION_METRICS]
-        if asked is not None and asked not in known:
-            raise UserError(f"data.metric: expected {', '.join(known)} or null, received {asked!r}")
-        if is_written:
+        requested = batch.get("metric") if isinstance(batch, Mapping) else None
+        is_generated = "references" in batch
+        known = [*ANSWER_METRICS] if is_generated else ["accuracy", *OPTION_METRICS]
+        if requested is not None and requested not in known:
+            raise UserError(f"data.metric: expected {', '.join(known)} or null, received {requested!r}")
+        if is_generated:
             if self.trainer.state.fn != "fit":
                 texts = self.generate(batch)
-                for name in [f"{stage}_{asked}"] if asked else [f"{stage}_{name}" for name in ANSWER_METRICS]:
+                for name in [f"{stage}_{requested}"] if requested else [f"{stage}_{name}" for name in ANSWER_METRICS]:
                     self.update_metric(name, cast(Metric, self.answer_metrics[name]), len(texts), texts, batch["references"])
-        elif asked in OPTION_METRICS and output.predictions is not None:
-            name, n_options = f"{stage}_{asked}", batch["option_ids"].shape[1]
+        elif requested in OPTION_METRICS and output.predictions is not None:
+            name, n_options = f"{stage}_{requested}", batch["option_ids"].shape[1]
             own = cast(Metric, self.option_metrics[name])
             self.update_metric(name, own, output.size, output.predictions, output.targets, n_options)
         else:
@@ -163,12 +163,12 @@ class COLACausalLM(LanguageModule):
         """The mean log-probability of each option's tokens after its prompt.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): what precedes each option's
-                last token, once for all options that share it; ``option_rows`` (rows x options): which sequence that is;
-                ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens. Where
-                options of more tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
-                :func:`~cola_lightning.modules.logits.shared_logits`: without gradients it is then computed once.
-                ``sequence_lengths``: those of the sequences in a list, so that the device need not be asked.
+            batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): the tokens before each
+                option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of that
+                sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens.
+                Where longer options share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
+                :func:`~cola_lightning.modules.logits.shared_logits`: without gradients the prompt is then computed once.
+                ``sequence_lengths``: the lengths of the sequences, in a list, to avoid waiting for the device.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
@@ -177,7 +177,7 @@ class COLACausalLM(LanguageModule):
         return _mean_log_probabilities(self._last_logits(batch, batch["option_ids"].shape[-1]), batch)
 
     def _last_logits(self, batch: Batch, n_positions: int) -> Tensor:
-        """The logits at the last positions, sequences x positions x vocabulary, computed in the passes that cost least."""
+        """The logits at the last positions, sequences x positions x vocabulary, computed in the cheapest forward passes."""
         if not self._may_split:
             return logits_of(self.model, batch, n_positions)
         if "n_shared" in batch and not torch.is_grad_enabled() and self._can_share:
@@ -212,7 +212,7 @@ class COLACausalLM(LanguageModule):
 
     @property
     def _may_split(self) -> bool:
-        """Whether a batch may take several forward passes: not where each has new shapes, or all processes must join in."""
+        """Whether a batch may take several forward passes: not if new shapes are compiled, or all processes must take part."""
         return not (self.should_compile or self.is_sharded) and is_free_of_length(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
@@ -227,7 +227,7 @@ class COLACausalLM(LanguageModule):
         return StepOutput(loss if router_losses[0] is None else loss + router_losses[0], sum(counts))
 
     def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
-        """The sum of the losses of a batch's tokens, how many these are, and a mixture of experts' router's loss."""
+        """The sum of the losses of a batch's tokens, their number, and the router's loss of a mixture of experts."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # each position predicts the next token
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
@@ -245,18 +245,18 @@ class COLACausalLM(LanguageModule):
             targets = [answers or None for answers in batch["references"]]
             return {"prediction": self.generate(batch), "target": targets, "prompt": batch["prompt"]}
         if "option_ids" not in batch and "prompt_ids" in batch:
-            with seeded(derive_seed(self.seed, "predict", self.global_rank, dataloader_idx, batch_idx)):  # where sampled
+            with seeded(derive_seed(self.seed, "predict", self.global_rank, dataloader_idx, batch_idx)):  # for sampling
                 return {"prediction": self.generate(batch), "target": batch["target"], "prompt": batch["prompt"]}
         if "option_ids" not in batch:
             raise UserError(
-                "predict: expected rows with options to choose from, or with a prompt to go on from, received rows with a "
+                "predict: expected rows with options to choose from, or with a prompt to continue, received rows with a "
                 "language-model loss"
             )
         scores = self.option_scores(batch)
         answers = [None if answer == IGNORE_INDEX else answer for answer in batch["answer"].tolist()]
         columns = {"prediction": scores.argmax(-1), "target": answers}
         columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
-        if "accepted" in batch:  # several places
+        if "accepted" in batch:  # several correct options
             columns["target"] = [row.nonzero().flatten().tolist() or None for row in batch["accepted"]]
         counts = (batch["option_ids"] != IGNORE_INDEX).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}

@@ -1,4 +1,4 @@
-"""What Lightning's checkpoints hold of ours, as they are written."""
+"""The chain's state in Lightning's checkpoints, added when they are written."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
-    """Adds all of ours to what Lightning is about to write.
+    """Adds the chain's state to the checkpoint that Lightning is about to write.
 
     Raises:
         RuntimeError: after a knot that failed halfway.
@@ -30,7 +30,7 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")
     checkpoint[CHECKPOINT_KEY] = _state_of(module).to_dict()
-    checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the finished links are in there
+    checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the chain's state contains the finished links
     trainer, run = trainer_of(module), module.run_state
     _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
     if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
@@ -68,15 +68,15 @@ def _state_of(module: COLAParts) -> CheckpointState:
 
 
 def prompt_format_of(trainer: Any) -> dict[str, Any]:
-    """What the trainer's data module says of it, one of this package or one that says it in the same way; else nothing."""
+    """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
     given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
-    with contextlib.suppress(TypeError):  # an attribute of that name that is something else
+    with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(plain(given)) if isinstance(given, dict) else {}
     return {}
 
 
 def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *owners: Any) -> None:
-    """Has what ``save_hyperparameters`` of module and data module took stored in plain types, and leaves out what has none."""
+    """Stores the hyperparameters of module and data module (``save_hyperparameters``) in plain types, or omits them."""
     checkpoint.pop(LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
     for owner in owners:
         key = getattr(owner, "CHECKPOINT_HYPER_PARAMS_KEY", "")
@@ -89,5 +89,5 @@ def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *own
             except TypeError:
                 what = f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}"
                 if what not in warned_of:
-                    log.warning("%s, which no checkpoint can hold: it is left out", what)
+                    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
                 warned_of.add(what)

@@ -1,4 +1,4 @@
-"""Checkpoints that are written so that a name never stands for half a file, and read so that damage is seen."""
+"""Checkpoints that are written atomically, so that no name refers to half a file, and checked for damage when read."""
 
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from cola_lightning.writing import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint beside its place, to disk, and then moves it there in one step; reads none that is damaged.
+    """Writes a local checkpoint to disk beside its destination, then renames it in one step; refuses to read damaged ones.
 
     Lightning writes to the system's temporary folder first, which is often another file system, so that its move is a copy.
     """
@@ -38,9 +38,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         pending = pending_checkpoint()
         is_open = pending is not None and "://" not in str(path) and pending.opened.path == Path(path)
-        if pending is not None and is_open and (contents := pending.opened.take()):  # it is read and checked
+        if pending is not None and is_open and (contents := pending.opened.take()):  # already read and checked
             return contents
-        if get_filesystem(path).exists(path):  # else Lightning says so
+        if get_filesystem(path).exists(path):  # else Lightning reports it
             check_source(path)
         with unreadable_as_user_error(path):
             return super().load_checkpoint(path, *args, **kwargs)
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def unreadable_as_user_error(source: Any) -> Iterator[None]:
-    """One line for an archive that zipfile can read and torch cannot."""
+    """A UserError of one line for an archive that zipfile can read and torch cannot."""
     try:
         yield
     except RuntimeError as error:
@@ -58,12 +58,12 @@ def unreadable_as_user_error(source: Any) -> Iterator[None]:
 
 
 def check_source(source: Any) -> None:
-    """Checks the bytes of a checkpoint: a path, an address, or an open file, which stays where it is.
+    """Checks the bytes of a checkpoint: a path, a URL, or an open file, whose position does not change.
 
-    One that is downloaded over HTTP is not checked: Lightning does that by itself.
+    A checkpoint at an HTTP URL is not checked: Lightning downloads it by itself.
 
     Raises:
-        UserError: for one that is damaged.
+        UserError: for a damaged checkpoint.
     """
     if not isinstance(source, str | PathLike):
         place = source.tell()
@@ -80,7 +80,7 @@ def check_read_by_other(io: CheckpointIO, source: str | Path) -> None:
     """Checks the bytes of a file that a CheckpointIO other than ours has read, if they are a zip archive at all.
 
     Raises:
-        UserError: for one that is damaged.
+        UserError: for a damaged checkpoint.
     """
     if not isinstance(io, AtomicCheckpointIO) and "://" not in str(source) and zipfile.is_zipfile(source):
         check_source(source)
@@ -88,7 +88,7 @@ def check_read_by_other(io: CheckpointIO, source: str | Path) -> None:
 
 @contextmanager
 def _checksums() -> Iterator[None]:
-    """Has ``torch.save`` write them whatever the user has set: else damage could not be seen."""
+    """Has ``torch.save`` write checksums, whatever the user has set: damage could not be detected without them."""
     before = get_crc32_options()
     set_crc32_options(True)
     try:
@@ -98,7 +98,7 @@ def _checksums() -> Iterator[None]:
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """``torch.save``, with the system's error where the disk is full: torch raises one of its own in its place."""
+    """``torch.save``, with the system's error if the disk is full: torch raises its own instead."""
     try:
         with path.open("wb") as file:
             torch.save(checkpoint, file)

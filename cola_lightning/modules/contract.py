@@ -1,4 +1,4 @@
-"""What the parts of a COLA module know of it: they are handed the module, and their files are below its own."""
+"""The interface of a COLA module that its parts use: they receive the module, and their layer is below its own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,14 +82,14 @@ class COLAParts(Protocol):
 
 
 def trainer_of(module: COLAParts) -> Trainer | None:
-    """The Trainer that a module is attached to; None where there is none."""
+    """The Trainer that a module is attached to; None if there is none."""
     try:
         return module.trainer
-    except RuntimeError:  # Lightning's way of saying so
+    except RuntimeError:  # Lightning's way to report none
         return None
 
 
 def origin_of(module: COLAParts) -> list[str | int | None]:
-    """The path of the chain that a module's run began from, and how many of its links were asked for."""
+    """The path of the chain that a module's run started from, and how many of its links were requested."""
     path = module.init_chain and str(Path(module.init_chain).expanduser().absolute())
     return [path, module.init_links]

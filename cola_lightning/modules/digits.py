@@ -13,7 +13,7 @@ from cola_lightning.modules.base import COLAModule
 
 Batch = tuple[Tensor, Tensor]
 
-# What this process has pre-trained, by the generator's state and the number of threads: a base is made again for each replay.
+# Weights that this process has pre-trained, by generator state and number of threads: each replay rebuilds the base.
 _pretrained: dict[tuple[bytes, int], dict[str, Tensor]] = {}
 
 

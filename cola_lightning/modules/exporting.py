@@ -41,8 +41,8 @@ def export_trained(module: Any, options: ExportOptions) -> list[str]:
     options.check()
     if module.is_sharded and options.format != "chain":  # to compare logits, every process would have to write
         raise UserError(
-            f"format: expected chain for a model that is sharded, received {options.format}: `cola export`, or "
-            "load_from_checkpoint in one process, makes it of a checkpoint"
+            f"format: expected chain for a sharded model, received {options.format}: `cola export`, or "
+            "load_from_checkpoint in one process, exports it from a checkpoint"
         )
     own = module if options.format == "chain" else copy.deepcopy(module).cpu()
     return export_module(own, module.full_chain(), options, prompt_format_of(trainer_of(module)))
@@ -54,17 +54,17 @@ def export_module(
     """Writes a module's model or chain.
 
     Args:
-        module: on the CPU, with the links that are to be written and no other; it is widened in place. Of ``chain``: any.
-        chain: those links.
-        options: as what, and where.
+        module: on the CPU, with the exported links and no other; it is widened in place. For the format ``chain``: any.
+        chain: the exported links.
+        options: format, folder and checks.
         prompt_format: how the data module prompted a language model (``EpochDataModule.prompt_format``); None: it did not.
 
     Returns:
-        What to say of it.
+        The lines to report.
 
     Raises:
-        UserError: for what cannot be written so.
-        ExportError: for an export that is not what it should be; it is not kept.
+        UserError: for a module that cannot be exported in this format.
+        ExportError: for an export that differs from the module.
     """
     format = options.format
     if module.target_modules is None and format != "merged":
@@ -96,7 +96,7 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
     probe = _probe(module) if options.verify else None
     tokenizer = getattr(module, "tokenizer", None)
     if prompt_format and prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
-        # Where `cola generate` ends a response or a text, a server does.
+        # So that a server ends a response or a text where `cola generate` does.
         ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
         model.generation_config.eos_token_id = sorted(ends) or None
     how = {"verify": options.verify, "overwrite": options.overwrite}
@@ -105,7 +105,7 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
 
 
 def _probe(module: Any) -> Probe | None:
-    """What the module gives, widened in place to float32 at least."""
+    """Inputs and the module's logits; the module is widened in place, to float32 at least."""
     module.widen()
     return make_probe(module.model, module.example_input_array)
 
@@ -156,7 +156,7 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
         verify=options.verify,
         overwrite=options.overwrite,
     )
-    if pretrained is None and module.base_name == builder:  # and no name of the user's own
+    if pretrained is None and module.base_name == builder:  # not a name that the user defined
         note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"
         lines = [f"{note}, loaded in Python", *lines]
     lines += hints
@@ -176,28 +176,28 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
 
 
 def _write_base(pretrained: Pretrained, base: Any, folder: Path, tokenizer: Any) -> tuple[Pretrained, list[str]]:
-    """The base as a folder that peft can load: written there, where nothing is; what is there must be it (see _named_base)."""
-    says = []
+    """The base as a folder that peft can load: written if the folder is empty; else it must hold the base (_named_base)."""
+    lines = []
     if not folder.is_dir() or not any(folder.iterdir()):
         export_merged(copy.deepcopy(base).to(getattr(torch, pretrained.dtype)), folder, tokenizer=tokenizer)
-        says = [f"base written: {folder}"]
+        lines = [f"base written: {folder}"]
     where = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
-    return where, says
+    return where, lines
 
 
 def _fields_to_give(module: Any, pretrained: Pretrained) -> dict[str, Any]:
-    """What transformers must be given beside a base's name: ``num_labels``, where the files say another.
+    """Arguments that transformers needs besides a base's name: ``num_labels``, where the files say another.
 
     Raises:
-        UserError: for any other field of ``model_fields`` that is not the named configuration's: nothing gives it to PEFT.
+        UserError: for any other field of ``model_fields`` that differs in the named configuration: PEFT would not receive it.
     """
     fields = module.model_fields()
     labels = {name: value for name, value in fields.items() if name == "num_labels"}
-    if fields == labels and (not labels or pretrained.gguf_file):  # from there a configuration takes seconds
+    if fields == labels and (not labels or pretrained.gguf_file):  # a configuration from GGUF takes seconds
         return labels
-    named, asked = (pretrained.config(**given) for given in (labels, fields))
+    named, requested = (pretrained.config(**given) for given in (labels, fields))
     for name, value in fields.items():
-        if not hasattr(named, name) or getattr(asked, name) != getattr(named, name):
+        if not hasattr(named, name) or getattr(requested, name) != getattr(named, name):
             raise UserError(
                 f"format: expected merged, for {type(module).__name__}.model_fields gives {name}={value!r}, which is not what "
                 f"{pretrained.name!r} is configured with, and an adapter is put on the base that it names; received peft"
@@ -216,29 +216,29 @@ def _named_base(
     quantized: list[str],
     rounded: set[str],
 ) -> tuple[Any, list[str]]:
-    """The base as others load it, by the name that the adapter gives, and what they must know of it.
+    """The base as a user of the adapter loads it, by the name that the adapter gives, and hints for that user.
 
-    Its weights are compared, and then are those that were trained on: rounded or in 4 bits, they may be others. With them its
-    logits are compared, too.
+    Its weights are compared, and then replaced by those that were trained on, which may differ where these were rounded or in 4
+    bits. With them its logits are compared, too.
 
     Args:
-        module: whose chain it is.
-        pretrained: where others find the base.
-        base: its plain base.
-        fields: what they give to transformers beside the name.
+        module: the exported module.
+        pretrained: where users find the base.
+        base: the module's plain base.
+        fields: arguments for transformers besides the name.
         probe: inputs to compare logits with.
-        saved: names or dotted name endings of what the adapter holds; what is new there is added.
+        saved: names or dotted name endings of the modules in the adapter; newly initialised ones are added.
         quantized: the names of the weights that are in 4 bits in the module.
         rounded: the dtypes to which the training has rounded the base.
 
     Raises:
-        UserError: for other weights.
-        ExportError: for other logits.
+        UserError: if weights differ.
+        ExportError: if logits differ.
     """
     import transformers
 
     hints = []
-    with seeded(derive_seed(module.seed, "another")):  # what is new there is not what it is here
+    with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved += [name for name in new_modules(named, new_weights) if name not in saved]
     named.to(next(base.parameters()).dtype).eval()
@@ -261,7 +261,7 @@ def _named_base(
 
 
 def _takes_batches(base: Any, probe: Probe) -> bool:
-    """Whether a model takes several rows as it is: a classifier that reads where a text ends needs a padding token for that."""
+    """Whether a model takes several rows as configured: a classifier that finds a text's end needs a padding token for them."""
     try:
         logits_of(base, probe.inputs)
     except ValueError:

@@ -10,18 +10,18 @@ from torch import nn
 from cola_lightning.conventions import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 
-ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS)  # of a task whose answer is compared with others: up to a line's end
+ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS)  # of an answer that is compared with references: up to a line's end
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
-    """The tokens at which an answer ends: the end of text, and all that hold a line's end."""
+    """The tokens at which an answer ends: the end of text, and all that contain a line break."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     ends = {token for token, text in enumerate(texts) if "\n" in text}
     return sorted(ends | ({tokenizer.eos_token_id} - {None}))
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which a text ends: the tokenizer's end of text, and those that the model's own files name."""
+    """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])} - {None})
 
@@ -37,19 +37,19 @@ def generate(
     is_sharded: bool = False,
     streamer: Any = None,
 ) -> list[str]:
-    """What a model generates after each prompt.
+    """The text that a model generates after each prompt.
 
     Args:
         model: a Hugging Face model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left.
         ends: the tokens at which a text ends.
-        decoding: how the tokens are chosen, how many at most, and at which texts it ends.
-        is_sharded: whether the model's weights are gathered at each token, so that all processes go on until all are done.
-        streamer: takes the tokens of a single row as they come: transformers' ``TextStreamer``.
+        decoding: how the tokens are chosen, how many at most, and at which texts generation stops.
+        is_sharded: whether the model's weights are gathered at each token, so that all processes continue until all are done.
+        streamer: receives the tokens of a single row as they are generated: transformers' ``TextStreamer``.
 
     Returns:
-        For each row its text, without special tokens.
+        The text of each row, without special tokens.
     """
     from transformers import GenerationConfig
 
@@ -75,7 +75,7 @@ def generate(
 
 @contextmanager
 def _only(config: Any, model: Any) -> Iterator[None]:
-    """Lets nothing else say how to generate: transformers fills in what a model's own file says, a penalty for example."""
+    """Makes this the only generation config: transformers fills in values of the model's own, a penalty for example."""
     before, model.generation_config = model.generation_config, config
     try:
         yield

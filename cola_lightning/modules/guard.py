@@ -1,7 +1,7 @@
-"""The callback that every COLA module brings along.
+"""The callback that every COLA module adds to its Trainer.
 
-It holds what a subclass could lose by overriding a hook without ``super()``: the start of a fit, each batch's seed, and the
-watch over losses and weights.
+It does what a subclass could lose by overriding a hook without ``super()``: start a fit, seed each batch, check losses and
+weights.
 """
 
 import logging
@@ -40,12 +40,12 @@ class ChainGuard(Callback):
     def __init__(self, module: COLAParts) -> None:
         self.module = module
         self._seen: tuple[int, dict[str, Tensor]] | None = None
-        self._batch = ExitStack()  # the scope of its seed
+        self._batch = ExitStack()  # the scope of the batch's seed
         self._error: NonFiniteError | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if cast(object, pl_module) is not self.module:  # a Trainer that is used again, whose strategy serves another module now
+        if cast(object, pl_module) is not self.module:  # a Trainer that is used again, with another module
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             undo_replication(trainer.strategy)
             return
@@ -58,12 +58,12 @@ class ChainGuard(Callback):
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if shards(trainer.strategy):  # in a next fit FSDP2 would gather into what was made in inference mode
+        if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         run = self.module.run_state
-        run.length = None  # known again when training starts
-        if stage == "fit":  # a fit that resumes gets what it needs from its checkpoint, later
+        run.length = None  # set again when training starts
+        if stage == "fit":  # a resumed fit gets them from its checkpoint, later
             run.resumes_knots, self.module.optimization.resumed_class = False, None
             now = Counters(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
@@ -76,12 +76,12 @@ class ChainGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trained_whole(self.module.model)
         _check_pruning(trainer, self.module.model)
-        if trainer.ckpt_path is None:  # what a hook has made since the model was
+        if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             self.module.trained_state.remember_outside()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a resume may lie inside one
+        for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
@@ -90,7 +90,7 @@ class ChainGuard(Callback):
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self.module.run_state.window = beginning_window(
             trainer, trainer.fit_loop.epoch_loop.batch_idx + 1
-        )  # 0, but where it resumes inside an epoch
+        )  # 0, unless the fit resumes inside an epoch
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
         self._error = None
@@ -104,10 +104,10 @@ class ChainGuard(Callback):
         log.info("%s", summary(self.module))
 
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
-        """Has the live link go on with its optimizer, or begin as the schedule asks.
+        """Resumes the live link's optimizer, or begins the link as the schedule says.
 
         Raises:
-            UserError: for an optimizer, or a schedule, with which it cannot.
+            UserError: for an optimizer, or a schedule, that does not allow this.
         """
         module, run = self.module, self.module.run_state
         if module.optimization.kept_optimizer_state and module.is_sharded:
@@ -129,7 +129,7 @@ class ChainGuard(Callback):
             trainer.strategy.setup_optimizers(trainer)
 
     def _check_links(self, length: RunLength) -> None:
-        """Refuses what does not fit the links that this fit still has, as far as their lengths are known."""
+        """Checks options against the remaining links of this fit, as far as their lengths are known."""
         module, run = self.module, self.module.run_state
         if run.schedule.is_open or length.end_step == math.inf:
             module.link_plan.warn_of_open_ranks()
@@ -155,7 +155,7 @@ class ChainGuard(Callback):
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
 
     def _seed_batch(self, *place: object) -> None:
-        """Seeds the global generators until the batch ends: a resumed run draws its dropout, say, as the first would have."""
+        """Seeds the global generators until the batch ends: a resumed run draws the same dropout as an uninterrupted one."""
         self._batch.close()
         assert self.module.seed is not None
         self._batch.enter_context(seeded(derive_seed(self.module.seed, *place)))
@@ -210,19 +210,19 @@ class ChainGuard(Callback):
 
     def _look_at_weights(self, trainer: Trainer, n_before: int) -> None:
         """Remembers some values of each adapted weight at an evaluation's first batch."""
-        is_asked = n_before == 0 and not shards(trainer.strategy)  # sharded weights are laid out anew at each forward pass
+        is_asked = n_before == 0 and not shards(trainer.strategy)  # sharded weights are gathered at each forward pass
         self._seen = (self.module.link, _some_values(self.module.model)) if is_asked else None
 
     def _check_weights(self) -> None:
-        """Refuses a model that has written its own frozen weights since: in what it made of them, the links would be wrong."""
+        """Refuses a model that has modified its own frozen weights since: the links would not fit the modified ones."""
         seen, self._seen = self._seen, None
-        if seen is None or seen[0] != self.module.link:  # a knot in between writes them, too
+        if seen is None or seen[0] != self.module.link:  # a knot in between modifies them, too
             return
         now = _some_values(self.module.model)
         if changed := [name for name, values in seen[1].items() if not torch.equal(values, now[name])]:
             raise UserError(
-                "model: expected frozen weights that stay as they are in evaluation, received a model that then writes that of "
-                f"{changed[0]!r}, which the link beside it does not fit (RWKV's do: rescale_every: 0 in its configuration)"
+                "model: expected frozen weights that do not change in evaluation, received a model that modifies that of "
+                f"{changed[0]!r}, which its link then does not fit (as RWKV: set rescale_every: 0 in its configuration)"
             )
 
     @override
@@ -240,8 +240,8 @@ class ChainGuard(Callback):
         counts = processes.gather_objects(trainer.num_predict_batches) if shards(trainer.strategy) else []
         if any(count != counts[0] for count in counts):
             raise UserError(
-                "predict: expected as many batches on each process, for a sharded model computes on all of them together "
-                f"(EpochDataModule deals its rows so), received {' and '.join(map(str, counts))}"
+                "predict: expected the same number of batches on each process, for a sharded model computes on all of them "
+                f"together (EpochDataModule distributes its rows so), received {' and '.join(map(str, counts))}"
             )
 
     @override
@@ -249,7 +249,7 @@ class ChainGuard(Callback):
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        """A run of the Trainer ends."""
+        """Ends a run of the Trainer."""
         self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
@@ -261,7 +261,7 @@ class ChainGuard(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer)
-        if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: a next fit would lose its dropout
+        if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
@@ -285,7 +285,7 @@ class ChainGuard(Callback):
 
     @override
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for parameter in self.module.adapted.frozen_factors():  # which no optimizer has, to forget their gradients
+        for parameter in self.module.adapted.frozen_factors():  # no optimizer has them, to clear their gradients
             parameter.grad = None
 
     @override
@@ -297,8 +297,8 @@ class ChainGuard(Callback):
         if names and trainer.is_global_zero:
             log.warning(
                 "model.target_modules: %d of %d adapted layers got no gradient in the first step's batches (%s): the link of a "
-                "layer whose weight the model reads without calling the layer is never trained; a part that these batches did "
-                "not use, such as an expert without tokens, is when it is used",
+                "layer whose weight the model reads without calling the layer is never trained; a layer that these batches did "
+                "not use, such as an expert without tokens, is trained once it is used",
                 len(names),
                 len(lora_layers(self.module.model)),
                 first_names(names),
@@ -311,7 +311,7 @@ def _some_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_gradient(model: nn.Module) -> list[str]:
-    """Names of the adapted layers whose links are to be trained and have no gradient; one that is zero is one."""
+    """Names of the adapted layers whose links are to be trained and have no gradient; a gradient of zeros is one."""
     return [
         name
         for name, layer in lora_layers(model).items()
@@ -320,9 +320,9 @@ def _without_gradient(model: nn.Module) -> list[str]:
 
 
 def _check_pruning(trainer: Trainer, module: nn.Module) -> None:
-    """Refuses pruning of adapted layers: it puts another parameter in a weight's place, to which no link would be added.
+    """Refuses pruning of adapted layers: it replaces a weight by another parameter, to which no link would be added.
 
-    What a ModelPruning will prune, it has found in its ``setup``, under a private name alone.
+    ModelPruning finds what it will prune in its ``setup``, and stores it under a private name only.
     """
     adapted = [id(layer) for layer in lora_layers(module).values()]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -338,22 +338,22 @@ def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationSched
 
 
 def _check_whole_windows(trainer: Trainer) -> None:
-    """Refuses to resume inside an epoch in the middle of what is an accumulation window now, or beyond its end."""
+    """Refuses to resume in the middle of what is now an accumulation window, or beyond the epoch's end."""
     if trainer.fit_loop.batch_idx + 1 > trainer.num_training_batches:
         raise UserError(
-            f"trainer.limit_train_batches: expected at least {trainer.fit_loop.batch_idx + 1} batches in an epoch, which the "
-            f"checkpoint has behind it, received {trainer.num_training_batches}"
+            f"trainer.limit_train_batches: expected at least the {trainer.fit_loop.batch_idx + 1} batches in an epoch that the "
+            f"checkpoint has completed, received {trainer.num_training_batches}"
         )
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
     if done % max(1, window) and done != trainer.num_training_batches:
         raise UserError(
             f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "
-            f"behind it, received {window}"
+            f"completed, received {window}"
         )
 
 
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:
-    """How far the trainer's fit goes; to be asked once its data is set up."""
+    """The length of the trainer's fit; known once its data is set up."""
     if trainer.accumulate_grad_batches < 1:
         raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
     schedulers = _accumulation_schedulers(trainer)

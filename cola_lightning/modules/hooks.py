@@ -1,4 +1,4 @@
-"""The hooks of a COLA module that its subclasses override: what ours do stays, also where theirs forget ``super()``."""
+"""Hooks of a COLA module that its subclasses override: ours run even if theirs do not call ``super()``."""
 
 import functools
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from cola_lightning.modules.contract import trainer_of
 
 
 def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> None:
-    """Has ours run beside those that a subclass, or a mixin of it, overrides; called twice, they do the same.
+    """Runs our hooks beside the overrides of a subclass, or of its mixin; ours may run twice, if an override calls ``super()``.
 
     Args:
         cls: the subclass.
-        ours: the class whose hooks they are.
-        make_guard: makes the callback that a module brings along.
+        ours: the class that defines our hooks.
+        make_guard: makes the callback of a module.
     """
     for name in ("on_save_checkpoint", "on_load_checkpoint"):
         found = getattr(cls, name)
@@ -26,7 +26,7 @@ def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> No
     if older is not None and cls.configure_sharded_model is not older and not hasattr(cls.configure_sharded_model, "runs_ours"):
         cls.configure_sharded_model = _before(_in_contexts(ours.configure_model), cls.configure_sharded_model)
         if cls.configure_model is ours.configure_model:
-            # Lightning takes no module that overrides both, and this one's author did not: it looks at what is wrapped here.
+            # Lightning refuses a module that overrides both, which this one's author did not: it inspects the wrapped function.
             cls.configure_model = _before(ours.configure_model, LightningModule.configure_model)
     if cls.configure_model is not ours.configure_model and not hasattr(cls.configure_model, "runs_ours"):
         cls.configure_model = _before(ours.configure_model, cls.configure_model)
@@ -46,7 +46,7 @@ def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...,
 
 
 def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
-    """A subclass' ``configure_model``, or the older hook, before ours; asking it for the model does not configure it again."""
+    """A subclass' ``configure_model``, or the older hook, before ours; reading the model inside does not configure it again."""
 
     @functools.wraps(own)
     def configure_model(self: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a knot is in a run: beside the link in the model, its place in the run, its metrics, and the next link's optimizer."""
+"""A knot in a run: besides the link in the model, its place in the run, its metrics, and the next link's optimizer."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
 
 
 def facts_of_live_link(module: COLAParts) -> dict[str, Any]:
-    """What a module knows of its live link beside the model's part."""
+    """Steps, metrics and values outside of the model, which a module adds to its live link."""
     start = module.run_state.link_start.global_step
     facts = {"metrics": module.link_metrics.of(trainer_of(module), start), "outside": module.trained_state.outside()}
     return {"start_step": start, "end_step": counters_now(module).global_step} | facts

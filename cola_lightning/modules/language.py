@@ -19,13 +19,13 @@ from cola_lightning.modules.pretrained import Dtype, Pretrained
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a batch gives.
+    """The result of a batch.
 
     Attributes:
         loss: to be minimised; a mean over ``size``.
-        size: what the mean is over: the batch's rows, or its tokens.
-        predictions: for the metric; None where there is none to compute.
-        targets: what the predictions should have been.
+        size: the number of rows or tokens that the mean is over.
+        predictions: for the metric; None if there is no metric to compute.
+        targets: the correct predictions.
     """
 
     loss: Tensor
@@ -58,8 +58,8 @@ class LanguageModule(COLAModule, ABC):
     auto_class: ClassVar[str]
     metric_name: str = "accuracy"
 
-    # **chain, against the house's rule: jsonargparse and --help follow it into COLAModule, where each argument is written,
-    # typed and explained once.
+    # **chain, against our rule for constructors: jsonargparse and --help follow it into COLAModule, where each argument is
+    # defined, typed and documented once.
     def __init__(
         self,
         model_name: str,
@@ -77,9 +77,9 @@ class LanguageModule(COLAModule, ABC):
         self.quantization = quantization
         if quantization is not None:
             self._check_quantization(quantization)
-        self.new_weights: list[str] = []  # newly initialised ones of the base, once it is made
+        self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
-        self.metrics_of_loaders = nn.ModuleDict()  # of those after the first, made when they are needed
+        self.metrics_of_loaders = nn.ModuleDict()  # of dataloaders after the first, made when needed
         self._dataloader_idx = 0  # of the batch that is evaluated
 
     def _check_quantization(self, quantization: str) -> None:
@@ -97,7 +97,7 @@ class LanguageModule(COLAModule, ABC):
             raise UserError("model.save_base: expected false beside model.quantization, received true")
         check_quantization(quantization)
 
-    # ------------------------------------------------------------------ what a subclass writes, or overrides
+    # ------------------------------------------------------------------ defined or overridden by a subclass
 
     @abstractmethod
     def step(self, batch: Any) -> StepOutput:
@@ -112,7 +112,7 @@ class LanguageModule(COLAModule, ABC):
         return {}
 
     def choose_modules_to_save(self, model: Any) -> list[str]:
-        """What is trained whole where ``modules_to_save`` names nothing; ``new_weights`` is known by then."""
+        """The fully trained modules if ``modules_to_save`` is empty; ``new_weights`` is known by then."""
         return []
 
     # ------------------------------------------------------------------ the model
@@ -124,13 +124,13 @@ class LanguageModule(COLAModule, ABC):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, which knows the longest sequence that the model can take. Data modules ask for it."""
+        """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
         tokenizer = self.pretrained.tokenizer()
-        if self.pretrained.gguf_file is None:  # from there it takes seconds; most such models rotate positions, without a limit
+        if self.pretrained.gguf_file is None:  # GGUF takes seconds; most such models use rotary positions, without a limit
             config = self.pretrained.config()
             positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
             if "roberta" in config.model_type or config.model_type == "camembert":
-                positions -= config.pad_token_id + 1  # where theirs begin
+                positions -= config.pad_token_id + 1  # where their positions begin
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return tokenizer
 
@@ -158,22 +158,22 @@ class LanguageModule(COLAModule, ABC):
         return cast(nn.Module, model)
 
     def _quantize(self, model: Any) -> None:
-        """Quantises what is pretrained: no head, be it new or the language model's, nor what is trained whole.
+        """Quantises pretrained layers: no head, be it new or the language model's, and no fully trained module.
 
-        Nor what transformers says must stay wide: a model may read such a weight's dtype.
+        Nor those that transformers keeps in float32: a model may read such a weight's dtype.
         """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()
         wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        kept = [names[head]] if head is not None else []
-        kept += [name for name in names.values() if lies_in(name, wide)]
-        kept += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
-        quantize(model, getattr(torch, self.pretrained.dtype), kept)
+        skip = [names[head]] if head is not None else []
+        skip += [name for name in names.values() if lies_in(name, wide)]
+        skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
+        quantize(model, getattr(torch, self.pretrained.dtype), skip)
 
     # ------------------------------------------------------------------ the steps
 
     def metrics_of(self, stage: str) -> list[Metric]:
-        """The metrics of ``val`` or ``test``: what an interrupted one has left in them goes before the next."""
+        """The metrics of ``val`` or ``test``; reset before each, as an interrupted evaluation leaves values in them."""
         others = [cast(Metric, metric) for name, metric in self.metrics_of_loaders.items() if name.startswith(stage)]
         return [self.val_metric if stage == "val" else self.test_metric, *others]
 
@@ -208,17 +208,17 @@ class LanguageModule(COLAModule, ABC):
         self.measure(batch, output, stage, metric)
 
     def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
-        """Takes a batch's predictions, if any, into the metric of its ``stage`` (``val``, ``test``), and logs that."""
+        """Updates the metric of the ``stage`` (``val``, ``test``) with a batch's predictions, if any, and logs it."""
         if output.predictions is not None:
             self.update_metric(f"{stage}_{self.metric_name}", metric, output.size, output.predictions, output.targets)
 
     def update_metric(self, name: str, metric: Metric, size: int, *values: Any) -> None:
-        """Takes a batch's values into a metric, and logs it; each of several loaders has a metric of its own.
+        """Updates a metric with a batch's values, and logs it; each of several loaders has its own metric.
 
         Args:
-            name: under which it is logged.
+            name: the metric's name in the log.
             metric: the first loader's.
-            size: of the batch.
+            size: size of the batch.
             *values: what the metric's ``update`` takes.
         """
         attribute = None  # Lightning finds the first loader's by itself

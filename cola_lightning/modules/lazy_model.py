@@ -1,4 +1,4 @@
-"""The model of a module, made once: when Lightning configures the module, or when something asks for it before."""
+"""The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
 from typing import cast
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 
 class LazyModel:
-    """Makes ``module.model`` once, and what goes with it.
+    """Makes ``module.model`` once, with its chain and its state.
 
-    Lightning wants a model made in ``configure_model``, and much of what its users call asks for parameters before.
+    Lightning expects a model to be made in ``configure_model``, but many of its users' calls need parameters before.
 
     Args:
-        module: it.
+        module: the module that owns the model.
 
     Attributes:
-        adapted: the model with its layers and its chain; None before it is made.
-        state: what of the module training changes; None before the model is made.
+        adapted: the adapted model and its chain; None before it is made.
+        state: the part of the module's state that training changes; None before the model is made.
         is_made: whether the model is made.
         is_being_made: whether it is being made.
         is_configuring: whether a subclass' own ``configure_model`` is running.
-        is_on_meta: whether the module was made inside ``torch.device("meta")``: to be measured, say.
+        is_on_meta: whether the module was made inside ``torch.device("meta")``, to measure its size for example.
     """
 
     def __init__(self, module: COLAParts) -> None:
@@ -49,7 +49,7 @@ class LazyModel:
     # ------------------------------------------------------------------ when
 
     def configure(self) -> None:
-        """Makes the model, and lays it out for the Trainer's precision and strategy, where there is one."""
+        """Makes the model, and prepares it for the Trainer's precision and strategy, if there is one."""
         self.make()
         dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
         if dtype != torch.float32:
@@ -62,10 +62,10 @@ class LazyModel:
             self._is_compiled = True
 
     def make(self) -> None:
-        """Makes the model, if there is none; one on the meta device anew where it is now to be run.
+        """Makes the model, if there is none; one on the meta device is rebuilt for a run.
 
         Raises:
-            UserError: if there is another one, or ``build_model`` asks for it.
+            UserError: if another one was assigned, or ``build_model`` reads it.
         """
         if self.is_on_meta and trainer_of(self.module) is not None:
             self._forget()
@@ -92,21 +92,21 @@ class LazyModel:
             self.is_being_made = False
 
     def ensure(self) -> None:
-        """Makes the model where it is asked for before Lightning does, in a run or outside of one."""
+        """Makes the model if it is accessed before Lightning configures it, in a run or outside of one."""
         if self.is_made or self.is_being_made:
             return
         if trainer_of(self.module) is None and not self.is_configuring:
             self.module.configure_model()
-        else:  # Lightning will call that, or is about to have called it
+        else:  # configure_model is still to be called, or is running
             self.make()
 
     def ensure_unless_lightning_asks(self, hook: str | None) -> None:
-        """In a run, Lightning goes through a module's parts before its ``setup``, and after a run that failed before it.
+        """Makes the model, unless Lightning iterates over the module: before ``setup``, or after a run that failed before it.
 
-        What a callback's ``setup`` goes through (BaseFinetuning's, say) is to hold the model.
+        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model.
 
         Args:
-            hook: that Lightning is calling.
+            hook: the hook that Lightning is calling.
         """
         trainer = trainer_of(self.module)
         if trainer is None or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
@@ -115,7 +115,7 @@ class LazyModel:
     # ------------------------------------------------------------------ how
 
     def _prepare(self) -> None:
-        """Makes what ``build_model`` gives, adapts it, and begins a link, ready for a precision of the default dtype."""
+        """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
         module = self.module
         self.choose_seed()
         how = {"is_saved": module.save_base, "is_known": not self.is_on_meta}
@@ -143,7 +143,7 @@ class LazyModel:
             module.model.eval()
 
     def choose_seed(self) -> None:
-        """Gives the module a seed where it was given none."""
+        """Chooses the module's seed if none was given."""
         if self.module.seed_choice.value is None:
             pending = pending_checkpoint()
             self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
@@ -153,7 +153,7 @@ class LazyModel:
         before = dict(children)
         with seeded_build(self._seed, "meta" if self.is_on_meta else "cpu"):
             model = module.build_model()
-            if self.is_made:  # again: what else build_model assigns here stays what it was
+            if self.is_made:  # a rebuild: other modules that build_model assigns stay as they were
                 children.clear()
                 children.update(before)
             if not isinstance(model, nn.Module):
@@ -173,7 +173,7 @@ class LazyModel:
         self.adapted = self.state = None
 
     def _cast(self, dtype: torch.dtype) -> None:
-        """Casts what a checkpoint's values will be loaded into as Lightning will: its own cast comes only after them."""
+        """Casts the model as Lightning will: its own cast comes only after a checkpoint's values are loaded."""
         assert self.adapted is not None
         if dtype == torch.float64 and not tensors.is_model_sharded(self.adapted.model):
             self.adapted.model.double()
@@ -182,7 +182,7 @@ class LazyModel:
     # ------------------------------------------------------------------ where
 
     def placement(self) -> Placement:
-        """Where the model lies: in all that a strategy has wrapped it in, on the device of the training."""
+        """The placement of the model: in all of a strategy's wrappers, on the training device."""
         trainer, model = trainer_of(self.module), self.module.model
         is_own = trainer is not None and cast(object, trainer.strategy.lightning_module) is self.module
         wrapped = trainer.strategy.model if trainer is not None and is_own else None
@@ -191,16 +191,16 @@ class LazyModel:
         return Placement(model if wrapped is None else wrapped, device, is_sharded)
 
     def check_has_values(self) -> None:
-        """Refuses to have a model on the meta device take up a chain."""
+        """Refuses to apply a chain to a model on the meta device."""
         if self.is_on_meta:
             raise UserError(
-                "model: expected a module that was made outside of torch.device('meta') to take up a chain, received one whose "
-                "base has no values"
+                "model: expected a module made outside of torch.device('meta') to apply a chain to, received one whose base has "
+                "no values"
             )
 
 
 def _children(module: COLAParts) -> dict[str, nn.Module | None]:
-    """The parts of a module by name, to be written: torch has no public name for them that does not skip second names."""
+    """The children of a module by name, writable: torch's public iterators skip second names."""
     children: dict[str, nn.Module | None] = vars(module)["_modules"]
     return children
 
@@ -210,7 +210,7 @@ def _log_memory_of_merge(adapted: AdaptedModel) -> None:
     widened = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
     if widened and pending_checkpoint() is None:
         log.info(
-            "model.finished_links: merge keeps the adapted weights in float32, %.0f MB more than in %s; stack does not",
+            "model.finished_links: merge stores the adapted weights in float32, %.0f MB more than in %s; stack does not",
             sum(layer.weight.numel() for layer in widened) * 2 / 1e6,
             widened[0].source_dtype,
         )

@@ -1,4 +1,4 @@
-"""Which rank and alpha each link of a module has, and what they must fit: links that are finished, and the run's length."""
+"""The rank and alpha of each link of a module, checked against finished links and the run's length."""
 
 import logging
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class LinkPlan:
     run: RunState
 
     def of(self, link: int) -> tuple[int, float]:
-        """Rank and alpha of a link, as they were asked for."""
+        """Rank and alpha of a link, as requested."""
         return self.run.schedule.rank(link, self.max_rank), self.run.schedule.alpha(link, self.alpha)
 
     def begin(self, adapted: AdaptedModel) -> None:
@@ -35,17 +35,17 @@ class LinkPlan:
         adapted.begin_link(*self.of(adapted.link))
 
     def apply(self, adapted: AdaptedModel, first_chain: Chain | None) -> bool:
-        """Begins the live link again if it is older than the schedule, which asks for another rank or alpha.
+        """Begins the live link again if it is older than the schedule, which requests another rank or alpha.
 
         Args:
             adapted: the model.
-            first_chain: the chain that it began from, whose links have ranks and alphas of their own.
+            first_chain: the chain that it started from, whose links have their own ranks and alphas.
 
         Returns:
-            Whether it did.
+            Whether the link was begun again.
 
         Raises:
-            UserError: if it, or a finished link, has been trained with another.
+            UserError: if the live link, or a finished one, has been trained with another rank or alpha.
         """
         live = adapted.live
         if live is None:
@@ -54,15 +54,15 @@ class LinkPlan:
         schedule, planned = self.run.schedule, self.of(adapted.link)
         differs = [mine != theirs for mine, theirs in zip(planned, live, strict=True)]
         given = (schedule.ranks, schedule.alphas)
-        is_asked = any(other and values is not None for other, values in zip(differs, given, strict=True))
+        is_requested = any(other and values is not None for other, values in zip(differs, given, strict=True))
         is_new = not any(layer.has_begun for layer in adapted.layers.values())
-        if is_new and (is_asked or (any(differs) and not adapted.link)):
+        if is_new and (is_requested or (any(differs) and not adapted.link)):
             self.begin(adapted)
             return True
-        if is_asked:
+        if is_requested:
             raise UserError(
                 f"chain.ranks, chain.alphas: expected rank {live[0]} and alpha {live[1]:g} for link {adapted.link}, which has "
-                f"been trained with these and goes on, received {planned[0]} and {planned[1]:g}"
+                f"been trained with these and continues, received {planned[0]} and {planned[1]:g}"
             )
         return False
 
@@ -81,14 +81,14 @@ class LinkPlan:
                 )
 
     def check_resumed(self, planned: Mapping[int, list[float]], live: int) -> None:
-        """Refuses to resume with other ranks and alphas than those that a checkpoint's run was asked for.
+        """Refuses to resume with other ranks and alphas than the run of the checkpoint requested.
 
         Args:
-            planned: its rank and alpha by link.
-            live: index of its live link.
+            planned: rank and alpha by link, in the checkpoint.
+            live: index of the checkpoint's live link.
 
         Raises:
-            UserError: that names a link of another rank or alpha.
+            UserError: for a link of another rank or alpha.
         """
         for link, (rank, alpha) in sorted(planned.items(), reverse=True):  # the live one first
             mine = self.of(link)
@@ -100,10 +100,10 @@ class LinkPlan:
                 )
 
     def check_lengths(self, lengths: list[int], n_finished: int) -> None:
-        """Refuses or warns of what does not fit the links that a fit still has.
+        """Checks the lists of ranks and alphas against the remaining links of a fit, and warns of lengths that look wrong.
 
         Args:
-            lengths: optimizer steps of each, the live link's first.
+            lengths: optimizer steps of each link, the live one first.
             n_finished: how many links are finished.
 
         Raises:
@@ -124,15 +124,15 @@ class LinkPlan:
             log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
 
     def warn_of_open_ranks(self) -> None:
-        """Says what holds for links of which the lists do not tell, where nobody knows how many there will be."""
+        """Warns which rank and alpha links beyond the lists have, if the number of links is not known beforehand."""
         for field, values in (("ranks", self.run.schedule.ranks), ("alphas", self.run.schedule.alphas)):
             if values is not None:
                 log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
 
     def reserve(self, adapted: AdaptedModel, n_links: int) -> None:
-        """Allocates what the finished links of a chain of this length will take beside the weights.
+        """Allocates the stacks for the finished links of a chain of this length.
 
-        At most as much as a weight of full rank: a chain of a thousand links may well be stopped early.
+        At most a weight's full rank: a chain of a thousand links may well be stopped early.
         """
         for layer in adapted.layers.values():
             if layer.stack is not None:

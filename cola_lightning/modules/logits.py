@@ -1,4 +1,4 @@
-"""Logits of a causal language model, at the positions that are asked for and with as little computed as can be."""
+"""Logits of a causal language model at the requested positions, with as little computation as possible."""
 
 import inspect
 import logging
@@ -21,39 +21,39 @@ Batch = Mapping[str, Any]
 # Options share their prompt where that leaves less than half of the tokens to be computed: a row then takes two passes.
 WORTH_SHARING = 2
 
-# What one more forward pass costs, in tokens. On a CPU it reads the weights once more: 14 to 20 for each thread were measured
-# (135 million parameters, 1 and 2 threads). Elsewhere, unmeasured, so many that a pass over them keeps a GPU busy.
+# The cost of one more forward pass, in tokens. On a CPU it reads the weights once more: 14 to 20 per thread were measured (135
+# million parameters, 1 and 2 threads). Elsewhere, not measured, as many as keep a GPU busy.
 PASS_COST_A_THREAD = 16
 PASS_COST_ELSEWHERE = 4096
 
-# What a batch has for each token.
+# The fields of a batch with one value per token.
 BY_TOKEN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 
 
 def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
-    """The logits of a causal language model, in float32, at the positions that are asked for.
+    """The logits of a causal language model, in float32, at the requested positions.
 
     Args:
         model: a Hugging Face model.
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side; or a mask for each pair of tokens
             (rows x 1 x length x length), true or 1 where attention is allowed, or additive, as for packed sequences.
-        keep: how many positions at the end, or which.
+        keep: the number of positions at the end, or the positions.
 
     Shape:
         result: rows x positions x vocabulary.
 
     Raises:
-        UserError: for a mask that is neither.
+        UserError: for any other mask.
     """
     return logits_and_router_loss(model, batch, keep)[0]
 
 
 def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | None]:
-    """What :func:`logits_of` gives, and what Hugging Face's loss adds to that of the tokens, where :func:`has_router_loss`."""
+    """The logits of :func:`logits_of`, and what Hugging Face adds to the tokens' loss, if :func:`has_router_loss`."""
     taken_by_name = inspect.signature(model.forward).parameters
     mask = batch.get("attention_mask")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
-    if mask is not None and mask.dim() == 2:  # behind padding on the left, too, a row begins at position 0
+    if mask is not None and mask.dim() == 2:  # a row begins at position 0, after padding on the left, too
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     elif mask is not None:
         inputs["attention_mask"] = _additive(mask, model)
@@ -68,7 +68,7 @@ def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -
 
 
 def _additive(mask: Tensor, model: Any) -> Tensor:
-    """A mask of pairs of tokens as any attention takes it: eager attention adds one of booleans, sdpa refuses another dtype."""
+    """A mask of pairs of tokens that any attention takes: eager attention adds booleans, sdpa refuses another dtype."""
     if mask.dim() != 4:
         raise UserError(
             "batch: expected attention_mask of rows x length, or rows x 1 x length x length, received one of shape "
@@ -88,13 +88,13 @@ def _additive(mask: Tensor, model: Any) -> Tensor:
 
 
 def has_router_loss(model: nn.Module) -> bool:
-    """Whether a mixture of experts' load balance is part of its loss: ``output_router_logits`` of its configuration."""
+    """Whether the load-balancing loss of a mixture of experts is used: ``output_router_logits`` of its configuration."""
     config: Any = model.config
     return bool(getattr(config.get_text_config(), "output_router_logits", False))
 
 
 def _router_loss_weight(model: Any) -> float:
-    """What Hugging Face's loss multiplies a router's with: most models have it from their configuration, under either name."""
+    """The weight of the router's loss in Hugging Face's loss: most models have it in their configuration, under either name."""
     names = ("router_aux_loss_coef", "aux_loss_coef")  # the latter is JetMoE's
     for holder, name in ((holder, name) for holder in (model, model.config.get_text_config()) for name in names):
         if (weight := getattr(holder, name, None)) is not None:
@@ -106,16 +106,16 @@ def _router_loss_weight(model: Any) -> float:
 
 
 def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[Tensor, Batch]]:
-    """A batch as parts whose rows are of like length, without the padding that only longer rows of other parts need.
+    """Splits a batch into parts of rows of similar length, without the padding that only longer rows of other parts need.
 
-    A part is a forward pass of its own, so there are no more of them than save time.
+    Each part is a separate forward pass, so there are only as many as save time.
 
     Args:
-        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and what else it has for each token.
-        lengths: of the rows; None: the mask is asked, which waits for the device.
+        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and other values per token.
+        lengths: of the rows; None: read from the mask, which waits for the device.
 
     Returns:
-        each part, and which rows of the batch it has. A batch without padding on the left is one part, itself.
+        the row indices and the batch of each part. A batch without padding on the left is one part, itself.
     """
     ids = batch["input_ids"]
     whole = [(torch.arange(len(ids), device=ids.device), batch)]
@@ -136,16 +136,16 @@ def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[
 
 
 def pass_cost(device: torch.device) -> float:
-    """What one more forward pass costs on a device, in tokens."""
+    """The cost of one more forward pass on a device, in tokens."""
     return PASS_COST_A_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
 
 
 def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
-    """Where to cut rows, so that their parts, each padded to its longest row, are cheapest together.
+    """Where to cut rows, so that the parts, each padded to its longest row, have the lowest total cost.
 
     Args:
         lengths: of the rows, from the longest to the shortest.
-        part_cost: of a part, besides its tokens.
+        part_cost: cost of a part, besides its tokens.
 
     Returns:
         where each part begins.
@@ -167,7 +167,7 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block; after it, each module is in the mode that it was in."""
+    """Evaluation mode inside the block; afterwards each module's mode is restored."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -182,21 +182,21 @@ def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _are_same(model: Any, logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits that were computed in another way are equal but for rounding, of which half precision has more."""
+    """Whether logits computed in different ways are equal up to rounding, of which half precision has more."""
     return _are_near(logits, expected, 1e-2 if model.dtype.itemsize >= 4 else 1e-1)
 
 
 def _are_untouched(logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits are equal that were computed in the same way, beside other tokens: hardly any rounding, in any dtype."""
+    """Whether logits computed in the same way, beside other tokens, are equal: hardly any rounding, in any dtype."""
     return _are_near(logits, expected, 1e-3)
 
 
 @torch.no_grad()
 def check_decoder(model: nn.Module) -> None:
-    """Refuses a model that, on three tokens, is no decoder or gives other logits behind padding on the left.
+    """Refuses a model that, on three tokens, is not a decoder or gives other logits after padding on the left.
 
-    The latter are models that count positions without asking for them. Three tokens are all that is tried: what shows in
-    longer sequences alone, or with other tokens, is not found.
+    The latter are models that count positions without taking ``position_ids``. Only three tokens are tried: what appears only
+    in longer sequences, or with other tokens, is not found.
 
     Raises:
         UserError: if the model fails on three tokens, if the last one's logits are not those with four tokens of padding
@@ -226,13 +226,13 @@ def check_decoder(model: nn.Module) -> None:
 
 
 def _is_of_the_inputs(error: Exception) -> bool:
-    """Whether an error says that a model does not take its inputs; not one of its own code, of memory, or of ours."""
+    """Whether an error means that a model does not accept its inputs, and is not of its own code, of memory, or of ours."""
     passed = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
     return "torch.nn.modules.module" in passed and not is_failure(error)  # what calls a model's forward
 
 
 def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of three tokens, as the model itself counts positions; with another last one; and, padded, of the last one."""
+    """The logits of three tokens, at the model's own positions; with another last token; and, padded, of the last token."""
     tokens = torch.arange(3).unsqueeze(0) + model.config.get_text_config().vocab_size // 2
     mask = torch.ones_like(tokens)
     alone, changed = (
@@ -244,17 +244,17 @@ def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def shared_logits(model: Any, batch: Batch, n_positions: int) -> Tensor:
-    """The logits at the last positions of an option batch's sequences, each row's shared beginning computed once.
+    """The logits at the last positions of an option batch's sequences, with each row's shared prefix computed once.
 
-    The beginning goes through the model alone, and its keys and values are there for what follows in each option. Row by row:
+    The prefix has its own forward pass, and the rest of each option uses its keys and values. Rows are computed one by one:
     the keys and values of all would take as much memory as a batch of that many sequences in training.
 
     Args:
         model: a Hugging Face model that :func:`can_share`.
-        batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left), a row's one after another;
-            ``n_sequences`` and ``n_shared`` (rows): how many sequences each row has, and with how many tokens they all begin,
-            without those at the positions that are asked for.
-        n_positions: how many at the end.
+        batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left), row by row;
+            ``n_sequences`` and ``n_shared`` (rows): the number of a row's sequences, and of the tokens in their shared prefix,
+            without those at the requested positions.
+        n_positions: number of positions at the end.
 
     Shape:
         result: sequences x positions x vocabulary, in float32.
@@ -271,43 +271,43 @@ def shared_logits(model: Any, batch: Batch, n_positions: int) -> Tensor:
         if n_sequences * longest < WORTH_SHARING * (n_shared + n_sequences * (longest - n_shared)):
             logits.append(logits_of(model, {"input_ids": ids, "attention_mask": mask}, n_positions))
         else:
-            logits.append(_logits_behind_beginning(model, ids, lengths, n_shared, n_positions))
+            logits.append(_logits_after_prefix(model, ids, lengths, n_shared, n_positions))
     return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits])  # a row's own may be fewer
 
 
-def _logits_behind_beginning(model: Any, ids: Tensor, lengths: Tensor, n_shared: int, n_positions: int) -> Tensor:
-    """The logits at the last positions of sequences, padded on the left, of which the shared beginning is computed once.
+def _logits_after_prefix(model: Any, ids: Tensor, lengths: Tensor, n_shared: int, n_positions: int) -> Tensor:
+    """The logits at the last positions of sequences, padded on the left, whose shared prefix is computed once.
 
-    They are padded on the right here: with padding between the beginning and the rest, a model that counts how far a token
-    lies back (a window of local attention, a bias by distance) would count the padding, too.
+    They are padded on the right here: with padding between the prefix and the rest, a model that uses distances between tokens
+    (a window of local attention, a bias by distance) would count the padding, too.
     """
     n_sequences, longest = ids.shape
     rows, places = torch.arange(n_sequences, device=ids.device).unsqueeze(1), torch.arange(longest, device=ids.device)
     ids = ids[rows, (places + longest - lengths.unsqueeze(1)) % longest]
     name = str(_name_of_cache(model))
-    beginning = model(input_ids=ids[:1, :n_shared], use_cache=True, logits_to_keep=1)[name]
-    beginning.batch_repeat_interleave(n_sequences)
-    starts = lengths - n_positions  # of the positions that are asked for; those before the rest are of no option's token
+    prefix = model(input_ids=ids[:1, :n_shared], use_cache=True, logits_to_keep=1)[name]
+    prefix.batch_repeat_interleave(n_sequences)
+    starts = lengths - n_positions  # of the requested positions; those before the rest are of no option's token
     start = max(int(starts.min()), n_shared)
     rest: dict[str, Any] = {
         "input_ids": ids[:, n_shared:],
         "attention_mask": (places < lengths.unsqueeze(1)).long(),
         "position_ids": places[n_shared:].expand(n_sequences, -1),
     }
-    rest |= {name: beginning, "use_cache": True, "logits_to_keep": longest - start}
+    rest |= {name: prefix, "use_cache": True, "logits_to_keep": longest - start}
     logits: Tensor = model(**rest).logits
-    kept = torch.arange(n_positions, device=ids.device) + (starts - start).unsqueeze(1)
-    return logits[rows, kept.clamp(min=0)].float()
+    requested = torch.arange(n_positions, device=ids.device) + (starts - start).unsqueeze(1)
+    return logits[rows, requested.clamp(min=0)].float()
 
 
 def _name_of_cache(model: nn.Module) -> str | None:
-    """What a model calls the keys and values of what it has read; transformers renames it between its versions 5.0 and 5.40."""
+    """The name of a model's key-value cache; transformers renames it between its versions 5.0 and 5.40."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
 def is_free_of_length(model: nn.Module) -> bool:
-    """Whether a token's place means the same in a batch of any length: some rotate by the longest row that there is."""
+    """Whether a token's position means the same in a batch of any length: some rotary embeddings depend on the longest row."""
     config: Any = model.config
     rotation = str(getattr(config.get_text_config(), "rope_parameters", None))
     return not any(kind in rotation for kind in ("longrope", "dynamic"))
@@ -317,9 +317,9 @@ def is_free_of_length(model: nn.Module) -> bool:
 def can_share(model: nn.Module) -> bool:
     """Whether options can share the computation of their prompt: tried out on a few tokens, in three forward passes.
 
-    A model must keep plain keys and values of all that it has read, and take them up again to the same logits.
+    A model must cache plain keys and values of all tokens, and give the same logits with them.
     """
-    if not _keeps_all(model):
+    if not _caches_all(model):
         return False
     ids, mask = torch.arange(48, device=next(model.parameters()).device).view(4, 12) // 2, torch.ones(4, 12, dtype=torch.long)
     for row in range(4):  # of 12, 11, 10 and 9 tokens, of which the first 8 are the same
@@ -330,14 +330,14 @@ def can_share(model: nn.Module) -> bool:
         expected = logits_of(model, batch, 1)
         try:
             received = shared_logits(model, batch, 1)
-        except Exception as error:  # whatever a model raises that does not take up its keys and values: the plain way is left
+        except Exception as error:  # whatever a model raises that cannot use its cache: prompts are not shared then
             log.info("Options do not share their prompt's computation, for %s fails to: %s", type(model).__name__, error)
             return False
     return _are_same(model, received, expected)
 
 
-def _keeps_all(model: nn.Module) -> bool:
-    """Whether a model, as its configuration says, keeps keys and values of all that it has read."""
+def _caches_all(model: nn.Module) -> bool:
+    """Whether a model, by its configuration, caches keys and values of all tokens."""
     taken = inspect.signature(model.forward).parameters
     return (
         {"position_ids", "logits_to_keep"} <= taken.keys() and _name_of_cache(model) is not None and _is_full_attention(model)
@@ -345,7 +345,7 @@ def _keeps_all(model: nn.Module) -> bool:
 
 
 def _is_full_attention(model: nn.Module) -> bool:
-    """Whether all layers attend to all tokens, as a model's configuration says: a window is longer than what can be tried."""
+    """Whether all layers attend to all tokens, by a model's configuration: a window is longer than what can be tried."""
     config: Any = model.config
     parts = (config, config.get_text_config())
     kinds = {kind for part in parts for kind in getattr(part, "layer_types", None) or ()}
@@ -357,8 +357,8 @@ def _is_full_attention(model: nn.Module) -> bool:
 def takes_mask_of_pairs(model: nn.Module) -> bool:
     """Whether a mask of pairs of tokens keeps packed sequences apart: tried out on nine tokens, in three forward passes.
 
-    A window, which masks of their own would be needed for, a state that layers hand on, and a mask that is ignored let a
-    sequence see those before it. The logits of the second of two must not change with the first, and be those of it alone.
+    A window, which would need its own masks, a recurrent or convolutional state, and a mask that is ignored let a sequence see
+    those before it. The logits of the second of two must not change with the first, and must equal those of it alone.
     """
     if not _is_full_attention(model):
         return False

@@ -1,4 +1,4 @@
-"""How good choices among options are, and generated answers."""
+"""Metrics of chosen options and of generated answers."""
 
 from abc import abstractmethod
 from typing import Any
@@ -21,7 +21,7 @@ class Accuracy(MeanMetric):
 
 
 class _OfAllRows(Metric):
-    """A measure that is no mean over rows: it keeps them all. How many options there are, batches say."""
+    """A metric that is not a mean over rows, and stores them all. Batches give the number of options."""
 
     predictions: list[Tensor]
     targets: list[Tensor]
@@ -45,11 +45,11 @@ class _OfAllRows(Metric):
 
     @abstractmethod
     def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-        """The measure over all rows."""
+        """The metric over all rows."""
 
 
 class OptionF1(_OfAllRows):
-    """The F1 of the second of two options, or the mean of those of more."""
+    """The F1 of the second of two options; of more options, the mean of their F1."""
 
     @override
     def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
@@ -67,13 +67,13 @@ class MatthewsCorrCoef(_OfAllRows):
 
 
 class _SQuADShare(SQuAD):
-    """One of SQuAD's two measures of answers, from 0 to 1."""
+    """One of SQuAD's two metrics of answers, from 0 to 1."""
 
     name: str
 
     @override
     def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
-        """Takes answers, and for each those that it should have been; the best of them counts."""
+        """Takes answers, and the references of each; the best match counts."""
         predictions = [{"prediction_text": text, "id": str(k)} for k, text in enumerate(texts)]
         answers = ({"text": some, "answer_start": [0] * len(some)} for some in references)
         targets: list[Any] = [{"answers": some, "id": str(k)} for k, some in enumerate(answers)]

@@ -1,4 +1,4 @@
-"""How the live link is trained: an optimizer and a learning-rate schedule for each link."""
+"""Optimization of the live link: an optimizer and a learning-rate schedule for each link."""
 
 import logging
 import math
@@ -30,14 +30,14 @@ class LinkOptimization:
     """Makes an optimizer and a learning-rate schedule for each link.
 
     Attributes:
-        make_optimizer: makes an optimizer of parameters, or of parameter groups.
-        modules_to_save_lr: the first learning rate of what is trained whole, where it has one of its own.
+        make_optimizer: makes an optimizer from parameters, or from parameter groups.
+        modules_to_save_lr: the initial learning rate of fully trained modules; None: the links'.
         lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
-        kept_optimizer_state: the share of an optimizer's state that a knot keeps.
-        run: where the run stands.
+        kept_optimizer_state: the share of an optimizer's state that a knot retains.
+        run: the state of the run.
         resumed_class: class path of the optimizer whose state a resumed checkpoint holds.
         class_path: of the last optimizer that was made.
     """
@@ -54,10 +54,10 @@ class LinkOptimization:
     class_path: str | None = None
     _optimizer: Optimizer | None = None
     _scheduler: LambdaLR | None = None
-    _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as they were asked for
+    _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the learning-rate schedule, which is of a fit, and cannot be pickled."""
+        """All but the learning-rate schedule, which belongs to a fit, and cannot be pickled."""
         return vars(self) | {"_scheduler": None}
 
     def configure(
@@ -67,18 +67,18 @@ class LinkOptimization:
 
         Args:
             trained: the parameters, with their names in the module.
-            modules_to_save: names of what is trained whole.
-            step: the run's, from which the schedule goes on.
+            modules_to_save: names of the fully trained modules.
+            step: step of the run at which the schedule continues.
 
         Raises:
-            UserError: for values that the optimizer cannot take, or that do not go with it.
+            UserError: for values that the optimizer does not accept, or that are incompatible with it.
         """
         groups = self._parameter_groups(trained, modules_to_save)
         try:
             optimizer = self.make_optimizer(groups)
-        except (TypeError, ValueError) as error:  # an optimizer's own words for a value that it cannot take
+        except (TypeError, ValueError) as error:  # an optimizer's own message for an invalid value
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
-        for group in optimizer.param_groups:  # a schedule writes a rate that is a tensor in place: of the next link's, too
+        for group in optimizer.param_groups:  # a schedule modifies a tensor rate in place: the next link's, too
             group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         self._groups = [_without_parameters(group) for group in optimizer.param_groups]
         self._optimizer, self._scheduler = optimizer, self._make_scheduler(optimizer, step)
@@ -92,17 +92,17 @@ class LinkOptimization:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _parameter_groups(self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str]) -> list[Any]:
-        """What is trained: in one group, or in two where what is trained whole has a learning rate of its own."""
+        """The trained parameters: in one group, or in two if fully trained modules have their own learning rate."""
         if self.modules_to_save_lr is None:
             return [p for _, p in trained]
         is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
-        others, saved = ([p for name, p in trained if is_saved[name] is whole] for whole in (False, True))
+        others, saved = ([p for name, p in trained if is_saved[name] is fully] for fully in (False, True))
         if not others or not saved:
-            raise UserError("model.modules_to_save_lr: expected modules_to_save beside what else is trained, received none")
+            raise UserError("model.modules_to_save_lr: expected modules_to_save beside other parameters, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _make_scheduler(self, optimizer: Optimizer, step: int) -> LambdaLR | None:
-        """The learning-rate schedule from a step of the run on; None for an optimizer with rates of its own."""
+        """The learning-rate schedule from a step of the run on; None for an optimizer that sets its own rates."""
         if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
             if self.modules_to_save_lr is not None:
                 raise UserError(
@@ -123,9 +123,9 @@ class LinkOptimization:
         return LambdaLR(optimizer, self._lr_lambda(), last_epoch=done - 1)
 
     def _lr_lambda(self) -> Callable[[int], float]:
-        """The learning-rate factor at the link's k-th step. It asks for its horizon when that is first needed.
+        """The learning-rate factor at the link's k-th step. It determines its horizon when that is first needed.
 
-        At step 0 of a run the data is not set up yet, and asking Lightning for its length there would make a resumed loader
+        At step 0 of a run the data is not set up yet, and reading its length from Lightning there would make a resumed loader
         start over. (A function and not an object: LambdaLR would store an object's attributes.)
         """
         start, is_run = self.run.link_start, self.schedule_scope == "run"
@@ -154,7 +154,7 @@ class LinkOptimization:
         """Refuses a link that is shorter than its warm-up; the last one may be.
 
         Args:
-            lengths: optimizer steps of the links that a fit still has, the live link's first.
+            lengths: optimizer steps of the remaining links of a fit, the live one first.
         """
         warmup = self.warmup_steps if self.schedule_scope == "link" else 0
         if (shortest := min(lengths[:-1], default=math.inf)) < warmup:
@@ -171,7 +171,7 @@ class LinkOptimization:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
 
         Args:
-            run: how far the fit goes, if it has an end; the lengths of its links are decided during training.
+            run: length of the fit, if it has an end; the lengths of its links are decided during training.
         """
         if self._scheduler is None:  # an overridden configure_optimizers may have none
             return
@@ -180,7 +180,7 @@ class LinkOptimization:
             received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
             raise UserError(
                 "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's"
-                " length is not known beforehand (chain.patience, a should_tie of one's own, endless data), received "
+                " length is not known beforehand (chain.patience, an overridden should_tie, endless data), received "
                 f"{received}"
             )
         if 0 < self.knot_warmup_steps < 1:
@@ -204,17 +204,17 @@ class LinkOptimization:
             )
 
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
-        """Gives the optimizers of a link that begins what those before it are to leave to it."""
+        """Copies the retained share of the previous link's optimizer state to the optimizers of a new link."""
         if self.kept_optimizer_state:
             factors = {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
             for old, new in zip(before, now, strict=True):
                 keep_state(old, new, self.kept_optimizer_state, factors)
 
     def resume(self, trainer: Trainer) -> None:
-        """Gives a resumed link's optimizer the hyperparameters of now, where they are others than the checkpoint's.
+        """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
 
-        Its state stays. With the same hyperparameters, and as many steps to go, nothing changes. What a subclass'
-        ``configure_optimizers`` makes is left to it.
+        Its state does not change. With the same hyperparameters, and as many remaining steps, nothing changes. Optimizers of a
+        subclass' ``configure_optimizers`` are not modified.
         """
         scheduler, schedulers = self._scheduler, [config.scheduler for config in trainer.lr_scheduler_configs]
         if trainer.optimizers != [self._optimizer] or schedulers != ([scheduler] if scheduler else []):
@@ -233,22 +233,22 @@ class LinkOptimization:
 
 
 def check_trained_whole(model: nn.Module) -> None:
-    """Refuses or warns of half precision where an optimizer writes into it."""
+    """Refuses fully trained parameters in float16, and warns of bfloat16."""
     dtypes = {p.dtype for name, p in model.named_parameters() if p.requires_grad and not is_factor(name)}
     if torch.float16 in dtypes:
         raise UserError(
-            "model.dtype, trainer.precision: expected another than float16 for what is trained whole "
-            "(model.modules_to_save, or all where model.target_modules is null), in which optimizers fail; received float16"
+            "model.dtype, trainer.precision: expected another dtype than float16 for fully trained parameters "
+            "(model.modules_to_save, or all if model.target_modules is null), in which optimizers fail; received float16"
         )
     if torch.bfloat16 in dtypes:
         log.warning(
-            "what is trained whole is in bfloat16, which rounds small steps away: model.dtype float32 with "
-            "trainer.precision bf16-mixed keeps it in float32"
+            "fully trained parameters are in bfloat16, which rounds small steps away: model.dtype float32 with "
+            "trainer.precision bf16-mixed keeps them in float32"
         )
 
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's hyperparameters; a rate that is a tensor is written in place later."""
+    """A parameter group's hyperparameters, with tensors cloned: a tensor rate is modified in place later."""
     copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
     return {name: value for name, value in copies if name != "params"}
 

@@ -1,6 +1,6 @@
-"""The checkpoint that is about to be loaded: what a module that is being made knows of it.
+"""The checkpoint that is about to be loaded, for the module that is being made.
 
-Lightning tells a module of its checkpoint only after the model is made.
+Lightning passes a checkpoint to a module only after the model is made.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ class PendingCheckpoint:
     """A checkpoint that is about to be loaded.
 
     Attributes:
-        opened: its file, and what that holds.
-        links: how many of its links are wanted, the finished ones first and then the live one; None: all.
+        opened: its file and contents.
+        links: how many of its links to load, the finished ones first and then the live one; None: all.
     """
 
     opened: OpenedCheckpoint
@@ -26,7 +26,7 @@ class PendingCheckpoint:
 
     @property
     def holds_base(self) -> bool:
-        """Whether the base's weights are in it (``save_base``)."""
+        """Whether it contains the base's weights (``save_base``)."""
         return self.opened.state.base_weights is not None
 
 
@@ -34,17 +34,17 @@ _PENDING: ContextVar[PendingCheckpoint | None] = ContextVar("pending", default=N
 
 
 def pending_checkpoint() -> PendingCheckpoint | None:
-    """The checkpoint that is about to be loaded into the module that is being made; None where there is none."""
+    """The checkpoint that is about to be loaded into the module that is being made; None if there is none."""
     return _PENDING.get()
 
 
 @contextmanager
 def loading(opened: OpenedCheckpoint, links: int | None = None) -> Iterator[None]:
-    """Has modules that are made inside the block know that a checkpoint is about to be loaded into them.
+    """Announces a checkpoint to modules made inside the block, into which it is about to be loaded.
 
     Args:
-        opened: it.
-        links: how many of its links are wanted, the finished ones first and then the live one; None: all.
+        opened: the checkpoint.
+        links: how many of its links to load, the finished ones first and then the live one; None: all.
     """
     token = _PENDING.set(PendingCheckpoint(opened, links))
     try:
@@ -55,18 +55,18 @@ def loading(opened: OpenedCheckpoint, links: int | None = None) -> Iterator[None
 
 @contextmanager
 def base_from_checkpoint(path: str | Path, links: int | None = None, *, weights_only: bool = True) -> Iterator[None]:
-    """Tells modules that are made inside the block that a checkpoint is about to be loaded into them.
+    """Announces a checkpoint to modules made inside the block, into which it is about to be loaded.
 
-    If it holds its base (``save_base``), ``build_model`` need not make the base's weights: see
+    If it contains its base (``save_base``), ``build_model`` need not make the base's weights: see
     :attr:`~cola_lightning.modules.COLAModule.is_base_in_checkpoint`.
 
     Args:
         path: the checkpoint.
-        links: how many of its links are wanted, the finished ones first and then the live one; None: all.
-        weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
+        links: how many of its links to load, the finished ones first and then the live one; None: all.
+        weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
 
     Raises:
-        UserError: for a path that is no checkpoint.
+        UserError: for a path that is not a checkpoint.
     """
     with opened_checkpoint(path, "ckpt_path", weights_only=weights_only) as opened, loading(opened, links):
         yield

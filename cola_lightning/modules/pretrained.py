@@ -24,7 +24,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def package_folder(model_name: str) -> Path:
-    """The folder of an installed Python package: of the one with the import name after ``package:``.
+    """The folder of the installed Python package with the import name after ``package:``.
 
     Raises:
         UserError: if there is none.
@@ -53,7 +53,7 @@ class Pretrained:
         gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises.
 
     Raises:
-        UserError: for a name that is none of the three, and for files that are not there.
+        UserError: for a name that is none of the three, and for missing files.
     """
 
     model_name: str
@@ -86,7 +86,7 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """The name, and the revision where one is asked for."""
+        """The name, and the revision if one is requested."""
         return self.model_name + (f"@{self.revision}" if self.revision else "")
 
     @property
@@ -108,15 +108,15 @@ class Pretrained:
         return None
 
     def load(self, auto_class: Any, **arguments: Any) -> Any:
-        """What ``auto_class.from_pretrained`` makes of the files.
+        """The result of ``auto_class.from_pretrained`` on the files.
 
         Args:
             auto_class: one of transformers' Auto classes.
-            **arguments: for ``from_pretrained``, beside those that say where the files are.
+            **arguments: for ``from_pretrained``, besides those that say where the files are.
 
         Raises:
-            UserError: if they are not what the class needs.
-            HubError: if they are on the hub only, and the hub cannot be reached.
+            UserError: if the class cannot load the files.
+            HubError: if the files are on the hub only, and the hub cannot be reached.
         """
         if (folder := self.folder) is not None:
             return self._load(auto_class, str(folder), arguments)
@@ -141,7 +141,7 @@ class Pretrained:
         except Exception as error:
             if not _is_of_the_files(error):
                 raise
-            name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # which say little themselves
+            name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # their messages say little
             raise UserError(
                 f"model.model_name: expected a model that {auto_class.__name__} can load, received {self.model_name!r}: "
                 f"{name}{one_line(str(error))}"
@@ -158,7 +158,7 @@ class Pretrained:
         from transformers import AutoTokenizer
 
         tokenizer = self.load(AutoTokenizer)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers' result for a folder without its files
             raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
         return with_padding(tokenizer)
 
@@ -175,8 +175,7 @@ class Pretrained:
             **fields: of the configuration, such as ``num_labels``.
 
         Returns:
-            The model, and the names of the weights that are newly initialised, for the files do not hold them; none where
-            ``is_empty``.
+            The model, and the names of the newly initialised weights, which the files do not contain; none if ``is_empty``.
         """
         how: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation:
@@ -202,8 +201,8 @@ def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
     """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
 
     Args:
-        model: it.
-        new_weights: the names of its weights that are newly initialised.
+        model: the model.
+        new_weights: the names of its newly initialised weights.
     """
     new, found = set(new_weights), list[str]()
     for name, module in model.named_modules():
@@ -219,7 +218,7 @@ def _modules_passed(error: Exception) -> list[str]:
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether an error is one of a model's own code (``trust_remote_code``), or of too little memory: nobody's mistake."""
+    """Whether an error is of a model's own code (``trust_remote_code``), or of insufficient memory: not a user's mistake."""
     from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
     own, theirs = TRANSFORMERS_DYNAMIC_MODULE_NAME, "transformers"
@@ -229,9 +228,9 @@ def is_failure(error: Exception) -> bool:
 
 
 def _is_of_the_files(error: Exception) -> bool:
-    """Whether an error of ``from_pretrained`` says that a model's files, or the packages they need, are not what they must be.
+    """Whether an error of ``from_pretrained`` is caused by a model's files, or by the packages they need.
 
-    Any other is a failure, of the model's own code (``trust_remote_code``) or of memory for example, and nobody's mistake.
+    Any other is a failure, of the model's own code (``trust_remote_code``) or of memory for example, not a user's mistake.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError

@@ -1,7 +1,7 @@
-"""How a module becomes what a checkpoint says: decoded, planned, applied.
+"""Restores a module from a checkpoint: decode, plan, apply.
 
-:class:`~cola_lightning.chain.checkpoint.CheckpointState` is what a checkpoint says. :func:`plan_restore` compares that with the
-model as it is, and refuses what cannot be; nothing is changed until :func:`apply_restore`.
+:class:`~cola_lightning.chain.checkpoint.CheckpointState` is the decoded checkpoint. :func:`plan_restore` compares it with the
+model, and refuses what cannot be restored; nothing is changed until :func:`apply_restore`.
 """
 
 import logging
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """What has to be done to a module.
+    """The changes that restore a module.
 
     Attributes:
-        chain: the finished links that it is to hold; the missing ones are replayed, on the base made anew if need be.
-        base_weights: the base's, where the checkpoint holds them.
-        dtype: to which adapted layers are to be cast; None: as they are.
-        live: rank and alpha of a live link whose factors are about to be loaded; None: of none.
+        chain: its finished links afterwards; the missing ones are replayed, on a rebuilt base if necessary.
+        base_weights: the base's weights, if the checkpoint contains them.
+        dtype: to which adapted layers are cast; None: unchanged.
+        live: rank and alpha of a live link whose factors are about to be loaded; None: there is none.
         begins_link: whether a new link begins after the finished ones, in place of the checkpoint's live one.
     """
 
@@ -51,20 +51,20 @@ class RestorePlan:
 
 
 class WeightsAloneError(UserError, KeyError):
-    """No state to go on with: a mistake of the user's, and the KeyError that Lightning raises for it, in its words too."""
+    """No state to resume from: a mistake of the user's, and the KeyError that Lightning raises for it, with its message."""
 
     __str__ = UserError.__str__  # a KeyError's would put it in quotes
 
 
 def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
-    """Brings a module to the state of a checkpoint's chain; what the next load of its values needs is laid ready.
+    """Restores a checkpoint's chain in a module, and prepares the next load of its values.
 
-    Where fewer links are asked for (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. Where
-    all is trained, a checkpoint of values alone will do; a fit begins from one that does not say how far training got.
+    If fewer links are requested (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. With
+    full fine-tuning, a checkpoint of values alone is enough; a fit begins from one that contains no progress.
 
     Raises:
         UserError: if the checkpoint has no chain and needs one, its chain was trained on another base, or it is shorter; in a
-            fit also for a choice that is not the checkpoint's.
+            fit also for options that differ from the checkpoint's.
     """
     trainer, pending = trainer_of(module), pending_checkpoint()
     adapted, trained, run = module.adapted, module.trained_state, module.run_state
@@ -95,15 +95,15 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
 def plan_restore(
     checkpoint: Mapping[str, Any], state: CheckpointState, adapted: AdaptedModel, links: int | None, choices_of_fit: str | None
 ) -> RestorePlan:
-    """What has to be done so that a model holds a checkpoint's chain, or its first links.
+    """The changes that restore a checkpoint's chain, or its first links, in a model.
 
     Args:
-        checkpoint: Lightning's.
-        state: all of ours in it.
+        checkpoint: Lightning's checkpoint.
+        state: our state in it, decoded.
         adapted: the model.
         links: how many links, the finished ones first and then the live one; None: all.
-        choices_of_fit: precision and finished_links of a fit that goes on with it, which must cast weights as the checkpoint's
-            run did; None: it is no fit.
+        choices_of_fit: precision and finished_links of a fit that resumes, which must cast weights as the checkpoint's run did;
+            None: not a fit.
 
     Raises:
         UserError: if the chain was trained on another base, is shorter, or would be cast to another dtype by the fit.
@@ -114,7 +114,7 @@ def plan_restore(
         check_links(links, n_finished)
         chain = chain_of(checkpoint, links)
     adapted.check_base(chain, state.base_weights)
-    dtype = None if state.dtype is None or links == 0 else getattr(torch, state.dtype)  # the base itself was trained in none
+    dtype = None if state.dtype is None or links == 0 else getattr(torch, state.dtype)  # the base alone has none
     if dtype == adapted.cast_dtype:
         dtype = None
     if dtype is not None and choices_of_fit is not None:
@@ -124,13 +124,13 @@ def plan_restore(
             f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"
         )
     if state.base_weights is None:
-        chain = Chain(chain.links, adapted.chain.base | chain.base)  # an older format says less of the base
+        chain = Chain(chain.links, adapted.chain.base | chain.base)  # an older format stores less about the base
     live = None if state.live is None or begins_link else (state.live.rank, state.live.alpha)
     return RestorePlan(chain, state.base_weights, dtype, live, begins_link)
 
 
 def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
-    """Brings the weights of a model to a plan; the live link's factors are still to be loaded."""
+    """Applies a plan to the weights of a model; the live link's factors are still to be loaded."""
     adapted.take_base(plan.chain, plan.base_weights)
     if plan.dtype is not None:
         adapted.recast(plan.dtype)
@@ -140,10 +140,10 @@ def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
 
 
 def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState) -> dict[str, Tensor]:
-    """What takes the place of a checkpoint's values, by name in the module, once a plan is applied.
+    """The values that replace a checkpoint's, by name in the module, once a plan is applied.
 
-    Nothing does where the live link is the checkpoint's; the link that begins after fewer links has factors of its own, and
-    what else is trained is as it was after them.
+    None if the live link is the checkpoint's; the link that begins after fewer links has its own factors, and the other trained
+    values are as they were after those links.
     """
     values: dict[str, Tensor] = {EXTRA_STATE: UNCHANGED}
     if not plan.begins_link:
@@ -157,7 +157,7 @@ def restore_packed(module: COLAParts, packed: Tensor) -> None:
     """Brings a module to the finished links of a state dict, on a rebuilt base if necessary.
 
     Raises:
-        UserError: if these were trained on another base.
+        UserError: if the links were trained on another base.
     """
     chain, facts = unpack(packed)
     check_same_base(chain.base, module.adapted.chain.base)
@@ -168,10 +168,10 @@ def restore_packed(module: COLAParts, packed: Tensor) -> None:
 
 
 def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
-    """Refuses to resume a fit with another choice where the checkpoint's would hold in its place.
+    """Refuses to resume a fit with options in place of which the checkpoint's would apply.
 
     Raises:
-        UserError: for the first that is another.
+        UserError: for the first that differs.
     """
     if "optimizer_states" not in checkpoint:
         raise WeightsAloneError(
@@ -180,7 +180,7 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         )
     if (seed := module.seed_choice.given) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if state.live is not None:  # format version 1 knows the live link's alone
+    if state.live is not None:  # format version 1 stores the live link's alone
         live = len(state.chain)
         module.link_plan.check_resumed(dict(enumerate(state.scheduled)) | {live: state.live.scheduled}, live)
     if (origin := origin_of(module))[0] is not None and origin != state.origin:
@@ -211,16 +211,16 @@ def load_module(
     """See :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
 
     Args:
-        load: Lightning's own, for a class.
-        cls: the class that was asked for; what is made is of the checkpoint's class where that is one of it.
-        source: a path, an address, or an open file.
+        load: Lightning's method, for a class.
+        cls: the requested class; the module is of the checkpoint's class if that is a subclass.
+        source: a path, a URL, or an open file.
         links: how many links.
         how: the arguments of Lightning's method.
         given: arguments of the class.
     """
     if not isinstance(source, str | PathLike) or "://" in str(source):
         if links is not None:
-            raise UserError("links: expected a checkpoint on this machine to take some links of, received another")
+            raise UserError("links: expected a checkpoint on this machine to load some links from, received another")
         check_source(source)
         with unreadable_as_user_error(source):
             return load(cls, source, **how, **given)
@@ -237,18 +237,18 @@ def load_module(
         given = as_annotated(cls, arguments["init_args"]) | given
         for name in arguments["not_plain"]:
             if name not in given:
-                log.warning("checkpoint: it holds no %r, which was no plain value: give it, or its default holds", name)
+                log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
     pending.opened.file.seek(0)
     with loading(pending.opened, links):
         return load(cls, pending.opened.file, **how, **given)
 
 
-def _class_of(path: str, asked: type) -> type | None:
-    """The class that a checkpoint's module was made of; None if it cannot be found, and is not called as the one asked for."""
+def _class_of(path: str, requested: type) -> type | None:
+    """The class of a checkpoint's module; None if it cannot be found, and has another name than the requested class."""
     try:
         return find_class(path)
     except UserError as error:  # it was in a script, say
-        if path.rpartition(".")[2] == asked.__name__:
-            return asked
-        log.warning("%s; it is loaded as %s", error, asked.__name__)
+        if path.rpartition(".")[2] == requested.__name__:
+            return requested
+        log.warning("%s; it is loaded as %s", error, requested.__name__)
         return None

@@ -1,10 +1,10 @@
-"""Where a run stands, in a checkpoint: at the end of its last finished accumulation window, whenever the checkpoint is written.
+"""The progress of a run in a checkpoint: the end of its last finished accumulation window, whenever the checkpoint is written.
 
-Lightning keeps no gradients, so a checkpoint from inside a window can only be gone on from exactly where the window began. And
-it takes a validation that was interrupted, or had not begun, for done. Both are put right in a copy of the counters that
-Lightning stores, which a resumed fit is given in their place, so that its own way of going on is the right one.
+Lightning stores no gradients, so a checkpoint from inside a window can only be resumed exactly from the window's start. And it
+takes a validation that was interrupted, or had not begun, for done. Both are corrected in a copy of the counters that Lightning
+stores, which replaces them in a resumed fit, so that Lightning's own way of resuming is correct.
 
-The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; this file is the only one that knows it.
+The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; only this file depends on it.
 """
 
 import copy
@@ -26,13 +26,13 @@ LOADERS = "combined_loader"
 
 @dataclass(frozen=True)
 class Window:
-    """What a run needs to begin an accumulation window anew, beside counters and weights.
+    """The state needed to begin an accumulation window again, besides counters and weights.
 
     Attributes:
         epoch: of the window.
         batch_idx: its first batch in the epoch.
-        loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none where
-            the epoch begins: then they begin anew. (Where a loader has no length, Lightning fetches one batch ahead.)
+        loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none at the
+            start of an epoch, where they start over. (Lightning fetches one batch ahead if a loader has no length.)
         buffers: the persistent buffers when that batch began; none before.
     """
 
@@ -46,12 +46,12 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
     """The window whose first batch comes next.
 
     Args:
-        trainer: whose fit it is of.
-        batch_idx: of that batch in the epoch.
+        trainer: the Trainer of the fit.
+        batch_idx: index of that batch in the epoch.
     """
     states = list[dict[str, Any]]()
     if batch_idx:  # before an epoch, a loader may still have the state of the end of the last
-        # Those that Lightning asks, in its order; a loader of this package has an empty state.
+        # Those whose state Lightning stores, in its order; a loader of this package has an empty state.
         loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
         states = [copy.deepcopy(loader.state_dict()) for loader in loaders]
     return Window(trainer.current_epoch, batch_idx, states)
@@ -60,17 +60,17 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
 def rewound_progress(
     checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
 ) -> tuple[Progress, Mapping[str, Tensor]]:
-    """The counters of a fit as its resume needs them, by Lightning's names; those of validation where they are others.
+    """The counters of a fit that its resume needs, by Lightning's names; those of validation if they differ.
 
     Args:
-        checkpoint: what Lightning is about to write.
-        trainer: whose fit it is of.
+        checkpoint: the checkpoint that Lightning is about to write.
+        trainer: the Trainer of the fit.
         window: the accumulation window that has begun, or begins with the next batch.
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
-        The counters, and the buffers as they were at the batch at which the run will go on, where it has begun with that batch.
-        With such a batch, and loaders that have a state, the counters hold these states, too.
+        The counters, and the buffers at the start of the batch at which the run will resume, if that batch had begun. In that
+        case the counters also contain the states of loaders that have one.
     """
     given = checkpoint["loops"]["fit_loop"]
     counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
@@ -85,7 +85,7 @@ def rewound_progress(
 
 
 def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:
-    """Has Lightning go on from :func:`rewound_progress`."""
+    """Has Lightning resume from :func:`rewound_progress`."""
     given = checkpoint["loops"]["fit_loop"]
     given.update({name: value for name, value in counters.items() if name != LOADERS})
     if LOADERS in counters:
@@ -97,11 +97,11 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
 
     Args:
         counters: of epochs, batches and validation.
-        trainer: whose fit it is of.
+        trainer: the Trainer of the fit.
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
-        The batch of the epoch at which the run will go on, where it has begun with that batch; else None.
+        The batch of the epoch at which the run will resume, if that batch had begun; else None.
     """
     epochs, batches, validation = counters[EPOCHS], counters[BATCHES], counters[VALIDATION]
     done, is_whole = _batches_done(batches, trainer)
@@ -123,7 +123,7 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
     total = batches["total"]["ready"] - batches["current"]["ready"] + rewound
     _set_all(batches, rewound, total)
     batches["is_last_batch"] = is_whole
-    if rewound < done:  # the validations since then will come again
+    if rewound < done:  # the validations since then will be repeated
         _set_all(validation, 0, 0)
     elif is_pending:  # Lightning's sign of a validation to be run; it starts over
         _set_all(validation, 0, 0)
@@ -132,8 +132,8 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
 
 
 def align_logged_step(trainer: Trainer) -> None:
-    """Keeps the loggers' step the number of optimizer steps, which a resume may leave off by one."""
-    if not trainer.lightning_module.automatic_optimization:  # which may take several steps in a batch
+    """Sets the loggers' step to the number of optimizer steps: a resume may leave it off by one."""
+    if not trainer.lightning_module.automatic_optimization:  # manual optimization may take several steps in a batch
         return
     loop = trainer.fit_loop.epoch_loop
     is_before_its_count = trainer.validating and not loop._should_accumulate()
@@ -154,7 +154,7 @@ def _is_at_batch_end(batches: Progress) -> bool:
 
 
 def _is_validation_due(trainer: Trainer) -> bool:
-    """Whether Lightning will validate after the batch that has just been trained on; nothing public tells."""
+    """Whether Lightning will validate after the batch that has just been trained on; there is no public way to know."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 

@@ -1,4 +1,4 @@
-"""Where the run of a module stands."""
+"""The state of a module's run."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,18 +9,18 @@ from cola_lightning.modules.rewind import Window
 
 @dataclass
 class RunState:
-    """Where the run of a module stands; the module's callbacks and its parts share one.
+    """The state of a module's run; the module's callbacks and its parts share one.
 
     Attributes:
         schedule: when knots fall; one link until ChainOfLoRA gives its own.
         link_start: the counters at which the live link began.
-        length: how far the fit goes; None while that is not known.
-        left_at: the counters of the Trainer when the last fit ended; with the same, the next one continues it.
+        length: length of the fit; None while it is not known.
+        left_at: the counters of the Trainer when the last fit ended; a next fit with the same counters continues it.
         is_validating: whether a validation inside a fit has begun and not ended.
         window: the accumulation window that has begun, or begins with the next batch; None before a fit.
-        resumes_knots: whether the checkpoint that a fit goes on from is of a run with knots.
-        warned_of: what checkpoints leave out, of which the user was warned.
-        is_tying: whether a knot has begun, and has not ended well.
+        resumes_knots: whether the checkpoint that a fit resumes from is of a run with knots.
+        warned_of: omissions from checkpoints of which the user was warned.
+        is_tying: whether a knot has begun, and has not succeeded.
     """
 
     schedule: ChainSchedule = field(default_factory=ChainSchedule)
@@ -34,5 +34,5 @@ class RunState:
     is_tying: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the length, which is of a fit, and cannot be pickled."""
+        """All but the length, which belongs to a fit, and cannot be pickled."""
         return vars(self) | {"length": None}

@@ -14,9 +14,9 @@ class Seed(NamedTuple):
     """A seed, and where it comes from.
 
     Attributes:
-        value: what every draw comes from.
+        value: the seed of every random draw.
         given: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
-        is_of_one_process: whether it was drawn before processes were joined, so that each has another.
+        is_of_one_process: whether it was drawn before processes were joined, so that each has its own.
     """
 
     value: int | None
@@ -24,14 +24,14 @@ class Seed(NamedTuple):
     is_of_one_process: bool = False
 
     def check_shared(self) -> None:
-        """Refuses seeds that each process has drawn for itself.
+        """Refuses different seeds, which processes have drawn for themselves.
 
         Raises:
-            UserError: if they are not the same.
+            UserError: if they differ.
         """
         if self.is_of_one_process and len(seeds := set(processes.gather_objects(self.value))) > 1:
             raise UserError(
-                "model.seed: expected a number, or seed_everything, for a model that is asked for before processes are joined, "
+                "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
                 f"each of which drew its own; received null and {len(seeds)} processes"
             )
 

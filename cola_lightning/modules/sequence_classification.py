@@ -21,19 +21,18 @@ from cola_lightning.modules.pretrained import new_modules
 class COLASequenceClassifier(LanguageModule):
     """A sequence classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
-    Its labels are those that it is given, a checkpoint's, or, as ``TextClassificationDataModule`` tells it before the model is
-    made, the data's. Model, chain and exports hold their names, and predictions are names; labels that are whole numbers stay
-    numbers.
+    Its labels are the given ones, a checkpoint's, or the data's, which ``TextClassificationDataModule`` sets before the model
+    is made. Model, chain and exports store their names, and predictions are names; labels that are whole numbers stay numbers.
 
-    Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. Where ``modules_to_save`` names nothing,
-    it is the head (what the model has beside its pretrained body) and what else is newly initialised, for the pretrained files
-    do not hold it: a BERT that was saved as a masked language model has no pooler.
+    Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. If ``modules_to_save`` is empty, it is
+    the head (all but the pretrained body) and what else is newly initialised, as the pretrained files do not contain it: a BERT
+    that was saved as a masked language model has no pooler.
 
     Args:
         model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
-        num_labels: how many labels there are; ``null``: as many as ``label_names``, or as the data has. Without either, as the
-            model's own configuration says, which is 2 for one without a head.
+        num_labels: number of labels; ``null``: as many as ``label_names``, or as the data has. Without either, as in the
+            model's configuration, which has 2 for a model without a head.
         label_names: the labels in the order of the model's outputs; ``null``: those of the data, in sorted order.
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
@@ -81,13 +80,13 @@ class COLASequenceClassifier(LanguageModule):
         return self._label_names
 
     def settle_labels(self, found: Sequence[str]) -> None:
-        """Takes the labels of the data as the model's, unless it knows which there are.
+        """Sets the model's labels to the data's, unless they are known already.
 
         Args:
-            found: the data's, in its order; whole numbers as text.
+            found: the data's labels, in its order; whole numbers as text.
 
         Raises:
-            UserError: if it was told another number of labels, or was made with one.
+            UserError: if the module was given another number of labels, or the model was made with one.
         """
         self._settle_known()
         if self._label_names is not None:
@@ -104,7 +103,7 @@ class COLASequenceClassifier(LanguageModule):
         self._set_labels(self._in_models_order(found))
 
     def _settle_known(self) -> None:
-        """Takes the labels of a chain that was loaded as the model's."""
+        """Sets the model's labels to those of a loaded chain."""
         if self._label_names is None and (known := self.label_names) is not None:
             self._set_labels(known)
 
@@ -121,14 +120,14 @@ class COLASequenceClassifier(LanguageModule):
             self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
 
     def _labels_of_chain(self) -> list[str] | None:
-        """The labels on which the chain was trained that is about to be taken up."""
+        """The labels of the chain that is about to be applied."""
         pending = pending_checkpoint()
         chain = self.first_chain if pending is None else pending.opened.state.chain
         return None if chain is None else chain.base.get("labels")
 
     def _in_models_order(self, found: Sequence[str]) -> Sequence[str]:
         """The same labels in the order of a pretrained head that has them."""
-        if self.pretrained.gguf_file is not None:  # they know none, and a configuration takes seconds
+        if self.pretrained.gguf_file is not None:  # GGUF files have none, and a configuration takes seconds
             return found
         own = [name for _, name in sorted(self.pretrained.config().id2label.items())]
         return own if sorted(own) == sorted(found) else found
@@ -172,7 +171,7 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
-        """The head, and what else the pretrained files do not hold: frozen, it would stay as it was drawn."""
+        """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
         pending = pending_checkpoint()
         if pending is not None and pending.opened.state.modules_to_save:
             return pending.opened.state.modules_to_save
@@ -200,7 +199,7 @@ class COLASequenceClassifier(LanguageModule):
         return {"prediction": self._named(predicted), "target": self._named(targets), "scores": logits.log_softmax(-1)}
 
     def _named(self, places: Tensor) -> Tensor | list[Any]:
-        """Labels by their places: as they are where labels are places or not known, and None for one that is missing."""
+        """Labels by index: the indices themselves if labels are indices or not known, and None for a missing one."""
         names = self.label_names or [str(place) for place in range(self.num_labels)]
         is_missing = places == IGNORE_INDEX
         if not is_missing.any() and names == [str(place) for place in range(len(names))]:

@@ -1,4 +1,4 @@
-"""What of a module is trained, in one line."""
+"""The trained parameters of a module, in one line."""
 
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized
@@ -10,18 +10,18 @@ def summary(module: COLAParts) -> str:
     """How many of a module's parameters are trained, and where.
 
     Args:
-        module: its model made.
+        module: the module, with its model made.
     """
-    layers, says = lora_layers(module.model), "model:"
-    if not tensors.has_fsdp1(module.model):  # which hides what it shards in flat parameters
+    layers, text = lora_layers(module.model), "model:"
+    if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
         sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in module.named_parameters()]
         packed = [
             part.get_parameter("weight").numel() for part in module.model.modules() if is_quantized(part)
         ]  # two in a byte
         n_trained, n_all = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes) + sum(packed)
-        says += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
+        text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
     if module.adapted.live is None:
-        return says
+        return text
     rank, alpha = module.adapted.live
-    says += f", link {module.link} of rank {rank} and alpha {alpha:g} on {len(layers)} layers"
-    return says + (f", and all of {', '.join(module.modules_to_save)}" if module.modules_to_save else "")
+    text += f", link {module.link} of rank {rank} and alpha {alpha:g} on {len(layers)} layers"
+    return text + (f", and all of {', '.join(module.modules_to_save)}" if module.modules_to_save else "")

@@ -1,4 +1,4 @@
-"""What TorchScript reads of a module's class, whatever its forward calls, and cannot read of ours."""
+"""Hides from TorchScript what it reads of every module's class, whatever forward calls, and cannot compile in ours."""
 
 import inspect
 from typing import Any
@@ -7,7 +7,7 @@ from cola_lightning.errors import UserError
 
 
 def hide_from_torchscript(cls: Any) -> None:
-    """Keeps annotations and properties of a class of ours, and of its bases that are ours, out of TorchScript's sight."""
+    """Hides annotations and properties of one of our classes, and of its bases of ours, from TorchScript."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("cola_lightning.")]
     annotated = [name for base in ours for name in inspect.get_annotations(base) if name != "model"]
     properties = [name for base in ours for name, value in vars(base).items() if isinstance(value, property)]
@@ -16,7 +16,7 @@ def hide_from_torchscript(cls: Any) -> None:
 
 
 def refuse_links(module: Any) -> Any:
-    """What ``torch.jit.script`` asks a module for first: it cannot read links.
+    """Called first by ``torch.jit.script``, which cannot compile links.
 
     Raises:
         UserError: for a module with links.

@@ -1,4 +1,4 @@
-"""What of a module training changes: the content of its state dict, inside of the model and outside of it."""
+"""The part of a module's state that training changes: the content of its state dict, inside of the model and outside of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
@@ -18,20 +18,20 @@ UNCHANGED = torch.empty(0, dtype=torch.uint8)  # an extra state that changes not
 
 
 class StateDictError(UserError, RuntimeError):
-    """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, in its words too."""
+    """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, with its message."""
 
 
 class TrainedState:
-    """What of a module training changes: links, what is trained whole, buffers, and what the module holds outside its model.
+    """The state that training changes: links, fully trained modules, buffers, and what the module holds outside its model.
 
     Args:
-        module: it, with its model as ``module.model``.
+        module: the module, with its model as ``module.model``.
         adapted: that model.
 
     Attributes:
-        first_outside: what is trained outside of the model, as it was before the first link.
-        values_to_load: what takes the place of a checkpoint's values in the next load.
-        is_packing: whether a state dict holds the finished links, which take time to pack.
+        first_outside: the trained values outside of the model, before the first link.
+        values_to_load: the values that replace a checkpoint's in the next load.
+        is_packing: whether a state dict contains the finished links, which take time to pack.
     """
 
     def __init__(self, module: Any, adapted: AdaptedModel) -> None:
@@ -47,7 +47,7 @@ class TrainedState:
         return [f"model.{name}" for name in self.adapted.frozen_names()]
 
     def aliases(self) -> list[str]:
-        """Other names of what is in the model, for a module that holds a part of it a second time."""
+        """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time."""
         model, module = self.adapted.model, self.module
         inside = {id(value) for value in (*model.parameters(), *model.buffers())}
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
@@ -56,23 +56,23 @@ class TrainedState:
 
     @property
     def is_all_in_values(self) -> bool:
-        """Whether parameters and buffers say all: there are no links, no base, and no extra state of a subclass' own."""
+        """Whether parameters and buffers are all of the state: no links, no base, and no extra state of a subclass."""
         is_ours = getattr(type(self.module).get_extra_state, "is_chain", False)
         return is_ours and self.adapted.live is None and not self.adapted.frozen_names()
 
     def without_frozen(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A whole state dict of the module's, without what is frozen in the model, and without other names of its parts."""
-        left_out = {*self.frozen_names(), *self.aliases()}
+        """A full state dict of the module, without the model's frozen parameters and other names of the model's parts."""
+        omitted = {*self.frozen_names(), *self.aliases()}
         if self.is_all_in_values:
             state.pop(prefix + EXTRA_STATE, None)
         for name in list(state):
             own = name.removeprefix(prefix)
-            if name.startswith(prefix) and not left_out.isdisjoint({own, weight_of(own)}):
+            if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
                 del state[name]
         return state
 
     def unpacked(self) -> dict[str, Any]:
-        """The module's state dict, its own tensors, with nothing in place of the finished links."""
+        """The module's state dict, with its own tensors, and an empty one in place of the finished links."""
         self.is_packing = False
         try:
             state: dict[str, Any] = self.module.state_dict(keep_vars=True)
@@ -92,27 +92,27 @@ class TrainedState:
         return {name: value for name, value in self.values().items() if not name.startswith("model.") and not is_lazy(value)}
 
     def outside(self) -> dict[str, Tensor]:
-        """CPU copies of what training changes outside of the model: trained parameters, and buffers that have moved."""
+        """CPU copies of what training changes outside of the model: trained parameters, and buffers that have changed."""
         values, first = self.values_outside(), self.first_outside
         trained = {name: tensors.gather(value) for name, value in values.items() if value.requires_grad}
         buffers = {name: tensors.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
-        moved = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
-        return trained | moved
+        changed = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
+        return trained | changed
 
     def frozen_outside(self) -> dict[str, str]:
         """Hashes of the parameters outside of the model that are not trained."""
         return {name: hash_of(value) for name, value in self.values_outside().items() if _is_frozen(value)}
 
     def remember_outside(self) -> None:
-        """Remembers what is trained outside of the model as it is before training; what is remembered already stays."""
+        """Stores the trained values outside of the model before training; those already stored are not replaced."""
         values = self.values_outside().items()
         self.first_outside = {name: tensors.gather(v) for name, v in values if not _is_frozen(v)} | self.first_outside
 
     def outside_after(self, chain: Chain) -> dict[str, Tensor]:
-        """What is trained outside of the model, as it was after the last of these links; before the first where it has none.
+        """The trained values outside of the model after the last of these links; before the first if there are none.
 
         Raises:
-            UserError: if that was not recorded, as by format version 1.
+            UserError: if they were not recorded, as by format version 1.
         """
         own = chain.links[-1].outside if chain.links else {}
         trained = {name for name, value in self.values().items() if value.requires_grad}
@@ -125,7 +125,7 @@ class TrainedState:
         return outside
 
     def start_from(self, chain: Chain) -> None:
-        """Has what is trained outside of the model be what another run's chain says.
+        """Sets the trained values outside of the model to those of another run's chain.
 
         Raises:
             UserError: for a chain that was trained beside other frozen parameters outside of its model.
@@ -148,15 +148,15 @@ class TrainedState:
         Args:
             load: torch's ``load_state_dict`` of the module.
             received: the state dict.
-            strict: whether it must have all names of the module's own, and no others.
+            strict: whether it must have exactly the module's names.
             assign: see ``nn.Module.load_state_dict``.
 
         Raises:
             UserError: if a name is missing or unknown, or a shape differs.
         """
-        others, self.values_to_load = self.values_to_load, None
-        if others is not None and received and EXTRA_STATE not in received:  # a checkpoint's, whose chain is here by now
-            received = {name: others.get(name, value) for name, value in received.items()} | {EXTRA_STATE: UNCHANGED}
+        values, self.values_to_load = self.values_to_load, None
+        if values is not None and received and EXTRA_STATE not in received:  # a checkpoint's, whose chain is applied by now
+            received = {name: values.get(name, value) for name, value in received.items()} | {EXTRA_STATE: UNCHANGED}
         own = self.unpacked()
         self._check(own, received, strict=strict)
         result = load(_laid_out(received, own), strict=False, assign=assign)
@@ -196,7 +196,7 @@ class TrainedState:
 
 
 def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a state dict in the layout that a module's own have."""
+    """The tensors of a state dict in the layout of the module's own."""
     return {
         name: tensors.lay_out(value, own[name]) if isinstance(value, Tensor) and name in own else value
         for name, value in received.items()
@@ -204,7 +204,7 @@ def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
 
 def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Has a module inside another load what no state holds as it is: there its absence would be an error."""
+    """Adds a nested module's frozen values, which no state dict contains: their absence would be an error there."""
     if prefix:
         for name, parameter in module.model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
