@@ -1,6 +1,6 @@
 """A base model with its LoRA layers and its chain of finished links: the method in plain torch, without Lightning.
 
-:class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a training loop of one's own needs nothing more.
+:class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
 import copy
@@ -31,12 +31,12 @@ from cola_lightning.sharded import tensors
 
 
 class Placement(NamedTuple):
-    """Where a model lies while it is used.
+    """The placement of a model in use.
 
     Attributes:
-        root: the model, or what a strategy has wrapped it in.
+        root: the model, or a strategy's wrapper around it.
         device: where finished links are computed.
-        is_sharded: whether each process holds a part of the weights.
+        is_sharded: whether the weights are sharded over processes.
     """
 
     root: nn.Module
@@ -45,23 +45,23 @@ class Placement(NamedTuple):
 
 
 class AdaptedModel:
-    """A model, adapted in place, and its chain. No ``nn.Module`` itself: whoever trains the model holds that.
+    """A model, adapted in place, and its chain. Not an ``nn.Module`` itself: the training code holds the model.
 
     The live link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
 
     Args:
         make_base: makes the adapted base, the same each time: ``build_model`` under :func:`seeded_build`, and then
             :func:`~cola_lightning.inject_lora`.
-        seed: from which each link's A comes, with the link's index and the layer's name.
-        name: what people call the base.
-        is_saved: keep a copy of the base's weights, for one that cannot be made again.
-        is_known: whether the base is to be identified by its values; not on the meta device.
+        seed: each link's A is drawn from it, the link's index and the layer's name.
+        name: the base's name.
+        is_saved: store a copy of the base's weights, for a base that cannot be rebuilt.
+        is_known: whether the base is identified by its values; not on the meta device.
 
     Attributes:
         model: the model.
         chain: the finished links.
-        base_weights: the base's weights, where they are kept.
-        placement: tells where the model lies; a trainer gives its own.
+        base_weights: the base's weights, if they are stored.
+        placement: returns the model's placement; a trainer sets its own.
 
     Example:
         >>> def build_model():
@@ -116,13 +116,13 @@ class AdaptedModel:
             alpha: a link's update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
             init: how A is drawn: ``kaiming``, ``gaussian`` or ``orthogonal``.
-            modules_to_save: names, or dotted name endings, of modules that are trained whole.
+            modules_to_save: names, or dotted name endings, of fully trained modules.
             finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
-            seed: of all draws.
+            seed: of all random draws.
             trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
 
         Raises:
-            UserError: for a model or values that cannot be right.
+            UserError: for an invalid model or values.
         """
 
         def make_base() -> nn.Module:
@@ -158,7 +158,7 @@ class AdaptedModel:
 
     @property
     def cast_dtype(self) -> torch.dtype:
-        """To which dtype a precision has cast adapted layers; float32: it left them as they came."""
+        """The dtype to which a precision has cast adapted layers; float32: it left them unchanged."""
         layers = self.layers.values()
         return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
 
@@ -168,17 +168,17 @@ class AdaptedModel:
         return any(layer.stack is None for layer in self.layers.values())
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is to be given, one for each link: the live link's factors, and what is trained whole."""
+        """The parameters for the optimizer, a new one for each link: the live link's factors and fully trained modules."""
         frozen = {id(parameter) for parameter in self.frozen_factors()}
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
 
     @property
     def frozen_factor(self) -> Factor | None:
-        """The factor that the live link does not train, ``A`` or ``B``; None where it trains both."""
+        """The factor that the live link does not train, ``A`` or ``B``; None if it trains both."""
         return frozen_factor(self.trained_factors, self.seed, self.link)
 
     def frozen_factors(self) -> list[nn.Parameter]:
-        """The factors that the live link does not train; it has gradients of them, of which no optimizer knows."""
+        """The factors that the live link does not train; they have gradients, but are in no optimizer."""
         frozen = self.frozen_factor
         return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
@@ -188,11 +188,11 @@ class AdaptedModel:
         return tensors.plain_names(name for name, parameter in named if not parameter.requires_grad)
 
     def extras(self) -> dict[str, Tensor]:
-        """CPU copies of what training changes beside the links: parameters that are trained whole, and persistent buffers."""
+        """CPU copies of what training changes besides the links: fully trained parameters, and persistent buffers."""
         return base_weights(self.model, without=set(self.frozen_names()))
 
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
-        """Goes through the adapted layers by name, in groups whose weights may be read and written while a group is at hand."""
+        """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
         names = {id(layer): name for name, layer in self.layers.items()}
         for modules in tensors.units(self.placement().root):
             yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
@@ -204,11 +204,11 @@ class AdaptedModel:
     # ------------------------------------------------------------------ links
 
     def begin_link(self, rank: int, alpha: float) -> None:
-        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function stays what it is."""
+        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", self.chain.links)
 
     def resume_link(self, rank: int, alpha: float) -> None:
-        """Gives the layers rank and alpha of a live link whose factors are loaded from elsewhere."""
+        """Sets the layers' rank and alpha for a live link whose factors are loaded separately."""
         for layer in self.layers.values():
             layer.rank, layer.alpha = int(rank), float(alpha)
 
@@ -222,7 +222,7 @@ class AdaptedModel:
         return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **facts: Any) -> Link:
-        """Finishes the live link and begins the next; an optimizer of its factors must then be made anew.
+        """Finishes the live link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's; None: as before.
@@ -251,10 +251,10 @@ class AdaptedModel:
     # ------------------------------------------------------------------ from one chain to another
 
     def go_to(self, chain: Chain) -> None:
-        """Has the layers hold these finished links, whichever they hold: replays what is missing, on the base if need be.
+        """Brings the layers to these finished links: replays the missing ones, on a rebuilt base if necessary.
 
         Raises:
-            UserError: if the base must be made again, and is made as another.
+            UserError: if the base must be rebuilt, and differs.
         """
         if not self.chain.is_beginning_of(chain):
             if self.merges:
@@ -263,7 +263,7 @@ class AdaptedModel:
         self.replay(chain)
 
     def replay(self, chain: Chain) -> None:
-        """Has the layers take up the links of a chain that they do not hold yet, to the bits that its knots gave."""
+        """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots."""
         device = self.placement().device
         for layers in self.by_unit():
             for name, layer in layers.items():
@@ -273,7 +273,7 @@ class AdaptedModel:
         self.chain = chain
 
     def forget_links(self, base: dict[str, Any]) -> None:
-        """The weights hold no link any more: neither does the chain, nor a stack."""
+        """Clears the chain and the stacks, for weights that hold no link any more."""
         self.chain = Chain(base=base)
         for layer in self.layers.values():
             if layer.stack is not None:
@@ -283,8 +283,8 @@ class AdaptedModel:
         """Refuses a chain of another base.
 
         Args:
-            chain: it.
-            weights: its base's, where they were kept: then the base need only have their shapes.
+            chain: the chain.
+            weights: its base's weights, if they were stored: then only the shapes of the base must agree.
 
         Raises:
             UserError: for other layers, values or shapes.
@@ -297,14 +297,14 @@ class AdaptedModel:
             _check_same_shapes(weights, base_weights(self.model))
 
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Takes the weights that were kept of a chain's base, if they were; :meth:`check_base` comes first."""
+        """Loads the stored weights of a chain's base, if there are any; call :meth:`check_base` first."""
         if weights is not None and weights is not self.base_weights:
             self.base_weights = weights
             self._write_base(self.model)
             self.forget_links(chain.base)
 
     def start_from(self, chain: Chain) -> None:
-        """Takes up another run's chain on a base without links, and takes over what it trained whole.
+        """Replays another run's chain on a base without links, and loads its fully trained modules.
 
         Raises:
             UserError: for a chain of another base, of other layers, or of factors of other sizes.
@@ -327,9 +327,9 @@ class AdaptedModel:
             load_whole(chain.links[-1].extras, {name: state[name] for name in self.extras()})
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
-        """What is trained whole, and buffers, as they were after the last of these links; the base's where it has none."""
+        """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
         names, extras = self.extras().keys(), chain.links[-1].extras if chain.links else {}
-        if names <= extras.keys():  # nothing for which a base would have to be made
+        if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
         weights = base_weights(self.base_again()) if self.base_weights is None else self.base_weights
         return {name: weights[name] for name in names} | extras
@@ -337,10 +337,10 @@ class AdaptedModel:
     # ------------------------------------------------------------------ the base
 
     def base_again(self) -> nn.Module:
-        """The adapted base without any link: made anew, and checked, or with the weights that are kept.
+        """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
         Raises:
-            UserError: if it is made as another than before.
+            UserError: if the rebuilt base differs.
         """
         model = self.make_base()
         if self.base_weights is None:
@@ -350,7 +350,7 @@ class AdaptedModel:
         return model
 
     def _write_base(self, model: nn.Module, made: nn.Module | None = None) -> None:
-        """Writes the base, without any link, into a model of the same shape: as it was kept, or made anew."""
+        """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
         weights = self.base_weights
         if weights is None:
             weights = base_weights(self.base_again() if made is None else made)
@@ -363,7 +363,7 @@ class AdaptedModel:
     def cast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
-        It widens to float64 alone; a layer into which links are merged is never narrowed.
+        It widens only to float64; a layer into which links are merged is never narrowed.
 
         Raises:
             UserError: if sharded layers would have to be cast.
@@ -380,7 +380,7 @@ class AdaptedModel:
                 layer.to(dtype)
 
     def recast(self, dtype: torch.dtype) -> None:
-        """Casts the adapted layers from one precision's dtype to another's: what was rounded comes back with the base."""
+        """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""
         if self.cast_dtype.itemsize < 4:
             made = self.base_again()
             for name, part in made.named_modules():
@@ -393,7 +393,7 @@ class AdaptedModel:
         self.cast(dtype)
 
     def widen_stacks(self) -> None:
-        """Has 4-bit layers compute in float32, and stacked links be what they are in the chain, after a cast to that dtype."""
+        """Has 4-bit layers compute in float32, and restores stacked links from the chain, after a cast to that dtype."""
         quantized: list[Any] = [part for part in self.model.modules() if is_quantized(part)]
         for layer in quantized:
             layer.compute_dtype = torch.float32
@@ -405,20 +405,20 @@ class AdaptedModel:
     # ------------------------------------------------------------------ a plain copy
 
     def merged_model(self, links: int | None = None) -> nn.Module:
-        """A plain copy of the model with the chain in its weights: no LoRA layers, nothing left at inference.
+        """A plain copy of the model with the chain merged into its weights: no LoRA layers, no cost at inference.
 
-        Where the model is sharded, the copy is made on the CPU, of the base made anew; nothing is gathered for it. (Where all
-        is trained, all is gathered: every process must ask for it.)
+        If the model is sharded, the copy is made on the CPU, from the rebuilt base, and nothing is gathered. (With full
+        fine-tuning the parameters are gathered: every process must call this.)
 
         Args:
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
 
         Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); without links, in the dtype
-            that it has.
+            The model in float32, whatever it was trained in (in float64 where that was float64); without links, in its own
+            dtype.
 
         Raises:
-            UserError: if there are not as many links.
+            UserError: if there are fewer links.
         """
         total = self.link + 1
         links = total if links is None else links
@@ -426,7 +426,7 @@ class AdaptedModel:
         chain, layers = self.chain.truncate(min(links, self.link)), self.layers.values()
         placement = self.placement()
         is_stacked = any(layer.stack is not None for layer in layers)
-        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack is not what it was
+        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
         is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         if is_copied:
             model = copy.deepcopy(self.model)
@@ -455,7 +455,7 @@ class AdaptedModel:
 
 @contextmanager
 def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
-    """What a base is built under, whatever the caller is in: it may train, and depends on no device, precision or draw before.
+    """The context in which a base is built: it may train, and depends on no device, precision or draw of the caller.
 
     Inside the block the global generators are seeded, the default dtype is float32 and the default device as given.
     """
@@ -484,27 +484,27 @@ def is_factor(name: str) -> bool:
 
 
 def weight_of(name: str) -> str:
-    """The weight of which something is a part, as the scales are of a 4-bit one (``fc.weight.absmax``)."""
+    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
     return re.sub(r"\.weight\..*", ".weight", name)
 
 
 def load_whole(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Writes a chain's values of what is trained whole into those that are trained here.
+    """Writes a chain's fully trained values into this model's own.
 
     Raises:
-        UserError: for a value that has no place here.
+        UserError: for a value without a counterpart in this model.
     """
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(
-                f"model.init_chain: expected values for what this module trains whole (model.modules_to_save), received "
+                "model.init_chain: expected values for this model's fully trained parameters (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
         tensors.copy_(own[name], value)
 
 
 def check_links(links: int, n_finished: int) -> None:
-    """Refuses a number of links that there are not: the finished ones, and the live one."""
+    """Refuses more links than the finished ones and the live one."""
     if not 0 <= links <= n_finished + 1:
         raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
 

@@ -222,7 +222,7 @@ class ChainGuard(Callback):
         if changed := [name for name, values in seen[1].items() if not torch.equal(values, now[name])]:
             raise UserError(
                 "model: expected frozen weights that do not change in evaluation, received a model that modifies that of "
-                f"{changed[0]!r}, which its link then does not fit (as RWKV: set rescale_every: 0 in its configuration)"
+                f"{changed[0]!r}, which its link then does not fit (RWKV: set rescale_every: 0 in its configuration)"
             )
 
     @override

@@ -194,8 +194,8 @@ class LazyModel:
         """Refuses to apply a chain to a model on the meta device."""
         if self.is_on_meta:
             raise UserError(
-                "model: expected a module made outside of torch.device('meta') to apply a chain to, received one whose base has "
-                "no values"
+                "model: expected a module made outside of torch.device('meta') to apply a chain to, received one whose base "
+                "has no values"
             )
 
 
