@@ -1,1 +1,1 @@
-"""Low-rank layers: what is added to a base layer, and how layers of a model come to have it."""
+"""Low-rank layers, and their injection into a model."""

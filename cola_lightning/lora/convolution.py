@@ -1,4 +1,4 @@
-"""Convolutions with a live link: A is a convolution with ``rank`` output channels, B one of size 1 behind it."""
+"""Convolutions with a live link: A is a convolution with ``rank`` output channels, B one of size 1 after it."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 
 
 class LoRAConvolution(LoRALayer):
-    """What LoRA layers of convolutions share; comes before ``nn.Conv1d`` or ``nn.Conv2d``.
+    """Base class of the LoRA layers of convolutions; comes before ``nn.Conv1d`` or ``nn.Conv2d``.
 
     The factors are matrices, as of any layer: A is rank x (in * kernel), B out x rank, and B A is the update of the weight,
     out x in x kernel, seen as a matrix of out rows.
@@ -53,7 +53,7 @@ class LoRAConvolution(LoRALayer):
         return self._as_kernel(low_rank_delta(lora_A, lora_B, scaling, part=rows))[:, *others]
 
     def _as_kernel(self, matrix: Tensor) -> Tensor:
-        """A matrix of so many rows as the weight of so many output channels: ... x in x kernel."""
+        """A matrix as the weight of a convolution, with its rows as output channels: ... x in x kernel."""
         return matrix.reshape(-1, self.in_channels, *self.kernel_size)
 
 

@@ -1,4 +1,4 @@
-"""How the factor of a link that does not begin at zero is drawn."""
+"""Random initialization of the factor of a link that does not begin at zero."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 
-# Rows of a factor to be written, where they are drawn from, and the same factor of the links before, the first link's first.
+# The rows of a factor, to be written; their generator; and the same factor of the links before, the first link's first.
 Draw = Callable[[Tensor, torch.Generator | None, Sequence[Tensor]], None]
 
 
@@ -27,13 +27,13 @@ def gaussian_(rows: Tensor, generator: torch.Generator | None, before: Sequence[
 def orthogonal_(rows: Tensor, generator: torch.Generator | None, before: Sequence[Tensor] = ()) -> None:
     """Rows that are orthogonal to each other and to those of the links before, as long as Kaiming's are: 1 / sqrt(3).
 
-    A space of n dimensions holds no more than n such rows. The link that would need more begins again, by itself; those after
-    it are orthogonal to it and to those since.
+    A space of n dimensions has at most n such rows. The link that would need more starts over, regardless of earlier links;
+    those after it are orthogonal to it and to those since.
 
     Args:
         rows: to be written, rank x n.
-        generator: from which directions come, uniform among those that are left.
-        before: the links' factors as they were trained, each some rank x n.
+        generator: of the directions, which are uniform among the remaining ones.
+        before: the earlier links' trained factors, each some rank x n.
 
     Example:
         >>> first, second = torch.zeros(1, 4), torch.zeros(2, 4)
@@ -55,7 +55,7 @@ def orthogonal_(rows: Tensor, generator: torch.Generator | None, before: Sequenc
     drawn = torch.empty(rank, n, dtype=torch.float32, device="cpu").normal_(generator=generator).double()
     if start < len(before):
         basis, _ = torch.linalg.qr(torch.cat([factor.double() for factor in before[start:]]).T)
-        for _ in range(2):  # what rounding leaves, the second time takes away
+        for _ in range(2):  # the second pass removes what rounding leaves
             drawn -= drawn @ basis @ basis.T
     directions, lengths = torch.linalg.qr(drawn.T)
     rows.copy_((directions * lengths.diagonal().sign()).T / math.sqrt(3))

@@ -1,4 +1,4 @@
-"""Putting LoRA layers into a model, in place, and taking them out again.
+"""Injects LoRA layers into a model, in place, and removes them again.
 
 Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a rank that a layer
 cannot have, a quantised base to be merged into.
@@ -36,10 +36,10 @@ ALL_LINEAR = "all-linear"
 
 log = logging.getLogger(__name__)
 
-# Modules whose weights are not multiplied with as a Linear layer's are.
+# Modules that do not multiply by their weights as a Linear layer does.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
-NEGLIGIBLE = 0.01  # a share of the parameters of which nothing is said
+NEGLIGIBLE = 0.01  # a share of the parameters that is not reported
 
 
 def inject_lora(
@@ -54,26 +54,26 @@ def inject_lora(
 ) -> list[str]:
     """Makes the target layers LoRA layers, in place, and freezes everything else.
 
-    They stay the objects that they are, with their parameters, buffers, hooks and attributes; only their class changes.
+    They remain the same objects, with their parameters, buffers, hooks and attributes; only their class changes.
     Afterwards only the links' A and B and the parameters of ``modules_to_save`` are trainable.
 
     Args:
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
-            name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) but the output embeddings and
+            name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) except the output embeddings and
             ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone.
         rank: largest rank of a link, and the first link's; at most the smaller side of each target.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
-        modules_to_save: names or dotted name endings of modules that are trained whole (a new head).
+        modules_to_save: names or dotted name endings of fully trained modules (a new head).
         init: how A is drawn, see :meth:`LoRALayer.from_layer`.
         finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
-            are in half precision; ``stack`` keeps them beside the weights, which are never written.
+            are in half precision; ``stack`` stores them beside the weights, which are never modified.
 
     Returns:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: for whatever would be wrong later: no match, shared modules or weights, a 4-bit base to merge into, ...
+        UserError: for whatever would fail later: no match, shared modules or weights, a 4-bit base to merge into, ...
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -98,7 +98,7 @@ def inject_lora(
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
     if target_modules == ALL_LINEAR:
-        _warn_of_left_out(model, names, saved)
+        _warn_of_omitted(model, names, saved)
     model.requires_grad_(False)
     for module in modules.values():
         if is_quantized(module):
@@ -128,12 +128,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
-    """Makes the LoRA layers plain ones again, in place, with all that they had before and the same ``Parameter`` objects.
+    """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
 
     Args:
-        merge: add each live link, and what is stacked, to its weight first: in float32, rounded once. 4-bit weights that are
+        merge: add each live link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
-        dtype: of the plain layers, to which what is merged is rounded; None: that in which the base came, or was cast to.
+        dtype: of the plain layers, to which merged weights are rounded; None: the base's original dtype, or its cast's.
 
     Raises:
         UserError: if links are not in the weights (a live link has been trained, or links are stacked) and ``merge`` is False.
@@ -155,17 +155,17 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
 
 
 def _base_dtype(layer: LoRALayer) -> torch.dtype:
-    """The dtype of the base in which a layer lies; a weight into which links are merged may be kept wider."""
+    """The dtype of a layer's base; a weight into which links are merged may be wider."""
     is_widened = layer.stack is None and layer.source_dtype.endswith("16")
     dtype: torch.dtype = getattr(torch, layer.source_dtype) if is_widened else layer.dtype
     return dtype
 
 
 def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Makes layers that keep a stack ones that merge, in place: no finished links, weights in float32 at least, none in 4 bits.
+    """Makes stacking layers merging ones, in place: no finished links, weights in float32 at least, none in 4 bits.
 
     Returns:
-        What was stacked: A (rank x in) and B (out x rank) by the layer's name.
+        The stacked factors: A (rank x in) and B (out x rank) by the layer's name.
     """
     for layer in lora_layers(model).values():
         if is_quantized(layer):
@@ -174,7 +174,7 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def check_factors(rank: int, alpha: float, dropout: float, init: str) -> None:
-    """Refuses what no link could have, before any model is made."""
+    """Refuses values that no link could have, before any model is made."""
     if rank < 1:
         raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
     if not 0 < alpha < math.inf:
@@ -186,7 +186,7 @@ def check_factors(rank: int, alpha: float, dropout: float, init: str) -> None:
 
 
 def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
-    """Refuses a module to be trained whole whose weight the model uses outside of it, too: that would be trained with it."""
+    """Refuses a fully trained module whose weight the model also uses outside of it: that use would be trained, too."""
     for names in _in_one_memory(model):
         inside = [name for name in names if is_inside(name, saved)]
         outside = [name for name in names if name not in inside]
@@ -223,11 +223,11 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     return [name for name in adaptable if name in matched]
 
 
-def _warn_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> None:
-    """Warns of matrices that all-linear leaves frozen though they are multiplied with as a Linear's are: experts, say."""
+def _warn_of_omitted(model: nn.Module, names: list[str], saved: list[str]) -> None:
+    """Warns of matrices that all-linear leaves frozen although they are used as a Linear's are, such as experts'."""
     total = sum(_count(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     lines, is_worth_it = [], False
-    kinds = _left_out(model, names, saved)
+    kinds = _omitted(model, names, saved)
     for (attribute, cls), places in sorted(kinds.items(), key=lambda kind: -sum(kind[1].values())):
         share = sum(places.values()) / total
         is_worth_it |= issubclass(cls, nn.Linear) or share >= NEGLIGIBLE
@@ -237,10 +237,10 @@ def _warn_of_left_out(model: nn.Module, names: list[str], saved: list[str]) -> N
         log.warning("model.target_modules: all-linear leaves frozen what is no Linear layer: %s", "; ".join(lines[:4]))
 
 
-def _left_out(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple[str, type], dict[str, int]]:
-    """Parameters that are matrices, or several, and in no target: by name and owner's class, how large they are and where.
+def _omitted(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple[str, type], dict[str, int]]:
+    """Parameters of one or several matrices that are in no target: their sizes by place, by name and owner's class.
 
-    Embeddings (a table that is looked up, a position's with a first dimension of 1) and convolutions are no such matrices.
+    Embeddings (lookup tables, and position embeddings with a first dimension of 1) and convolutions are excluded.
     """
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if get_output_embeddings is not None else None
@@ -282,13 +282,13 @@ def _compile(pattern: str, field: str) -> re.Pattern[str]:
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
-    """What to suggest for a name that matches nothing: names and their endings, those that are more than a number first."""
+    """Suggestions for a name that matches nothing: names and their endings, those that are more than a number first."""
     ends = dict.fromkeys(end for name in names if name for end in (name.rpartition(".")[2], name))
     return nearest(word, sorted(ends, key=str.isdigit))
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether this is the name of one of the modules, or of what lies in one."""
+    """Whether this is the name of one of the modules, or of something inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -331,7 +331,7 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
 
 
 def _in_one_memory(model: nn.Module) -> list[list[str]]:
-    """Names of parameters and buffers that are one tensor, or lie in part in the same memory, as views of one do."""
+    """Names of parameters and buffers that are one tensor, or overlap in memory, as views of one tensor do."""
     spans: dict[Any, list[tuple[int, int, str]]] = defaultdict(list)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
@@ -350,7 +350,7 @@ def _in_one_memory(model: nn.Module) -> list[list[str]]:
 
 
 def _span(tensor: Tensor) -> tuple[Any, int, int]:
-    """The memory in which a tensor lies, and where in it the tensor begins and ends; one without a memory is one of its own."""
+    """The storage of a tensor, and where the tensor begins and ends in memory; without a storage, the tensor itself."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
     if not is_plain or not tensor.numel() or not tensor.untyped_storage().nbytes():
         return id(tensor), 0, 1
@@ -361,9 +361,7 @@ def _span(tensor: Tensor) -> tuple[Any, int, int]:
 
 def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
     if (reason := obstacle(module)) is not None:
-        raise UserError(
-            f"model.target_modules: expected layers that stay as they are with a link beside, received {name!r}, {reason}"
-        )
+        raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
     if is_quantized(module):
         if finished_links == "merge":
             raise UserError(
@@ -372,8 +370,8 @@ def _check_layer(name: str, module: nn.Module, rank: int, finished_links: Finish
             )
         if module.weight.quant_state is None:  # type: ignore[union-attr]
             raise UserError(
-                f"model.target_modules: expected layers whose weights are quantised, received {name!r}, whose is not yet: "
-                "moving it to a device does that"
+                f"model.target_modules: expected layers whose weights are quantised, received {name!r}, which is not yet "
+                "quantised: moving it to a device does that"
             )
     else:
         assert isinstance(module.weight, Tensor)

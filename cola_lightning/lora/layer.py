@@ -1,17 +1,16 @@
 r"""A layer plus its live link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 
 ``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.linear.LoRALinear` *is* the
-``nn.Linear`` that was there, the same object with another class, and so with the same parameters, buffers, hooks and
-attributes. It gets two more parameters, ``lora_A`` and ``lora_B``. They are allocated once at the largest
-rank of the chain; a link of rank r uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new
-parameters and every wrapper around the model (DDP, ``torch.compile``) stays valid.
+original ``nn.Linear``, the same object with another class, and so with the same parameters, buffers, hooks and attributes. It
+gets two more parameters, ``lora_A`` and ``lora_B``. They are allocated once at the largest rank of the chain; a link of rank r
+uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new parameters and every wrapper around the
+model (DDP, ``torch.compile``) stays valid.
 
-A and B are matrices whatever the layer is. What a layer type says of itself: how many inputs and outputs its weight has as a
-matrix (``matrix_sizes``), how its inputs meet A and B (``project_down``, ``project_up``), and how B A is laid out as its weight
-(``update``).
+A and B are matrices for every layer type. A layer type defines the size of its weight as a matrix (``matrix_sizes``), how its
+inputs are multiplied by A and B (``project_down``, ``project_up``), and how B A is laid out as its weight (``update``).
 
-Finished links are merged into the weight, which then is kept in float32, or, for half-precision and quantised bases, they stay
-beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never written.
+Finished links are merged into the weight, which is then stored in float32, or, for half-precision and quantised bases, they are
+stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never modified.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
@@ -33,11 +32,11 @@ from cola_lightning.sharded import tensors
 
 FinishedLinks = Literal["merge", "stack"]
 
-# What a LoRA layer has beside all that its base layer has.
+# The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype")
 
 
-# Products of fewer rows or columns go through kernels in which a row's rounding follows from its place: seen below 8 on a CPU.
+# Products of fewer rows or columns use kernels in which a row's rounding depends on its position: seen below 8 on a CPU.
 FEWEST = 16
 
 
@@ -47,15 +46,15 @@ def low_rank_delta(
 ) -> Tensor:
     """The update ``scaling * B A`` of one link, computed the same way at the knot and when a chain is replayed.
 
-    Neither autocast nor TF32 takes part, and the factors are made contiguous first: the same factors give the same bits, and
-    some rows of the result are the same bits as in the whole.
+    Autocast and TF32 are off, and the factors are made contiguous first: the same factors give the same bits, and a part of the
+    rows has the same bits as in the full result.
 
     Args:
         lora_A: the first factor.
         lora_B: the second factor.
         scaling: alpha / rank.
         is_transposed: whether the result is in x out.
-        part: the rows of the result that are wanted.
+        part: the requested rows of the result.
 
     Shape:
         ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in, or transposed, in x out, or a part of its rows.
@@ -93,21 +92,20 @@ def _full_float32() -> Iterator[None]:
 
 
 class LoRALayer(nn.Module):
-    """What every adapted layer has in common. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
+    """Base class of adapted layers. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
 
-    As it is, it fits layers that multiply the last dimension of their inputs by a weight of out x in (or, with
-    ``weight_is_transposed``, in x out) and call these numbers ``out_features`` and ``in_features``. A layer that does something
-    else overrides ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``;
-    :func:`~cola_lightning.register_lora_layer` makes it known.
+    By default, it fits layers that multiply the last dimension of their inputs by a weight of out x in (or, with
+    ``weight_is_transposed``, in x out) and name these sizes ``out_features`` and ``in_features``. Another layer overrides
+    ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in, the factor that is drawn at random, but for rules that draw the other.
-        lora_B: out x max_rank, the factor that starts at zero then.
-        rank: rank of the live link; the rows of A and columns of B beyond it are zero and take no part.
+        lora_A: max_rank x in, the factor that is drawn at random, except by rules that draw the other.
+        lora_B: out x max_rank, the factor that then starts at zero.
+        rank: rank of the live link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
-        stack: the finished links, where they are not merged; None where they are.
-        base_dtype: the dtype in which the layer computes as it was made; a precision may have cast it to another since.
-        source_dtype: the dtype in which the weight came; ``nf4`` or ``fp4`` for one in 4 bits.
+        stack: the finished links, if they are not merged; else None.
+        base_dtype: the layer's original compute dtype; a precision may have cast it since.
+        source_dtype: the weight's original dtype; ``nf4`` or ``fp4`` for one in 4 bits.
     """
 
     weight: Tensor
@@ -122,21 +120,21 @@ class LoRALayer(nn.Module):
 
     weight_is_transposed = False  # True where the weight is in x out
 
-    # ------------------------------------------------------------------ what a layer type says of itself
+    # ------------------------------------------------------------------ defined by a layer type
 
     @classmethod
     def matrix_sizes(cls, layer: Any) -> tuple[int, int]:
-        """How many inputs and outputs the weight of a plain layer has as a matrix: columns of A and rows of B."""
+        """The inputs and outputs of a plain layer's weight as a matrix: columns of A and rows of B."""
         return layer.in_features, layer.out_features
 
     @classmethod
     def obstacle(cls, layer: Any) -> str | None:
-        """What a plain layer of this type has that keeps it from being adapted ("which ..."); None where there is nothing."""
+        """Why a plain layer of this type cannot be adapted ("which ..."); None if it can."""
         return None
 
     @classmethod
     def subclass_for(cls, layer: Any) -> "type[LoRALayer] | None":
-        """The LoRA class for a layer of a subclass of the base layer; None where that may compute something else."""
+        """The LoRA class for a layer of a subclass of the base layer; None if that may compute something else."""
         return None
 
     def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -162,7 +160,7 @@ class LoRALayer(nn.Module):
             lora_A: rank x in.
             lora_B: out x rank.
             scaling: alpha / rank.
-            part: of the weight, dimension by dimension: where the weight is sharded, the part that this process holds.
+            part: the part of the weight, dimension by dimension: of a sharded weight, this process' shard.
         """
         rows, columns = part
         return low_rank_delta(lora_A, lora_B, scaling, is_transposed=self.weight_is_transposed, part=rows)[:, columns]
@@ -189,7 +187,7 @@ class LoRALayer(nn.Module):
             init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
                 ``orthogonal`` to the A of the links before.
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
-                keeps them beside it, and never writes it.
+                stores them beside it, and never modifies it.
         """
         return cls.adapt_(shallow_copy(layer), rank, alpha, dropout, init, finished_links)
 
@@ -197,7 +195,7 @@ class LoRALayer(nn.Module):
     def adapt_(
         cls, layer: Any, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks = "merge"
     ) -> Self:
-        """Makes a layer of the base class a LoRA layer, in place: whoever holds it holds the LoRA layer.
+        """Makes a layer of the base class a LoRA layer, in place: every reference to it is one to the LoRA layer.
 
         See :meth:`from_layer` for the arguments.
         """
@@ -208,19 +206,19 @@ class LoRALayer(nn.Module):
         return adapted
 
     def strip_(self) -> nn.Module:
-        """Makes this layer one of its base class again, in place; its link, and what is stacked, are gone."""
+        """Makes this layer one of its base class again, in place, without its link and its stack."""
         for name in LINK_ATTRIBUTES:
             delattr(self, name)
         for key in [key for key, hook in self._forward_hooks.items() if hook is _call_forward]:
-            del self._forward_hooks[key]  # a handle would do so in public, but not in a copy of this layer
+            del self._forward_hooks[key]  # a handle is the public way, but not in a copy of this layer
         classes = type(self).__mro__
         self.__class__ = classes[classes.index(LoRALayer) + 1]
         return self
 
     def close_fused_paths(self) -> None:
-        """Has torch's fused encoder layers call this layer, in place of reading its weight.
+        """Has torch's fused encoder layers call this layer instead of reading its weight.
 
-        :class:`torch.nn.TransformerEncoderLayer` in evaluation asks whether any part of it has a hook, and if not it computes
+        :class:`torch.nn.TransformerEncoderLayer` in evaluation checks whether any part of it has a hook, and if not it computes
         with the weights themselves, without the links.
         """
         self.register_forward_hook(_call_forward)
@@ -228,7 +226,7 @@ class LoRALayer(nn.Module):
     def _add_link(
         self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
     ) -> None:
-        """Gives the layer its two factors; ``rank`` is the largest that a link of the chain will have."""
+        """Adds the two factors; ``rank`` is the largest of the chain's links."""
         self.base_dtype = dtype = self._prepare_weight(finished_links)
         device = self.weight.device
         self.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
@@ -242,7 +240,7 @@ class LoRALayer(nn.Module):
         self.reset()
 
     def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
-        """Prepares the weight for what becomes of finished links; returns the dtype in which the layer then computes."""
+        """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
         if finished_links == "merge":
             _widen(self)
@@ -270,17 +268,17 @@ class LoRALayer(nn.Module):
 
     @property
     def has_finished_links(self) -> bool:
-        """Whether there are finished links beside the weight."""
+        """Whether there are stacked links."""
         return self.stack is not None and self.stack.rank > 0
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether a precision has rounded the base: half precision does where links are stacked, and so not merged into it."""
+        """Whether a precision has rounded the base: half precision does if links are stacked, and so not merged into it."""
         return self.dtype != self.base_dtype and self.dtype.itemsize < 4
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes where autocast does not say: its weight's; in 4 bits, its stack's."""
+        """The layer's compute dtype without autocast: its weight's; in 4 bits, its stack's."""
         is_quantized = self.stack is not None and not self.weight.is_floating_point()
         return self.stack.A.dtype if self.stack is not None and is_quantized else self.weight.dtype
 
@@ -293,7 +291,7 @@ class LoRALayer(nn.Module):
             (under autocast, in autocast's; where ``x`` are indices, in the layer's).
         """
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        is_index = not (x.is_floating_point() or x.is_complex())  # to be looked up: neither cast nor dropped
+        is_index = not (x.is_floating_point() or x.is_complex())  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
         lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
@@ -306,11 +304,11 @@ class LoRALayer(nn.Module):
         return y if is_autocast else y.to(dtype)
 
     def full_weight(self) -> Tensor:
-        """The frozen weight as it is computed with, in its own layout."""
+        """The frozen weight as the forward pass uses it, in its own layout."""
         return self.weight.detach()
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What the layer would give without any link; ``x`` is in :attr:`dtype`, but under autocast."""
+        """The layer's output without any link; ``x`` is in :attr:`dtype`, except under autocast."""
         y: Tensor = super().forward(x)
         return y
 
@@ -319,12 +317,12 @@ class LoRALayer(nn.Module):
         return self.update(*self.factors, self.scaling, (slice(None),) * self.weight.dim())
 
     def finish(self) -> None:
-        """Makes the live link a finished one and sets B to zero: the layer's function stays what it was."""
+        """Makes the live link a finished one and sets B to zero: the layer's function does not change."""
         self.absorb(*self.factors, self.scaling)
         self._zero_B()
 
     def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Takes up a finished link: what a knot does, and what replaying a chain does again."""
+        """Merges or stacks a finished link: at a knot, and when a chain is replayed."""
         if self.stack is None:
             self._add_to_weight(lora_A, lora_B, scaling)
         else:
@@ -334,15 +332,15 @@ class LoRALayer(nn.Module):
         """Adds the live link to the weight and sets B to zero.
 
         Raises:
-            UserError: if the weight is kept in half precision, or quantised.
+            UserError: if the weight is in half precision, or quantised.
         """
         self._add_to_weight(*self.factors, self.scaling)
         self._zero_B()
 
     def _add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         if self.weight.dtype.itemsize < 4:
-            kept = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
-            raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {kept}")
+            own = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
+            raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {own}")
         # Where the weight is sharded, this process' part: computed from its part of the factors, it is the same to the bit.
         delta = self.update(lora_A, lora_B, scaling, tensors.part(self.weight))
         tensors.add_part_(self.weight, delta)
@@ -351,10 +349,10 @@ class LoRALayer(nn.Module):
         tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def unstack(self) -> tuple[Tensor, Tensor]:
-        """Makes this layer, which keeps a stack, one that merges: its weight in float32 at least, without finished links.
+        """Makes this stacking layer a merging one: its weight in float32 at least, without finished links.
 
         Returns:
-            The factors of what was stacked in the weight's dtype, A (rank x in) and B (out x rank).
+            The stacked factors in the weight's dtype, A (rank x in) and B (out x rank).
         """
         assert self.stack is not None
         (A, B), self.stack = self.stack.factors, None
@@ -375,11 +373,11 @@ class LoRALayer(nn.Module):
         A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
 
         Args:
-            generator: where A is drawn from; None means torch's global generator.
+            generator: for drawing A; None means torch's global generator.
             rank: the new link's rank, 1 to ``max_rank``; None keeps it.
             alpha: the new link's alpha; None keeps it.
             drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
-            before: the same factor of each link before, rank x in (of B, rank x out): some ways of drawing depend on them.
+            before: the same factor of each link before, rank x in (of B, rank x out): some initializations depend on them.
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
@@ -396,19 +394,19 @@ class LoRALayer(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as ever, but never narrows below fp32: A and B, a weight that links are merged into, and its bias.
+        """Moves and casts as usual, but never narrows below fp32: A and B, a weight that links are merged into, and its bias.
 
         Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
         bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
         """
         merged_into = (self.weight, self.bias) if self.stack is None else ()
-        kept = [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
-        kept_ids = {id(tensor) for parameter in kept for tensor in (parameter, parameter.grad)}
+        wide = [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
+        wide_ids = {id(tensor) for parameter in wide for tensor in (parameter, parameter.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             is_narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device) if is_narrowed and id(tensor) in kept_ids else moved
+            return tensor.to(moved.device) if is_narrowed and id(tensor) in wide_ids else moved
 
         result: Self = super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         if self.stack is not None:
@@ -421,16 +419,16 @@ class LoRALayer(nn.Module):
 
 
 def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook that does nothing but be there; see :meth:`LoRALayer.close_fused_paths`."""
+    """A hook that only has to exist; see :meth:`LoRALayer.close_fused_paths`."""
 
 
 def names_of_links() -> list[str]:
-    """The attributes and methods that make a layer a LoRA layer: what it adapts must have none of these names."""
+    """The attributes and methods of a LoRA layer: the layer that it adapts must have none of these names."""
     return [*LINK_ATTRIBUTES, *(name for name in vars(LoRALayer) if not hasattr(nn.Linear, name))]
 
 
 def shallow_copy(module: Any) -> Any:
-    """Another module on the same parameters, buffers and children; what is then added to one, the other has not."""
+    """Another module on the same parameters, buffers and children; later additions to one are not in the other."""
     twin = copy.copy(module)  # which shares the dictionaries in which a module registers parameters, hooks and so on
     for name, value in list(vars(twin).items()):
         if isinstance(value, dict | set):
@@ -439,7 +437,7 @@ def shallow_copy(module: Any) -> Any:
 
 
 def _widen(layer: Any) -> None:
-    """Casts a layer's weight and bias to float32 where they are in half precision."""
+    """Casts a layer's weight and bias to float32 if they are in half precision."""
     for parameter in (layer.weight, layer.bias):
         if parameter is not None and parameter.dtype.itemsize < 4:
             cast_(parameter, torch.float32)

@@ -46,7 +46,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     @classmethod
     @override
     def subclass_for(cls, layer: Any) -> type[LoRALayer] | None:
-        """A subclass may compute something else in its forward (a router, a masked layer): a probe shows that it does not."""
+        """A subclass may compute something else in its forward (a router, a masked layer): a probe checks that it does not."""
         is_linear = not isinstance(layer, NEVER_CALLED) and _computes_as_linear(layer)
         return lora_subclass(type_before_parametrizations(layer)) if is_linear else None
 
@@ -55,7 +55,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 def _computes_as_linear(layer: nn.Linear) -> bool:
     """Whether the forward of a subclass of ``nn.Linear`` gives ``x W^T + b``, for other weights than its own, too.
 
-    A copy of the layer is asked, in both modes, for it may draw or count.
+    A copy of the layer is probed, in both modes, as it may draw random numbers or count calls.
     """
     if type(layer).forward is nn.Linear.forward:
         return True
@@ -80,7 +80,7 @@ def _computes_as_linear(layer: nn.Linear) -> bool:
             for is_training in (True, False):
                 try:
                     y, expected = type(layer).forward(probe.train(is_training), x), F.linear(x, values, bias)
-                except Exception:  # what it needs beside its input is its own
+                except Exception:  # it needs more than its input
                     return False
                 if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
                     return False

@@ -1,4 +1,4 @@
-"""4-bit bases, by bitsandbytes: made of a model, adapted, and de-quantised again.
+"""4-bit bases, by bitsandbytes: quantised, adapted, and de-quantised again.
 
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314): the NF4 data type, in blocks of 64. Its scales stay in float32, as is
 transformers' default: quantised once more, they would depend on the number of threads.
@@ -24,7 +24,7 @@ FIELD = "model.quantization"
 
 
 def check_quantization(quantization: str) -> None:
-    """Refuses a quantization that is not known, or does not run here; before any weight is read.
+    """Refuses a quantization that is unknown, or does not run here; before any weight is read.
 
     Raises:
         UserError: with the reason.
@@ -36,11 +36,11 @@ def check_quantization(quantization: str) -> None:
             f"{FIELD}: expected null, or the package bitsandbytes, received {quantization}: pip install bitsandbytes"
         )
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
             linear = nn.Linear(64, 64, device="meta").to_empty(device="cpu")  # drawn from no generator
             nn.init.ones_(linear.weight)
             _quantized(linear, torch.float32)(torch.ones(2, 64, requires_grad=True)).sum().backward()
-    except Exception as error:  # whatever it makes of this platform
+    except Exception as error:  # whatever it raises on this platform
         raise UserError(
             f"{FIELD}: expected null, for bitsandbytes does not run here ({one_line(str(error))}); received {quantization}"
         ) from error
@@ -60,12 +60,12 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     """Quantises the linear layers of a model to NF4, in place and one by one.
 
     Args:
-        model: on the CPU, and so on every machine with the same result.
-        dtype: in which the layers then compute.
-        skip: names of layers to leave as they are.
+        model: on the CPU, so that the result is the same on every machine.
+        dtype: the compute dtype of the quantised layers.
+        skip: names of layers to leave unchanged.
 
     Raises:
-        UserError: if there is no other.
+        UserError: if there are no other linear layers.
     """
     layers = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
     if not layers:
@@ -90,8 +90,8 @@ def _quantized(linear: Any, dtype: torch.dtype) -> Any:
 
 
 def keep_layout(layer: Any) -> None:
-    """Keeps bitsandbytes from packing a 4-bit weight anew, and computing with other kernels, in evaluation on some CPUs."""
-    layer.state_dict()  # packs it back where that has happened
+    """Keeps bitsandbytes from repacking a 4-bit weight, and computing with other kernels, in evaluation on some CPUs."""
+    layer.state_dict()  # restores a repacked weight
     layer.support_avx512bf16_for_cpu = False
 
 
@@ -104,7 +104,7 @@ def dequantized_weight(layer: Any) -> Tensor:
 
 
 def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Swaps the 4-bit layers of a model, where it has any, for plain ones, in place. See :func:`dequantize_`."""
+    """Makes the 4-bit layers of a model, if any, plain ones, in place. See :func:`dequantize_`."""
     for layer in model.modules():
         if is_quantized(layer):
             dequantize_(layer, dtype)
@@ -115,7 +115,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def dequantize_(layer: Any, dtype: torch.dtype) -> None:
-    """Makes a 4-bit layer a plain one with the weight that it computes with, in place; one that is adapted keeps its links.
+    """Makes a 4-bit layer a plain one with the weight that it computes with, in place; an adapted one keeps its links.
 
     Args:
         layer: a 4-bit layer, adapted or not.
@@ -147,7 +147,7 @@ def lora_linear_4bit() -> type[LoRALayer]:
         @classmethod
         @override
         def subclass_for(cls, layer: Any) -> type[LoRALayer] | None:
-            """Those of bitsandbytes itself (``LinearNF4``, ``LinearFP4``) say no more than how they quantise."""
+            """The subclasses of bitsandbytes itself (``LinearNF4``, ``LinearFP4``) differ only in how they quantise."""
             return cls if type_before_parametrizations(layer).__module__.startswith("bitsandbytes.") else None
 
         @override
@@ -161,10 +161,10 @@ def lora_linear_4bit() -> type[LoRALayer]:
         @override
         def base_forward(self, x: Tensor) -> Tensor:
             device = x.device.type
-            if torch.is_autocast_enabled(device):  # which does not know this product
+            if torch.is_autocast_enabled(device):  # which does not cover this product
                 x = x.to(torch.get_autocast_dtype(device))
             dtype = x.dtype
-            if dtype == torch.float64:  # its kernels do not know it
+            if dtype == torch.float64:  # its kernels do not support it
                 x = x.float()
             bias = None if self.bias is None else self.bias.to(x.dtype)
             y: Tensor = matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)

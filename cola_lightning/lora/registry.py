@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and the LoRA class of each: one table, to which users may add a layer type of their own."""
+"""Which layers can be adapted, and the LoRA class of each: one table, to which users may add layer types."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -39,11 +39,11 @@ Registered = TypeVar("Registered", bound=type[LoRALayer] | MakesClass)
 
 
 class _Entry(NamedTuple):
-    lora_class: Any  # the class, or a function that makes it when it is first asked for
+    lora_class: Any  # the class, or a function that makes it on first use
     is_linear: bool
 
 
-# Layer type -> its LoRA class. A type of another package is named, and its LoRA class made once a model has such a layer.
+# Layer type -> its LoRA class. Another package's type is given by name; its LoRA class is made once a model has such a layer.
 _entries: dict[type | str, _Entry] = {
     nn.Linear: _Entry(LoRALinear, is_linear=True),
     "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
@@ -54,15 +54,15 @@ _entries: dict[type | str, _Entry] = {
 
 
 def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = False) -> Callable[[Registered], Registered]:
-    """Has layers of a type be adapted by a LoRA class of one's own, in place of any that there was for that type.
+    """Registers a LoRA class for a layer type, in place of any other for that type.
 
     A decorator for the class (``class LoRAMine(LoRALayer, Mine)``), or for a function without arguments that returns it and is
-    called once a model has such a layer. The class must be at hand wherever a chain is trained or loaded.
+    called once a model has such a layer. The class must be registered wherever a chain is trained or loaded.
 
     Args:
         layer_type: the plain layer's class, itself and no subclass, or its dotted name (``"package.module.Class"``), so that
             the package need not be imported.
-        is_linear: whether ``all-linear`` means these layers, too.
+        is_linear: whether ``all-linear`` includes these layers.
 
     Example:
         >>> class Scaled(nn.Linear):
@@ -99,7 +99,7 @@ def layer_types(*, linear_only: bool = False) -> str:
 
 
 def _find(module: nn.Module) -> tuple[_Entry | None, bool]:
-    """The entry of the nearest type that a module is of, and whether it is of that very type."""
+    """The entry of the nearest registered class of a module, and whether that is the module's own class."""
     own = type_before_parametrizations(module)
     for base in own.__mro__:
         entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
@@ -123,21 +123,21 @@ def lora_class(module: nn.Module) -> type[LoRALayer] | None:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether there is a LoRA class for it."""
+    """Whether there is a LoRA class for the module."""
     return lora_class(module) is not None
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a layer that ``all-linear`` means."""
+    """Whether the module is a layer that ``all-linear`` includes."""
     entry, _ = _find(module)
     return entry is not None and entry.is_linear and is_adaptable(module)
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """What an adaptable module has that its LoRA layer could not keep, with the way out; None where there is nothing.
+    """Why an adaptable module cannot have a link, with the remedy; None if it can.
 
-    A weight that is computed anew at each forward pass (pruning, weight and spectral norm, old style or new) cannot be merged
-    into, and a forward of the instance's own would never come to the link.
+    A weight that is recomputed at each forward pass (pruning, weight and spectral norm, old style or new) cannot be merged
+    into, and an instance's own ``forward`` would never reach the link.
     """
     if "forward" in vars(module):
         return (
@@ -149,7 +149,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "whose weight has no size yet: a first forward pass of the model gives it one"
     for part in ("weight", "bias"):
         sources = [name for name in own if name.startswith(f"{part}_")]
-        if is_parametrized(module, part):  # first: to ask for it would compute it, and spectral norm take a step
+        if is_parametrized(module, part):  # first: reading it would compute it, and spectral norm take a step
             sources = ["parametrizations"]
         elif part in own or getattr(module, part, None) is None:
             continue

@@ -16,13 +16,13 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class Stack:
     """Links side by side, added in one go: ``x A^T B`` is the sum of each link's ``scaling * B A x``.
 
-    No module and no buffers: DDP would send those at every step, and a state dict would hold them; the chain does.
+    No module and no buffers: DDP would send those at every step, and a state dict would contain them; the chain does already.
 
     Args:
         n_in: inputs of the layer.
-        n_out: its outputs.
-        dtype: in which the layer computes, and so the factors are kept.
-        device: where.
+        n_out: outputs of the layer.
+        dtype: compute dtype of the layer, and so of the factors.
+        device: device of the factors.
 
     Attributes:
         A: capacity x in.
@@ -48,14 +48,14 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        """What the stack takes in memory, reserved rows included."""
+        """The memory of the stack, reserved rows included."""
         return self.A.nbytes + self.B.nbytes
 
     def reserve(self, rank: int) -> None:
-        """Allocates for so many ranks in all; what is in use stays. Nothing is allocated again before they are used up."""
+        """Allocates memory for this total rank and copies the rows in use; up to it, nothing is allocated again."""
         if rank <= len(self.A):
             return
-        with torch.inference_mode(False):  # a knot in a validation, say: the next training step goes through these tensors
+        with torch.inference_mode(False):  # for a knot in a validation: the next training step uses these tensors
             A, B = (factor.new_zeros(rank, factor.shape[1]) for factor in (self.A, self.B))
         A[: self.rank], B[: self.rank] = self.A[: self.rank], self.B[: self.rank]
         self.A, self.B = A, B
@@ -67,20 +67,20 @@ class Stack:
         self.reserve(end)
         wide = torch.promote_types(lora_B.dtype, self.B.dtype)
         lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, wide) * scaling
-        # B is small beside A: fp16 would keep it as subnormal numbers. A power of two costs no bit of either.
+        # B is small compared with A: fp16 would store it as subnormal numbers. Scaling by a power of two is exact.
         shift = torch.exp2(torch.log2(_size(lora_A) / _size(lora_B)).div(2).round())
         self.A[self.rank : end] = lora_A / shift
         self.B[self.rank : end] = lora_B.T * shift
         self.rank = end
 
     def clear(self) -> None:
-        """Forgets the links; their room stays reserved."""
+        """Removes the links; their memory stays reserved."""
         self.A.zero_()
         self.B.zero_()
         self.rank = 0
 
     def add_to(self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear) -> Tensor:
-        """The outputs ``y`` of the layer with the links' for its inputs ``x`` added.
+        """Adds the links' outputs for the inputs ``x`` to the layer's outputs ``y``.
 
         Args:
             y: ... x out.
@@ -89,12 +89,12 @@ class Stack:
             project_up: how it multiplies the result by B.
         """
         A, B = self.A, self.B
-        if not torch.compiler.is_compiling():  # compiled, all of it: a shape that stays needs no new compilation
+        if not torch.compiler.is_compiling():  # compiled, all of it: a constant shape needs no recompilation
             A, B = A[: self.rank], B[: self.rank]
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone
             A, B = A.to(y.dtype), B.to(y.dtype)
-        return y + project_up(project_down(x, A), B.T) if len(A) else y  # nested tensors know no other product than linear
+        return y + project_up(project_down(x, A), B.T) if len(A) else y  # nested tensors support no other product than linear
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""
