@@ -315,7 +315,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
         assert {name: text.partition(", ")[0] for name, text in found.items()} == {
             "tensor parallelism": "trainer.strategy: expected data_parallel_size: 2 and tensor_parallel_size: 1",
             "4 bits": "trainer.strategy: expected ddp",
-            "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained "
+            "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp for full fine-tuning "
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
             "uneven": "predict: expected the same number of batches on each process",

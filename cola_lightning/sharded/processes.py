@@ -1,4 +1,4 @@
-"""The processes of a run: what one has to know of the others."""
+"""Communication between the processes of a run."""
 
 import secrets
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value that each process has, in their order; all of them must ask."""
+    """The value of each process, by rank; all processes must call this."""
     if not has_processes():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -16,13 +16,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def leave() -> None:
-    """Ends this process' part in what several do together; gloo's threads may abort a process that does not."""
+    """Leaves the process group, if there is one; gloo's threads may abort a process that does not."""
     if has_processes():
         torch.distributed.destroy_process_group()
 
 
 def has_processes() -> bool:
-    """Whether this process knows the others of its run, if there are any."""
+    """Whether the process group is initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

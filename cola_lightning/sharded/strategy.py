@@ -1,8 +1,8 @@
-"""How a module is laid out over processes by FSDP2 and FSDP1: what is frozen in parts, what is trained whole on each of them.
+"""How FSDP2 and FSDP1 lay out a module over processes: frozen parameters are sharded, trained ones are replicated.
 
-A link is small beside its base. Kept whole, as under DDP, it needs no gathering: not for a knot, which each process does to its
-own rows, nor for a checkpoint, which is then written and read as on one device. What is left to do is to average its gradients.
-Where all is trained (``target_modules: null``), all is sharded, as FSDP2 does it.
+A link is small compared with its base. Replicated, as under DDP, it needs no gathering: not for a knot, which each process
+applies to its own shard, nor for a checkpoint, which is written and read as on one device. Only its gradients must be averaged.
+With full fine-tuning (``target_modules: null``), all is sharded, by FSDP2.
 """
 
 import functools
@@ -28,14 +28,14 @@ from cola_lightning.sharded import tensors
 
 
 def shard_by_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a model by FSDP2: each repeated block is gathered when it computes, what is left around them once a step."""
+    """Shards a model by FSDP2: each repeated block is gathered when it computes, the rest once a step."""
     for block in repeated_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model repeats, such as a decoder's layers: what its outermost lists of more than single layers hold.
+    """The blocks that a model repeats, such as a decoder's layers: the items of its outermost lists of more than single layers.
 
     Example:
         >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
@@ -52,7 +52,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def without_trained(model: nn.Module) -> Iterator[None]:
-    """Takes what is trained out of a model inside the block, so that ``fully_shard`` leaves it whole."""
+    """Removes trained parameters from a model inside the block, so that ``fully_shard`` does not shard them."""
     befores = [(module, dict(module._parameters)) for module in model.modules()]
     for module, parameters in befores:
         for name, parameter in parameters.items():
@@ -68,9 +68,9 @@ def without_trained(model: nn.Module) -> Iterator[None]:
 
 
 def replicate_trained(strategy: Strategy) -> None:
-    """Makes a strategy that shards parameters one of :func:`with_replicated_trainables`; others stay as they are.
+    """Makes a strategy that shards parameters one of :func:`with_replicated_trainables`; others do not change.
 
-    In place: the user gave it to the Trainer, under Lightning's own name and with options of its own.
+    In place: the user gave it to the Trainer, under Lightning's name and with its own options.
     """
     if shards(strategy) and not hasattr(strategy, "replicates_trainables"):
         strategy.__class__ = with_replicated_trainables(type(strategy))
@@ -83,10 +83,10 @@ def undo_replication(strategy: Strategy) -> None:
 
 
 def check_sharding(strategy: Strategy, module: Any) -> None:
-    """Refuses what could not go well under a strategy, before any model is made.
+    """Refuses what a strategy does not support, before any model is made.
 
     Raises:
-        UserError: for tensor parallelism, for FSDP1 where all is trained, for a module laid out for another strategy, and for
+        UserError: for tensor parallelism, for FSDP1 with full fine-tuning, for a module laid out for another strategy, and for
             one with the hook that tells Lightning to shard nothing.
     """
     older = "configure_sharded_model"  # deprecated: some version of Lightning will be without it
@@ -113,7 +113,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
         )
     if isinstance(strategy, FSDPStrategy) and module.target_modules is None:
         raise UserError(
-            "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp where all is trained (model.target_modules is "
+            "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp for full fine-tuning (model.target_modules is "
             "null), received fsdp"
         )
 
@@ -124,10 +124,10 @@ def shards(strategy: Strategy) -> bool:
 
 
 def shard_module(strategy: Strategy, module: Any) -> None:
-    """Shards a COLA module's model as the strategy does, where it does and has not yet.
+    """Shards a COLA module's model, if the strategy shards and has not done so yet.
 
     Args:
-        strategy: the Trainer's.
+        strategy: the Trainer's strategy.
         module: a :class:`~cola_lightning.modules.COLAModule` with its model.
 
     Raises:
@@ -152,11 +152,11 @@ def shard_module(strategy: Strategy, module: Any) -> None:
 
 @functools.cache
 def with_replicated_trainables(base: Any) -> type[Strategy]:
-    """The strategy for a model of which what is trained is whole on each process, made of one that shards parameters.
+    """A subclass of a strategy that shards parameters, in which trained parameters are replicated.
 
-    Gradients are averaged before anything looks at them. Checkpoints are written and read as under DDP: one file, the hooks in
-    the same order, on any number of processes. Lightning's own way would gather by name, load before the chain is replayed, and
-    take a step with an optimizer that is new.
+    Gradients are averaged before anything reads them. Checkpoints are written and read as under DDP: one file, the hooks in the
+    same order, on any number of processes. Lightning's own way would gather by name, load before the chain is replayed, and
+    take a step with a new optimizer.
     """
 
     class ReplicatedTrainables(base):  # type: ignore[misc]
@@ -178,13 +178,13 @@ def with_replicated_trainables(base: Any) -> type[Strategy]:
 
         @override
         def lightning_module_state_dict(self) -> dict[str, Any]:
-            return _gathered(Strategy.lightning_module_state_dict(self), is_kept=self.is_global_zero)
+            return _gathered(Strategy.lightning_module_state_dict(self), is_writer=self.is_global_zero)
 
         @override
         def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
             state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
             parts = state["state"].items()
-            return state | {"state": {key: _gathered(part, is_kept=self.is_global_zero) for key, part in parts}}
+            return state | {"state": {key: _gathered(part, is_writer=self.is_global_zero) for key, part in parts}}
 
         @override
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -201,15 +201,15 @@ def with_replicated_trainables(base: Any) -> type[Strategy]:
 
 
 def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtype) -> None:
-    """Tells FSDP1, which wraps the module later, what to leave whole, and where to wrap if the user does not say.
+    """Configures FSDP1, which wraps the module later: what not to shard, and where to wrap if the user does not say.
 
     Args:
-        strategy: it.
-        module: it, with its adapted model.
-        dtype: to which the precision will cast the module before that is wrapped; float32: to none.
+        strategy: the Trainer's strategy.
+        module: the module, with its adapted model.
+        dtype: the dtype to which the precision will cast the module before it is wrapped; float32: no cast.
 
     Raises:
-        UserError: if what is frozen will have more than one dtype, which FSDP1's flat parameters cannot have.
+        UserError: if frozen parameters will have more than one dtype, which FSDP1's flat parameters cannot have.
     """
     layers = lora_layers(module).values()
     wide = {id(parameter) for layer in layers if layer.stack is None for parameter in (layer.weight, layer.bias)}
@@ -236,12 +236,13 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
 
 
 def _average_gradients(optimizer: Optimizer) -> None:
-    """Averages the gradients of what is replicated; a parameter without one on any process has none afterwards, either.
+    """Averages the gradients of replicated parameters; one without a gradient on every process has none afterwards, either.
 
-    It has minus zeros in the message, and only it: their sum is minus zero, and with any other number it is that number.
+    A missing gradient is sent as minus zeros, which no other contains: their sum is minus zero, and with any other number it
+    is that number.
     """
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 does the others
+    parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 averages the others
     without = [parameter for parameter in parameters if parameter.grad is None]  # on this process
     for parameter in parameters:
         if parameter.grad is None:
@@ -254,19 +255,19 @@ def _average_gradients(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def _gathered(state: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
-    """The values by name, with what is sharded gathered, and kept by the process that writes it."""
+def _gathered(state: Mapping[str, Any], *, is_writer: bool) -> dict[str, Any]:
+    """The values by name, with sharded ones gathered, and retained only by the process that writes them."""
     whole = {}
     for name, value in state.items():
         is_sharded = isinstance(value, Tensor) and tensors.is_sharded(value)
         found = tensors.gather(value) if is_sharded else value
-        if is_kept or not is_sharded:
+        if is_writer or not is_sharded:
             whole[name] = found
     return whole
 
 
 def _laid_out_as(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """An optimizer's state of a parameter: what has its shape, in its layout."""
+    """An optimizer's state of a parameter, with tensors of the parameter's shape in its layout."""
     return {
         name: tensors.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for name, value in state.items()

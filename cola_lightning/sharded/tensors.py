@@ -1,8 +1,8 @@
 """Reading and writing parameters, however they are laid out over processes.
 
-Three layouts: whole on every process (one device, DDP); in parts along a dimension (DTensor, as FSDP2 makes them), where each
-process reads and writes its own part of a full tensor and nothing is sent; and FSDP1's flat pieces, which are no part of any
-matrix, and are made whole for as long as something is done with them: :func:`units`.
+Three layouts: replicated (one device, DDP); sharded along a dimension (DTensor, as FSDP2 makes them), where each process reads
+and writes its own shard of a full tensor without communication; and FSDP1's flat shards, which are not parts of a matrix, and
+are gathered while they are read or written: :func:`units`.
 
 Everything else in the package treats a parameter as one full tensor and goes through the functions below.
 """
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Not exported by torch; the one place that tells which part of a tensor a process holds, empty and uneven ones included.
+# Not exported by torch; the only function that says which part of a tensor a process holds, empty and uneven ones included.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cola_lightning.errors import UserError
 
-# What FSDP1's wrappers, and those of activation checkpointing that come with it, put into the names of the modules inside them.
+# The parts of module names that FSDP1's wrappers, and its wrappers for activation checkpointing, add.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -36,10 +36,10 @@ def is_model_sharded(model: nn.Module) -> bool:
 
 
 def part(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the full tensor this process holds, dimension by dimension: all of it where it is not sharded.
+    """Which part of the full tensor this process holds, dimension by dimension: all of it if it is not sharded.
 
     Raises:
-        UserError: if it is laid out in another way than this package knows.
+        UserError: if its layout is not supported.
     """
     if isinstance(parameter, DTensor):
         sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -53,42 +53,42 @@ def part(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """What this process holds of the parameter, to be written in place."""
+    """This process' part of the parameter, to be written in place."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
 def copy_(parameter: Tensor, full: Tensor) -> None:
-    """Writes the full tensor into the parameter, in place, in the parameter's dtype and on its device; nothing is sent."""
+    """Writes the full tensor into the parameter, in place, in its dtype and on its device, without communication."""
     where = part(parameter)
     local(parameter).copy_(full[where])
 
 
 @torch.no_grad()
 def add_part_(parameter: Tensor, delta: Tensor) -> None:
-    """Adds to what this process holds of the parameter, in place; ``delta`` is that :func:`part` alone."""
+    """Adds to this process' part of the parameter, in place; ``delta`` is for that :func:`part` alone."""
     local(parameter).add_(delta.to(parameter.device))
 
 
 @torch.no_grad()
 def gather(parameter: Tensor) -> Tensor:
-    """A contiguous CPU copy of the full parameter; where that is sharded, all processes must ask for it."""
+    """A contiguous CPU copy of the full parameter; if that is sharded, all processes must call this."""
     part(parameter)
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach().to("cpu", copy=True).contiguous()
 
 
 def lay_out(full: Tensor, like: Tensor) -> Tensor:
-    """The full tensor in the layout, and on the device, of another of its shape; nothing is sent."""
+    """The full tensor in the layout, and on the device, of another of its shape, without communication."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def units(root: nn.Module) -> Iterator[list[nn.Module]]:
-    """Goes through all modules, in groups whose own parameters may be read and written while the group is at hand.
+    """Iterates over all modules, in groups; a group's own parameters may be read and written during its turn.
 
-    One group, but under FSDP1: there one for each of its units, whose parameters are gathered for it and written back after.
+    One group, except under FSDP1: there one for each of its units, whose parameters are gathered and then written back.
     """
     reshard(root)
     modules = list(root.modules())
@@ -102,16 +102,16 @@ def units(root: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def reshard(root: nn.Module) -> None:
-    """Has each process hold its part of FSDP2's parameters alone: a validation leaves gathered copies in their place."""
+    """Frees FSDP2's gathered parameters, which a validation leaves in place of the shards."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def state_dict(module: nn.Module, prefix: str = "", *, keep_vars: bool = False) -> dict[str, Any]:
-    """``module.state_dict()``, but that FSDP1's wrappers neither gather for it nor show in the names.
+    """``module.state_dict()``, but without gathering by FSDP1's wrappers, and without their names.
 
-    What they hold in pieces is in it as such: only what is whole on each process means anything.
+    Sharded parameters are in it as flat shards: only replicated values are meaningful.
     """
     state: dict[str, Any] = {}
     if not has_fsdp1(module):
