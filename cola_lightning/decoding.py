@@ -1,4 +1,4 @@
-"""How text is generated: the options on which data modules, modules and commands agree."""
+"""Options of text generation, shared by data modules, modules and commands."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,14 +8,14 @@ from cola_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is generated, in the names and meanings of transformers' ``generate``.
+    """Options of text generation, with the names and meanings of transformers' ``generate``.
 
     Attributes:
-        max_new_tokens: how many tokens are generated at most.
+        max_new_tokens: the largest number of tokens to generate.
         do_sample: whether tokens are sampled; else each is the most probable one.
         temperature: where sampled: the logits are divided by it.
         top_p: where sampled: the most probable tokens whose probabilities add up to this are drawn from; 1: all.
-        stop: texts at which the generated one ends; they are no part of it.
+        stop: texts at which generation ends; they are not part of the result.
 
     Example:
         >>> Decoding(stop=("###",)).cut("Oslo.### And", is_open=False), Decoding(stop=("###",)).cut("Oslo.#", is_open=True)
@@ -29,10 +29,10 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def check(self, group: str = "") -> None:
-        """Refuses values that cannot be right.
+        """Refuses invalid values.
 
         Args:
-            group: what stands before the fields' names in messages: ``data.``.
+            group: prefix of the fields' names in messages: ``data.``.
         """
         if self.max_new_tokens < 1:
             raise UserError(f"{group}max_new_tokens: expected a whole number of at least 1, received {self.max_new_tokens}")
@@ -54,11 +54,11 @@ class Decoding:
         return asdict(self)
 
     def cut(self, text: str, *, is_open: bool) -> tuple[str, bool]:
-        """What of a text is sure to be before the first stop, and whether that stop was found.
+        """The part of a text that is certain to precede the first stop, and whether that stop was found.
 
         Args:
-            text: what was generated so far.
-            is_open: whether more may follow: what may be the beginning of a stop is then left out.
+            text: the text generated so far.
+            is_open: whether more may follow: a possible beginning of a stop is then omitted.
         """
         places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
         if places:

@@ -1,4 +1,4 @@
-"""The one error type for mistakes of the user's, and how other libraries' messages become one line."""
+"""The error type for mistakes of the user's, those for other failures, and one-line versions of other libraries' messages."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ class UnusableRow(UserError):
 
 
 class OutsideError(Exception):
-    """Something outside this program fails: nobody's mistake, and one line says it all.
+    """A failure outside this program, which is not a mistake of the user's; one line is enough to report it.
 
     The command line prints it as ``error: ...``, without a traceback, and exits with status 1.
     """
@@ -36,7 +36,7 @@ class NonFiniteError(RuntimeError):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The names most like a word that is none of them, as the end of a message; the first three where none is near.
+    """The names most similar to a word that is none of them, as the end of a message; the first three if none is near.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])
@@ -68,7 +68,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def one_line(message: str) -> str:
     """A parser's message in one line: the field, what was expected, what was received.
 
-    jsonargparse tells every alternative that it tried, on a line each; the innermost one that failed says what is wrong.
+    jsonargparse lists every alternative that it tried, on a line each; the innermost one that failed says what is wrong.
     """
     field = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     innermost = message[message.rfind("Parser key") :]

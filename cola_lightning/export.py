@@ -1,4 +1,4 @@
-"""What leaves with its owner: a chain merged into a plain model, or as one PEFT adapter; each is loaded again and compared."""
+"""Exports of a chain: merged into a plain model, or as one PEFT adapter; each is loaded again and compared."""
 
 import copy
 import importlib.util
@@ -42,21 +42,21 @@ Format = Literal["merged", "peft", "chain"]
 
 
 class ExportError(OutsideError):
-    """What was written does not give the logits that it should; it is not kept."""
+    """An export does not give the expected logits; it is not retained."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is asked of an export, as :meth:`~cola_lightning.COLAModule.export` says it.
+    """The options of an export, see :meth:`~cola_lightning.COLAModule.export`.
 
     Attributes:
-        folder: where.
-        format: as what.
-        dtype: of merged.
-        max_rank: of peft.
-        base_folder: of peft: where its base goes.
+        folder: the output folder.
+        format: the format.
+        dtype: for merged.
+        max_rank: for peft.
+        base_folder: for peft: the folder for its base.
         license: for the model card.
-        verify: load what was written, and compare.
+        verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
     """
 
@@ -70,7 +70,7 @@ class ExportOptions:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Refuses options that do not go together, and folders that cannot be written, before anything is loaded.
+        """Refuses incompatible options, and folders that cannot be written, before anything is loaded.
 
         Raises:
             UserError: naming the option.
@@ -90,36 +90,36 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs for a model, the logits that they are to give, and whether those were computed in half precision."""
+    """Inputs for a model, the expected logits, and whether these were computed in half precision."""
 
     inputs: Mapping[str, Any]
     logits: Tensor
     is_half: bool = False
 
     def compare(self, model: nn.Module, how: str, *, where: str = "", is_same: bool = True) -> str:
-        """Says how far the logits of a model, loaded again, are from the expected.
+        """Reports how far the logits of an export, loaded again, are from the expected ones.
 
         Args:
-            model: it.
-            how: how it was loaded, to begin with.
-            where: on what, to end with.
+            model: the loaded model.
+            how: how it was loaded, as the beginning of the line.
+            where: the base on which it was loaded, as the end of the line.
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they are further away than float32 rounds, or, in half precision or not ``is_same``, not finite.
+            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, not finite.
         """
         difference = float((logits_of(model, self.inputs) - self.logits).abs().max())
         largest = float(self.logits.abs().max())
-        says = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
-        says += where
+        line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
+        line += where
         is_close = is_same and not self.is_half and not _is_half(model)
         if not (difference <= TOLERANCE * largest if is_close else math.isfinite(difference)):
-            raise ExportError(f"{says}: it is not kept")
-        return says
+            raise ExportError(f"{line}: it is not kept")
+        return line
 
 
 def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
-    """A few tokens, or an example input, and what the model makes of them; None where no input is known.
+    """A few tokens, or an example input, and the model's logits for them; None if no input is known.
 
     Args:
         model: as it was trained, or widened, on the CPU.
@@ -140,7 +140,7 @@ def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
 
 
 def _tokens(config: Any) -> Tensor:
-    """Two rows of random tokens that end their text, and with equally many ends: some classifiers read only what is there."""
+    """Two rows of random tokens with an end of text, equally many in each: some classifiers read only the logits there."""
     row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
     rows = torch.stack([row, row.flip(0)])
     end: Any = getattr(config, "eos_token_id", None)
@@ -153,7 +153,7 @@ def _is_half(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What a model gives first, its logits, in evaluation mode and float32."""
+    """A model's first output, its logits, in evaluation mode and float32."""
     is_training = model.training
     output: Any = model.eval()(**inputs)
     model.train(is_training)
@@ -164,18 +164,18 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warning of transformers and peft, and one progress bar of ours in place of theirs."""
+    """Inside the block: no warnings of transformers and peft, and our progress bar instead of theirs."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # What peft imports: on a CPU it recommends a package of kernels, whether or not anything is quantised.
+    # peft imports it: on a CPU it recommends a package of kernels, whether or not anything is quantised.
     bitsandbytes = getLogger("bitsandbytes")
     level = bitsandbytes.level
     bitsandbytes.setLevel(ERROR)
     try:
         with warnings.catch_warnings(), own_progress_bar():
-            # peft 0.21 asks each model for it (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
+            # peft 0.21 reads it from each model (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
@@ -197,19 +197,19 @@ def export_merged(
 
     Args:
         model: the merged model, in the dtype to be written.
-        folder: where.
-        probe: what the chain's module gave; None: no input is known, and weights are compared in place of logits.
-        tokenizer: to be written along.
-        card: the model card to be written along, in a Hugging Face folder.
-        verify: load what was written, and compare.
+        folder: the output folder.
+        probe: the logits of the chain's module; None: no input is known, and weights are compared instead.
+        tokenizer: the tokenizer to write, too.
+        card: the model card to write, too, in a Hugging Face folder.
+        verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
 
     Returns:
-        What to say of the comparison.
+        The result of the comparison, as a line.
 
     Raises:
         UserError: for a folder that is not empty, without ``overwrite``.
-        ExportError: if what is loaded again is another model.
+        ExportError: if another model is loaded again.
     """
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         if hasattr(model, "save_pretrained"):
@@ -238,7 +238,7 @@ def _load_again(model: Any, folder: Path) -> nn.Module:
 
 
 def _compare(written: nn.Module, again: nn.Module, probe: Probe | None) -> str:
-    """Compares what was loaded again with what was written, to the bit, and with what the module gave."""
+    """Compares the loaded model with the written one, to the bit, and with the module's logits."""
     ours = again.state_dict()
     for name, value in written.state_dict().items():
         if not torch.equal(ours[name], value):
@@ -265,26 +265,26 @@ def export_adapter(
     overwrite: bool = False,
     labels: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes a chain as one ordinary LoRA of PEFT's, of rank sum(r).
+    """Writes a chain as one ordinary PEFT LoRA, of rank sum(r).
 
     Args:
         chain: the chain, the live link included.
-        base: the plain model without any link; to be compared, the adapter is loaded into it.
-        folder: where.
-        probe: what the chain's module gave; None: no input is known, and nothing is compared.
+        base: the plain model without any link; for the comparison, the adapter is loaded into it.
+        folder: the output folder.
+        probe: the logits of the chain's module; None: no input is known, and nothing is compared.
         base_name: where PEFT finds the base.
-        where: what to say of the base with which it is compared.
+        where: description of the base in the comparison.
         revision: of the base, on the hub.
-        modules_to_save: names (or dotted name endings) of what was trained whole, or is not to be had by the base's name.
+        modules_to_save: names (or dotted name endings) of modules that were fully trained, or are not in the named base.
         max_rank: recompress each layer's update to this rank, by SVD.
-        tokenizer: to be written along.
-        card: the model card to be written along.
-        verify: load what was written with peft, and compare.
+        tokenizer: the tokenizer to write, too.
+        card: the model card to write, too.
+        verify: load the export with peft, and compare.
         overwrite: replace a folder that is not empty.
-        labels: a classifier's, written beside the adapter, whose own configuration has no place for them.
+        labels: a classifier's labels, written beside the adapter, whose own configuration has no place for them.
 
     Returns:
-        What to say: the rank, the errors of recompression, the comparison.
+        Lines to report: the rank, the errors of recompression, the comparison.
 
     Raises:
         UserError: for an empty chain, values that an adapter cannot hold, and a folder that is not empty (no ``overwrite``).
@@ -302,11 +302,11 @@ def export_adapter(
             lines.append(f"{name}: relative error {error:.3g}")
     weights = as_peft_weights(base, factors)
     saved = saved_by_peft(base, factors, modules_to_save)
-    whole = _whole(chain, base, saved)
+    values = _values_saved(chain, base, saved)
     config = peft_config(base, list(factors), rank, saved, base_name, revision)
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
-        write_adapter(partial, weights, whole, config, describe_links(chain) if rank == total else None)
+        write_adapter(partial, weights, values, config, describe_links(chain) if rank == total else None)
         if labels is not None:  # no config.json: transformers would take the folder for a whole model
             (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
             lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
@@ -346,37 +346,37 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
 
     try:
         loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
-    except Exception as error:  # a name that it takes otherwise, say
+    except Exception as error:  # a name that it interprets otherwise, say
         raise ExportError(f"peft cannot load it ({error!r}): it is not kept") from error
     return loaded
 
 
-def _whole(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:
-    """What an adapter holds beside its factors: all of the saved modules, as it was trained, or else is in the base.
+def _values_saved(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:
+    """The values of an adapter's saved modules: the trained ones, or else the base's.
 
     Raises:
-        UserError: for a buffer elsewhere that training has moved: PEFT has no place for it.
+        UserError: for a buffer elsewhere that training has changed: PEFT has no place for it.
     """
     state, trained = base.state_dict(), chain.links[-1].extras
-    whole = {
+    values = {
         name: trained.get(name, value) for name, value in state.items() if name.startswith(tuple(f"{one}." for one in saved))
     }
-    if moved := [name for name, value in trained.items() if name not in whole and not torch.equal(state[name], value)]:
+    if changed := [name for name, value in trained.items() if name not in values and not torch.equal(state[name], value)]:
         raise UserError(
-            f"format: expected merged, for training has moved {moved[0]!r}, which an adapter cannot hold; received peft"
+            f"format: expected merged, for training has changed {changed[0]!r}, which an adapter cannot hold; received peft"
         )
-    return whole
+    return values
 
 
 def check_named_base(
     named: nn.Module, base: nn.Module, module_name: str, base_name: str, saved: Sequence[str], rounded: Sequence[torch.dtype]
 ) -> None:
-    """Refuses an adapter whose base would not be had by its name.
+    """Refuses an adapter whose base is not the one that its name loads.
 
     Args:
-        named: what was loaded by the name.
+        named: the model loaded by the name.
         base: the plain base on which the chain was trained.
-        module_name: the class that has made it, for messages.
+        module_name: the class that built it, for messages.
         base_name: the name.
         saved: names or dotted name endings of modules that are in the adapter, and names of weights not to be compared.
         rounded: the dtypes to which the training has rounded the base.
@@ -411,10 +411,10 @@ def _vllm_rank(rank: int) -> str:
 
 
 def upload(folder: Path, repo_id: str) -> str:
-    """Uploads a folder to a model repository, made if need be; gives its address.
+    """Uploads a folder to a model repository, which is created if necessary; returns its URL.
 
     Raises:
-        OutsideError: if the hub cannot be reached, or refuses (``hf auth login`` gives it a token).
+        OutsideError: if the hub cannot be reached, or refuses (``hf auth login`` stores a token).
     """
     from huggingface_hub import HfApi
 
@@ -423,6 +423,6 @@ def upload(folder: Path, repo_id: str) -> str:
         address = str(api.create_repo(repo_id, exist_ok=True))
         api.upload_folder(repo_id=repo_id, folder_path=folder)
     except Exception as error:  # of the network, of the hub, of a token
-        says = f"push_to_hub: {repo_id!r} could not be uploaded ({one_line(str(error))}); {folder} is kept"
-        raise OutsideError(says) from error
+        message = f"push_to_hub: {repo_id!r} could not be uploaded ({one_line(str(error))}); {folder} is kept"
+        raise OutsideError(message) from error
     return address

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: what could be on it, and whether it answers.
+"""The Hugging Face hub: valid repository names, and whether it is reachable.
 
-That is asked in seconds, for the hub's own libraries retry for half a minute a file, and not for each file anew.
+A check takes seconds and is not repeated for each file; the hub's own libraries retry for half a minute a file.
 """
 
 import logging
@@ -18,7 +18,7 @@ MEMORY_SECONDS = 60.0  # of a failure: a connection may come back while a notebo
 
 @dataclass
 class _Memory:
-    """What the hub said when it was last asked, and until when that counts."""
+    """The result of the last check, and until when it is valid."""
 
     answer: bool = False
     until: float = 0.0
@@ -40,9 +40,9 @@ def is_repo_id(name: str) -> bool:
 
 
 def is_reachable() -> bool:
-    """Whether the hub answers, or has done so in this process; without it, what lies in the local cache can still be used.
+    """Whether the hub answers, or has done so in this process; without it, the local cache can still be used.
 
-    It is asked again a minute after it did not.
+    A failed check is repeated after a minute.
     """
     if time.monotonic() >= _memory.until:
         _memory.answer = _probe()
@@ -60,17 +60,17 @@ def _probe() -> bool:
     except OfflineModeIsEnabled:
         return False
     except Exception as error:  # the HTTP library changes with huggingface_hub's version
-        log.warning("%s cannot be reached (%s): the local cache alone", constants.ENDPOINT, error)
+        log.warning("%s cannot be reached (%s): only the local cache is used", constants.ENDPOINT, error)
         return False
     return True
 
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
-    """Keeps the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if the hub does not answer.
+    """Restricts the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if it does not answer.
 
     Yields:
-        Whether it does not.
+        Whether the hub does not answer.
     """
     import datasets
     from huggingface_hub import constants

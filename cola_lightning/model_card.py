@@ -21,14 +21,14 @@ BIBTEX = """@article{xia2024chain,
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The contents of a model card.
 
     Args:
-        base_name: of the base: a hub id, a folder, or what else the module calls it.
+        base_name: name of the base: a hub id, a folder, or the module's name for it.
         chain: the exported links.
         arguments: ``class_path`` and ``init_args`` of the module.
-        license: identifier of the hub's, such as ``apache-2.0``; None: not stated.
-        usage: a section in Markdown on how to use the model, in place of how to load it.
+        license: the hub's identifier, such as ``apache-2.0``; None: not stated.
+        usage: a section in Markdown on how to use the model, instead of how to load it.
     """
 
     base_name: str
@@ -43,7 +43,7 @@ class Card:
         Args:
             folder: of the export.
             kind: ``merged model``, ``PEFT adapter``, ...
-            loading: Python that loads it.
+            loading: Python code that loads the export.
         """
         from huggingface_hub import ModelCardData
 

@@ -9,9 +9,9 @@ from typing import Any
 
 @contextmanager
 def own_progress_bar() -> Iterator[None]:
-    """Inside the block: one bar at a time, which disappears, on a terminal alone, in place of transformers' bars, which stay.
+    """Inside the block: one transient bar at a time, on a terminal only, in place of transformers' bars, which stay.
 
-    None where the user turned transformers' off. Downloads show the bars of huggingface_hub.
+    None if the user turned transformers' off. Downloads show the bars of huggingface_hub.
     """
     from transformers.utils import logging
 
@@ -21,7 +21,7 @@ def own_progress_bar() -> Iterator[None]:
         return _bar(tensors, "dequantizing", is_enabled=is_enabled)
 
     def hook(factory: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        if not arguments:  # a bar that is moved by hand
+        if not arguments:  # a bar that is updated by hand
             return factory(**options)
         return _bar(arguments[0], str(options.get("desc") or "loading").lower(), is_enabled=is_enabled)
 
@@ -42,7 +42,7 @@ def own_progress_bar() -> Iterator[None]:
 
 @contextmanager
 def _replaced_by(hook: Callable[..., Any]) -> Iterator[None]:
-    """Has transformers ask the hook for its bars; a version without hooks (5.0 to 5.3 at least) shows none."""
+    """Has transformers create its bars by the hook; a version without hooks (5.0 to 5.3 at least) shows none."""
     from huggingface_hub import utils as hub  # documented there, but not in its __all__
     from transformers.utils import logging
 

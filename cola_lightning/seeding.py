@@ -1,4 +1,4 @@
-"""Random draws that follow from a seed alone, and leave the global generators as they were."""
+"""Random draws that depend on a seed alone, and restore the global generators afterwards."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ def check_seed(field: str, seed: int | None) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of Python, numpy and torch inside the block; afterwards they are as they were before it.
+    """Seeds the global generators of Python, numpy and torch inside the block; afterwards their states are restored.
 
     Args:
         seed: at least 0; numpy takes its last 32 bits.

@@ -8,12 +8,12 @@ Messages = list[dict[str, str]]  # turns of a role and its content
 
 
 def user_turn(prompt: str) -> Messages:
-    """A conversation that a user's turn begins."""
+    """A conversation of one user turn."""
     return [{"role": "user", "content": prompt}]
 
 
 def assistant_turn(response: str) -> dict[str, str]:
-    """The turn that answers it."""
+    """The assistant's turn."""
     return {"role": "assistant", "content": response}
 
 
@@ -29,14 +29,14 @@ def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
 
 def end_of_turn(tokenizer: Any) -> list[int]:
     """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
-    asked, said, place = user_turn("Is it old?"), "It is.", "model.model_name"
+    question, answer, place = user_turn("Is it old?"), "It is.", "model.model_name"
     try:
-        prompt = as_prompt(tokenizer, asked, place)
+        prompt = as_prompt(tokenizer, question, place)
     except UserError:  # some templates need a system turn
-        asked = [{"role": "system", "content": "Be brief."}, *asked]
-        prompt = as_prompt(tokenizer, asked, place)
-    whole = render(tokenizer, [*asked, assistant_turn(said)], place, is_open=False)
-    _, _, end = whole.removeprefix(prompt).partition(said)
+        question = [{"role": "system", "content": "Be brief."}, *question]
+        prompt = as_prompt(tokenizer, question, place)
+    text = render(tokenizer, [*question, assistant_turn(answer)], place, is_open=False)
+    _, _, end = text.removeprefix(prompt).partition(answer)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
 
@@ -50,5 +50,5 @@ def render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> 
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
     except jinja2.TemplateError as error:
-        raise UserError(f"{place}: expected turns that the chat template can write, received: {error}") from error
+        raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
     return text

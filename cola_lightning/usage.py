@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration: a checkpoint's own
+PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration: the checkpoint's prompt format
 
 LOAD = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +53,8 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
 
     Args:
         prompt_format: of the checkpoint: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
-        folder: what the code calls the export's folder.
-        is_adapter: whether it holds a PEFT adapter, and not a whole model.
+        folder: the name of the export's folder in the code.
+        is_adapter: whether it contains a PEFT adapter, and not a full model.
 
     Returns:
         Markdown; empty for a model that is not prompted.
@@ -87,7 +87,7 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
 
 
 def _example(kind: str, prompt_format: Mapping[str, Any]) -> list[str]:
-    """Lines of code that make a row's prompt, and its options where it is to choose among some."""
+    """Lines of code that make a row's prompt, and its options if it has any to choose from."""
     prompt, options = (_known(prompt_format.get(name)) for name in ("prompt", "options"))
     templates = [text for text in (prompt, *(options if isinstance(options, list) else [])) if text is not None]
     row = {field: '"..."' for text in templates for field in _fields(text)}
@@ -104,7 +104,7 @@ def _example(kind: str, prompt_format: Mapping[str, Any]) -> list[str]:
 
 
 def _known(given: Any) -> Any:
-    """A template, several, or a field's name; None where ``str.format`` takes no such: a field inside another."""
+    """A template, several, or a field's name; None if ``str.format`` cannot fill it: a field inside another."""
     templates = given if isinstance(given, list) else [given]
     return None if given is None or any("." in field for text in templates for field in _fields(text)) else given
 

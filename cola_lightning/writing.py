@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that are written atomically.
 
-Both are written beside their place, under a hidden name, brought to disk, and then moved there in one step: a crash, or a full
-disk, leaves what was there before.
+Both are written beside their destination, under a hidden name, flushed to disk, and then renamed in one step: after a crash, or
+on a full disk, the previous contents are still there.
 """
 
 import os
@@ -16,14 +16,14 @@ from cola_lightning.errors import DiskError, UserError
 
 @contextmanager
 def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
-    """Gives a path to write to; what is there at the end of the block becomes the file.
+    """Yields a path to write to, which becomes the file at the end of the block.
 
     Args:
         path: the file.
-        is_shared: several processes may write it, at once: each beside it under a name of its own.
+        is_shared: several processes may write it at once, each under its own temporary name.
 
     Raises:
-        DiskError: if it cannot be written, for want of space or of permission.
+        DiskError: if it cannot be written, for lack of space or permission.
     """
     writer = f".{socket.gethostname()}-{os.getpid()}" if is_shared else ""
     partial = path.with_name(f".{path.name}{writer}.partial")
@@ -34,17 +34,17 @@ def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
         partial.replace(path)
         _to_disk(path.parent)
     except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+        raise DiskError(f"{path} could not be written ({error.strerror or error}); the old contents are unchanged") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to write into; at the end of the block it becomes the folder asked for.
+    """Yields an empty folder to write into, which becomes the requested folder at the end of the block.
 
     Args:
-        path: the folder asked for; its parents are made.
+        path: the requested folder; its parents are created.
         overwrite: replace a folder that is not empty.
 
     Raises:
@@ -60,7 +60,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         for part in partial.rglob("*"):
             if part.is_file():
-                part.chmod(_usual_mode())  # safetensors writes for the owner's eyes alone
+                part.chmod(_usual_mode())  # safetensors lets only the owner read its files
             _to_disk(part)
         _to_disk(partial)
         if path.exists():
@@ -69,7 +69,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.rename(path)
         _to_disk(path.parent)
     except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+        raise DiskError(f"{path} could not be written ({error.strerror or error}); the old contents are unchanged") from error
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -80,7 +80,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def check_free(path: Path, *, overwrite: bool = False) -> None:
     """Refuses to write a folder over a file, or over a folder that is not empty.
 
-    With ``overwrite``, over one that holds folders, or that this process works in: nobody means that.
+    With ``overwrite``, over one that contains folders, or is the working directory: that would be a mistake.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"output: expected a folder, received {str(path)!r}, which is a file")
@@ -96,7 +96,7 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _usual_mode() -> int:
-    """The permissions of a new file; the system tells its mask only by setting one."""
+    """The permissions of a new file; the umask can only be read by setting one."""
     mask = os.umask(0o077)
     os.umask(mask)
     return 0o666 & ~mask

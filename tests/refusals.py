@@ -411,7 +411,7 @@ def normalised():
     ),
     (
         {"make": normalised},
-        "model.target_modules: expected layers that stay as they are with a link beside, received 'layers.0.q_proj', "
+        "model.target_modules: expected layers to which a link can be added, received 'layers.0.q_proj', "
         "whose weight is computed at each forward pass (parametrizations): torch.nn.utils "
         "(parametrize.remove_parametrizations, remove_weight_norm, prune.remove, ...) makes it a plain one",
     ),
@@ -426,7 +426,7 @@ def normalised():
     ),
     (
         {"make": not_quantised, "finished_links": "stack"},
-        "model.target_modules: expected layers whose weights are quantised, received 'q_proj', whose is not yet: "
+        "model.target_modules: expected layers whose weights are quantised, received 'q_proj', which is not yet quantised: "
         "moving it to a device does that",
     ),
 )
@@ -975,7 +975,7 @@ LONG = "The capital of the country is the largest town. " * 9
     ),
     (
         ([SYSTEM, USER, ASSISTANT], ALTERNATING),
-        "rows.jsonl, line 16: expected turns that the chat template can write, received: A user comes first",
+        "rows.jsonl, line 16: expected turns that the chat template can render, received: A user comes first",
     ),
     (
         ([ASSISTANT], CHAT, "predict"),

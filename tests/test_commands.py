@@ -277,7 +277,7 @@ finally:  # what coverage writes of this process when it ends is none of the run
     done = forked.run("-c", program, *fit)
     last = done.stderr.strip().splitlines()[-1]
     assert (done.returncode, last.partition("/")[0]) == (1, "error: full"), done.stderr
-    assert "last.ckpt could not be written (File too large); what was there before is whole" in last
+    assert "last.ckpt could not be written (File too large); the old contents are unchanged" in last
     assert "Traceback" not in done.stderr
     (checkpoint,) = Path("full").rglob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2

@@ -442,7 +442,7 @@ def test_a_buffer_that_training_moved_fits_no_adapter(tmp_path, capsys):
     before = contents(tmp_path)
     assert command("--checkpoint", path, "--format", "peft", "--output", tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: format: expected merged, for training has moved '2.running_mean', which an adapter cannot hold; received peft"
+        "error: format: expected merged, for training has changed '2.running_mean', which an adapter cannot hold; received peft"
     )
     assert contents(tmp_path) == before
     assert command("--checkpoint", path, "--format", "merged", "--output", tmp_path / "out") == 0
