@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
+from cola_lightning.conventions import MAX_NEW_TOKENS
+from cola_lightning.decoding import Decoding
+
 PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration: the checkpoint's prompt format
 
 LOAD = """import torch
@@ -75,7 +78,10 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
         code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else PLAIN_TEXTS, example=example)
     else:
         is_answer = kind == "answer"
-        how = {"max_new_tokens": 50 if is_answer else 256, "cut": r'.partition("\n")[0].strip()' if is_answer else ""}
+        how = {
+            "max_new_tokens": MAX_NEW_TOKENS if is_answer else Decoding.max_new_tokens,
+            "cut": r'.partition("\n")[0].strip()' if is_answer else "",
+        }
         code = load.removeprefix("import torch\n") + GENERATE.format(
             example=example, inputs=CHAT_INPUTS if is_chat else PLAIN_INPUTS, **how
         )

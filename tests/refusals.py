@@ -1251,12 +1251,12 @@ def generated(words):
 
 @refused(
     (
-        {"base_model_name_or_path": "."},
+        ('{"base_model_name_or_path": "."}',),
         "adapter: expected adapter_model.safetensors beside adapter_config.json in '.', received none",
     ),
 )
 def generated_by_adapter(config):
-    Path("adapter_config.json").write_text(json.dumps(config))
+    Path("adapter_config.json").write_text(config)
     generate(["--checkpoint", ".", "--prompt", "It"])
 
 

@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
     ["conventions", "errors", "hub", "progress", "__init__"],
-    ["writing", "seeding", "decoding", "turns", "usage"],
+    ["writing", "seeding", "decoding", "turns"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],
     ["chain"],
-    ["adapted_model", "model_card"],
+    ["adapted_model", "model_card", "usage"],
     ["export", "sharded/strategy"],
     ["callbacks", "data", "modules"],
     ["examples", "cli/help"],
