@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.fingerprint import (
-    check_made_again,
+    check_rebuilt,
     check_same_base,
     check_same_labels,
     check_same_layers,
@@ -324,7 +324,7 @@ class AdaptedModel:
         self.replay(Chain(chain.links, self.chain.base))
         if chain.links:
             state = tensors.state_dict(self.model)
-            load_whole(chain.links[-1].extras, {name: state[name] for name in self.extras()})
+            load_extras(chain.links[-1].extras, {name: state[name] for name in self.extras()})
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
@@ -344,7 +344,7 @@ class AdaptedModel:
         """
         model = self.make_base()
         if self.base_weights is None:
-            check_made_again(self.chain.base, describe_base(model))
+            check_rebuilt(self.chain.base, describe_base(model))
         else:
             self._write_base(model)
         return model
@@ -488,7 +488,7 @@ def weight_of(name: str) -> str:
     return re.sub(r"\.weight\..*", ".weight", name)
 
 
-def load_whole(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Writes a chain's fully trained values into this model's own.
 
     Raises:

@@ -163,7 +163,7 @@ class Runs:
 
     def __init__(self, monkeypatch):
         self.asked, self.refusing, self.stop_at = [], set(), None
-        monkeypatch.setattr(process, "do", self)
+        monkeypatch.setattr(process, "execute", self)
 
     def __call__(self, words, metric, folder, tell, tell_every):
         given = dict(zip(words[::2], words[1::2], strict=True))
@@ -282,7 +282,7 @@ def test_splits_may_follow_the_seeds(tmp_path, monkeypatch):
     def do(words, *_):
         seen.append(resolved(words)["data"]["init_args"]["split_seed"])
 
-    monkeypatch.setattr(process, "do", do)
+    monkeypatch.setattr(process, "execute", do)
     compare(tmp_path, "--also_seeded", "[data.split_seed]", methods="[lora]", seeds=3)
     assert seen == [0, 1, 2]
     assert compare(tmp_path, methods="[lora]", seeds=3) == 2  # and no other
@@ -335,13 +335,13 @@ def trials(tmp_path):
 def test_two_processes_share_the_runs(tmp_path):
     mine, theirs = trials(tmp_path), trials(tmp_path)
     asked = [Run("lora", 0.01, seed) for seed in range(3)]
-    mine.ask_for(asked)
-    theirs.ask_for(asked)
-    taken = [one.take(asked)[1] for one in (mine, theirs, mine)]
+    mine.enqueue(asked)
+    theirs.enqueue(asked)
+    taken = [one.claim(asked)[1] for one in (mine, theirs, mine)]
     assert taken == asked
-    assert mine.take(asked) is None
-    mine.ask_for(asked)
-    assert theirs.take(asked) is None
+    assert mine.claim(asked) is None
+    mine.enqueue(asked)
+    assert theirs.claim(asked) is None
     assert mine.are_running()
 
 
@@ -350,19 +350,19 @@ def test_a_run_that_two_have_asked_for_at_once_is_done_once(tmp_path):
     for one in (mine, theirs):  # as if neither had seen the other's
         one.study.enqueue_trial({"learning_rate": 0.01, "seed": 0}, user_attrs={"method": "lora"})
     asked = [Run("lora", 0.01, 0)]
-    assert mine.take(asked)[1] == asked[0]
-    assert theirs.take(asked) is None
+    assert mine.claim(asked)[1] == asked[0]
+    assert theirs.claim(asked) is None
     states = [trial.state for trial in mine.study.trials]
     assert states == [TrialState.RUNNING, TrialState.PRUNED]
 
 
 def test_what_an_earlier_command_left_waiting_is_not_done_but_for_who_asks_for_it(tmp_path):
     mine, theirs, earlier, run = trials(tmp_path), trials(tmp_path), Run("rac", 0.01, 0), Run("lora", 0.01, 0)
-    mine.ask_for([earlier, run])
-    assert theirs.take([run])[1] == run
-    assert theirs.take([run]) is None
-    mine.ask_for([earlier])
-    assert mine.take([earlier])[1] == earlier
+    mine.enqueue([earlier, run])
+    assert theirs.claim([run])[1] == run
+    assert theirs.claim([run]) is None
+    mine.enqueue([earlier])
+    assert mine.claim([earlier])[1] == earlier
 
 
 @pytest.mark.parametrize("alive", [["elsewhere", 1, 0.0], [None, 2**22 + 1, None]], ids=["silent", "gone"])
@@ -370,35 +370,35 @@ def test_a_run_whose_process_is_gone_is_done_again(tmp_path, alive):
     import socket
 
     mine, run = trials(tmp_path), Run("lora", 0.01, 0)
-    mine.ask_for([run])
-    trial, _ = mine.take([run])
+    mine.enqueue([run])
+    trial, _ = mine.claim([run])
     assert alive[0] == "elsewhere" or not Path(f"/proc/{alive[1]}").exists()
     trial.set_user_attr("alive", [alive[0] or socket.gethostname(), alive[1], alive[2] or time.time() * (alive[0] is None)])
     assert not mine.are_running()
     theirs = trials(tmp_path)
-    theirs.ask_for([run])
-    assert theirs.take([run])[1] == run
+    theirs.enqueue([run])
+    assert theirs.claim([run])[1] == run
 
 
 def test_a_run_of_another_machine_that_says_so_is_left_to_it(tmp_path):
     mine = trials(tmp_path)
     run = Run("lora", 0.01, 0)
-    mine.ask_for([run])
-    trial, _ = mine.take([run])
+    mine.enqueue([run])
+    trial, _ = mine.claim([run])
     trial.set_user_attr("alive", ["elsewhere", 1, time.time()])
-    mine.ask_for([run])
-    assert mine.take([run]) is None
+    mine.enqueue([run])
+    assert mine.claim([run]) is None
     assert mine.are_running()
 
 
 def test_a_run_that_diverged_is_done_and_the_worst(tmp_path):
     mine, run = trials(tmp_path), Run("lora", 0.01, 0)
-    mine.ask_for([run])
-    trial, _ = mine.take([run])
+    mine.enqueue([run])
+    trial, _ = mine.claim([run])
     mine.finish(trial, result(validation=None))
     assert mine.study.trials[0].value == float("inf")
-    mine.ask_for([run])
-    assert mine.take([run]) is None
+    mine.enqueue([run])
+    assert mine.claim([run]) is None
     assert mine.results()[0].test is None
 
 

@@ -98,7 +98,7 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
         )
 
 
-def check_made_again(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+def check_rebuilt(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
     """Refuses a base that ``build_model`` rebuilt with different values.
 
     Raises:

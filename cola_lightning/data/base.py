@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from cola_lightning.data.sampling import DealingSampler, EpochSampler
+from cola_lightning.data.sampling import DistributedEvaluationSampler, EpochSampler
 from cola_lightning.errors import UserError
 from cola_lightning.seeding import check_seed, derive_seed, seeded
 
@@ -178,7 +178,7 @@ class EpochDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> EpochLoader:
         order = self._by_length(self.test) if self._is_order_free else list(range(len(self.test)))
         n_processes, rank = self._processes
-        sampler: Any = DealingSampler(order, n_processes, rank) if n_processes > 1 else order
+        sampler: Any = DistributedEvaluationSampler(order, n_processes, rank) if n_processes > 1 else order
         return self._loader(self.test, self.eval_batch_size, sampler)
 
     @property

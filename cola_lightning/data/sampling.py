@@ -81,7 +81,7 @@ def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, g
     return [row for place in [*shuffled, *range(n_whole, len(batches))] for row in batches[place]]
 
 
-class DealingSampler(DistributedSampler[int]):
+class DistributedEvaluationSampler(DistributedSampler[int]):
     """Distributes rows over processes round-robin, in a given order.
 
     Some rows are repeated, so that all processes have equally many: with a sharded model, all must run each forward pass.
@@ -92,7 +92,7 @@ class DealingSampler(DistributedSampler[int]):
         rank: this process's rank.
 
     Example:
-        >>> [list(DealingSampler([4, 2, 3], n_processes=2, rank=rank)) for rank in (0, 1)]
+        >>> [list(DistributedEvaluationSampler([4, 2, 3], n_processes=2, rank=rank)) for rank in (0, 1)]
         [[4, 3], [2, 4]]
     """
 

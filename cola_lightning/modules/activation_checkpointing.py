@@ -21,7 +21,7 @@ def checkpoint_activations(model: Any) -> None:
     model.disable_input_require_grads()  # needed by reentrant checkpointing alone; it would cost a gradient of the embeddings
 
 
-def keep_activations(model: Any) -> None:
+def disable_activation_checkpointing(model: Any) -> None:
     """Undoes :func:`checkpoint_activations`, if the model supports it."""
     if (disable := _method(model, "disable")) is not None:
         disable()

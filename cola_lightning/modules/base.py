@@ -24,7 +24,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
-from cola_lightning.modules.activation_checkpointing import checkpoint_activations, keep_activations
+from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
@@ -395,7 +395,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         if self.activation_checkpointing:
-            keep_activations(model)
+            disable_activation_checkpointing(model)
         return model
 
     def widen(self) -> None:

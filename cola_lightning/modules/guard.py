@@ -24,7 +24,7 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
-from cola_lightning.modules.optimization import check_trained_whole
+from cola_lightning.modules.optimization import check_trained_dtypes
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
@@ -74,7 +74,7 @@ class ChainGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trained_whole(self.module.model)
+        check_trained_dtypes(self.module.model)
         _check_pruning(trainer, self.module.model)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             self.module.trained_state.remember_outside()

@@ -232,7 +232,7 @@ class LinkOptimization:
             scheduler.base_lrs[k] = rate
 
 
-def check_trained_whole(model: nn.Module) -> None:
+def check_trained_dtypes(model: nn.Module) -> None:
     """Refuses fully trained parameters in float16, and warns of bfloat16."""
     dtypes = {p.dtype for name, p in model.named_parameters() if p.requires_grad and not is_factor(name)}
     if torch.float16 in dtypes:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cola_lightning.adapted_model import AdaptedModel, is_factor, load_whole, weight_of
+from cola_lightning.adapted_model import AdaptedModel, is_factor, load_extras, weight_of
 from cola_lightning.chain import Chain
 from cola_lightning.chain.fingerprint import hash_of
 from cola_lightning.chain.packed import EXTRA_STATE
@@ -138,7 +138,7 @@ class TrainedState:
                 "in the chain's run (seed_everything, if they are drawn), received others"
             )
         if chain.links:
-            load_whole(chain.links[-1].outside, self.values_outside())
+            load_extras(chain.links[-1].outside, self.values_outside())
 
     # ------------------------------------------------------------------ loading
 

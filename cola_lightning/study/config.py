@@ -41,7 +41,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values for word in (f"--{name}", value)]
 
 
-def keep_config(config: Mapping[str, Any], path: Path) -> None:
+def write_config(config: Mapping[str, Any], path: Path) -> None:
     """Writes the config beside a study's results, or checks that it equals the existing one.
 
     Raises:

@@ -15,7 +15,7 @@ from cola_lightning.errors import UserError
 LOG = "log.txt"
 
 
-def do(
+def execute(
     words: Sequence[str], metric: str, folder: Path, tell: Callable[[float], None], tell_every: float
 ) -> dict[str, Any] | None:
     """Executes a run, and returns its reported result; None if it failed.

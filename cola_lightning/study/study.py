@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cola_lightning.errors import UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, keep_config, resolved
+from cola_lightning.study.config import as_words, resolved, write_config
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
@@ -52,7 +52,7 @@ class Study:
         self.methods = {name: self._method(name) for name in asked.methods}
         rates = asked.learning_rates or [float(own_rate)]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.methods, rates)
-        keep_config({**self.config, "also_seeded": asked.also_seeded or []}, self.output / "config.yaml")
+        write_config({**self.config, "also_seeded": asked.also_seeded or []}, self.output / "config.yaml")
         storage = asked.storage or str(self.output / "study.journal")
         self.trials = Trials(storage, asked.study_name or self.output.absolute().name, asked.metric, asked.better)
         self.failed: dict[Run, Path] = {}
@@ -66,7 +66,7 @@ class Study:
 
     def run(self) -> int:
         """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
-        self.trials.take_up(read(self.output / "results.jsonl"))
+        self.trials.add(read(self.output / "results.jsonl"))
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         left = [TextColumn("left"), TimeRemainingColumn()]
         with Progress(*columns, *left, console=rich.get_console(), transient=True, speed_estimate_period=1e9) as self.bar:
@@ -76,8 +76,8 @@ class Study:
                 n_done = len(results) + len(self.failed)
                 self.bar.update(self.task, completed=n_done, description="")
                 wanted = [run for run in self.wanted(results) if run not in self.failed]
-                self.trials.ask_for(wanted)
-                if (taken := self.trials.take(wanted)) is not None:
+                self.trials.enqueue(wanted)
+                if (taken := self.trials.claim(wanted)) is not None:
                     self._do(*taken, n_done)
                 elif n_done < self.n_runs and self.trials.are_running():
                     time.sleep(WAIT)
@@ -127,7 +127,7 @@ class Study:
             changes |= dict.fromkeys(self.asked.also_seeded or (), run.seed)
             changes |= {"trainer.default_root_dir": str(folder)}
             changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
-            facts = process.do([*self.words, *as_words(changes)], self.asked.metric, folder, report_progress, ALIVE_EVERY)
+            facts = process.execute([*self.words, *as_words(changes)], self.asked.metric, folder, report_progress, ALIVE_EVERY)
         except BaseException:
             self.trials.fail(trial)
             raise

@@ -58,7 +58,7 @@ class Trials:
             by_key.setdefault(run, Result(**trial.user_attrs["result"]))
         return list(by_key.values())
 
-    def take_up(self, results: Iterable[Result]) -> None:
+    def add(self, results: Iterable[Result]) -> None:
         """Adds the results of runs that are not in the study."""
         known = {run for run, _ in self._trials(TrialState.COMPLETE)}
         for result in results:
@@ -72,7 +72,7 @@ class Trials:
                     )
                 )
 
-    def ask_for(self, runs: Iterable[Run]) -> None:
+    def enqueue(self, runs: Iterable[Run]) -> None:
         """Enqueues runs that are neither finished, running nor waiting; again if the process that ran them is gone."""
         for _, trial in self._trials(TrialState.RUNNING):
             if not _is_alive(trial):
@@ -84,7 +84,7 @@ class Trials:
                 params = {"learning_rate": run.learning_rate, "seed": run.seed}
                 self.study.enqueue_trial(params, user_attrs={"method": run.method})
 
-    def take(self, wanted: Collection[Run]) -> tuple[optuna.Trial, Run] | None:
+    def claim(self, wanted: Collection[Run]) -> tuple[optuna.Trial, Run] | None:
         """Claims the next waiting run for this process; None if none is waiting.
 
         Args:
