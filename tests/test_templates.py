@@ -131,8 +131,8 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
     following, _ = examples(PAIRS, tmp_path, plain, **how)
     assert turns != following
     for own, asked, expected, format_, said in [
-        (chat, None, turns, True, "are written in the tokenizer's chat template (data.chat_template: false for none)"),
-        (chat, True, turns, True, "are written in the tokenizer's chat template (data.chat_template: false for none)"),
+        (chat, None, turns, True, "are formatted by the tokenizer's chat template (data.chat_template: false for none)"),
+        (chat, True, turns, True, "are formatted by the tokenizer's chat template (data.chat_template: false for none)"),
         (chat, False, following, False, "without a chat template (data.chat_template: false)"),
         (plain, None, following, False, "without a chat template (data.chat_template: null, for the tokenizer has none)"),
         (plain, False, following, False, "without a chat template (data.chat_template: false)"),
