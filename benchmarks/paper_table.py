@@ -9,7 +9,7 @@ what is missing. A run of CB takes more than six minutes, and those of the longe
 
     python benchmarks/paper_table.py COPA CB
 
-does so for these tasks alone: several processes may share the work, each with tasks of its own.
+runs only these tasks (and prints the table of all), so that several processes can share the work.
 
     python benchmarks/paper_table.py --table
 
@@ -64,8 +64,12 @@ def main() -> None:
     """Runs what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("tasks", nargs="*", metavar="task", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("tasks", nargs="*", metavar="task", help=f"tasks to run (default: all): {', '.join(TASKS)}")
     options = parser.parse_args()
+    if unknown := [task for task in options.tasks if task not in TASKS]:
+        parser.error(f"expected {', '.join(TASKS)}, received {unknown[0]}")
+    if options.table and options.tasks:
+        parser.error("expected no task beside --table")
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"
         for task in options.tasks or TASKS:

@@ -489,22 +489,22 @@ def weight_of(name: str) -> str:
 
 
 def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Writes a chain's fully trained values into this model's own.
+    """Writes a chain's values of fully trained parameters and buffers into the present ones.
 
     Raises:
-        UserError: for a value without a counterpart in this model.
+        UserError: for a value without a counterpart of its shape.
     """
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(
-                "model.init_chain: expected values for this model's fully trained parameters (model.modules_to_save), received "
+                "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
         tensors.copy_(own[name], value)
 
 
 def check_links(links: int, n_finished: int) -> None:
-    """Refuses more links than the finished ones and the live one."""
+    """Refuses a negative number of links, and more than the finished ones and the live one."""
     if not 0 <= links <= n_finished + 1:
         raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
 

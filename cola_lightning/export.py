@@ -106,7 +106,7 @@ class Probe:
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, not finite.
+            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
         """
         difference = float((logits_of(model, self.inputs) - self.logits).abs().max())
         largest = float(self.logits.abs().max())
@@ -140,7 +140,7 @@ def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
 
 
 def _tokens(config: Any) -> Tensor:
-    """Two rows of random tokens with an end of text, equally many in each: some classifiers read only the logits there."""
+    """Two rows of random tokens, each with equally many ends of text, one at its end: some classifiers read only there."""
     row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
     rows = torch.stack([row, row.flip(0)])
     end: Any = getattr(config, "eos_token_id", None)
@@ -198,7 +198,7 @@ def export_merged(
     Args:
         model: the merged model, in the dtype to be written.
         folder: the output folder.
-        probe: the logits of the chain's module; None: no input is known, and weights are compared instead.
+        probe: inputs and the logits of the chain's module; None: no input is known, and only weights are compared.
         tokenizer: the tokenizer to write, too.
         card: the model card to write, too, in a Hugging Face folder.
         verify: load the export, and compare.
@@ -209,7 +209,7 @@ def export_merged(
 
     Raises:
         UserError: for a folder that is not empty, without ``overwrite``.
-        ExportError: if another model is loaded again.
+        ExportError: if the model that is loaded again differs.
     """
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         if hasattr(model, "save_pretrained"):
@@ -271,7 +271,7 @@ def export_adapter(
         chain: the chain, the live link included.
         base: the plain model without any link; for the comparison, the adapter is loaded into it.
         folder: the output folder.
-        probe: the logits of the chain's module; None: no input is known, and nothing is compared.
+        probe: inputs and the logits of the chain's module; None: no input is known, and nothing is compared.
         base_name: where PEFT finds the base.
         where: description of the base in the comparison.
         revision: of the base, on the hub.

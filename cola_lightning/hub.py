@@ -67,7 +67,7 @@ def _probe() -> bool:
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
-    """Restricts the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if it does not answer.
+    """Restricts the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if the hub is unreachable.
 
     Yields:
         Whether the hub does not answer.

@@ -250,7 +250,7 @@ def tie_knot(module=(), **arguments):
     ),
     (
         {"module": {"modules_to_save_lr": 0.1}},
-        "model.modules_to_save_lr: expected modules_to_save beside other parameters, received none",
+        "model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none",
     ),
     (
         {"module": {"cls": type("Manual", (Toy,), {"automatic_optimization": False})}},
@@ -677,11 +677,11 @@ CSV = "text,label\nfine,pos\n"
     ),
     (
         ("columns.json", '{"text": ["a"], "label": ["b"]}'),
-        "columns.json: expected a list of objects, or an object with one such list, received one with 'text', 'label'",
+        "columns.json: expected a list of objects, alone or in an object, received an object with 'text', 'label'",
     ),
     (
         ("object.json", "{}"),
-        "object.json: expected a list of objects, or an object with one such list, received one with no field",
+        "object.json: expected a list of objects, alone or in an object, received an object with no field",
     ),
     (
         ("broken.json", '[{"text": "a",\n "label": }]'),
@@ -1112,7 +1112,7 @@ LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
     (("{",), "adapter: expected adapter_config.json of PEFT in '.', received a file that cannot be read (...)"),
     (
         ("[]",),
-        "adapter: expected adapter_config.json of PEFT in '.', received a file that cannot be read (it has no fields)",
+        "adapter: expected adapter_config.json of PEFT in '.', received a file that cannot be read (it is not an object)",
     ),
     ((json.dumps({"peft_type": "IA3"}),), "adapter: expected an ordinary LoRA in '.', received one with peft_type IA3"),
     ((json.dumps(LORA | {"bias": "all"}),), "adapter: expected an ordinary LoRA in '.', received one with bias all"),

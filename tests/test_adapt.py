@@ -507,7 +507,7 @@ def test_a_subclass_that_computes_something_else_is_refused_or_named(kind, is_tr
     assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
     (message,) = told(caplog)
     assert message == (
-        f"model.target_modules: all-linear leaves frozen what is no Linear layer: weight of {kind.__name__} "
+        f"model.target_modules: all-linear leaves matrices of other layers frozen: weight of {kind.__name__} "
         "(40 % of the parameters: 1)"
     )
 

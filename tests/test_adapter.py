@@ -308,7 +308,7 @@ DAMAGES = {
     "no configuration": (drop("adapter_config.json"), "received a file that cannot be read .*No such file"),
     "no tensors": (drop("adapter_model.safetensors"), "received a file that cannot be read .*No such file"),
     "no json": (write("adapter_config.json", "{"), "received a file that cannot be read .*Expecting property name"),
-    "a list": (write("adapter_config.json", "[]"), "received a file that cannot be read .*has no fields"),
+    "a list": (write("adapter_config.json", "[]"), "received a file that cannot be read .*not an object"),
     "no adapter": (write("adapter_config.json", "{}"), "received one with peft_type None"),
     "truncated": (truncate, "received a file that cannot be read"),
     "a factor alone": (keep(lambda name: "layers.0.self_attn.q_proj.lora_B" not in name), "received none of .*q_proj.lora_B"),

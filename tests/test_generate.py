@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
@@ -203,6 +204,15 @@ def test_a_damaged_adapter_is_one_line_and_status_2(adapter, tmp_path, name, dam
     assert message in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     assert not out
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
+def test_an_adapter_whose_layers_are_not_in_the_model_is_refused(checkpoint, tmp_path, capfd):
+    base = COLACausalLM.load_from_checkpoint(checkpoint).merged_model(0)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "peft")
+    assert main(["generate", "--checkpoint", str(tmp_path / "peft"), "--prompt", "It"]) == 2
+    assert "adapter: expected one of layers, such as a LoRA, in " in capfd.readouterr().err
 
 
 def test_it_is_in_the_help(capfd, monkeypatch):

@@ -475,6 +475,13 @@ def test_a_layer_can_be_pickled():
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
+def test_a_model_without_linear_layers_is_not_quantised():
+    with pytest.raises(
+        UserError, match=r"^model\.quantization: expected null, for a ReLU has no Linear layers to quantise; rec"
+    ):
+        linear4bit.quantize(nn.ReLU(), torch.float32)
+
+
 def test_a_base_is_the_same_however_many_threads_make_it():
     """Else a checkpoint cannot be loaded on another machine."""
     found = set()

@@ -118,7 +118,7 @@ class ChainOfLoRA(Callback):
         self.module = cast(ChainModule, pl_module)
         self.module.schedule = self.schedule
         self._asked_at = self._last_step = None
-        if stage == "fit":  # retains those of a fit that this Trainer continues; a checkpoint's replace them later
+        if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -209,7 +209,7 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuses a strategy under which a chain would be wrong or lost.
 
     Raises:
-        UserError: for a strategy that owns the optimizer, or forks or spawns this process.
+        UserError: for a strategy that owns the optimizer, or that starts its processes by fork or spawn.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         raise UserError(NO_DEEPSPEED)

@@ -97,7 +97,7 @@ class RunWatch(Callback):
         self.has_begun = self._is_waited_for = True
         is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
         if threading.current_thread() is threading.main_thread() and not is_requeued:
-            # Replaces Lightning's handler, after which a fit ends with status 0; Lightning removes it after the fit.
+            # Replaces Lightning's handler, after which a fit ends with status 0; Lightning restores ours after the fit.
             signal.signal(signal.SIGTERM, self._handle)
 
     @override

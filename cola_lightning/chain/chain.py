@@ -27,7 +27,7 @@ class Chain:
         links: the links, ``links[k].index == k``.
         base: identifies the base: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
             :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of the frozen values outside the
-            model; empty if the base is unknown.
+            model. The dict is empty if the base is unknown.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}

@@ -56,7 +56,7 @@ def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, An
         field: the path's name in messages.
 
     Raises:
-        UserError: if there is no such file, or it is no such checkpoint, or damaged.
+        UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
     """
     path = _existing(path, field)
     check_archive(path, field)
@@ -96,7 +96,7 @@ def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_on
         weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
-        UserError: if there is no such file, or it is no such checkpoint, or damaged.
+        UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
     """
     path = _existing(path, field)
     with path.open("rb") as file:

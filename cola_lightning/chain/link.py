@@ -110,8 +110,8 @@ def begin_link(
 ) -> None:
     """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
-    Otherwise the draw depends only on the finished links, if a layer's ``init`` uses them: not on the global generator, the
-    device, or the number of processes.
+    The draw depends on nothing else, except on the finished links if a layer's ``init`` uses them: not on the global generator,
+    the device, or the number of processes.
     """
     place = "AB".index(drawn)
     for name, layer in layers.items():

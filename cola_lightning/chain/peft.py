@@ -25,8 +25,8 @@ READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_patte
 # ... those that say which layers the tensors belong to, which the tensors' names also say ...
 WITHOUT_MEANING = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 WITHOUT_MEANING |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-# ... and those of training, of memory, and of initialisations, see INITS. Any other field that is set may change what an
-# adapter computes.
+# ... and those of training, of memory, of initialisations (see INITS), and those that have an effect only beside a field that
+# is refused. Any other field that is set may change what an adapter computes.
 WITHOUT_MEANING |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
 WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 # Initialisations that leave the base unchanged; the others modify it, and the modified base is not available here.
@@ -37,12 +37,12 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """The fields of an adapter's configuration.
 
     Raises:
-        UserError: for a file that cannot be read, or contains no fields.
+        UserError: if the file cannot be read, or is not a JSON object.
     """
     try:
         config = parse_json((folder / CONFIG_NAME).read_text())
         if not isinstance(config, dict):
-            raise ValueError("it has no fields")
+            raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"adapter: expected {CONFIG_NAME} of PEFT in {str(folder)!r}, received a file that cannot be read "
@@ -54,7 +54,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
 
-    Scalings that differ from layer to layer are folded into B, and the factors are padded to the largest rank.
+    Each layer's scaling is folded into B, and the factors are padded to the largest rank.
 
     Raises:
         UserError: for an adapter of another type, or a damaged one.
@@ -264,8 +264,8 @@ def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Itera
         if any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in others):
             ending = next(one for one in endings if name.endswith(one))
             raise UserError(
-                f"format: expected merged, for PEFT matches {name!r} by {ending!r}, and a module in or around it is adapted or "
-                "saved, too; received peft"
+                f"format: expected merged, for PEFT matches {name!r} by {ending!r}, and it, or a module in or around it, is "
+                "adapted or saved as well; received peft"
             )
     return saved
 
@@ -335,8 +335,7 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
             weights[name] = lora_A.reshape(-1, layer.in_channels, *size), lora_B[(..., *[None] * len(size))]
         elif not is_linear(layer):
             raise UserError(
-                f"format: expected merged, for PEFT has no LoRA that is known here for {name!r}, a {type(layer).__name__}; "
-                "received peft"
+                f"format: expected merged, for no LoRA of PEFT is known for {name!r}, a {type(layer).__name__}; received peft"
             )
     return weights
 

@@ -163,7 +163,7 @@ class ChainSchedule:
         return next((knot for knot in knots if knot > now), math.inf)
 
     def link_steps(self, start: Counters, run: RunLength) -> float:
-        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if its end is not known."""
+        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""
         if self.is_open:
             return math.inf
         knot = self.next_knot(start)
@@ -202,8 +202,8 @@ class ChainSchedule:
 def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
     """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
 
-    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then is ``constant``, or decays
-    to 0 linearly (``linear``) or along half a cosine (``cosine``).
+    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), or
+    decays to 0 linearly (``linear``) or along half a cosine (``cosine``).
 
     Example:
         >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]

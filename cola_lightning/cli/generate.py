@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -61,7 +62,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--chat", action="store_true", help="a conversation: one turn per line; an empty line or Ctrl-D ends it"
     )
-    parser.add_argument("--links", type=int | None, metavar="K", help=f"of a checkpoint, {LINKS}")
+    parser.add_argument("--links", type=int | None, metavar="K", help=f"for a checkpoint, the {LINKS}")
     parser.add_argument(
         "--chat_template",
         type=bool | None,
@@ -171,12 +172,17 @@ def _of_adapter(folder: Path) -> Generator:
     model = _language_model(base, folder)
     try:
         with quiet():
-            model = PeftModel.from_pretrained(model, str(folder)).get_base_model()
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"adapter: expected a LoRA of PEFT for {name!r} in {str(folder)!r}, received one that peft cannot load "
             f"({one_line(str(error))})"
         ) from error
+    if adapted.active_peft_config.is_prompt_learning:  # whose layers are not in the model that generates
+        raise UserError(
+            f"adapter: expected one of layers, such as a LoRA, in {str(folder)!r}, received {config.get('peft_type')}"
+        )
+    model = adapted.get_base_model()
     is_beside = (folder / "tokenizer_config.json").is_file()
     return _of_plain(model, with_padding(AutoTokenizer.from_pretrained(folder)) if is_beside else base.tokenizer())
 

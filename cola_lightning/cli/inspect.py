@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.files import read_chain
 
-LINKS = "number of links: the finished ones first, then the live one; 0 is the base (default: all)"
+LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"
 
 
 def inspect(words: Sequence[str]) -> None:

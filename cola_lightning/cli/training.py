@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-import cola_lightning.data  # noqa: F401  # so that the command line knows the classes by their short names, as the modules
+import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__
 from cola_lightning.callbacks import (
     NO_DEEPSPEED,
@@ -102,7 +102,7 @@ class COLACLI(LightningCLI):
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Puts what users set most first in ``--help``: model, data and chain, then the Trainer with its many options."""
+        """Puts first in ``--help`` what users set most: model, data and chain; then the Trainer with its many options."""
         parser.add_lightning_class_args(COLAModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
@@ -111,8 +111,8 @@ class COLACLI(LightningCLI):
             "--links",
             type=int | None,
             default=None,
-            help="Number of links of the checkpoint, or of model.init_chain: the finished ones first, then the live one. "
-            "0 is the base. Default: all.",
+            help="Number of links of the checkpoint, or of model.init_chain, to use: the finished ones first, then the live "
+            "one. 0 is the base. Default: all.",
         )
         parser.add_lightning_class_args(Trainer, "trainer")
         for group, title in TITLES.items():
@@ -223,8 +223,8 @@ class COLACLI(LightningCLI):
             raise UserError(f"trainer: {one_line(str(error))}") from error
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
-                "trainer.precision: expected another on a CPU, where Lightning replaces 16-mixed by bf16-mixed: "
-                f"bf16-mixed itself, bf16-true or 32-true; received {config.precision}"
+                "trainer.precision: expected bf16-mixed, bf16-true or 32-true on a CPU, where Lightning replaces 16-mixed by "
+                f"bf16-mixed; received {config.precision}"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)

@@ -1,4 +1,4 @@
-"""Data modules; they do not depend on models or chains."""
+"""Data modules; they import nothing of models or chains, and find what they need at the module that is trained."""
 
 from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.digits import DigitsDataModule

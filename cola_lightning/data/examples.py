@@ -99,9 +99,10 @@ def encode_examples(
 ) -> list[EncodedExample]:
     """Tokenizes prompt and option as one text; the option's tokens are those that the prompt alone does not have.
 
-    White space before a prompt is removed, and spaces at its end and an option's (not in a chat template): a space between the
-    two belongs to the option. A text that is too long is truncated on the left; a beginning-of-sentence token stays. No option
-    is truncated. If the answer is generated, prompt and option have 50 tokens less, the maximum number of generated tokens.
+    White space before a prompt is removed, and so are spaces at the end of a prompt and of an option (not in a chat template):
+    a space between the two belongs to the option. A text that is too long is truncated on the left; a beginning-of-sentence
+    token stays. No option is truncated. If the answer is generated, prompt and option have 50 tokens fewer, the maximum that is
+    generated.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

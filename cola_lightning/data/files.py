@@ -161,7 +161,7 @@ def _read_json(path: Path) -> Rows:
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         if len(lists) != 1:
             fields = ", ".join(map(repr, value)) or "no field"
-            raise UserError(f"{path}: expected a list of objects, or an object with one such list, received one with {fields}")
+            raise UserError(f"{path}: expected a list of objects, alone or in an object, received an object with {fields}")
         (value,) = lists
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of objects, received {shortened_text(json.dumps(value))!r}")

@@ -75,7 +75,7 @@ def let_lack_targets(rows: list[Row]) -> list[Row]:
 
 
 def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
-    """Downloads a data set from the hub, in one process before all read it; nothing to do for files."""
+    """Downloads a data set from the hub, to be called in one process, before all read it. Files need no download."""
     if _folder(source) is None and not is_file(source):
         for split in sorted(splits):
             _load_from_hub(source, split, subset)

@@ -60,7 +60,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
-    """Reorders rows so that each batch has rows of similar length, sorted within fifty batches at a time to remain random.
+    """Reorders rows to put similar lengths into a batch: sorts only fifty batches' rows at a time, so that it stays random.
 
     Args:
         order: a random order of the rows.

@@ -336,7 +336,7 @@ class TextDataModule(SourceDataModule):
         return [piece for kind in kinds for piece in next(encoded[kind])]
 
     def _check_chat_template(self, rows: Mapping[str, Row]) -> None:
-        """Refuses a requested or needed chat template that is missing, and logs once how instructions are formatted.
+        """Refuses a chat template that is requested but missing, or needed but off; logs once how instructions are formatted.
 
         Args:
             rows: the first row of each kind.

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # Modules that do not multiply by their weights as a Linear layer does.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
-NEGLIGIBLE = 0.01  # a share of the parameters that is not reported
+NEGLIGIBLE = 0.01  # a smaller share of the parameters is no reason for a warning, but of a subclass of nn.Linear
 
 
 def inject_lora(
@@ -73,7 +73,7 @@ def inject_lora(
         The names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: for whatever would fail later: no match, shared modules or weights, a 4-bit base to merge into, ...
+        UserError: for what would later fail or be wrong: no match, shared modules or weights, a 4-bit base to merge into, ...
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -133,7 +133,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     Args:
         merge: add each live link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
-        dtype: of the plain layers, to which merged weights are rounded; None: the base's original dtype, or its cast's.
+        dtype: of the plain layers, to which merged weights are rounded; None: the base's, as it came or as it was cast.
 
     Raises:
         UserError: if links are not in the weights (a live link has been trained, or links are stacked) and ``merge`` is False.
@@ -234,7 +234,7 @@ def _warn_of_omitted(model: nn.Module, names: list[str], saved: list[str]) -> No
         text = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
         lines.append(f"{attribute} of {cls.__name__} ({text} of the parameters: {first_names(list(places))})")
     if is_worth_it:
-        log.warning("model.target_modules: all-linear leaves frozen what is no Linear layer: %s", "; ".join(lines[:4]))
+        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s", "; ".join(lines[:4]))
 
 
 def _omitted(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple[str, type], dict[str, int]]:

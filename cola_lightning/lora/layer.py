@@ -104,7 +104,7 @@ class LoRALayer(nn.Module):
         rank: rank of the live link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, if they are not merged; else None.
-        base_dtype: the layer's original compute dtype; a precision may have cast it since.
+        base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
         source_dtype: the weight's original dtype; ``nf4`` or ``fp4`` for one in 4 bits.
     """
 
@@ -423,7 +423,7 @@ def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def names_of_links() -> list[str]:
-    """The attributes and methods of a LoRA layer: the layer that it adapts must have none of these names."""
+    """The attributes and methods that a LoRA layer adds: the layer that it adapts must have none of these names."""
     return [*LINK_ATTRIBUTES, *(name for name in vars(LoRALayer) if not hasattr(nn.Linear, name))]
 
 

@@ -80,7 +80,7 @@ class Stack:
         self.rank = 0
 
     def add_to(self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear) -> Tensor:
-        """Adds the links' outputs for the inputs ``x`` to the layer's outputs ``y``.
+        """The sum of the layer's outputs ``y`` and the links' outputs for the inputs ``x``.
 
         Args:
             y: ... x out.

@@ -164,8 +164,8 @@ class COLAModule(LightningModule, RecordsArguments):
     def checkpoint_activations(self) -> None:
         """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
 
-        The names of its layers must not change (a wrapper module changes them), and copies of it must work (a method bound to
-        this model would be copied as such): set a flag that the blocks' own ``forward`` reads, for example.
+        The names of its layers must not change (a wrapper module changes them), and copies of it must work (a closure over
+        this model would use it in its copies, too): set a flag that the blocks' own ``forward`` reads, for example.
         """
         checkpoint_activations(self.model)
 
@@ -356,7 +356,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 adapter; ``chain``: a chain folder.
             dtype: for merged: ``float32``, ``bfloat16`` or ``float16``; None: the base's.
             max_rank: for peft: recompress to this rank, by SVD.
-            base_folder: for peft: write the base there, if peft cannot load it by its name, and name that folder.
+            base_folder: for peft: write the base there, and name that folder: for a base that peft cannot load by its name.
             license: for the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
             verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
@@ -365,8 +365,8 @@ class COLAModule(LightningModule, RecordsArguments):
             The lines that the command prints: how closely the logits agree, and what a user of the folder must know.
 
         Raises:
-            UserError: for a model that cannot be exported in this format.
-            ExportError: if the loaded export gives other logits; it is removed.
+            UserError: for incompatible options, a folder that is not empty, or a model that cannot be exported in this format.
+            ExportError: if the export cannot be loaded, or gives other logits; it is removed.
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
@@ -512,7 +512,7 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> Self:
         """As in Lightning, on the CPU; the class and its arguments are read from the checkpoint.
 
-        A base that the checkpoint contains is not built first.
+        If the checkpoint contains its base, ``build_model`` need not make the base's weights first.
 
         Args:
             checkpoint_path: a file that a fit wrote.

@@ -164,9 +164,9 @@ class COLACausalLM(LanguageModule):
 
         Args:
             batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): the tokens before each
-                option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of that
-                sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's tokens.
-                Where longer options share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
+                option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of each
+                option's sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's
+                tokens. Where options of several tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
                 :func:`~cola_lightning.modules.logits.shared_logits`: without gradients the prompt is then computed once.
                 ``sequence_lengths``: the lengths of the sequences, in a list, to avoid waiting for the device.
 

@@ -5,8 +5,8 @@ import inspect
 import torch
 from torch import nn
 
-# A model is compiled for each rank of a chain, in training and in evaluation. Torch's default is 8, for versions in which the
-# limit cannot be set for one model.
+# A model is compiled for each rank of a chain, in training and in evaluation. Torch's default of 8 remains in versions in which
+# the limit cannot be set for one model.
 RECOMPILE_LIMIT = 64
 
 

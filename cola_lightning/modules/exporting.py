@@ -63,8 +63,8 @@ def export_module(
         The lines to report.
 
     Raises:
-        UserError: for a module that cannot be exported in this format.
-        ExportError: for an export that differs from the module.
+        UserError: for a folder that is not empty, or a module that cannot be exported in this format.
+        ExportError: for an export that cannot be loaded, or differs from the module; it is removed.
     """
     format = options.format
     if module.target_modules is None and format != "merged":
@@ -122,9 +122,8 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
     rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
     in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
     quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
-    probe = (
-        _probe(module) if options.verify else None
-    )  # first: it widens the module, whose base then is the one that was trained on
+    # First: it widens the module, whose base then is the one that was trained on.
+    probe = _probe(module) if options.verify else None
     base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
     builder = f"{type(module).__module__}.{type(module).__qualname__}"
     where, tokenizer = f", on the base that {builder} builds", None

@@ -63,7 +63,7 @@ class ChainGuard(Callback):
                 loop.inference_mode = False
         run = self.module.run_state
         run.length = None  # set again when training starts
-        if stage == "fit":  # a resumed fit gets them from its checkpoint, later
+        if stage == "fit":  # a resumed fit gets these values from its checkpoint, later
             run.resumes_knots, self.module.optimization.resumed_class = False, None
             now = Counters(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
@@ -221,7 +221,7 @@ class ChainGuard(Callback):
         now = _some_values(self.module.model)
         if changed := [name for name, values in seen[1].items() if not torch.equal(values, now[name])]:
             raise UserError(
-                "model: expected frozen weights that do not change in evaluation, received a model that modifies that of "
+                "model: expected frozen weights that do not change in evaluation, received a model that modifies the weight of "
                 f"{changed[0]!r}, which its link then does not fit (RWKV: set rescale_every: 0 in its configuration)"
             )
 
@@ -249,7 +249,7 @@ class ChainGuard(Callback):
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        """Ends a run of the Trainer."""
+        """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
@@ -341,8 +341,8 @@ def _check_whole_windows(trainer: Trainer) -> None:
     """Refuses to resume in the middle of what is now an accumulation window, or beyond the epoch's end."""
     if trainer.fit_loop.batch_idx + 1 > trainer.num_training_batches:
         raise UserError(
-            f"trainer.limit_train_batches: expected at least the {trainer.fit_loop.batch_idx + 1} batches in an epoch that the "
-            f"checkpoint has completed, received {trainer.num_training_batches}"
+            f"trainer.limit_train_batches: expected at least the {trainer.fit_loop.batch_idx + 1} batches of its epoch that "
+            f"the checkpoint has completed, received {trainer.num_training_batches}"
         )
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
     if done % max(1, window) and done != trainer.num_training_batches:

@@ -11,7 +11,9 @@ from cola_lightning.modules.contract import trainer_of
 
 
 def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> None:
-    """Runs our hooks beside the overrides of a subclass, or of its mixin; ours may run twice, if an override calls ``super()``.
+    """Runs our hooks beside the overrides of a subclass, or of its mixin.
+
+    If an override calls ``super()``, ours run twice, with the same effect as once.
 
     Args:
         cls: the subclass.

@@ -1,4 +1,4 @@
-"""A knot in a run: besides the link in the model, its place in the run, its metrics, and the next link's optimizer."""
+"""Ties a knot in a run: finishes the link in the model, records its steps and metrics, and makes the next optimizer."""
 
 import math
 from typing import Any

@@ -173,7 +173,7 @@ class LanguageModule(COLAModule, ABC):
     # ------------------------------------------------------------------ the steps
 
     def metrics_of(self, stage: str) -> list[Metric]:
-        """The metrics of ``val`` or ``test``; reset before each, as an interrupted evaluation leaves values in them."""
+        """The metrics of ``val`` or ``test``, to be reset before each evaluation: an interrupted one leaves values in them."""
         others = [cast(Metric, metric) for name, metric in self.metrics_of_loaders.items() if name.startswith(stage)]
         return [self.val_metric if stage == "val" else self.test_metric, *others]
 

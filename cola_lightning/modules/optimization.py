@@ -98,7 +98,7 @@ class LinkOptimization:
         is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
         others, saved = ([p for name, p in trained if is_saved[name] is fully] for fully in (False, True))
         if not others or not saved:
-            raise UserError("model.modules_to_save_lr: expected modules_to_save beside other parameters, received none")
+            raise UserError("model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _make_scheduler(self, optimizer: Optimizer, step: int) -> LambdaLR | None:
@@ -204,7 +204,7 @@ class LinkOptimization:
             )
 
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
-        """Copies the retained share of the previous link's optimizer state to the optimizers of a new link."""
+        """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
             factors = {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
             for old, new in zip(before, now, strict=True):
@@ -238,7 +238,7 @@ def check_trained_dtypes(model: nn.Module) -> None:
     if torch.float16 in dtypes:
         raise UserError(
             "model.dtype, trainer.precision: expected another dtype than float16 for fully trained parameters "
-            "(model.modules_to_save, or all if model.target_modules is null), in which optimizers fail; received float16"
+            "(model.modules_to_save, or all if model.target_modules is null), for optimizers fail in it; received float16"
         )
     if torch.bfloat16 in dtypes:
         log.warning(

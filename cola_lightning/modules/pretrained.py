@@ -115,7 +115,7 @@ class Pretrained:
             **arguments: for ``from_pretrained``, besides those that say where the files are.
 
         Raises:
-            UserError: if the class cannot load the files.
+            UserError: if the files, or the packages that they need, are not what the class needs.
             HubError: if the files are on the hub only, and the hub cannot be reached.
         """
         if (folder := self.folder) is not None:

@@ -60,7 +60,7 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     """Restores a checkpoint's chain in a module, and prepares the next load of its values.
 
     If fewer links are requested (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. With
-    full fine-tuning, a checkpoint of values alone is enough; a fit begins from one that contains no progress.
+    full fine-tuning, a checkpoint of values alone is enough; for a fit, only if it has no loops or optimizer states.
 
     Raises:
         UserError: if the checkpoint has no chain and needs one, its chain was trained on another base, or it is shorter; in a
@@ -142,8 +142,8 @@ def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
 def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState) -> dict[str, Tensor]:
     """The values that replace a checkpoint's, by name in the module, once a plan is applied.
 
-    None if the live link is the checkpoint's; the link that begins after fewer links has its own factors, and the other trained
-    values are as they were after those links.
+    If the live link is the checkpoint's, nothing is replaced. A link that begins after fewer links has its own factors, and the
+    other trained values are as they were after those links.
     """
     values: dict[str, Tensor] = {EXTRA_STATE: UNCHANGED}
     if not plan.begins_link:
@@ -168,7 +168,7 @@ def restore_packed(module: COLAParts, packed: Tensor) -> None:
 
 
 def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
-    """Refuses to resume a fit with options in place of which the checkpoint's would apply.
+    """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
         UserError: for the first that differs.

@@ -1,4 +1,4 @@
-"""Hides from TorchScript what it reads of every module's class, whatever forward calls, and cannot compile in ours."""
+"""Hides annotations and properties of our classes from TorchScript, which reads them even if ``forward`` does not use them."""
 
 import inspect
 from typing import Any

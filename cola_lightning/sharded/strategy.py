@@ -236,10 +236,9 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
 
 
 def _average_gradients(optimizer: Optimizer) -> None:
-    """Averages the gradients of replicated parameters; one without a gradient on every process has none afterwards, either.
+    """Averages the gradients of replicated parameters; one that has a gradient on no process has none afterwards, either.
 
-    A missing gradient is sent as minus zeros, which no other contains: their sum is minus zero, and with any other number it
-    is that number.
+    Only a missing gradient is sent as minus zeros: their sum is minus zero, and with any other number it is that number.
     """
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 averages the others

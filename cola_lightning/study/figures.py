@@ -14,7 +14,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 
 
 def draw_curves(results: Results, metric: str, path: Path) -> None:
-    """Plots the metric over the optimizer steps: one line per method, knots as dots, full fine-tuning as a dashed line.
+    """Plots the metric over the optimizer steps, one line per method, with knots as dots.
+
+    Of full fine-tuning it shows the last value alone, as a dashed horizontal line.
 
     Args:
         results: each method's results, at one learning rate.

@@ -1,6 +1,6 @@
 """One run of a study: an ordinary fit, then validation and test of the final model.
 
-It has a separate process, so that its peak memory can be measured, and so that killing a run does not kill the study.
+It has a process of its own, so that its peak memory is its own, and so that a run that is killed does not end the study.
 """
 
 import json

@@ -93,7 +93,7 @@ class Trials:
         """
         while any(self._trials(TrialState.WAITING)):
             trial = self.study.ask()
-            if (method := trial.user_attrs.get("method")) is None:  # another process took the last: Optuna made one up
+            if (method := trial.user_attrs.get("method")) is None:  # another process claimed the last: this one is empty
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
             rate = trial.suggest_float("learning_rate", RATES.low, RATES.high, log=True)
