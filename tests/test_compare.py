@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from scipy import stats
 
@@ -20,7 +21,7 @@ from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import process, study
 from cola_lightning.study.config import as_words, resolved
-from cola_lightning.study.figures import mean_curve
+from cola_lightning.study.figures import mean_curve, plot_curves
 from cola_lightning.study.methods import METHODS, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
 from cola_lightning.study.table import summarize
@@ -153,6 +154,14 @@ def test_several_processes_write_one_file(tmp_path):
 def test_a_mean_curve_has_the_steps_that_all_seeds_have():
     results = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
     assert mean_curve(results) == {5: 2.0}
+
+
+def test_a_metric_that_is_measured_once_is_seen():
+    axes = Figure().add_subplot()
+    once, twice = result(curve=[[10, 0.5]]), result("cola-2", curve=[[5, 0.4], [10, 0.5]])
+    plot_curves(axes, {"lora": [once], "cola-2": [twice]})
+    lines = [line for line in axes.get_lines() if len(line.get_xdata())]
+    assert [(line.get_xdata().tolist(), line.get_marker()) for line in lines] == [([10], "D"), ([5, 10], "None")]
 
 
 # ---------------------------------------------------------------------- a study whose runs are made up

@@ -54,7 +54,7 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
         first = of_method[0]
         links = f", {first.links} links" if first.links > 1 else ""
         label = f"{name}, rank {first.rank}{links}" if names is None else names[name]
-        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=label)
+        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=label, **_alone(curve, place))
         knots = [knot for knot in first.knots if knot >= min(curve)]
         axes.plot(knots, [_at(curve, knot) for knot in knots], "o", color=color, markersize=4)
 
@@ -67,12 +67,12 @@ def mean_curve(results: Sequence[Result]) -> dict[int, float]:
 
 
 def draw_points(results: Results, metric: str, path: Path) -> None:
-    """The metric on the rows of test at the end: a method a row, a seed a point, their mean as a line.
+    """Plots the test metric: one row per method, one point per seed, their mean as a line.
 
     Args:
-        results: of each method, at one learning rate.
-        metric: its name on the rows of validation.
-        path: of a PNG.
+        results: each method's results, at one learning rate.
+        metric: the validation metric's name.
+        path: a PNG file.
     """
     figure, axes = _figure(6.4, 1.0 + 0.45 * len(results))
     for place, of_method in enumerate(results.values()):
@@ -84,6 +84,11 @@ def draw_points(results: Results, metric: str, path: Path) -> None:
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_xlabel(f"test_{metric.removeprefix('val_')} (a seed a point, their mean a line)")
     _save(figure, path)
+
+
+def _alone(curve: Mapping[int, float], place: int) -> dict[str, Any]:
+    """The marker of a curve of one point, as of a run with one validation, which has no line; in sizes, for equal values."""
+    return {"marker": "D", "markerfacecolor": "none", "markersize": 6 + 3 * place} if len(curve) == 1 else {}
 
 
 def _at(curve: Mapping[int, float], step: int) -> float:
