@@ -84,7 +84,7 @@ def test_another_run_begins_with_it(trained, tmp_path, source, links):
     second = toy(Headed, init_chain=str(tmp_path / source), init_links=links)
     second.configure_model()
     assert_same_head(second, heads[links])
-    with pytest.raises(UserError, match=r"fully trained parameters .* received .head\.0\."):
+    with pytest.raises(UserError, match=r"what is fully trained here .* received .head\.0\."):
         toy(init_chain=str(tmp_path / source)).configure_model()
 
 
