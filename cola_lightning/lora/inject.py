@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # Modules that do not multiply by their weights as a Linear layer does.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
-NEGLIGIBLE = 0.01  # a smaller share of the parameters is no reason for a warning, but of a subclass of nn.Linear
+NEGLIGIBLE = 0.01  # a smaller share of the parameters causes no warning, except in a subclass of nn.Linear
 
 
 def inject_lora(

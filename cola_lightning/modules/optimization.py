@@ -96,7 +96,7 @@ class LinkOptimization:
         if self.modules_to_save_lr is None:
             return [p for _, p in trained]
         is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
-        others, saved = ([p for name, p in trained if is_saved[name] is fully] for fully in (False, True))
+        others, saved = ([p for name, p in trained if is_saved[name] is wanted] for wanted in (False, True))
         if not others or not saved:
             raise UserError("model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
