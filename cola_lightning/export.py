@@ -332,13 +332,14 @@ def _loading_of_adapter(task: str | None) -> str:
 
 def export_chain(chain: Chain, folder: Path, *, verify: bool = True, overwrite: bool = False) -> list[str]:
     """Writes a chain folder; arguments and errors are those of :func:`export_merged`."""
-    chain.save(folder, overwrite=overwrite)
-    if not verify:
-        return ["not compared"]
-    again = Chain.load(folder)
-    if len(again) != len(chain) or not again.is_beginning_of(chain):
-        raise ExportError(f"the chain in {folder} was loaded again with other factors than were written")
-    return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
+    with whole_folder(folder, overwrite=overwrite) as partial:
+        chain.save(partial)
+        if not verify:
+            return ["not compared"]
+        again = Chain.load(partial)
+        if len(again) != len(chain) or not again.is_beginning_of(chain):
+            raise ExportError("the chain was loaded again with other factors than were written: it is not kept")
+        return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:

@@ -543,6 +543,20 @@ def test_so_are_those_of_a_plain_module(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_so_is_a_chain_and_the_old_folder_stays(tmp_path, monkeypatch):
+    module = toy()
+    module.tie_knot()
+    export.export_chain(module.chain, tmp_path / "chain")
+    old = {path.name: path.read_bytes() for path in (tmp_path / "chain").iterdir()}
+    module.tie_knot()
+    monkeypatch.setattr(export.Chain, "load", lambda folder: export.Chain(base=module.chain.base))
+    for name, overwrite in (("new", False), ("chain", True)):
+        with pytest.raises(export.ExportError, match="other factors than were written: it is not kept"):
+            export.export_chain(module.chain, tmp_path / name, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["chain"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "chain").iterdir()} == old
+
+
 @pytest.mark.parametrize("is_old", [False, True])
 def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them(is_old, monkeypatch):
     if is_old:  # a version of transformers that shows all its bars or none

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
@@ -204,6 +205,29 @@ def test_a_damaged_adapter_is_one_line_and_status_2(adapter, tmp_path, name, dam
     assert message in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     assert not out
+
+
+def test_a_cut_adapter_of_the_old_format_is_one_line_and_status_2(adapter, tmp_path, capfd):
+    shutil.copytree(adapter, tmp_path / "peft")
+    tensors = tmp_path / "peft" / "adapter_model.safetensors"
+    torch.save(load_file(tensors), tmp_path / "peft" / "adapter_model.bin")
+    tensors.unlink()
+    assert main(["generate", "--checkpoint", str(tmp_path / "peft"), "--prompt", "It", "--max_new_tokens", "1"]) == 0
+    capfd.readouterr()
+    cut(tmp_path / "peft" / "adapter_model.bin")
+    assert main(["generate", "--checkpoint", str(tmp_path / "peft"), "--prompt", "It"]) == 2
+    out, err = capfd.readouterr()
+    assert "received one that peft cannot load (" in err.strip().splitlines()[-1]
+    assert not out
+
+
+def test_too_little_memory_is_not_a_damaged_adapter(adapter, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["generate", "--checkpoint", str(adapter), "--prompt", "It"])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it

@@ -154,6 +154,7 @@ def _of_adapter(folder: Path) -> Generator:
 
     if importlib.util.find_spec("peft") is None:
         raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
+    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -173,6 +174,8 @@ def _of_adapter(folder: Path) -> Generator:
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(model, str(folder))
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the adapter
+        raise
     except (SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"adapter: expected a LoRA of PEFT for {name!r} in {str(folder)!r}, received one that peft cannot load "
