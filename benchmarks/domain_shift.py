@@ -13,13 +13,13 @@ draws ``domain_shift.png`` from the lines that are there, and prints README's ta
 
 import argparse
 import os
-import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from cola_lightning.cli import main as cola
+from studies import compare, run
+
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
@@ -64,8 +64,7 @@ class Stage:
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
         if self.scope == "link":
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
-        named = [[word for name, value in part.items() for word in (f"--{name}", str(value))] for part in (options, of_fit)]
-        return ["compare", *named[0], "--", *named[1]]
+        return compare(options, of_fit)
 
 
 NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA, four times the rank"}
@@ -152,11 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
     if not parser.parse_args().figure:
-        os.environ["OMP_NUM_THREADS"] = "1"
         for stage in STAGES:
-            print(shlex.join(["cola", *stage.words]), flush=True)
-            if (status := cola(stage.words)) != 0:
-                raise SystemExit(status)
+            run(stage.words)
     for row in [*rows(), *rows_of_scopes()]:
         print(f"| {' | '.join(row)} |")
     draw(HERE / "domain_shift.png")

@@ -18,10 +18,10 @@ prints the table, from the lines that are there.
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
-from cola_lightning.cli import main as cola
+from studies import compare, run
+
 from cola_lightning.study.results import at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 
@@ -45,8 +45,7 @@ def words(task: str) -> list[str]:
     """What follows ``cola``."""
     options = {"config": CONFIG, "output": FOLDER / task.lower(), "metric": "val_accuracy", "methods": "[lora, cola]"}
     options |= {"learning_rates": "[1e-3, 5e-4]", "seeds": SEEDS, "tuning_seeds": TUNING_SEEDS}
-    named = [[word for name, value in part.items() for word in (f"--{name}", str(value))] for part in (options, OF_FIT)]
-    return ["compare", *named[0], "--", "--data.task", task, *named[1]]
+    return compare(options, {"data.task": task} | OF_FIT)
 
 
 def rows() -> list[list[str]]:
@@ -71,11 +70,8 @@ def main() -> None:
     if options.table and options.tasks:
         parser.error("expected no task beside --table")
     if not options.table:
-        os.environ["OMP_NUM_THREADS"] = "1"
         for task in options.tasks or TASKS:
-            print(shlex.join(["cola", *words(task)]), flush=True)
-            if (status := cola(words(task))) != 0:
-                raise SystemExit(status)
+            run(words(task))
     for row in rows():
         print(f"| {' | '.join(row)} |")
 

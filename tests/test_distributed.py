@@ -259,8 +259,7 @@ def test_a_knot_sends_nothing_and_a_step_the_trained_gradients(trained, strategy
 
 
 @pytest.mark.parametrize(("strategy", "layout"), [("ddp", "DDP"), ("fsdp2", "FSDP2")])
-def test_what_a_step_sends_is_what_the_benchmark_of_scale_computes(trained, monkeypatch, strategy, layout):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_what_a_step_sends_is_what_the_benchmark_of_scale_computes(trained, strategy, layout):
     scale = importlib.import_module("scale")
     module = run.make("gpt2")
     module.configure_model()

@@ -11,8 +11,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def benchmark():
     yield importlib.import_module
     for name in ("lines", "digits", "sst2", "tasks"):
         sys.modules.pop(name, None)

@@ -23,10 +23,8 @@ OVERHEAD = 64_000  # of a checkpoint beside its tensors: their names and places,
 
 @pytest.fixture(scope="module")
 def scale():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("scale")
-        del sys.modules["scale"]
+    yield importlib.import_module("scale")
+    del sys.modules["scale"]
 
 
 @pytest.fixture

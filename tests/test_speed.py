@@ -4,32 +4,26 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
 from cola_lightning.data.encoding import encode_responses
 from tests import tiny
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SLACK = 1.25
 
 
 @pytest.fixture(scope="module")
 def speed():
     """The benchmark, under its own name: so a process that it starts finds it, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("speed")
-        del sys.modules["speed"]
+    yield importlib.import_module("speed")
+    del sys.modules["speed"]
 
 
 @pytest.fixture(scope="module")
 def bases(speed):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("bases")
-        del sys.modules["bases"]
+    yield importlib.import_module("bases")
+    del sys.modules["bases"]
 
 
 def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_less_than_a_step(speed):
@@ -53,8 +47,7 @@ def test_a_step_needs_less_memory_than_pefts(speed):
 
 @tiny.needs_smollm2
 @pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="needs real task data: COLA_DATA_DIR")
-def test_a_step_on_real_prompts_costs_less_than_pefts_and_than_the_protocols(speed, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_a_step_on_real_prompts_costs_less_than_pefts_and_than_the_protocols(speed):
     prompts = importlib.import_module("prompts")
     config = speed.shape(layers=12, width=128, vocabulary=8000)
     rows = prompts.encoded("RTE", "train", config)[:40]
@@ -84,8 +77,7 @@ def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bas
     assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)
 
 
-def test_both_commands_train_on_the_same_sequences(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_both_commands_train_on_the_same_sequences(tmp_path):
     peft_trainer = importlib.import_module("peft_trainer")
     pairs = [
         ("A film with great actors. It was", " great"),

@@ -1,0 +1,33 @@
+"""A benchmark that is a study: a call of ``cola compare`` on one CPU thread."""
+
+import os
+import shlex
+from collections.abc import Mapping
+
+from cola_lightning.cli import main as cola
+
+
+def compare(options: Mapping[str, object], of_fit: Mapping[str, object]) -> list[str]:
+    """The words of a call, after ``cola``.
+
+    Args:
+        options: those of ``cola compare``.
+        of_fit: those of ``cola fit``, for each run.
+    """
+    return ["compare", *_words(options), "--", *_words(of_fit)]
+
+
+def _words(options: Mapping[str, object]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def run(words: list[str]) -> None:
+    """Prints a call, and does what its study lacks.
+
+    Raises:
+        SystemExit: with the call's status, unless it is 0.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print(shlex.join(["cola", *words]), flush=True)
+    if (status := cola(words)) != 0:
+        raise SystemExit(status)
