@@ -88,8 +88,9 @@ STAGES = [
     Stage(1, 800, 3, RANK_1 | FULL | SUM),
     Stage(8, 3200, 3, RANK_8 | FULL),
     Stage(1, 800, 5, RANK_1 | FULL | SUM),
-    Stage(8, 3200, 5, RANK_8 | FULL),
     Stage(8, 800, 3, RANK_8),
+    Stage(8, 800, 3, RANK_8 | SUM),
+    Stage(8, 3200, 5, RANK_8 | FULL),
     Stage(1, 3200, 3, RANK_1),
 ]
 

@@ -285,11 +285,12 @@ def test_options_after_the_dashes_are_every_runs(tmp_path, runs):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
 
 
-def test_splits_may_follow_the_seeds(tmp_path, monkeypatch):
+def test_splits_may_follow_the_seeds(tmp_path, runs, monkeypatch):
     seen = []
 
-    def do(words, *_):
+    def do(words, *arguments):
         seen.append(resolved(words)["data"]["init_args"]["split_seed"])
+        return runs(words, *arguments)
 
     monkeypatch.setattr(process, "execute", do)
     compare(tmp_path, "--also_seeded", "[data.split_seed]", methods="[lora]", seeds=3)
@@ -314,6 +315,7 @@ def test_a_database_is_a_storage_too(tmp_path, runs):
         ([], {"fit": ["--model.seed", "3"]}, "error: model.seed: expected null"),
         ([], {"fit": ["--model.rang", "2"]}, "error: "),
         ([], {"fit": ["--model.optimizer", "null"]}, "error: model.optimizer: expected a class and its lr, which a study sets"),
+        (["--also_seeded", "[data.split_sed]"], {}, "error: data: expected one of its options, received 'split_sed'"),
         (["--storage", "nosuchbase://here"], {}, "error: storage: expected a file, or the URL of a database that answers"),
     ],
     ids=str,
@@ -324,6 +326,58 @@ def test_what_is_written_wrong_is_one_line_and_status_2(tmp_path, runs, capsys, 
     assert (status, runs.asked) == (2, [])
     assert error.splitlines()[-1].startswith("error: ")
     assert message in error
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, runs, capsys):
+    (tmp_path / "file").touch()
+    assert compare(tmp_path / "file") == 2
+    assert capsys.readouterr().err.startswith("error: output: expected a folder, received ")
+
+
+def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, monkeypatch):
+    def refuses(*_):
+        raise UserError("metric: expected one of val_loss, received val_los")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "execute", refuses)
+        assert compare(tmp_path, "--metric", "val_los", fit=["--model.rank", "2000"]) == 2
+    assert compare(tmp_path) == 0
+    assert len(lines(tmp_path)) == 4
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (config["model"]["init_args"]["rank"], config["metric"], config["mode"]) == (1, "val_loss", "min")
+
+
+def test_one_storage_does_not_mix_two_configs(tmp_path, runs, capsys):
+    storage = ["--storage", f"sqlite:///{tmp_path}/study.db"]
+    assert compare(tmp_path / "one" / "digits", *storage) == 0
+    assert compare(tmp_path / "two" / "digits", *storage, fit=["--model.rank", "2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: config: expected model.init_args.rank: 1, as in the study 'digits' of sqlite:///")
+    assert compare(tmp_path / "two" / "digits", *storage, "--study_name", "two", fit=["--model.rank", "2"]) == 0
+    assert len(runs.asked) == 8
+
+
+def test_lines_of_one_metric_are_not_taken_for_anothers(tmp_path, runs, capsys):
+    assert compare(tmp_path) == 0
+    (tmp_path / "study.journal").unlink()
+    assert compare(tmp_path, "--metric", "val_accuracy") == 2
+    assert "error: config: expected metric: 'val_loss', as in " in capsys.readouterr().err
+    assert len(lines(tmp_path)) == len(runs.asked) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_metric_that_is_not_finite_is_a_run_that_diverged(tmp_path, runs, monkeypatch, name, value):
+    def diverges(words, *arguments):
+        facts = runs(words, *arguments)
+        return facts | {name: value} if "-seed0" in arguments[1].name and "cola" in arguments[1].name else facts
+
+    monkeypatch.setattr(process, "execute", diverges)
+    for _ in range(2):
+        assert compare(tmp_path, seeds=3) == 0
+    assert len(runs.asked) == 6
+    lost = [(line["method"], line["seed"]) for line in lines(tmp_path) if line[name] is None]
+    assert lost == [("cola-2", 0)]
 
 
 def test_another_config_is_another_study(tmp_path, runs, capsys):
@@ -411,6 +465,33 @@ def test_a_run_that_diverged_is_done_and_the_worst(tmp_path):
     assert mine.results()[0].test is None
 
 
+def test_a_run_that_is_being_claimed_is_seen_whole(tmp_path):
+    mine, theirs, run = trials(tmp_path), trials(tmp_path), Run("lora", 0.01, 3)
+    mine.enqueue([run])
+    trial = mine.study.ask()
+    trial.suggest_float("learning_rate", 1e-12, 1e6, log=True)  # its process stops here
+    theirs.enqueue([run])
+    assert theirs.are_running()
+    trial.set_user_attr("alive", ["elsewhere", 1, 0.0])
+    theirs.enqueue([run])
+    assert theirs.claim([run])[1] == run
+
+
+def test_the_result_of_a_run_that_was_given_up_counts(tmp_path):
+    mine, theirs, run = trials(tmp_path), trials(tmp_path), Run("lora", 0.01, 0)
+    mine.enqueue([run])
+    trial, _ = mine.claim([run])
+    trial.set_user_attr("alive", ["elsewhere", 1, 0.0])  # a machine that was suspended
+    theirs.enqueue([run])
+    mine.keep_alive(trial)
+    mine.finish(trial, result(validation=0.5))
+    mine.fail(trial)
+    assert [found.validation for found in theirs.results()] == [0.5]
+    again = trials(tmp_path)
+    again.enqueue([run])
+    assert [found.validation for found in again.results()] == [0.5]
+
+
 def test_optunas_own_tools_see_the_study(tmp_path, runs):
     assert compare(tmp_path / "digits", methods="[lora]") == 0
     storage = optuna.storages.JournalStorage(
@@ -453,11 +534,30 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
     assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
     assert "error: model.rank: expected at most" in capsys.readouterr().err
     rates = ["--learning_rates", "[1e6]"]
-    diverging = [*SHORT, "--trainer.limit_val_batches", "0", "--model.optimizer.weight_decay", "3"]
+    diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path / "diverged", *rates, methods="[full]", seeds=1, fit=diverging) == 0
     (line,) = lines(tmp_path / "diverged")
     assert (line["validation"], line["test"], line["links"]) == (None, None, 0)
     assert "diverged" in (tmp_path / "diverged" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "fit", "message"),
+    [
+        (["--metric", "val_acuracy"], [], "metric: expected one of val_accuracy, val_loss, received val_acuracy"),
+        (
+            ["--metric", "val_acuracy"],
+            ["--trainer.num_sanity_val_steps", "0"],
+            "metric: expected one of val_accuracy, val_loss",
+        ),
+        ([], ["--trainer.limit_val_batches", "0"], "data: expected rows and a validation_step for validation, as methods are"),
+        ([], ["--trainer.limit_test_batches", "0"], "data: expected rows and a test_step for test, as methods are compared"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, monkeypatch, capsys, words, fit, message):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert compare(tmp_path, *words, methods="[lora]", seeds=1, fit=["--trainer.max_epochs", "100000", *fit]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_a_study_that_is_stopped_ends_its_run_and_goes_on(tmp_path):

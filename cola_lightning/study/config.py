@@ -5,7 +5,6 @@ import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +12,6 @@ import yaml
 from cola_lightning.callbacks import RunWatch
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import UserError
-from cola_lightning.writing import whole_file
 
 
 def resolved(words: Sequence[str]) -> dict[str, Any]:
@@ -41,23 +39,30 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values for word in (f"--{name}", value)]
 
 
-def write_config(config: Mapping[str, Any], path: Path) -> None:
-    """Writes the config beside a study's results, or checks that it equals the existing one.
+def as_text(config: Mapping[str, Any]) -> str:
+    """What a study's runs share, as YAML: all but the seed."""
+    shared = {name: value for name, value in config.items() if name != "seed_everything"}
+    text: str = yaml.safe_dump(shared, sort_keys=False)
+    return text
+
+
+def check_same(config: str, known: str, where: str) -> None:
+    """Refuses another config than that of the finished runs, which would not be comparable.
+
+    Args:
+        config: this command's, by :func:`as_text`.
+        known: theirs.
+        where: where it was found, for the message.
 
     Raises:
-        UserError: if it differs: its runs would not be comparable with the finished ones.
+        UserError: if they differ.
     """
-    shared = {name: value for name, value in config.items() if name != "seed_everything"}
-    if not path.exists():
-        with whole_file(path, is_shared=True) as partial:
-            partial.write_text(yaml.safe_dump(shared, sort_keys=False))
-        return
-    mine, theirs = _flat(shared), _flat(yaml.safe_load(path.read_text()))
+    mine, theirs = (_flat(yaml.safe_load(text)) for text in (config, known))
     for name in mine | theirs:
         if name in theirs and mine.get(name) != theirs[name]:  # an option introduced since then has its default
             raise UserError(
-                f"config: expected {name}: {theirs[name]!r}, as in {path}, received {mine.get(name)!r}; a different "
-                "study needs another output"
+                f"config: expected {name}: {theirs[name]!r}, as in {where}, received {mine.get(name)!r}; a different "
+                "study needs another output and, in a shared storage, another study_name"
             )
 
 

@@ -28,7 +28,7 @@ def execute(
         tell_every: maximum number of seconds between two calls of ``tell``.
 
     Raises:
-        UserError: if the run reports a user error: other runs would report it, too.
+        UserError: if the run reports a user error, which ends the study: it is the config, or one of its methods.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

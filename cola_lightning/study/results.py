@@ -39,8 +39,8 @@ class Result:
         learning_rate: the optimizer's learning rate.
         rank: the largest rank of its links; None for full fine-tuning.
         links: number of links; 0 for full fine-tuning.
-        validation: the final validation metric; None if the run diverged.
-        test: the final test metric; None if the run diverged.
+        validation: the final validation metric; None if the run diverged, or the metric is not finite.
+        test: the final test metric; None likewise.
         steps: optimizer steps taken.
         seconds: duration of the fit, including validations.
         peak_memory: peak memory of the process, or of its GPU, in MB.
@@ -62,6 +62,11 @@ class Result:
     trainable_parameters: int
     knots: Sequence[int] = ()
     curve: Sequence[tuple[int, float]] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("validation", "test"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
 
     @property
     def run(self) -> Run:

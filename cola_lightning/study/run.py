@@ -10,12 +10,13 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from cola_lightning.callbacks import RunWatch
@@ -55,6 +56,7 @@ class Recorder(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_measurable(trainer, pl_module)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.trainable_parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
         self._started_at = time.perf_counter()
@@ -68,9 +70,13 @@ class Recorder(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.metric)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not None:
-            self.curve.append((trainer.global_step, float(value)))
+        if trainer.state.fn != "fit":
+            return
+        found = [name for name in trainer.callback_metrics if name.startswith("val_")]
+        if found or not trainer.sanity_checking:  # a module may log nothing then
+            _check_logged(self.metric, found)
+        if not trainer.sanity_checking:
+            self.curve.append((trainer.global_step, float(trainer.callback_metrics[self.metric])))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,13 +129,11 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
             links = module.full_chain().links
             knots = [link.start_step for link in links[1:]]
             facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
-        (validated,) = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-        (tested,) = trainer.test(module, datamodule=cli.datamodule, verbose=False)
+        validated = _merged(trainer.validate(module, datamodule=cli.datamodule, verbose=False))
+        tested = _merged(trainer.test(module, datamodule=cli.datamodule, verbose=False))
         of_test = f"test_{metric.removeprefix('val_')}"
         for name, found in {metric: validated, of_test: tested}.items():
-            if name not in found:
-                logged = ", ".join(sorted(found)) or "a metric that the model logs"
-                raise UserError(f"metric: expected one of {logged}, received {name}")
+            _check_logged(name, found)
         report({"result": facts | {"validation": validated[metric], "test": tested[of_test]}})
     return 0
 
@@ -147,6 +151,32 @@ def main(asked: str) -> int:
         os.write(given["report"], (json.dumps(facts) + "\n").encode())  # if the study has died, a broken pipe ends its run
 
     return run(given["words"], given["metric"], report)
+
+
+def _merged(of_loaders: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What Lightning returns for each loader, as one."""
+    return {name: value for found in of_loaders for name, value in found.items()}
+
+
+def _check_logged(name: str, found: Collection[str]) -> None:
+    if name not in found:
+        logged = ", ".join(sorted(found)) or "a metric that the model logs"
+        raise UserError(f"metric: expected one of {logged}, received {name}")
+
+
+def _check_measurable(trainer: Trainer, module: LightningModule) -> None:
+    """Refuses a run that could be trained, and then not be validated or tested."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    limits = {"validation": trainer.limit_val_batches, "test": trainer.limit_test_batches}
+    for stage, limit in limits.items():
+        loader = f"{stage.removesuffix('idation')}_dataloader"
+        has_rows = limit != 0 and (is_overridden(loader, module) or (data is not None and is_overridden(loader, data)))
+        has_rows = has_rows and (stage == "validation" or getattr(data, "can_be_tested", True))
+        if not (has_rows and is_overridden(f"{stage}_step", module)):
+            raise UserError(
+                f"data: expected rows and a {stage}_step for {stage}, as methods are compared by validation and test, "
+                "received none"
+            )
 
 
 def _share_done(trainer: Trainer) -> float:

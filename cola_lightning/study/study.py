@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cola_lightning.errors import UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, resolved, write_config
+from cola_lightning.study.config import as_text, as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
@@ -52,17 +52,34 @@ class Study:
         self.methods = {name: self._method(name) for name in asked.methods}
         rates = asked.learning_rates or [float(own_rate)]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.methods, rates)
-        write_config({**self.config, "also_seeded": asked.also_seeded or []}, self.output / "config.yaml")
-        storage = asked.storage or str(self.output / "study.journal")
-        self.trials = Trials(storage, asked.study_name or self.output.absolute().name, asked.metric, asked.better)
+        resolved([*self.words, *as_words(dict.fromkeys(asked.also_seeded or (), 0))])
+        storage, name = asked.storage or str(self.output / "study.journal"), asked.study_name or self.output.absolute().name
+        self.trials = Trials(storage, name, asked.metric, asked.better)
+        self._settle_config(f"the study {name!r} of {storage}")
         self.failed: dict[Run, Path] = {}
         n_tuning = len(asked.tuned_by)
         self.n_runs = sum(len(rates) * n_tuning + asked.seeds - n_tuning for rates in self.rates.values())
 
     def _method(self, name: str) -> Method:
         found = method(name, self.config)
-        resolved([*self.words, *as_words(found.options)])  # errors are raised here, before any time is lost
+        resolved([*self.words, *as_words(found.options)])  # what parsing refuses is refused here, before any time is lost
         return found
+
+    def _settle_config(self, where: str) -> None:
+        """Stores what all runs share in the storage and in the output, or compares it with what finished runs had."""
+        asked, path = self.asked, self.output / "config.yaml"
+        of_study = {"also_seeded": asked.also_seeded or [], "metric": asked.metric, "mode": asked.better}
+        mine = as_text({**self.config, **of_study})
+        is_begun = self.trials.is_begun
+        if is_begun and self.trials.config is not None:
+            check_same(mine, self.trials.config, where)
+        if path.exists() and (is_begun or read(self.output / "results.jsonl")):
+            check_same(mine, path.read_text(), str(path))
+        else:
+            with whole_file(path, is_shared=True) as partial:
+                partial.write_text(mine)
+        if not is_begun or self.trials.config is None:
+            self.trials.config = mine
 
     def run(self) -> int:
         """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
@@ -73,6 +90,8 @@ class Study:
             self.task = self.bar.add_task("", total=self.n_runs)
             while True:
                 results = self.results()
+                for result in results:  # another process may have had more success
+                    self.failed.pop(result.run, None)
                 n_done = len(results) + len(self.failed)
                 self.bar.update(self.task, completed=n_done, description="")
                 wanted = [run for run in self.wanted(results) if run not in self.failed]

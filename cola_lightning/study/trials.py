@@ -36,20 +36,37 @@ class Trials:
         metric: the validation metric, which is the value of a trial.
         mode: whether a lower or a higher metric is better.
 
+    Attributes:
+        is_begun: whether any run is finished or being executed. Until then a command may change what the study is about.
+
     Raises:
-        UserError: for a study of another metric or mode, and a storage that cannot be opened.
+        UserError: for a study of another metric or mode that has begun, and a storage that cannot be opened.
     """
 
     def __init__(self, storage: str, name: str, metric: str, mode: Mode) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         direction = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}[mode]
-        self.study = optuna.create_study(storage=_open(storage), study_name=name, direction=direction, load_if_exists=True)
+        opened = _open(storage)
+        self.study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
+        self.is_begun = self.are_running() or any(self._trials(TrialState.COMPLETE))
         stored = self.study.user_attrs.get("metric", metric)
-        if (stored, self.study.direction) != (metric, direction):
+        if self.is_begun and (stored, self.study.direction) != (metric, direction):
             expected = f"{stored} and {self.study.direction.name.lower()[:3]}"
             raise UserError(f"metric, mode: expected {expected}, as in the study, received {metric} and {mode}")
+        if self.study.direction != direction:  # which Optuna does not change
+            optuna.delete_study(study_name=name, storage=opened)
+            self.study = optuna.create_study(storage=opened, study_name=name, direction=direction)
         self.study.set_user_attr("metric", metric)
         self.mode = mode
+
+    @property
+    def config(self) -> str | None:
+        """What all runs share, as the study's first command described it; None if no command has."""
+        return self.study.user_attrs.get("config")
+
+    @config.setter
+    def config(self, text: str) -> None:
+        self.study.set_user_attr("config", text)
 
     def results(self) -> list[Result]:
         """The results of the finished runs, each once, in the order in which they were requested."""
@@ -96,6 +113,7 @@ class Trials:
             if (method := trial.user_attrs.get("method")) is None:  # another process claimed the last: this one is empty
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
+            self.keep_alive(trial)
             rate = trial.suggest_float("learning_rate", RATES.low, RATES.high, log=True)
             run = Run(method, rate, trial.suggest_int("seed", SEEDS.low, SEEDS.high))
             others = self._trials(TrialState.COMPLETE, TrialState.RUNNING)
@@ -104,7 +122,6 @@ class Trials:
             if is_taken or run not in wanted:
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
-            self.keep_alive(trial)
             return trial, run
         return None
 
@@ -114,16 +131,20 @@ class Trials:
 
     def keep_alive(self, trial: optuna.Trial) -> None:
         """Records that the run is still running."""
-        trial.set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
+        with suppress(UpdateFinishedTrialError):  # given up by another process, after DEAD_AFTER seconds of silence
+            trial.set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
 
     def finish(self, trial: optuna.Trial, result: Result) -> None:
-        """Records a run's result."""
-        trial.set_user_attr("result", asdict(result))
-        self.study.tell(trial, self._value(result))
+        """Records a run's result, also of a trial that another process has given up."""
+        try:
+            trial.set_user_attr("result", asdict(result))
+            self.study.tell(trial, self._value(result))
+        except UpdateFinishedTrialError:
+            self.add([result])
 
     def fail(self, trial: optuna.Trial) -> None:
         """Records that a run failed; it is repeated when it is requested again."""
-        self.study.tell(trial, state=TrialState.FAIL)
+        self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
     def _value(self, result: Result) -> float:
         worst = float("inf") if self.mode == "min" else -float("inf")
@@ -131,7 +152,8 @@ class Trials:
 
     def _trials(self, *states: TrialState) -> Iterator[tuple[Run, FrozenTrial]]:
         for trial in self.study.get_trials(deepcopy=False, states=states):
-            params = trial.params or trial.system_attrs.get("fixed_params", {})
+            # Those of a trial that is being claimed are not all there yet; what was enqueued is.
+            params = trial.system_attrs.get("fixed_params", {}) | trial.params
             if "method" in trial.user_attrs and params:
                 yield Run(trial.user_attrs["method"], params["learning_rate"], params["seed"]), trial
 
