@@ -216,7 +216,7 @@ def lines(folder):
 def test_a_study_leaves_lines_tables_and_figures(tmp_path, drawn_runs, capsys):
     assert compare(tmp_path, "--learning_rates", "[1e-2, 2e-2]") == 0
     assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
-        (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
+        (name, rate, seed) for seed in (0, 1) for rate in (1e-2, 2e-2) for name in ("lora", "cola-2")
     ]
     fields = {"method", "seed", "learning_rate", "rank", "links", "validation", "test", "seconds", "peak_memory"}
     assert fields < lines(tmp_path)[0].keys()
@@ -256,7 +256,7 @@ def test_lines_alone_are_enough_to_go_on(tmp_path, runs):
 def test_seeds_that_compare_no_rates_run_at_the_best_alone(tmp_path, runs):
     rates = "{lora: [1e-2, 2e-2], cola-2: [3e-2]}"
     assert compare(tmp_path, "--learning_rates", rates, "--tuning_seeds", "1", seeds=3) == 0
-    assert runs.asked[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
+    assert runs.asked[:3] == ["lora-lr0.01-seed0", "cola-2-lr0.03-seed0", "lora-lr0.02-seed0"]
     assert runs.asked[3:] == [f"{name}-seed{seed}" for seed in (1, 2) for name in ("lora-lr0.01", "cola-2-lr0.03")]
 
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,16 @@ class Study:
         return [found[run] for run in self.wanted(found.values()) if run in found]
 
     def wanted(self, results: Iterable[Result]) -> list[Run]:
-        """The runs in order: by seed, so that a study that is stopped has results of each method.
+        """The runs in order: by seed, so that a study that is stopped has results of each method, then by rate.
 
-        Runs of seeds that are not used for tuning follow once the best rates are known, except for methods with a failed run.
+        So each method's first run, in which it may be refused, comes early. Runs of seeds that are not used for tuning follow
+        once the best rates are known, except for methods with a failed run.
         """
         by_run, tuned_by = {result.run: result for result in results}, self.asked.tuned_by
-        runs = [Run(name, rate, seed) for seed in tuned_by for name, rates in self.rates.items() for rate in rates]
+        of_seed = [
+            (name, rate) for rates in zip_longest(*self.rates.values()) for name, rate in zip(self.rates, rates, strict=True)
+        ]
+        runs = [Run(name, rate, seed) for seed in tuned_by for name, rate in of_seed if rate is not None]
         best: dict[str, float] = {}
         if by_run.keys() | self.failed.keys() >= set(runs):
             lost = {run.method for run in runs if run not in by_run}
