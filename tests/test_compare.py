@@ -357,6 +357,28 @@ def test_one_storage_does_not_mix_two_configs(tmp_path, runs, capsys):
     assert len(runs.asked) == 8
 
 
+def test_commands_that_begin_at_once_do_not_mix_two_configs(tmp_path, runs, monkeypatch, capsys):
+    settle = study.Study._settle_config
+
+    def settle_and_be_overtaken(self):
+        mine = settle(self)
+        self.trials.config = mine.replace("rank: 1\n", "rank: 2\n")
+        return mine
+
+    monkeypatch.setattr(study.Study, "_settle_config", settle_and_be_overtaken)
+    assert compare(tmp_path) == 2
+    assert "error: config: expected model.init_args.rank: 2, as in the study " in capsys.readouterr().err
+    assert runs.asked == []
+
+
+def test_a_folder_of_a_former_version_says_its_metric_from_then_on(tmp_path, runs):
+    assert compare(tmp_path) == 0
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(("metric:", "mode:"))))
+    assert compare(tmp_path) == 0
+    assert yaml.safe_load(path.read_text())["metric"] == "val_loss"
+
+
 def test_lines_of_one_metric_are_not_taken_for_anothers(tmp_path, runs, capsys):
     assert compare(tmp_path) == 0
     (tmp_path / "study.journal").unlink()
@@ -378,6 +400,8 @@ def test_a_metric_that_is_not_finite_is_a_run_that_diverged(tmp_path, runs, monk
     assert len(runs.asked) == 6
     lost = [(line["method"], line["seed"]) for line in lines(tmp_path) if line[name] is None]
     assert lost == [("cola-2", 0)]
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["diverged"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
 def test_another_config_is_another_study(tmp_path, runs, capsys):
@@ -402,6 +426,7 @@ def test_two_processes_share_the_runs(tmp_path):
     theirs.enqueue(asked)
     taken = [one.claim(asked)[1] for one in (mine, theirs, mine)]
     assert taken == asked
+    assert all(trial.user_attrs["alive"][1] == os.getpid() for trial in mine.study.trials)
     assert mine.claim(asked) is None
     mine.enqueue(asked)
     assert theirs.claim(asked) is None
@@ -542,21 +567,16 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "fit", "message"),
+    ("fit", "message"),
     [
-        (["--metric", "val_acuracy"], [], "metric: expected one of val_accuracy, val_loss, received val_acuracy"),
-        (
-            ["--metric", "val_acuracy"],
-            ["--trainer.num_sanity_val_steps", "0"],
-            "metric: expected one of val_accuracy, val_loss",
-        ),
-        ([], ["--trainer.limit_val_batches", "0"], "data: expected rows and a validation_step for validation, as methods are"),
-        ([], ["--trainer.limit_test_batches", "0"], "data: expected rows and a test_step for test, as methods are compared"),
+        (["--trainer.limit_val_batches", "0"], "data: expected rows and a validation_step for validation, as methods are"),
+        (["--trainer.limit_test_batches", "0"], "data: expected rows and a test_step for test, as methods are compared"),
     ],
 )
-def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, monkeypatch, capsys, words, fit, message):
+def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, monkeypatch, capsys, fit, message):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert compare(tmp_path, *words, methods="[lora]", seeds=1, fit=["--trainer.max_epochs", "100000", *fit]) == 2
+    assert compare(tmp_path, methods="[lora]", seeds=1, fit=[*SHORT, *fit]) == 2
+    assert not list(tmp_path.rglob("*.ckpt"))
     assert f"error: {message}" in capsys.readouterr().err
 
 

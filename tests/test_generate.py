@@ -223,10 +223,10 @@ def test_a_cut_adapter_of_the_old_format_is_one_line_and_status_2(adapter, tmp_p
 
 def test_too_little_memory_is_not_a_damaged_adapter(adapter, monkeypatch):
     def fails(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
 
     monkeypatch.setattr(PeftModel, "from_pretrained", fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
         main(["generate", "--checkpoint", str(adapter), "--prompt", "It"])
 
 

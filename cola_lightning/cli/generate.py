@@ -150,11 +150,10 @@ def _of_adapter(folder: Path) -> Generator:
     from transformers import AutoTokenizer
 
     from cola_lightning.export import quiet
-    from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, package_folder, with_padding
+    from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, is_failure, package_folder, with_padding
 
     if importlib.util.find_spec("peft") is None:
         raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
-    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -174,9 +173,9 @@ def _of_adapter(folder: Path) -> Generator:
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(model, str(folder))
-    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the adapter
-        raise
     except (SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if is_failure(error):
+            raise
         raise UserError(
             f"adapter: expected a LoRA of PEFT for {name!r} in {str(folder)!r}, received one that peft cannot load "
             f"({one_line(str(error))})"

@@ -39,7 +39,7 @@ class Result:
         learning_rate: the optimizer's learning rate.
         rank: the largest rank of its links; None for full fine-tuning.
         links: number of links; 0 for full fine-tuning.
-        validation: the final validation metric; None if the run diverged, or the metric is not finite.
+        validation: the final validation metric; None if the run diverged, or if it or the test metric is not finite.
         test: the final test metric; None likewise.
         steps: optimizer steps taken.
         seconds: duration of the fit, including validations.
@@ -64,9 +64,9 @@ class Result:
     curve: Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("validation", "test"):
-            if (value := getattr(self, name)) is not None and not math.isfinite(value):
-                object.__setattr__(self, name, None)
+        if not all(value is not None and math.isfinite(value) for value in (self.validation, self.test)):
+            object.__setattr__(self, "validation", None)
+            object.__setattr__(self, "test", None)
 
     @property
     def run(self) -> Run:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,13 +70,9 @@ class Recorder(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        found = [name for name in trainer.callback_metrics if name.startswith("val_")]
-        if found or not trainer.sanity_checking:  # a module may log nothing then
-            _check_logged(self.metric, found)
-        if not trainer.sanity_checking:
-            self.curve.append((trainer.global_step, float(trainer.callback_metrics[self.metric])))
+        value = trainer.callback_metrics.get(self.metric)  # that of generated answers is only computed after the fit
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not None:
+            self.curve.append((trainer.global_step, float(value)))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,7 +129,9 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
         tested = _merged(trainer.test(module, datamodule=cli.datamodule, verbose=False))
         of_test = f"test_{metric.removeprefix('val_')}"
         for name, found in {metric: validated, of_test: tested}.items():
-            _check_logged(name, found)
+            if name not in found:
+                logged = ", ".join(sorted(found)) or "a metric that the model logs"
+                raise UserError(f"metric: expected one of {logged}, received {name}")
         report({"result": facts | {"validation": validated[metric], "test": tested[of_test]}})
     return 0
 
@@ -156,12 +154,6 @@ def main(asked: str) -> int:
 def _merged(of_loaders: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What Lightning returns for each loader, as one."""
     return {name: value for found in of_loaders for name, value in found.items()}
-
-
-def _check_logged(name: str, found: Collection[str]) -> None:
-    if name not in found:
-        logged = ", ".join(sorted(found)) or "a metric that the model logs"
-        raise UserError(f"metric: expected one of {logged}, received {name}")
 
 
 def _check_measurable(trainer: Trainer, module: LightningModule) -> None:

@@ -56,7 +56,8 @@ class Study:
         resolved([*self.words, *as_words(dict.fromkeys(asked.also_seeded or (), 0))])
         storage, name = asked.storage or str(self.output / "study.journal"), asked.study_name or self.output.absolute().name
         self.trials = Trials(storage, name, asked.metric, asked.better)
-        self._settle_config(f"the study {name!r} of {storage}")
+        self.place = f"the study {name!r} of {storage}"
+        self.shared = self._settle_config()
         self.failed: dict[Run, Path] = {}
         n_tuning = len(asked.tuned_by)
         self.n_runs = sum(len(rates) * n_tuning + asked.seeds - n_tuning for rates in self.rates.values())
@@ -66,21 +67,20 @@ class Study:
         resolved([*self.words, *as_words(found.options)])  # what parsing refuses is refused here, before any time is lost
         return found
 
-    def _settle_config(self, where: str) -> None:
-        """Stores what all runs share in the storage and in the output, or compares it with what finished runs had."""
+    def _settle_config(self) -> str:
+        """Stores what all runs share in the storage and in the output, once it is that of the finished runs; returns it."""
         asked, path = self.asked, self.output / "config.yaml"
         of_study = {"also_seeded": asked.also_seeded or [], "metric": asked.metric, "mode": asked.better}
         mine = as_text({**self.config, **of_study})
         is_begun = self.trials.is_begun
         if is_begun and self.trials.config is not None:
-            check_same(mine, self.trials.config, where)
+            check_same(mine, self.trials.config, self.place)
         if path.exists() and (is_begun or read(self.output / "results.jsonl")):
             check_same(mine, path.read_text(), str(path))
-        else:
-            with whole_file(path, is_shared=True) as partial:
-                partial.write_text(mine)
-        if not is_begun or self.trials.config is None:
-            self.trials.config = mine
+        with whole_file(path, is_shared=True) as partial:
+            partial.write_text(mine)
+        self.trials.config = mine
+        return mine
 
     def run(self) -> int:
         """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
@@ -146,6 +146,7 @@ class Study:
                 self.trials.keep_alive(trial)
 
         try:
+            check_same(self.shared, self.trials.config or "", self.place)  # two commands may have begun at once
             chosen = self.methods[run.method] if run.method in self.methods else self._method(run.method)
             changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "seed_everything": run.seed}
             changes |= dict.fromkeys(self.asked.also_seeded or (), run.seed)

@@ -36,9 +36,6 @@ class Trials:
         metric: the validation metric, which is the value of a trial.
         mode: whether a lower or a higher metric is better.
 
-    Attributes:
-        is_begun: whether any run is finished or being executed. Until then a command may change what the study is about.
-
     Raises:
         UserError: for a study of another metric or mode that has begun, and a storage that cannot be opened.
     """
@@ -48,16 +45,21 @@ class Trials:
         direction = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}[mode]
         opened = _open(storage)
         self.study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
-        self.is_begun = self.are_running() or any(self._trials(TrialState.COMPLETE))
         stored = self.study.user_attrs.get("metric", metric)
         if self.is_begun and (stored, self.study.direction) != (metric, direction):
             expected = f"{stored} and {self.study.direction.name.lower()[:3]}"
             raise UserError(f"metric, mode: expected {expected}, as in the study, received {metric} and {mode}")
         if self.study.direction != direction:  # which Optuna does not change
-            optuna.delete_study(study_name=name, storage=opened)
-            self.study = optuna.create_study(storage=opened, study_name=name, direction=direction)
+            with suppress(KeyError):  # another process has deleted it; by its id, as that process may have made its own
+                opened.delete_study(self.study._study_id)
+            self.study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
         self.study.set_user_attr("metric", metric)
         self.mode = mode
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any run is finished or being executed. Until then a command may change what the study is about."""
+        return self.are_running() or any(self._trials(TrialState.COMPLETE))
 
     @property
     def config(self) -> str | None:
@@ -136,11 +138,11 @@ class Trials:
 
     def finish(self, trial: optuna.Trial, result: Result) -> None:
         """Records a run's result, also of a trial that another process has given up."""
-        try:
+        with suppress(UpdateFinishedTrialError):
             trial.set_user_attr("result", asdict(result))
-            self.study.tell(trial, self._value(result))
-        except UpdateFinishedTrialError:
-            self.add([result])
+            if self.study.tell(trial, self._value(result), skip_if_finished=True).state == TrialState.COMPLETE:
+                return
+        self.add([result])
 
     def fail(self, trial: optuna.Trial) -> None:
         """Records that a run failed; it is repeated when it is requested again."""
