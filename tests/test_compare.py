@@ -336,7 +336,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, runs, capsys):
 
 def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, monkeypatch):
     def refuses(*_):
-        raise UserError("metric: expected one of val_loss, received val_los")
+        raise UserError("model.rank: a run refuses it")
 
     with monkeypatch.context() as patch:
         patch.setattr(process, "execute", refuses)
@@ -558,6 +558,8 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
     assert "error: model.rank: expected at most" in capsys.readouterr().err
+    assert compare(tmp_path / "metric", "--metric", "val_acuracy", methods="[lora]", seeds=1, fit=SHORT) == 2
+    assert "error: metric: expected one of val_accuracy, val_loss, received val_acuracy" in capsys.readouterr().err
     rates = ["--learning_rates", "[1e6]"]
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path / "diverged", *rates, methods="[full]", seeds=1, fit=diverging) == 0

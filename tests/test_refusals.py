@@ -40,7 +40,6 @@ IN_OTHER_WORDS = {
 # refuses a 4-bit layer before it is made one with links.
 UNTESTED = (
     "received {str(folder)}: no permission in",
-    "metric: expected one of {logged}",
     "model.finished_links: expected stack for a 4-bit weight, received merge",
 )
 SHARED = (12, 16, 24)  # as many characters that a test's text has in common with one refusal alone: it is that one's
