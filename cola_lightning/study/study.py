@@ -56,7 +56,7 @@ class Study:
         resolved([*self.words, *as_words(dict.fromkeys(asked.also_seeded or (), 0))])
         storage, name = asked.storage or str(self.output / "study.journal"), asked.study_name or self.output.absolute().name
         self.trials = Trials(storage, name, asked.metric, asked.better)
-        self.place = f"the study {name!r} of {storage}"
+        self.place = f"the study {name!r}"
         self.shared = self._settle_config()
         self.failed: dict[Run, Path] = {}
         n_tuning = len(asked.tuned_by)
