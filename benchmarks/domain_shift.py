@@ -58,7 +58,12 @@ class Stage:
     def words(self) -> list[str]:
         """What follows ``cola``."""
         rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
-        options = {"config": CONFIG, "output": self.folder, "methods": f"[{', '.join(self.rates)}]", "seeds": self.seeds}
+        options = {
+            "config": str(CONFIG),
+            "output": str(self.folder),
+            "methods": f"[{', '.join(self.rates)}]",
+            "seeds": self.seeds,
+        }
         options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": f"{{{rates}}}"}
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
@@ -88,7 +93,6 @@ STAGES = [
     Stage(1, 800, 3, RANK_1 | FULL | SUM),
     Stage(8, 3200, 3, RANK_8 | FULL),
     Stage(1, 800, 5, RANK_1 | FULL | SUM),
-    Stage(8, 800, 3, RANK_8),
     Stage(8, 800, 3, RANK_8 | SUM),
     Stage(8, 3200, 5, RANK_8 | FULL),
     Stage(1, 3200, 3, RANK_1),

@@ -43,7 +43,7 @@ OF_FIT |= {"trainer.gradient_clip_val": "1", "trainer.check_val_every_n_epoch": 
 
 def words(task: str) -> list[str]:
     """What follows ``cola``."""
-    options = {"config": CONFIG, "output": FOLDER / task.lower(), "metric": "val_accuracy", "methods": "[lora, cola]"}
+    options = {"config": str(CONFIG), "output": str(FOLDER / task.lower()), "metric": "val_accuracy", "methods": "[lora, cola]"}
     options |= {"learning_rates": "[1e-3, 5e-4]", "seeds": SEEDS, "tuning_seeds": TUNING_SEEDS}
     return compare(options, {"data.task": task} | OF_FIT)
 

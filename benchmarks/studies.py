@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 
 from cola_lightning.cli import main as cola
+from cola_lightning.study.config import as_words
 
 
 def compare(options: Mapping[str, object], of_fit: Mapping[str, object]) -> list[str]:
@@ -14,11 +15,7 @@ def compare(options: Mapping[str, object], of_fit: Mapping[str, object]) -> list
         options: those of ``cola compare``.
         of_fit: those of ``cola fit``, for each run.
     """
-    return ["compare", *_words(options), "--", *_words(of_fit)]
-
-
-def _words(options: Mapping[str, object]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["compare", *as_words(options), "--", *as_words(of_fit)]
 
 
 def run(words: list[str]) -> None:
