@@ -8,7 +8,7 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 
     python benchmarks/domain_shift.py --figure
 
-draws ``domain_shift.png`` from the lines that are there, and prints README's table and that of docs/results.md.
+draws ``domain_shift.png`` from the lines that are there, and prints README's table and those of docs/results.md.
 """
 
 import argparse
@@ -39,7 +39,8 @@ class Stage:
         seeds: how many.
         rates: those of each method.
         tuning_seeds: by how many seeds rates are compared.
-        scope: ``run``: one decay over the run, with a short warm-up after each knot; ``link``: warm-up and decay in each link.
+        variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``, or
+            ``knot-at-a-quarter``, with one knot, after a quarter of the steps.
     """
 
     rank: int
@@ -47,12 +48,12 @@ class Stage:
     seeds: int
     rates: dict[str, list[float]] = field(hash=False)
     tuning_seeds: int = 1
-    scope: Literal["run", "link"] = "run"
+    variant: Literal["", "decay-in-each-link", "knot-at-a-quarter"] = ""
 
     @property
     def folder(self) -> Path:
         """Of the study."""
-        return FOLDER / f"rank-{self.rank}-steps-{self.steps}{'' if self.scope == 'run' else '-decay-in-each-link'}"
+        return FOLDER / f"rank-{self.rank}-steps-{self.steps}{'-' if self.variant else ''}{self.variant}"
 
     @property
     def words(self) -> list[str]:
@@ -67,12 +68,15 @@ class Stage:
         options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": f"{{{rates}}}"}
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
-        if self.scope == "link":
+        if self.variant == "decay-in-each-link":
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
+        if self.variant == "knot-at-a-quarter":
+            of_fit |= {"chain.every_n_train_steps": "null", "chain.at_steps": f"[{self.steps // 4}]"}
         return compare(options, of_fit)
 
 
 NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA, four times the rank"}
+NAMES |= {"cola": "one knot, after a quarter"}
 NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
@@ -84,24 +88,27 @@ FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}
 STAGES = [
     Stage(1, 800, 1, RANK_1),
     Stage(1, 800, 3, RANK_1),
-    Stage(1, 800, 1, LINK_1, scope="link"),
+    Stage(1, 800, 1, LINK_1, variant="decay-in-each-link"),
     Stage(8, 3200, 1, RANK_8),
-    Stage(8, 3200, 1, LINK_8, scope="link"),
+    Stage(8, 3200, 1, LINK_8, variant="decay-in-each-link"),
     Stage(8, 3200, 2, RANK_8),
-    Stage(1, 800, 3, LINK_1, scope="link"),
+    Stage(1, 800, 3, LINK_1, variant="decay-in-each-link"),
     Stage(8, 3200, 3, RANK_8),
     Stage(1, 800, 3, RANK_1 | FULL | SUM),
     Stage(8, 3200, 3, RANK_8 | FULL),
     Stage(1, 800, 5, RANK_1 | FULL | SUM),
     Stage(8, 800, 3, RANK_8 | SUM),
+    Stage(8, 800, 3, {"cola": [1e-2]}, variant="knot-at-a-quarter"),
+    Stage(1, 800, 3, {"cola": [2e-2]}, variant="knot-at-a-quarter"),
+    Stage(8, 3200, 3, {"cola": [1e-2]}, variant="knot-at-a-quarter"),
     Stage(8, 3200, 5, RANK_8 | FULL),
     Stage(1, 3200, 3, RANK_1),
 ]
 
 
-def studies(scope: str = "run") -> list[Stage]:
+def studies(variant: str = "") -> list[Stage]:
     """The last stage of each study that has lines, by rank and steps."""
-    found = {stage.folder: stage for stage in STAGES if stage.scope == scope and (stage.folder / "results.jsonl").exists()}
+    found = {stage.folder: stage for stage in STAGES if stage.variant == variant and (stage.folder / "results.jsonl").exists()}
     return sorted(found.values(), key=lambda stage: (stage.rank, stage.steps))
 
 
@@ -119,8 +126,8 @@ def rows() -> list[list[str]]:
 def rows_of_scopes() -> list[list[str]]:
     """What docs/results.md says of the two schedules: the same runs with one decay over the run and with one in each link."""
     table = []
-    for stage in studies("link"):
-        over_run = read(replace(stage, scope="run").folder / "results.jsonl")
+    for stage in studies("decay-in-each-link"):
+        over_run = read(replace(stage, variant="").folder / "results.jsonl")
         for name, of_method in at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds)).items():
             runs = {(one.seed, one.learning_rate): one.test for one in over_run if one.method == name}
             tests = [(runs.get((one.seed, one.learning_rate)), one.test) for one in of_method]
@@ -128,6 +135,20 @@ def rows_of_scopes() -> list[list[str]]:
             run, link = (fmean(values) for values in zip(*pairs, strict=True))
             cells = [NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"]
             table.append([f"rank {stage.rank}, {stage.steps:,} steps", *cells])
+    return table
+
+
+def rows_of_one_knot() -> list[list[str]]:
+    """What docs/results.md says of one early knot: that chain, LoRA, and chains of equal links, on the same seeds."""
+    table = []
+    for stage in studies("knot-at-a-quarter"):
+        one_knot = at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds))
+        seeds = {result.seed for result in one_knot["cola"]}
+        others = at_best_rates(read(replace(stage, variant="").folder / "results.jsonl"), "min", range(stage.tuning_seeds))
+        chains = {name: results for name, results in others.items() if name == "lora" or name.startswith("cola")}
+        same = {name: [result for result in results if result.seed in seeds] for name, results in (chains | one_knot).items()}
+        for row in summarize(same):
+            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, NAMES[row.method])])
     return table
 
 
@@ -158,7 +179,7 @@ def main() -> None:
     if not parser.parse_args().figure:
         for stage in STAGES:
             run(stage.words)
-    for row in [*rows(), *rows_of_scopes()]:
+    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot()]:
         print(f"| {' | '.join(row)} |")
     draw(HERE / "domain_shift.png")
 
