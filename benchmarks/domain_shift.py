@@ -21,7 +21,7 @@ from typing import Literal
 from studies import compare, run
 
 from cola_lightning.study.figures import plot_curves
-from cola_lightning.study.results import at_best_rates, read
+from cola_lightning.study.results import Result, at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -74,6 +74,10 @@ class Stage:
             of_fit |= {"chain.every_n_train_steps": "null", "chain.at_steps": f"[{self.steps // 4}]"}
         return compare(options, of_fit)
 
+    def best(self) -> dict[str, list[Result]]:
+        """Each method's results at its best rate, from the lines that are there."""
+        return at_best_rates(read(self.folder / "results.jsonl"), "min", range(self.tuning_seeds))
+
 
 NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA, four times the rank"}
 NAMES |= {"cola": "one knot, after a quarter"}
@@ -117,8 +121,7 @@ def rows() -> list[list[str]]:
     table = []
     for stage in studies():
         place = f"rank {stage.rank}, {stage.steps:,} steps"
-        results = at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds))
-        for row in summarize(results):
+        for row in summarize(stage.best()):
             table.append([place, *short_cells(row, NAMES[row.method])])
     return table
 
@@ -128,7 +131,7 @@ def rows_of_scopes() -> list[list[str]]:
     table = []
     for stage in studies("decay-in-each-link"):
         over_run = read(replace(stage, variant="").folder / "results.jsonl")
-        for name, of_method in at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds)).items():
+        for name, of_method in stage.best().items():
             runs = {(one.seed, one.learning_rate): one.test for one in over_run if one.method == name}
             tests = [(runs.get((one.seed, one.learning_rate)), one.test) for one in of_method]
             pairs = [(run, link) for run, link in tests if run is not None and link is not None]
@@ -142,9 +145,9 @@ def rows_of_one_knot() -> list[list[str]]:
     """What docs/results.md says of one early knot: that chain, LoRA, and chains of equal links, on the same seeds."""
     table = []
     for stage in studies("knot-at-a-quarter"):
-        one_knot = at_best_rates(read(stage.folder / "results.jsonl"), "min", range(stage.tuning_seeds))
+        one_knot = stage.best()
         seeds = {result.seed for result in one_knot["cola"]}
-        others = at_best_rates(read(replace(stage, variant="").folder / "results.jsonl"), "min", range(stage.tuning_seeds))
+        others = replace(stage, variant="").best()
         chains = {name: results for name, results in others.items() if name == "lora" or name.startswith("cola")}
         same = {name: [result for result in results if result.seed in seeds] for name, results in (chains | one_knot).items()}
         for row in summarize(same):
@@ -162,8 +165,7 @@ def draw(path: Path) -> None:
     FigureCanvasAgg(figure)
     for place, stage in enumerate(shown, start=1):
         axes = figure.add_subplot(1, len(shown), place)
-        results = read(stage.folder / "results.jsonl")
-        plot_curves(axes, at_best_rates(results, "min", range(stage.tuning_seeds)), skip=0.12, names=NAMES)
+        plot_curves(axes, stage.best(), skip=0.12, names=NAMES)
         axes.set_title(f"rank {stage.rank}, {stage.steps:,} steps")
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
