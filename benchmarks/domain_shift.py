@@ -79,9 +79,8 @@ class Stage:
         return at_best_rates(read(self.folder / "results.jsonl"), "min", range(self.tuning_seeds))
 
 
-NAMES = {"lora": "LoRA", "full": "full fine-tuning", "lora-sum-rank-4": "LoRA, four times the rank"}
-NAMES |= {"cola": "one knot, after a quarter"}
-NAMES |= {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
+NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
+NAMES |= {"lora-sum-rank-4": "LoRA, four times the rank", "full": "full fine-tuning", "cola": "one knot, after a quarter"}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
 RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8")}
@@ -156,21 +155,23 @@ def rows_of_one_knot() -> list[list[str]]:
 
 
 def draw(path: Path) -> None:
-    """The validation loss over the steps, a panel for each study that has lines."""
+    """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = studies()
-    figure = Figure(figsize=(5.0 * len(shown), 4.4), layout="constrained")
+    ranks, lengths = (sorted({getattr(stage, of) for stage in shown}) for of in ("rank", "steps"))
+    figure = Figure(figsize=(6.0 * len(ranks), 4.2 * len(lengths)), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, stage in enumerate(shown, start=1):
-        axes = figure.add_subplot(1, len(shown), place)
+    for stage in shown:
+        place = lengths.index(stage.steps) * len(ranks) + ranks.index(stage.rank) + 1
+        axes = figure.add_subplot(len(lengths), len(ranks), place)
         plot_curves(axes, stage.best(), skip=0.12, names=NAMES)
         axes.set_title(f"rank {stage.rank}, {stage.steps:,} steps")
         axes.set_xlabel("optimizer steps (dots: knots)")
+        axes.set_ylabel("validation loss (nats per byte)")
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("validation loss (nats per byte), mean over seeds")
     figure.savefig(path, dpi=130)
 
 

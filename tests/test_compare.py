@@ -164,6 +164,18 @@ def test_a_metric_that_is_measured_once_is_seen():
     assert [(line.get_xdata().tolist(), line.get_marker()) for line in lines] == [([10], "D"), ([5, 10], "None")]
 
 
+def test_a_method_with_a_name_has_one_color_in_every_figure():
+    names = {"lora": "LoRA", "cola-2": "2 links", "cola-4": "4 links"}
+    of_four = result("cola-4", curve=[[5, 0.4], [10, 0.5]])
+    colors = []
+    for others in ({"lora": [of_four], "cola-2": [of_four]}, {}):
+        axes = Figure().add_subplot()
+        plot_curves(axes, others | {"cola-4": [of_four]}, names=names)
+        lines, labels = axes.get_legend_handles_labels()
+        colors.append(lines[labels.index("4 links")].get_color())
+    assert colors[0] == colors[1]
+
+
 # ---------------------------------------------------------------------- a study whose runs are made up
 
 

@@ -39,9 +39,12 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
         axes: the axes.
         results: each method's results, at one learning rate.
         skip: the share of a run's steps, from its start, that is omitted, where all methods are alike.
-        names: the methods' names in the legend; None: their names, ranks and numbers of links.
+        names: the methods' names in the legend, in an order that gives each its color in every figure; None: their names,
+            ranks and numbers of links, with colors in the order of the results.
     """
-    for place, (name, of_method) in enumerate(results.items()):
+    order = list(results if names is None else names)
+    for name, of_method in results.items():
+        place = order.index(name)
         curve = mean_curve(of_method)
         curve = {step: value for step, value in curve.items() if step >= skip * max(curve)}
         if not curve:
