@@ -409,6 +409,31 @@ def plateau(folder):
     torch.save(left | {"weights": held(module)}, folder / f"plateau.rank{made.global_rank}.pt")
 
 
+class Scored(MLP):
+    """It has the loss of each row."""
+
+    def row_losses(self, batch):
+        return (self.model(batch["x"]) - batch["y"]).square().mean(1)
+
+
+class OddData(Data):
+    """63 rows: on two processes one is scored twice."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.train = self.train[:-1]
+
+
+def boosted(folder):
+    """Rows that are drawn by the model's error."""
+    module = Scored(target_modules="all-linear", rank=2, alpha=4, seed=1)
+    options = {"devices": world(), "max_epochs": 2} | ({"strategy": STRATEGIES["ddp"]()} if world() > 1 else {})
+    made = trainer(folder, chain={"every_n_epochs": 1, "boosting": True}, **options)
+    made.fit(module, datamodule=OddData())
+    left = {"row_weights": made.callbacks[0].boosting.weights, "weights": held(module)}
+    torch.save(left, folder / f"boosted.rank{made.global_rank}.pt")
+
+
 def predicted(folder):
     """A run whose seed the first process draws, with dropout; what it predicts, by each strategy."""
     for strategy in ("ddp", "fsdp2"):

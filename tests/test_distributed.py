@@ -59,7 +59,9 @@ def trained(tmp_path_factory):
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # to Lightning
-    for process in forked_pair(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", **as_torchrun):
+    for process in forked_pair(
+        folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", "boosted", **as_torchrun
+    ):
         done = process.finish(timeout=240)
         assert done.returncode == 0, done.stderr
     return folder
@@ -70,6 +72,16 @@ def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_valu
     assert first["knots"] == second["knots"] != []
     assert first["own"] != second["own"]
     assert_bit_equal(first["weights"], second["weights"])
+
+
+def test_processes_score_their_share_of_the_rows_for_boosting(trained, tmp_path):
+    first, second = (torch.load(trained / f"boosted.rank{rank}.pt") for rank in range(2))
+    run.boosted(tmp_path)
+    single = torch.load(tmp_path / "boosted.rank0.pt")
+    assert torch.equal(first["row_weights"], second["row_weights"])
+    assert_bit_equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["row_weights"], single["row_weights"], rtol=1e-4, atol=0)
+    assert len(first["row_weights"]) == 63
 
 
 SAME = {

@@ -188,12 +188,15 @@ def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
         ),
         ("asymmetric", 1, {"trained_factors": "B"}),
         ("boost", 10, {"init": "orthogonal"}),
+        ("boost-4", 4, {"init": "orthogonal"}),
     ],
 )
 def test_a_relative_is_a_method_of_a_study(name, links, rule):
     found = method(name, resolved(["--config", DIGITS]))
     assert (found.links, found.rank) == (links, 1)
-    assert rule.items() <= resolved(["--config", DIGITS, *as_words(found.options)])["model"]["init_args"].items()
+    config = resolved(["--config", DIGITS, *as_words(found.options)])
+    assert rule.items() <= config["model"]["init_args"].items()
+    assert config["chain"]["boosting"] == name.startswith("boost")
     assert name.split("-")[0] in METHODS
 
 

@@ -106,7 +106,7 @@ class Recorder(Callback):
 ARGUMENTS = {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 3, "dropout": 0.2, "lr_schedule": "cosine"}
 
 
-def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(), **options):
+def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(), chain=None, **options):
     """A fit of three epochs with a knot in the middle of the second; gives its module, recorder and trainer."""
     module = module or toy(Normed, **ARGUMENTS, optimizer=lambda p: AdamW(p, lr=1e-2))
     recorder = Recorder(stop)
@@ -114,7 +114,7 @@ def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(),
     run = trainer(
         folder,
         *[recorder, LastCheckpoint(), *callbacks],
-        chain={"at_steps": [4], "ranks": [3, 2]},
+        chain=chain or {"at_steps": [4], "ranks": [3, 2]},
         enable_checkpointing=True,
         **options,
     )

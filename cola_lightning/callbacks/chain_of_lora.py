@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 from typing_extensions import override
 
+from cola_lightning.callbacks.boosting import Boosting, check_boosting
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.plateau import Mode, Plateau
 from cola_lightning.chain.schedule import ChainSchedule, Counters
@@ -38,6 +40,7 @@ class ChainModule(Protocol):
     target_modules: str | list[str] | None
     max_rank: int
     chain: Chain
+    link: int
     schedule: ChainSchedule
     link_start: Counters
 
@@ -65,6 +68,9 @@ class ChainOfLoRA(Callback):
         monitor: with ``patience``: the metric, logged in validation.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
+        boosting: in each epoch, draw the training rows, with replacement, in proportion to the error that the model had on them
+            when the link began: one minus the probability of the right label. It needs a module with ``row_losses`` and an
+            :class:`~cola_lightning.data.base.EpochDataModule`, and for each link a pass over the training rows.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -88,6 +94,7 @@ class ChainOfLoRA(Callback):
         monitor: str = "val_loss",
         min_delta: float = 0.0,
         mode: Mode = "min",
+        boosting: bool = False,
     ) -> None:
         is_open = type(self).should_tie is not ChainOfLoRA.should_tie
         whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
@@ -95,6 +102,7 @@ class ChainOfLoRA(Callback):
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
+        self.boosting = Boosting() if boosting else None
         self._asked_at: int | None = None
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
@@ -120,8 +128,38 @@ class ChainOfLoRA(Callback):
         self._asked_at = self._last_step = None
         if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
+            self._set_row_weights(trainer, pl_module)
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def _set_row_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        """Has the data module ask for the weights of its training rows, or draw all alike."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.boosting is None:
+            if hasattr(data, "row_weights"):  # which another trainer may have set
+                data.row_weights = None
+            return
+        check_boosting(trainer, module)
+        boosting = self.boosting
+        if trainer.global_step == 0:
+            boosting.forget()
+
+        def row_weights(is_new_epoch: bool) -> Tensor | None:
+            if not is_new_epoch:  # as the epoch began, also if a knot has come since
+                return boosting.weights
+            return boosting.weights_of(self._link_of_next_batch(trainer), trainer, module, data)
+
+        data.row_weights = row_weights
+
+    def _link_of_next_batch(self, trainer: Trainer) -> int:
+        """The live link's index, or the next one's if the next batch ties a knot.
+
+        A ``should_tie`` of one's own is not asked, as it is called once a step: its knot counts from the next epoch on.
+        """
+        now = Counters(trainer.current_epoch, trainer.global_step)
+        is_own = type(self).should_tie is not ChainOfLoRA.should_tie
+        begins = now.global_step == self.module.link_start.global_step
+        return self.module.link + (not is_own and not begins and self.should_tie(*now))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -172,15 +210,21 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not self._values:  # also if no run has begun
-            return
-        start = self.module.link_start.global_step
-        if values := {step: value for step, value in self._values.items() if step > start}:
-            checkpoint["callbacks"].setdefault(self.state_key, {})["values"] = values
+        state: dict[str, Any] = {}
+        if self._values:  # a run has begun
+            start = self.module.link_start.global_step
+            state["values"] = {step: value for step, value in self._values.items() if step > start}
+        if self.boosting is not None:
+            state["boosting"] = self.boosting.state_dict()
+        if state := {name: value for name, value in state.items() if value}:
+            checkpoint["callbacks"].setdefault(self.state_key, {}).update(state)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._values = dict(checkpoint["callbacks"].get(self.state_key, {}).get("values", {}))
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        self._values = dict(state.get("values", {}))
+        if self.boosting is not None:
+            self.boosting.load_state_dict(state.get("boosting", {}))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -90,6 +91,8 @@ class EpochDataModule(LightningDataModule, ABC):
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
         can_be_tested: whether the test rows have labels or answers to be scored with.
+        row_weights: called at the start of a training epoch with whether it is new, and not resumed inside: weights in
+            proportion to which its rows are drawn; None: each row once.
 
     Args:
         batch_size: rows per training batch.
@@ -105,6 +108,7 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
+    row_weights: Callable[[bool], Tensor | None] | None = None
 
     @property
     def can_be_tested(self) -> bool:  # noqa: D102  # an attribute, above
@@ -158,8 +162,20 @@ class EpochDataModule(LightningDataModule, ABC):
         n_processes, rank = self._processes
         lengths = [self.length(row) for row in self.train] if self.length_grouped else None
         group = self.batch_size * n_processes
-        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group)
+
+        def weights(is_new: bool) -> Tensor | None:
+            return None if self.row_weights is None else self.row_weights(is_new)
+
+        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group, weights)
         return self._loader(self.train, self.batch_size, sampler)
+
+    def rows_to_score(self) -> tuple[list[int], EpochLoader]:
+        """The training rows in batches for evaluation: this process's indices, and their loader.
+
+        All processes have equally many; together they have every row, some twice.
+        """
+        order = list(DistributedEvaluationSampler(self._by_length(self.train), *self._processes))
+        return order, self._loader(self.train, self.eval_batch_size, order)
 
     @property
     def _processes(self) -> tuple[int, int]:

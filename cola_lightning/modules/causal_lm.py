@@ -86,7 +86,7 @@ class COLACausalLM(LanguageModule):
 
     @override
     def step(self, batch: Batch) -> StepOutput:
-        self._check_mask(batch)
+        self._check_batch(batch)
         if "option_ids" not in batch:
             return self._language_step(batch)
         router_loss = None
@@ -110,6 +110,18 @@ class COLACausalLM(LanguageModule):
         if "accepted" in batch:
             answer = torch.where(batch["accepted"].gather(1, chosen.unsqueeze(1)).squeeze(1), chosen, answer)
         return StepOutput(loss, size, chosen, answer)
+
+    def row_losses(self, batch: Batch) -> Tensor:
+        """The loss of each row, of tokens their mean, for ``chain.boosting``; without a router's loss, which is a batch's."""
+        self._check_batch(batch)
+        if "option_ids" not in batch:
+            logits, labels, _ = self._language_logits(batch)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+            return losses.view_as(labels).sum(1) / (labels != IGNORE_INDEX).sum(1).clamp(min=1)
+        scores, answer = self.option_scores(batch), batch["answer"]
+        if batch.get("loss", "options") == "options":
+            return F.cross_entropy(scores, answer, reduction="none")
+        return -scores.gather(1, answer.unsqueeze(1)).squeeze(1)
 
     @functools.cached_property
     def _stop_tokens(self) -> list[int]:
@@ -197,6 +209,13 @@ class COLACausalLM(LanguageModule):
     def _can_share(self) -> bool:
         return can_share(self.model)
 
+    def _check_batch(self, batch: Batch) -> None:
+        self._check_mask(batch)
+        if "option_ids" not in batch and (missing := {"input_ids", "labels"} - set(batch)):
+            raise UserError(
+                f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
+            )
+
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 4 and not self._takes_mask_of_pairs:
@@ -216,10 +235,6 @@ class COLACausalLM(LanguageModule):
         return not (self.should_compile or self.is_sharded) and is_free_of_length(self.model)
 
     def _language_step(self, batch: Batch) -> StepOutput:
-        if missing := {"input_ids", "labels"} - set(batch):
-            raise UserError(
-                f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
-            )
         may_split = self._may_split and not has_router_loss(self.model)
         parts = [part for _, part in split_by_length(batch)] if may_split else [batch]
         totals, counts, router_losses = zip(*map(self._language_loss, parts), strict=True)
@@ -228,16 +243,20 @@ class COLACausalLM(LanguageModule):
 
     def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
         """The sum of the losses of a batch's tokens, their number, and the router's loss of a mixture of experts."""
+        logits, labels, router_loss = self._language_logits(batch)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return total, int((labels != IGNORE_INDEX).sum()), router_loss
+
+    def _language_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits and next tokens at the positions that carry the loss, and the router's loss of a mixture of experts."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # each position predicts the next token
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
             labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
         (places,) = (labels != IGNORE_INDEX).any(0).nonzero(as_tuple=True)
         places = places if len(places) else places.new_zeros(1)
-        labels = labels[:, places]
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, int((labels != IGNORE_INDEX).sum()), router_loss
+        return logits, labels[:, places], router_loss
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -183,13 +183,20 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
-        labels = batch.get("labels")
+        labels, logits = self._labels(batch), self._logits(batch)
+        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
+
+    def row_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of each row, for ``chain.boosting``."""
+        return F.cross_entropy(self._logits(batch), self._labels(batch), reduction="none")
+
+    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
+        labels: Tensor | None = batch.get("labels")
         if labels is None or labels.dim() != 1:
             raise UserError(
                 "batch: expected one label a row, as TextClassificationDataModule makes them, received others or none"
             )
-        logits = self._logits(batch)
-        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
+        return labels
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Config = Mapping[str, Any]
 
 OF_SCHEDULE = (*WHENS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
-NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
+NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.boosting": False}
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
 
 
 def _boost(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain in which each link begins orthogonal to the previous ones, as BoostLoRA's rounds do."""
+    """A chain whose links begin orthogonal to the previous ones, on rows drawn by the model's error: as BoostLoRA's rounds."""
     found = _cola(name, config, chain)
-    return replace(found, options={**found.options, "model.init": "orthogonal"})
+    return replace(found, options={**found.options, "model.init": "orthogonal", "chain.boosting": True})
 
 
 METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
