@@ -254,6 +254,17 @@ def test_what_cannot_be_boosted_is_refused_before_training(tmp_path):
         check_boosting(run, scored())
 
 
+def test_a_run_resumed_inside_an_epoch_is_boosted_as_it_was(tmp_path):
+    plain = {"every_n_epochs": 1}
+    for before, after in [(BOOSTED, plain), (plain, BOOSTED)]:
+        expected, received = "boosting" in before, "boosting" in after
+        folder = tmp_path / str(expected)
+        fit(folder, ("batch_end", 10), module=scored(), chain=before)
+        message = f"chain.boosting: expected {expected}, for the checkpoint was written inside an epoch, received {received}"
+        with pytest.raises(UserError, match=message):
+            fit(folder / "resumed", ckpt_path=last(folder), module=scored(), chain=after)
+
+
 def test_a_row_whose_loss_is_not_finite_stops_the_run(tmp_path):
     class Broken(Scored):
         def row_losses(self, batch):

@@ -53,9 +53,9 @@ class Boosting:
             if not losses.isfinite().all():
                 raise NonFiniteError(f"the loss of training row {int((~losses.isfinite()).nonzero()[0])} is not finite")
             self.link, self.weights = link, -torch.expm1(-losses.clamp(min=0))
-            log.info(
-                "link %d: mean error of the model before it on %d training rows: %.4g", link, len(losses), self.weights.mean()
-            )
+            if trainer.is_global_zero:
+                mean = float(self.weights.mean())
+                log.info("link %d: mean error of the model before it on %d training rows: %.4g", link, len(losses), mean)
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:

@@ -237,6 +237,7 @@ class EpochDataModule(LightningDataModule, ABC):
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
             "data.length_grouped": self.length_grouped,
+            "chain.boosting": self.row_weights is not None,
         }
 
     @override
