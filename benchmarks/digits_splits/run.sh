@@ -21,7 +21,7 @@ rest="full: [2e-3, 4e-3], rac: [2e-2, 4e-2]"
 for rank in 4 1 2; do
   compare $rank "lora, cola" "$two"
 done
-compare 1 "lora, cola, lora-sum-rank, full, rac" "$two, lora-sum-rank: [1e-2, 2e-2], $rest"
+compare 1 "lora, cola, lora-sum-rank, full, rac, boost" "$two, lora-sum-rank: [1e-2, 2e-2], $rest, boost: [1e-2, 2e-2, 4e-2]"
 for rank in 4 2; do
   if ! grep -q '"method": "full"' "$folder/rank-$rank/results.jsonl"; then
     grep '"method": "full"' "$folder/rank-1/results.jsonl" >>"$folder/rank-$rank/results.jsonl"
