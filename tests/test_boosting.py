@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.nn import functional as F
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from cola_lightning import (
     COLACausalLM,
@@ -26,7 +26,7 @@ from cola_lightning.errors import NonFiniteError
 from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
 from cola_lightning.modules.digits import COLADigits
 from tests import forked, tiny
-from tests.test_resume import ARGUMENTS, STOPS, Data, Normed, assert_same_state, fit, last
+from tests.test_resume import ARGUMENTS, STOPS, Data, Normed, Recorder, Stopped, assert_same_state, fit, last
 from tests.toy import assert_bit_equal, toy, trainer, weights
 
 
@@ -223,11 +223,68 @@ def test_scoring_rows_changes_neither_modes_nor_random_numbers(tmp_path):
     assert {(mode, of_norm) for mode, of_norm, _ in seen} == {(True, False)}
 
 
-def test_a_data_module_draws_all_rows_alike_again_under_a_trainer_without_boosting(tmp_path):
-    data = Data(batch_size=4)
-    fit(tmp_path / "boosted", module=scored(), chain=BOOSTED, data=data)
-    _, recorder, _ = fit(tmp_path / "plain", module=scored(), chain={"every_n_epochs": 1}, data=data)
+@pytest.mark.parametrize("stop", [None, ("batch_end", 5)])
+@pytest.mark.parametrize("chain", [{}, None])
+def test_a_data_module_draws_all_rows_alike_again_under_a_trainer_without_boosting(tmp_path, chain, stop):
+    data, recorder = Data(batch_size=4), Recorder()
+    fit(tmp_path / "boosted", stop, module=scored(), chain=BOOSTED, data=data)
+    plain = trainer(tmp_path / "plain", recorder, chain=chain, max_epochs=2, limit_val_batches=0)
+    plain.fit(scored(lr_schedule="constant"), datamodule=data)
     assert set(counts_of(recorder, 1).values()) == {1}
+
+
+def test_rows_are_scored_as_lightning_prepares_batches(tmp_path):
+    class Scaled(Data):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 10, batch[1]]
+
+    seen = []
+
+    class Watched(Scored):
+        def row_losses(self, batch):
+            seen.append(batch[0].std().item())
+            return super().row_losses(batch)
+
+    fit(tmp_path, module=toy(Watched, **ARGUMENTS), chain=BOOSTED, data=Scaled(batch_size=4), max_epochs=1)
+    assert min(seen) > 5
+
+
+def test_rows_of_another_number_are_measured_anew_in_a_run_that_goes_on_at_an_epochs_end(tmp_path):
+    chain, module = {"at_epochs": [4], "boosting": True}, scored()
+    fit(tmp_path, module=module, chain=chain, max_epochs=1)
+
+    class More(Data):
+        def setup(self, stage):
+            super().setup(stage)
+            self.train = ConcatDataset([self.train, self.val])
+
+    _, recorder, _ = fit(tmp_path / "more", ckpt_path=last(tmp_path), module=scored(), chain=chain, data=More(batch_size=4))
+    assert counts_of(recorder, 1).total() == 44
+
+
+def test_a_link_without_the_beginning_of_an_epoch_is_said_to_have_no_rows_of_its_own(tmp_path, caplog):
+    options = {"max_epochs": 2, "accumulate_grad_batches": 1, "chain": {"at_steps": [2, 5], "boosting": True}}
+    fit(tmp_path, module=scored(), **options)
+    (found,) = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == "WARNING" and "boost" in record.name + record.msg
+    ]
+    assert found.startswith("chain.boosting: link 1 ends before an epoch begins in it")
+    caplog.clear()
+    fit(tmp_path / "epochs", module=scored(), chain=BOOSTED)
+    assert "ends before an epoch" not in caplog.text
+
+
+def test_a_failure_while_rows_are_scored_leaves_the_modes_as_they_were(tmp_path):
+    class Failing(Scored):
+        def row_losses(self, batch):
+            raise Stopped
+
+    module = toy(Failing, **ARGUMENTS)
+    with pytest.raises(AssertionError):  # of fit, which expects no stop
+        fit(tmp_path, module=module, chain=BOOSTED)
+    assert all(part.training for part in module.modules())
 
 
 def test_the_command_line_boosts(tmp_path):
@@ -263,6 +320,29 @@ def test_a_run_resumed_inside_an_epoch_is_boosted_as_it_was(tmp_path):
         message = f"chain.boosting: expected {expected}, for the checkpoint was written inside an epoch, received {received}"
         with pytest.raises(UserError, match=message):
             fit(folder / "resumed", ckpt_path=last(folder), module=scored(), chain=after)
+
+
+def test_a_module_must_give_a_loss_a_row(tmp_path):
+    class Mean(Scored):
+        def row_losses(self, batch):
+            return super().row_losses(batch).mean()
+
+    with pytest.raises(UserError, match="row_losses: expected 32 losses, one for each training row, received 8"):
+        fit(tmp_path, module=toy(Mean, **ARGUMENTS), chain=BOOSTED)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_another_loader_than_the_data_modules_own_is_refused(tmp_path):
+    class Own(Data):
+        def train_dataloader(self):
+            return DataLoader(self.train, batch_size=4)
+
+    message = (
+        "chain.boosting: expected the data module's own loader of training rows, which draws them by their weights, received"
+    )
+    for options in ({"data": Own(batch_size=4)}, {"overfit_batches": 2}):
+        with pytest.raises(UserError, match=message):
+            fit(tmp_path, module=scored(), chain=BOOSTED, **options)
 
 
 def test_a_row_whose_loss_is_not_finite_stops_the_run(tmp_path):

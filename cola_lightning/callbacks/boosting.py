@@ -15,10 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class Boosting:
-    """Weights of the training rows: the model's errors on them at the beginning of the live link, for as long as it lasts.
+    """Weights of the training rows: the model's errors on them at the start of the live link's first epoch.
 
     A row's error is 1 - exp(-loss): for a cross-entropy, one minus the probability of the right label, which is the length of
-    the loss's gradient by that label's logit. A link that begins inside an epoch has its own weights from the next epoch on.
+    the loss's gradient by that label's logit. The first epoch of a link is the one that begins with it, or else the first that
+    begins after it.
 
     Source: boosting by resampling is Freund and Schapire, "A Decision-Theoretic Generalization of On-Line Learning" (1997).
         Rounds of LoRA are boosted by XGBLoRA (arXiv 2410.19694), and trained on wrong examples alone by BoostLoRA (arXiv
@@ -27,44 +28,55 @@ class Boosting:
 
     def __init__(self) -> None:
         self.link: int | None = None
+        self.rows: list[int] = []  # what the weights are of: the number of training rows, and the seed of their split
         self.weights: Tensor | None = None
+        self._run: tuple[Trainer, Any, Any] | None = None
 
-    def forget(self) -> None:
-        """Begins a new run."""
-        self.link = self.weights = None
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begins a fit; weights remain if it continues one of the same module and data.
 
-    def weights_of(self, link: int, trainer: Trainer, module: LightningModule, data: Any) -> Tensor:
+        Raises:
+            UserError: if the rows cannot be weighted, see :func:`check_boosting`.
+        """
+        check_boosting(trainer, module)
+        run = trainer, module, trainer.datamodule  # type: ignore[attr-defined]
+        if self._run is None or any(a is not b for a, b in zip(run, self._run, strict=True)) or trainer.global_step == 0:
+            self.link, self.rows, self.weights = None, [], None
+        self._run = run
+
+    def weights_of(self, link: int) -> Tensor:
         """The weights of the training rows in an epoch that begins now, measured if the link has none yet.
 
         Args:
             link: index of the link that the epoch's first batch trains.
-            trainer: of the run.
-            module: has ``row_losses``.
-            data: has ``rows_to_score``.
 
         Shape:
             result: training rows, in float64, on the CPU, the same in every process.
 
         Raises:
+            UserError: if ``row_losses`` does not return a loss for each row.
             NonFiniteError: if a row's loss is not finite.
         """
-        if self.weights is None or link != self.link:
+        assert self._run is not None
+        trainer, module, data = self._run
+        rows = [len(data.train), data.split_seed]
+        if self.weights is None or (link, rows) != (self.link, self.rows):
             losses = row_losses(trainer, module, data)
             if not losses.isfinite().all():
                 raise NonFiniteError(f"the loss of training row {int((~losses.isfinite()).nonzero()[0])} is not finite")
-            self.link, self.weights = link, -torch.expm1(-losses.clamp(min=0))
+            self.link, self.rows, self.weights = link, rows, -torch.expm1(-losses.clamp(min=0))
             if trainer.is_global_zero:
                 mean = float(self.weights.mean())
                 log.info("link %d: mean error of the model before it on %d training rows: %.4g", link, len(losses), mean)
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights and their link: a run that resumes inside a link goes on with them."""
-        return {} if self.weights is None else {"link": self.link, "weights": self.weights}
+        """The weights, and what they are of: a run that resumes inside a link goes on with them."""
+        return {} if self.weights is None else {"link": self.link, "rows": self.rows, "weights": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes a :meth:`state_dict`."""
-        self.link, self.weights = state.get("link"), state.get("weights")
+        self.link, self.rows, self.weights = state.get("link"), list(state.get("rows", ())), state.get("weights")
 
 
 @torch.no_grad()
@@ -73,15 +85,25 @@ def row_losses(trainer: Trainer, module: Any, data: Any) -> Tensor:
 
     Shape:
         result: training rows, in float64, on the CPU.
+
+    Raises:
+        UserError: if the module's ``row_losses`` does not return a loss for each row.
     """
     places, loader = data.rows_to_score()
     modes = {part: part.training for part in module.modules()}
+    parts = []
     module.eval()
-    with trainer.precision_plugin.forward_context():
-        batches = (trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)) for batch in loader)
-        losses = torch.cat([module.row_losses(batch).float() for batch in batches])
-    for part, mode in modes.items():
-        part.training = mode
+    try:
+        with trainer.precision_plugin.forward_context():
+            for batch in loader:  # as Lightning's loops prepare one
+                prepared = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+                parts.append(module.row_losses(trainer.strategy.batch_to_device(prepared)).float())
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    losses = torch.cat([part.reshape(-1) for part in parts])
+    if len(losses) != len(places):
+        raise UserError(f"row_losses: expected {len(places)} losses, one for each training row, received {len(losses)}")
     every_place = trainer.strategy.all_gather(torch.tensor(places, device=losses.device))
     every_loss = trainer.strategy.all_gather(losses)
     result = torch.zeros(len(data.train), dtype=torch.float64)

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.callbacks.boosting import Boosting, check_boosting
+from cola_lightning.callbacks.boosting import Boosting
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.plateau import Mode, Plateau
 from cola_lightning.chain.schedule import ChainSchedule, Counters
@@ -69,8 +69,9 @@ class ChainOfLoRA(Callback):
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
         boosting: in each epoch, draw the training rows, with replacement, in proportion to the error that the model had on them
-            when the link began: one minus the probability of the right label. It needs a module with ``row_losses`` and an
-            :class:`~cola_lightning.data.base.EpochDataModule`, and for each link a pass over the training rows.
+            when the link's first epoch began: one minus the probability of the right label. It needs a module with
+            ``row_losses`` and an :class:`~cola_lightning.data.base.EpochDataModule`, and for each link a pass over the training
+            rows. A link without the beginning of an epoch has the rows of the link before.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -139,17 +140,22 @@ class ChainOfLoRA(Callback):
             if hasattr(data, "row_weights"):  # which another trainer may have set
                 data.row_weights = None
             return
-        check_boosting(trainer, module)
         boosting = self.boosting
-        if trainer.global_step == 0:
-            boosting.forget()
+        boosting.begin(trainer, module)
 
         def row_weights(is_new_epoch: bool) -> Tensor | None:
+            if data.trainer is not trainer:
+                return None
             if not is_new_epoch:  # as the epoch began, also if a knot has come since
                 return boosting.weights
-            return boosting.weights_of(self._link_of_next_batch(trainer), trainer, module, data)
+            return boosting.weights_of(self._link_of_next_batch(trainer))
 
         data.row_weights = row_weights
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.boosting is not None and stage == "fit":
+            trainer.datamodule.row_weights = None  # type: ignore[attr-defined]
 
     def _link_of_next_batch(self, trainer: Trainer) -> int:
         """The live link's index, or the next one's if the next batch ties a knot.
@@ -163,6 +169,11 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.boosting is not None and batch_idx == 0 and self.boosting.weights is None:
+            raise UserError(
+                "chain.boosting: expected the data module's own loader of training rows, which draws them by their weights, "
+                "received another (a train_dataloader of its own, or trainer.overfit_batches)"
+            )
         now = Counters(trainer.current_epoch, trainer.global_step)
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
@@ -172,6 +183,11 @@ class ChainOfLoRA(Callback):
             return
         self._asked_at = now.global_step
         if self.should_tie(*now):
+            if self.boosting is not None and self.boosting.link is not None and self.boosting.link < self.module.link:
+                log.warning(
+                    "chain.boosting: link %d ends before an epoch begins in it: its rows were drawn by an earlier model's errors",
+                    self.module.link,
+                )
             self._report(self.module.tie_knot(), trainer, "finished")
 
     @override

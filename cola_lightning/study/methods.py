@@ -13,7 +13,8 @@ Config = Mapping[str, Any]
 
 OF_SCHEDULE = (*WHENS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
-NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.boosting": False}
+NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
+ONE_LINK = NO_CHAIN | {"chain.boosting": False}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ ChainOf = Callable[[str, Config], tuple[list[int], dict[str, Any]]]
 
 def _lora(name: str, config: Config, chain: ChainOf) -> Method:
     """One link over the whole run."""
-    return Method(name, 1, _rank(config), NO_CHAIN)
+    return Method(name, 1, _rank(config), ONE_LINK)
 
 
 def _cola(name: str, config: Config, chain: ChainOf) -> Method:
@@ -73,13 +74,13 @@ def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     ranks, _ = chain(name, config)
     scaling = _model(config)["alpha"] / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
-    return Method(name, 1, sum(ranks), NO_CHAIN | sizes)
+    return Method(name, 1, sum(ranks), ONE_LINK | sizes)
 
 
 def _full(name: str, config: Config, chain: ChainOf) -> Method:
     """Every parameter is trained, without links."""
     alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
-    return Method(name, 0, None, NO_CHAIN | alone)
+    return Method(name, 0, None, ONE_LINK | alone)
 
 
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
@@ -103,7 +104,7 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
 
 def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
     """One link that trains only B; A stays as drawn."""
-    return Method(name, 1, _rank(config), NO_CHAIN | {"model.trained_factors": "B"})
+    return Method(name, 1, _rank(config), ONE_LINK | {"model.trained_factors": "B"})
 
 
 def _boost(name: str, config: Config, chain: ChainOf) -> Method:
