@@ -185,7 +185,7 @@ class ChainOfLoRA(Callback):
         if self.should_tie(*now):
             if self.boosting is not None and self.boosting.link is not None and self.boosting.link < self.module.link:
                 log.warning(
-                    "chain.boosting: link %d ends before an epoch begins in it: its rows were drawn by an earlier model's errors",
+                    "chain.boosting: link %d ends before an epoch begins in it: its rows were drawn by earlier errors",
                     self.module.link,
                 )
             self._report(self.module.tie_knot(), trainer, "finished")
