@@ -70,6 +70,25 @@ class Boosting:
                 log.info("link %d: mean error of the model before it on %d training rows: %.4g", link, len(losses), mean)
         return self.weights
 
+    def check_drawn(self) -> None:
+        """Refuses, at an epoch's first batch, rows that were drawn without being weighted.
+
+        Raises:
+            UserError: if the rows come from another loader than the data module's own.
+        """
+        if self.weights is None:
+            raise UserError(
+                "chain.boosting: expected the data module's own loader of training rows, which draws them by their weights, "
+                "received another (a train_dataloader of its own, or trainer.overfit_batches)"
+            )
+
+    def end_link(self, link: int) -> None:
+        """Warns of a link in which no epoch began, so that it never had rows of its own."""
+        if self.link is not None and self.link < link:
+            log.warning(
+                "chain.boosting: link %d ends before an epoch begins in it: its rows were drawn by earlier errors", link
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The weights, and what they are of: a run that resumes inside a link goes on with them."""
         return {} if self.weights is None else {"link": self.link, "rows": self.rows, "weights": self.weights}

@@ -169,11 +169,8 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.boosting is not None and batch_idx == 0 and self.boosting.weights is None:
-            raise UserError(
-                "chain.boosting: expected the data module's own loader of training rows, which draws them by their weights, "
-                "received another (a train_dataloader of its own, or trainer.overfit_batches)"
-            )
+        if self.boosting is not None and batch_idx == 0:
+            self.boosting.check_drawn()
         now = Counters(trainer.current_epoch, trainer.global_step)
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
@@ -183,11 +180,8 @@ class ChainOfLoRA(Callback):
             return
         self._asked_at = now.global_step
         if self.should_tie(*now):
-            if self.boosting is not None and self.boosting.link is not None and self.boosting.link < self.module.link:
-                log.warning(
-                    "chain.boosting: link %d ends before an epoch begins in it: its rows were drawn by earlier errors",
-                    self.module.link,
-                )
+            if self.boosting is not None:
+                self.boosting.end_link(self.module.link)
             self._report(self.module.tie_knot(), trainer, "finished")
 
     @override
