@@ -193,7 +193,7 @@ def test_a_boosted_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, 
     arguments = {"lr_schedule": "constant"}  # as a link's length may not be known
     whole, expected, _ = fit(tmp_path / "whole", module=scored(**arguments), **options)
     assert len(whole.chain.links) >= 1
-    for stop in STOPS[::3]:
+    for stop in STOPS[::6]:
         folder = tmp_path / f"{stop}"
         fit(folder, stop, module=scored(**arguments), **options)
         module, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=scored(**arguments), **options)
