@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
-    ["conventions", "errors", "hub", "progress", "__init__"],
+    ["conventions", "errors", "hub", "modes", "progress", "__init__"],
     ["writing", "seeding", "decoding", "turns"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],

@@ -197,6 +197,7 @@ def test_a_relative_is_a_method_of_a_study(name, links, rule):
     config = resolved(["--config", DIGITS, *as_words(found.options)])
     assert rule.items() <= config["model"]["init_args"].items()
     assert config["chain"]["boosting"] == name.startswith("boost")
+    assert name.split("-")[0] in METHODS
 
 
 @pytest.mark.parametrize(("name", "expected"), [("lora", False), ("full", False), ("cola", True), ("cola-4", True)])
@@ -204,7 +205,6 @@ def test_the_chain_of_a_boosted_config_is_boosted_in_a_study_and_lora_is_not(nam
     boosted = ["--config", DIGITS, "--chain.boosting", "true"]
     found = method(name, resolved(boosted))
     assert resolved([*boosted, *as_words(found.options)])["chain"]["boosting"] == expected
-    assert name.split("-")[0] in METHODS
 
 
 # ---------------------------------------------------------------------- BoostLoRA: links orthogonal to those before

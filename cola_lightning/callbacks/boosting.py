@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.modes import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -109,17 +110,11 @@ def row_losses(trainer: Trainer, module: Any, data: Any) -> Tensor:
         UserError: if the module's ``row_losses`` does not return a loss for each row.
     """
     places, loader = data.rows_to_score()
-    modes = {part: part.training for part in module.modules()}
     parts = []
-    module.eval()
-    try:
-        with trainer.precision_plugin.forward_context():
-            for batch in loader:  # as Lightning's loops prepare one
-                prepared = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-                parts.append(module.row_losses(trainer.strategy.batch_to_device(prepared)).float())
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(module), trainer.precision_plugin.forward_context():
+        for batch in loader:  # as Lightning's loops prepare one
+            prepared = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+            parts.append(module.row_losses(trainer.strategy.batch_to_device(prepared)).float())
     losses = torch.cat([part.reshape(-1) for part in parts])
     if len(losses) != len(places):
         raise UserError(f"row_losses: expected {len(places)} losses, one for each training row, received {len(losses)}")

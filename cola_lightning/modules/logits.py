@@ -3,8 +3,7 @@
 import inspect
 import logging
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.modes import evaluating
 from cola_lightning.modules.pretrained import is_failure
 
 log = logging.getLogger(__name__)
@@ -165,18 +165,6 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
     return cuts[::-1]
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's mode is restored."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in before.items():
-            module.training = is_training
-
-
 def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
@@ -204,7 +192,7 @@ def check_decoder(model: nn.Module) -> None:
     """
     name = type(model).__name__
     try:
-        with _evaluating(model):
+        with evaluating(model):
             alone, changed, padded = _logits_of_probes(model)
     except Exception as error:  # whatever a model raises for its inputs, an encoder-decoder for example
         if not _is_of_the_inputs(error):
@@ -326,7 +314,7 @@ def can_share(model: nn.Module) -> bool:
         ids[row, row : row + 8], mask[row, :row] = ids[0, :8], 0
     batch = {"input_ids": ids, "attention_mask": mask.to(ids.device)}
     batch |= {"n_sequences": torch.tensor([4]), "n_shared": torch.tensor([8])}
-    with _evaluating(model):
+    with evaluating(model):
         expected = logits_of(model, batch, 1)
         try:
             received = shared_logits(model, batch, 1)
@@ -371,7 +359,7 @@ def takes_mask_of_pairs(model: nn.Module) -> bool:
     is_second = places >= 5
     pairs = (is_second[:, None] == is_second) & (places[:, None] >= places)
     packed = {"attention_mask": pairs[None, None], "position_ids": (places - 5 * is_second).unsqueeze(0)}
-    with _evaluating(model), torch.autocast(device.type, enabled=False):
+    with evaluating(model), torch.autocast(device.type, enabled=False):
         alone = logits_of(model, {"input_ids": second, "attention_mask": torch.ones_like(second)}, 4)
         try:
             behind, behind_other = (
