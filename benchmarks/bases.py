@@ -130,10 +130,10 @@ def megabytes(module: COLACausalLM) -> float:
 
 
 def measure_steps(
-    config: OPTConfig, targets: Sequence[str] | str, repeats: int, modes: Sequence[Mode] = MODES
+    config: OPTConfig, targets: Sequence[str] | str, repeats: int, modes: Sequence[Mode] = MODES, length: int = 64
 ) -> dict[str, Any]:
-    """Sizes and seconds of the modes, with one link and with eight finished ones beside it."""
-    batch, works, sizes = make_batch(config, 64), {}, {}
+    """Sizes and seconds of the modes, with one link and with eight finished ones beside it, on rows of so many tokens."""
+    batch, works, sizes = make_batch(config, length), {}, {}
     for mode in modes:
         module = RandomCausalLM(config, *mode, targets)
         works[f"{' '.join(mode)}, one link"] = cola_step(config, batch, module)

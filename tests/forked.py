@@ -7,6 +7,7 @@ process it must be where a test is about what is imported, how long that takes, 
 """
 
 import atexit
+import fcntl
 import functools
 import gc
 import importlib
@@ -53,15 +54,16 @@ class Command:
         env: its environment; None: this process' own. ``OMP_NUM_THREADS``, which is 1, and ``PYTHONPATH`` stay the tests'.
         log: the path of a file that gets both of its streams; None: they are collected.
         start_new_session: whether it has a session, and so a process group, of its own.
+        pass_fds: file descriptors that it shares, under the same numbers.
     """
 
-    def __init__(self, *arguments, cwd=None, env=None, log=None, start_new_session=False):
+    def __init__(self, *arguments, cwd=None, env=None, log=None, start_new_session=False, pass_fds=()):
         self.arguments = list(map(str, arguments))
         self._streams = [log.open("w+")] if log else [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
         self._reports, reports = os.pipe()
         environment = dict(os.environ if env is None else env)
-        request = json.dumps([self.arguments, os.path.abspath(cwd or "."), environment, start_new_session])
-        descriptors = [reports, self._streams[0].fileno(), self._streams[-1].fileno()]
+        request = json.dumps([self.arguments, os.path.abspath(cwd or "."), environment, start_new_session, list(pass_fds)])
+        descriptors = [reports, self._streams[0].fileno(), self._streams[-1].fileno(), *pass_fds]
         socket.send_fds(_server(), [request.encode()], descriptors)
         os.close(reports)
         self.pid = _read(self._reports)
@@ -104,16 +106,17 @@ def run(*arguments, timeout=None, check=False, **how):
 
 def _serve(requests):
     """Forks a process for each request. Returns in each of these, with the request, and where no more will come, with None."""
-    while (received := socket.recv_fds(requests, 1 << 20, 3))[0]:
+    while (received := socket.recv_fds(requests, 1 << 20, 8))[0]:
         request, descriptors, *_ = received
         if os.fork() == 0:  # who waits for the command
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if (pid := os.fork()) == 0:
-                for number, stream in enumerate(descriptors[1:], start=1):
+                for number, stream in enumerate(descriptors[1:3], start=1):
                     os.dup2(stream, number)
+                shared = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 256) for descriptor in descriptors[3:]]  # off the numbers
                 for descriptor in descriptors:
                     os.close(descriptor)
-                return json.loads(request)
+                return [*json.loads(request), shared]
             _write(descriptors[0], pid)
             _write(descriptors[0], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
             os._exit(0)
@@ -122,8 +125,11 @@ def _serve(requests):
     return None
 
 
-def _become(arguments, folder, environment, has_own_session):
+def _become(arguments, folder, environment, has_own_session, numbers, shared):
     """Makes of a process that was just forked what ``python *arguments`` would be."""
+    for descriptor, number in zip(shared, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     if has_own_session:
         os.setsid()
     os.chdir(folder)

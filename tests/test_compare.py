@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -546,8 +545,27 @@ def test_optunas_own_tools_see_the_study(tmp_path, runs):
 SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 
 
+class ForkedRun:
+    """In the place of a run's new process, which the test of a stopped study has: one that is forked."""
+
+    def __init__(self, command, stdout, stderr, pass_fds):
+        self.command, self.status = forked.Command(*command[1:], log=Path(stdout.name), pass_fds=pass_fds), None
+
+    def wait(self):
+        self.status = self.command.finish().returncode
+        return self.status
+
+    def poll(self):
+        return self.status
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    monkeypatch.setattr(process.subprocess, "Popen", ForkedRun)
+
+
+@pytest.mark.usefixtures("forked_runs")
 def test_a_run_is_the_fit_of_the_same_values(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola]", seeds=1, fit=SHORT) == 0
     (line,) = lines(tmp_path / "study")
     fit = ["--config", DIGITS, *SHORT, "--trainer.default_root_dir", str(tmp_path / "fit"), "--seed_everything", "0"]
@@ -568,8 +586,8 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path, monkeypatch, capsys):
     assert not list(folder.rglob("*.ckpt"))
 
 
-def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.usefixtures("forked_runs")
+def test_what_a_run_refuses_and_what_diverges(tmp_path, capsys):
     assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
     assert "error: model.rank: expected at most" in capsys.readouterr().err
     assert compare(tmp_path / "metric", "--metric", "val_acuracy", methods="[lora]", seeds=1, fit=SHORT) == 2
@@ -589,8 +607,8 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, monkeypatch, capsys):
         (["--trainer.limit_test_batches", "0"], "data: expected rows and a test_step for test, as methods are compared"),
     ],
 )
-def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, monkeypatch, capsys, fit, message):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.usefixtures("forked_runs")
+def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, capsys, fit, message):
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=[*SHORT, *fit]) == 2
     assert not list(tmp_path.rglob("*.ckpt"))
     assert f"error: {message}" in capsys.readouterr().err
@@ -610,21 +628,21 @@ def test_a_study_that_is_stopped_ends_its_run_and_goes_on(tmp_path):
         "--trainer.max_epochs",
         "3",
     ]
-    command = [sys.executable, "-m", "cola_lightning", "compare", *words]
+    command = ["-m", "cola_lightning", "compare", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    stopped = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    stopped = forked.Command(*command, env=environment, cwd=tmp_path)
     log = tmp_path / "runs" / "lora-lr0.02-seed0" / "log.txt"
     for _ in range(600):
         if log.exists():
             break
         time.sleep(0.1)
     time.sleep(0.5)
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(60) == 143, stopped.stderr.read()
-    stopped.stderr.close()
+    os.kill(stopped.pid, signal.SIGTERM)
+    done = stopped.finish(timeout=60)
+    assert done.returncode == 143, done.stderr
     processes = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(p)]
     assert processes == []
-    forked.run(*command[1:], env=environment, cwd=tmp_path, timeout=120, check=True)
+    forked.run(*command, env=environment, cwd=tmp_path, timeout=120, check=True)
     assert len(lines(tmp_path)) == 1
 
 

@@ -71,7 +71,7 @@ def test_a_knot_changes_a_loss_by_a_step_of_the_precision_at_most(bases, speed, 
 
 def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
     width, layers, targets, mode = 768, 1, 2, ("bfloat16", "stack")
-    results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 7, [mode])
+    results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 7, [mode], length=8)
     assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
     computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6
     assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)

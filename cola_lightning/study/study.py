@@ -53,7 +53,8 @@ class Study:
         self.methods = {name: self._method(name) for name in asked.methods}
         rates = asked.learning_rates or [float(own_rate)]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.methods, rates)
-        resolved([*self.words, *as_words(dict.fromkeys(asked.also_seeded or (), 0))])
+        if asked.also_seeded:
+            resolved([*self.words, *as_words(dict.fromkeys(asked.also_seeded, 0))])
         storage, name = asked.storage or str(self.output / "study.journal"), asked.study_name or self.output.absolute().name
         self.trials = Trials(storage, name, asked.metric, asked.better)
         self.place = f"the study {name!r}"
