@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -561,7 +563,7 @@ class ForkedRun:
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    monkeypatch.setattr(process.subprocess, "Popen", ForkedRun)
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=ForkedRun, STDOUT=subprocess.STDOUT))
 
 
 @pytest.mark.usefixtures("forked_runs")
@@ -591,7 +593,9 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, capsys):
     assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
     assert "error: model.rank: expected at most" in capsys.readouterr().err
     assert compare(tmp_path / "metric", "--metric", "val_acuracy", methods="[lora]", seeds=1, fit=SHORT) == 2
-    assert "error: metric: expected one of val_accuracy, val_loss, received val_acuracy" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out.count("metric: a validation logged no val_acuracy; is val_accuracy meant?") == 1
+    assert "error: metric: expected one of val_accuracy, val_loss, received val_acuracy" in said.err
     rates = ["--learning_rates", "[1e6]"]
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path / "diverged", *rates, methods="[full]", seeds=1, fit=diverging) == 0

@@ -1,6 +1,7 @@
 """Starts a run in a separate process, and waits for it."""
 
 import json
+import logging
 import os
 import select
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOG = "log.txt"
 
@@ -35,12 +38,14 @@ def execute(
     reading, writing = os.pipe()
     asked = json.dumps({"words": list(words), "metric": metric, "report": writing})
     reports: dict[str, Any] = {}
-    with (folder / LOG).open("w") as log, os.fdopen(reading, "rb", buffering=0):
+    with (folder / LOG).open("w") as output, os.fdopen(reading, "rb", buffering=0):
         command = [sys.executable, "-m", "cola_lightning", "compare", "--run", asked]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[writing])
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writing])
         try:
             os.close(writing)
             for report in _reports(reading, tell_every):
+                if (warning := report.pop("warning", None)) is not None:
+                    log.warning("%s", warning)
                 reports |= report
                 tell(reports.get("done", 0.0))
             status = process.wait()

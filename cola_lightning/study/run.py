@@ -3,6 +3,7 @@
 It has a process of its own, so that its peak memory is its own, and so that a run that is killed does not end the study.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +37,14 @@ class Recorder(Callback):
 
     Args:
         metric: the validation metric's name.
-        report: called with ``{"done": share of the run}``.
+        report: called with ``{"done": share of the run}``, and with a ``{"warning": text}``.
     """
 
     def __init__(self, metric: str, report: Report) -> None:
         self.metric, self.report = metric, report
         self.curve: list[tuple[int, float]] = []
         self.steps, self.trainable_parameters, self.seconds, self._reported_at = 0, 0, 0.0, 0.0
+        self._has_warned = False
 
     def facts(self) -> dict[str, Any]:
         """The recorded values, as a Result's fields."""
@@ -70,9 +72,21 @@ class Recorder(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.metric)  # that of generated answers is only computed after the fit
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not None:
-            self.curve.append((trainer.global_step, float(value)))
+        if trainer.state.fn != "fit":
+            return
+        logged = trainer.callback_metrics
+        if self.metric not in logged:  # that of generated answers is only computed after the fit
+            self._warn_of_name(logged)
+        elif not trainer.sanity_checking:
+            self.curve.append((trainer.global_step, float(logged[self.metric])))
+
+    def _warn_of_name(self, logged: Collection[str]) -> None:
+        """Reports early what may be a typing error; what is no metric at all is known only after the fit."""
+        near = difflib.get_close_matches(self.metric, logged, n=1, cutoff=0.8)
+        if near and not self._has_warned:
+            self._has_warned = True
+            meant = f"is {near[0]} meant? Without {self.metric} after the fit, the study ends there"
+            self.report({"warning": f"metric: a validation logged no {self.metric}; {meant}"})
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +113,8 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
     Args:
         words: the arguments of ``cola fit``.
         metric: the validation metric's name, ``val_...``; the test metric's is ``test_...``.
-        report: called with ``{"done": share of the run}`` and, at the end, ``{"result": fields of a Result}``.
+        report: called with ``{"done": share of the run}``, ``{"warning": text}`` and, at the end, ``{"result": fields of a
+            Result}``.
 
     Returns:
         The exit status.
