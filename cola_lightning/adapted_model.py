@@ -331,12 +331,12 @@ class AdaptedModel:
         names, extras = self.extras().keys(), chain.links[-1].extras if chain.links else {}
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
-        weights = base_weights(self.base_again()) if self.base_weights is None else self.base_weights
+        weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
         return {name: weights[name] for name in names} | extras
 
     # ------------------------------------------------------------------ the base
 
-    def base_again(self) -> nn.Module:
+    def rebuild_base(self) -> nn.Module:
         """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
         Raises:
@@ -353,7 +353,7 @@ class AdaptedModel:
         """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
         weights = self.base_weights
         if weights is None:
-            weights = base_weights(self.base_again() if made is None else made)
+            weights = base_weights(self.rebuild_base() if made is None else made)
         state = model.state_dict()
         for name, value in weights.items():
             tensors.copy_(state[name], value)
@@ -363,7 +363,7 @@ class AdaptedModel:
     def cast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
-        It widens only to float64; a layer into which links are merged is never narrowed.
+        It upcasts only to float64; a layer into which links are merged is never downcast.
 
         Raises:
             UserError: if sharded layers would have to be cast.
@@ -382,7 +382,7 @@ class AdaptedModel:
     def recast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""
         if self.cast_dtype.itemsize < 4:
-            made = self.base_again()
+            made = self.rebuild_base()
             for name, part in made.named_modules():
                 tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
                 wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
@@ -392,7 +392,7 @@ class AdaptedModel:
             self.forget_links(self.chain.base)
         self.cast(dtype)
 
-    def widen_stacks(self) -> None:
+    def upcast_stacks(self) -> None:
         """Has 4-bit layers compute in float32, and restores stacked links from the chain, after a cast to that dtype."""
         quantized: list[Any] = [part for part in self.model.modules() if is_quantized(part)]
         for layer in quantized:
@@ -435,7 +435,7 @@ class AdaptedModel:
                     nn.init.zeros_(layer.lora_B)
                 model.load_state_dict(self.extras_after(chain), strict=False)
         else:
-            model = self.base_again()
+            model = self.rebuild_base()
             if links == total and layers:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}

@@ -122,7 +122,7 @@ def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
     """A few tokens, or an example input, and the model's logits for them; None if no input is known.
 
     Args:
-        model: as it was trained, or widened, on the CPU.
+        model: as it was trained, or upcast, on the CPU.
         example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
     """
     parameters = inspect.signature(model.forward).parameters

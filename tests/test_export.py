@@ -914,7 +914,7 @@ def test_an_adapter_gives_the_modules_logits_on_the_base_that_it_names(tmp_path,
         assert ("model.config.pad_token_id = 1, as" in out) == (case == "a classifier by its last token")
         base.config.pad_token_id = module.tokenizer.pad_token_id
     model = PeftModel.from_pretrained(base, tmp_path / "out")
-    module.widen()
+    module.upcast()
     assert difference(tiny.logits(model), tiny.logits(module.model)) <= 1e-5 * tiny.logits(module.model).abs().max()
 
 

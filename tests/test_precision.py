@@ -87,7 +87,7 @@ def test_a_language_model_in_bf16_trains_and_its_merged_copy_gives_its_logits(tm
     probe = {"input_ids": rows[0]["input_ids"]}
     ours, half = logits_of(module.merged_model(), probe), logits_of(module.model, probe)
     assert (ours - half).abs().max() <= 2**-5 * ours.abs().max()
-    module.widen()
+    module.upcast()
     torch.testing.assert_close(ours, logits_of(module.model, probe), rtol=0, atol=1e-5 * ours.abs().max().item())
 
 

@@ -23,7 +23,7 @@ MADE_ELSEWHERE = {
     "<NO_DEEPSPEED>",
     "trainer: {one_line(str(error))}",
     "<message>",
-    "{self.errors[0]} ({n_left_out} of {n_rows} rows cannot be used; up to {PERCENT_LEFT_OUT} % would be skipped)",
+    "{self.errors[0]} ({n_skipped} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)",
     "<_last_error(folder / LOG)>",
 }
 # Tests of these know little of the message beside what was given.

@@ -7,7 +7,7 @@ from typing import Any
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
 from cola_lightning.data.encoding import n_common, truncate_left
-from cola_lightning.data.rows import LeftOut
+from cola_lightning.data.rows import SkippedRows
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.turns import as_turn
@@ -95,7 +95,7 @@ def encode_examples(
     *,
     is_chat: bool = False,
     is_learned: bool = False,
-    left_out: LeftOut | None = None,
+    skipped: SkippedRows | None = None,
 ) -> list[EncodedExample]:
     """Tokenizes prompt and option as one text; the option's tokens are those that the prompt alone does not have.
 
@@ -110,7 +110,7 @@ def encode_examples(
         max_length: of prompt and option, in tokens.
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option the assistant's turn.
         is_learned: whether to encode only the right options, for the language-model loss.
-        left_out: records the examples that cannot be encoded; None: the first one is an error.
+        skipped: records the examples that cannot be encoded; None: the first one is an error.
 
     Raises:
         UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another only in spaces.
@@ -136,7 +136,7 @@ def encode_examples(
     for example, prompt, room in zip(examples, prompts, rooms, strict=True):
         own = slice(position, position + len(example.options))
         position = own.stop
-        with left_out.if_unusable() if left_out else nullcontext():
+        with skipped.if_unusable() if skipped else nullcontext():
             if len(set(afters[own])) < len(example.options):
                 raise UnusableRow(
                     f"{example.place}: expected options that differ in more than spaces, received {example.options}"

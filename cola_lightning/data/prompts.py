@@ -13,7 +13,7 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import LeftOut, check_subset, fill_cache, is_file, let_lack_targets, read_rows
+from cola_lightning.data.rows import SkippedRows, check_subset, fill_cache, is_file, let_lack_targets, read_rows
 from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
@@ -55,11 +55,11 @@ class OptionBatches(TokenizedDataModule):
         """
         return None, None
 
-    def encode_examples(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
-        """Encodes examples; ``left_out`` records those that cannot be encoded, without it the first one is an error."""
-        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template, left_out=left_out)
+    def encode_examples(self, examples: Sequence[Example], skipped: SkippedRows | None = None) -> list[EncodedExample]:
+        """Encodes examples; ``skipped`` records those that cannot be encoded, without it the first one is an error."""
+        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template, skipped=skipped)
 
-    def encode_learned(self, examples: Sequence[Example], left_out: LeftOut | None = None) -> list[EncodedExample]:
+    def encode_learned(self, examples: Sequence[Example], skipped: SkippedRows | None = None) -> list[EncodedExample]:
         """Encodes training examples: only what their loss needs."""
         return encode_examples(
             self.tokenizer,
@@ -67,7 +67,7 @@ class OptionBatches(TokenizedDataModule):
             self.max_length,
             is_chat=self.apply_chat_template,
             is_learned=self.loss == "answer",
-            left_out=left_out,
+            skipped=skipped,
         )
 
     def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
@@ -81,12 +81,12 @@ class OptionBatches(TokenizedDataModule):
         Raises:
             UserError: if more than one row in a hundred cannot be used.
         """
-        left_out, examples = LeftOut(), []
+        skipped, examples = SkippedRows(), []
         for row in rows:
-            with left_out.if_unusable():
+            with skipped.if_unusable():
                 examples.append(example(row))
-        encoded = (self.encode_learned if is_learned else self.encode_examples)(examples, left_out)
-        left_out.check(len(rows))
+        encoded = (self.encode_learned if is_learned else self.encode_examples)(examples, skipped)
+        skipped.check(len(rows))
         return encoded
 
     @override

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PERCENT_LEFT_OUT = 1  # at most, of the rows of a part
+PERCENT_SKIPPED = 1  # at most, of the rows of a part
 
 NAMES_OF_SPLITS = {"validation": ("validation", "valid", "val", "dev")}  # of files; those of other splits have the split's name
 
@@ -132,14 +132,14 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
         ) from error
 
 
-class LeftOut:
-    """The unusable rows of a part, which are omitted with a warning if they are few.
+class SkippedRows:
+    """The unusable rows of a part, which are skipped with a warning if they are few.
 
     Example:
-        >>> left_out = LeftOut()
-        >>> with left_out.if_unusable():
+        >>> skipped = SkippedRows()
+        >>> with skipped.if_unusable():
         ...     text = Row({"text": None}, "train.jsonl, line 7").text("text")
-        >>> left_out.errors
+        >>> skipped.errors
         [UnusableRow("train.jsonl, line 7: expected text in the field 'text', received None")]
     """
 
@@ -155,22 +155,22 @@ class LeftOut:
             self.errors.append(error)
 
     def check(self, n_rows: int) -> None:
-        """Warns of the omitted rows.
+        """Warns of the skipped rows.
 
         Args:
-            n_rows: number of rows of the part, including the omitted ones.
+            n_rows: number of rows of the part, including the skipped ones.
 
         Raises:
-            UserError: if more than one in a hundred is omitted.
+            UserError: if more than one in a hundred is skipped.
         """
-        n_left_out = len(self.errors)
-        if not n_left_out:
+        n_skipped = len(self.errors)
+        if not n_skipped:
             return
-        if 100 * n_left_out > PERCENT_LEFT_OUT * n_rows:
+        if 100 * n_skipped > PERCENT_SKIPPED * n_rows:
             raise UserError(
-                f"{self.errors[0]} ({n_left_out} of {n_rows} rows cannot be used; up to {PERCENT_LEFT_OUT} % would be skipped)"
+                f"{self.errors[0]} ({n_skipped} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)"
             )
-        log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_left_out, n_rows, self.errors[0])
+        log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_skipped, n_rows, self.errors[0])
 
 
 def rows_of(size: float, n_rows: int) -> int:

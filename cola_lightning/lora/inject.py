@@ -156,8 +156,8 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
 
 def _base_dtype(layer: LoRALayer) -> torch.dtype:
     """The dtype of a layer's base; a weight into which links are merged may be wider."""
-    is_widened = layer.stack is None and layer.source_dtype.endswith("16")
-    dtype: torch.dtype = getattr(torch, layer.source_dtype) if is_widened else layer.dtype
+    is_upcast = layer.stack is None and layer.source_dtype.endswith("16")
+    dtype: torch.dtype = getattr(torch, layer.source_dtype) if is_upcast else layer.dtype
     return dtype
 
 

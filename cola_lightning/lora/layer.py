@@ -243,7 +243,7 @@ class LoRALayer(nn.Module):
         """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
         if finished_links == "merge":
-            _widen(self)
+            _upcast(self)
         return self.weight.dtype
 
     @property
@@ -356,7 +356,7 @@ class LoRALayer(nn.Module):
         """
         assert self.stack is not None
         (A, B), self.stack = self.stack.factors, None
-        _widen(self)
+        _upcast(self)
         return A.to(self.weight.dtype), B.to(self.weight.dtype)
 
     def reset(
@@ -436,7 +436,7 @@ def shallow_copy(module: Any) -> Any:
     return twin
 
 
-def _widen(layer: Any) -> None:
+def _upcast(layer: Any) -> None:
     """Casts a layer's weight and bias to float32 if they are in half precision."""
     for parameter in (layer.weight, layer.bias):
         if parameter is not None and parameter.dtype.itemsize < 4:

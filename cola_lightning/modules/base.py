@@ -398,17 +398,17 @@ class COLAModule(LightningModule, RecordsArguments):
             disable_activation_checkpointing(model)
         return model
 
-    def widen(self) -> None:
+    def upcast(self) -> None:
         """Casts half-precision tensors to float32, and restores the precision that finished links have in the chain.
 
         For inference, not for further training: rounded weights stay rounded.
         """
 
-        def widened(tensor: Tensor) -> Tensor:
+        def in_float32(tensor: Tensor) -> Tensor:
             return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
-        self._apply(widened)  # type: ignore[no-untyped-call]
-        self.adapted.widen_stacks()
+        self._apply(in_float32)  # type: ignore[no-untyped-call]
+        self.adapted.upcast_stacks()
 
     __prepare_scriptable__ = refuse_links
 

@@ -54,7 +54,7 @@ def export_module(
     """Writes a module's model or chain.
 
     Args:
-        module: on the CPU, with the exported links and no other; it is widened in place. For the format ``chain``: any.
+        module: on the CPU, with the exported links and no other; it is upcast in place. For the format ``chain``: any.
         chain: the exported links.
         options: format, folder and checks.
         prompt_format: how the data module prompted a language model (``EpochDataModule.prompt_format``); None: it did not.
@@ -105,8 +105,8 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
 
 
 def _probe(module: Any) -> Probe | None:
-    """Inputs and the module's logits; the module is widened in place, to float32 at least."""
-    module.widen()
+    """Inputs and the module's logits; the module is upcast in place, to float32 at least."""
+    module.upcast()
     return make_probe(module.model, module.example_input_array)
 
 
@@ -122,7 +122,7 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
     rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
     in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
     quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
-    # First: it widens the module, whose base then is the one that was trained on.
+    # First: it upcasts the module, whose base then is the one that was trained on.
     probe = _probe(module) if options.verify else None
     base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
     builder = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -207,10 +207,10 @@ def _children(module: COLAParts) -> dict[str, nn.Module | None]:
 
 @rank_zero_only
 def _log_memory_of_merge(adapted: AdaptedModel) -> None:
-    widened = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
-    if widened and pending_checkpoint() is None:
+    upcast = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
+    if upcast and pending_checkpoint() is None:
         log.info(
             "model.finished_links: merge stores the adapted weights in float32, %.0f MB more than in %s; stack does not",
-            sum(layer.weight.numel() for layer in widened) * 2 / 1e6,
-            widened[0].source_dtype,
+            sum(layer.weight.numel() for layer in upcast) * 2 / 1e6,
+            upcast[0].source_dtype,
         )
