@@ -362,7 +362,6 @@ def test_a_file_where_the_runs_should_be_is_one_line(capfd):
 
 def test_a_users_own_module_beside_the_config_is_found():
     Path("mine.py").write_text("from cola_lightning import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
-    command = [sys.executable, "-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "mine.Mine", *FAST]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run("-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "mine.Mine", *FAST)
     assert done.returncode == 0, done.stderr
     assert "link 1 live at the end" in done.stdout
