@@ -155,23 +155,30 @@ def rows_of_one_knot() -> list[list[str]]:
 
 
 def draw(path: Path) -> None:
-    """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other."""
+    """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other.
+
+    Full fine-tuning has no rank: it is in each panel of its length.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = studies()
-    ranks, lengths = (sorted({getattr(stage, of) for stage in shown}) for of in ("rank", "steps"))
-    figure = Figure(figsize=(6.0 * len(ranks), 4.2 * len(lengths)), layout="constrained")
+    shown = {(stage.rank, stage.steps): stage.best() for stage in studies()}
+    full = {steps: {"full": results["full"]} for (_, steps), results in shown.items() if "full" in results}
+    ranks, lengths = (sorted(set(values)) for values in zip(*shown, strict=True))
+    figure = Figure(figsize=(6.0 * len(ranks), 3.5 * len(lengths) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for stage in shown:
-        place = lengths.index(stage.steps) * len(ranks) + ranks.index(stage.rank) + 1
-        axes = figure.add_subplot(len(lengths), len(ranks), place)
-        plot_curves(axes, stage.best(), skip=0.12, names=NAMES)
-        axes.set_title(f"rank {stage.rank}, {stage.steps:,} steps")
+    in_legend = {}
+    for (rank, steps), results in shown.items():
+        axes = figure.add_subplot(len(lengths), len(ranks), lengths.index(steps) * len(ranks) + ranks.index(rank) + 1)
+        plot_curves(axes, results | full.get(steps, {}), skip=0.12, names=NAMES)
+        axes.set_title(f"rank {rank}, {steps:,} steps")
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.set_ylabel("validation loss (nats per byte)")
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
+        in_legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
+    labels = [label for label in [*NAMES.values(), "full fine-tuning, at its end"] if label in in_legend]
+    lines = [in_legend[label] for label in labels]
+    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=130)
 
 

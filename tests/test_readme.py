@@ -69,7 +69,7 @@ def test_readme_is_short_and_its_first_example_takes_ten_lines():
     assert len([line for line in example.splitlines() if line]) <= 10
     assert all(len(other.strip().splitlines()) <= 30 for other in others)
     figures = re.findall(r"!\[.*\]\((.*)\)", README)
-    assert figures == ["docs/figures/chain.png", "benchmarks/domain_shift.png"]  # what a chain is, and where it pays
+    assert figures == ["benchmarks/domain_shift.png", "docs/figures/chain.png"]  # where a chain pays, and what it is
     assert README.index("```yaml") < README.index("## Does it pay?")  # one's own file before any result
 
 
