@@ -184,7 +184,7 @@ class Runs:
     """In the place of processes: each run takes no time, and its metric follows from its options."""
 
     def __init__(self, monkeypatch):
-        self.asked, self.refusing, self.stop_at = [], set(), None
+        self.asked, self.refusing, self.stop_at, self.bases = [], set(), None, {}
         monkeypatch.setattr(process, "execute", self)
 
     def __call__(self, words, metric, folder, tell, tell_every):
@@ -201,6 +201,7 @@ class Runs:
         value = rate + seed / 1000 + len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
         curve = [[5, 2 * value], [10, value]]
         facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": curve}
+        facts["base"] = self.bases.get(folder.name)
         return facts | {"validation": value, "test": value}
 
 
@@ -244,6 +245,18 @@ def test_a_study_leaves_lines_tables_and_figures(tmp_path, drawn_runs, capsys):
     for name in ("curves.png", "points.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "cola-2" in capsys.readouterr().out
+
+
+def test_a_difference_across_two_bases_is_said_to_be_one(tmp_path, runs, capsys):
+    runs.bases = {f"{name}-lr0.02-seed{seed}": f"{seed}" for name in ("lora", "cola-2") for seed in (0, 1)}
+    assert compare(tmp_path) == 0
+    assert [line["base"] for line in lines(tmp_path)] == ["0", "0", "1", "1"]
+    warning = "The runs of seed 2 did not begin from the same weights: a difference there is not the method's alone."
+    assert warning not in capsys.readouterr().out + (tmp_path / "table.md").read_text()
+    runs.bases = {"lora-lr0.02-seed2": "2", "cola-2-lr0.02-seed2": "of another machine"}
+    assert compare(tmp_path, seeds=3) == 0
+    assert warning in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "table.md").read_text().endswith(f"\n\n{warning}\n")
 
 
 def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
@@ -568,8 +581,9 @@ def forked_runs(monkeypatch):
 
 @pytest.mark.usefixtures("forked_runs")
 def test_a_run_is_the_fit_of_the_same_values(tmp_path, monkeypatch, capsys):
-    assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola]", seeds=1, fit=SHORT) == 0
-    (line,) = lines(tmp_path / "study")
+    assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola, full]", seeds=1, fit=SHORT) == 0
+    line, of_full = lines(tmp_path / "study")
+    assert line["base"] == of_full["base"] is not None
     fit = ["--config", DIGITS, *SHORT, "--trainer.default_root_dir", str(tmp_path / "fit"), "--seed_everything", "0"]
     monkeypatch.setattr(sys, "argv", ["cola"])
     assert main(["fit", *fit]) == 0

@@ -56,6 +56,12 @@ def _hashes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str 
     }
 
 
+def fingerprint_of(values: Mapping[str, Tensor]) -> str:
+    """A hash of tensors' names, shapes and samples of their values."""
+    hashes = "".join(f"{name} {hash_of(values[name])}\n" for name in sorted(values))
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+
 def hash_of(value: Tensor) -> str:
     """A hash of a tensor's shape and of a sample of its values."""
     sample = value.flatten() if value.numel() <= SAMPLED_VALUES else _sample(value)

@@ -3,8 +3,9 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,7 @@ class Result:
         trainable_parameters: of the first link, or of the model for full fine-tuning.
         knots: the optimizer steps before which a link was finished.
         curve: the optimizer step and the validation metric, at each validation.
+        base: a hash of the weights before the first step, without a link's; None if they are sharded or were not recorded.
     """
 
     method: str
@@ -62,6 +64,7 @@ class Result:
     trainable_parameters: int
     knots: Sequence[int] = ()
     curve: Sequence[tuple[int, float]] = ()
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if not all(value is not None and math.isfinite(value) for value in (self.validation, self.test)):
@@ -123,6 +126,18 @@ def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int
         }
         best[method] = (min if mode == "min" else max)(means, key=lambda rate: means[rate])
     return best
+
+
+def across_bases(results: Mapping[str, Sequence[Result]]) -> str:
+    """A warning if runs of one seed are known to have begun from different weights, else nothing."""
+    bases: dict[int, set[str]] = {}
+    for result in chain.from_iterable(results.values()):
+        if result.base is not None:
+            bases.setdefault(result.seed, set()).add(result.base)
+    if not (seeds := sorted(seed for seed, of_seed in bases.items() if len(of_seed) > 1)):
+        return ""
+    which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return f"The runs of {which} did not begin from the same weights: a difference there is not the method's alone."
 
 
 def at_best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, list[Result]]:

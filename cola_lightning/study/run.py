@@ -18,12 +18,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from typing_extensions import override
 
+from cola_lightning.adapted_model import is_factor
 from cola_lightning.callbacks import RunWatch
+from cola_lightning.chain.fingerprint import fingerprint_of
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.modules import COLAModule
+from cola_lightning.sharded import tensors
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class Recorder(Callback):
         self.curve: list[tuple[int, float]] = []
         self.steps, self.trainable_parameters, self.seconds, self._reported_at = 0, 0, 0.0, 0.0
         self._has_warned = False
+        self.base: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """The recorded values, as a Result's fields."""
@@ -54,6 +59,7 @@ class Recorder(Callback):
             "peak_memory": _peak_memory(),
             "trainable_parameters": self.trainable_parameters,
             "curve": self.curve,
+            "base": self.base,
         }
 
     @override
@@ -61,6 +67,7 @@ class Recorder(Callback):
         _check_measurable(trainer, pl_module)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.trainable_parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
+        self.base = _fingerprint(pl_module)
         self._started_at = time.perf_counter()
 
     @override
@@ -184,6 +191,14 @@ def _check_measurable(trainer: Trainer, module: LightningModule) -> None:
                 f"data: expected rows and a {stage}_step for {stage}, as methods are compared by validation and test, "
                 "received none"
             )
+
+
+def _fingerprint(module: LightningModule) -> str | None:
+    """That of the weights without the first link's; None if they are sharded."""
+    if not isinstance(module, COLAModule) or module.is_sharded:
+        return None
+    state = tensors.state_dict(module.model)
+    return fingerprint_of({name: value for name, value in state.items() if isinstance(value, Tensor) and not is_factor(name)})
 
 
 def _share_done(trainer: Trainer) -> float:

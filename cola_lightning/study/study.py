@@ -18,7 +18,7 @@ from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_text, as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method
-from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
+from cola_lightning.study.results import Result, Run, across_bases, at_best_rates, best_rates, read, write
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.study.trials import ALIVE_EVERY, Trials
 from cola_lightning.writing import whole_file
@@ -104,7 +104,10 @@ class Study:
                     time.sleep(WAIT)
                 else:
                     break
-        rich.print(on_screen(self._write(), self.asked.metric))
+        table, warning = self._write()
+        rich.print(on_screen(table, self.asked.metric))
+        if warning:
+            log.warning(warning)
         for run, path in self.failed.items():
             log.error("failed: %s, learning rate %g, seed %d: %s", run.method, run.learning_rate, run.seed, path)
         return 1 if self.failed else 0
@@ -168,16 +171,16 @@ class Study:
                 shutil.rmtree(checkpoints)
         self._write()
 
-    def _write(self) -> list[Row]:
-        """Writes the results, the tables and the figures; returns the table's rows."""
+    def _write(self) -> tuple[list[Row], str]:
+        """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
         results = self.results()
         write(self.trials.results(), self.output / "results.jsonl")
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
-        table = summarize(chosen)
-        for name, text in {"table.md": as_markdown(table, self.asked.metric), "table.csv": as_csv(table)}.items():
+        table, warning = summarize(chosen), across_bases(chosen)
+        for name, text in {"table.md": as_markdown(table, self.asked.metric, warning), "table.csv": as_csv(table)}.items():
             with whole_file(self.output / name, is_shared=True) as partial:
                 partial.write_text(text)
         if results:
             draw_curves(chosen, self.asked.metric, self.output / "curves.png")
             draw_points(chosen, self.asked.metric, self.output / "points.png")
-        return table
+        return table, warning

@@ -146,15 +146,15 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def as_markdown(rows: Sequence[Row], metric: str) -> str:
-    """The table as Markdown, with a note."""
+def as_markdown(rows: Sequence[Row], metric: str, warning: str = "") -> str:
+    """The table as Markdown, with a note and, if there is one, a warning."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows)]
     note = (
         f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
         "validation; the difference on test is paired by seed, with its interval of 95 % by Student's t. s: seconds of a fit; "
         "MB: peak memory of its process; trained: parameters of one link, or all."
     )
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n"
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n" + (f"\n{warning}\n" if warning else "")
 
 
 def as_csv(rows: Sequence[Row]) -> str:
