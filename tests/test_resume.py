@@ -95,6 +95,9 @@ class Recorder(Callback):
         self.validations[trainer.fit_loop.total_batch_idx] = trainer.callback_metrics["val_loss"].item()
         self._count("validation_end")
 
+    def on_train_epoch_start(self, *_):
+        self._count("epoch_start")
+
     def on_train_epoch_end(self, *_):
         self._count("epoch_end")
 
@@ -160,8 +163,9 @@ STOPS = [("batch_start", k) for k in (0, 1, 9, 12, 23)]
 STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5, 7, 13, 16)]
 STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
 STOPS += [("validation", k) for k in (0, 1, 4, 5, 11, 17)] + [("validation_end", k) for k in (0, 1, 3)]
-STOPS += [("epoch_end", k) for k in (0, 1)]
-FEW = [("batch_start", 9), ("backward", 13), ("batch_end", 2), ("batch_end", 7), ("batch_end", 15), ("epoch_end", 1)]
+STOPS += [("epoch_end", k) for k in (0, 1)] + [("epoch_start", k) for k in (0, 1, 2)]
+FEW = [("batch_start", 9), ("backward", 13), ("batch_end", 2), ("batch_end", 7), ("batch_end", 15)]
+FEW += [("epoch_end", 1), ("epoch_start", 2)]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_a_run_with_torchdatas_loader_goes_on_too(tmp_path, shuffle, accumulated
 
     whole, expected, _ = run(tmp_path / "whole")
     # An order that is shuffled anew comes from the global generator: at an epoch's end, and before its first optimizer step.
-    shuffled = FEW[1:-1] if accumulated == 3 else FEW[:-1]
+    shuffled = FEW[1:-2] if accumulated == 3 else FEW[:-2]
     for stop in shuffled if shuffle else [("batch_start", 8), *FEW]:
         folder = tmp_path / f"{stop}"
         run(folder, stop=stop)
@@ -388,6 +392,29 @@ def test_from_the_end_of_an_epoch_batches_and_windows_may_be_others(tmp_path):
     _, recorder, run = fit(tmp_path / "other", ckpt_path=last(tmp_path), data=Data(batch_size=2), accumulate_grad_batches=5)
     assert len(recorder.rows) == 2 * 16
     assert run.global_step == 3 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("stop", "change", "n_left", "n_done"),
+    [
+        (("epoch_end", 0), {"batch_size": 8}, 12, 8),
+        (("epoch_end", 0), {"accumulate_grad_batches": 2}, 12, 8),
+        (("epoch_end", 2), {"batch_size": 6}, 6, 24),  # 24 steps are also a number of epochs of 6
+        (("batch_end", 11), {"accumulate_grad_batches": 2}, 10, 12),
+        (("batch_end", 11), {"limit_train_batches": 6}, 14, 12),
+    ],
+)
+def test_a_run_that_goes_on_with_other_epochs_decays_until_its_end(tmp_path, stop, change, n_left, n_done):
+    options = {"accumulate_grad_batches": 1, "limit_val_batches": 0, "max_epochs": 4, "chain": {"at_epochs": [9]}}
+    options["module"] = toy(Normed, **ARGUMENTS | {"lr_schedule": "linear"}, optimizer=lambda p: AdamW(p, lr=1e-2))
+    fit(tmp_path, stop, **options)
+    options["module"] = toy(Normed, **ARGUMENTS | {"lr_schedule": "linear"}, optimizer=lambda p: AdamW(p, lr=1e-2))
+    data = Data(batch_size=change.pop("batch_size", 4))
+    _, recorder, run = fit(tmp_path / "other", ckpt_path=last(tmp_path), data=data, **options | change)
+    assert run.global_step == n_done + n_left
+    rates = [rate / 1e-2 for (rate,) in recorder.rates.values()]
+    window = change.get("accumulate_grad_batches", 1)
+    assert rates[::window] == pytest.approx([1 - step / (n_done + n_left) for step in range(n_done, n_done + n_left)])
 
 
 def test_patience_is_what_is_asked_for(tmp_path):

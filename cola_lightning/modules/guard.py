@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
+from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
@@ -95,9 +95,7 @@ class ChainGuard(Callback):
         self._without_gradient: list[str] | None = None  # known after a backward pass
         self._error = None
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        length = run_length(trainer, START if is_resumed or now == self.module.run_state.left_at else now)
-        if not length.step_at(now.epoch) <= now.global_step <= length.step_at(now.epoch + 1):
-            length = run_length(trainer, now)  # resumed with epochs of another length
+        length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
         self.module.run_state.length = length
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
@@ -350,6 +348,11 @@ def _check_whole_windows(trainer: Trainer) -> None:
             f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "
             f"completed, received {window}"
         )
+
+
+def _beginning_of_epoch(trainer: Trainer, now: Counters) -> Counters:
+    """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
+    return Counters(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / trainer.accumulate_grad_batches))
 
 
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:

@@ -109,9 +109,9 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
     has_ended = epochs["current"]["processed"] == epochs["current"]["ready"]
     if has_ended and done == 0:  # between two epochs, or before the first
         return None
-
-    if is_whole and (has_ended or (_is_at_batch_end(batches) and not is_pending)):
-        _set_all(epochs, epochs["current"]["ready"], epochs["total"]["ready"])
+    is_beginning = epochs["current"]["started"] < epochs["current"]["ready"]  # its hooks; the batches are the last epoch's
+    if is_beginning or (is_whole and (has_ended or (_is_at_batch_end(batches) and not is_pending))):
+        _set_all(epochs, *(epochs[part]["ready"] - is_beginning for part in ("current", "total")))
         _set_all(batches, 0, batches["total"]["ready"])
         batches["is_last_batch"] = False
         return None
