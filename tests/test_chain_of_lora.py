@@ -315,6 +315,21 @@ def test_a_knot_by_hand_at_the_end_of_an_epoch_counts_as_its_knot(tmp_path):
     assert [(link.start_step, link.end_step) for link in module.chain.links] == [(0, 20), (20, 40)]
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path, hook):
+    class ByHand(Callback):
+        """At the end of the first epoch."""
+
+    def tie(self, trainer, module, *_):
+        if trainer.global_step == 10 and module.link == 0 and not trainer.sanity_checking:
+            module.tie_knot()
+
+    setattr(ByHand, hook, tie)
+    watch, module = rates(), toy(ValidatedToy, warmup_steps=0.2, optimizer=lambda p: SGD(p, lr=1.0))
+    trainer(tmp_path, ByHand(), watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(), batches(1))
+    assert watch.seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
+
+
 def test_a_short_last_link_is_warmed_up_over_its_length(tmp_path):
     watch = rates()
     module = toy(lr_schedule="constant", warmup_steps=8, optimizer=lambda p: SGD(p, lr=1.0))

@@ -174,7 +174,8 @@ class ChainOfLoRA(Callback):
         now = Counters(trainer.current_epoch, trainer.global_step)
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
-            self.module.link_start = now  # a knot tied by hand at the end of an epoch counted that epoch
+            if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
+                self.module.link_start = now
             return
         if now.global_step == self._asked_at:  # inside an accumulation window
             return

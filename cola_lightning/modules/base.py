@@ -32,7 +32,7 @@ from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.modules.hooks import keep_hooks
-from cola_lightning.modules.knot import counters_now, facts_of_live_link, tie_knot
+from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
 from cola_lightning.modules.lazy_model import LazyModel
 from cola_lightning.modules.link_metrics import LinkMetrics
 from cola_lightning.modules.link_plan import LinkPlan
@@ -232,12 +232,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def link_start(self) -> Counters:
-        """Epoch and optimizer step at which the live link began."""
+        """Epoch and optimizer step at which the live link began. To set it also renews the link's schedule."""
         return self.run_state.link_start
 
     @link_start.setter
     def link_start(self, start: Counters) -> None:
-        self.run_state.link_start = start
+        begin_at(self, start)
 
     @functools.cached_property
     def rank(self) -> int:

@@ -27,12 +27,24 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
     module.link_metrics.begin_link(trainer)
     run.link_start = counters_now(module)
     run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
+    _make_optimizers(module)
+    return link
+
+
+def begin_at(module: COLAParts, start: Counters) -> None:
+    """Corrects the moment at which the live link begins, before its first step, and its learning-rate schedule."""
+    module.run_state.link_start = start
+    _make_optimizers(module)
+
+
+def _make_optimizers(module: COLAParts) -> None:
+    """Makes the live link's optimizers and learning-rate schedules, in a fit."""
+    trainer = trainer_of(module)
     # In a validation inside fit, too: trainer.training is False there.
     if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
         before = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
-        module.optimization.keep_state(before, trainer.optimizers, adapted)
-    return link
+        module.optimization.keep_state(before, trainer.optimizers, module.adapted)
 
 
 def facts_of_live_link(module: COLAParts) -> dict[str, Any]:
