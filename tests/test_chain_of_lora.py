@@ -432,6 +432,30 @@ def test_endless_data_wants_a_constant_rate_or_max_steps(tmp_path):
     assert module.link == 2
 
 
+class Streamed(torch.utils.data.IterableDataset):
+    """Ten batches, without a length."""
+
+    def __iter__(self):
+        return ((x, y) for batch in batches() for x, y in zip(*batch, strict=True))
+
+
+@pytest.mark.parametrize("chain", [{"every_n_epochs": 1}, {"at_epochs": [1, 2]}])
+def test_links_of_epochs_without_a_length_want_a_constant_rate_or_one_schedule(tmp_path, caplog, chain):
+    loader = torch.utils.data.DataLoader(Streamed(), batch_size=4)
+    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, or model\.schedule_scope run"):
+        trainer(tmp_path, chain=chain, max_steps=30).fit(toy(), loader)
+    with pytest.raises(UserError, match=r"model\.knot_warmup_steps: expected a number of steps"):
+        trainer(tmp_path, chain=chain, max_steps=30).fit(toy(schedule_scope="run", knot_warmup_steps=0.5), loader)
+    caplog.clear()
+    watch, module = rates(), toy(schedule_scope="run", knot_warmup_steps=2, optimizer=lambda p: SGD(p, lr=1.0))
+    trainer(tmp_path, watch, chain=chain | {"ranks": [2, 1]}, max_steps=30).fit(module, loader)
+    assert [link.end_step for link in module.chain.links] == [10, 20]
+    after_knot = {10: 0, 11: 0.5, 20: 0, 21: 0.5}
+    assert watch.seen == pytest.approx([(1 - step / 30) * after_knot.get(step, 1) for step in range(30)])
+    assert "one link" not in caplog.text
+    assert "ranks" in caplog.text  # an entry for each link cannot be asked for
+
+
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
     from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder

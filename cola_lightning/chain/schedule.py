@@ -136,6 +136,10 @@ class ChainSchedule:
     def _counts_epochs(self) -> bool:
         return bool(self.every_n_epochs or self.at_epochs)
 
+    def is_open_in(self, run: RunLength) -> bool:
+        """Whether the links' lengths are not known before the run: also of links of epochs, if an epoch's length is not."""
+        return self.is_open or (self._counts_epochs and run.steps_in_epoch(run.origin.epoch) == math.inf)
+
     def link_at(self, epoch: int, global_step: int) -> int:
         """The link that is live at the given counters of a run that starts at 0, 0."""
         now = epoch if self._counts_epochs else global_step
@@ -164,7 +168,7 @@ class ChainSchedule:
 
     def link_steps(self, start: Counters, run: RunLength) -> float:
         """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""
-        if self.is_open:
+        if self.is_open_in(run):
             return math.inf
         knot = self.next_knot(start)
         end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
@@ -182,7 +186,7 @@ class ChainSchedule:
             [20, 20, 10]
         """
         end = run.end_step
-        if self.is_open or end == math.inf:
+        if self.is_open_in(run) or end == math.inf:
             raise ValueError("expected a run and links of known length")
         lengths = []
         epoch = max(start.epoch, run.origin.epoch)  # the length of earlier epochs is not known

@@ -129,7 +129,7 @@ class ChainGuard(Callback):
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
         module, run = self.module, self.module.run_state
-        if run.schedule.is_open or length.end_step == math.inf:
+        if run.schedule.is_open_in(length) or length.end_step == math.inf:
             module.link_plan.warn_of_open_ranks()
             module.optimization.check_without_horizon(length)
             return
