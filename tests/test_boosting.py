@@ -81,6 +81,7 @@ def test_the_order_of_drawn_rows_follows_from_seed_and_epoch_and_is_shared_by_pr
     assert list(sampler(rows_done=lambda: 2)) == first[2:]
     parts = [list(sampler(n_processes=2, rank=rank)) for rank in range(2)]
     assert [row for pair in zip(*parts, strict=True) for row in pair] == [*first, first[0]]
+    assert [list(EpochSampler(range(2), 0, n_processes=5, rank=rank)) for rank in range(5)] == [[1], [0], [1], [0], [1]]
 
 
 # ---------------------------------------------------------------------- the loss of each row
@@ -223,6 +224,25 @@ def test_scoring_rows_changes_neither_modes_nor_random_numbers(tmp_path):
     assert {(mode, of_norm) for mode, of_norm, _ in seen} == {(True, False)}
 
 
+def test_random_numbers_in_the_scores_of_rows_are_those_of_an_uninterrupted_run(tmp_path):
+    class Noisy(Scored):
+        """Of a denoising loss."""
+
+        def row_losses(self, batch):
+            x, y = batch
+            return super().row_losses((x + torch.randn_like(x), y))
+
+    def module():
+        return toy(Noisy, **ARGUMENTS, optimizer=lambda p: AdamW(p, lr=1e-2))
+
+    whole, expected, _ = fit(tmp_path / "whole", module=module(), chain=BOOSTED)
+    _, before, _ = fit(tmp_path, ("epoch_end", 0), module=module(), chain=BOOSTED)
+    torch.manual_seed(5)
+    resumed, after, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=module(), chain=BOOSTED)
+    assert before.rows | after.rows == expected.rows
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
 @pytest.mark.parametrize("stop", [None, ("batch_end", 5)])
 @pytest.mark.parametrize("chain", [{}, None])
 def test_a_data_module_draws_all_rows_alike_again_under_a_trainer_without_boosting(tmp_path, chain, stop):
@@ -272,6 +292,9 @@ def test_a_link_without_the_beginning_of_an_epoch_is_said_to_have_no_rows_of_its
     ]
     assert found.startswith("chain.boosting: link 1 ends before an epoch begins in it")
     caplog.clear()
+    fit(tmp_path / "last", module=scored(), **options | {"max_epochs": 1, "chain": {"at_steps": [2], "boosting": True}})
+    assert "chain.boosting: link 1 ends before an epoch begins in it" in caplog.text  # with the run
+    caplog.clear()
     fit(tmp_path / "epochs", module=scored(), chain=BOOSTED)
     assert "ends before an epoch" not in caplog.text
 
@@ -320,6 +343,27 @@ def test_a_run_resumed_inside_an_epoch_is_boosted_as_it_was(tmp_path):
         message = f"chain.boosting: expected {expected}, for the checkpoint was written inside an epoch, received {received}"
         with pytest.raises(UserError, match=message):
             fit(folder / "resumed", ckpt_path=last(folder), module=scored(), chain=after)
+
+
+def test_a_checkpoint_that_is_written_after_the_fit_says_how_its_rows_were_drawn(tmp_path):
+    options = {"chain": BOOSTED, "max_epochs": -1, "limit_val_batches": 0, "accumulate_grad_batches": 1}
+    _, expected, _ = fit(tmp_path / "whole", module=scored(), max_steps=12, **options)
+    _, before, run = fit(tmp_path, module=scored(), max_steps=5, **options)
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    _, after, _ = fit(tmp_path / "on", ckpt_path=tmp_path / "own.ckpt", module=scored(), max_steps=12, **options)
+    assert before.rows | after.rows == expected.rows
+
+
+def test_a_plain_fit_on_the_data_of_a_boosted_one_that_failed_says_that_its_rows_were_drawn_alike(tmp_path):
+    options = {"accumulate_grad_batches": 1, "limit_val_batches": 0, "max_epochs": 1}
+    data = Data(batch_size=4)
+    fit(tmp_path / "boosted", ("batch_end", 2), module=scored(), chain=BOOSTED, data=data, **options)
+    run = trainer(tmp_path / "plain", max_steps=5, limit_val_batches=0)  # without a ChainOfLoRA
+    run.fit(scored(lr_schedule="constant"), datamodule=data)
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    chain, module = {"at_epochs": [9]}, scored(lr_schedule="constant")
+    _, recorder, _ = fit(tmp_path / "on", ckpt_path=tmp_path / "own.ckpt", module=module, chain=chain, **options)
+    assert len(recorder.rows) == 3
 
 
 def test_a_module_must_give_a_loss_a_row(tmp_path):

@@ -124,6 +124,35 @@ def test_a_run_that_was_stopped_ties_the_same_knots(tmp_path, options, stops):
             assert first | second == all_, stop
 
 
+def test_a_run_that_goes_on_with_another_metric_waits_for_its_values(tmp_path):
+    class Two(Toy):
+        def validation_step(self, batch, batch_idx):
+            step = self.trainer.global_step
+            self.log_dict({"val_loss": 5.0 - step / 100, "val_accuracy": step / 100})
+
+    def fit(epochs, chain, ckpt_path=None):
+        module = toy(Two, lr_schedule="constant")
+        run = trainer(tmp_path, chain=chain, max_epochs=epochs)
+        run.fit(module, batches(), batches(1), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "own.ckpt")
+        return [link.end_step for link in module.chain.links]
+
+    assert fit(2, {"patience": 3}) == []
+    assert fit(6, {"patience": 3, "monitor": "val_accuracy", "mode": "max"}, tmp_path / "own.ckpt") == []
+    assert fit(7, {"at_steps": [99]}, tmp_path / "own.ckpt") == []
+    assert fit(9, {"patience": 3, "monitor": "val_accuracy"}, tmp_path / "own.ckpt") == []  # values before: none
+    assert fit(12, {"patience": 3, "monitor": "val_accuracy"}, tmp_path / "own.ckpt") == [110]
+
+
+def test_a_run_that_is_never_validated_says_so(tmp_path, caplog):
+    module = toy(Scripted, lr_schedule="constant")
+    trainer(tmp_path, chain={"patience": 1}, max_epochs=3, check_val_every_n_epoch=5).fit(module, batches(), batches(1))
+    assert "chain.patience: the run ended without a validation" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, chain={"patience": 1}, max_epochs=1).fit(module, batches(), batches(1))
+    assert "chain.patience" not in caplog.text
+
+
 def test_a_checkpoint_holds_the_values_of_the_live_link_alone(tmp_path):
     module = toy(Scripted, lr_schedule="constant")
     run = trainer(tmp_path, chain={"patience": 3}, max_epochs=1, val_check_interval=2)

@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
 
+import contextlib
 from datetime import timedelta
 
 import pytest
@@ -327,6 +328,38 @@ def test_workers_prepare_the_same_batches(tmp_path):
     _, after, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), data=Data(batch_size=4, num_workers=1))
     for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
         assert first | second == all_
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+def test_rows_beside_a_longer_loader_come_again_from_their_first_on(tmp_path):
+    class Beside(Data):
+        def train_dataloader(self):
+            longer = StatefulDataLoader(TensorDataset(torch.zeros(80, 8)), batch_size=4)
+            return {"rows": super().train_dataloader(), "longer": longer}
+
+    class First(Normed):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["rows"], batch_idx)
+
+    class Rows(Recorder):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            super().on_train_batch_start(trainer, module, batch["rows"], batch_idx)
+
+    def run(folder, stop=None, ckpt_path=None):
+        rows, module = Rows(stop), toy(First, **ARGUMENTS, optimizer=lambda p: AdamW(p, lr=1e-2))
+        how = {"max_epochs": 2, "limit_val_batches": 0, "enable_checkpointing": True}
+        fitting = trainer(folder, rows, LastCheckpoint(), chain={"at_epochs": [1]}, **how)
+        with contextlib.suppress(Stopped):
+            fitting.fit(module, datamodule=Beside(batch_size=4), ckpt_path=ckpt_path)
+        return module, rows.rows
+
+    whole, expected = run(tmp_path / "whole")
+    assert len(expected) == 2 * 20
+    assert all(expected[epoch, place] == expected[epoch, place % 8] for epoch, place in expected)
+    _, before = run(tmp_path, ("batch_end", 32))
+    module, after = run(tmp_path / "on", ckpt_path=last(tmp_path))
+    assert before | after == expected
+    assert_bit_equal(weights(module), weights(whole))
 
 
 def test_another_window_in_each_epoch_is_kept_on_resume(tmp_path):

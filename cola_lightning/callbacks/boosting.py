@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.modes import evaluating
+from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class Boosting:
         trainer, module, data = self._run
         rows = [len(data.train), data.split_seed]
         if self.weights is None or (link, rows) != (self.link, self.rows):
-            losses = row_losses(trainer, module, data)
+            with seeded(derive_seed(module.seed, "boosting", trainer.global_rank, link)):  # of random numbers in the loss
+                losses = row_losses(trainer, module, data)
             if not losses.isfinite().all():
                 raise NonFiniteError(f"the loss of training row {int((~losses.isfinite()).nonzero()[0])} is not finite")
             self.link, self.rows, self.weights = link, rows, -torch.expm1(-losses.clamp(min=0))

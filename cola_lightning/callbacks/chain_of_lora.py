@@ -154,8 +154,16 @@ class ChainOfLoRA(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.boosting is not None and stage == "fit":
-            trainer.datamodule.row_weights = None  # type: ignore[attr-defined]
+        if stage == "fit":
+            self._leave_rows(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave_rows(trainer)
+
+    def _leave_rows(self, trainer: Trainer) -> None:
+        if self.boosting is not None and hasattr(data := trainer.datamodule, "row_weights"):  # type: ignore[attr-defined]
+            data.row_weights = None
 
     def _link_of_next_batch(self, trainer: Trainer) -> int:
         """The live link's index, or the next one's if the next batch ties a knot.
@@ -225,6 +233,7 @@ class ChainOfLoRA(Callback):
         if self._values:  # a run has begun
             start = self.module.link_start.global_step
             state["values"] = {step: value for step, value in self._values.items() if step > start}
+            state["monitor"] = self.plateau and self.plateau.monitor
         if self.boosting is not None:
             state["boosting"] = self.boosting.state_dict()
         if state := {name: value for name, value in state.items() if value}:
@@ -233,12 +242,17 @@ class ChainOfLoRA(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key, {})
-        self._values = dict(state.get("values", {}))
+        monitor = self.plateau and self.plateau.monitor
+        self._values = dict(state.get("values", {})) if state.get("monitor", monitor) == monitor else {}  # another metric's
         if self.boosting is not None:
             self.boosting.load_state_dict(state.get("boosting", {}))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.plateau is not None and not self._values:
+            log.warning("chain.patience: the run ended without a validation, by which a link could have been finished")
+        if self.boosting is not None:
+            self.boosting.end_link(self.module.link)
         if self.module.target_modules is not None:
             self._report(self.module.live_link(), trainer, "live at the end")
 

@@ -1,5 +1,6 @@
 """Base class of the data modules: loaders that resume the training order inside an epoch."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from cola_lightning.seeding import check_seed, derive_seed, seeded
 
 
 def batches_done(trainer: Trainer | None) -> int:
-    """Training batches of the current epoch that were done before a resume; 0 in a run that is not resumed."""
+    """Training batches of the current epoch that are done; 0 as an epoch begins."""
     if trainer is None or not trainer.training:
         return 0
     return (trainer.fit_loop.batch_idx + 1) % int(trainer.num_training_batches)  # all of them: the next epoch begins
@@ -122,6 +123,7 @@ class EpochDataModule(LightningDataModule, ABC):
         check_seed("data.split_seed", split_seed)
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
+        self._are_weighted = False  # the rows of the epoch that began last
         self._order_of_checkpoint: dict[str, Any] = {}
 
     @abstractmethod
@@ -155,7 +157,8 @@ class EpochDataModule(LightningDataModule, ABC):
     @override
     def train_dataloader(self) -> EpochLoader:
         def rows_done() -> int:
-            if (done := batches_done(self.trainer)) > 0:
+            # Beside a longer loader, Lightning starts this one again where it ends.
+            if (done := batches_done(self.trainer) % max(1, math.ceil(len(sampler) / self.batch_size))) > 0:
                 self._check_same_order()
             return done * self.batch_size
 
@@ -164,7 +167,9 @@ class EpochDataModule(LightningDataModule, ABC):
         group = self.batch_size * n_processes
 
         def weights(is_new: bool) -> Tensor | None:
-            return None if self.row_weights is None else self.row_weights(is_new)
+            weights = None if self.row_weights is None else self.row_weights(is_new)
+            self._are_weighted = weights is not None
+            return weights
 
         sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group, weights)
         return self._loader(self.train, self.batch_size, sampler)
@@ -229,7 +234,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     # ------------------------------------------------------------------ the position in an epoch, in a checkpoint
 
-    def _order(self) -> dict[str, Any]:
+    def _order(self, are_weighted: bool) -> dict[str, Any]:
         """The values that determine the order of an epoch's batches, by option.
 
         Processes take turns in the order, so batches of half the size on twice as many processes hold the same rows.
@@ -239,13 +244,13 @@ class EpochDataModule(LightningDataModule, ABC):
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
             "data.length_grouped": self.length_grouped,
-            "chain.boosting": self.row_weights is not None,
+            "chain.boosting": are_weighted,
         }
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """What the position in an epoch depends on; see :meth:`load_state_dict`."""
-        return self._order() if hasattr(self, "train") else {}
+        return self._order(self._are_weighted) if hasattr(self, "train") else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -254,7 +259,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def _check_same_order(self) -> None:
         """Refuses to resume inside an epoch in another order, in which rows would be repeated and others omitted."""
-        for option, value in self._order().items():
+        for option, value in self._order(self.row_weights is not None).items():
             if self._order_of_checkpoint.get(option, value) != value:
                 raise UserError(
                     f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint was written inside an epoch, "

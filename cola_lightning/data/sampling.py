@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
+from itertools import cycle, islice
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ class EpochSampler(DistributedSampler[int]):
     """Shuffles by (seed, epoch): the same order in a resumed epoch, whatever else was drawn before it.
 
     Lightning calls :meth:`set_epoch`, and does not replace a distributed sampler by its own. Processes take turns in the order;
-    if their number does not divide its length, its first rows are repeated at its end.
+    if their number does not divide its length, its rows are repeated from its first one on.
 
     Args:
         data: the data set; only its length is used.
@@ -62,7 +63,7 @@ class EpochSampler(DistributedSampler[int]):
         order = (places if weights is None else draw(weights, generator)[places]).tolist()
         if self.lengths is not None:
             order = group_by_length(order, self.lengths, self.group_size, generator)
-        order += order[: self.total_size - len(order)]
+        order = list(islice(cycle(order), self.total_size))
         yield from order[self.rank : self.total_size : self.num_replicas][done:]
 
 
