@@ -1,6 +1,7 @@
 """Boosting: a link's training rows are drawn in proportion to the error of the model before it."""
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def test_the_losses_of_rows_are_those_of_batches_of_one(tmp_path, kind):
         together = module.row_losses(data.collate(chosen))
     torch.testing.assert_close(together, alone, rtol=2e-5, atol=1e-6)
     assert together.unique().numel() > 1
+    batches = pickle.loads(pickle.dumps(run.train_dataloader.dataset))  # as a worker gets it that is not forked
+    with torch.no_grad():
+        torch.testing.assert_close(module.row_losses(batches.collate(chosen)), together, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- in a run

@@ -126,6 +126,10 @@ class EpochDataModule(LightningDataModule, ABC):
         self._are_weighted = False  # the rows of the epoch that began last
         self._order_of_checkpoint: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What collates batches in a worker process that is not forked: all but what belongs to the fit."""
+        return vars(self) | {"trainer": None, "row_weights": None}
+
     @abstractmethod
     @override
     def setup(self, stage: str) -> None:

@@ -61,10 +61,17 @@ class TokenizedDataModule(EpochDataModule):
         if max_length < 2:
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
         self._max_length = max_length
+        self._tokenizer_of_worker: Any = None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | ({"_tokenizer_of_worker": self.tokenizer} if self.trainer else {})
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the module that is trained."""
+        if self.trainer is None and self._tokenizer_of_worker is not None:
+            return self._tokenizer_of_worker
         module = self.trainer and self.trainer.lightning_module
         if "tokenizer" not in dir(module):  # not getattr: an error inside a property of that name must not be hidden
             raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
