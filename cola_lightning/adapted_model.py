@@ -195,7 +195,8 @@ class AdaptedModel:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
         names = {id(layer): name for name, layer in self.layers.items()}
         for modules in tensors.units(self.placement().root):
-            yield {names[id(module)]: module for module in modules if isinstance(module, LoRALayer)}
+            found = [module for module in modules if isinstance(module, LoRALayer) and id(module) in names]  # none of a copy
+            yield {names[id(module)]: module for module in found}
 
     def _own_placement(self) -> Placement:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))

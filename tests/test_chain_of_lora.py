@@ -1,5 +1,6 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
+import copy
 import itertools
 import math
 
@@ -328,6 +329,45 @@ def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its
     watch, module = rates(), toy(ValidatedToy, warmup_steps=0.2, optimizer=lambda p: SGD(p, lr=1.0))
     trainer(tmp_path, ByHand(), watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(), batches(1))
     assert watch.seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
+
+
+class WithCopy(Toy):
+    """As for a moving average of the weights, a reference or a teacher."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.configure_model()
+        self.copy = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
+
+
+def test_a_copy_of_the_model_in_the_module_is_left_alone(tmp_path):
+    alone, beside = toy(), toy(WithCopy)
+    before = weights(beside.copy)
+    for module in (alone, beside):
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
+    assert_bit_equal(weights(beside.model), weights(alone.model))
+    assert_bit_equal(weights(beside.copy), before)
+
+
+def test_an_optimizer_of_ones_own_with_factors_that_are_not_trained_is_refused(tmp_path):
+    class Own(Toy):
+        def configure_optimizers(self):
+            return SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    for factors in ("B", "random"):
+        message = rf"configure_optimizers: expected optimizers without lora_[AB], which is not trained under .* {factors}, rec"
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, chain={}, max_epochs=1).fit(toy(Own, trained_factors=factors), batches())
+    trainer(tmp_path, chain={}, max_epochs=1).fit(toy(Own), batches())
+
+
+def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
+    module = toy()
+    module.configure_model()
+    module.freeze()
+    module.unfreeze()
+    with pytest.raises(UserError, match="model: expected frozen weights under a chain, received a trainable one in"):
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
 
 
 def test_a_short_last_link_is_warmed_up_over_its_length(tmp_path):

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import Chain, ChainOfLoRA, COLAModule, UserError, base_from_checkpoint, lora_layers
+from cola_lightning import Chain, ChainOfLoRA, COLAModule, EpochDataModule, UserError, base_from_checkpoint, lora_layers
 from cola_lightning.errors import DiskError
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -342,3 +342,52 @@ def test_a_trainer_that_has_not_run_saves_what_it_is_connected_to(tmp_path):
     run.strategy.connect(toy())
     run.save_checkpoint(tmp_path / "before.ckpt")
     assert COLAModule.load_from_checkpoint(tmp_path / "before.ckpt").link == 0
+
+
+class Steps(EpochDataModule):
+    """Ten batches, whose order resumes."""
+
+    def __init__(self):
+        super().__init__(batch_size=4)
+
+    def setup(self, stage):
+        self.train = self.val = batches().dataset
+
+
+class Evaluated(ValidatedToy):
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_an_evaluation_by_another_trainer_leaves_the_links_steps(tmp_path, is_loaded):
+    module = toy(Evaluated)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=1)
+    run.fit(module, batches(), batches(1))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    if is_loaded:
+        module = Evaluated.load_from_checkpoint(tmp_path / "run.ckpt")
+        assert module.live_link().end_step == 10
+    trainer(tmp_path).test(module, batches(1), verbose=False)
+    steps = [(link.start_step, link.end_step) for link in module.full_chain().links]
+    assert steps == [(0, 4), (4, 8), (8, 10)]
+    module.full_chain().save(tmp_path / "chain")
+    assert [link.end_step for link in Chain.load(tmp_path / "chain").links] == [4, 8, 10]
+    module.tie_knot()
+    toy(Evaluated).load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("is_by_another", [False, True])
+def test_a_checkpoint_that_is_written_after_a_test_resumes_inside_the_epoch(tmp_path, is_by_another):
+    def run(steps):
+        return trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2, max_steps=steps, limit_val_batches=0)
+
+    whole, module = toy(Evaluated, lr_schedule="constant"), toy(Evaluated, lr_schedule="constant")
+    run(-1).fit(whole, datamodule=Steps())
+    stopped = run(5)
+    stopped.fit(module, datamodule=Steps())
+    (trainer(tmp_path) if is_by_another else stopped).test(module, batches(1), verbose=False)
+    stopped.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = toy(Evaluated, lr_schedule="constant")
+    run(-1).fit(resumed, datamodule=Steps(), ckpt_path=tmp_path / "run.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))

@@ -33,9 +33,12 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the chain's state contains the finished links
     trainer, run = trainer_of(module), module.run_state
     _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
-    if trainer is None or trainer.state.fn != "fit" or "loops" not in checkpoint:
+    fitter = run.trainer() if run.trainer else None  # a test may have followed, by the same Trainer or another
+    if fitter is None or "loops" not in checkpoint:
         return
-    counters, buffers = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)
+    if (checkpoint["epoch"], checkpoint["global_step"]) != (fitter.current_epoch, fitter.global_step):
+        return  # written by another
+    counters, buffers = rewound_progress(checkpoint, fitter, run.window, is_validating=run.is_validating)
     checkpoint[CHECKPOINT_KEY]["progress"] = counters
     checkpoint["state_dict"] |= buffers
 

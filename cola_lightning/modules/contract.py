@@ -84,9 +84,10 @@ class COLAParts(Protocol):
 def trainer_of(module: COLAParts) -> Trainer | None:
     """The Trainer that a module is attached to; None if there is none."""
     try:
-        return module.trainer
+        trainer = module.trainer
     except RuntimeError:  # Lightning's way to report none
         return None
+    return trainer if isinstance(trainer, Trainer) else None  # Fabric's stand-in for one has no counters
 
 
 def origin_of(module: COLAParts) -> list[str | int | None]:

@@ -6,6 +6,7 @@ weights.
 
 import logging
 import math
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -63,7 +64,9 @@ class ChainGuard(Callback):
                 loop.inference_mode = False
         run = self.module.run_state
         run.length = None  # set again when training starts
-        if stage == "fit":  # a resumed fit gets these values from its checkpoint, later
+        if stage == "fit":
+            run.trainer = weakref.ref(trainer)
+            # A resumed fit gets these values from its checkpoint, later.
             run.resumes_knots, self.module.optimization.resumed_class = False, None
             now = Counters(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
@@ -75,6 +78,7 @@ class ChainGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trained_dtypes(self.module.model)
+        _check_frozen(self.module)
         _check_pruning(trainer, self.module.model)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             self.module.trained_state.remember_outside()
@@ -115,6 +119,7 @@ class ChainGuard(Callback):
             )
         if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
             module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
+        _check_trained_factors(trainer, module)
         if is_resumed and run.resumes_knots and not run.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if is_resumed:
@@ -329,6 +334,27 @@ def _check_pruning(trainer: Trainer, module: nn.Module) -> None:
                 "trainer.callbacks: expected none that replaces weights to which links are added (merged_model() gives a plain "
                 "model, which can be pruned), received ModelPruning"
             )
+
+
+def _check_trained_factors(trainer: Trainer, module: COLAParts) -> None:
+    """Refuses optimizers of a subclass that have the factors which the rule of ``trained_factors`` leaves as they are."""
+    optimized = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    if any(id(factor) in optimized for factor in module.adapted.frozen_factors()):
+        raise UserError(
+            f"configure_optimizers: expected optimizers without lora_{module.adapted.frozen_factor}, which is not trained "
+            f"under model.trained_factors {module.trained_factors}, received one with it"
+        )
+
+
+def _check_frozen(module: COLAParts) -> None:
+    """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
+    if module.run_state.schedule.has_knots and (
+        trained := [name for name, layer in module.adapted.layers.items() if layer.weight.requires_grad]
+    ):
+        raise UserError(
+            f"model: expected frozen weights under a chain, received a trainable one in the adapted layer {trained[0]!r} (of "
+            "LightningModule.unfreeze, say)"
+        )
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:

@@ -55,6 +55,10 @@ def facts_of_live_link(module: COLAParts) -> dict[str, Any]:
 
 
 def counters_now(module: COLAParts) -> Counters:
-    """The epoch and optimizer step that a module's run has reached; outside of one, those at which the live link began."""
-    trainer = trainer_of(module)
-    return Counters(trainer.current_epoch, trainer.global_step) if trainer else module.run_state.link_start
+    """The epoch and optimizer step that a module's fit has reached, also after it: another Trainer may only evaluate."""
+    trainer, run = trainer_of(module), module.run_state
+    if trainer is not None and trainer.state.fn == "fit":
+        return Counters(trainer.current_epoch, trainer.global_step)
+    if run.left_at is None or run.left_at.global_step < run.link_start.global_step:
+        return run.link_start
+    return run.left_at
