@@ -95,6 +95,14 @@ def test_standard_input_and_links_and_sampling(trained, capfd, monkeypatch):
     assert printed(capfd, *asked, "--stop", "no such text", stop).strip() == predictions[1].partition(stop)[0].strip()
 
 
+def test_a_prompt_is_the_same_as_an_option_and_on_standard_input(checkpoint, capfd, monkeypatch):
+    for prompt in ("# head", "  # It", "null", "~", "[It, is]", "'It is'"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(prompt + "\n"))
+        expected = printed(capfd, "--checkpoint", checkpoint)
+        monkeypatch.setattr("sys.stdin", None)
+        assert printed(capfd, "--checkpoint", checkpoint, "--prompt", prompt) == expected
+
+
 def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch):
     path, _ = trained
     module = COLACausalLM.load_from_checkpoint(path)

@@ -58,7 +58,7 @@ def _parser() -> ArgumentParser:
         metavar="PATH",
         help="a checkpoint that a fit wrote, or a folder that `cola export` wrote: a merged model, or a PEFT adapter",
     )
-    parser.add_argument("--prompt", type=str | None, metavar="TEXT", help="the prompt (default: standard input)")
+    parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
     parser.add_argument(
         "--chat", action="store_true", help="a conversation: one turn per line; an empty line or Ctrl-D ends it"
     )
