@@ -21,7 +21,7 @@ from benchmarks import paper_table
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import process, study
-from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import mean_curve, plot_curves
 from cola_lightning.study.methods import METHODS, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
@@ -438,6 +438,27 @@ def test_another_config_is_another_study(tmp_path, runs, capsys):
     assert "config: expected model.init_args.rank: 1, as in" in capsys.readouterr().err
     assert compare(tmp_path, "--metric", "val_accuracy") == 2
     assert "metric, mode: expected val_loss and min, as in the study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("known", "mine", "message"),
+    [
+        ("callbacks: null", "callbacks: {class_path: C, init_args: {a: 1}}", "callbacks: None, as in"),
+        ("callbacks: {class_path: C, init_args: {a: null}}", "callbacks: null", "callbacks: {'class_path': 'C', "),
+        ("callbacks: {class_path: C, init_args: {a: null}}", "callbacks: {class_path: D}", "callbacks.class_path: 'C', as in"),
+        ("callbacks: [{class_path: C}]", "callbacks: {class_path: C}", "callbacks: [{'class_path': 'C'}], as in"),
+        ("how: {}", "how: {a: 1}", "how: {}, as in"),
+        ("how: {a: 1}", "how: {a: 1, introduced_since: 2}\nintroduced_since: {a: 1}", None),
+        ("how: {a: null, removed_since: null}", "how: {a: null}", None),
+    ],
+)
+def test_a_value_in_place_of_another_is_another_config(known, mine, message):
+    if message is None:
+        check_same(mine, known, "it")
+        return
+    with pytest.raises(UserError) as caught:
+        check_same(mine, known, "it")
+    assert str(caught.value).startswith(f"config: expected {message}")
 
 
 # ---------------------------------------------------------------------- trials that several processes take

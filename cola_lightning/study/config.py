@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -57,17 +57,17 @@ def check_same(config: str, known: str, where: str) -> None:
     Raises:
         UserError: if they differ.
     """
-    mine, theirs = (_flat(yaml.safe_load(text)) for text in (config, known))
-    for name in mine | theirs:
-        if name in theirs and mine.get(name) != theirs[name]:  # an option introduced since then has its default
-            raise UserError(
-                f"config: expected {name}: {theirs[name]!r}, as in {where}, received {mine.get(name)!r}; a different "
-                "study needs another output and, in a shared storage, another study_name"
-            )
+    for name, mine, theirs in _differences(yaml.safe_load(config), yaml.safe_load(known)):
+        raise UserError(
+            f"config: expected {name}: {theirs!r}, as in {where}, received {mine!r}; a different study needs another output "
+            "and, in a shared storage, another study_name"
+        )
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by their dotted names."""
-    if not isinstance(config, Mapping):
-        return {prefix.removesuffix("."): config}
-    return {name: value for key, part in config.items() for name, value in _flat(part, f"{prefix}{key}.").items()}
+def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
+        for key, value in theirs.items():
+            yield from _differences(mine.get(key), value, f"{name}.{key}".removeprefix("."))
+    elif mine != theirs:
+        yield name, mine, theirs

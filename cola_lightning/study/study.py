@@ -150,7 +150,7 @@ class Study:
                 self.trials.keep_alive(trial)
 
         try:
-            check_same(self.shared, self.trials.config or "", self.place)  # two commands may have begun at once
+            check_same(self.shared, self.trials.config or self.shared, self.place)  # two commands may have begun at once
             chosen = self.methods[run.method] if run.method in self.methods else self._method(run.method)
             changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "seed_everything": run.seed}
             changes |= dict.fromkeys(self.asked.also_seeded or (), run.seed)
