@@ -83,6 +83,25 @@ def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert not Path("runs/version_2").exists()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--trainer.default_root_dir", "~/x"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=~/x"],
+        ["--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=~/x", "--trainer.logger.name="],
+    ],
+    ids=" ".join,
+)
+def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run("fit", "--config", DIGITS, *FAST, *given) == 0
+    files = {path.name: path for path in Path().rglob("*.*") if path.is_file()}
+    folder = files["last.ckpt"].parent.parent
+    assert folder.is_relative_to("home/x")
+    assert {name for name, path in files.items() if path.is_relative_to(folder)} == set(files)
+    assert run("test", "--config", DIGITS, *given, "--ckpt_path", "last") == 0
+
+
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(monkeypatch, capfd):
     Path("hpmod.py").write_text(
         "from cola_lightning import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"

@@ -57,6 +57,14 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
     assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
 
 
+def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["inspect", "--checkpoint", "~/work/chain", "--plot=~/chain.png"]) == 0
+    assert main([*EXPORT, "~/exported"]) == 0
+    assert main(["configs", "digits", "--output=~/configs"]) == 0
+    assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}
+
+
 def test_inspect_takes_a_second_more_than_the_import_of_torch():
     unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # which takes time, too
 

@@ -324,6 +324,15 @@ def test_splits_may_follow_the_seeds(tmp_path, runs, monkeypatch):
     assert compare(tmp_path, methods="[lora]", seeds=3) == 2  # and no other
 
 
+def test_a_study_may_be_in_the_users_home(tmp_path, runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(Path(DIGITS).read_text())
+    words = ["--config", "~/mine.yaml", "--output=~/study", "--storage=~/mine.journal", "--methods=[lora]", "--seeds=1"]
+    assert main(["compare", *words]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.journal", "mine.yaml", "study"]
+
+
 def test_a_database_is_a_storage_too(tmp_path, runs):
     storage = ["--storage", f"sqlite:///{tmp_path}/study.db", "--study_name", "digits"]
     assert compare(tmp_path / "study", *storage, methods="[lora]") == 0

@@ -1,5 +1,6 @@
 """``cola configs``: the configurations that come with the package."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def configs(words: Sequence[str]) -> None:
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
     if unknown := [name for name in requested if name not in found]:
         raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
-    targets = {name: options.output / found[name].relative_to(FOLDER) for name in requested}
+    output = Path(os.path.expanduser(options.output))
+    targets = {name: output / found[name].relative_to(FOLDER) for name in requested}
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")

@@ -1,5 +1,6 @@
 """``cola export``: converts a checkpoint to a plain model, a PEFT adapter or a chain folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,9 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
     options = parser.parse_args(list(words))
+    for name in ("checkpoint", "output", "base_folder"):
+        if options[name] is not None:
+            options[name] = Path(os.path.expanduser(options[name]))
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
     from cola_lightning.export import ExportOptions

@@ -1,6 +1,7 @@
 """``cola inspect``: statistics of each link of a chain. It needs neither lightning nor transformers."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def inspect(words: Sequence[str]) -> None:
 
     reports = report(read_chain(options.checkpoint, options.links))
     if options.plot is not None:
-        plot(reports, options.plot)
+        plot(reports, Path(os.path.expanduser(options.plot)))
     if options.json:
         print(json.dumps(to_json(reports), indent=2, allow_nan=False))
     else:

@@ -136,6 +136,7 @@ class COLACLI(LightningCLI):
         for group in ("trainer", "chain"):
             if not isinstance(value := self._get(self.config, group), Namespace):
                 raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+        self._expand_home()
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool):
             check_seed("seed_everything", seed)
@@ -147,14 +148,23 @@ class COLACLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let hyperparameters in the checkpoint override the user's."""
 
+    def _expand_home(self) -> None:
+        """Replaces ``~`` in the folders of runs: Lightning does so in some of a run's paths alone."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.default_root_dir is not None:
+            trainer.default_root_dir = os.path.expanduser(trainer.default_root_dir)
+        for given in _with_save_dir(trainer.logger):
+            given.save_dir = os.path.expanduser(given.save_dir)
+
     def _open_checkpoint(self) -> None:
         """Checks the checkpoint before anything is created; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
         config = self.config[self.subcommand]
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd())
             places = [root / "checkpoints" / "last.ckpt", *root.glob("runs/version_*/checkpoints/last.ckpt")]
-            for folder in _save_dirs(config.trainer.logger):
-                places += Path(folder).glob("*/*/checkpoints/last.ckpt")
+            for given in _with_save_dir(config.trainer.logger):
+                for run in ("*/*", "*"):  # the second: of a logger without a name
+                    places += Path(given.save_dir).glob(f"{run}/checkpoints/last.ckpt")
             if not (found := [place for place in places if place.is_file()]):
                 raise UserError(f"ckpt_path: expected the last.ckpt of an earlier run in {str(root)!r}, received none there")
             config.ckpt_path = str(max(found, key=lambda place: place.stat().st_mtime))
@@ -339,13 +349,12 @@ def _check_writable(field: str, folder: str | Path) -> None:
         )
 
 
-def _save_dirs(loggers: Any) -> list[str]:
-    """The folders that a configuration gives its loggers."""
+def _with_save_dir(loggers: Any) -> list[Namespace]:
+    """The arguments of those of a configuration's loggers that are given a folder."""
     given = [
         one.get("init_args") for one in (loggers if isinstance(loggers, list) else [loggers]) if isinstance(one, Namespace)
     ]
-    folders = [args.get("save_dir") for args in given if isinstance(args, Namespace)]
-    return [str(folder) for folder in folders if folder is not None]
+    return [args for args in given if isinstance(args, Namespace) and args.get("save_dir") is not None]
 
 
 def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:

@@ -1,5 +1,6 @@
 """The options of ``cola compare``."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,9 @@ class Comparison:
     study_name: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("config", "output", "storage"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if not Path(self.config).is_file():
             raise UserError(f"config: expected a file, received {self.config!r}")
         if Path(self.output).exists() and not Path(self.output).is_dir():
