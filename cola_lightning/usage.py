@@ -51,6 +51,11 @@ WHAT = {
 }
 
 
+def is_prompt_format(given: Any) -> bool:
+    """Whether it is as :attr:`~cola_lightning.EpochDataModule.prompt_format` of a model that is prompted, not another value."""
+    return isinstance(given, Mapping) and given.get("kind") in list(WHAT) and "chat_template" in given
+
+
 def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/this/folder", is_adapter: bool = False) -> str:
     """The section of a model card that shows how the model is used, in plain transformers code.
 
@@ -62,7 +67,7 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
     Returns:
         Markdown; empty for a model that is not prompted.
     """
-    if not prompt_format:
+    if not is_prompt_format(prompt_format):
         return ""
     kind, is_chat = prompt_format["kind"], prompt_format["chat_template"]
     what = WHAT[kind].format(how="written in the tokenizer's chat template" if is_chat else "which they follow as they stand")

@@ -80,12 +80,15 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd)
         assert all(score < 0 for score in row["scores"])
 
 
-def fit_responses(capfd, splits, **how):
+def fit_responses(capfd, splits, chat=None, **how):
     """Fits instructions; the subcommands that its last lines name, their arguments, and the command that tries it."""
     Path("own").mkdir()
     rows = [{"prompt": f"Is town {k} old? ", "response": "Yes"} for k in range(8)]
     for split in splits:
         Path("own", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = tiny.tokenizer("opt")
+    own.chat_template = chat
+    own.save_pretrained("model")
     data = {"class_path": "TextDataModule", "init_args": {"source": "own", "max_new_tokens": 4} | how}
     Path("text.yaml").write_text(CONFIG.partition("data:")[0] + f"data: {json.dumps(data)}\n")
     trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -96,7 +99,9 @@ def fit_responses(capfd, splits, **how):
     command, _, others = use.partition(" (")
     first, *arguments = shlex.split(command)
     others = others.partition(";")[0].removeprefix("or ").split(", ") if others.startswith("or ") else []
-    return [first, *others], arguments, shlex.split(try_.replace("TEXT (or --chat)", "Old?"))
+    try_, _, or_chat = try_.partition(" (or ")
+    assert or_chat == ("--chat)" if chat else "")
+    return [first, *others], arguments, shlex.split(try_.replace("TEXT", "Old?"))
 
 
 def test_instructions_are_trained_and_a_fits_last_lines_name_the_commands_that_work(capfd):
@@ -114,7 +119,7 @@ def test_instructions_are_trained_and_a_fits_last_lines_name_the_commands_that_w
 
 
 def test_rows_to_test_on_are_drawn_where_there_are_none_and_predict_takes_prompts_alone(capfd):
-    subcommands, arguments, try_ = fit_responses(capfd, ["train"], val_size=2)
+    subcommands, arguments, try_ = fit_responses(capfd, ["train"], chat=tiny.CHAT, val_size=2)
     assert sorted(subcommands) == ["predict", "test", "validate"]
     assert [main([subcommand, *arguments]) for subcommand in ("validate", "test")] == [0, 0]
     assert main(try_) == 0
@@ -125,6 +130,50 @@ def test_rows_to_test_on_are_drawn_where_there_are_none_and_predict_takes_prompt
         (path,) = Path("runs").rglob("predictions.jsonl")
         assert [json.loads(line)["target"] for line in path.read_text().splitlines()] == [None, None]
         path.unlink()
+
+
+OWN = """
+from cola_lightning import Example, OptionDataModule
+
+
+class Parity(OptionDataModule):
+    source = "of no option"
+
+    def __init__(self):
+        super().__init__(4)
+
+    def setup(self, stage):
+        examples = [Example(f"The number {n} is", (" even", " odd"), n % 2) for n in range(8)]
+        self.train = self.val = self.test = self.encode(examples)
+
+
+class Sourced(Parity):
+    prompt_format = {"system": "Be brief."}
+
+    def __init__(self, source: str = "rows"):
+        super().__init__()
+        self.source = source
+
+
+class Prompted(Parity):
+    prompt_format = "The number {n} is"
+"""
+
+
+@pytest.mark.parametrize(("name", "has_source"), [("Parity", False), ("Sourced", True), ("Prompted", False)])
+def test_a_fit_on_data_of_ones_own_ends_with_the_commands_that_work(monkeypatch, capfd, name, has_source):
+    Path("own_parity.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    Path("own.yaml").write_text(CONFIG.partition("data:")[0] + f"data: {{class_path: own_parity.{name}}}\n")
+    words = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", "own.yaml", *words]) == 0
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("use it: ", "new rows", "try it: "))]
+    assert [line.partition(": ")[0].partition(",")[0] for line in told] == ["use it", *(["new rows"] if has_source else [])]
+    assert not has_source or told[-1].endswith(" --data.source NEW_FILE")
+    checkpoint = "runs/version_0/checkpoints/last.ckpt"
+    assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    described = "prompt_format" in json.loads(Path("merged/tokenizer_config.json").read_text())
+    assert described is (name == "Parity")  # where it has not been replaced by another value
 
 
 def test_two_processes_are_one():

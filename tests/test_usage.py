@@ -103,6 +103,11 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("given", [{}, {"system": "Be brief."}, {"kind": "chat", "chat_template": True}, {"kind": "text"}])
+def test_what_is_no_prompt_format_is_no_section(given):
+    assert usage_section(given) == ""
+
+
 def trained_on(row, base, folder):
     """A module after one step on one row, its data and its Trainer."""
     for split in ("train", "validation"):

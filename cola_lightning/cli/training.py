@@ -41,6 +41,7 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLACausalLM, COLAModule
+from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.pending import loading
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes
@@ -277,20 +278,21 @@ class COLACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the commands that work for it and its data."""
-        data, commands = self.datamodule, self._commands()
+        commands, of_data = self._commands(), self._get(self.config, "data").get("init_args") or {}
         others = f"or {', '.join(commands[1:])}; " if commands[1:] else ""
         path = self._log_command(f"use it: %s ({others}fit resumes from it)", commands[0]) if commands else None
-        if "predict" in commands and hasattr(data, "source"):
-            own = ["--data.source", "NEW_FILE"] + (["--data.subset", "null"] if data.subset is not None else [])
+        if "predict" in commands and "source" in of_data:
+            own = ["--data.source", "NEW_FILE"] + (["--data.subset", "null"] if of_data.get("subset") is not None else [])
             self._log_command("new rows, with or without their labels or answers: %s", "predict", *own)
         if path is not None and self._is_generative:
-            log.info("try it: %s", f"{shlex.join(['cola', 'generate', '--checkpoint', path])} --prompt TEXT (or --chat)")
+            or_chat = " (or --chat)" if self.model.tokenizer.chat_template else ""
+            log.info("try it: %s", f"{shlex.join(['cola', 'generate', '--checkpoint', path])} --prompt TEXT{or_chat}")
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: the checkpoint is already at trainer.max_epochs or max_steps")
 
     @property
     def _is_generative(self) -> bool:
-        kind = getattr(self.datamodule, "prompt_format", {}).get("kind")
+        kind = prompt_format_of(self.trainer).get("kind")
         return isinstance(self.model, COLACausalLM) and kind in ("response", "text")
 
     def _commands(self) -> list[str]:
