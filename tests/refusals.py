@@ -1322,10 +1322,15 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
         "length is not known beforehand, received 0.1 of it",
     ),
     (("cola-2",), "trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither"),
+    ({"name": "lora", "model": {}}, "model: expected a class that takes rank, which a study sets, received 'own.Module'"),
+    (
+        {"name": "lora-sum-rank-2", "trainer": {"max_steps": 20}, "model": {"rank": 4}},
+        "model: expected a class that takes alpha, which a study sets, received 'own.Module'",
+    ),
 )
-def method_of(name, chain=(), trainer=()):
+def method_of(name, chain=(), trainer=(), model=(("rank", 4), ("alpha", 8.0))):
     whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
-    config = {"model": {"init_args": {"rank": 4, "alpha": 8.0}}, "chain": whens | dict(chain)}
+    config = {"model": {"class_path": "own.Module", "init_args": dict(model)}, "chain": whens | dict(chain)}
     method(name, config | {"trainer": {"max_epochs": None, "max_steps": -1} | dict(trainer)})
 
 

@@ -83,6 +83,23 @@ def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert not Path("runs/version_2").exists()
 
 
+def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(monkeypatch, capfd):
+    Path("no_args.py").write_text(
+        "from cola_lightning import COLADigits\n\nclass NoArgs(COLADigits):\n    def __init__(self):\n"
+        "        super().__init__(rank=1, alpha=1, seed=0)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    Path("config.yaml").write_text(
+        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: DigitsDataModule}\n"
+    )
+    assert run("test", "--config", "config.yaml") == 0
+    assert "test: this is the base alone, no_args.NoArgs, for no --ckpt_path is given" in capfd.readouterr().out
+    assert run("fit", "--config", "config.yaml", "--links", "2") == 2
+    assert "error: links: expected ckpt_path or model.init_chain beside it, received 2 alone" in capfd.readouterr().err
+    assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
+    assert "error: model: expected a class that takes optimizer, which a study sets, received" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "given",
     [

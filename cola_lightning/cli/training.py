@@ -186,16 +186,20 @@ class COLACLI(LightningCLI):
                 f"links: expected none beside ckpt_path, for fit resumes with the whole chain, received {self.links}; "
                 "--model.init_chain begins a new run from some of its links"
             )
-        if config.model.init_args.get("init_chain") is None:
+        if self._options_of("model").get("init_chain") is None:
             raise UserError(f"links: expected ckpt_path or model.init_chain beside it, received {self.links} alone")
         config.model.init_args.init_links, config.links = self.links, None
+
+    def _options_of(self, part: str) -> Any:
+        """The options of ``model`` or ``data`` by name; none for a constructor without parameters."""
+        return self._get(self.config, part).get("init_args") or {}
 
     def _warn_of_base(self) -> None:
         """Logs what is evaluated if no checkpoint is given; a run's saved configuration does not name one."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" or config.ckpt_path is not None:
             return
-        given = config.model.init_args
+        given = self._options_of("model")
         what = f"the base alone, {given.get('model_name') or config.model.class_path}"
         if (chain := given.get("init_chain")) is not None:
             n_links = given.get("init_links")
@@ -278,7 +282,7 @@ class COLACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the commands that work for it and its data."""
-        commands, of_data = self._commands(), self._get(self.config, "data").get("init_args") or {}
+        commands, of_data = self._commands(), self._options_of("data")
         others = f"or {', '.join(commands[1:])}; " if commands[1:] else ""
         path = self._log_command(f"use it: %s ({others}fit resumes from it)", commands[0]) if commands else None
         if "predict" in commands and "source" in of_data:

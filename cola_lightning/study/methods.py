@@ -72,7 +72,7 @@ def _cola(name: str, config: Config, chain: ChainOf) -> Method:
 def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain(name, config)
-    scaling = _model(config)["alpha"] / _rank(config)
+    scaling = option_of_model(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
     return Method(name, 1, sum(ranks), ONE_LINK | sizes)
 
@@ -93,7 +93,7 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
     """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA."""
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
-    rise = _model(config).get("knot_warmup_steps") or 0.1
+    rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
     if found.options == {} and config["chain"].get("patience") and rise < 1:
         raise UserError(
             "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "
@@ -126,12 +126,21 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 
 
-def _model(config: Config) -> Any:
-    return config["model"]["init_args"]
+def option_of_model(config: Config, name: str) -> Any:
+    """The value of an option of the config's module.
+
+    Raises:
+        UserError: for a module whose constructor does not take it.
+    """
+    options = config["model"].get("init_args", {})  # none for a constructor without parameters
+    if name not in options:
+        received = config["model"]["class_path"]
+        raise UserError(f"model: expected a class that takes {name}, which a study sets, received {received!r}")
+    return options[name]
 
 
 def _rank(config: Config) -> int:
-    return int(_model(config)["rank"])
+    return int(option_of_model(config, "rank"))
 
 
 def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:

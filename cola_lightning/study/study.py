@@ -17,7 +17,7 @@ from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_text, as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
-from cola_lightning.study.methods import Method, method
+from cola_lightning.study.methods import Method, method, option_of_model
 from cola_lightning.study.results import Result, Run, across_bases, at_best_rates, best_rates, read, write
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.study.trials import ALIVE_EVERY, Trials
@@ -43,10 +43,9 @@ class Study:
         self.asked, self.output = asked, Path(asked.output)
         self.words = ["--config", asked.config, *fit_words]
         self.config = resolved(self.words)
-        given = self.config["model"]["init_args"]
-        if given.get("seed") is not None:
-            raise UserError(f"model.seed: expected null, so that seed_everything decides, received {given['seed']}")
-        optimizer = given.get("optimizer")
+        optimizer = option_of_model(self.config, "optimizer")
+        if (seed := self.config["model"]["init_args"].get("seed")) is not None:
+            raise UserError(f"model.seed: expected null, so that seed_everything decides, received {seed}")
         own_rate = (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
         if own_rate is None:
             raise UserError("model.optimizer: expected a class and its lr, which a study sets, received none in the config")
