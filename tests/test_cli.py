@@ -290,6 +290,9 @@ BAD = [
     (["fit", "--config", DIGITS, "--model", "mine.My"], "received 'mine.My' (No module named 'mine')"),
     (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
     (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
+    (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
+    (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
+    (["test", "--config", "last_list.yaml"], "last: expected options, each with its value, received [1]"),
     (["fit", "--config", "bytes.yaml"], "config: expected a text file in UTF-8"),
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
@@ -315,7 +318,10 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("a_file").touch()
     Path("broken.yaml").write_text("model: [\n")
     Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    Path("groups.yaml").write_text("model: {class_path: COLADigits}\ndata: {class_path: DigitsDataModule}\nchain: null\n")
+    parts = "seed_everything: 0\nmodel: {class_path: COLADigits}\ndata: {class_path: DigitsDataModule}\n"
+    Path("groups.yaml").write_text(f"{parts}chain: null\n")
+    for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
+        Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2

@@ -134,7 +134,7 @@ class COLACLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
-        for group in ("trainer", "chain"):
+        for group in ("trainer", "chain", "last"):
             if not isinstance(value := self._get(self.config, group), Namespace):
                 raise UserError(f"{group}: expected options, each with its value, received {value!r}")
         self._expand_home()
