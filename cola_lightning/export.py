@@ -313,7 +313,7 @@ def export_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card is not None:
-            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", _loading_of_adapter(config.task_type))
+            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", _loading_of_adapter(config.task_type, base, labels))
         if not verify or probe is None:
             return [*lines, "not compared" + (", for no input is known" if verify else "")]
         return [
@@ -322,11 +322,15 @@ def export_adapter(
         ]
 
 
-def _loading_of_adapter(task: str | None) -> str:
+def _loading_of_adapter(task: str | None, base: Any, labels: Sequence[str] | None) -> str:
     """How the user of a folder loads an adapter, in Python."""
-    auto = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification"}
-    if task in auto:
-        return f'from peft import {auto[task]}\n\nmodel = {auto[task]}.from_pretrained("FOLDER")'
+    if task == "CAUSAL_LM":
+        return 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("FOLDER")'
+    if task == "SEQ_CLS":  # the base's own configuration may have others
+        auto = "AutoPeftModelForSequenceClassification"
+        known = "" if labels is None else f"labels = {list(labels)!r}\n"
+        given = f"num_labels={base.config.num_labels}" if labels is None else "id2label=dict(enumerate(labels))"
+        return f'from peft import {auto}\n\n{known}model = {auto}.from_pretrained("FOLDER", {given})'
     return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the model without links'
 
 

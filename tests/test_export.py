@@ -973,6 +973,21 @@ def test_fields_that_are_the_named_ones_change_nothing(tmp_path, capsys, fields)
     assert difference(tiny.logits(model), expected) <= 1e-5 * expected.abs().max()
 
 
+def loaded_as_in_card(folder):
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code.replace("FOLDER", str(folder)), names)
+    return names["model"]
+
+
+@pytest.mark.parametrize("labels", [["bad", "good"], ['"mixed"', "bad", "good"]], ids=len)
+def test_an_adapters_card_loads_it_with_its_labels(tmp_path, labels):
+    name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
+    module = COLASequenceClassifier(name, label_names=labels, target_modules=["query"], rank=4, seed=0)
+    module.export(tmp_path / "out", "peft")
+    assert loaded_as_in_card(tmp_path / "out").config.id2label == dict(enumerate(labels))
+
+
 @pytest.mark.parametrize("num_labels", [2, 3])
 def test_labels_that_the_named_base_must_be_given_are_told(tmp_path, capsys, num_labels):
     name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
@@ -984,6 +999,7 @@ def test_labels_that_the_named_base_must_be_given_are_told(tmp_path, capsys, num
     assert hint in capsys.readouterr().out
     model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **needed)
     assert difference(tiny.logits(model), tiny.logits(module.model)) <= 1e-5
+    assert difference(tiny.logits(loaded_as_in_card(tmp_path / "out")), tiny.logits(module.model)) <= 1e-5
 
 
 def test_a_resume_with_another_modules_to_save_says_so(tmp_path):
