@@ -349,6 +349,8 @@ def test_a_database_is_a_storage_too(tmp_path, runs):
         (["--seds", "2"], {}, "--seds"),
         ([], {"fit": ["--model.seed", "3"]}, "error: model.seed: expected null"),
         ([], {"fit": ["--model.rang", "2"]}, "error: "),
+        ([], {"fit": ["--help"]}, "--help', which prints something else than a run's config"),
+        ([], {"fit": ["--model.help", "COLADigits"]}, "error: cola fit: expected options of a run, received '--config "),
         ([], {"fit": ["--model.optimizer", "null"]}, "error: model.optimizer: expected a class and its lr, which a study sets"),
         (["--also_seeded", "[data.split_sed]"], {}, "error: data: expected one of its options, received 'split_sed'"),
         (["--storage", "nosuchbase://here"], {}, "error: storage: expected a file, or the URL of a database that answers"),

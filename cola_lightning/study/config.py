@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,13 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
         COLACLI(["fit", *words, "--print_config"], RunWatch())
-    config: dict[str, Any] = yaml.safe_load(printed.getvalue())
+    try:
+        config = yaml.safe_load(printed.getvalue())
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        received = f"{shlex.join(words)!r}, which prints something else than a run's config"
+        raise UserError(f"cola fit: expected options of a run, received {received}")
     return config
 
 
