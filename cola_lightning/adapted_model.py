@@ -21,12 +21,12 @@ from cola_lightning.chain.fingerprint import (
     describe_base,
 )
 from cola_lightning.chain.link import begin_link, finish_link
-from cola_lightning.chain.rules import Factor, TrainedFactors, frozen_factor
+from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import inject_lora, lora_layers, strip_lora, unstack
+from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, strip_lora, unstack
 from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
 from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
-from cola_lightning.seeding import seeded
+from cola_lightning.seeding import check_seed, seeded
 from cola_lightning.sharded import tensors
 
 
@@ -124,6 +124,9 @@ class AdaptedModel:
         Raises:
             UserError: for an invalid model or values.
         """
+        check_factors(rank, alpha, dropout, init, finished_links)
+        check_trained_factors(trained_factors)
+        check_seed("model.seed", seed)
 
         def make_base() -> nn.Module:
             with seeded_build(seed):

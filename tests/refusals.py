@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from cola_lightning import (
+    AdaptedModel,
     Chain,
     ChainOfLoRA,
     ChainSchedule,
@@ -163,6 +164,21 @@ def last(**arguments):
 )
 def module(**arguments):
     toy(**arguments)
+
+
+@refused(
+    ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
+    ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
+    ({"init": "kaimin", "target_modules": None}, "model.init: expected kaiming, gaussian, orthogonal, received 'kaimin'"),
+    ({"seed": -1}, "model.seed: expected a whole number from 0 to 2**32 - 1, received -1"),
+)
+def adapted_model(**arguments):
+    AdaptedModel.of(lambda: nn.Sequential(nn.Linear(8, 4)), **{"rank": 2, "alpha": 4} | arguments)
+
+
+@refused(({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"))
+def injected(**arguments):
+    inject_lora(nn.Sequential(nn.Linear(8, 4)), ["0"], rank=2, alpha=4, **arguments)
 
 
 @refused(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cola_lightning.errors import UserError
 from cola_lightning.seeding import derive_seed
 
 TrainedFactors = Literal["both", "B", "random"]
@@ -40,6 +41,12 @@ def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | Non
         Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
     """
     return FROZEN_FACTOR[trained](seed, link)
+
+
+def check_trained_factors(trained: str) -> None:
+    """Refuses a name that is no rule's."""
+    if trained not in FROZEN_FACTOR:
+        raise UserError(f"model.trained_factors: expected {', '.join(FROZEN_FACTOR)}, received {trained!r}")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def inject_lora(
 
     Source: Hu et al., arXiv 2106.09685, section 4; for the matching rule, PEFT's ``LoraConfig.target_modules``.
     """
-    check_factors(rank, alpha, dropout, init)
+    check_factors(rank, alpha, dropout, init, finished_links)
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
     saved = _matches(model, list(modules_to_save), "model.modules_to_save", [name for name, _ in model.named_modules()])
@@ -173,7 +173,7 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
 
 
-def check_factors(rank: int, alpha: float, dropout: float, init: str) -> None:
+def check_factors(rank: int, alpha: float, dropout: float, init: str, finished_links: str) -> None:
     """Refuses values that no link could have, before any model is made."""
     if rank < 1:
         raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
@@ -183,6 +183,8 @@ def check_factors(rank: int, alpha: float, dropout: float, init: str) -> None:
         raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
     if init not in DRAWS:
         raise UserError(f"model.init: expected {', '.join(DRAWS)}, received {init!r}")
+    if finished_links not in get_args(FinishedLinks):
+        raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
 
 
 def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:

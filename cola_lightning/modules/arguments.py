@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 import cola_lightning
-from cola_lightning.chain.rules import TrainedFactors
+from cola_lightning.chain.rules import check_trained_factors
 from cola_lightning.errors import UserError
-from cola_lightning.lora.registry import FinishedLinks
 from cola_lightning.seeding import check_seed
 
 # Arguments of the training, not of the model: inference needs none of them.
@@ -56,7 +55,6 @@ class RecordsArguments:
 def check_choices(
     seed: int | None,
     modules_to_save_lr: float | None,
-    finished_links: str,
     trained_factors: str,
     init_chain: str | None,
     init_links: int | None,
@@ -65,10 +63,7 @@ def check_choices(
     check_seed("model.seed", seed)
     if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
         raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
-    if finished_links not in get_args(FinishedLinks):
-        raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
-    if trained_factors not in get_args(TrainedFactors):
-        raise UserError(f"model.trained_factors: expected {', '.join(get_args(TrainedFactors))}, received {trained_factors!r}")
+    check_trained_factors(trained_factors)
     if init_links is not None and init_chain is None:
         raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
 

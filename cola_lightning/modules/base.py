@@ -122,8 +122,8 @@ class COLAModule(LightningModule, RecordsArguments):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_factors(rank, alpha, dropout, init)
-        check_choices(seed, modules_to_save_lr, finished_links, trained_factors, init_chain, init_links)
+        check_factors(rank, alpha, dropout, init, finished_links)
+        check_choices(seed, modules_to_save_lr, trained_factors, init_chain, init_links)
         check_schedule(warmup_steps, schedule_scope, knot_warmup_steps, kept_optimizer_state)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
