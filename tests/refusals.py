@@ -918,6 +918,10 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
         "rows.jsonl, line 16: expected a label from 0 to 1 in the field 'size', received 3",
     ),
     (
+        {"options": [" 1", " 2", " 3", " 4"], "label": "size"},
+        "rows.jsonl, line 16: expected text in the field 'size', for the option '3' has the index 2, received 3",
+    ),
+    (
         {"options": ["a", "b"], "label": "share"},
         "rows.jsonl, line 16: expected a label from 0 to 1 in the field 'share', received 0.5",
     ),

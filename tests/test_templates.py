@@ -66,6 +66,44 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
     assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
 
 
+@pytest.mark.parametrize(
+    ("label", "options", "place"),
+    [
+        (3, [" 0", " 1", " 2", " 3"], 3),  # the index of its text
+        (0, [" 1", " 2"], 0),
+        (True, [" no", " yes"], 1),
+        ("2", [" 1", " 2", " 3"], 1),
+        ("2", [" no", " maybe", " yes"], 2),
+        (2, [" 1", " 2", " 3"], None),
+        (4, [" 1", " 2", " 3", " 4"], None),
+        (0, [" 1", " 0"], None),
+        (True, [" True", " False"], None),
+        (False, ["true", "false"], None),
+    ],
+)
+def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, label, options, place):
+    """A CSV file, whose values are text, would else mean another option."""
+    asked = {"prompt": "Is it?", "options": options}
+    if place is None:
+        message = rf"line 1: expected text in the field 'label', for the option '.*' has the index \d, received {label}$"
+        with pytest.raises(UserError, match=message):
+            examples([{"label": label}], tmp_path, **asked)
+        return
+    (row,), _ = examples([{"label": label}], tmp_path, **asked)
+    assert row.example.answer == place
+
+
+def test_a_class_index_is_an_index_whatever_the_options(tmp_path):
+    import datasets
+
+    kind = datasets.ClassLabel(names=["1 star", "2 stars", "3 stars"])
+    rows = datasets.Dataset.from_list([{"label": k % 3} for k in range(3)])
+    rows.cast_column("label", kind).to_parquet(tmp_path / "test.parquet")
+    asked = {"prompt": "Is it?", "options": [" 1", " 2", " 3"], "test_split": "test"}
+    made, _ = examples([{"label": 0}], tmp_path, **asked)
+    assert [row.example.answer for row in made] == [0, 1, 2]
+
+
 def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path):
     asked = {"prompt": "Is it?", "loss": "answer", **FIXED}
     (row,), data = examples([ROW], tmp_path, stage="fit", **asked)

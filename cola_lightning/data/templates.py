@@ -75,7 +75,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
             ``null`` if the answer is generated.
-        label: the field with the right option: its index, from 0, or its text.
+        label: the field with the right option: its index, from 0, or its text. A number that is the text of an option at
+            another index is refused.
         answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
             on and the best match counts (``answers.text``: a field inside another).
         loss: over all ``options``, or the language-model loss on the right ``answer`` only; ``null``: ``options`` if there
@@ -177,6 +178,13 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         inner, field = _inside(row, self.label)
         label: Any = inner[field]
         stripped = [option.strip() for option in options]
+        if isinstance(label, int) and field not in inner.class_names:  # a CSV file has it as text: it must not mean another
+            texts = [option.lower() for option in stripped]
+            if (text := str(label).lower()) in texts and (place := texts.index(text)) != label:
+                raise UserError(
+                    f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index "
+                    f"{place}, received {label!r}"
+                )
         if not isinstance(label, str) or (label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)):
             return inner.label(field, len(options))
         if label.strip() not in stripped:
