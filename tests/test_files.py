@@ -76,6 +76,24 @@ def test_json_holds_a_list_alone_or_in_an_object_or_lines(tmp_path, content):
     assert read_rows(str(tmp_path / "rows.json"), "train") == ROWS
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz", "rows.jsonl"])
+def test_an_empty_answer_is_missing_where_the_format_has_no_null(tmp_path, name):
+    source = write(tmp_path / name, [{"prompt": f"Is it {k}?", "response": ""} for k in range(20)])
+    templated = attach(TemplateDataModule(source, prompt="{prompt}", answer="response"))
+    instructed = attach(TextDataModule(source, max_new_tokens=4))
+    for stage in ("fit", "test"):
+        if name == "rows.jsonl":
+            templated.setup(stage)
+        else:
+            for data in (templated, instructed):
+                with pytest.raises(UserError, match=r"line \d+: expected text in the field 'response', received ''"):
+                    data.setup(stage)
+    for data in (templated, instructed):
+        data.setup("predict")
+    assert {row.example.references for row in templated.test} == {()}
+    assert {row.target for row in instructed.test} == {"" if name == "rows.jsonl" else None}
+
+
 def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
     assert read_rows(str(tmp_path / "rows.csv"), "train") == [

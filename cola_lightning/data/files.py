@@ -44,7 +44,7 @@ def iterate_file(path: Path) -> Iterator[Row]:
             if not isinstance(fields, dict):
                 raise UserError(f"{path}, {place}: expected one JSON object, received {shortened_text(json.dumps(fields))!r}")
             is_empty = False
-            yield Row(fields, f"{path}, {place}")
+            yield Row(fields, f"{path}, {place}", has_null=ending not in (".csv", ".tsv"))
     if is_empty:
         received = "an empty file" if path.stat().st_size == 0 else "none"
         raise UserError(f"{path}: expected {EXPECTED[ending]}, received {received}")

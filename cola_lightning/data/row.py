@@ -16,6 +16,7 @@ class Row(dict[str, Any]):
     Attributes:
         place: file and line, or data set and number.
         class_names: for each field that holds a class index, the class names, if the data has them.
+        has_null: whether its format has null; in a CSV or TSV file, an empty answer is a missing one.
         may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
 
     Example:
@@ -25,9 +26,11 @@ class Row(dict[str, Any]):
 
     may_lack_target = False
 
-    def __init__(self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None, *, has_null: bool = True
+    ) -> None:
         super().__init__(fields)
-        self.place, self.class_names = place, class_names or {}
+        self.place, self.class_names, self.has_null = place, class_names or {}, has_null
 
     def __missing__(self, field: str) -> Any:
         fields = ", ".join(repr(shortened_text(name)) for name in self) or "no field"
@@ -44,6 +47,17 @@ class Row(dict[str, Any]):
             message = f"{self.place}: expected text in the field {field!r}, received a lone surrogate in {value!r}"
             raise UnusableRow(message) from error
         return value
+
+    def answer(self, field: str) -> str:
+        """A field that holds an answer as text."""
+        if field in self and self.is_missing(field):
+            raise UnusableRow(f"{self.place}: expected text in the field {field!r}, received {self[field]!r}")
+        return self.text(field)
+
+    def is_missing(self, field: str) -> bool:
+        """Whether an answer is missing: without its field, null, or empty in a format without null."""
+        value = self.get(field)
+        return value is None or (not self.has_null and not value.strip())
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of at least one text."""

@@ -162,7 +162,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             if not row.has_target(self.answer):
                 return Example(prompt, (), None, row.place)
             inner, field = _inside(row, self.answer)
-            references = (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field)
+            references = (inner.answer(field),) if isinstance(inner[field], str) else inner.texts(field)
             return Example(prompt, (f" {references[0]}\n",), 0, row.place, references=references)
         if isinstance(self.options, str):
             inner, field = _inside(row, self.options)

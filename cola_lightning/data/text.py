@@ -374,7 +374,7 @@ class TextDataModule(SourceDataModule):
         if kind == "messages":
             conversations = [row.messages("messages") for row in rows]
             return [[row] for row in encode_conversations(self.tokenizer, conversations, self.max_length, places)]
-        pairs = [(row.text("prompt"), row.text("response")) for row in rows]
+        pairs = [(row.text("prompt"), row.answer("response")) for row in rows]
         if not self.applies_chat_template:
             return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
         for (_, response), place in zip(pairs, places, strict=True):
@@ -437,7 +437,7 @@ def _prompt_and_response(kind: str, row: Row) -> tuple[Any, str | None]:
     if kind == "text":
         return row.text("text"), None
     if kind == "prompt":
-        return row.text("prompt"), None if row.get("response") is None else row.text("response").strip()
+        return row.text("prompt"), None if row.is_missing("response") else row.text("response").strip()
     *before, last = row.messages("messages")
     if last["role"] != "assistant":
         return [*before, last], None
