@@ -574,6 +574,7 @@ def reviews(**arguments):
         "data.top_p: expected data.do_sample true beside it, for the most probable token is taken without it, "
         "received 0.7 alone",
     ),
+    ({"stop": ""}, "data.stop: expected texts of at least one character, received an empty one"),
     ({"stop": ["\n", ""]}, "data.stop: expected texts of at least one character, received an empty one"),
 )
 def text_data(source="a/b", **arguments):

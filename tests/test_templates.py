@@ -230,6 +230,11 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
         examples([{"messages": [ASSISTANT]}], tmp_path, own, "predict", cls=TextDataModule)
 
 
+@pytest.mark.parametrize("stop", ["END", ["END"], ("END",)])
+def test_one_text_alone_is_one_stop(stop):
+    assert TextDataModule("a/b", stop=stop).decoding.stop == ("END",)
+
+
 @pytest.mark.parametrize("chat", [CHAT, None])
 def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat):
     own = tokenizer(chat=chat)

@@ -311,7 +311,8 @@ class TextDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         self.chat_template = chat_template
-        self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, tuple(stop))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
         self._kinds: set[str] = set()  # of the encoded rows
 
