@@ -193,6 +193,28 @@ def test_labels_are_names_or_numbers_in_order_unless_they_are_given(tmp_path, va
     assert [getattr(value, "tolist", lambda value=value: value)() for value in targets[: len(written)]] == written
 
 
+@pytest.mark.parametrize("value", [2, "2", True])
+def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, value):
+    """Of names that were found as text, nobody who wrote the number knows the order."""
+    names = ["great", "so so", "terrible"]
+    (tmp_path / "rows").mkdir()
+    file_of(tmp_path / "rows" / "train.jsonl", NAMED)
+    file_of(tmp_path / "rows" / "test.jsonl", [{"sentence": "Hm.", "label": value}])
+    rows = TextClassificationDataModule(str(tmp_path / "rows"))
+    fitted(tmp_path, named_data(tmp_path))
+    message = (
+        r"test\.jsonl, line 1: expected one of the labels great, so so, terrible in the field 'label', "
+        rf"received '{int(value)}' \(an index needs model\.label_names\)"
+    )
+    for module in (classifier(tmp_path), COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")):
+        for stage in ("test", "predict"):
+            with pytest.raises(UserError, match=message):
+                getattr(trainer(tmp_path), stage)(module, datamodule=rows)
+    given = classifier(tmp_path, label_names=names)
+    (batch,) = trainer(tmp_path).predict(given, datamodule=rows, ckpt_path=tmp_path / "end.ckpt")
+    assert batch["target"] == [names[int(value)]]
+
+
 def test_a_metric_knows_how_many_labels_the_data_has(tmp_path):
     data = named_data(tmp_path)
     module, _ = fitted(tmp_path, data, metric="matthews_corrcoef")

@@ -16,8 +16,9 @@ from cola_lightning.errors import UserError
 class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
-    Labels are names or whole numbers. Without ``model.label_names``, they are those of the train split, or of a single file, in
-    sorted order. ``predict`` also accepts rows without a label.
+    Labels are names or whole numbers; beside ``model.label_names``, a whole number is a name's index. Without
+    ``model.label_names``, they are those of the train split, or of a single file, in sorted order. ``predict`` also accepts
+    rows without a label.
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
@@ -101,7 +102,11 @@ class TextClassificationDataModule(SourceDataModule):
         # Labels first: their errors often reveal a wrong choice of columns or files.
         field, is_known = self.label_field, [row.has_target(self.label_field) for row in rows]
         places = {name: place for place, name in enumerate(self.label_names)} if any(is_known) else {}
-        labels = [place_of_label(row, field, places) if known else None for row, known in zip(rows, is_known, strict=True)]
+        given = getattr(self._module, "are_names_given", True)
+        labels = [
+            place_of_label(row, field, places, are_given=given) if known else None
+            for row, known in zip(rows, is_known, strict=True)
+        ]
         texts = [[row.text(field) for row in rows] for field in self.text_fields]
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         for row, ids in zip(rows, encoded["input_ids"], strict=True):

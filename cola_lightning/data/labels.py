@@ -80,13 +80,14 @@ def _present(row: Row, field: str) -> str:
     return name
 
 
-def place_of_label(row: Row, field: str, places: Mapping[str, int]) -> int:
-    """The index of a row's label among the known labels; a number that is not one of their names is used as the index.
+def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given: bool = True) -> int:
+    """The index of a row's label among the known labels.
 
     Args:
         row: the row.
         field: the field with the label.
         places: the labels' indices, by name.
+        are_given: whether the user gave the names and thus their order: a number that is none of them is then the index.
 
     Raises:
         UserError: if the label is not known, or missing.
@@ -96,8 +97,10 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int]) -> int:
         return places[name]
     value = _plain(row[field])
     is_number = isinstance(value, int) or WHOLE_NUMBER.fullmatch(value)
-    if is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places)):
+    is_index = is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places))
+    if is_index and are_given:
         return int(value)
     names = [*places]
     listed = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
-    raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}")
+    hint = " (an index needs model.label_names)" if is_index else ""
+    raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}{hint}")

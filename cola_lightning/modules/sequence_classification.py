@@ -33,7 +33,8 @@ class COLASequenceClassifier(LanguageModule):
             package with that import name.
         num_labels: number of labels; ``null``: as many as ``label_names``, or as the data has. Without either, as in the
             model's configuration, which has 2 for a model without a head.
-        label_names: the labels in the order of the model's outputs; ``null``: those of the data, in sorted order.
+        label_names: the labels in the order of the model's outputs, in which a whole number in the data is an index;
+            ``null``: those of the data, in sorted order.
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of :class:`~cola_lightning.modules.COLACausalLM` and
@@ -64,7 +65,7 @@ class COLASequenceClassifier(LanguageModule):
                 f"model.num_labels: expected {len(label_names)} or null beside model.label_names, received {num_labels}"
             )
         self.num_labels, self.metric_name = int(num_labels or len(label_names or ()) or 2), metric
-        self._is_number_given = num_labels is not None
+        self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
         self._label_names = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
         if self._label_names is None and (known := self._labels_of_chain()) is not None:
