@@ -136,6 +136,30 @@ def test_whether_test_has_labels_is_read_off_its_first_row_alone(tmp_path, name)
     assert not data.can_be_tested
 
 
+ASKED = {"role": "user", "content": "Is it?"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "can_be_tested"),
+    [
+        ("test.jsonl", {"text": "It was."}, True),
+        ("test.jsonl", {"prompt": "Is it?", "response": "No"}, True),
+        ("test.jsonl", {"prompt": "Is it?"}, False),
+        ("test.jsonl", {"prompt": "Is it?", "response": None}, False),
+        ("test.csv", {"prompt": "Is it?", "response": ""}, False),
+        ("test.jsonl", {"messages": [ASKED, {"role": "assistant", "content": "No"}]}, True),
+        ("test.jsonl", {"messages": [ASKED]}, False),
+        ("dev.jsonl", {"prompt": "Is it?"}, False),
+    ],
+)
+def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path, name, row, can_be_tested):
+    write(tmp_path / "train.jsonl", [{"text": "It was."}])
+    data = TextDataModule(str(tmp_path))
+    assert data.can_be_tested  # by rows of the train split
+    write(tmp_path / name, [row])
+    assert data.can_be_tested is can_be_tested
+
+
 # ---------------------------------------------------------------------- the parts of one file
 
 

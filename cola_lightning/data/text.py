@@ -236,10 +236,14 @@ class SourceDataModule(TokenizedDataModule):
     @property
     @override
     def can_be_tested(self) -> bool:
-        if self.target_field is None or self._test_split is None:
+        if self._test_split is None:
             return True
         row = first_row(self.source, self._test_split, self.subset)
-        return row is not None and let_lack_targets([row])[0].has_target(self.target_field)
+        return row is not None and self.has_target(let_lack_targets([row])[0])
+
+    def has_target(self, row: Row) -> bool:
+        """Whether a row that may lack its target has one."""
+        return self.target_field is None or row.has_target(self.target_field)
 
     @property
     def needs_train_rows(self) -> bool:
@@ -326,6 +330,13 @@ class TextDataModule(SourceDataModule):
     def prompt_format(self) -> dict[str, Any]:
         is_text = self._kinds <= {"text"}
         return {"kind": "text" if is_text else "response", "chat_template": not is_text and self.applies_chat_template}
+
+    @override
+    def has_target(self, row: Row) -> bool:
+        kind = _kind(row)
+        if kind == "messages":
+            return row.messages("messages")[-1]["role"] == "assistant"
+        return kind == "text" or not row.is_missing("response")
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
