@@ -122,6 +122,12 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         data.setup("fit")
 
 
+@pytest.mark.parametrize("split", ["testA", "testa"])
+def test_a_splits_file_is_found_whatever_the_case_of_its_letters(tmp_path, split):
+    write(tmp_path / "testA.jsonl", ROWS)
+    assert read_rows(str(tmp_path), split) == ROWS
+
+
 @pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
 def test_whether_test_has_labels_is_read_off_its_first_row_alone(tmp_path, name):
     write(tmp_path / "train.jsonl", ROWS)

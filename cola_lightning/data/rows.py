@@ -97,7 +97,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    names = NAMES_OF_SPLITS.get(split, (split,))
+    names = NAMES_OF_SPLITS.get(split, (split.lower(),))
     return [path for path in _files(folder) if path.name.lower().removesuffix(".gz").rpartition(".")[0] in names]
 
 
