@@ -560,6 +560,7 @@ def reviews(**arguments):
     ({"val_size": 1.5}, "data.val_size: expected a whole number of rows of at least 1, or a share below 1, received 1.5"),
     ({"test_size": -0.1}, "data.test_size: expected a whole number of rows of at least 1, or a share below 1, received -0.1"),
     ({"test_size": 9, "test_split": "test"}, "data.test_split: expected null beside data.test_size, received 'test'"),
+    ({"source": ""}, "data.source: expected a file, a folder or the id of a data set on the hub, received ''"),
     ({"source": ".", "subset": "sst2"}, "data.subset: expected null where data.source is ., received 'sst2'"),
     ({"max_new_tokens": 0}, "data.max_new_tokens: expected a whole number of at least 1, received 0"),
     ({"do_sample": True, "temperature": 0.0}, "data.temperature: expected a number above 0, received 0.0"),
@@ -590,6 +591,10 @@ def text_data(source="a/b", **arguments):
     (
         {"task": "SST2", "train_size": 0},
         "data.train_size: expected a whole number of rows of at least 1, or a share below 1, received 0",
+    ),
+    (
+        {"task": "SST2", "source": ""},
+        "data.source: expected a file, a folder or the id of a data set on the hub, received ''",
     ),
     (
         {"task": "SST2", "source": "rows.csv", "subset": "sst2"},

@@ -13,7 +13,7 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import SkippedRows, check_subset, fill_cache, is_file, let_lack_targets, read_rows
+from cola_lightning.data.rows import SkippedRows, check_source, fill_cache, is_file, let_lack_targets, read_rows
 from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
@@ -161,7 +161,7 @@ class PromptDataModule(OptionDataModule):
     ) -> None:
         super().__init__(max_length=max_length, **rows)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
-        check_subset(source, subset)
+        check_source(source, subset)
         self.task = find_task(task)
         self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
         if source is None:

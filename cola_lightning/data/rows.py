@@ -81,8 +81,10 @@ def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None
             _load_from_hub(source, split, subset)
 
 
-def check_subset(source: str | None, subset: str | None) -> None:
-    """Refuses a subset unless the source names a data set on the hub."""
+def check_source(source: str | None, subset: str | None) -> None:
+    """Refuses an empty source, and a subset unless the source names a data set on the hub."""
+    if source == "":  # as a path, it would be the current folder
+        raise UserError("data.source: expected a file, a folder or the id of a data set on the hub, received ''")
     if subset is not None and (source is None or _folder(source) is not None or is_file(source)):
         raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")
 

@@ -14,7 +14,7 @@ from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
 from cola_lightning.data.rows import (
-    check_subset,
+    check_source,
     draw,
     fill_cache,
     first_row,
@@ -154,7 +154,7 @@ class SourceDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
-        check_subset(source, subset)
+        check_source(source, subset)
         if None not in (test_size, test_split):
             raise UserError(f"data.test_split: expected null beside data.test_size, received {test_split!r}")
         self.source, self.subset, self.test_split = source, subset, test_split
