@@ -712,6 +712,10 @@ CSV = "text,label\nfine,pos\n"
     (("texts.json", '["a"]'), "texts.json, row 1: expected one JSON object, received '\"a\"'"),
     (("number.json", "3"), "number.json: expected a list of objects, received '3'"),
     (("deep.json", "[" * 100_000), "deep.json: expected a list of objects, received one nested too deeply"),
+    (
+        ("digits.json", f'[{{"text": {"1" * 5000}}}]'),
+        "digits.json: expected a list of objects, received one with a number of too many digits",
+    ),
     (("blank.json", " \n"), "blank.json: expected a list of objects, received none"),
     (("empty.jsonl", ""), "empty.jsonl: expected one JSON object per line, received an empty file"),
     (
@@ -722,6 +726,11 @@ CSV = "text,label\nfine,pos\n"
     (
         ("deep.jsonl", "[" * 100_000 + "\n"),
         "deep.jsonl, line 1: expected one JSON object, received '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[...' (nested too deeply)",
+    ),
+    (
+        ("digits.jsonl", f'{{"text": {"1" * 5000}}}\n'),
+        "digits.jsonl, line 1: expected one JSON object, received '{\"text\": 1111111111111111111111111111...' "
+        "(with a number of too many digits)",
     ),
     (("broken.parquet", "PAR1"), "broken.parquet: expected a Parquet file, received another or a damaged one (...)"),
     (

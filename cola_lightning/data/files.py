@@ -138,8 +138,8 @@ def _read_json_lines(path: Path) -> Rows:
                 continue
             try:
                 yield f"line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason, start = getattr(error, "msg", "nested too deeply"), shortened_text(line.rstrip("\r\n"))
+            except (ValueError, RecursionError) as error:
+                reason, start = getattr(error, "msg", _limit(error)), shortened_text(line.rstrip("\r\n"))
                 raise UserError(f"{path}, line {number}: expected one JSON object, received {start!r} ({reason})") from error
 
 
@@ -155,8 +155,8 @@ def _read_json(path: Path) -> Rows:
             yield from _read_json_lines(path)
             return
         raise UserError(f"{path}, line {error.lineno}: expected JSON, received something else ({error.msg})") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: expected a list of objects, received one nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected a list of objects, received one {_limit(error)}") from error
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         if len(lists) != 1:
@@ -167,6 +167,11 @@ def _read_json(path: Path) -> Rows:
         raise UserError(f"{path}: expected a list of objects, received {shortened_text(json.dumps(value))!r}")
     for number, fields in enumerate(value, start=1):
         yield f"row {number}", fields
+
+
+def _limit(error: Exception) -> str:
+    """The limit of Python's parser that valid JSON exceeds."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "with a number of too many digits"
 
 
 # ---------------------------------------------------------------------- Parquet
