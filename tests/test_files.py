@@ -94,6 +94,36 @@ def test_an_empty_answer_is_missing_where_the_format_has_no_null(tmp_path, name)
     assert {row.target for row in instructed.test} == {"" if name == "rows.jsonl" else None}
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
+@pytest.mark.parametrize("is_label", [False, True])
+def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is_label):
+    label = "-1" if is_label else -1
+    write(tmp_path / name, [{"text": f"It was {k}.", "label": label} for k in range(4)])
+    names = ["-1", "1"] if is_label else ["neg", "pos"]
+    template = attach(TemplateDataModule(str(tmp_path), prompt="{text} It is", options=[f" {name}" for name in names]))
+    classifier = attach(TextClassificationDataModule(str(tmp_path), text_fields="text"))
+    classifier.trainer.lightning_module.label_names = names
+    for data in (template, classifier):
+        data.setup("predict")
+        assert data.can_be_tested is is_label
+        if not is_label:
+            with pytest.raises(UserError, match=r"line \d: expected .* in the field 'label', received '?-1"):
+                data.setup("test")
+    assert TextClassificationDataModule(str(tmp_path)).can_be_tested is (is_label or name == "test.csv")  # of unknown labels
+    assert {row.example.answer for row in template.test} == {0 if is_label else None}
+    assert {row["labels"] for row in classifier.test} == {0 if is_label else -100}
+
+
+def test_minus_one_may_be_the_answer(tmp_path):
+    source = write(tmp_path / "rows.csv", [{"text": "2 - 3 =", "answer": "-1"}])
+    data = attach(TemplateDataModule(source, prompt="{text}", answer="answer"))
+    data.setup("predict")
+    assert data.test[0].example.references == ("-1",)
+    sst2 = attach(PromptDataModule("SST2", write(tmp_path / "sst2.tsv", [{"sentence": "Fine.", "label": "-1"}])))
+    sst2.setup("predict")
+    assert sst2.test[0].example.answer is None
+
+
 def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
     assert read_rows(str(tmp_path / "rows.csv"), "train") == [

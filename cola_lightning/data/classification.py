@@ -77,6 +77,10 @@ class TextClassificationDataModule(SourceDataModule):
     def target_field(self) -> str:
         return self.label_field
 
+    @override
+    def has_target(self, row: Row) -> bool:
+        return row.has_target(self.label_field, getattr(self._module, "label_names", None))
+
     @property
     @override
     def needs_train_rows(self) -> bool:
@@ -100,8 +104,10 @@ class TextClassificationDataModule(SourceDataModule):
         if not rows:
             return []
         # Labels first: their errors often reveal a wrong choice of columns or files.
-        field, is_known = self.label_field, [row.has_target(self.label_field) for row in rows]
-        places = {name: place for place, name in enumerate(self.label_names)} if any(is_known) else {}
+        field = self.label_field
+        names = self.label_names if any(row.has_target(field) for row in rows) else []
+        places = {name: place for place, name in enumerate(names)}
+        is_known = [row.has_target(field, names) for row in rows]
         given = getattr(self._module, "are_names_given", True)
         labels = [
             place_of_label(row, field, places, are_given=given) if known else None

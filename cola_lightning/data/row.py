@@ -1,7 +1,7 @@
 """A row of a data set, with its file and line."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cola_lightning.conventions import WHOLE_NUMBER
@@ -81,11 +81,13 @@ class Row(dict[str, Any]):
         inner = [Row(turn, self.place) for turn in turns]
         return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
 
-    def has_target(self, path: str) -> bool:
+    def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
 
         Args:
             path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 count as missing.
+            labels: the known labels; the text ``-1``, as a CSV file has it, then counts as missing unless it is one of them.
+                None: the target is an answer, and that text may be one.
         """
         if not self.may_lack_target:
             return True
@@ -94,6 +96,8 @@ class Row(dict[str, Any]):
             value = value.get(field) if isinstance(value, dict) else None
         value = value.strip() if isinstance(value, str) else value
         is_nan = isinstance(value, float) and math.isnan(value)  # pandas' missing value
+        if labels is not None and value == "-1" and value not in labels:
+            return False
         return not is_nan and value not in (None, "", [], -1)
 
     def label(self, field: str, n_labels: int) -> int | None:
@@ -102,7 +106,7 @@ class Row(dict[str, Any]):
         Returns:
             The label; None if it is missing and the row may lack it.
         """
-        if not self.has_target(field):
+        if not self.has_target(field, labels=()):
             return None
         value = self[field]
         if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text

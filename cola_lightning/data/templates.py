@@ -140,6 +140,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         return self.label if self.answer is None else self.answer
 
     @override
+    def has_target(self, row: Row) -> bool:
+        labels = [option.text.strip() for option in self.options] if isinstance(self.options, list) else None
+        return row.has_target(self.target_field, labels)
+
+    @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         options = [option.text for option in self.options] if isinstance(self.options, list) else self.options
         return self.prompt.text, options
@@ -173,11 +178,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     def _place(self, row: Row, options: tuple[str, ...]) -> int | None:
         """The right option's index; None if the label is missing and the row may lack it."""
-        if not row.has_target(self.label):
+        stripped = [option.strip() for option in options]
+        if not row.has_target(self.label, stripped):
             return None
         inner, field = _inside(row, self.label)
         label: Any = inner[field]
-        stripped = [option.strip() for option in options]
         if isinstance(label, int) and field not in inner.class_names:  # a CSV file has it as text: it must not mean another
             texts = [option.lower() for option in stripped]
             if (text := str(label).lower()) in texts and (place := texts.index(text)) != label:

@@ -333,10 +333,9 @@ class TextDataModule(SourceDataModule):
 
     @override
     def has_target(self, row: Row) -> bool:
-        kind = _kind(row)
-        if kind == "messages":
+        if "messages" in row:
             return row.messages("messages")[-1]["role"] == "assistant"
-        return kind == "text" or not row.is_missing("response")
+        return "text" in row or not row.is_missing("response")
 
     @override
     def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
