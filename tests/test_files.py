@@ -261,6 +261,14 @@ def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path)
     assert [count[2] for count in counts] == [1, 0, 0]  # what is rare is trained on
 
 
+@pytest.mark.parametrize("row", [{}, {"label": None}])
+def test_a_part_of_an_unlabelled_train_file_is_predicted(tmp_path, row):
+    write(tmp_path / "train.jsonl", [{"text": f"It was {k}."} | row for k in range(20)])
+    data = attach(Labelled(str(tmp_path), text_fields="text"))
+    data.setup("predict")
+    assert [row["labels"] for row in data.test] == [-100, -100]
+
+
 class Labelled(TextClassificationDataModule):
     """Knows three labels."""
 

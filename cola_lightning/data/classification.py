@@ -95,7 +95,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     @override
     def group(self, row: Row) -> Hashable:
-        return name_of_label(row, self.label_field)
+        return name_of_label(row, self.label_field) if row.has_target(self.label_field) else None
 
     # ------------------------------------------------------------------ rows
 
