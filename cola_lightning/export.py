@@ -308,7 +308,7 @@ def export_adapter(
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         write_adapter(partial, weights, values, config, describe_links(chain) if rank == total else None)
         if labels is not None:  # no config.json: transformers would take the folder for a whole model
-            (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+            (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
             lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

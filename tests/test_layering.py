@@ -102,3 +102,10 @@ def test_heavy_libraries_are_imported_when_first_used(path):
     assert not heads & HEAVY
     if row_of(name_of(path))[1] in TORCH_ONLY:
         assert heads <= {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightning"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_text_is_utf_8_in_any_locale(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    texts = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")]
+    assert [ast.unparse(call) for call in texts if "encoding" not in {keyword.arg for keyword in call.keywords}] == []

@@ -65,5 +65,7 @@ class PredictionWriter(BasePredictionWriter):
         path = Path(run_folder(trainer)) / FILE_NAME  # on every process: run_folder broadcasts
         if trainer.is_global_zero:
             with whole_file(path) as partial:
-                partial.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+                partial.write_text(
+                    "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)), encoding="utf-8"
+                )
             log.info("%d predictions: %s", len(rows), path)

@@ -25,7 +25,9 @@ def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *
         save_file({name: value.clone().contiguous() for name, value in named_tensors(links).items()}, partial / TENSORS_NAME)
         description = describe(links, base, FOLDER.version) | {"sha256": _sha256(partial / TENSORS_NAME)}
         description[JSON_CHECKSUM] = _sha256_of_json(description)
-        (partial / JSON_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        (partial / JSON_NAME).write_text(
+            json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
@@ -33,7 +35,7 @@ def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
     if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
         raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
     try:
-        description = parse_json((folder / JSON_NAME).read_text())
+        description = parse_json((folder / JSON_NAME).read_text(encoding="utf-8"))
         check_version(description["format_version"], FOLDER, str(folder / JSON_NAME))
         if description["sha256"] == _sha256(folder / TENSORS_NAME):
             chain = links_of(description, load_file(folder / TENSORS_NAME))

@@ -40,7 +40,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, or is not a JSON object.
     """
     try:
-        config = parse_json((folder / CONFIG_NAME).read_text())
+        config = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:

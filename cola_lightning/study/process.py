@@ -72,5 +72,5 @@ def _reports(reading: int, at_least_every: float) -> Iterator[dict[str, Any]]:
 
 
 def _last_error(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    lines = [line for line in log.read_text(encoding="locale", errors="replace").splitlines() if line.startswith("error: ")]
     return lines[-1].removeprefix("error: ") if lines else f"a run was refused: {log}"

@@ -80,7 +80,7 @@ class Result:
 def write(results: Iterable[Result], path: Path) -> None:
     """Writes the results as JSON, one line each, atomically."""
     with whole_file(path, is_shared=True) as partial:
-        partial.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+        partial.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results), encoding="utf-8")
 
 
 def read(path: Path) -> list[Result]:
@@ -90,7 +90,7 @@ def read(path: Path) -> list[Result]:
         UserError: for a line that is not a result.
     """
     results = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
         try:
             results.append(Result(**json.loads(line)))
         except (TypeError, ValueError) as error:

@@ -76,9 +76,9 @@ class Study:
         if is_begun and self.trials.config is not None:
             check_same(mine, self.trials.config, self.place)
         if path.exists() and (is_begun or read(self.output / "results.jsonl")):
-            check_same(mine, path.read_text(), str(path))
+            check_same(mine, path.read_text(encoding="utf-8"), str(path))
         with whole_file(path, is_shared=True) as partial:
-            partial.write_text(mine)
+            partial.write_text(mine, encoding="utf-8")
         self.trials.config = mine
         return mine
 
@@ -178,7 +178,7 @@ class Study:
         table, warning = summarize(chosen), across_bases(chosen)
         for name, text in {"table.md": as_markdown(table, self.asked.metric, warning), "table.csv": as_csv(table)}.items():
             with whole_file(self.output / name, is_shared=True) as partial:
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
         if results:
             draw_curves(chosen, self.asked.metric, self.output / "curves.png")
             draw_points(chosen, self.asked.metric, self.output / "points.png")
