@@ -391,7 +391,7 @@ class AdaptedModel:
                 tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
                 wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
                 if wide is not None:
-                    self.model.get_submodule(name).to(part.dtype if isinstance(part, LoRALayer) else wide)
+                    cast_floats(self.model.get_submodule(name), part.dtype if isinstance(part, LoRALayer) else wide)
             self._write_base(self.model, made)
             self.forget_links(self.chain.base)
         self.cast(dtype)
@@ -445,12 +445,12 @@ class AdaptedModel:
             extras = chain.links[-1].extras if chain.links else {}
             model.load_state_dict(self.extras() if links == total else extras, strict=False)
             if links and is_narrowed:
-                model.to(self.cast_dtype)
+                cast_floats(model, self.cast_dtype)
         unstack(model)
         dtype = torch.promote_types(self.cast_dtype, torch.float32)
         dequantize(model, dtype)
         if layers:
-            model.to(dtype)
+            cast_floats(model, dtype)
         if is_stacked or not is_copied:
             chain.replay(lora_layers(model), placement.device)
         strip_lora(model, merge=True, dtype=dtype)
@@ -470,6 +470,22 @@ def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False) -> None:
+    """Casts a model's floating-point tensors in place, and no complex ones: ``nn.Module.to`` drops their imaginary part.
+
+    Args:
+        model: the model.
+        dtype: a floating-point one.
+        half_only: whether tensors in float32 and float64 stay as they are.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        is_cast = tensor.is_floating_point() and not (half_only and tensor.dtype.itemsize >= 4)
+        return tensor.to(dtype) if is_cast else tensor
+
+    model._apply(cast)  # type: ignore[no-untyped-call]
 
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:

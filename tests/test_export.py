@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from cola_lightning import (
+    AdaptedModel,
     Chain,
     COLACausalLM,
     COLADigits,
@@ -363,6 +364,44 @@ def test_a_plain_modules_export_is_a_state_dict(tmp_path, capsys, cls):
     x = torch.randn(5, 8)
     torch.testing.assert_close(plain.eval()(x), module.model.eval()(x), rtol=0, atol=1e-6)
     assert difference(plain(x), module.merged_model(0).eval()(x)) > 1e-3
+
+
+class Turned(nn.Module):
+    """A buffer of complex numbers, as of rotary embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 12), nn.Linear(12, 6)
+        self.register_buffer("rotation", torch.polar(torch.ones(6), torch.arange(6.0)))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.down(x).unflatten(-1, (6, 2))) * self.rotation * self.scale
+        return self.up(torch.view_as_real(pairs).flatten(-2))
+
+
+class TurnedToy(Toy):
+    def build_model(self):
+        return Turned()
+
+
+@pytest.mark.parametrize("links", [None, 1])
+def test_complex_buffers_stay_complex(tmp_path, links):
+    module = toy(TurnedToy)
+    trained_toy(tmp_path, module)
+    assert torch.equal(module.merged_model(links).rotation, module.model.rotation)
+    module.export(tmp_path / "merged", dtype="bfloat16")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(tensors["rotation"], module.model.rotation)
+    assert tensors["up.weight"].dtype == torch.bfloat16
+
+
+def test_a_cast_from_one_precision_to_another_leaves_complex_buffers_complex():
+    adapted = AdaptedModel.of(Turned, target_modules=["up"], rank=2, finished_links="stack")
+    rotation = adapted.model.rotation.clone()
+    adapted.cast(torch.bfloat16)
+    adapted.recast(torch.float32)
+    assert torch.equal(adapted.model.rotation, rotation)
 
 
 def test_a_tied_weight_is_written_under_both_its_names(tmp_path):

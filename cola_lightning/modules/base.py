@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.adapted_model import AdaptedModel, cast_floats
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.packed import pack
@@ -403,11 +404,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
         For inference, not for further training: rounded weights stay rounded.
         """
-
-        def in_float32(tensor: Tensor) -> Tensor:
-            return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
-
-        self._apply(in_float32)  # type: ignore[no-untyped-call]
+        cast_floats(self, torch.float32, half_only=True)
         self.adapted.upcast_stacks()
 
     __prepare_scriptable__ = refuse_links

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cola_lightning.adapted_model import cast_floats
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
@@ -92,7 +93,7 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
     dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
     if dtype is not None:
-        model.to(getattr(torch, dtype))
+        cast_floats(model, getattr(torch, dtype))
     probe = _probe(module) if options.verify else None
     tokenizer = getattr(module, "tokenizer", None)
     if prompt_format and prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
@@ -178,7 +179,9 @@ def _write_base(pretrained: Pretrained, base: Any, folder: Path, tokenizer: Any)
     """The base as a folder that peft can load: written if the folder is empty; else it must hold the base (_named_base)."""
     lines = []
     if not folder.is_dir() or not any(folder.iterdir()):
-        export_merged(copy.deepcopy(base).to(getattr(torch, pretrained.dtype)), folder, tokenizer=tokenizer)
+        written = copy.deepcopy(base)
+        cast_floats(written, getattr(torch, pretrained.dtype))
+        export_merged(written, folder, tokenizer=tokenizer)
         lines = [f"base written: {folder}"]
     where = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
     return where, lines
@@ -240,7 +243,7 @@ def _named_base(
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved += [name for name in new_modules(named, new_weights) if name not in saved]
-    named.to(next(base.parameters()).dtype).eval()
+    cast_floats(named.eval(), next(base.parameters()).dtype)
     dtypes = [getattr(torch, dtype) for dtype in rounded]
     check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *quantized], dtypes)
     named.load_state_dict(base.state_dict())
