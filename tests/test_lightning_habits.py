@@ -779,6 +779,18 @@ def test_a_module_may_call_its_process_rank(tmp_path):
         runs[1].tie_knot(rank=3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("dropout", nn.Dropout(0.1)), ("dropout", 0.3), ("alpha", 0.0), ("init", print)])
+def test_a_module_may_have_attributes_that_are_called_as_a_links_numbers(tmp_path, name, value):
+    class Named(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            setattr(self, name, value)
+
+    runs = [fitted(tmp_path, toy(cls), chain={"every_n_epochs": 1}, max_epochs=2) for cls in (Toy, Named)]
+    assert getattr(runs[1], name) is value
+    assert_bit_equal(*map(weights, runs))
+
+
 @pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit|to_torchscript).*deprecated")
 def test_torchscript_is_made_of_a_module_without_links_and_else_refused():
     class Scripted(Toy):

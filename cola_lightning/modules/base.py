@@ -142,7 +142,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 )
         self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
         self.run_state = RunState()
-        self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state)
+        self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state, self.dropout, self.init)
         self.link_metrics = LinkMetrics()
         self.optimization = LinkOptimization(
             *(optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope),

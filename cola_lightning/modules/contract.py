@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.chain.rules import TrainedFactors
-from cola_lightning.lora.registry import FinishedLinks, Init
+from cola_lightning.lora.registry import FinishedLinks
 from cola_lightning.modules.link_metrics import LinkMetrics
 from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization
@@ -26,9 +26,6 @@ class COLAParts(Protocol):
 
     target_modules: str | list[str] | None
     max_rank: int
-    alpha: float
-    dropout: float
-    init: Init
     finished_links: FinishedLinks
     trained_factors: TrainedFactors
     modules_to_save: list[str]

@@ -159,8 +159,9 @@ class LazyModel:
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
-                numbers = module.max_rank, module.alpha, module.dropout
-                inject_lora(model, targets, *numbers, module.modules_to_save, module.init, module.finished_links)
+                plan, saved = module.link_plan, module.modules_to_save
+                numbers = plan.max_rank, plan.alpha, plan.dropout
+                inject_lora(model, targets, *numbers, saved, plan.init, module.finished_links)
         return model
 
     @property

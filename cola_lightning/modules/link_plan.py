@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
+from cola_lightning.lora.registry import Init
 from cola_lightning.modules.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -20,11 +21,16 @@ class LinkPlan:
         max_rank: the module's.
         alpha: the module's.
         run: whose schedule counts.
+        dropout: the module's, of all links.
+        init: the module's, of all links.
     """
 
+    # As given to the module: a subclass may have attributes of its own with these names.
     max_rank: int
     alpha: float
     run: RunState
+    dropout: float
+    init: Init
 
     def of(self, link: int) -> tuple[int, float]:
         """Rank and alpha of a link, as requested."""
