@@ -308,6 +308,25 @@ def test_numbers_of_numpy_are_plain():
     assert module.constructor_arguments["not_plain"] == []
 
 
+def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(tmp_path):
+    class Scaled(Toy):
+        def build_model(self):
+            self.scale = nn.Parameter(torch.ones(6))
+            self.register_buffer("count", torch.zeros(()))
+            return super().build_model()
+
+        def training_step(self, batch, batch_idx):
+            self.count += 1
+            return (self.model(batch[0]) * self.scale - batch[1]).square().mean()
+
+    module = fitted(tmp_path, toy(Scaled), chain={"every_n_train_steps": 5})
+    scale, before = module.scale, weights(module)
+    module.merged_model(1)
+    assert module.scale is scale
+    assert before["count"] == 10
+    assert_bit_equal(weights(module), before)
+
+
 def test_a_model_that_was_assigned_is_refused(tmp_path):
     class Assigned(COLAModule):
         def __init__(self, **arguments):

@@ -1,7 +1,7 @@
 """The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -149,13 +149,14 @@ class LazyModel:
             self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
 
     def _make_base(self) -> nn.Module:
-        module, children = self.module, _children(self.module)
-        before = dict(children)
+        module, registries = self.module, _registries(self.module)
+        before = [registry.copy() for registry in registries]
         with seeded_build(self._seed, "meta" if self.is_on_meta else "cpu"):
             model = module.build_model()
-            if self.is_made:  # a rebuild: other modules that build_model assigns stay as they were
-                children.clear()
-                children.update(before)
+            if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
+                for registry, entries in zip(registries, before, strict=True):
+                    registry.clear()
+                    registry.update(entries)
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
@@ -202,8 +203,13 @@ class LazyModel:
 
 def _children(module: COLAParts) -> dict[str, nn.Module | None]:
     """The children of a module by name, writable: torch's public iterators skip second names."""
-    children: dict[str, nn.Module | None] = vars(module)["_modules"]
+    children: dict[str, nn.Module | None] = _registries(module)[0]
     return children
+
+
+def _registries(module: COLAParts) -> list[Any]:
+    """Where torch registers a module's children, parameters and buffers, writable: there is no public way to restore them."""
+    return [vars(module)[name] for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")]
 
 
 @rank_zero_only
