@@ -440,6 +440,7 @@ class AdaptedModel:
                 model.load_state_dict(self.extras_after(chain), strict=False)
         else:
             model = self.rebuild_base()
+            self._copy_modes(model)
             if links == total and layers:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}
@@ -455,6 +456,13 @@ class AdaptedModel:
             chain.replay(lora_layers(model), placement.device)
         strip_lora(model, merge=True, dtype=dtype)
         return model.requires_grad_()
+
+    def _copy_modes(self, model: nn.Module) -> None:
+        """Sets the training and evaluation modes of a rebuilt model to those of the present one."""
+        parts = dict(self.model.named_modules())
+        modes = {name: part.training for name, part in zip(tensors.plain_names(parts), parts.values(), strict=True)}
+        for name, part in model.named_modules():
+            part.training = modes.get(name, self.model.training)
 
 
 @contextmanager

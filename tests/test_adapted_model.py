@@ -62,6 +62,16 @@ def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
         model.merged_model(5)
 
 
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_merged_copies_have_the_modes_of_the_model(finished_links):
+    model = train(adapted(finished_links=finished_links), links=2)
+    for is_training in (False, True):
+        model.model.train(is_training)
+        model.model[1].train(not is_training)
+        expected = [is_training, is_training, not is_training, is_training]
+        assert [[part.training for part in model.merged_model(links).modules()] for links in range(4)] == [expected] * 4
+
+
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model = train(adapted())
     model.chain.save(tmp_path / "chain")
