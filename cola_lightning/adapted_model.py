@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -229,7 +230,7 @@ class AdaptedModel:
         """Finishes the live link and begins the next, which needs a new optimizer.
 
         Args:
-            rank: the next link's; None: as before.
+            rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
             **facts: see :meth:`live_link`.
 
@@ -237,13 +238,14 @@ class AdaptedModel:
             The finished link.
 
         Raises:
-            UserError: for a model without links.
+            UserError: for a model without links, or values that no link can have.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         before = self.live
         if before is None:
             raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+        check_next(rank, alpha, min(layer.max_rank for layer in self.layers.values()))
         link = self.live_link(**facts)
         for layers in self.by_unit():
             for layer in layers.values():
@@ -535,6 +537,14 @@ def check_links(links: int, n_finished: int) -> None:
     """Refuses a negative number of links, and more than the finished ones and the live one."""
     if not 0 <= links <= n_finished + 1:
         raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
+
+
+def check_next(rank: int | None, alpha: float | None, max_rank: int) -> None:
+    """Refuses values for the link after a knot that it cannot have; None: not given."""
+    if rank is not None and rank not in range(1, max_rank + 1):
+        raise UserError(f"rank: expected 1 to {max_rank}, the largest rank of a link (model.rank), received {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
 
 def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:

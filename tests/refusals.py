@@ -232,6 +232,24 @@ def tie_knot(module=(), **arguments):
 
 
 @refused(
+    ({"rank": 3}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 3"),
+    ({"rank": 0}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 0"),
+    ({"alpha": float("nan")}, "alpha: expected a number above 0, received nan"),
+)
+def tie_knot_in_torch(**arguments):
+    made = AdaptedModel.of(lambda: Toy.build_model(None), rank=2, alpha=4)
+    before = [layer.weight.clone() for layer in made.layers.values()]
+    with torch.no_grad():
+        for layer in made.layers.values():
+            layer.lora_B.fill_(1)
+    try:
+        made.tie_knot(**arguments)
+    finally:
+        assert (made.link, made.live) == (0, (2, 4))
+        assert all(map(torch.equal, before, [layer.weight for layer in made.layers.values()]))
+
+
+@refused(
     ({"chain": {"ranks": [2, 3]}}, "chain.ranks: expected at most 2, which is model.rank, received 3"),
     (
         {"chain": {"every_n_epochs": 1, "ranks": [2, 1]}},

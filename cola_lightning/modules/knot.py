@@ -1,8 +1,8 @@
 """Ties a knot in a run: finishes the link in the model, records its steps and metrics, and makes the next optimizer."""
 
-import math
 from typing import Any
 
+from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
@@ -13,10 +13,7 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     if module.target_modules is None:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    if rank is not None and rank not in range(1, module.max_rank + 1):
-        raise UserError(f"rank: expected 1 to {module.max_rank}, the largest rank of a link (model.rank), received {rank}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha: expected a number above 0, received {alpha}")
+    check_next(rank, alpha, module.max_rank)
     module.configure_model()
     adapted, run, trainer = module.adapted, module.run_state, trainer_of(module)
     planned_rank, planned_alpha = module.link_plan.of(module.link + 1)
