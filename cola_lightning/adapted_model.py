@@ -259,13 +259,19 @@ class AdaptedModel:
     def go_to(self, chain: Chain) -> None:
         """Brings the layers to these finished links: replays the missing ones, on a rebuilt base if necessary.
 
+        Where it goes back, fully trained modules and buffers have their values after the last of these links, too.
+
         Raises:
             UserError: if the base must be rebuilt, and differs.
         """
         if not self.chain.is_beginning_of(chain):
+            extras = self.extras_after(chain)
             if self.merges:
                 self._write_base(self.model)
             self.forget_links(chain.base)
+            state = tensors.state_dict(self.model)
+            for name, value in extras.items():
+                tensors.copy_(state[name], value)
         self.replay(chain)
 
     def replay(self, chain: Chain) -> None:

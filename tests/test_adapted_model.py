@@ -95,6 +95,16 @@ def test_what_is_trained_whole_is_part_of_each_link():
     assert torch.equal(model.merged_model(1)[2].weight, model.chain.links[0].extras["2.weight"])
 
 
+@pytest.mark.parametrize("links", [0, 1, 2])
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_it_goes_back_with_what_is_trained_whole(finished_links, links):
+    model = train(adapted(target_modules=["0"], modules_to_save=["2"], finished_links=finished_links))
+    x, expected = next(iter(batches()))[0], model.merged_model(links)
+    model.go_to(model.chain.truncate(links))
+    torch.testing.assert_close(model.model(x), expected(x))
+    assert_bit_equal(model.model[2].state_dict(), expected[2].state_dict())
+
+
 def test_a_model_without_links_has_no_knots():
     model = adapted(target_modules=None)
     assert isinstance(model.model[0], nn.Linear)
