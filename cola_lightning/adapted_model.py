@@ -222,7 +222,12 @@ class AdaptedModel:
 
         Args:
             **facts: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
+
+        Raises:
+            UserError: for a model without links.
         """
+        if self.live is None:
+            raise UserError("model.target_modules: expected layers to adapt for a live link, received null")
         facts = {"start_step": 0, "end_step": 0} | facts
         return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
 
@@ -463,7 +468,9 @@ class AdaptedModel:
         if is_stacked or not is_copied:
             chain.replay(lora_layers(model), placement.device)
         strip_lora(model, merge=True, dtype=dtype)
-        return model.requires_grad_()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        return model
 
     def _copy_modes(self, model: nn.Module) -> None:
         """Sets the training and evaluation modes of a rebuilt model to those of the present one."""

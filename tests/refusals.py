@@ -231,13 +231,17 @@ def tie_knot(module=(), **arguments):
         assert made.link == 0
 
 
+def in_torch(**arguments):
+    return AdaptedModel.of(lambda: Toy.build_model(None), **{"rank": 2, "alpha": 4} | arguments)
+
+
 @refused(
     ({"rank": 3}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 3"),
     ({"rank": 0}, "rank: expected 1 to 2, the largest rank of a link (model.rank), received 0"),
     ({"alpha": float("nan")}, "alpha: expected a number above 0, received nan"),
 )
 def tie_knot_in_torch(**arguments):
-    made = AdaptedModel.of(lambda: Toy.build_model(None), rank=2, alpha=4)
+    made = in_torch()
     before = [layer.weight.clone() for layer in made.layers.values()]
     with torch.no_grad():
         for layer in made.layers.values():
@@ -247,6 +251,21 @@ def tie_knot_in_torch(**arguments):
     finally:
         assert (made.link, made.live) == (0, (2, 4))
         assert all(map(torch.equal, before, [layer.weight for layer in made.layers.values()]))
+
+
+@refused(
+    (toy, "model.target_modules: expected layers to adapt for a live link, received null"),
+    (in_torch, "model.target_modules: expected layers to adapt for a live link, received null"),
+)
+def live_link(make):
+    make(target_modules=None).live_link()
+
+
+@refused(
+    ("3", "name: expected a layer of the chain, received '3'; the nearest that exist: 0, 2"),
+)
+def delta(name):
+    toy().full_chain().delta(name)
 
 
 @refused(

@@ -72,6 +72,19 @@ def test_merged_copies_have_the_modes_of_the_model(finished_links):
         assert [[part.training for part in model.merged_model(links).modules()] for links in range(4)] == [expected] * 4
 
 
+@pytest.mark.parametrize("target_modules", ["all-linear", None])
+def test_merged_copies_may_have_parameters_of_integers(target_modules):
+    def build_model():
+        model = Toy.build_model(None)
+        model.order = nn.Parameter(torch.arange(3), requires_grad=False)
+        return model
+
+    merged = AdaptedModel.of(build_model, **ARGUMENTS | {"target_modules": target_modules}).merged_model()
+    trainable = {name for name, parameter in merged.named_parameters() if parameter.requires_grad}
+    assert trainable == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert torch.equal(merged.order, torch.arange(3))
+
+
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model = train(adapted())
     model.chain.save(tmp_path / "chain")

@@ -15,7 +15,7 @@ from torch import Tensor
 from cola_lightning.chain.codec import layers_of, link_of_state, link_state
 from cola_lightning.chain.folder import read_folder, write_folder
 from cola_lightning.chain.link import Link
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.layer import LoRALayer
 
 
@@ -58,9 +58,16 @@ class Chain:
         self.links.append(link)
 
     def delta(self, name: str) -> Tensor:
-        """The whole chain's update of one layer: the sum of its links' updates (out x in)."""
+        """The whole chain's update of one layer: the sum of its links' updates (out x in).
+
+        Raises:
+            ValueError: for an empty chain.
+            UserError: for a layer that no link has.
+        """
         if not self.links:
             raise ValueError("expected a chain with links, received an empty one")
+        if name not in self.layers:
+            raise UserError(f"name: expected a layer of the chain, received {name!r}{nearest(name, self.layers)}")
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
 
     def total_rank(self, name: str) -> int:

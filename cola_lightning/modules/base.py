@@ -327,7 +327,11 @@ class COLAModule(LightningModule, RecordsArguments):
         return tie_knot(self, rank, alpha)
 
     def live_link(self) -> Link:
-        """The live link as it is now: what a knot would record."""
+        """The live link as it is now: what a knot would record.
+
+        Raises:
+            UserError: if the module trains without links.
+        """
         return self.adapted.live_link(**facts_of_live_link(self))
 
     def full_chain(self) -> Chain:
