@@ -575,6 +575,10 @@ def test_a_module_is_pickled_before_and_after_a_fit(tmp_path, mode):
     assert_bit_equal(weights(loaded), weights(module))
 
 
+def test_a_pickled_module_has_no_optimizer_state(tmp_path):
+    assert b"exp_avg" not in pickle.dumps(fitted(tmp_path, toy(target_modules=None)))
+
+
 def test_copies_for_processes_that_are_spawned_draw_alike():
     sent = pickle.dumps(toy(seed=None))
     assert_bit_equal(*(weights(pickle.loads(sent)) for _ in range(2)))

@@ -57,8 +57,8 @@ class LinkOptimization:
     _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the learning-rate schedule, which belongs to a fit, and cannot be pickled."""
-        return vars(self) | {"_scheduler": None}
+        """All but the optimizer and its learning-rate schedule, which belong to a fit; the schedule cannot be pickled."""
+        return vars(self) | {"_optimizer": None, "_scheduler": None}
 
     def configure(
         self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str], step: int
