@@ -105,9 +105,9 @@ STAGES = [
     Stage(1, 800, 3, {"cola": [2e-2]}, variant="knot-at-a-quarter"),
     Stage(8, 3200, 3, {"cola": [1e-2]}, variant="knot-at-a-quarter"),
     Stage(1, 3200, 3, RANK_1),
+    Stage(8, 3200, 3, RANK_8 | SUM),
     Stage(8, 3200, 5, RANK_8),
     Stage(1, 3200, 3, RANK_1 | SUM),
-    Stage(8, 3200, 3, RANK_8 | SUM),
     Stage(8, 800, 5, RANK_8),
     Stage(1, 3200, 5, RANK_1),
 ]
