@@ -38,8 +38,8 @@ def _fitted(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _folder(_fitted, tmp_path, monkeypatch):
-    shutil.copytree(_fitted, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(_fitted, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
 
 
@@ -59,7 +59,7 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
 
 def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["inspect", "--checkpoint", "~/work/chain", "--plot=~/chain.png"]) == 0
+    assert main(["inspect", "--checkpoint", "~/own/chain", "--plot=~/chain.png"]) == 0
     assert main([*EXPORT, "~/exported"]) == 0
     assert main(["configs", "digits", "--output=~/configs"]) == 0
     assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}

@@ -378,7 +378,8 @@ def _check_whole_windows(trainer: Trainer) -> None:
 
 def _beginning_of_epoch(trainer: Trainer, now: Counters) -> Counters:
     """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
-    return Counters(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / trainer.accumulate_grad_batches))
+    window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
+    return Counters(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
 
 
 def run_length(trainer: Trainer, origin: Counters) -> RunLength:
