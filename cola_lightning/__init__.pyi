@@ -1,0 +1,35 @@
+"""The public names, with where each is defined: type checkers read this file, and ``__init__.py`` imports by it."""
+
+from .adapted_model import AdaptedModel as AdaptedModel
+from .callbacks.chain_of_lora import ChainOfLoRA as ChainOfLoRA
+from .callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
+from .callbacks.prediction_writer import PredictionWriter as PredictionWriter
+from .chain.chain import Chain as Chain
+from .chain.link import Link as Link
+from .chain.schedule import ChainSchedule as ChainSchedule
+from .data.base import EpochDataModule as EpochDataModule
+from .data.classification import TextClassificationDataModule as TextClassificationDataModule
+from .data.digits import DigitsDataModule as DigitsDataModule
+from .data.examples import Example as Example
+from .data.prompts import OptionDataModule as OptionDataModule
+from .data.prompts import PromptDataModule as PromptDataModule
+from .data.reviews import ReviewsDataModule as ReviewsDataModule
+from .data.templates import TemplateDataModule as TemplateDataModule
+from .data.text import TextDataModule as TextDataModule
+from .errors import HubError as HubError
+from .errors import UserError as UserError
+from .lora.inject import inject_lora as inject_lora
+from .lora.inject import lora_layers as lora_layers
+from .lora.inject import strip_lora as strip_lora
+from .lora.registry import LoRALayer as LoRALayer
+from .lora.registry import LoRALinear as LoRALinear
+from .lora.registry import register_lora_layer as register_lora_layer
+from .modules.base import COLAModule as COLAModule
+from .modules.causal_lm import COLACausalLM as COLACausalLM
+from .modules.digits import COLADigits as COLADigits
+from .modules.language import LanguageModule as LanguageModule
+from .modules.language import StepOutput as StepOutput
+from .modules.pending import base_from_checkpoint as base_from_checkpoint
+from .modules.sequence_classification import COLASequenceClassifier as COLASequenceClassifier
+
+__version__: str
