@@ -535,14 +535,22 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
     """Writes a chain's values of fully trained parameters and buffers into the present ones.
 
     Raises:
-        UserError: for a value without a counterpart of its shape.
+        UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
     """
+    first: dict[Any, str] = {}
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(
                 "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
+        place = tensors.local(own[name])
+        other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
+        if not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each by itself
+            raise UserError(
+                f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
+            )
+    for name, value in values.items():
         tensors.copy_(own[name], value)
 
 

@@ -157,6 +157,28 @@ def test_a_head_comes_along(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft's, of this very difference
+@pytest.mark.parametrize("are_equal", [True, False])
+def test_tied_modules_that_peft_has_trained_apart_are_refused(tmp_path, are_equal):
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder(tmp_path / "base", "opt"))
+    model = with_adapter(base, tmp_path / "peft", r=3, target_modules=["q_proj"], **saved)
+    if are_equal:
+        path = tmp_path / "peft" / "adapter_model.safetensors"
+        values = load_file(path)
+        head = values["base_model.model.lm_head.weight"]
+        save_file(values | {"base_model.model.model.decoder.embed_tokens.weight": head.clone()}, path)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    module = COLACausalLM(str(tmp_path / "base"), target_modules=["q_proj"], init_chain=str(tmp_path / "peft"), **saved)
+    if are_equal:
+        module.configure_model()
+        assert difference(tiny.logits(module.model), tiny.logits(model)) <= 1e-5
+    else:
+        message = "expected one value for 'lm_head.weight' and '.*embed_tokens.weight', which are tied here, received two"
+        with pytest.raises(UserError, match=message):
+            module.configure_model()
+
+
 # ---------------------------------------------------------------------- a chain that was exported as one adapter
 
 
