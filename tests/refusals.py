@@ -1171,6 +1171,11 @@ def open_file(**arguments):
     ),
     (".", "checkpoint: expected a checkpoint, a chain folder or a PEFT adapter, received '.', which holds none of these"),
     ("file", "checkpoint: expected a checkpoint file, received 'file', which cannot be read (...)"),
+    (
+        "~nobody.ckpt",
+        "checkpoint: expected a checkpoint, a chain folder or a PEFT adapter, received '~nobody.ckpt', which does not exist",
+    ),
+    ("l" * 300, "checkpoint: expected a checkpoint file, received 'l...l', which cannot be read (...File name too long...)"),
 )
 def chain_of(path):
     Path("file").write_text("no checkpoint")

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_wherever_a_checkpoint_is_read_a_changed_bit_is_seen(checkpoint, tmp_pat
     with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*damaged") as error:
         READERS[reader](path)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoints_name_may_begin_with_a_tilde(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoint, "~nobody's.ckpt")
+    assert len(read_chain("~nobody's.ckpt")) == len(read_chain(checkpoint))
+    Predicting.load_from_checkpoint("~nobody's.ckpt")
+
+
+@pytest.mark.parametrize("name", ["is_file", "open"])
+def test_a_file_without_permission_is_one_line(checkpoint, tmp_path, monkeypatch, name):
+    read_chain(checkpoint).save(tmp_path / "chain")
+
+    def fail(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, fail)
+        with pytest.raises(UserError, match=r"checkpoint: expected a checkpoint file, .* cannot be read \(.*Permission denied"):
+            Predicting.load_from_checkpoint(checkpoint)
+        with pytest.raises(UserError, match=r"chain: expected a chain folder that can be read, received .*Permission denied"):
+            Chain.load(tmp_path / "chain")
 
 
 class OwnIO(TorchCheckpointIO):

@@ -3,6 +3,7 @@
 These are megabytes where the weights would be gigabytes. This file reads checkpoints without a module or Lightning.
 """
 
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -99,16 +100,32 @@ def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_on
         UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
     """
     path = _existing(path, field)
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise unreadable(str(path), field, error) from error
+    with file:
         check_archive(file, field, name=str(path))
         file.seek(0)
         contents = _load(file, path, field, weights_only=weights_only)
         yield OpenedCheckpoint(path, file, CheckpointState.of(contents), contents)
 
 
+def is_file(path: Path, field: str) -> bool:
+    """Whether there is a file of this name.
+
+    Raises:
+        UserError: if that cannot be known, for lack of permission for example.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise unreadable(str(path), field, error) from error
+
+
 def _existing(path: str | Path, field: str) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))  # pathlib's fails for a name that begins with ~
+    if not is_file(path, field):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
     return path

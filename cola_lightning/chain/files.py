@@ -1,9 +1,10 @@
 """Reads a chain from a checkpoint, a chain folder or a PEFT adapter."""
 
+import os
 from pathlib import Path
 
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.checkpoint import chain_of, read_checkpoint
+from cola_lightning.chain.checkpoint import chain_of, is_file, read_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
@@ -21,12 +22,12 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path = Path(path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(path))
+    if is_file(path, field):
         return chain_of(read_checkpoint(path, field), links)
-    if (path / JSON_NAME).is_file():
+    if is_file(path / JSON_NAME, field):
         chain = Chain.load(path)
-    elif (path / CONFIG_NAME).is_file():
+    elif is_file(path / CONFIG_NAME, field):
         chain = read_adapter(path)
     else:
         what = "holds none of these" if path.is_dir() else "does not exist"

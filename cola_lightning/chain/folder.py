@@ -32,9 +32,9 @@ def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *
 
 def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
     """The links of a chain folder and the description of their base; see :meth:`~cola_lightning.chain.Chain.load`."""
-    if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
-        raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
     try:
+        if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
+            raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
         description = parse_json((folder / JSON_NAME).read_text(encoding="utf-8"))
         check_version(description["format_version"], FOLDER, str(folder / JSON_NAME))
         if description["sha256"] == _sha256(folder / TENSORS_NAME):
@@ -43,6 +43,10 @@ def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:
             if checksum not in (None, _sha256_of_json(description)):
                 raise ValueError(f"{JSON_NAME} was changed after it was written; if that was an edit, remove {JSON_CHECKSUM}")
             return chain
+    except OSError as error:
+        raise UserError(
+            f"chain: expected a chain folder that can be read, received {str(folder)!r} ({error.strerror or error})"
+        ) from error
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ class Generator:
 
 
 def _loaded(options: Namespace) -> Generator:
-    path = options.checkpoint.expanduser()
+    path = Path(os.path.expanduser(options.checkpoint))
     if not path.is_dir():
         return _of_checkpoint(path, options.links)
     if options.links is not None:

@@ -1,6 +1,7 @@
 """Rows of a data set: from the Hugging Face hub, a file, or a folder with one file per split."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def first_row(source: str, split: str, subset: str | None = None) -> Row | None:
 
 def _iterate_rows(source: str, split: str, subset: str | None) -> Iterator[Row]:
     if is_file(source):
-        yield from iterate_file(Path(source).expanduser())
+        yield from iterate_file(Path(os.path.expanduser(source)))
     elif (folder := _folder(source)) is not None:
         yield from iterate_file(_file_of(folder, split))
     else:
@@ -57,7 +58,7 @@ def _iterate_rows(source: str, split: str, subset: str | None) -> Iterator[Row]:
 
 def is_file(source: str) -> bool:
     """Whether a source is a single file."""
-    return Path(source).expanduser().is_file()
+    return Path(os.path.expanduser(source)).is_file()
 
 
 def has_split(source: str, split: str) -> bool:
@@ -90,7 +91,7 @@ def check_source(source: str | None, subset: str | None) -> None:
 
 
 def _folder(source: str) -> Path | None:
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     return folder if folder.is_dir() else None
 
 

@@ -1,5 +1,6 @@
 """The interface of a COLA module that its parts use: they receive the module, and their layer is below its own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,5 +90,5 @@ def trainer_of(module: COLAParts) -> Trainer | None:
 
 def origin_of(module: COLAParts) -> list[str | int | None]:
     """The path of the chain that a module's run started from, and how many of its links were requested."""
-    path = module.init_chain and str(Path(module.init_chain).expanduser().absolute())
+    path = module.init_chain and str(Path(os.path.expanduser(module.init_chain)).absolute())
     return [path, module.init_links]

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import os
 import struct
 import traceback
 from collections.abc import Iterable
@@ -98,7 +99,7 @@ class Pretrained:
         """
         if self.model_name.startswith(PACKAGE_PREFIX):
             return package_folder(self.model_name)
-        if self.model_name and (folder := Path(self.model_name).expanduser()).is_dir():
+        if self.model_name and (folder := Path(os.path.expanduser(self.model_name))).is_dir():
             return folder
         if not hub.is_repo_id(self.model_name):
             raise UserError(

@@ -5,6 +5,7 @@ model, and refuses what cannot be restored; nothing is changed until :func:`appl
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -226,7 +227,7 @@ def load_module(
         with unreadable_as_user_error(source):
             return load(cls, source, **how, **given)
     pending = pending_checkpoint()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if pending is None or pending.opened.path != path:
         with opened_checkpoint(path, weights_only=how["weights_only"] is not False) as opened, loading(opened, links):
             return load_module(load, cls, path, links, how, given)
