@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain
+from cola_lightning.chain.folder import write_files
 from cola_lightning.chain.peft import (
     as_peft_weights,
     compress,
@@ -31,7 +33,7 @@ from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.model_card import Card
 from cola_lightning.progress import own_progress_bar
-from cola_lightning.writing import check_free, whole_folder
+from cola_lightning.writing import check_free, check_writable, whole_folder
 
 STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
 TOLERANCE = 1e-4  # of the largest logit
@@ -83,6 +85,10 @@ class ExportOptions:
         if self.format == "peft" and importlib.util.find_spec("peft") is None:
             raise UserError("format: expected the package peft, received none: pip install peft")
         check_free(self.folder, overwrite=self.overwrite)
+        check_writable("output", self.folder)
+        if (base := self.base_folder) is not None and not (os.path.isdir(base) and os.listdir(base)):
+            check_free(base, field="base_folder")
+            check_writable("base_folder", base)
         places = [place.resolve() for place in (self.folder, self.base_folder or self.folder)]
         if self.base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):
             raise UserError(f"base_folder: expected a folder apart from the output, received {str(self.base_folder)!r}")
@@ -337,7 +343,7 @@ def _loading_of_adapter(task: str | None, base: Any, labels: Sequence[str] | Non
 def export_chain(chain: Chain, folder: Path, *, verify: bool = True, overwrite: bool = False) -> list[str]:
     """Writes a chain folder; arguments and errors are those of :func:`export_merged`."""
     with whole_folder(folder, overwrite=overwrite) as partial:
-        chain.save(partial)
+        write_files(chain.links, chain.base, partial)
         if not verify:
             return ["not compared"]
         again = Chain.load(partial)

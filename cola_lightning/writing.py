@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cola_lightning.errors import DiskError, UserError
 
 
@@ -48,50 +50,117 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace a folder that is not empty.
 
     Raises:
-        UserError: for a folder that is not empty, without ``overwrite``, and for a file.
+        UserError: for a folder that is not empty, without ``overwrite``, for a file, and for a folder that is being written.
         DiskError: if it cannot be written.
     """
     check_free(path, overwrite=overwrite)
-    path = path.absolute()
+    given, path = path, path.resolve()  # a link to a folder stays one
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for part in partial.rglob("*"):
-            if part.is_file():
-                part.chmod(_usual_mode())  # safetensors lets only the owner read its files
-            _to_disk(part)
-        _to_disk(partial)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        partial.rename(path)
-        _to_disk(path.parent)
-    except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); the old contents are unchanged") from error
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with _locked(partial, given):
+            check_free(path, overwrite=overwrite)  # another process may have written it by now
+            try:
+                yield partial
+                for part in partial.rglob("*"):
+                    if part.is_file():
+                        part.chmod(_usual_mode())  # safetensors lets only the owner read its files
+                    _to_disk(part)
+                _to_disk(partial)
+                if path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    path.rename(old)
+                partial.rename(path)
+                _to_disk(path.parent)
+            finally:
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DiskError(f"{path} could not be written ({reason}); the old contents are unchanged") from error
 
 
-def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuses to write a folder over a file, or over a folder that is not empty.
+@contextmanager
+def _locked(partial: Path, path: Path) -> Iterator[None]:
+    """Makes an empty folder to write into, which no other process or thread gets inside the block; it is removed at the end.
 
-    With ``overwrite``, over one that contains folders, or is the working directory: that would be a mistake.
+    The lock ends with its process: the folder that a killed one has left is emptied.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output: expected a folder, received {str(path)!r}, which is a file")
-    if overwrite and path.exists() and (path.resolve() == Path.cwd() or any(part.is_dir() for part in path.iterdir())):
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        if not _lock(descriptor) or not _is_of(descriptor, partial):
+            raise UserError(f"output: expected a folder that no other process is writing, received {str(path)!r}")
+        try:
+            for part in partial.iterdir():
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+            yield
+        finally:
+            if _is_of(descriptor, partial):  # once renamed, the name is free for others
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open folder until it is closed; False if another process, or thread, has locked it."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # a system, or a file system, without locks
+        return True
+    return True
+
+
+def _is_of(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def check_free(path: Path, *, overwrite: bool = False, field: str = "output") -> None:
+    """Refuses to write a folder over a file, over a folder that is not empty, or over the working directory.
+
+    With ``overwrite``, over one that contains folders: that would be a mistake.
+
+    Args:
+        path: the folder.
+        overwrite: whether a folder of files is replaced.
+        field: its name in messages.
+    """
+    try:
+        exists, is_used = path.exists(), path.exists() and path.is_dir() and any(path.iterdir())
+    except OSError as error:  # no permission, a name that is too long
+        raise UserError(f"{field}: expected a folder that can be written, received {str(path)!r} ({error.strerror})") from error
+    if exists and not path.is_dir():
+        raise UserError(f"{field}: expected a folder, received {str(path)!r}, which is a file")
+    is_current = exists and path.samefile(os.curdir)
+    if overwrite and exists and (is_current or any(part.is_dir() for part in path.iterdir())):
         raise UserError(
-            f"output: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders or is in use"
+            f"{field}: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders or is in use"
         )
-    if not overwrite and path.exists() and any(path.iterdir()):
+    if not overwrite and is_used:
         raise UserError(
-            f"output: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "
+            f"{field}: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "
             "overwrite replaces it"
+        )
+    if exists and (is_current or path.is_mount()):  # it would have to be renamed
+        what = "the working directory" if is_current else "a mount point"
+        raise UserError(f"{field}: expected a folder that can be replaced, received {str(path)!r}, {what}: name one in it")
+
+
+def check_writable(field: str, folder: str | Path) -> None:
+    """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked."""
+    if "://" in str(folder):
+        return
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{field}: expected a folder that can be written, received {str(folder)!r}: no permission in {existing}"
         )
 
 

@@ -1297,6 +1297,14 @@ def empty_chain(name, *arguments):
         "output: expected a folder that does not exist or is empty, received 'used', which is not: overwrite replaces it",
     ),
     (("merged", "used/file", None, None, None), "output: expected a folder, received 'used/file', which is a file"),
+    (
+        ("merged", "used/file/out", None, None, None),
+        "output: expected a folder that can be written, received 'used/file/out': ...file is a file",
+    ),
+    (
+        ("peft", "out", None, None, Path("used/file")),
+        "base_folder: expected a folder, received 'used/file', which is a file",
+    ),
 )
 def export(format_, folder, *options):
     Path("used").mkdir()
@@ -1344,6 +1352,15 @@ def generated_by_adapter(config):
 def overwrite(path):
     Path("folders", "inside").mkdir(parents=True)
     with whole_folder(Path(path), overwrite=True):
+        raise AssertionError
+
+
+@refused(
+    (".", "output: expected a folder that can be replaced, received '.', the working directory: name one in it"),
+    ("l" * 300, "output: expected a folder that can be written, received 'l...l' (File name too long)"),
+)
+def whole(path):
+    with whole_folder(Path(path)):
         raise AssertionError
 
 

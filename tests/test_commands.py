@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import cola_lightning
@@ -296,11 +297,18 @@ finally:  # what coverage writes of this process when it ends is none of the run
     assert main(["test", "--config", DIGITS, "--ckpt_path", str(checkpoint)]) == 0
 
 
-def test_a_chain_folder_is_written_whole_or_not_at_all():
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("json.dumps", OSError(28, "No space left on device")),
+        ("cola_lightning.chain.folder.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_chain_folder_is_written_whole_or_not_at_all(function, error):
     chain = Chain.load("chain")
     before = contents()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(function, lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(DiskError, match="No space left on device"):
             chain.save("chain", overwrite=True)
     assert contents() == before

@@ -33,6 +33,7 @@ from cola_lightning import (
 from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
+from cola_lightning.writing import whole_folder
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
@@ -530,6 +531,40 @@ def test_an_output_that_holds_folders_is_never_replaced(tmp_path, write):
     with pytest.raises(UserError, match=r"^output: expected a folder of files alone to overwrite, received '.*out'"):
         write(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "inner").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_stays_one(tmp_path, write, is_there):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    if is_there:
+        (tmp_path / "disk" / "out").mkdir()
+    for _ in range(2):
+        write(tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out").is_symlink()
+        assert list((tmp_path / "disk" / "out").iterdir())
+        assert sorted(path.name for path in tmp_path.rglob("*out*")) == ["out", "out"]
+
+
+def test_of_two_exports_at_once_to_one_folder_the_second_is_refused(tmp_path, write):
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "first.txt").write_text("first")
+        for _ in range(2):
+            with pytest.raises(
+                UserError, match=r"output: expected a folder that no other process is writing, received '.*out'"
+            ):
+                write(tmp_path / "out")
+    assert contents(tmp_path) == {"out/first.txt": b"first"}
+    write(tmp_path / "other")
+
+
+def test_what_a_killed_export_has_left_is_no_obstacle_and_goes(tmp_path, write):
+    (tmp_path / ".out.partial" / "folder").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "folder" / "left.txt").write_text("left")
+    (tmp_path / ".out.partial" / "left.txt").write_text("left")
+    write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob("*left*"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -21,13 +21,17 @@ JSON_CHECKSUM = "sha256_of_json"  # checksum of all other fields; absent from ve
 def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> None:
     """See :meth:`~cola_lightning.chain.Chain.save`."""
     with whole_folder(folder, overwrite=overwrite) as partial:
-        # Clones: safetensors refuses slices of a larger tensor and tensors that share memory.
-        save_file({name: value.clone().contiguous() for name, value in named_tensors(links).items()}, partial / TENSORS_NAME)
-        description = describe(links, base, FOLDER.version) | {"sha256": _sha256(partial / TENSORS_NAME)}
-        description[JSON_CHECKSUM] = _sha256_of_json(description)
-        (partial / JSON_NAME).write_text(
-            json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_files(links, base, partial)
+
+
+def write_files(links: Sequence[Link], base: Mapping[str, Any], folder: Path) -> None:
+    """Writes the two files of a chain into a folder."""
+    # Clones: safetensors refuses slices of a larger tensor and tensors that share memory.
+    save_file({name: value.clone().contiguous() for name, value in named_tensors(links).items()}, folder / TENSORS_NAME)
+    description = describe(links, base, FOLDER.version) | {"sha256": _sha256(folder / TENSORS_NAME)}
+    description[JSON_CHECKSUM] = _sha256_of_json(description)
+    text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / JSON_NAME).write_text(text, encoding="utf-8")
 
 
 def read_folder(folder: Path) -> tuple[list[Link], dict[str, Any]]:

@@ -45,6 +45,7 @@ from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.pending import loading
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes
+from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class COLACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = config.default_root_dir or os.getcwd()
-        _check_writable("trainer.default_root_dir", root)
+        check_writable("trainer.default_root_dir", root)
         if config.logger in (None, True) and not config.barebones:
             # Lightning's own choice depends on whether tensorboard is installed.
             kwargs["logger"] = CSVLogger(root, name="runs")
@@ -254,10 +255,10 @@ class COLACLI(LightningCLI):
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         for logger in trainer.loggers:
             if logger.save_dir is not None:
-                _check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
+                check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
         for callback in trainer.checkpoint_callbacks:
             if dirpath := getattr(callback, "dirpath", None):
-                _check_writable("trainer.callbacks.dirpath", dirpath)
+                check_writable("trainer.callbacks.dirpath", dirpath)
         if trainer.loggers and trainer.log_dir:
             self.watch.expect_folder(trainer.log_dir)
         return trainer
@@ -338,20 +339,6 @@ def _check_sizes(strategy: Any, n_processes: int) -> None:
         raise UserError(
             f"trainer.strategy: expected data_parallel_size: {n_processes}, the number of processes (trainer.devices x "
             f"trainer.num_nodes), and tensor_parallel_size: 1, received {data} and {tensor}"
-        )
-
-
-def _check_writable(field: str, folder: str | Path) -> None:
-    """Refuses a folder that cannot be created or written to, without creating it."""
-    if "://" in str(folder):
-        return
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{field}: expected a folder that can be written, received {str(folder)!r}: no permission in {existing}"
         )
 
 
