@@ -98,7 +98,7 @@ class ExportOptions:
 class Probe:
     """Inputs for a model, the expected logits, and whether these were computed in half precision."""
 
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
     is_half: bool = False
 
@@ -112,10 +112,16 @@ class Probe:
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
+            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite;
+                and if there are none.
         """
-        difference = float((logits_of(model, self.inputs) - self.logits).abs().max())
-        largest = float(self.logits.abs().max())
+        try:
+            logits = logits_of(model, self.inputs)
+        except Exception as error:  # in a dtype that its code does not expect, say
+            raise ExportError(f"{how}, it has no logits ({one_line(repr(error))}){where}: it is not kept") from error
+        # Infinite logits are those of masked classes.
+        difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
+        largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
         line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
         line += where
         is_close = is_same and not self.is_half and not _is_half(model)
@@ -130,19 +136,38 @@ def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
     Args:
         model: as it was trained, or upcast, on the CPU.
         example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
+
+    Raises:
+        UserError: for an example that the model does not take.
     """
     parameters = inspect.signature(model.forward).parameters
-    config: Any = getattr(model, "config", None)
+    if example is None:
+        return _probe_of_tokens(model) if "input_ids" in parameters else None
+    inputs: Mapping[str, Any] | tuple[Any, ...]
     if isinstance(example, Mapping):
         inputs = dict(example)
-    elif example is not None:
-        inputs = dict(zip(parameters, example if isinstance(example, tuple) else (example,), strict=False))
-    elif "input_ids" in parameters and config is not None:
+    else:
+        inputs = example if isinstance(example, tuple) else (example,)
+        if not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & {p.kind for p in parameters.values()}:
+            inputs = dict(zip(parameters, inputs, strict=False))
+    try:
+        return Probe(inputs, logits_of(model, inputs), _is_half(model))
+    except Exception as error:  # of the model's code
+        raise UserError(
+            f"example_input_array: expected inputs of the model itself, a {type(model).__name__}, to compare its logits, "
+            f"received others ({one_line(repr(error))}): verify=False (--no_verify) compares none"
+        ) from error
+
+
+def _probe_of_tokens(model: nn.Module) -> Probe | None:
+    """None if tokens are not all that the model takes, as for an encoder-decoder, or a model of texts and images."""
+    config: Any = getattr(model, "config", None)
+    try:
         ids = _tokens(config.get_text_config())
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    else:
+        return Probe(inputs, logits_of(model, inputs), _is_half(model))
+    except Exception:  # of the model's code, or of a configuration that is not transformers'
         return None
-    return Probe(inputs, logits_of(model, inputs), _is_half(model))
 
 
 def _tokens(config: Any) -> Tensor:
@@ -158,10 +183,11 @@ def _is_half(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
     """A model's first output, its logits, in evaluation mode and float32."""
     is_training = model.training
-    output: Any = model.eval()(**inputs)
+    model.eval()
+    output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     model.train(is_training)
     outputs = output.values() if isinstance(output, Mapping) else output
     logits: Tensor = output if isinstance(output, Tensor) else next(iter(outputs))

@@ -1,5 +1,6 @@
 """An export gives the module's logits under plain transformers and under peft, and is there whole or not at all."""
 
+import argparse
 import json
 import re
 import sys
@@ -433,6 +434,76 @@ def test_an_example_input_is_what_a_plain_modules_logits_are_compared_for(tmp_pa
     assert command("--checkpoint", path, "--format", format_, "--output", tmp_path / "out") == 0
     how = "loaded again with peft" if format_ == "peft" else "loaded again"
     assert capsys.readouterr().out.splitlines()[-2].startswith(f"{how}, its logits differ from the module's by at most ")
+
+
+class Embedded(nn.Module):
+    """A model of tokens with a configuration of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = argparse.Namespace(width=8)
+        self.tokens, self.fc = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+    def forward(self, input_ids):
+        return self.fc(self.tokens(input_ids))
+
+
+T5 = transformers.T5Config(
+    vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+)
+TAKE_MORE = {"encoder-decoder": lambda: transformers.T5ForConditionalGeneration(T5), "own configuration": Embedded}
+
+
+@pytest.mark.parametrize("kind", TAKE_MORE)
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_a_model_that_takes_more_than_tokens_is_exported_too(tmp_path, kind, format_):
+    class Own(COLAModule):
+        def build_model(self):
+            return TAKE_MORE[kind]()
+
+    module = tiny.with_live_link(Own(target_modules=["fc"] if kind == "own configuration" else ["q", "v"], rank=2))
+    assert "for no input is known" in module.export(tmp_path / "out", format_)[-1]
+    if kind == "encoder-decoder":
+        ids = torch.arange(6)[None]
+        module.example_input_array = {"input_ids": ids, "decoder_input_ids": ids}
+        assert "its logits differ from the module's by at most" in module.export(tmp_path / "compared", format_)[-1]
+
+
+class Several(nn.Module):
+    """A model that takes any number of inputs, and masks the last two of its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, *inputs):
+        return self.fc(sum(inputs)).masked_fill(torch.arange(6) > 3, -torch.inf)
+
+
+class SeveralToy(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.example_input_array = torch.ones(3, 8), torch.ones(3, 8)
+
+    def build_model(self):
+        return Several()
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_an_example_may_be_of_any_number_of_inputs_and_logits_may_be_infinite(tmp_path, format_):
+    module = tiny.with_live_link(toy(SeveralToy, target_modules=["fc"]))
+    says = module.export(tmp_path / "out", format_)
+    assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", " ".join(says))
+
+
+def test_an_example_that_the_model_does_not_take_is_one_line(tmp_path):
+    module = toy()
+    module.example_input_array = torch.ones(3, 2, 4)  # which a forward of the module would flatten
+    message = r"^example_input_array: expected inputs of the model itself, a Sequential, .*--no_verify\) compares none$"
+    with pytest.raises(UserError, match=message):
+        module.export(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert module.export(tmp_path / "out", verify=False) == ["not compared"]
 
 
 @pytest.mark.parametrize(("cls", "words"), [(ExampleToy, []), (ExampleToy, ["--no_verify"]), (Toy, [])])
