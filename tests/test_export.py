@@ -506,6 +506,26 @@ def test_an_example_that_the_model_does_not_take_is_one_line(tmp_path):
     assert module.export(tmp_path / "out", verify=False) == ["not compared"]
 
 
+class HalfToy(Toy):
+    """A body in bfloat16 and a head in float32."""
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+        model[0].bfloat16()
+        return model
+
+    def forward(self, x):
+        return self.model[1](self.model[0](x.bfloat16()).float())
+
+
+def test_what_is_in_float32_beside_a_base_in_half_precision_stays_so(tmp_path):
+    module = toy(HalfToy, target_modules=["0"])
+    module.export(tmp_path / "out")
+    head = module.model[1].weight
+    assert not torch.equal(head.bfloat16().float(), head)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["1.weight"], head)
+
+
 @pytest.mark.parametrize(("cls", "words"), [(ExampleToy, []), (ExampleToy, ["--no_verify"]), (Toy, [])])
 def test_an_adapter_of_a_plain_module_says_where_its_base_is(tmp_path, capsys, cls, words):
     path = trained_toy(tmp_path, toy(cls))

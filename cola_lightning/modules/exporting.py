@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cola_lightning.adapted_model import cast_floats
 from cola_lightning.chain import Chain
@@ -25,6 +26,7 @@ from cola_lightning.export import (
 )
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
+from cola_lightning.lora.registry import LoRALayer
 from cola_lightning.model_card import Card
 from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.contract import trainer_of
@@ -89,6 +91,8 @@ def export_module(
 
 def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapping[str, Any] | None) -> list[str]:
     model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
+    if not hasattr(model, "save_pretrained") and _has_float32(module.model):
+        dtypes = sorted({*dtypes, "float32"})
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
     dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
@@ -103,6 +107,12 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
     how = {"verify": options.verify, "overwrite": options.overwrite}
     lines = [export_merged(model, options.folder, probe, tokenizer=tokenizer, card=card, **how)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
+
+
+def _has_float32(model: nn.Module) -> bool:
+    """Whether a weight that is not adapted is in float32."""
+    parts = (part for part in model.modules() if not isinstance(part, LoRALayer))
+    return any(parameter.dtype == torch.float32 for part in parts for parameter in part.parameters(recurse=False))
 
 
 def _probe(module: Any) -> Probe | None:
