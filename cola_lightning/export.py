@@ -94,6 +94,17 @@ class ExportOptions:
             raise UserError(f"base_folder: expected a folder apart from the output, received {str(self.base_folder)!r}")
 
 
+def check_no_base(folder: Path, name: str) -> None:
+    """Refuses an output in which the files of the base lie: without them, no checkpoint of it could be loaded again.
+
+    Raises:
+        UserError: naming the option.
+    """
+    base = Path(os.path.expanduser(name))
+    if name and os.path.isdir(base) and base.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"output: expected a folder that does not hold the base, received {str(folder)!r}")
+
+
 @dataclass(frozen=True)
 class Probe:
     """Inputs for a model, the expected logits, and whether these were computed in half precision."""

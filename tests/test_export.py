@@ -658,6 +658,18 @@ def test_what_a_killed_export_has_left_is_no_obstacle_and_goes(tmp_path, write):
     assert not list((tmp_path / "out").glob("*left*"))
 
 
+@pytest.mark.parametrize("format_", ["merged", "peft", "chain"])
+def test_an_output_that_holds_the_base_is_not_overwritten(tmp_path, capsys, format_):
+    module = module_of(tmp_path / "base", "opt")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"output: expected a folder that does not hold the base, received '.*base'"):
+        module.export(tmp_path / "base", format_, overwrite=True)
+    assert contents(tmp_path) == before
+    words = ["--checkpoint", saved(module, tmp_path), "--format", format_, "--output", tmp_path / "base", "--overwrite"]
+    assert command(*words) == 2
+    assert "expected a folder that does not hold the base" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_gives_other_logits_is_not_kept(tmp_path, write, overwrite):
     output = tmp_path / "out"

@@ -87,11 +87,13 @@ def export(words: Sequence[str]) -> None:
 
 def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
     """Exports a chain folder, without constructing the module."""
-    from cola_lightning.export import export_chain
+    from cola_lightning.export import check_no_base, export_chain
 
     if opened.state.live is None:
         raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
-    return export_chain(chain_of(opened.contents, links), asked.folder, verify=asked.verify, overwrite=asked.overwrite)
+    chain = chain_of(opened.contents, links)
+    check_no_base(asked.folder, chain.base.get("name", ""))
+    return export_chain(chain, asked.folder, verify=asked.verify, overwrite=asked.overwrite)
 
 
 def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:

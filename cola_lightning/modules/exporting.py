@@ -17,6 +17,7 @@ from cola_lightning.export import (
     ExportOptions,
     Probe,
     check_named_base,
+    check_no_base,
     export_adapter,
     export_chain,
     export_merged,
@@ -72,10 +73,11 @@ def export_module(
     format = options.format
     if module.target_modules is None and format != "merged":
         raise UserError(f"format: expected merged for a module without links (model.target_modules: null), received {format}")
+    base_name = module.pretrained.model_name if hasattr(module, "pretrained") else module.base_name
+    check_no_base(options.folder, base_name)
     if format == "chain":
         return export_chain(chain, options.folder, verify=options.verify, overwrite=options.overwrite)
     usage = usage_section(prompt_format or {}, is_adapter=format == "peft") or None
-    base_name = module.pretrained.model_name if hasattr(module, "pretrained") else module.base_name
     card = Card(base_name, chain, module.constructor_arguments, options.license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
