@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -338,10 +339,15 @@ class AdaptedModel:
                         f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "
                         f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
                     )
-        self.replay(Chain(chain.links, self.chain.base))
-        if chain.links:
-            state = tensors.state_dict(self.model)
-            load_extras(chain.links[-1].extras, {name: state[name] for name in self.extras()})
+        links, state, trained = list(chain.links), tensors.state_dict(self.model), self.extras().keys()
+        if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
+            frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
+            own = {name for name, value in frozen.items() if _is_equal(tensors.gather(state[name]), value)}
+            extras = {name: value for name, value in links[-1].extras.items() if name not in own}
+            links[-1] = replace(links[-1], extras=extras)
+        self.replay(Chain(links, self.chain.base))
+        if links:
+            load_extras(links[-1].extras, {name: state[name] for name in trained})
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
@@ -552,6 +558,11 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
             )
     for name, value in values.items():
         tensors.copy_(own[name], value)
+
+
+def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether a value is the other one in its dtype."""
+    return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
 
 
 def check_links(links: int, n_finished: int) -> None:

@@ -157,6 +157,25 @@ def test_a_head_comes_along(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_adapted_heads_own_weight_must_be_the_bases(tmp_path, is_same):
+    expected = tiny.logits(lora(tmp_path, "llama", target_modules=["q_proj", "lm_head"]))
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    values, name = load_file(path), "base_model.model.lm_head.base_layer.weight"
+    if not is_same:
+        save_file(values | {name: values[name] + 1e-3}, path)
+    adapter = {"init_chain": str(tmp_path / "peft")}
+    module = COLACausalLM(str(tmp_path / "base"), target_modules=["q_proj", "lm_head"], rank=2, seed=0, **adapter)
+    if is_same:
+        module.configure_model()
+        assert difference(tiny.logits(module.model), expected) <= 1e-5
+        assert module.chain.links[0].extras == {}
+    else:
+        with pytest.raises(UserError, match=r"fully trained here \(model.modules_to_save\), received 'lm_head.weight'"):
+            module.configure_model()
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft's, of this very difference
 @pytest.mark.parametrize("are_equal", [True, False])
 def test_tied_modules_that_peft_has_trained_apart_are_refused(tmp_path, are_equal):

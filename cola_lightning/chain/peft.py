@@ -18,6 +18,7 @@ from cola_lightning.lora.registry import is_linear
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer."  # in the name of an adapted layer's own weight, which PEFT writes for embeddings and heads
 LINKS_KEY = "cola_chain"  # in the safetensors metadata: the links whose factors are concatenated
 
 # The fields of PEFT's configuration that are read here ...
@@ -129,8 +130,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """The factors by layer, and the fully trained parameters by name."""
-    names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    """The factors by layer, and other values by name: of fully trained modules, and of adapted embeddings and heads."""
+    names = {name.removeprefix(PREFIX).replace(BASE_LAYER, "."): tensor for name, tensor in tensors.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
     try:
         pairs = {layer: (names.pop(f"{layer}.lora_A.weight"), names.pop(f"{layer}.lora_B.weight")) for layer in layers}
