@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from cola_lightning import (
+    ChainOfLoRA,
     COLACausalLM,
     COLAModule,
     EpochDataModule,
@@ -399,14 +400,22 @@ class Diverse(MLP):
         self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
 
 
+class OwnRule(ChainOfLoRA):
+    """Knots by a metric of which each process has its own value."""
+
+    def should_tie(self, epoch, global_step):
+        return global_step % 8 == 0 and self.module.trainer.callback_metrics["val_loss"] < 0
+
+
 def plateau(folder):
     """Knots by a metric that is another on each process, and stands still in the mean."""
-    module = Diverse(target_modules="all-linear", rank=2, alpha=4, seed=1, lr_schedule="constant")
-    options = {"devices": world(), "strategy": STRATEGIES["ddp"](), "max_epochs": 4}
-    made = trainer(folder, chain={"patience": 1}, **options)
-    made.fit(module, datamodule=Data())
-    left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
-    torch.save(left | {"weights": held(module)}, folder / f"plateau.rank{made.global_rank}.pt")
+    for name, rule in {"plateau": ChainOfLoRA(patience=1), "own rule": OwnRule()}.items():
+        module = Diverse(target_modules="all-linear", rank=2, alpha=4, seed=1, lr_schedule="constant")
+        options = {"devices": world(), "strategy": STRATEGIES["ddp"](), "max_epochs": 4}
+        made = trainer(folder, rule, **options)
+        made.fit(module, datamodule=Data())
+        left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
+        torch.save(left | {"weights": held(module)}, folder / f"{name}.rank{made.global_rank}.pt")
 
 
 class Scored(MLP):

@@ -67,8 +67,9 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_value(trained):
-    first, second = (torch.load(trained / f"plateau.rank{rank}.pt") for rank in range(2))
+@pytest.mark.parametrize("rule", ["plateau", "own rule"])
+def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_value(trained, rule):
+    first, second = (torch.load(trained / f"{rule}.rank{rank}.pt") for rank in range(2))
     assert first["knots"] == second["knots"] != []
     assert first["own"] != second["own"]
     assert_bit_equal(first["weights"], second["weights"])

@@ -97,9 +97,8 @@ class ChainOfLoRA(Callback):
         mode: Mode = "min",
         boosting: bool = False,
     ) -> None:
-        is_open = type(self).should_tie is not ChainOfLoRA.should_tie
         whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
-        self.schedule = ChainSchedule(*whens, ranks, alphas, is_open=is_open, patience=patience)
+        self.schedule = ChainSchedule(*whens, ranks, alphas, is_open=self._is_own_rule, patience=patience)
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
@@ -111,6 +110,8 @@ class ChainOfLoRA(Callback):
     def should_tie(self, epoch: int, global_step: int) -> bool:
         """Whether a knot is due. Called once for each optimizer step except a link's first; override it for your own rule.
 
+        On several processes all of them tie a knot if it is due on one.
+
         Args:
             epoch: epochs finished.
             global_step: optimizer steps taken.
@@ -120,6 +121,11 @@ class ChainOfLoRA(Callback):
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return self.plateau.is_reached(known)
         return self.schedule.is_due(start, Counters(epoch, global_step))
+
+    @property
+    def _is_own_rule(self) -> bool:
+        """Whether ``should_tie`` is a subclass' own."""
+        return type(self).should_tie is not ChainOfLoRA.should_tie
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -171,9 +177,8 @@ class ChainOfLoRA(Callback):
         A ``should_tie`` of one's own is not asked, as it is called once a step: its knot counts from the next epoch on.
         """
         now = Counters(trainer.current_epoch, trainer.global_step)
-        is_own = type(self).should_tie is not ChainOfLoRA.should_tie
         begins = now.global_step == self.module.link_start.global_step
-        return self.module.link + (not is_own and not begins and self.should_tie(*now))
+        return self.module.link + (not self._is_own_rule and not begins and self.should_tie(*now))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,7 +193,10 @@ class ChainOfLoRA(Callback):
         if now.global_step == self._asked_at:  # inside an accumulation window
             return
         self._asked_at = now.global_step
-        if self.should_tie(*now):
+        is_due = self.should_tie(*now)
+        if trainer.world_size > 1 and self._is_own_rule:  # which may read values that differ between the processes
+            is_due = trainer.strategy.reduce_boolean_decision(bool(is_due), all=False)
+        if is_due:
             if self.boosting is not None:
                 self.boosting.end_link(self.module.link)
             self._report(self.module.tie_knot(), trainer, "finished")
