@@ -103,6 +103,17 @@ class Idle(MLP):
         return Beside(*super().build_model(), nn.Linear(6, 6))
 
 
+class Outside(MLP):
+    """An MLP with a frozen layer behind its model."""
+
+    def build_model(self):
+        self.fixed = nn.Linear(6, 7).requires_grad_(False)
+        return super().build_model()
+
+    def loss(self, batch):
+        return F.mse_loss(self.fixed(self.model(batch["x"])).mean(1), batch["y"].mean(1))
+
+
 class Decoder(MLP):
     """A tiny decoder with the language-model loss; it is sharded by its blocks."""
 
@@ -155,7 +166,7 @@ STRATEGIES = {
 def make(model, **arguments):
     targets = ["1", "4"] if model == "cnn" else "all-linear"
     arguments = {"target_modules": targets, "rank": 6, "alpha": 8, "seed": 1} | arguments
-    own = {"mlp": MLP, "idle": Idle, "cnn": CNN}
+    own = {"mlp": MLP, "idle": Idle, "cnn": CNN, "outside": Outside}
     return own[model](**arguments) if model in own else Decoder(model, **arguments)
 
 
@@ -251,7 +262,7 @@ def same(folder):
         fit(folder, f"orthogonal-{strategy}", strategy=strategy, arguments={"init": "orthogonal"}, gradient_clip_val=None)
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
-    for model in ("mlp", "cnn", "llama"):
+    for model in ("mlp", "cnn", "llama", "outside"):
         fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
 
 

@@ -95,6 +95,7 @@ SAME = {
     "idle-fsdp2": (1e-5, {"model": "idle", "arguments": {"modules_to_save": ["3"]}}),
     "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
     "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
+    "outside-fsdp1": (1e-5, {"model": "outside", "gradient_clip_val": None}),
     "orthogonal-fsdp1": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
     "orthogonal-fsdp2": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
 }

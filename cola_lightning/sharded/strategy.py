@@ -200,7 +200,7 @@ def with_replicated_trainables(base: Any) -> type[Strategy]:
     return ReplicatedTrainables
 
 
-def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtype) -> None:
+def configure_fsdp1(strategy: FSDPStrategy, module: Any, dtype: torch.dtype) -> None:
     """Configures FSDP1, which wraps the module later: what not to shard, and where to wrap if the user does not say.
 
     Args:
@@ -215,7 +215,7 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
     wide = {id(parameter) for layer in layers if layer.stack is None for parameter in (layer.weight, layer.bias)}
     frozen = {
         dtype if dtype.itemsize < 4 and id(parameter) not in wide else parameter.dtype
-        for parameter in module.parameters()
+        for parameter in module.model.parameters()
         if not parameter.requires_grad
     }
     if len(frozen) > 1:
@@ -224,13 +224,15 @@ def configure_fsdp1(strategy: FSDPStrategy, module: nn.Module, dtype: torch.dtyp
             "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, as model.finished_links: "
             f"merge makes of one in half precision, received fsdp and {received}"
         )
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Lightning wraps the whole module. As under FSDP2, what is outside of the model is replicated; a checkpoint contains it.
+    inside = {id(parameter) for parameter in module.model.parameters()}
+    replicated = [p for p in module.parameters() if p.requires_grad or id(p) not in inside]
     for layer in layers:  # FSDP1 moves only what it shards
         if layer.stack is not None:
             layer.stack.apply_(lambda tensor: tensor.to(strategy.root_device))
-    for parameter in trained:
+    for parameter in replicated:
         parameter.data = parameter.data.to(strategy.root_device)
-    strategy.kwargs["ignored_states"] = [*strategy.kwargs.get("ignored_states", ()), *trained]
+    strategy.kwargs["ignored_states"] = [*strategy.kwargs.get("ignored_states", ()), *replicated]
     if "auto_wrap_policy" not in strategy.kwargs and (blocks := repeated_blocks(module)):
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy({type(block) for block in blocks})
 
