@@ -288,10 +288,14 @@ class Cast(MLP):
 
 
 class Normed(MLP):
-    """An MLP whose buffers follow the rows that a process sees."""
+    """An MLP whose buffers follow the rows that a process sees, in its model and outside of it."""
 
     def build_model(self):
+        self.norm = nn.BatchNorm1d(6)
         return nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 6))
+
+    def loss(self, batch):
+        return F.mse_loss(self.norm(self.model(batch["x"])), batch["y"])
 
 
 def used_again(folder):
@@ -311,8 +315,8 @@ def used_again(folder):
     for strategy in ("ddp", "fsdp2"):
         normed = Normed(rank=2, seed=1)
         trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options).fit(normed, datamodule=Data())
-        found[f"buffers, {strategy}"] = dict(normed.model[1].named_buffers())
-        found[f"extras, {strategy}"] = normed.chain.links[0].extras
+        found[f"buffers, {strategy}"] = dict(normed.named_buffers())
+        found[f"extras, {strategy}"] = normed.chain.links[0].extras | normed.chain.links[0].outside
     single = make("mlp", finished_links="stack")
     trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
     refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}

@@ -90,6 +90,9 @@ class ChainGuard(Callback):
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(self.module.trained_state.values().keys() - set(parameters))
+        # Of other tensors in a state dict, such as a metric's own, each process has its part.
+        registered = set(tensors.plain_names(dict(pl_module.named_buffers(remove_duplicate=False))))
+        self._shared_names = [name for name in self._buffer_names if name.startswith("model.") or name in registered]
         self.module.run_state.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self.module.run_state.window = beginning_window(
@@ -170,9 +173,9 @@ class ChainGuard(Callback):
         self._batch.close()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
-        if trainer.world_size > 1 and self._buffer_names:  # DDP does so, but not before a knot or a validation
+        if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
-            tensors.share_(state[name] for name in self._buffer_names if name.startswith("model."))
+            tensors.share_(state[name] for name in self._shared_names)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
