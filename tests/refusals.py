@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader
 
 from cola_lightning import (
     AdaptedModel,
@@ -343,6 +344,18 @@ def plain_module(cls):
 )
 def predictions(prediction):
     PredictionWriter().write_on_batch_end(trainer(Path()), toy(), prediction, [0, 1], None, 0, 0)
+
+
+@refused(
+    (
+        DataLoader([torch.zeros(2)], batch_size=None),
+        "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes share its rows, "
+        "received another; trainer.devices 1 takes any",
+    ),
+)
+def shared_rows_without_indices(loader):
+    run = SimpleNamespace(world_size=2, predict_dataloaders=loader)
+    PredictionWriter().write_on_batch_end(run, toy(), {"prediction": [1]}, None, None, 0, 0)
 
 
 # ---------------------------------------------------------------------- what is adapted

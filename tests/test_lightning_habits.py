@@ -1,5 +1,6 @@
 """What Lightning's users do with any module, done with a COLA module: the model is there when it is asked for."""
 
+import json
 import math
 import pickle
 import sys
@@ -21,8 +22,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, PredictionWriter, UserError, lora_layers
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, undo_replication
 from tests import tiny
@@ -829,3 +831,31 @@ def test_torchscript_is_made_of_a_module_without_links_and_else_refused():
         linked.model[0].lora_B.fill_(0.1)
     merged = torch.jit.script(linked.merged_model())
     assert torch.allclose(merged(x), linked(x), atol=1e-6)
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+class Stream(IterableDataset):
+    """Rows without indices."""
+
+    def __iter__(self):
+        return iter(range(100, 106))
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # what this is about
+@pytest.mark.parametrize("loaders", ["indexed, then streamed", "streamed after an indexed run"])
+def test_rows_without_indices_are_counted_whatever_was_predicted_before_them(tmp_path, monkeypatch, loaders):
+    module = toy()
+    monkeypatch.setattr(module, "predict_step", lambda batch, batch_idx, dataloader_idx=0: {"prediction": batch}, raising=False)
+    indexed, streamed = DataLoader(range(6), batch_size=2), DataLoader(Stream(), batch_size=2)
+    run = trainer(tmp_path, PredictionWriter())
+    expected = [{"index": k, "prediction": 100 + k} for k in range(6)]
+    if loaders == "indexed, then streamed":
+        run.predict(module, [indexed, streamed])
+        expected = [{"index": k, "prediction": k} for k in range(6)] + expected
+    else:
+        run.predict(module, indexed)
+        run.predict(module, streamed)
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected

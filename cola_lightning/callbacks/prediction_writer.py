@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,16 +27,18 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
     ``predict_step`` returns a dict of columns, each with one value per row: ``prediction``, ``target`` and any
-    others. ``index``, the row's index in its data, is added. The rows of several loaders follow one another.
+    others. ``index``, the row's index in its data, is added; rows without one, of an ``IterableDataset`` for example, are
+    counted, in a single process. The rows of several loaders follow one another.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self.rows: list[tuple[int, dict[str, Any]]] = []
+        self._n_rows = Counter[int]()  # so far, of each loader
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.rows = []
+        self.rows, self._n_rows = [], Counter()
 
     @override
     def write_on_batch_end(
@@ -52,9 +56,16 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__}.predict_step: expected a dict of columns, received {type(prediction).__name__}"
             )
         columns = {name: values.tolist() if isinstance(values, Tensor) else values for name, values in prediction.items()}
-        before = sum(loader == dataloader_idx for loader, _ in self.rows)
+        if not _has_indices(trainer, dataloader_idx):
+            batch_indices = None  # not those of the last batch that had any, which Lightning gives here
+            if trainer.world_size > 1:
+                raise UserError(
+                    "predict: expected a loader that batches rows with indices (no IterableDataset) where "
+                    f"{trainer.world_size} processes share its rows, received another; trainer.devices 1 takes any"
+                )
         for place, values in enumerate(zip(*columns.values(), strict=True)):
-            index = int(batch_indices[place]) if batch_indices else before + place
+            index = self._n_rows[dataloader_idx] if batch_indices is None else int(batch_indices[place])
+            self._n_rows[dataloader_idx] += 1
             self.rows.append((dataloader_idx, {"index": index, **dict(zip(columns, values, strict=True))}))
 
     @override
@@ -69,3 +80,9 @@ class PredictionWriter(BasePredictionWriter):
                     "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)), encoding="utf-8"
                 )
             log.info("%d predictions: %s", len(rows), path)
+
+
+def _has_indices(trainer: Trainer, dataloader_idx: int) -> bool:
+    """Whether Lightning knows the indices of a loader's rows."""
+    loader = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[dataloader_idx]
+    return hasattr(getattr(loader, "batch_sampler", None), "seen_batch_indices")
