@@ -142,6 +142,17 @@ def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
     assert encode_texts(ending, [told], 8)[0][0]["input_ids"] == plain(told)["input_ids"]
 
 
+@pytest.mark.parametrize("test_size", [10, 6])
+def test_drawn_rows_are_predicted_in_the_order_of_the_data(sst2, tmp_path, test_size):
+    own = write(tmp_path / "own", "train", read_rows(sst2, "train"))
+    template = TemplateDataModule(own, prompt="{sentence}", options=[" bad", " good"], test_size=test_size)
+    for data in (PromptDataModule("SST2", sst2, test_size=test_size), template):
+        attach(data).setup("test")
+        tested = ids(data.test)
+        data.setup("predict")
+        assert ids(data.test) == sorted(tested, key=lambda prompt: int(prompt.split()[2])) != tested
+
+
 def test_white_space_around_a_prompt_is_as_in_the_protocol():
     """A blank between prompt and option is the option's; what is before the prompt goes; a line's end stays."""
     tokenizer = tiny.tokenizer()

@@ -13,7 +13,7 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import SkippedRows, check_source, fill_cache, is_file, let_lack_targets, read_rows
+from cola_lightning.data.rows import SkippedRows, check_source, fill_cache, in_order_of, is_file, let_lack_targets, read_rows
 from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
@@ -204,6 +204,8 @@ class PromptDataModule(OptionDataModule):
             if stage == "predict":
                 let_lack_targets(rows)
             (test,) = self._draw(rows, f"{self.source}, validation", test_size=self.test_size)
+            if stage == "predict":
+                test = in_order_of(rows, test)
         if stage in ("test", "predict"):
             self.test = self.encode_rows(test, self.task.example, is_learned=False)
             return

@@ -215,3 +215,9 @@ def draw(
         order.sort(key=places.__getitem__)
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     return [[rows[i] for i in order[start : start + size]] for start, size in zip(starts, sizes, strict=True)]
+
+
+def in_order_of(rows: Sequence[T], part: Sequence[T]) -> list[T]:
+    """A part that was drawn from rows, in their order."""
+    drawn = set(map(id, part))
+    return [row for row in rows if id(row) in drawn]

@@ -19,6 +19,7 @@ from cola_lightning.data.rows import (
     fill_cache,
     first_row,
     has_split,
+    in_order_of,
     is_file,
     let_lack_targets,
     read_rows,
@@ -204,7 +205,8 @@ class SourceDataModule(TokenizedDataModule):
             return let_lack_targets(read("train"))
         if self._test_split:
             return let_lack_targets(read(self._test_split))
-        return self._drawn(let_lack_targets(read("train")))[2]
+        rows = let_lack_targets(read("train"))
+        return in_order_of(rows, self._drawn(rows)[2])
 
     def _drawn(self, rows: list[Row]) -> list[list[Row]]:
         """Splits the rows of the train split into training, validation and test rows."""
