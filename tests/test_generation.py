@@ -5,14 +5,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
+from cola_lightning.cli.streaming import make_streamer
 from cola_lightning.data.batches import collate_options, collate_prompts
 from cola_lightning.data.encoding import PromptRow
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.decoding import Decoding
 from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.modules.metrics import ExactMatch, TokenF1
+from cola_lightning.turns import end_of_turn
 from tests import tiny
 from tests.toy import trainer
 
@@ -198,6 +201,25 @@ def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_st
         asked.clear()
         module.generate(prompts_of(module, Decoding(20), [newline]))  # a token that ends a turn
         assert len(asked) == max(lengths)
+
+
+def test_an_end_of_turn_that_is_no_special_token_is_no_part_of_the_response(tmp_path, capsys):
+    own = tiny.tokenizer(pad=True)
+    own.add_tokens([AddedToken("<|end|>", special=False)])
+    own.chat_template = tiny.CHAT.replace("eos_token", "'<|end|>'")
+    (end,) = end_of_turn(own)
+    assert end not in own.all_special_ids
+    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0))
+    module.tokenizer = own
+    with ending_by_chance(module, end):
+        plain = [plain_text(module, prompt, 20, [end])[0] for prompt in PROMPTS]
+        assert any("<|end|>" in text for text in plain)
+        expected = [text.removesuffix("<|end|>").strip() for text in plain]
+        assert module.generate(prompts_of(module, Decoding(20), [end])) == expected
+        for prompt, text in zip(PROMPTS, expected, strict=True):
+            batch = prompts_of(module, Decoding(20), [end], prompts=[prompt])
+            module.generate(batch, make_streamer(own, Decoding(20)))
+            assert capsys.readouterr().out.strip() == text
 
 
 def test_samples_follow_from_the_seed_the_temperature_and_top_p(module):

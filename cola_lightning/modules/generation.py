@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
@@ -49,7 +49,7 @@ def generate(
         streamer: receives the tokens of a single row as they are generated: transformers' ``TextStreamer``.
 
     Returns:
-        The text of each row, without special tokens.
+        The text of each row, without special tokens, and without the token that ended it if it was added to the tokenizer.
     """
     from transformers import GenerationConfig
 
@@ -60,6 +60,8 @@ def generate(
         how["stop_strings"] = list(decoding.stop)
     how |= {"eos_token_id": list(ends) or None, "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(**how)  # type: ignore[no-untyped-call]
+    # Special or not; the ends of an answer are all tokens with a line break, which may have text before it.
+    hidden = [token for token in ends if token in tokenizer.added_tokens_decoder and decoding is not ANSWER]
     with _only(config, model):
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["prompt_ids"],
@@ -67,10 +69,21 @@ def generate(
             generation_config=config,
             tokenizer=tokenizer,  # which stop strings need
             synced_gpus=is_sharded,
-            streamer=streamer,
+            streamer=streamer and _Without(hidden, streamer),
         )
-    new = generated[:, batch["prompt_ids"].shape[1] :]
+    new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
     return [decoding.cut(text, is_open=False)[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+class _Without:
+    """A streamer that does not receive certain tokens."""
+
+    def __init__(self, hidden: Sequence[int], streamer: Any) -> None:
+        self.hidden, self.end, self._put = torch.tensor(hidden, dtype=torch.long), streamer.end, streamer.put
+
+    def put(self, tokens: Tensor) -> None:
+        """Takes the prompts, rows x length, whole, and then the generated tokens."""
+        self._put(tokens if tokens.dim() > 1 else tokens[~torch.isin(tokens, self.hidden)])
 
 
 @contextmanager
