@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
@@ -117,6 +118,21 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch)
     ids = module.tokenizer(f"[user]Is it?</s>[assistant]{alone}</s>[user]The cat</s>[assistant]", add_special_tokens=False)
     batch = {"prompt_ids": torch.tensor([ids["input_ids"]]), "prompt_mask": torch.ones(1, len(ids["input_ids"])).long()}
     assert module.eval().generate(batch | {"decoding": Decoding(8).to_dict()}) == [second.strip()]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_tokenizer_that_does_not_know_the_models_limit_has_it(tmp_path, kind, capfd):
+    """OPT's, of learned positions: what another tool than this package saved."""
+    name = tiny.folder(tmp_path / "model", "opt")
+    if kind == "adapter":
+        base = AutoModelForCausalLM.from_pretrained(name)
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / kind)
+    assert main(["generate", "--checkpoint", path, "--prompt", "It is " * 12]) == 0
+    capfd.readouterr()
+    assert main(["generate", "--checkpoint", path, "--prompt", "It is " * 60]) == 2
+    assert "error: prompt: expected fewer than 64 tokens, for the model, received" in capfd.readouterr().err
 
 
 def test_what_is_printed_of_a_stop_is_nothing(capsys):

@@ -227,8 +227,9 @@ def _of_plain(model: Any, tokenizer: Any) -> Generator:
     """A generator for a model without this package's layers; tokenizer files from an export contain the prompt format."""
     from cola_lightning.modules.generation import end_tokens
     from cola_lightning.modules.generation import generate as generate_
+    from cola_lightning.modules.pretrained import with_limit
 
-    device = _device()
+    device, tokenizer = _device(), with_limit(tokenizer, model.config)
     model.to(device).eval()
     ends = end_tokens(model, tokenizer)  # before generation replaces the model's own generation config
 

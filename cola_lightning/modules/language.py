@@ -14,7 +14,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.modules.base import COLAModule
-from cola_lightning.modules.pretrained import Dtype, Pretrained
+from cola_lightning.modules.pretrained import Dtype, Pretrained, with_limit
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,9 @@ class LanguageModule(COLAModule, ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
         tokenizer = self.pretrained.tokenizer()
-        if self.pretrained.gguf_file is None:  # GGUF takes seconds; most such models use rotary positions, without a limit
-            config = self.pretrained.config()
-            positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-            if "roberta" in config.model_type or config.model_type == "camembert":
-                positions -= config.pad_token_id + 1  # where their positions begin
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        return tokenizer
+        if self.pretrained.gguf_file is not None:  # its configuration takes seconds; most use rotary positions, without a limit
+            return tokenizer
+        return with_limit(tokenizer, self.pretrained.config())
 
     @override
     def build_model(self) -> nn.Module:

@@ -198,6 +198,15 @@ def with_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def with_limit(tokenizer: Any, config: Any) -> Any:
+    """The tokenizer, with the length of the model's longest sequence, of which not every tokenizer's files know."""
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        positions -= config.pad_token_id + 1  # where their positions begin
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
 def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
     """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
 
