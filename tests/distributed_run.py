@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import (
     ChainOfLoRA,
@@ -364,6 +364,13 @@ class Half(MLP):
         return super().build_model().to(torch.bfloat16)
 
 
+class Stream(IterableDataset):
+    """Rows without a length or indices."""
+
+    def __iter__(self):
+        yield from [{"x": torch.zeros(8), "y": torch.zeros(6)}] * 3
+
+
 def refused(folder):
     """What two processes say of what does not go together."""
     cases = {
@@ -383,6 +390,11 @@ def refused(folder):
         trainer(folder, devices=world(), strategy=STRATEGIES["fsdp2"]()).predict(make("mlp"), uneven)
     except UserError as error:
         found["uneven"] = str(error)
+    try:  # each process has rows of its own, and no index of them
+        own = trainer(folder, PredictionWriter(), devices=world(), strategy=STRATEGIES["ddp"]())
+        own.predict(make("mlp"), DataLoader(Stream(), batch_size=2))
+    except UserError as error:
+        found["no index"] = str(error)
     torch.save(found, folder / f"refused.rank{torch.distributed.get_rank()}.pt")
 
 
