@@ -7,11 +7,12 @@ Only what a subcommand needs is imported: ``inspect`` needs neither lightning no
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from typing_extensions import override
 
@@ -19,6 +20,14 @@ from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
 
+# The subcommands that are not LightningCLI's: where the function of that name is, which is imported when it is called.
+COMMANDS = {
+    "compare": "cola_lightning.study.command",
+    "configs": "cola_lightning.cli.configs",
+    "export": "cola_lightning.cli.export",
+    "generate": "cola_lightning.cli.generate",
+    "inspect": "cola_lightning.cli.inspect",
+}
 # Lightning's log lines that say nothing about the run.
 NOISE = ("💡 Tip:", "TPU available:", "HPU available:")
 # Lightning's advice for short runs, whose metrics each validation logs anyway.
@@ -61,30 +70,9 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
         raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received none (cola --help describes them)")
     if not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
         raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]!r}{nearest(words[0], SUBCOMMANDS)}")
-    if words[0] == "inspect":
-        from cola_lightning.cli.inspect import inspect
-
-        inspect(words[1:])
-        return 0
-    if words[0] == "export":
-        from cola_lightning.cli.export import export
-
-        export(words[1:])
-        return 0
-    if words[0] == "configs":
-        from cola_lightning.cli.configs import configs
-
-        configs(words[1:])
-        return 0
-    if words[0] == "generate":
-        from cola_lightning.cli.generate import generate
-
-        generate(words[1:])
-        return 0
-    if words[0] == "compare":
-        from cola_lightning.study.command import compare
-
-        return compare(words[1:])
+    if words[0] in COMMANDS:
+        command: Callable[[Sequence[str]], int | None] = getattr(importlib.import_module(COMMANDS[words[0]]), words[0])
+        return command(words[1:]) or 0
     from cola_lightning.cli.training import train
 
     return train(args)
