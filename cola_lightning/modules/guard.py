@@ -201,18 +201,10 @@ class ChainGuard(Callback):
         self._look_at_weights(trainer, batch_idx + dataloader_idx)
 
     @override
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._check_weights()
 
-    @override
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._look_at_weights(trainer, batch_idx + dataloader_idx)
-
-    @override
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._check_weights()
+    on_predict_batch_start, on_predict_batch_end = on_test_batch_start, on_test_batch_end
 
     def _look_at_weights(self, trainer: Trainer, n_before: int) -> None:
         """Remembers some values of each adapted weight at an evaluation's first batch."""
