@@ -76,6 +76,10 @@ def export(words: Sequence[str]) -> None:
     if options.checkpoint.resolve().is_relative_to(output.resolve()):
         raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(output)!r}")
     with opened_checkpoint(options.checkpoint) as opened:
+        if opened.state.live is None and asked.format != "merged":
+            raise UserError(
+                f"format: expected merged for a checkpoint without links (model.target_modules: null), received {asked.format}"
+            )
         for line in (_export_chain if asked.format == "chain" else _export_model)(opened, options.links, asked):
             print(line)
     print(f"written: {output}")
@@ -89,8 +93,6 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     """Exports a chain folder, without constructing the module."""
     from cola_lightning.export import check_no_base, export_chain
 
-    if opened.state.live is None:
-        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received chain")
     chain = chain_of(opened.contents, links)
     check_no_base(asked.folder, chain.base.get("name", ""))
     return export_chain(chain, asked.folder, verify=asked.verify, overwrite=asked.overwrite)
@@ -99,8 +101,6 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
 def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
     arguments = opened.state.module
     check_arguments(arguments, "export")
-    if asked.format == "peft" and opened.state.live is None:
-        raise UserError("format: expected merged for a checkpoint without links (model.target_modules: null), received peft")
 
     from cola_lightning.export import quiet
     from cola_lightning.modules import COLAModule, find_class
