@@ -76,6 +76,11 @@ class Result:
         """The run with this result."""
         return Run(self.method, self.learning_rate, self.seed)
 
+    def value(self, mode: Mode) -> float:
+        """The validation metric, by which runs are compared; of a run that diverged, the worst value."""
+        worst = math.inf if mode == "min" else -math.inf
+        return worst if self.validation is None else self.validation
+
 
 def write(results: Iterable[Result], path: Path) -> None:
     """Writes the results as JSON, one line each, atomically."""
@@ -113,9 +118,7 @@ def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int
         by_rate: dict[float, dict[int, float]] = {}
         for result in results:
             if result.method == method and result.seed in tuning_seeds:
-                worst = math.inf if mode == "min" else -math.inf
-                value = worst if result.validation is None else result.validation
-                by_rate.setdefault(result.learning_rate, {})[result.seed] = value
+                by_rate.setdefault(result.learning_rate, {})[result.seed] = result.value(mode)
         if not by_rate:
             continue
         shared = set.intersection(*(set(values) for values in by_rate.values())) or set(tuning_seeds)

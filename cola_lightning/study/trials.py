@@ -84,7 +84,7 @@ class Trials:
             if (run := result.run) not in known:
                 self.study.add_trial(
                     create_trial(
-                        value=self._value(result),
+                        value=result.value(self.mode),
                         params={"learning_rate": run.learning_rate, "seed": run.seed},
                         distributions={"learning_rate": RATES, "seed": SEEDS},
                         user_attrs={"method": run.method, "result": asdict(result)},
@@ -140,17 +140,13 @@ class Trials:
         """Records a run's result, also of a trial that another process has given up."""
         with suppress(UpdateFinishedTrialError):
             trial.set_user_attr("result", asdict(result))
-            if self.study.tell(trial, self._value(result), skip_if_finished=True).state == TrialState.COMPLETE:
+            if self.study.tell(trial, result.value(self.mode), skip_if_finished=True).state == TrialState.COMPLETE:
                 return
         self.add([result])
 
     def fail(self, trial: optuna.Trial) -> None:
         """Records that a run failed; it is repeated when it is requested again."""
         self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-
-    def _value(self, result: Result) -> float:
-        worst = float("inf") if self.mode == "min" else -float("inf")
-        return worst if result.validation is None else result.validation
 
     def _trials(self, *states: TrialState) -> Iterator[tuple[Run, FrozenTrial]]:
         for trial in self.study.get_trials(deepcopy=False, states=states):
