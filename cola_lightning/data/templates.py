@@ -10,7 +10,7 @@ from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
 from cola_lightning.data.row import Row
-from cola_lightning.data.tasks import Loss
+from cola_lightning.data.tasks import Loss, generated
 from cola_lightning.data.text import SourceDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
@@ -165,10 +165,9 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         prompt = self.prompt.fill(row)
         if self.answer is not None:
             if not row.has_target(self.answer):
-                return Example(prompt, (), None, row.place)
+                return generated(row, prompt, ())
             inner, field = _inside(row, self.answer)
-            references = (inner.answer(field),) if isinstance(inner[field], str) else inner.texts(field)
-            return Example(prompt, (f" {references[0]}\n",), 0, row.place, references=references)
+            return generated(row, prompt, (inner.answer(field),) if isinstance(inner[field], str) else inner.texts(field))
         if isinstance(self.options, str):
             inner, field = _inside(row, self.options)
             options = inner.texts(field)
