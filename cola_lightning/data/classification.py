@@ -9,7 +9,7 @@ from typing_extensions import override
 from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.labels import find_labels, name_of_label, place_of_label
 from cola_lightning.data.row import Row
-from cola_lightning.data.text import SourceDataModule
+from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import UserError
 
 

@@ -13,9 +13,18 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import SkippedRows, check_source, fill_cache, in_order_of, is_file, let_lack_targets, read_rows
+from cola_lightning.data.rows import (
+    SkippedRows,
+    check_source,
+    draw_parts,
+    fill_cache,
+    in_order_of,
+    is_file,
+    let_lack_targets,
+    read_rows,
+)
+from cola_lightning.data.source import DRAWN_SHARE, TokenizedDataModule
 from cola_lightning.data.tasks import Loss, find_task, template_of
-from cola_lightning.data.text import DRAWN_SHARE, TokenizedDataModule, draw_parts
 from cola_lightning.errors import UnusableRow, UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder per task

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -221,3 +221,32 @@ def in_order_of(rows: Sequence[T], part: Sequence[T]) -> list[T]:
     """A part that was drawn from rows, in their order."""
     drawn = set(map(id, part))
     return [row for row in rows if id(row) in drawn]
+
+
+def draw_parts(
+    rows: Sequence[Row],
+    sizes: Mapping[str, float | None],
+    seed: int,
+    what: str,
+    groups: Sequence[object] | None = None,
+) -> list[list[Row]]:
+    """Disjoint parts of the rows, see :func:`draw`; in their order if one part takes all.
+
+    Args:
+        rows: the rows to draw from.
+        sizes: each part's size, by option: a number of rows, a share below 1, 0 for an empty part; None: the rest.
+        seed: the permutation's seed.
+        what: names the rows in the message.
+        groups: each row's group.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    counts = {name: size and rows_of(size, len(rows)) for name, size in sizes.items()}
+    rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
+    wanted = [rest if count is None else count for count in counts.values()]
+    if sum(map(bool, wanted)) == 1 and None in counts.values():
+        return [list(rows) if count else [] for count in wanted]
+    fields = " + ".join(f"data.{name}" for name, count in zip(counts, wanted, strict=True) if count)
+    parts = iter(draw(rows, [count for count in wanted if count], seed, f"{fields}, of {what}", groups))
+    return [next(parts) if count else [] for count in wanted]

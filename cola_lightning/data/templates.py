@@ -10,8 +10,8 @@ from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
 from cola_lightning.data.row import Row
+from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.tasks import Loss, generated
-from cola_lightning.data.text import SourceDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
