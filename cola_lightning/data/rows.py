@@ -176,11 +176,11 @@ class SkippedRows:
         log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_skipped, n_rows, self.errors[0])
 
 
-def rows_of(size: float, n_rows: int) -> int:
+def as_count(size: float, n_rows: int) -> int:
     """The number of rows for a size: a number or, below 1, a share, of at least one row.
 
     Example:
-        >>> rows_of(0.25, 10), rows_of(0.01, 10), rows_of(7, 10)
+        >>> as_count(0.25, 10), as_count(0.01, 10), as_count(7, 10)
         (2, 1, 7)
     """
     return int(size) if size >= 1 else max(1, round(size * n_rows))
@@ -242,7 +242,7 @@ def draw_parts(
     Raises:
         UserError: if there are fewer rows than the parts need.
     """
-    counts = {name: size and rows_of(size, len(rows)) for name, size in sizes.items()}
+    counts = {name: size and as_count(size, len(rows)) for name, size in sizes.items()}
     rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
     wanted = [rest if count is None else count for count in counts.values()]
     if sum(map(bool, wanted)) == 1 and None in counts.values():

@@ -152,16 +152,16 @@ class SourceDataModule(TokenizedDataModule):
         if stage == "fit" or (self.needs_train_rows and has_split(self.source, "train")):
             self.look_at(read("train"))
         if stage == "predict":
-            self.test = self._known(self.encode_predicted(self._predicted(read)))
+            self.test = self._not_empty(self.encode_predicted(self._predicted(read)))
             return
         if stage == "test":
             rows = read(self._test_split) if self._test_split else self._drawn(read("train"))[2]
-            self.test = self._known(self.encode(rows))
+            self.test = self._not_empty(self.encode(rows))
             return
         train, val, _ = self._drawn(read("train")) if stage == "fit" or self._val_split is None else ([], [], [])
-        self.val = self._known(self.encode(read(self._val_split) if self._val_split else val))
+        self.val = self._not_empty(self.encode(read(self._val_split) if self._val_split else val))
         if stage == "fit":
-            self.train = self._known(self.encode_train(train))
+            self.train = self._not_empty(self.encode_train(train))
 
     def _predicted(self, read: Callable[[str], list[Row]]) -> Sequence[Row]:
         """The rows to be predicted, whose labels or answers may be missing: the test rows, or all rows of a file."""
@@ -189,7 +189,7 @@ class SourceDataModule(TokenizedDataModule):
             log.info("%s: %d rows for training, %d for validation and %d for test, by data.split_seed", where, *counts)
         return parts
 
-    def _known(self, encoded: Sequence[Any]) -> Sequence[Any]:
+    def _not_empty(self, encoded: Sequence[Any]) -> Sequence[Any]:
         if not encoded:
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
         return encoded
