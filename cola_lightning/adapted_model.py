@@ -62,8 +62,9 @@ class AdaptedModel:
     Attributes:
         model: the model.
         chain: the finished links.
-        base_weights: the base's weights, if they are stored.
+        base_weights: the base's weights, by name, if they are stored.
         placement: returns the model's placement; a trainer sets its own.
+        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; to be set before a link begins.
 
     Example:
         >>> def build_model():

@@ -103,6 +103,15 @@ class EpochDataModule(LightningDataModule, ABC):
 
     Raises:
         UserError: for invalid values.
+
+    Example:
+        >>> class Squares(EpochDataModule):
+        ...     def setup(self, stage):
+        ...         self.train, self.val = [(x, x**2) for x in range(5)], [(5, 25)]
+        >>> data = Squares(batch_size=2)
+        >>> data.setup("fit")
+        >>> [len(x) for x, y in data.train_dataloader()], next(iter(data.val_dataloader()))
+        ([2, 2, 1], [tensor([5]), tensor([25])])
     """
 
     train: Any

@@ -29,6 +29,10 @@ class Example:
     Raises:
         UnusableRow: if there is no option, or if two are equal.
         UserError: if the answer is not the index of an option.
+
+    Example:
+        >>> Example("The film was dull. It was", (" terrible", " great"), answer=0).right().options
+        (' terrible',)
     """
 
     prompt: str

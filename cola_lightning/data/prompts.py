@@ -116,6 +116,9 @@ class OptionDataModule(OptionBatches):
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left.
         split_seed: seed of the training order, together with the module's seed.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
+            ``false``: shuffle the rows.
     """
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:

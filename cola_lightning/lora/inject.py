@@ -58,6 +58,7 @@ def inject_lora(
     Afterwards only the links' A and B and the parameters of ``modules_to_save`` are trainable.
 
     Args:
+        model: the model to adapt.
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
             name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) except the output embeddings and
             ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone.
@@ -131,6 +132,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
 
     Args:
+        model: an adapted model.
         merge: add each live link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
         dtype: of the plain layers, to which merged weights are rounded; None: the base's, as it came or as it was cast.

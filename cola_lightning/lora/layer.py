@@ -161,6 +161,9 @@ class LoRALayer(nn.Module):
             lora_B: out x rank.
             scaling: alpha / rank.
             part: the part of the weight, dimension by dimension: of a sharded weight, this process' shard.
+
+        Shape:
+            result: as the weight, out x in by default, or the part of it.
         """
         rows, columns = part
         return low_rank_delta(lora_A, lora_B, scaling, is_transposed=self.weight_is_transposed, part=rows)[:, columns]
@@ -322,7 +325,11 @@ class LoRALayer(nn.Module):
         self._zero_B()
 
     def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Merges or stacks a finished link: at a knot, and when a chain is replayed."""
+        """Merges or stacks a finished link: at a knot, and when a chain is replayed.
+
+        Shape:
+            ``lora_A``: rank x in; ``lora_B``: out x rank.
+        """
         if self.stack is None:
             self._add_to_weight(lora_A, lora_B, scaling)
         else:

@@ -94,6 +94,20 @@ class COLAModule(LightningModule, RecordsArguments):
     Raises:
         UserError: for invalid values.
 
+    Example:
+        >>> class Regression(COLAModule):
+        ...     def build_model(self):
+        ...         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return nn.functional.mse_loss(self.model(x), y)
+        >>> module = Regression(target_modules=["0", "2"], rank=1, alpha=2, seed=0)
+        >>> module.tie_knot()
+        Link 0: rank 1, alpha 2, 2 layers, steps 0 to 0
+        >>> module.link, type(module.merged_model()[0]).__name__
+        (1, 'Linear')
+
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
 
@@ -158,7 +172,10 @@ class COLAModule(LightningModule, RecordsArguments):
         """Builds the base model.
 
         It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
-        ``self.seed``.
+        ``self.seed``; again where the base without its links is needed, as for an earlier link: it must build the same one.
+
+        Returns:
+            The base, with its pretrained weights; its target layers are then adapted in place.
         """
         raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
 

@@ -112,7 +112,11 @@ class COLACausalLM(LanguageModule):
         return StepOutput(loss, size, chosen, answer)
 
     def row_losses(self, batch: Batch) -> Tensor:
-        """The loss of each row, of tokens their mean, for ``chain.boosting``; without a router's loss, which is a batch's."""
+        """The loss of each row, of tokens their mean, for ``chain.boosting``; without a router's loss, which is a batch's.
+
+        Shape:
+            result: rows.
+        """
         self._check_batch(batch)
         if "option_ids" not in batch:
             logits, labels, _ = self._language_logits(batch)

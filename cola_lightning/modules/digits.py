@@ -52,7 +52,11 @@ class COLADigits(COLAModule):
         return {"prediction": self.model(images).argmax(-1), "target": targets}
 
     def row_losses(self, batch: Batch) -> Tensor:
-        """The loss of each row, for ``chain.boosting``."""
+        """The loss of each row, for ``chain.boosting``.
+
+        Shape:
+            result: rows.
+        """
         images, targets = batch
         return F.cross_entropy(self.model(images), targets, reduction="none")
 

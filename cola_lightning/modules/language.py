@@ -22,10 +22,10 @@ class StepOutput:
     """The result of a batch.
 
     Attributes:
-        loss: to be minimised; a mean over ``size``.
+        loss: a scalar to be minimised; a mean over ``size``.
         size: the number of rows or tokens that the mean is over.
-        predictions: for the metric; None if there is no metric to compute.
-        targets: the correct predictions.
+        predictions: for the metric, one for each row; None if there is no metric to compute.
+        targets: the correct predictions, in the same shape.
     """
 
     loss: Tensor
