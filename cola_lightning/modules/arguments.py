@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import math
 import pydoc
 from collections import OrderedDict, UserString
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,7 @@ import torch
 from torch import Tensor
 
 import cola_lightning
-from cola_lightning.chain.rules import check_trained_factors
 from cola_lightning.errors import UserError
-from cola_lightning.seeding import check_seed
 
 # Arguments of the training, not of the model: inference needs none of them.
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
@@ -50,36 +47,6 @@ class RecordsArguments:
         """``class_path``, the plain ``init_args``, and ``not_plain``: the names of the arguments without a plain value."""
         recorded: dict[str, Any] = self.__dict__["_constructor_arguments"]
         return recorded
-
-
-def check_choices(
-    seed: int | None,
-    modules_to_save_lr: float | None,
-    trained_factors: str,
-    init_chain: str | None,
-    init_links: int | None,
-) -> None:
-    """Refuses invalid values of a module's arguments."""
-    check_seed("model.seed", seed)
-    if modules_to_save_lr is not None and not 0 <= modules_to_save_lr < math.inf:
-        raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {modules_to_save_lr}")
-    check_trained_factors(trained_factors)
-    if init_links is not None and init_chain is None:
-        raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
-
-
-def check_schedule(warmup_steps: float, scope: str, knot_warmup_steps: float, kept_optimizer_state: float) -> None:
-    """Refuses invalid values of a learning-rate schedule's arguments."""
-    for name, steps in (("warmup_steps", warmup_steps), ("knot_warmup_steps", knot_warmup_steps)):
-        if not 0 <= steps < math.inf:
-            raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")
-    if knot_warmup_steps and scope == "link":
-        raise UserError(
-            "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each link's, "
-            f"received {knot_warmup_steps}"
-        )
-    if not 0 <= kept_optimizer_state <= 1:
-        raise UserError(f"model.kept_optimizer_state: expected a share from 0 to 1, received {kept_optimizer_state}")
 
 
 def class_path(cls: type) -> str:

@@ -19,14 +19,14 @@ from cola_lightning.adapted_model import AdaptedModel, cast_floats
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.packed import pack
-from cola_lightning.chain.rules import TrainedFactors
+from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
 from cola_lightning.errors import UserError
 from cola_lightning.export import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
-from cola_lightning.modules.arguments import RecordsArguments, check_choices, check_schedule, class_path
+from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
@@ -44,6 +44,7 @@ from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.torchscript import hide_from_torchscript, refuse_links
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
+from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks
 
@@ -138,8 +139,21 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> None:
         super().__init__()
         check_factors(rank, alpha, dropout, init, finished_links)
-        check_choices(seed, modules_to_save_lr, trained_factors, init_chain, init_links)
-        check_schedule(warmup_steps, schedule_scope, knot_warmup_steps, kept_optimizer_state)
+        check_seed("model.seed", seed)
+        check_trained_factors(trained_factors)
+        if init_links is not None and init_chain is None:
+            raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
+        self.run_state = RunState()
+        self.optimization = LinkOptimization(
+            optimizer,
+            modules_to_save_lr,
+            lr_schedule,
+            warmup_steps,
+            schedule_scope,
+            knot_warmup_steps,
+            kept_optimizer_state,
+            self.run_state,
+        )
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
@@ -155,13 +169,8 @@ class COLAModule(LightningModule, RecordsArguments):
                     "model.init_chain: expected null without links (model.target_modules is null), received a chain"
                 )
         self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
-        self.run_state = RunState()
         self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state, self.dropout, self.init)
         self.link_metrics = LinkMetrics()
-        self.optimization = LinkOptimization(
-            *(optimizer, modules_to_save_lr, lr_schedule, float(warmup_steps), schedule_scope),
-            *(float(knot_warmup_steps), float(kept_optimizer_state), self.run_state),
-        )
         self.lazy_model = LazyModel(self)
         self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]

@@ -29,6 +29,9 @@ OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 class LinkOptimization:
     """Makes an optimizer and a learning-rate schedule for each link.
 
+    Raises:
+        UserError: for invalid values.
+
     Attributes:
         make_optimizer: makes an optimizer from parameters, or from parameter groups.
         modules_to_save_lr: the initial learning rate of fully trained modules; None: the links'.
@@ -55,6 +58,22 @@ class LinkOptimization:
     _optimizer: Optimizer | None = None
     _scheduler: LambdaLR | None = None
     _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
+
+    def __post_init__(self) -> None:
+        if self.modules_to_save_lr is not None and not 0 <= self.modules_to_save_lr < math.inf:
+            raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {self.modules_to_save_lr}")
+        for name, steps in (("warmup_steps", self.warmup_steps), ("knot_warmup_steps", self.knot_warmup_steps)):
+            if not 0 <= steps < math.inf:
+                raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")
+        if self.knot_warmup_steps and self.schedule_scope == "link":
+            raise UserError(
+                "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each link's, "
+                f"received {self.knot_warmup_steps}"
+            )
+        if not 0 <= self.kept_optimizer_state <= 1:
+            raise UserError(f"model.kept_optimizer_state: expected a share from 0 to 1, received {self.kept_optimizer_state}")
+        self.warmup_steps, self.knot_warmup_steps = float(self.warmup_steps), float(self.knot_warmup_steps)
+        self.kept_optimizer_state = float(self.kept_optimizer_state)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit; the schedule cannot be pickled."""
