@@ -67,10 +67,8 @@ def low_rank_delta(
     with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
         rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
         start, stop, _ = part.indices(len(rows))
-        first, last = (
-            max(0, min(start, stop - FEWEST)),
-            max(stop, start + FEWEST),
-        )  # few rows are computed among their neighbours
+        # Few rows are computed among their neighbours.
+        first, last = max(0, min(start, stop - FEWEST)), max(stop, start + FEWEST)
         if columns.shape[1] < FEWEST:
             first, last = 0, len(rows)
         product = rows[first:last].contiguous() @ columns.contiguous()

@@ -95,9 +95,8 @@ class ChainGuard(Callback):
         self._shared_names = [name for name in self._buffer_names if name.startswith("model.") or name in registered]
         self.module.run_state.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
-        self.module.run_state.window = beginning_window(
-            trainer, trainer.fit_loop.epoch_loop.batch_idx + 1
-        )  # 0, unless the fit resumes inside an epoch
+        first_batch = trainer.fit_loop.epoch_loop.batch_idx + 1  # 0, unless the fit resumes inside an epoch
+        self.module.run_state.window = beginning_window(trainer, first_batch)
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
         self._error = None
@@ -358,12 +357,12 @@ def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationSched
 
 def _check_whole_windows(trainer: Trainer) -> None:
     """Refuses to resume in the middle of what is now an accumulation window, or beyond the epoch's end."""
-    if trainer.fit_loop.batch_idx + 1 > trainer.num_training_batches:
-        raise UserError(
-            f"trainer.limit_train_batches: expected at least the {trainer.fit_loop.batch_idx + 1} batches of its epoch that "
-            f"the checkpoint has completed, received {trainer.num_training_batches}"
-        )
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
+    if done > trainer.num_training_batches:
+        raise UserError(
+            f"trainer.limit_train_batches: expected at least the {done} batches of its epoch that the checkpoint has "
+            f"completed, received {trainer.num_training_batches}"
+        )
     if done % max(1, window) and done != trainer.num_training_batches:
         raise UserError(
             f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "

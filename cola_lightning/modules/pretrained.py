@@ -252,7 +252,6 @@ def _is_of_the_files(error: Exception) -> bool:
         return False
     # Missing and broken files, unknown architectures, attention and activations, packages that are missing, and GGUF files.
     kinds = (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError, StrictDataclassError, struct.error)
-    is_of_shapes = (
-        isinstance(error, RuntimeError) and modules[-1].partition(".")[0] == "transformers"
-    )  # weights that do not fit the configuration
+    # Weights that do not fit the configuration.
+    is_of_shapes = isinstance(error, RuntimeError) and modules[-1].partition(".")[0] == "transformers"
     return isinstance(error, kinds) or is_of_shapes or type(error) is Exception  # the latter is all that tokenizers raises

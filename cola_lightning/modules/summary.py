@@ -15,10 +15,9 @@ def summary(module: COLAParts) -> str:
     layers, text = lora_layers(module.model), "model:"
     if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
         sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in module.named_parameters()]
-        packed = [
-            part.get_parameter("weight").numel() for part in module.model.modules() if is_quantized(part)
-        ]  # two in a byte
-        n_trained, n_all = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes) + sum(packed)
+        packed = [part.get_parameter("weight").numel() for part in module.model.modules() if is_quantized(part)]
+        n_trained = sum(size for size, is_trained in sizes if is_trained)
+        n_all = sum(size for size, _ in sizes) + sum(packed)  # a packed weight has two values in a byte
         text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
     if module.adapted.live is None:
         return text
