@@ -1,13 +1,10 @@
 """``cola configs``: the configurations that come with the package."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from cola_lightning.cli.help import WIDTH
+from cola_lightning.cli.help import WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.writing import whole_file
 
@@ -25,18 +22,13 @@ def configs(words: Sequence[str]) -> None:
     Raises:
         UserError: for an unknown name, and a file that already exists.
     """
-    parser = ArgumentParser(
-        prog="cola configs",
-        description="Lists the configurations that come with cola_lightning, or copies some of them.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = command_parser("configs", "Lists the configurations that come with cola_lightning, or copies some of them.")
     parser.add_argument(
         "names", nargs="*", default=[], metavar="NAME", help="configurations to copy, or all (default: list them)"
     )
     parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="folder to copy to")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    options = parser.parse_args(list(words))
+    options = parsed(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
     if not options.names:
         for name, path in found.items():
@@ -46,8 +38,7 @@ def configs(words: Sequence[str]) -> None:
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
     if unknown := [name for name in requested if name not in found]:
         raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
-    output = Path(os.path.expanduser(options.output))
-    targets = {name: output / found[name].relative_to(FOLDER) for name in requested}
+    targets = {name: options.output / found[name].relative_to(FOLDER) for name in requested}
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")

@@ -1,13 +1,11 @@
 """``cola export``: converts a checkpoint to a plain model, a PEFT adapter or a chain folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
-
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments, opened_checkpoint
+from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
 
@@ -25,12 +23,7 @@ def export(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
         ExportError: if the export does not pass its verification; it is then deleted.
     """
-    parser = ArgumentParser(
-        prog="cola export",
-        description="Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = command_parser("export", SUBCOMMANDS["export"])
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
     parser.add_argument(
         "--format",
@@ -61,10 +54,7 @@ def export(words: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
-    options = parser.parse_args(list(words))
-    for name in ("checkpoint", "output", "base_folder"):
-        if options[name] is not None:
-            options[name] = Path(os.path.expanduser(options[name]))
+    options = parsed(parser, words)
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
     from cola_lightning.export import ExportOptions

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from cola_lightning.chain.checkpoint import check_arguments, opened_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, TENSORS_NAME, adapter_config
+from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError, one_line
@@ -34,7 +34,7 @@ def generate(words: Sequence[str]) -> None:
     Raises:
         UserError: for invalid arguments, and for a model that does not generate.
     """
-    options = _parser().parse_args(list(words))
+    options = parsed(_parser(), words)
     how = {name: options[name] for name in ("max_new_tokens", "do_sample", "temperature", "top_p")}
     decoding = Decoding(**how, stop=tuple(options.stop))
     decoding.check()
@@ -51,12 +51,8 @@ def generate(words: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="cola generate",
-        description="Generates text with a checkpoint, or an export, of a language model, and streams it to standard output.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    description = "Generates text with a checkpoint, or an export, of a language model, and streams it to standard output."
+    parser = command_parser("generate", description)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -119,7 +115,7 @@ class Generator:
 
 
 def _loaded(options: Namespace) -> Generator:
-    path = Path(os.path.expanduser(options.checkpoint))
+    path = options.checkpoint
     if not path.is_dir():
         return _of_checkpoint(path, options.links)
     if options.links is not None:

@@ -1,6 +1,13 @@
-"""``cola --help``, without the slow imports of a fit."""
+"""``cola --help``, without the slow imports of a fit, and the parsers of the commands that are not LightningCLI's."""
 
+import os
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 WIDTH = 80
 SUBCOMMANDS = {
@@ -45,3 +52,19 @@ def overview() -> str:
 def usage(subcommand: str) -> str:
     """The usage line of a LightningCLI subcommand; LightningCLI's own lists every Trainer option."""
     return f"cola {subcommand} --config FILE [--config FILE ...] [--GROUP.NAME VALUE ...]"
+
+
+def command_parser(command: str, description: str) -> "ArgumentParser":
+    """The parser of a command, without options: it raises what it refuses, and does not take an option's first letters."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"cola {command}", description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
+    """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
+    options = parser.parse_args(list(words))
+    for name, value in vars(options).items():
+        if isinstance(value, Path):
+            options[name] = Path(os.path.expanduser(value))
+    return options

@@ -1,13 +1,11 @@
 """``cola inspect``: statistics of each link of a chain. It needs neither lightning nor transformers."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from cola_lightning.chain.files import read_chain
+from cola_lightning.cli.help import command_parser, parsed
 
 LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"
 
@@ -21,14 +19,12 @@ def inspect(words: Sequence[str]) -> None:
     Raises:
         UserError: for invalid arguments.
     """
-    parser = ArgumentParser(
-        prog="cola inspect", description="Prints statistics of each link of a chain.", exit_on_error=False, allow_abbrev=False
-    )
+    parser = command_parser("inspect", "Prints statistics of each link of a chain.")
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, a chain folder, or a PEFT adapter")
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
     parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values")
     parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")
-    options = parser.parse_args(list(words))
+    options = parsed(parser, words)
 
     import rich
 
@@ -36,7 +32,7 @@ def inspect(words: Sequence[str]) -> None:
 
     reports = report(read_chain(options.checkpoint, options.links))
     if options.plot is not None:
-        plot(reports, Path(os.path.expanduser(options.plot)))
+        plot(reports, options.plot)
     if options.json:
         print(json.dumps(to_json(reports), indent=2, allow_nan=False))
     else:

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from jsonargparse import ArgumentParser
-
+from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.errors import UserError
 from cola_lightning.study.comparison import Comparison
 
@@ -36,9 +35,9 @@ def compare(words: Sequence[str]) -> int:
 
         return main(words[1])
     cut = list(words).index("--") if "--" in words else len(words)
-    parser = ArgumentParser(prog="cola compare", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
-    asked = Comparison(**parser.parse_args(list(words[:cut])).as_dict())
+    asked = Comparison(**parsed(parser, words[:cut]).as_dict())
     if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cola compare: expected {' and '.join(missing)}, received none: pip install {' '.join(missing)}")
     from cola_lightning.study.study import Study
