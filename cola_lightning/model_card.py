@@ -1,5 +1,6 @@
 """The model card of an export: its ``README.md``, with the metadata that the Hugging Face hub reads."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Card:
         from huggingface_hub import ModelCardData
 
         data = ModelCardData(
-            base_model=self.base_name if hub.is_repo_id(self.base_name) else None,
+            base_model=self.base_name if self._is_on_hub() else None,
             library_name="peft" if kind.startswith("PEFT") else "transformers",
             license=self.license,
             tags=["lora", "chain-of-lora", "cola_lightning"],
@@ -67,6 +68,12 @@ class Card:
             f"## Citation\n\n```bibtex\n{BIBTEX}\n```",
         ]
         (folder / CARD_NAME).write_text("\n\n".join(part.strip() for part in text if part) + "\n", encoding="utf-8")
+
+    def _is_on_hub(self) -> bool:
+        """Whether the base's name is one of the hub, and not a folder of this machine, or the class that builds the base."""
+        builder = str(self.arguments.get("class_path", "")).rpartition(".")[2]
+        is_other = os.path.isdir(os.path.expanduser(self.base_name)) or self.base_name.rpartition(".")[2] == builder
+        return hub.is_repo_id(self.base_name) and not is_other
 
     def _table(self) -> str:
         metrics = list(dict.fromkeys(name for link in self.chain.links for name in link.metrics))

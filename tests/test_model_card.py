@@ -62,6 +62,17 @@ def test_the_hubs_name_of_a_base_is_in_the_cards_metadata(module, tmp_path):
     assert "No license is stated" in text
 
 
+def test_a_folder_in_the_current_one_and_a_class_are_no_bases_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.folder("base")
+    of_folder = COLACausalLM("base", target_modules=tiny.targets("llama"), rank=4, seed=0)
+    for module in (of_folder, toy()):
+        module.export("out", "peft", overwrite=True)
+        data, text = fields(tmp_path / "out")
+        assert "base_model" not in data
+        assert f"`{module.base_name}`" in text
+
+
 @pytest.mark.parametrize("format_", ["merged", "peft"])
 def test_the_tokenizer_comes_along(module, tmp_path, format_):
     module.export(tmp_path / "out", format_)
