@@ -205,6 +205,13 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> 
     return logits.float()
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is written and loaded by transformers; other libraries' ``save_pretrained`` has arguments of its own."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block: no warnings of transformers and peft, and our progress bar instead of theirs."""
@@ -255,7 +262,7 @@ def export_merged(
         ExportError: if the model that is loaded again differs.
     """
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
-        if hasattr(model, "save_pretrained"):
+        if is_of_transformers(model):
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -272,7 +279,7 @@ def export_merged(
 
 def _load_again(model: Any, folder: Path) -> nn.Module:
     """The model that a user of the folder gets, without this package."""
-    if hasattr(model, "save_pretrained"):
+    if is_of_transformers(model):
         again: nn.Module = type(model).from_pretrained(folder, dtype=model.dtype)
         return again
     again = copy.deepcopy(model)

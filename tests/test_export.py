@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel, inject_adapter_in_model
 from safetensors.torch import load, load_file, save_file
@@ -504,6 +505,21 @@ def test_an_example_that_the_model_does_not_take_is_one_line(tmp_path):
         module.export(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert module.export(tmp_path / "out", verify=False) == ["not compared"]
+
+
+class Mixed(nn.Sequential, PyTorchModelHubMixin):
+    """A model with a save_pretrained that is not transformers'."""
+
+
+class MixedToy(Toy):
+    def build_model(self):
+        return Mixed(nn.Linear(8, 6))
+
+
+def test_a_model_with_the_hubs_mixin_is_a_state_dict_too(tmp_path):
+    module = toy(MixedToy)
+    module.export(tmp_path / "out")
+    assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), dict(module.merged_model().state_dict()))
 
 
 class HalfToy(Toy):

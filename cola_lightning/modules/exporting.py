@@ -21,6 +21,7 @@ from cola_lightning.export import (
     export_adapter,
     export_chain,
     export_merged,
+    is_of_transformers,
     logits_of,
     make_probe,
     quiet,
@@ -93,7 +94,7 @@ def export_module(
 
 def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapping[str, Any] | None) -> list[str]:
     model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
-    if not hasattr(model, "save_pretrained") and _has_float32(module.model):
+    if not is_of_transformers(model) and _has_float32(module.model):
         dtypes = sorted({*dtypes, "float32"})
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
