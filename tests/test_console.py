@@ -1,6 +1,8 @@
 """What the command line prints: its help, its shipped configurations, a fit's lines and its progress bar."""
 
 import io
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.toy import Toy, ValidatedToy, batches, toy, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DIGITS = str(CONFIGS / "digits.yaml")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
 FAST = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 
 
@@ -66,6 +69,26 @@ def test_configs_lists_what_is_shipped(capfd):
     assert FOLDER == CONFIGS
     assert len(names) == 9
     assert [name for name in names if not any(line.startswith(f"{name}: ") for line in lines)] == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["configs"]])
+def test_a_reader_that_stops_reading_is_no_traceback(words):
+    reading, writing = os.pipe()
+    os.close(reading)  # as of `cola configs | head -1`, later
+    command = [sys.executable, "-m", "cola_lightning", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_characters_that_the_output_cannot_encode_are_replaced():
+    program = (
+        "from cola_lightning.__main__ import entry_point\ntry: entry_point()\nexcept SystemExit: print('\u2713 caf\u00e9')"
+    )
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", program, "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["? caf\u00e9".encode("latin-1")]
 
 
 def test_configs_copies_to_where_the_headers_commands_expect_them(capfd):
