@@ -234,13 +234,15 @@ def test_it_is_that_chain_again(exported):
 
 
 @pytest.mark.parametrize("links", [None, 1, 2])
-def test_a_module_begins_with_its_first_links(exported, links):
-    module, _, folder = exported
+def test_a_module_begins_with_its_first_links(exported, links, caplog):
+    module, chain, folder = exported
     cls, how = type(module), module.constructor_arguments["init_args"]
     begun = cls(**how, init_chain=str(folder), init_links=links)
     begun.configure_model()
     assert len(begun.chain) == (3 if links is None else links)
     expected = module.merged_model(links)
+    is_partial = links is not None and bool(chain.links[-1].extras)
+    assert ("trained modules alone" in caplog.text) == is_partial
     if links is not None:  # an adapter holds the last head alone
         expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.extras()}, strict=False)
     assert difference(tiny.logits(begun.model), tiny.logits(expected)) <= 1e-5

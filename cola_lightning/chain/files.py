@@ -1,5 +1,6 @@
 """Reads a chain from a checkpoint, a chain folder or a PEFT adapter."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from cola_lightning.chain.checkpoint import chain_of, is_file, read_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def read_chain(path: str | Path, links: int | None = None, field: str = "checkpoint") -> Chain:
@@ -29,6 +32,9 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
         chain = Chain.load(path)
     elif is_file(path / CONFIG_NAME, field):
         chain = read_adapter(path)
+        if links is not None and links < len(chain) and chain.links[-1].extras:
+            what = "an adapter holds the last link's trained modules alone (model.modules_to_save)"
+            log.warning("%s: %s: with %d of its %d links they begin as in the base", field, what, links, len(chain))
     else:
         what = "holds none of these" if path.is_dir() else "does not exist"
         raise UserError(
