@@ -332,7 +332,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
             "uneven": "predict: expected the same number of batches on each process",
-            "no index": "predict: expected a loader that batches rows with indices",
+            "no index": "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes share "
+            "its rows",
         }
 
 
