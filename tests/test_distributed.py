@@ -118,8 +118,9 @@ def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(train
     assert ranks == ([] if "whole" in name else [4, 2, 6])
 
 
-def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(trained):
-    """From inside a link and an epoch; float64 between DDP and one process, float32 elsewhere."""
+@pytest.fixture(scope="module")
+def went_on(trained):
+    """That folder, once one process has gone on from what two left, two from what one left, and two have used modules again."""
     double = {"precision": "64-true"}
     run.fit(trained, "stayed-64", "llama", **double)
     run.fit(trained, "ddp-single", "llama", ckpt_path=trained / "llama-ddp.step6.ckpt", **double)
@@ -129,9 +130,14 @@ def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(trained)
     run.fit(trained, "whole-single", **run.WHOLE)
     run.fit(trained, "whole-fsdp2-single", ckpt_path=trained / "whole-fsdp2.step6.ckpt", **run.WHOLE)
     on_two_processes(trained, "resumed", "refused", "used_again")
+    return trained
+
+
+def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on):
+    """From inside a link and an epoch; float64 between DDP and one process, float32 elsewhere."""
 
     def what(name, rank=0):
-        found = torch.load(trained / f"{name}.rank{rank}.pt")
+        found = torch.load(went_on / f"{name}.rank{rank}.pt")
         losses = found.pop("losses")
         return found | {"last losses": losses[-5:]}  # those since a resume
 
@@ -300,11 +306,11 @@ def test_a_sharded_module_writes_its_chain_and_refuses_the_rest_in_one_line(tmp_
     assert len(written) == len(of_checkpoint) == 2
 
 
-def test_a_module_is_used_again_after_a_fit(trained):
+def test_a_module_is_used_again_after_a_fit(went_on):
     """FSDP2: validated, merged, taken back to an earlier checkpoint; what it is then is what a process alone makes of those."""
-    first, second = (torch.load(trained / f"again.rank{rank}.pt") for rank in range(2))
+    first, second = (torch.load(went_on / f"again.rank{rank}.pt") for rank in range(2))
     for name, cls in {"merge": run.MLP, "cast": run.Cast}.items():
-        last, back = trained / f"again-{name}.ckpt", trained / f"again-{name}.step6.ckpt"
+        last, back = went_on / f"again-{name}.ckpt", went_on / f"again-{name}.step6.ckpt"
         expected = {
             f"{name}, all": cls.load_from_checkpoint(last).merged_model(),
             f"{name}, 1 link": cls.load_from_checkpoint(last).merged_model(links=1),
@@ -322,9 +328,9 @@ def test_a_module_is_used_again_after_a_fit(trained):
     assert first["another strategy"].startswith("trainer.strategy: expected ModelParallelStrategy, which has sharded this")
 
 
-def test_what_does_not_go_together_is_refused_in_one_line(trained):
+def test_what_does_not_go_together_is_refused_in_one_line(went_on):
     for rank in range(2):
-        found = torch.load(trained / f"refused.rank{rank}.pt")
+        found = torch.load(went_on / f"refused.rank{rank}.pt")
         assert {name: text.partition(", ")[0] for name, text in found.items()} == {
             "tensor parallelism": "trainer.strategy: expected data_parallel_size: 2 and tensor_parallel_size: 1",
             "4 bits": "trainer.strategy: expected ddp",
@@ -332,8 +338,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(trained):
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
             "uneven": "predict: expected the same number of batches on each process",
-            "no index": "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes share "
-            "its rows",
+            "no index": "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes "
+            "share its rows",
         }
 
 
