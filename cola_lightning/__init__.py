@@ -1,7 +1,7 @@
 """Chain of LoRA (COLA) for PyTorch Lightning: fine-tuning by a chain of low-rank updates.
 
-Names are imported when first used, so that ``import cola_lightning`` takes no time and needs no library of those below; which
-names, and from where, is in ``__init__.pyi``.
+Names are imported when first used, so that ``import cola_lightning`` takes no time and imports neither torch nor lightning;
+``__init__.pyi`` lists the names and their files.
 """
 
 import lazy_loader

@@ -553,7 +553,7 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
             )
         place = tensors.local(own[name])
         other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
-        if not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each by itself
+        if other != name and not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each alone
             raise UserError(
                 f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
             )
@@ -562,7 +562,7 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
 
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether a value is the other one in its dtype."""
+    """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
 
 

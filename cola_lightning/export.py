@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -35,10 +35,11 @@ from cola_lightning.model_card import Card
 from cola_lightning.progress import own_progress_bar
 from cola_lightning.writing import check_free, check_writable, whole_folder
 
+log = getLogger(__name__)
+
 STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
 TOLERANCE = 1e-4  # of the largest logit
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
 
 Format = Literal["merged", "peft", "chain"]
 
@@ -85,13 +86,19 @@ class ExportOptions:
         if self.format == "peft" and importlib.util.find_spec("peft") is None:
             raise UserError("format: expected the package peft, received none: pip install peft")
         check_free(self.folder, overwrite=self.overwrite)
-        check_writable("output", self.folder)
-        if (base := self.base_folder) is not None and not (os.path.isdir(base) and os.listdir(base)):
+        check_writable("output", self.folder, is_replaced=True)
+        if (base := self.base_folder) is not None and not _holds_files(base):
             check_free(base, field="base_folder")
-            check_writable("base_folder", base)
+            check_writable("base_folder", base, is_replaced=True)
         places = [place.resolve() for place in (self.folder, self.base_folder or self.folder)]
         if self.base_folder is not None and any(one.is_relative_to(other) for one, other in (places, places[::-1])):
             raise UserError(f"base_folder: expected a folder apart from the output, received {str(self.base_folder)!r}")
+
+
+def _holds_files(folder: Path) -> bool:
+    with suppress(OSError):  # which check_free reports
+        return folder.is_dir() and any(folder.iterdir())
+    return False
 
 
 def check_no_base(folder: Path, name: str) -> None:
@@ -177,7 +184,12 @@ def _probe_of_tokens(model: nn.Module) -> Probe | None:
         ids = _tokens(config.get_text_config())
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return Probe(inputs, logits_of(model, inputs), _is_half(model))
-    except Exception:  # of the model's code, or of a configuration that is not transformers'
+    except Exception as error:  # of the model's code, or of a configuration that is not transformers'
+        log.warning(
+            "no logits are compared: %s does not take tokens alone (%s); example_input_array gives other inputs",
+            type(model).__name__,
+            one_line(repr(error)),
+        )
         return None
 
 

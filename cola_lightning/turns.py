@@ -28,7 +28,7 @@ def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token with which the assistant's turn ends, if it is a special one; it need not be the tokenizer's end of text."""
+    """The token with which the assistant's turn ends, if special or added; it need not be the tokenizer's end of text."""
     question, answer, place = user_turn("Is it old?"), "It is.", "model.model_name"
     try:
         prompt = as_prompt(tokenizer, question, place)

@@ -50,11 +50,11 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace a folder that is not empty.
 
     Raises:
-        UserError: for a folder that is not empty, without ``overwrite``, for a file, and for a folder that is being written.
+        UserError: for what :func:`check_free` refuses, and for a folder that another process is writing.
         DiskError: if it cannot be written.
     """
     check_free(path, overwrite=overwrite)
-    given, path = path, path.resolve()  # a link to a folder stays one
+    given, path = path, Path(os.path.realpath(path))  # a link to a folder stays one
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
     try:
         with _locked(partial, given):
@@ -120,7 +120,7 @@ def _is_of(descriptor: int, path: Path) -> bool:
 
 
 def check_free(path: Path, *, overwrite: bool = False, field: str = "output") -> None:
-    """Refuses to write a folder over a file, over a folder that is not empty, or over the working directory.
+    """Refuses to write a folder over a file, a folder that is not empty, the working directory, or a mount point.
 
     With ``overwrite``, over one that contains folders: that would be a mistake.
 
@@ -130,32 +130,38 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
         field: its name in messages.
     """
     try:
-        exists, is_used = path.exists(), path.exists() and path.is_dir() and any(path.iterdir())
+        if not path.exists():
+            return
+        parts = list(path.iterdir()) if path.is_dir() else None
     except OSError as error:  # no permission, a name that is too long
         raise UserError(f"{field}: expected a folder that can be written, received {str(path)!r} ({error.strerror})") from error
-    if exists and not path.is_dir():
+    if parts is None:
         raise UserError(f"{field}: expected a folder, received {str(path)!r}, which is a file")
-    is_current = exists and path.samefile(os.curdir)
-    if overwrite and exists and (is_current or any(part.is_dir() for part in path.iterdir())):
-        raise UserError(
-            f"{field}: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders or is in use"
-        )
-    if not overwrite and is_used:
+    is_current = path.samefile(os.curdir)
+    if is_current or os.path.ismount(path):  # it would have to be renamed
+        what = "the working directory" if is_current else "a mount point"
+        raise UserError(f"{field}: expected a folder that can be replaced, received {str(path)!r}, {what}: name one in it")
+    if overwrite and any(part.is_dir() for part in parts):
+        raise UserError(f"{field}: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders")
+    if not overwrite and parts:
         raise UserError(
             f"{field}: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "
             "overwrite replaces it"
         )
-    if exists and (is_current or path.is_mount()):  # it would have to be renamed
-        what = "the working directory" if is_current else "a mount point"
-        raise UserError(f"{field}: expected a folder that can be replaced, received {str(path)!r}, {what}: name one in it")
 
 
-def check_writable(field: str, folder: str | Path) -> None:
-    """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked."""
+def check_writable(field: str, folder: str | Path, *, is_replaced: bool = False) -> None:
+    """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked.
+
+    Args:
+        field: its name in messages.
+        folder: the folder.
+        is_replaced: whether it is written as by :func:`whole_folder`, for which the folder that contains it must be writable.
+    """
     if "://" in str(folder):
         return
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    path = Path(os.path.realpath(folder))
+    existing = next(place for place in (path, *path.parents)[is_replaced:] if place.exists())
     if not existing.is_dir():
         raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -1359,8 +1359,7 @@ def generated_by_adapter(config):
 
 
 @refused(
-    (".", "output: expected a folder of files alone to overwrite, received '.', which holds folders or is in use"),
-    ("folders", "output: expected a folder of files alone to overwrite, received 'folders', which holds folders or is in use"),
+    ("folders", "output: expected a folder of files alone to overwrite, received 'folders', which holds folders"),
 )
 def overwrite(path):
     Path("folders", "inside").mkdir(parents=True)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
+from cola_lightning.adapted_model import load_extras
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
@@ -124,3 +125,9 @@ def test_a_model_without_links_has_no_knots():
     assert model.live is None
     with pytest.raises(UserError, match=r"model\.target_modules: expected layers to adapt"):
         model.tie_knot()
+
+
+def test_a_chains_buffers_may_be_nan():
+    own = {"last_loss": torch.zeros(())}
+    load_extras({"last_loss": torch.tensor(torch.nan)}, own)
+    assert own["last_loss"].isnan()

@@ -176,6 +176,15 @@ def test_an_adapted_heads_own_weight_must_be_the_bases(tmp_path, is_same):
             module.configure_model()
 
 
+def test_a_layer_may_have_the_name_of_pefts_wrapped_one(tmp_path):
+    lora(tmp_path, "opt", target_modules=["q_proj"])
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({name.replace("self_attn", "base_layer"): value for name, value in load_file(path).items()}, path)
+    layers = read_adapter(tmp_path / "peft").layers
+    assert layers
+    assert all(name.endswith(".base_layer.q_proj") for name in layers)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft's, of this very difference
 @pytest.mark.parametrize("are_equal", [True, False])
 def test_tied_modules_that_peft_has_trained_apart_are_refused(tmp_path, are_equal):

@@ -81,6 +81,20 @@ def test_a_reader_that_stops_reading_is_no_traceback(words):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_another_broken_pipe_has_its_traceback():
+    program = "from cola_lightning import __main__, cli\ndef main(): raise BrokenPipeError('of a logger')\n"
+    program += "cli.main = main\n__main__.entry_point()"
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BrokenPipeError: of a logger" in done.stderr
+
+
+def test_a_command_needs_no_output():
+    command = f"{sys.executable} -m cola_lightning configs >&-"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_characters_that_the_output_cannot_encode_are_replaced():
     program = (
         "from cola_lightning.__main__ import entry_point\ntry: entry_point()\nexcept SystemExit: print('\u2713 caf\u00e9')"

@@ -172,7 +172,7 @@ def test_what_the_text_names_exists():
     for name in re.findall(r"`(test_\w+)`", TEXT):
         assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
     for name in re.findall(r"`(\w+DataModule)`", TEXT):
-        assert any(hasattr(place, name) for place in (cola_lightning, data.text)), name
+        assert any(hasattr(place, name) for place in (cola_lightning, data.source)), name
 
 
 def test_a_version_is_written_in_two_places():

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _defaults() -> dict[str, Any]:
 
 def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """The factors by layer, and other values by name: of fully trained modules, and of adapted embeddings and heads."""
-    names = {name.removeprefix(PREFIX).replace(BASE_LAYER, "."): tensor for name, tensor in tensors.items()}
+    names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
     try:
         pairs = {layer: (names.pop(f"{layer}.lora_A.weight"), names.pop(f"{layer}.lora_B.weight")) for layer in layers}
@@ -143,7 +143,14 @@ def _sort(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, tuple[Tenso
         raise UserError(
             f"adapter: expected the factors of linear layers and convolutions in {where}, received {(unknown or ['none'])[0]!r}"
         )
-    return {name: (A.flatten(1), B.flatten(1)) for name, (A, B) in pairs.items()}, names
+    values = {_plain(name, pairs): tensor for name, tensor in names.items()}
+    return {name: (A.flatten(1), B.flatten(1)) for name, (A, B) in pairs.items()}, values
+
+
+def _plain(name: str, adapted: Collection[str]) -> str:
+    """A value's name without PEFT's part in that of an adapted layer's own weight."""
+    layer, _, rest = name.rpartition(BASE_LAYER)
+    return f"{layer}.{rest}" if layer in adapted else name
 
 
 def _are_factors(lora_A: Tensor, lora_B: Tensor) -> bool:

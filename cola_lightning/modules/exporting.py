@@ -94,8 +94,8 @@ def export_module(
 
 def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapping[str, Any] | None) -> list[str]:
     model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
-    if not is_of_transformers(model) and _has_float32(module.model):
-        dtypes = sorted({*dtypes, "float32"})
+    if not is_of_transformers(model):
+        dtypes = sorted({*dtypes, *_dtypes_beside(module.model)})
     if was_quantized := is_quantized_model(module.model):
         dtypes = [module.pretrained.dtype if hasattr(module, "pretrained") else "float32"]
     dtype = options.dtype or (dtypes[0] if len(dtypes) == 1 else None)  # the links are in float32; the base need not be
@@ -112,10 +112,11 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
-def _has_float32(model: nn.Module) -> bool:
-    """Whether a weight that is not adapted is in float32."""
+def _dtypes_beside(model: nn.Module) -> set[str]:
+    """The dtypes of the parameters that are not adapted, such as ``float32``."""
     parts = (part for part in model.modules() if not isinstance(part, LoRALayer))
-    return any(parameter.dtype == torch.float32 for part in parts for parameter in part.parameters(recurse=False))
+    parameters = (parameter for part in parts for parameter in part.parameters(recurse=False))
+    return {str(parameter.dtype).removeprefix("torch.") for parameter in parameters if parameter.is_floating_point()}
 
 
 def _probe(module: Any) -> Probe | None:

@@ -1,6 +1,6 @@
 """Text that a causal language model generates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,7 +61,7 @@ def generate(
     how |= {"eos_token_id": list(ends) or None, "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(**how)  # type: ignore[no-untyped-call]
     # Special or not; the ends of an answer are all tokens with a line break, which may have text before it.
-    hidden = [token for token in ends if token in tokenizer.added_tokens_decoder and decoding is not ANSWER]
+    hidden = set() if decoding is ANSWER else set(ends) & set(tokenizer.added_tokens_decoder)
     with _only(config, model):
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["prompt_ids"],
@@ -78,8 +78,8 @@ def generate(
 class _Without:
     """A streamer that does not receive certain tokens."""
 
-    def __init__(self, hidden: Sequence[int], streamer: Any) -> None:
-        self.hidden, self.end, self._put = torch.tensor(hidden, dtype=torch.long), streamer.end, streamer.put
+    def __init__(self, hidden: Collection[int], streamer: Any) -> None:
+        self.hidden, self.end, self._put = torch.tensor(list(hidden), dtype=torch.long), streamer.end, streamer.put
 
     def put(self, tokens: Tensor) -> None:
         """Takes the prompts, rows x length, whole, and then the generated tokens."""
