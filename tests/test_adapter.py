@@ -177,7 +177,7 @@ def test_an_adapted_heads_own_weight_must_be_the_bases(tmp_path, is_same):
 
 
 def test_a_layer_may_have_the_name_of_pefts_wrapped_one(tmp_path):
-    lora(tmp_path, "opt", target_modules=["q_proj"])
+    lora(tmp_path, "llama", target_modules=["q_proj"])
     path = tmp_path / "peft" / "adapter_model.safetensors"
     save_file({name.replace("self_attn", "base_layer"): value for name, value in load_file(path).items()}, path)
     layers = read_adapter(tmp_path / "peft").layers
