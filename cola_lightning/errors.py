@@ -27,6 +27,10 @@ class HubError(OutsideError):
     """The Hugging Face hub is needed and does not answer."""
 
 
+class ExportError(OutsideError):
+    """An export does not give the expected logits; it is not retained."""
+
+
 class DiskError(OutsideError):
     """A file cannot be written: the disk is full, say."""
 

@@ -2,15 +2,11 @@
 
 import copy
 import importlib.util
-import inspect
 import json
-import math
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,23 +25,17 @@ from cola_lightning.chain.peft import (
     saved_by_peft,
     write_adapter,
 )
-from cola_lightning.errors import OutsideError, UserError, one_line
+from cola_lightning.errors import ExportError, OutsideError, UserError, one_line
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.model_card import Card
-from cola_lightning.progress import own_progress_bar
+from cola_lightning.probe import Probe
+from cola_lightning.progress import quiet
 from cola_lightning.writing import check_free, check_writable, whole_folder
 
-log = getLogger(__name__)
-
 STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"
-TOLERANCE = 1e-4  # of the largest logit
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 Format = Literal["merged", "peft", "chain"]
-
-
-class ExportError(OutsideError):
-    """An export does not give the expected logits; it is not retained."""
 
 
 @dataclass(frozen=True)
@@ -112,137 +102,11 @@ def check_no_base(folder: Path, name: str) -> None:
         raise UserError(f"output: expected a folder that does not hold the base, received {str(folder)!r}")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Inputs for a model, the expected logits, and whether these were computed in half precision."""
-
-    inputs: Mapping[str, Any] | tuple[Any, ...]
-    logits: Tensor
-    is_half: bool = False
-
-    def compare(self, model: nn.Module, how: str, *, where: str = "", is_same: bool = True) -> str:
-        """Reports how far the logits of an export, loaded again, are from the expected ones.
-
-        Args:
-            model: the loaded model.
-            how: how it was loaded, as the beginning of the line.
-            where: the base on which it was loaded, as the end of the line.
-            is_same: whether the logits are to be the same, and not those of an approximation.
-
-        Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite;
-                and if there are none.
-        """
-        try:
-            logits = logits_of(model, self.inputs)
-        except Exception as error:  # in a dtype that its code does not expect, say
-            raise ExportError(f"{how}, it has no logits ({one_line(repr(error))}){where}: it is not kept") from error
-        # Infinite logits are those of masked classes.
-        difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
-        largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
-        line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
-        line += where
-        is_close = is_same and not self.is_half and not _is_half(model)
-        if not (difference <= TOLERANCE * largest if is_close else math.isfinite(difference)):
-            raise ExportError(f"{line}: it is not kept")
-        return line
-
-
-def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
-    """A few tokens, or an example input, and the model's logits for them; None if no input is known.
-
-    Args:
-        model: as it was trained, or upcast, on the CPU.
-        example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
-
-    Raises:
-        UserError: for an example that the model does not take.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    if example is None:
-        return _probe_of_tokens(model) if "input_ids" in parameters else None
-    inputs: Mapping[str, Any] | tuple[Any, ...]
-    if isinstance(example, Mapping):
-        inputs = dict(example)
-    else:
-        inputs = example if isinstance(example, tuple) else (example,)
-        if not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & {p.kind for p in parameters.values()}:
-            inputs = dict(zip(parameters, inputs, strict=False))
-    try:
-        return Probe(inputs, logits_of(model, inputs), _is_half(model))
-    except Exception as error:  # of the model's code
-        raise UserError(
-            f"example_input_array: expected inputs of the model itself, a {type(model).__name__}, to compare its logits, "
-            f"received others ({one_line(repr(error))}): verify=False (--no_verify) compares none"
-        ) from error
-
-
-def _probe_of_tokens(model: nn.Module) -> Probe | None:
-    """None if tokens are not all that the model takes, as for an encoder-decoder, or a model of texts and images."""
-    config: Any = getattr(model, "config", None)
-    try:
-        ids = _tokens(config.get_text_config())
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return Probe(inputs, logits_of(model, inputs), _is_half(model))
-    except Exception as error:  # of the model's code, or of a configuration that is not transformers'
-        log.warning(
-            "no logits are compared: %s does not take tokens alone (%s); example_input_array gives other inputs",
-            type(model).__name__,
-            one_line(repr(error)),
-        )
-        return None
-
-
-def _tokens(config: Any) -> Tensor:
-    """Two rows of random tokens, each with equally many ends of text, one at its end: some classifiers read only there."""
-    row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
-    rows = torch.stack([row, row.flip(0)])
-    end: Any = getattr(config, "eos_token_id", None)
-    return torch.cat([rows, torch.full((2, 1), end)], dim=1) if end in range(config.vocab_size) else rows
-
-
-def _is_half(model: nn.Module) -> bool:
-    return any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in model.parameters())
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
-    """A model's first output, its logits, in evaluation mode and float32."""
-    is_training = model.training
-    model.eval()
-    output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    model.train(is_training)
-    outputs = output.values() if isinstance(output, Mapping) else output
-    logits: Tensor = output if isinstance(output, Tensor) else next(iter(outputs))
-    return logits.float()
-
-
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether a model is written and loaded by transformers; other libraries' ``save_pretrained`` has arguments of its own."""
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block: no warnings of transformers and peft, and our progress bar instead of theirs."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # peft imports it: on a CPU it recommends a package of kernels, whether or not anything is quantised.
-    bitsandbytes = getLogger("bitsandbytes")
-    level = bitsandbytes.level
-    bitsandbytes.setLevel(ERROR)
-    try:
-        with warnings.catch_warnings(), own_progress_bar():
-            # peft 0.21 reads it from each model (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        bitsandbytes.setLevel(level)
-        logging.set_verbosity(verbosity)
 
 
 def export_merged(

@@ -1,10 +1,33 @@
-"""Progress bars while transformers reads or writes a model's files: one of ours in place of its own."""
+"""What transformers and peft print while they read or write a model's files: one progress bar of ours, in place of theirs."""
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from logging import ERROR, getLogger
 from typing import Any
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block: no warnings of transformers and peft, and our progress bar instead of theirs."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # peft imports it: on a CPU it recommends a package of kernels, whether or not anything is quantised.
+    bitsandbytes = getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(ERROR)
+    try:
+        with warnings.catch_warnings(), own_progress_bar():
+            # peft 0.21 reads it from each model (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        bitsandbytes.setLevel(level)
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.peft import read_adapter
 from cola_lightning.cli import main
+from cola_lightning.probe import make_probe
 from tests import tiny
 from tests.make_fixture import FIXTURES
 from tests.toy import assert_bit_equal, batches, toy, trainer
@@ -223,7 +224,7 @@ def exported(request, tmp_path):
     links = [type(link)(**vars(link) | fact) for link, fact in zip(module.full_chain().links, facts, strict=True)]
     chain = Chain(links, module.chain.base)
     how = {"base_name": module.base_name, "modules_to_save": module.modules_to_save}
-    export.export_adapter(chain, module.merged_model(0), tmp_path / "peft", export.make_probe(module.model), **how)
+    export.export_adapter(chain, module.merged_model(0), tmp_path / "peft", make_probe(module.model), **how)
     return module, chain, tmp_path / "peft"
 
 

@@ -35,6 +35,9 @@ from cola_lightning import (
 from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
+from cola_lightning.errors import ExportError
+from cola_lightning.probe import Probe, make_probe
+from cola_lightning.progress import quiet
 from cola_lightning.writing import whole_folder
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
@@ -57,7 +60,7 @@ def module_of(folder, architecture, **arguments):
 
 def as_adapter(module, folder, **arguments):
     arguments = {"base_name": module.base_name, "modules_to_save": module.modules_to_save} | arguments
-    probe = export.make_probe(module.model)
+    probe = make_probe(module.model)
     return export.export_adapter(module.full_chain(), module.merged_model(0), folder, probe, **arguments)
 
 
@@ -94,7 +97,7 @@ class Exported:
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     module = tiny.three_links(module_of(folder / "base", request.param))
-    probe = export.make_probe(module.model)
+    probe = make_probe(module.model)
     says = export.export_merged(module.merged_model(), folder / "merged", probe, tokenizer=module.tokenizer)
     return Exported(request.param, folder, module, says, as_adapter(module, folder / "peft"))
 
@@ -140,7 +143,7 @@ def test_tokenizer_and_generation_config_come_along(exported):
 
 def test_half_precision_is_rounded_and_the_configuration_says_so(tmp_path):
     module = tiny.three_links(module_of(tmp_path / "base", "llama"))
-    says = export.export_merged(module.merged_model().bfloat16(), tmp_path / "half", export.make_probe(module.model))
+    says = export.export_merged(module.merged_model().bfloat16(), tmp_path / "half", make_probe(module.model))
     assert says.startswith("loaded again, its logits differ")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     rounded = {name: value.bfloat16() for name, value in module.merged_model().state_dict().items()}
@@ -150,7 +153,7 @@ def test_half_precision_is_rounded_and_the_configuration_says_so(tmp_path):
 
 def test_what_was_trained_in_half_precision_may_leave_in_float32(tmp_path):
     module = module_of(tmp_path / "base", "llama", target_modules=None, dtype="bfloat16")
-    probe = export.make_probe(module.merged_model())
+    probe = make_probe(module.merged_model())
     says = export.export_merged(module.merged_model().float(), tmp_path / "merged", probe)
     assert 1e-4 < float(re.search("at most ([^,]+),", says)[1]) < 0.1  # bfloat16 has rounded the module's
 
@@ -159,8 +162,8 @@ def test_weights_that_overflow_in_half_precision_are_not_kept(tmp_path):
     module = tiny.three_links(module_of(tmp_path / "base", "llama"))
     with torch.no_grad():
         module.model.model.layers[0].mlp.up_proj.weight.mul_(1e7)
-    with pytest.raises(export.ExportError, match="its logits differ from the module's by at most nan"):
-        export.export_merged(module.merged_model().half(), tmp_path / "half", export.make_probe(module.model))
+    with pytest.raises(ExportError, match="its logits differ from the module's by at most nan"):
+        export.export_merged(module.merged_model().half(), tmp_path / "half", make_probe(module.model))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -567,8 +570,8 @@ def test_examples_and_outputs_may_be_of_any_kind(example, kind):
             return kind(x * by)
 
     factor = 2.0 if isinstance(example, tuple) and len(example) == 2 else 3.0
-    assert torch.equal(export.make_probe(Scale(), example).logits, torch.full((2, 3), factor))
-    assert export.make_probe(Scale()) is None
+    assert torch.equal(make_probe(Scale(), example).logits, torch.full((2, 3), factor))
+    assert make_probe(Scale()) is None
 
 
 def test_a_run_in_float64_leaves_in_the_dtype_of_its_base(tmp_path):
@@ -609,7 +612,7 @@ def write(request, tmp_path):
     with torch.no_grad():
         for layer in lora_layers(module.model).values():
             layer.lora_B.normal_()
-    probe = export.make_probe(module.model, module.example_input_array)
+    probe = make_probe(module.model, module.example_input_array)
 
     def write(folder, probe=probe, **how):
         if request.param == "merged":
@@ -693,8 +696,8 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, write, overwrite):
         output.mkdir()
         (output / "former.txt").write_text("former")
     before = contents(tmp_path)
-    wrong = export.Probe({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
-    with pytest.raises(export.ExportError, match=r"its logits differ from the module's by at most .*: it is not kept"):
+    wrong = Probe({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
+    with pytest.raises(ExportError, match=r"its logits differ from the module's by at most .*: it is not kept"):
         write(output, wrong, overwrite=overwrite)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
@@ -707,7 +710,7 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, write, overwrite):
 def test_an_adapter_that_peft_loads_in_part_is_not_kept(tmp_path, monkeypatch):
     module = tiny.three_links(module_of(tmp_path / "base", "opt"))
     monkeypatch.setattr(chain_peft, "PREFIX", "base_model.")
-    with pytest.raises(export.ExportError, match="loaded again with peft, its logits differ"):
+    with pytest.raises(ExportError, match="loaded again with peft, its logits differ"):
         as_adapter(module, tmp_path / "peft")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -724,14 +727,14 @@ def test_weights_that_are_loaded_again_with_other_bits_are_not_kept(tmp_path, mo
     model = module.merged_model()
     save = type(model).save_pretrained
     monkeypatch.setattr(type(model), "save_pretrained", one_bit_off)
-    with pytest.raises(export.ExportError, match=r"'model\.decoder\.embed_positions\.weight' was loaded again with another"):
-        export.export_merged(model, tmp_path / "merged", export.make_probe(module.model))
+    with pytest.raises(ExportError, match=r"'model\.decoder\.embed_positions\.weight' was loaded again with another"):
+        export.export_merged(model, tmp_path / "merged", make_probe(module.model))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_so_are_those_of_a_plain_module(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "save_file", lambda tensors, path: save_file({k: v + 1 for k, v in tensors.items()}, path))
-    with pytest.raises(export.ExportError, match=r"'0\.weight' was loaded again with another value"):
+    with pytest.raises(ExportError, match=r"'0\.weight' was loaded again with another value"):
         export.export_merged(toy().merged_model(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -744,7 +747,7 @@ def test_so_is_a_chain_and_the_old_folder_stays(tmp_path, monkeypatch):
     module.tie_knot()
     monkeypatch.setattr(export.Chain, "load", lambda folder: export.Chain(base=module.chain.base))
     for name, overwrite in (("new", False), ("chain", True)):
-        with pytest.raises(export.ExportError, match="other factors than were written: it is not kept"):
+        with pytest.raises(ExportError, match="other factors than were written: it is not kept"):
             export.export_chain(module.chain, tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["chain"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "chain").iterdir()} == old
@@ -754,12 +757,12 @@ def test_so_is_a_chain_and_the_old_folder_stays(tmp_path, monkeypatch):
 def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them(is_old, monkeypatch):
     if is_old:  # a version of transformers that shows all its bars or none
         monkeypatch.delattr(logging, "set_tqdm_hook")
-    with export.quiet():
+    with quiet():
         assert not are_progress_bars_disabled()  # a download takes long
         assert logging.is_progress_bar_enabled() is not is_old
     disable_progress_bars()
     try:
-        with export.quiet():
+        with quiet():
             pass
         assert are_progress_bars_disabled()
         assert logging.is_progress_bar_enabled()
@@ -770,7 +773,7 @@ def test_an_export_leaves_the_bars_of_the_hub_as_the_user_set_them(is_old, monke
 @pytest.mark.filterwarnings("error")
 def test_an_export_is_silent_and_leaves_transformers_as_it_was(tmp_path, capsys):
     module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
-    model, base, probe = module.merged_model(), module.merged_model(0), export.make_probe(module.model)
+    model, base, probe = module.merged_model(), module.merged_model(0), make_probe(module.model)
     capsys.readouterr()
     export.export_merged(model, tmp_path / "merged", probe, tokenizer=module.tokenizer)
     export.export_adapter(module.full_chain(), base, tmp_path / "peft", probe, base_name="base")
@@ -778,7 +781,7 @@ def test_an_export_is_silent_and_leaves_transformers_as_it_was(tmp_path, capsys)
     assert logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with export.quiet():
+        with quiet():
             pass
         assert not logging.is_progress_bar_enabled()
     finally:
@@ -788,7 +791,7 @@ def test_an_export_is_silent_and_leaves_transformers_as_it_was(tmp_path, capsys)
 def test_a_classifier_that_reads_where_a_text_ends_is_compared_too(tmp_path):
     name = tiny.folder(tmp_path / "base", "bart", "AutoModel")
     module = tiny.three_links(COLASequenceClassifier(name, target_modules=["q_proj", "v_proj"], rank=4, num_labels=3, seed=0))
-    probe = export.make_probe(module.model)
+    probe = make_probe(module.model)
     assert probe.logits.shape == (2, 3)
     export.export_merged(module.merged_model(), tmp_path / "merged", probe)
     as_adapter(module, tmp_path / "peft")
@@ -798,7 +801,7 @@ def test_a_classifier_that_reads_where_a_text_ends_is_compared_too(tmp_path):
 def test_a_probe_needs_no_end_of_text(tmp_path, end, length):
     model = module_of(tmp_path / "base", "llama").merged_model()
     model.config.eos_token_id = end
-    assert export.make_probe(model).logits.shape == (2, length, 400)
+    assert make_probe(model).logits.shape == (2, length, 400)
 
 
 # ---------------------------------------------------------------------- the command
@@ -1345,7 +1348,7 @@ def norm_as_adapter(folder, **arguments):
     with torch.no_grad():
         for parameter in module.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * parameter.requires_grad)
-    probe = export.make_probe(module.model, module.example_input_array)
+    probe = make_probe(module.model, module.example_input_array)
     how = {"base_name": "base", "modules_to_save": module.modules_to_save}
     export.export_adapter(module.full_chain(), module.merged_model(0), folder, probe, **how)
     return module
@@ -1370,6 +1373,6 @@ def test_an_adapter_that_peft_cannot_load_is_not_kept(tmp_path, monkeypatch, wri
 
     if write.format == "peft":
         monkeypatch.setattr(PeftModel, "from_pretrained", fail)
-        with pytest.raises(export.ExportError, match=r"^peft cannot load it \(.*input_layernorm.*it is not kept$"):
+        with pytest.raises(ExportError, match=r"^peft cannot load it \(.*input_layernorm.*it is not kept$"):
             write(tmp_path / "out")
         assert not (tmp_path / "out").exists()

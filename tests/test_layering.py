@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
     ["conventions", "errors", "hub", "modes", "progress", "__init__"],
-    ["writing", "seeding", "decoding", "turns"],
+    ["writing", "seeding", "decoding", "turns", "probe"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],
     ["chain"],

@@ -8,8 +8,8 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
-from cola_lightning.export import logits_of
 from cola_lightning.modules.guard import ChainGuard
+from cola_lightning.probe import logits_of
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 

@@ -27,8 +27,10 @@ from cola_lightning import (
 )
 from cola_lightning.chain.fingerprint import describe_base
 from cola_lightning.cli import main
+from cola_lightning.errors import ExportError
 from cola_lightning.lora import linear4bit
 from cola_lightning.lora.registry import adapt_layer
+from cola_lightning.probe import Probe, make_probe
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -499,9 +501,9 @@ def test_a_base_is_the_same_however_many_threads_make_it():
 
 
 def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path):
-    probe = export.make_probe(trained.module.model)
-    wrong = export.Probe(probe.inputs, probe.logits + 1, probe.is_half)
-    with pytest.raises(export.ExportError, match="its logits differ from the module's by at most 1"):
+    probe = make_probe(trained.module.model)
+    wrong = Probe(probe.inputs, probe.logits + 1, probe.is_half)
+    with pytest.raises(ExportError, match="its logits differ from the module's by at most 1"):
         export.export_merged(trained.module.merged_model(), tmp_path / "out", wrong)
 
 

@@ -8,6 +8,7 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_ar
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.errors import UserError
+from cola_lightning.progress import quiet
 
 if TYPE_CHECKING:
     from cola_lightning.export import ExportOptions
@@ -92,7 +93,6 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     arguments = opened.state.module
     check_arguments(arguments, "export")
 
-    from cola_lightning.export import quiet
     from cola_lightning.modules import COLAModule, find_class
     from cola_lightning.modules.exporting import export_module
     from cola_lightning.modules.pending import loading

@@ -19,6 +19,7 @@ from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.cli.inspect import LINKS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.progress import quiet
 from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 
@@ -135,7 +136,6 @@ def _of_checkpoint(path: Path, links: int | None) -> Generator:
     with opened_checkpoint(path) as opened:
         arguments, format_ = opened.state.module, opened.state.prompt_format
         check_arguments(arguments, "generate")
-        from cola_lightning.export import quiet
         from cola_lightning.modules import COLACausalLM, COLAModule, find_class
         from cola_lightning.modules.pending import loading
 
@@ -160,7 +160,6 @@ def _of_model(folder: Path) -> Generator:
 def _of_adapter(folder: Path) -> Generator:
     from transformers import AutoTokenizer
 
-    from cola_lightning.export import quiet
     from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, is_failure, package_folder, with_padding
 
     if importlib.util.find_spec("peft") is None:
@@ -207,8 +206,6 @@ def _language_model(pretrained: Any, folder: Path) -> Any:
         UserError: for a model of another type: transformers would initialise a new head.
     """
     import transformers
-
-    from cola_lightning.export import quiet
 
     names = pretrained.config().architectures or []
     kinds = [getattr(transformers, name, None) for name in names]  # None: custom code

@@ -3,9 +3,9 @@
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -15,16 +15,12 @@ from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
     ExportOptions,
-    Probe,
     check_named_base,
     check_no_base,
     export_adapter,
     export_chain,
     export_merged,
     is_of_transformers,
-    logits_of,
-    make_probe,
-    quiet,
 )
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
@@ -34,6 +30,8 @@ from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
+from cola_lightning.probe import Probe, logits_of, make_probe
+from cola_lightning.progress import quiet
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import end_of_turn
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
@@ -125,68 +123,129 @@ def _probe(module: Any) -> Probe | None:
     return make_probe(module.model, module.example_input_array)
 
 
+@dataclass(frozen=True)
+class _Rounding:
+    """What training has rounded a module's base to, which an upcast forgets.
+
+    Attributes:
+        dtypes: names of half precisions.
+        kinds: of 4-bit weights: ``nf4``, ``fp4``.
+        quantized: the names of the weights in 4 bits.
+    """
+
+    dtypes: list[str]
+    kinds: list[str]
+    quantized: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        layers = lora_layers(model).values()
+        dtypes = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
+        kinds = {layer.source_dtype for layer in layers if is_quantized(layer)}
+        quantized = [f"{name}.weight" for name, part in model.named_modules() if is_quantized(part)]
+        return cls(sorted(dtypes), sorted(kinds), quantized)
+
+    def hints(self) -> list[str]:
+        """For the user of an adapter."""
+        hints = [f"its base was rounded to {name} in training: load it in that dtype" for name in self.dtypes]
+        for kind in self.kinds:
+            hints.append(
+                "its base was in 4 bits: 4-bit weights were de-quantised to compare; peft loads the same ones with "
+                f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
+            )
+        return hints
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base of an adapter.
+
+    Attributes:
+        model: the plain base, with the weights that were trained on.
+        name: where peft finds it.
+        where: the same in words, as the end of a line.
+        saved: names or dotted name endings of the modules that the adapter holds whole.
+        hints: for the user of the adapter.
+        note: one that comes first.
+        revision: on the hub.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    name: str
+    where: str
+    saved: list[str]
+    hints: list[str]
+    note: str | None = None
+    revision: str | None = None
+    tokenizer: Any = None
+
+
 def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> list[str]:
-    base_folder = options.base_folder
     pretrained: Pretrained | None = getattr(module, "pretrained", None)
-    if base_folder is not None and pretrained is None:
+    if options.base_folder is not None and pretrained is None:
         raise UserError(
             f"base_folder: expected none for a {type(module).__name__}, whose base is not loaded by transformers, received "
-            f"{str(base_folder)!r}"
+            f"{str(options.base_folder)!r}"
         )
-    layers = lora_layers(module.model).values()
-    rounded = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
-    in_4_bits = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
-    quantized = [f"{name}.weight" for name, part in module.model.named_modules() if is_quantized(part)]
+    rounding = _Rounding.of(module.model)
     # First: it upcasts the module, whose base then is the one that was trained on.
     probe = _probe(module) if options.verify else None
-    base, saved, hints = module.merged_model(0), list(module.modules_to_save), list[str]()
-    builder = f"{type(module).__module__}.{type(module).__qualname__}"
-    where, tokenizer = f", on the base that {builder} builds", None
-    if pretrained is not None:
-        saved, tokenizer = saved + new_modules(base, module.new_weights), module.tokenizer
-        if base_folder is not None:
-            pretrained, written = _write_base(pretrained, base, base_folder, tokenizer)
-            hints += written
-    if pretrained is not None and options.verify:
-        fields = _fields_to_give(module, pretrained)
-        base, more = _named_base(module, pretrained, base, fields, probe, saved, quantized, rounded)
-        hints += more
-        where = f", on {pretrained.model_name!r}, loaded by its name"
-        where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
-    base_name = os.path.expanduser(pretrained.model_name) if pretrained else module.base_name
+    base = _pretrained_base(module, pretrained, options, probe, rounding) if pretrained else _built_base(module)
     lines = export_adapter(
         chain,
-        base,
+        base.model,
         options.folder,
         probe,
-        where=where,
-        base_name=base_name,
-        revision=pretrained.revision if pretrained else None,
-        modules_to_save=saved,
+        where=base.where,
+        base_name=base.name,
+        revision=base.revision,
+        modules_to_save=base.saved,
         max_rank=options.max_rank,
-        tokenizer=tokenizer,
+        tokenizer=base.tokenizer,
         card=card,
         labels=module.facts_of_base.get("labels"),
         verify=options.verify,
         overwrite=options.overwrite,
     )
-    if pretrained is None and module.base_name == builder:  # not a name that the user defined
+    lines += base.hints + rounding.hints()
+    return [base.note, *lines] if base.note else lines
+
+
+def _built_base(module: Any) -> _Base:
+    """The base that a module's own code builds."""
+    builder = f"{type(module).__module__}.{type(module).__qualname__}"
+    note = None
+    if module.base_name == builder:  # not a name that the user defined
         note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"
-        lines = [f"{note}, loaded in Python", *lines]
-    lines += hints
-    for name in sorted(rounded):
-        lines.append(f"its base was rounded to {name} in training: load it in that dtype")
-    for kind in in_4_bits:
-        lines.append(
-            "its base was in 4 bits: 4-bit weights were de-quantised to compare; peft loads the same ones with "
-            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
-        )
-    if pretrained is not None and (pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX)):
-        lines.append(
+        note += ", loaded in Python"
+    where = f", on the base that {builder} builds"
+    return _Base(module.merged_model(0), module.base_name, where, list(module.modules_to_save), [], note)
+
+
+def _pretrained_base(
+    module: Any, pretrained: Pretrained, options: ExportOptions, probe: Probe | None, rounding: _Rounding
+) -> _Base:
+    """The base that transformers loads, compared with the one that its name gives; written, if a folder for it is given."""
+    model, tokenizer, hints = module.merged_model(0), module.tokenizer, list[str]()
+    saved = [*module.modules_to_save, *new_modules(model, module.new_weights)]
+    if options.base_folder is not None:
+        pretrained, written = _write_base(pretrained, model, options.base_folder, tokenizer)
+        hints += written
+    where = ""
+    if options.verify:
+        fields = _fields_to_give(module, pretrained)
+        model, more = _named_base(module, pretrained, model, fields, probe, saved, rounding)
+        hints += more
+        where = f", on {pretrained.model_name!r}, loaded by its name"
+        where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
+    if pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX):
+        hints.append(
             f"peft cannot load its base, {pretrained.model_name!r}, by that name: with base_folder (--base_folder DIR) it is "
             "written there and that folder named"
         )
-    return lines
+    name = os.path.expanduser(pretrained.model_name)
+    return _Base(model, name, where, saved, hints, revision=pretrained.revision, tokenizer=tokenizer)
 
 
 def _write_base(pretrained: Pretrained, base: Any, folder: Path, tokenizer: Any) -> tuple[Pretrained, list[str]]:
@@ -229,8 +288,7 @@ def _named_base(
     fields: dict[str, Any],
     probe: Probe | None,
     saved: list[str],
-    quantized: list[str],
-    rounded: set[str],
+    rounding: _Rounding,
 ) -> tuple[Any, list[str]]:
     """The base as a user of the adapter loads it, by the name that the adapter gives, and hints for that user.
 
@@ -244,8 +302,7 @@ def _named_base(
         fields: arguments for transformers besides the name.
         probe: inputs to compare logits with.
         saved: names or dotted name endings of the modules in the adapter; newly initialised ones are added.
-        quantized: the names of the weights that are in 4 bits in the module.
-        rounded: the dtypes to which the training has rounded the base.
+        rounding: what the training has rounded the base to.
 
     Raises:
         UserError: if weights differ.
@@ -258,8 +315,8 @@ def _named_base(
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved += [name for name in new_modules(named, new_weights) if name not in saved]
     cast_floats(named.eval(), next(base.parameters()).dtype)
-    dtypes = [getattr(torch, dtype) for dtype in rounded]
-    check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *quantized], dtypes)
+    dtypes = [getattr(torch, dtype) for dtype in rounding.dtypes]
+    check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *rounding.quantized], dtypes)
     named.load_state_dict(base.state_dict())
     own_pad, pad = (getattr(model.config, "pad_token_id", None) for model in (named, base))
     if own_pad != pad and probe is not None and (own_pad is not None or not _takes_batches(named, probe)):
@@ -269,7 +326,7 @@ def _named_base(
         how = f"{pretrained.name!r} without a link, in place of the base of {type(module).__name__}"
         Probe(probe.inputs, logits_of(base, probe.inputs)).compare(named, how, where=" (expected --format merged)")
     own = str(getattr(pretrained.config(), "dtype", None)).removeprefix("torch.") if not pretrained.gguf_file else None
-    if own not in (pretrained.dtype, None, "None") and not rounded:
+    if own not in (pretrained.dtype, None, "None") and not rounding.dtypes:
         hints.append(
             f"its base was loaded in {pretrained.dtype} for training, and is in {own} by itself: load it in that dtype"
         )
