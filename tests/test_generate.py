@@ -86,8 +86,9 @@ def test_it_prints_what_predict_writes(trained, kind, tmp_path, capfd):
 
 def test_standard_input_and_links_and_sampling(trained, capfd, monkeypatch):
     path, predictions = trained
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[1] + "\n"))
-    assert printed(capfd, "--checkpoint", path).strip() == predictions[1]
+    for mark in ("", "\ufeff"):  # a byte order mark, as some editors write it
+        monkeypatch.setattr("sys.stdin", io.StringIO(mark + PROMPTS[1] + "\n"))
+        assert printed(capfd, "--checkpoint", path).strip() == predictions[1]
     asked = ["--checkpoint", path, "--prompt", PROMPTS[1]]
     assert printed(capfd, *asked, "--links", 3) == printed(capfd, *asked) != printed(capfd, *asked, "--links", 0)
     sampled = [printed(capfd, *asked, "--do_sample", "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
@@ -111,7 +112,7 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch)
         assert main(["generate", "--checkpoint", str(path), "--chat"]) == 2
         assert "error: chat: expected a tokenizer with a chat template" in capfd.readouterr().err
         return
-    monkeypatch.setattr("sys.stdin", io.StringIO("Is it?\nThe cat\n\nnever read\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffIs it?\nThe cat\n\nnever read\n"))
     first, second = printed(capfd, "--checkpoint", path, "--chat").splitlines()
     alone = printed(capfd, "--checkpoint", path, "--prompt", "Is it?", "--chat_template", "true").strip()
     assert first.strip() == alone

@@ -24,6 +24,7 @@ from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 
 PLACE = "prompt"  # names a prompt that the chat template cannot format, in messages
+MARK = "\ufeff"  # of the byte order, which some editors write at the beginning of a file
 
 
 def generate(words: Sequence[str]) -> None:
@@ -90,7 +91,7 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         print("prompt, up to Ctrl-D:", file=sys.stderr)
     text = sys.stdin.read()
-    return text.removesuffix("\n")
+    return text.removeprefix(MARK).removesuffix("\n")
 
 
 @contextlib.contextmanager
@@ -289,7 +290,7 @@ def _turns(first: str | None) -> Iterator[str]:
     while True:
         try:
             with _in_utf8("prompt"):
-                line = input("> " if sys.stdin.isatty() else "")
+                line = input("> " if sys.stdin.isatty() else "").removeprefix(MARK)
                 line.encode()
         except EOFError:
             print() if sys.stdin.isatty() else None  # ends the prompt's line
