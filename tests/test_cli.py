@@ -341,6 +341,15 @@ def test_what_fails_while_running_is_status_1_with_its_traceback():
     assert "the training loss is nan at step 0 (epoch 0), in link 0" in done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(("code", "status", "said"), [("'no rows'", 1, "no rows"), (3, 3, ""), ("", 0, "")])
+def test_own_code_may_exit(code, status, said, capfd, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    own = f"class Exits{status}(DigitsDataModule):\n    def setup(self, stage):\n        sys.exit({code})\n"
+    Path(f"own_exit_{status}.py").write_text(f"import sys\nfrom cola_lightning import DigitsDataModule\n\n\n{own}")
+    assert run("fit", "--config", DIGITS, *FAST, "--data", f"own_exit_{status}.Exits{status}") == status
+    assert capfd.readouterr().err.endswith(said and f"{said}\n")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
     fit = ["fit", "--config", DIGITS, "--trainer.max_epochs", "100000"]

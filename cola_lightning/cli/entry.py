@@ -49,8 +49,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run(words, args)
         except KeyboardInterrupt:  # before a handler is installed, or during imports
             return 130
-        except SystemExit as exit_:  # --help
-            return int(exit_.code or 0)
+        except SystemExit as exit_:  # --help, or code of the user's; as Python does, except that it exits
+            if isinstance(exit_.code, int | None):
+                return exit_.code or 0
+            print(exit_.code, file=sys.stderr)
+            return 1
         except Exception as error:
             outside = next((cause for cause in causes(error) if isinstance(cause, OutsideError)), None)
             if (message := str(outside) if outside else _user_error(error)) is None:
