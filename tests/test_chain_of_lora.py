@@ -440,6 +440,19 @@ def test_an_epoch_with_another_accumulation_has_its_own_length(tmp_path):
     assert module.link == 1
 
 
+@pytest.mark.parametrize(("scope", "horizon"), [("link", 8), ("run", 24)])
+def test_epochs_of_another_length_count_from_where_they_begin(tmp_path, scope, horizon):
+    class Shrinking(Toy):
+        def train_dataloader(self):
+            return batches(8 if self.trainer.current_epoch < 2 else 4)
+
+    watch, module = rates(), toy(Shrinking, schedule_scope=scope, optimizer=lambda p: SGD(p, lr=0.01))
+    arguments = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+    trainer(tmp_path, watch, chain={"every_n_epochs": 2}, **arguments).fit(module)
+    expected = [1 - (step + horizon - 8) / horizon for step in range(8)]  # of a schedule that ends with the run
+    assert [100 * rate for rate in watch.seen[16:]] == pytest.approx(expected)
+
+
 def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
     class Poisoned(Toy):
         def training_step(self, batch, batch_idx):

@@ -147,7 +147,11 @@ class ChainGuard(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.run_state.window = beginning_window(trainer, 0)
+        run = self.module.run_state
+        run.window = beginning_window(trainer, 0)
+        if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
+            now = Counters(trainer.current_epoch, trainer.global_step)
+            run.length = replace(run.length, origin=now)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
