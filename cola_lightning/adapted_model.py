@@ -25,7 +25,7 @@ from cola_lightning.chain.fingerprint import (
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, strip_lora, unstack
+from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, names_of_factors, strip_lora, unstack
 from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
 from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
 from cola_lightning.seeding import check_seed, seeded
@@ -520,17 +520,12 @@ def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False
 
 def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state = tensors.state_dict(model)
+    state, factors = tensors.state_dict(model), names_of_factors(model)
     return {
         name: tensors.gather(value)
         for name, value in state.items()
-        if not is_factor(name) and without.isdisjoint({name, weight_of(name)})
+        if name not in factors and without.isdisjoint({name, weight_of(name)})
     }
-
-
-def is_factor(name: str) -> bool:
-    """Whether this is the name of a live link's A or B."""
-    return name.endswith((".lora_A", ".lora_B"))
 
 
 def weight_of(name: str) -> str:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
-from cola_lightning.adapted_model import load_extras
+from cola_lightning.adapted_model import base_weights, load_extras
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
@@ -117,6 +117,32 @@ def test_it_goes_back_with_what_is_trained_whole(finished_links, links):
     model.go_to(model.chain.truncate(links))
     torch.testing.assert_close(model.model(x), expected(x))
     assert_bit_equal(model.model[2].state_dict(), expected[2].state_dict())
+
+
+class Mixing(nn.Module):
+    """With a parameter that has a factor's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.lora_A
+
+
+def test_a_parameter_of_the_base_may_have_a_factors_name(tmp_path):
+    def build_model():
+        return nn.Sequential(*Toy.build_model(None), Mixing())
+
+    model = train(AdaptedModel.of(build_model, **ARGUMENTS, modules_to_save=["3"]), links=2)
+    first, last = (link.extras["3.lora_A"] for link in model.chain.links)
+    assert not torch.equal(first, last)
+    assert torch.equal(model.merged_model(1)[3].lora_A, first)
+    model.chain.save(tmp_path / "chain")
+    other = AdaptedModel.of(build_model, **ARGUMENTS, modules_to_save=["3"])
+    other.start_from(Chain.load(tmp_path / "chain"))
+    assert torch.equal(other.model[3].lora_A, last)
+    assert "3.lora_A" in base_weights(other.model)
 
 
 def test_a_model_without_links_has_no_knots():

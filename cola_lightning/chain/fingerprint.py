@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lora_layers
+from cola_lightning.lora.inject import lora_layers, names_of_factors
 from cola_lightning.sharded import tensors
 
 SAMPLED_VALUES = 64  # per parameter and buffer
@@ -41,19 +41,16 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
         "fingerprint": digest.hexdigest(),
         "dtypes": dtypes,
         "weight_norms": norms,
-        "values": _hashes(model, layers),
+        "values": _hashes(model),
     }
 
 
-def _hashes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
-    links = {f"{name}.lora_{factor}" for name in layers for factor in "AB"}
+def _hashes(model: nn.Module) -> dict[str, str | None]:
+    links, state = names_of_factors(model), tensors.state_dict(model)
+    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in links}
     named = model.named_parameters(remove_duplicate=False)
     trained = set(tensors.plain_names(name for name, parameter in named if parameter.requires_grad))
-    return {
-        name: None if name in trained else hash_of(value)
-        for name, value in tensors.state_dict(model).items()
-        if isinstance(value, Tensor) and name not in links
-    }
+    return {name: None if name in trained else hash_of(value) for name, value in values.items()}
 
 
 def fingerprint_of(values: Mapping[str, Tensor]) -> str:

@@ -128,6 +128,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return dict(zip(tensors.plain_names(layers), layers.values(), strict=True))
 
 
+def names_of_factors(model: nn.Module) -> set[str]:
+    """The names of the adapted layers' A and B: a parameter of the base may have such an ending, too."""
+    return {f"{name}.lora_{factor}" for name in lora_layers(model) for factor in "AB"}
+
+
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
 

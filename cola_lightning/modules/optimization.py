@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola_lightning.adapted_model import AdaptedModel, is_factor
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.rules import keep_state
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.inject import lies_in, lora_layers
 from cola_lightning.modules.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,8 @@ class LinkOptimization:
 
 def check_trained_dtypes(model: nn.Module) -> None:
     """Refuses fully trained parameters in float16, and warns of bfloat16."""
-    dtypes = {p.dtype for name, p in model.named_parameters() if p.requires_grad and not is_factor(name)}
+    factors = {id(factor) for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)}
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in factors}
     if torch.float16 in dtypes:
         raise UserError(
             "model.dtype, trainer.precision: expected another dtype than float16 for fully trained parameters "

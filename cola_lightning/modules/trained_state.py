@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cola_lightning.adapted_model import AdaptedModel, is_factor, load_extras, weight_of
+from cola_lightning.adapted_model import AdaptedModel, load_extras, weight_of
 from cola_lightning.chain import Chain
 from cola_lightning.chain.fingerprint import hash_of
 from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.sharded import tensors
 
 UNCHANGED = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
@@ -174,9 +175,12 @@ class TrainedState:
                     f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, received {tuple(theirs.shape)}{hint}"
                 )
 
+    def _is_factor(self, name: str) -> bool:
+        return name.removeprefix("model.") in names_of_factors(self.adapted.model)
+
     def _check_names(self, own: Set[str], received: Set[str]) -> None:
         if missing := [name for name in own if name not in received and name != EXTRA_STATE]:
-            is_whole = missing[0].startswith("model.") and not is_factor(missing[0])
+            is_whole = missing[0].startswith("model.") and not self._is_factor(missing[0])
             hint = " (is model.modules_to_save another?)" if is_whole else ""
             raise StateDictError(
                 f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none{hint}. "

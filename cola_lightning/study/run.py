@@ -21,11 +21,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.adapted_model import is_factor
 from cola_lightning.callbacks import RunWatch
 from cola_lightning.chain.fingerprint import fingerprint_of
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.modules import COLAModule
 from cola_lightning.sharded import tensors
 
@@ -197,8 +197,9 @@ def _fingerprint(module: LightningModule) -> str | None:
     """That of the weights without the first link's; None if they are sharded."""
     if not isinstance(module, COLAModule) or module.is_sharded:
         return None
-    state = tensors.state_dict(module.model)
-    return fingerprint_of({name: value for name, value in state.items() if isinstance(value, Tensor) and not is_factor(name)})
+    state, factors = tensors.state_dict(module.model), names_of_factors(module.model)
+    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in factors}
+    return fingerprint_of(values)
 
 
 def _share_done(trainer: Trainer) -> float:
