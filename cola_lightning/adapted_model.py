@@ -364,9 +364,16 @@ class AdaptedModel:
         """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
         Raises:
-            UserError: if the rebuilt base differs.
+            UserError: if the rebuilt base differs, or shares what is trained with the model.
         """
         model = self.make_base()
+        changed = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        changed |= {id(layer.weight) for layer in self.layers.values()}
+        if shared := [name for name, parameter in model.named_parameters() if id(parameter) in changed]:
+            raise UserError(
+                f"base: expected build_model to make new parameters each time, received {shared[0]!r} of the first again, "
+                "which training has changed"
+            )
         if self.base_weights is None:
             check_rebuilt(self.chain.base, describe_base(model))
         else:

@@ -145,6 +145,18 @@ def test_a_parameter_of_the_base_may_have_a_factors_name(tmp_path):
     assert "3.lora_A" in base_weights(other.model)
 
 
+@pytest.mark.parametrize("how", [{"target_modules": None}, {"target_modules": ["0"], "modules_to_save": ["2"]}], ids=str)
+def test_a_base_of_the_same_trained_parameters_is_no_base_to_go_back_to(how):
+    head = nn.Linear(12, 6)
+    model = AdaptedModel.of(lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), head), **ARGUMENTS | how)
+    if model.live is not None:
+        train(model, links=2)
+    after = state(model)
+    with pytest.raises(UserError, match=r"make new parameters each time, received '2\.weight' of the first"):
+        model.merged_model(model.link // 2)
+    assert_bit_equal(state(model), after)
+
+
 def test_a_model_without_links_has_no_knots():
     model = adapted(target_modules=None)
     assert isinstance(model.model[0], nn.Linear)

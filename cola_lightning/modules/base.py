@@ -181,7 +181,8 @@ class COLAModule(LightningModule, RecordsArguments):
         """Builds the base model.
 
         It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
-        ``self.seed``; again where the base without its links is needed, as for an earlier link: it must build the same one.
+        ``self.seed``; again where the base without its links is needed, as for an earlier link: it must build the same one, of
+        new parameters.
 
         Returns:
             The base, with its pretrained weights; its target layers are then adapted in place.
