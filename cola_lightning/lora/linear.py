@@ -73,9 +73,10 @@ def _computes_as_linear(layer: nn.Linear) -> bool:
         probe.out_features, probe.bias = 2 * ROWS, None if bias is None else nn.Parameter(bias, requires_grad=False)
     else:
         bias = layer.bias
-    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    inputs = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for values in (weight, weight.flip(0).mul_(-50).add_(1)):  # larger for a clamp, and none zero for a mask
+        other = weight.flip(0).mul_(-50).add_(1)  # none zero, for a mask
+        for values, x in ((weight, inputs), (other, inputs), (weight, inputs * 50)):  # larger, for a clamp
             probe.weight = nn.Parameter(values, requires_grad=False)
             for is_training in (True, False):
                 try:
