@@ -460,7 +460,7 @@ class AdaptedModel:
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
         is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         if is_copied:
-            model = copy.deepcopy(self.model)
+            model: nn.Module = deep_copy(self.model)
             if links < total:
                 for layer in lora_layers(model).values():
                     nn.init.zeros_(layer.lora_B)
@@ -507,6 +507,30 @@ def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def deep_copy(model: nn.Module) -> Any:
+    """A deep copy of a model, also if a forward pass has left results in its attributes: these are copied without their graph.
+
+    (Torch refuses to copy such a tensor: an auxiliary loss, say, or the weight of an old-style weight norm.)
+    """
+    memo = {}
+    for module in model.modules():
+        for value in _parts(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What dicts, lists and tuples hold, at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False) -> None:

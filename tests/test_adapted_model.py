@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import weight_norm
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
@@ -155,6 +156,32 @@ def test_a_base_of_the_same_trained_parameters_is_no_base_to_go_back_to(how):
     with pytest.raises(UserError, match=r"make new parameters each time, received '2\.weight' of the first"):
         model.merged_model(model.link // 2)
     assert_bit_equal(state(model), after)
+
+
+class Remembering(nn.Module):
+    """Keeps what a forward pass computed, as for an auxiliary loss, and an old-style weight norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), weight_norm(nn.Linear(12, 6))
+        self.losses, self.seen = {}, []
+
+    def forward(self, x):
+        hidden = self.first(x).tanh()
+        self.losses["size"] = hidden.square().mean()
+        self.seen = [hidden]
+        return self.last(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_a_model_may_keep_what_it_computed():
+    model, x = AdaptedModel.of(Remembering, **ARGUMENTS | {"target_modules": ["first"]}), next(iter(batches()))[0]
+    train(model, links=2)
+    expected = model.model(x)
+    merged = model.merged_model()
+    assert merged.losses["size"].item() == model.model.losses["size"].item()
+    torch.testing.assert_close(merged(x), expected)
+    assert model.model.seen[0].requires_grad
 
 
 def test_a_model_without_links_has_no_knots():

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from cola_lightning.adapted_model import cast_floats
+from cola_lightning.adapted_model import cast_floats, deep_copy
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
@@ -47,7 +47,7 @@ def export_trained(module: Any, options: ExportOptions) -> list[str]:
             f"format: expected chain for a sharded model, received {options.format}: `cola export`, or "
             "load_from_checkpoint in one process, exports it from a checkpoint"
         )
-    own = module if options.format == "chain" else copy.deepcopy(module).cpu()
+    own = module if options.format == "chain" else deep_copy(module).cpu()
     return export_module(own, module.full_chain(), options, prompt_format_of(trainer_of(module)))
 
 
