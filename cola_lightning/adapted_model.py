@@ -408,7 +408,7 @@ class AdaptedModel:
                         "trainer.precision: expected one that leaves adapted layers in "
                         f"{expected}, in which they were sharded, received one for {received}"
                     )
-                layer.to(dtype)
+                cast_floats(layer, dtype)
 
     def recast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""

@@ -1,5 +1,7 @@
 """The method in plain torch: the same links and weights as under Lightning, forward, back, and from another chain."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
 from cola_lightning.adapted_model import base_weights, load_extras
+from cola_lightning.chain.report import report
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
@@ -182,6 +185,28 @@ def test_a_model_may_keep_what_it_computed():
     assert merged.losses["size"].item() == model.model.losses["size"].item()
     torch.testing.assert_close(merged(x), expected)
     assert model.model.seen[0].requires_grad
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12, dtype=torch.complex64), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.last(self.first(x.to(torch.complex64)).abs())
+
+
+def test_complex_weights_are_adapted():
+    model = train(AdaptedModel.of(Complex, **ARGUMENTS))
+    link, x = model.chain.links[1], next(iter(batches()))[0]
+    torch.testing.assert_close(model.merged_model()(x), model.model(x))
+    first = torch.linalg.svdvals(link.delta("first").to(torch.complex128))
+    torch.testing.assert_close(torch.tensor(report(model.chain)[1].layers["first"].singular_values), first[:2].float())
+    norm = math.hypot(first.norm(), link.delta("last").norm())
+    assert link.norm() == pytest.approx(norm)
+    assert report(model.chain)[1].update_norm == pytest.approx(norm)
+    model.cast(torch.float64)
+    assert [layer.dtype for layer in model.layers.values()] == [torch.complex64, torch.float64]
 
 
 def test_a_model_without_links_has_no_knots():

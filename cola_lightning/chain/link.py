@@ -68,7 +68,7 @@ class Link:
     def norm(self) -> float:
         """Frobenius norm of the link's update over all layers."""
         # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
-        squares = sum(float(((B.T @ B) * (A @ A.T)).sum()) for A, B in self.factors.values())
+        squares = sum(float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) for A, B in self.factors.values())
         return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
@@ -76,11 +76,12 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: the SVD of the small C gives that of B A.
 
     Shape:
-        ``lora_A``: rank x in; ``lora_B``: out x rank; Q: out x k; C: k x l; P: in x l, in float64, where k and l are rank, or
-        out and in where these are smaller.
+        ``lora_A``: rank x in; ``lora_B``: out x rank; Q: out x k; C: k x l; P: in x l, in float64 (complex128 for complex
+        factors), where k and l are rank, or out and in where these are smaller.
     """
-    q, r = torch.linalg.qr(lora_B.double())
-    p, s = torch.linalg.qr(lora_A.double().T)
+    wide = torch.promote_types(lora_A.dtype, torch.float64)
+    q, r = torch.linalg.qr(lora_B.to(wide))
+    p, s = torch.linalg.qr(lora_A.to(wide).T)
     return q, r @ s.T, p
 
 

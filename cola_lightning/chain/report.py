@@ -88,7 +88,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         return torch.full((rank,), math.nan, dtype=torch.float64)
     values = torch.linalg.svdvals(core)
     # Otherwise the zeros of an update of lower rank would come out as about 1e-17.
-    size = lora_A.double().norm() * lora_B.double().norm()
+    size = lora_A.to(core.dtype).norm() * lora_B.to(core.dtype).norm()
     rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * size
     values = values * (values > rounding) * abs(scaling)
     return F.pad(values, (0, rank - len(values)))  # fewer where the layer is smaller than the rank
