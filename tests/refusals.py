@@ -232,6 +232,34 @@ def tie_knot(module=(), **arguments):
         assert made.link == 0
 
 
+class Sparse(nn.Linear):
+    """With the edges of a graph."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("edges", torch.eye(8).to_sparse())
+
+
+class SparseOutside(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("edges", torch.eye(8).to_sparse())
+
+
+SPARSE = (
+    "model: expected dense parameters and persistent buffers, received '{}' in torch.sparse_coo: register_buffer(..., "
+    "persistent=False) keeps a constant out of checkpoints"
+)
+
+
+@refused(
+    ({"made": lambda: toy(SparseOutside).configure_model()}, SPARSE.format("edges")),
+    ({"made": lambda: AdaptedModel.of(lambda: nn.Sequential(Sparse(8, 8)), rank=2)}, SPARSE.format("0.edges")),
+)
+def with_sparse_values(made):
+    made()
+
+
 def in_torch(**arguments):
     return AdaptedModel.of(lambda: Toy.build_model(None), **{"rank": 2, "alpha": 4} | arguments)
 
