@@ -555,7 +555,7 @@ def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str,
     return {
         name: tensors.gather(value)
         for name, value in state.items()
-        if name not in factors and without.isdisjoint({name, weight_of(name)})
+        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
     }
 
 

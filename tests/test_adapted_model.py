@@ -209,6 +209,25 @@ def test_complex_weights_are_adapted():
     assert [layer.dtype for layer in model.layers.values()] == [torch.complex64, torch.float64]
 
 
+class Counting(nn.Module):
+    """With a state that is no tensor."""
+
+    def forward(self, x):
+        return x
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"calls": 3}
+
+
+def test_a_state_that_is_no_tensor_is_left_alone():
+    model = train(AdaptedModel.of(lambda: nn.Sequential(*Toy.build_model(None), Counting()), **ARGUMENTS), links=1)
+    model.go_to(model.chain.truncate(0))
+    assert model.merged_model().state_dict()["3._extra_state"] == {"calls": 3}
+
+
 def test_a_model_without_links_has_no_knots():
     model = adapted(target_modules=None)
     assert isinstance(model.model[0], nn.Linear)
