@@ -198,6 +198,20 @@ def test_a_schedule_of_an_unknown_length_is_refused(tmp_path, arguments, how, me
     assert module.trainer.global_step == 0
 
 
+def test_a_metric_of_one_of_several_loaders_can_be_watched(tmp_path):
+    class Several(Scripted):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    module = toy(Several, lr_schedule="constant")
+    chain = {"patience": 2, "monitor": "val_loss/dataloader_idx_1"}
+    trainer(tmp_path, chain=chain, max_epochs=4).fit(module, batches(), [batches(1), batches(1)])
+    assert [link.end_step for link in module.chain.links] == [30]
+    chain["monitor"] = "val_loss"
+    with pytest.raises(UserError, match=r"chain\.monitor: expected one of .*val_loss/dataloader_idx_0, .* received val_loss$"):
+        trainer(tmp_path, chain=chain, max_epochs=1).fit(toy(Several, lr_schedule="constant"), batches(), [batches(1)] * 2)
+
+
 def test_a_metric_that_is_not_there_is_refused_before_training(tmp_path):
     module = toy(ValidatedToy, lr_schedule="constant")
     with pytest.raises(UserError, match=r"chain\.monitor: expected one of val_loss, received val_los"):

@@ -220,6 +220,8 @@ class ChainOfLoRA(Callback):
             return
         logged, name = trainer.callback_metrics, self.plateau.monitor
         if name not in logged:  # in the sanity check too: before any training time is lost
+            if trainer.sanity_checking and len(trainer.num_sanity_val_batches) > 1:
+                return  # where Lightning shows no metric of one of several loaders
             raise UserError(
                 f"chain.monitor: expected one of {', '.join(sorted(logged)) or 'the metrics that validation logs'}, "
                 f"received {name}"
