@@ -88,6 +88,7 @@ class AdaptedModel:
     ) -> None:
         self.make_base, self.seed = make_base, seed
         self.model = make_base()
+        self.remember_trained()
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
         self.chain = Chain(base=describe_base(self.model, name) if is_known else {})
@@ -188,8 +189,16 @@ class AdaptedModel:
         frozen = self.frozen_factor
         return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
+    def remember_trained(self) -> None:
+        """Has the parameters that require gradients now count as trained from here on, also while they are frozen."""
+        names = tensors.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
+
     def frozen_names(self) -> list[str]:
-        """Names of the parameters that are not trained, each under all of its names."""
+        """Names of the parameters that are not trained, each under all of its names; see :meth:`remember_trained`."""
+        return [name for name in self._frozen_now() if name not in self._trained]
+
+    def _frozen_now(self) -> list[str]:
         named = self.model.named_parameters(remove_duplicate=False)
         return tensors.plain_names(name for name, parameter in named if not parameter.requires_grad)
 

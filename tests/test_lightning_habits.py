@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, PredictionWriter, UserError, lora_layers
+from cola_lightning.chain.files import read_chain
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, undo_replication
 from tests import tiny
@@ -152,6 +153,36 @@ def test_finetuning_callbacks_find_the_model(tmp_path):
         module = fitted(tmp_path, toy(), callback)
         assert not module.model[0].lora_B.any()
         assert module.model[2].lora_B.any()
+        module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+        assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+
+
+class Scaled(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("how", [{"target_modules": ["0"], "modules_to_save": ["2"]}, {"target_modules": None}], ids=str)
+def test_what_was_trained_is_stored_also_if_it_is_frozen_since(tmp_path, how):
+    module = toy(Scaled, **how)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, batches())
+    names = module.state_dict().keys()
+    module.freeze()
+    assert module.state_dict().keys() == names
+    toy(Scaled, **how).load_state_dict(module.state_dict())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert_bit_equal(weights(Scaled.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+    if how["target_modules"] is None:
+        return
+    link = read_chain(tmp_path / "run.ckpt").links[0]
+    for mine in (link, module.live_link()):
+        assert torch.equal(mine.extras["2.weight"], module.model[2].weight)
+        assert torch.equal(mine.outside["scale"], module.scale)
 
 
 def test_pruning_is_refused_where_there_are_links(tmp_path):

@@ -43,7 +43,7 @@ class LazyModel:
         self.module = module
         self.adapted: AdaptedModel | None = None
         self.state: TrainedState | None = None
-        self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = False
+        self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = self._is_configured = False
         self.is_on_meta = torch.empty(0).device.type == "meta"
 
     # ------------------------------------------------------------------ when
@@ -51,6 +51,9 @@ class LazyModel:
     def configure(self) -> None:
         """Makes the model, and prepares it for the Trainer's precision and strategy, if there is one."""
         self.make()
+        if not self._is_configured and self.adapted is not None:  # a subclass' own configure_model may have frozen more
+            self.adapted.remember_trained()
+            self._is_configured = True
         dtype = torch.get_default_dtype()  # what Lightning's precision sets it to, and will cast the model to
         if dtype != torch.float32:
             self._cast(dtype)
@@ -173,6 +176,7 @@ class LazyModel:
     def _forget(self) -> None:
         _children(self.module).pop("model", None)
         self.adapted = self.state = None
+        self._is_configured = False
 
     def _cast(self, dtype: torch.dtype) -> None:
         """Casts the model as Lightning will: its own cast comes only after a checkpoint's values are loaded."""

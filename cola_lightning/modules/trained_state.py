@@ -95,8 +95,9 @@ class TrainedState:
     def outside(self) -> dict[str, Tensor]:
         """CPU copies of what training changes outside of the model: trained parameters, and buffers that have changed."""
         values, first = self.values_outside(), self.first_outside
-        trained = {name: tensors.gather(value) for name, value in values.items() if value.requires_grad}
-        buffers = {name: tensors.gather(value) for name, value in values.items() if not isinstance(value, nn.Parameter)}
+        copies = {name: tensors.gather(value) for name, value in values.items() if not _is_frozen(value) or name in first}
+        trained = {name: value for name, value in copies.items() if isinstance(values[name], nn.Parameter)}
+        buffers = {name: value for name, value in copies.items() if name not in trained}
         changed = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
         return trained | changed
 
