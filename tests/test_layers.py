@@ -1,3 +1,5 @@
+from inspect import signature
+
 import pytest
 import torch
 from torch import nn
@@ -6,11 +8,16 @@ from cola_lightning.lora.layer import low_rank_delta
 from cola_lightning.lora.registry import LoRALinear, adapt_layer, plain_layer
 
 
-@pytest.fixture(params=["linear", "conv1d"])
+class Named(nn.Linear):
+    def forward(self, hidden_states):
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+@pytest.fixture(params=["linear", "subclass", "conv1d"])
 def base(request):
     torch.manual_seed(0)
-    if request.param == "linear":
-        return nn.Linear(6, 5)
+    if request.param != "conv1d":
+        return {"linear": nn.Linear, "subclass": Named}[request.param](6, 5)
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(5, 6)
@@ -38,6 +45,12 @@ def test_the_forward_is_the_formula(base):
     x = torch.randn(4, 7, 6, dtype=torch.float64)
     expected = base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_input_has_the_name_that_the_base_gives_it(base):
+    layer, x = trained(adapt_layer(base, rank=2, alpha=4)), torch.randn(3, 6)
+    name = next(name for name in signature(type(base).forward).parameters if name != "self")
+    assert torch.equal(layer(**{name: x}), layer(x))
 
 
 def test_merge_keeps_the_function_and_adds_the_delta(base):

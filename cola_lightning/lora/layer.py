@@ -284,13 +284,14 @@ class LoRALayer(nn.Module):
         return self.stack.A.dtype if self.stack is not None and is_quantized else self.weight.dtype
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus the links'.
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """The base layer's output plus the links', for one input x: by position, or by whatever name the base layer gives it.
 
         Shape:
-            ``x``: as the base layer's, for a linear one ... x in; result: as the base layer's, ... x out, in the dtype of ``x``
-            (under autocast, in autocast's; where ``x`` are indices, in the layer's).
+            x: as the base layer's, for a linear one ... x in; result: as the base layer's, ... x out, in the dtype of x
+            (under autocast, in autocast's; where x are indices, in the layer's).
         """
+        (x,) = (*inputs, *named.values())
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         is_index = not (x.is_floating_point() or x.is_complex())  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
