@@ -98,6 +98,12 @@ def inject_lora(
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
+    if unsized := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise UserError(
+            f"model: expected parameters that have a size, received {unsized[0]!r}, which has none yet: a first forward pass "
+            "of the model gives it one"
+        )
+
     if target_modules == ALL_LINEAR:
         _warn_of_omitted(model, names, saved)
     model.requires_grad_(False)
