@@ -221,6 +221,7 @@ class AdaptedModel:
 
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
+        rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", self.chain.links)
 
     def resume_link(self, rank: int, alpha: float) -> None:

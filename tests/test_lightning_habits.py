@@ -341,6 +341,20 @@ def test_numbers_of_numpy_are_plain():
     assert module.constructor_arguments["not_plain"] == []
 
 
+def test_numbers_of_numpy_are_plain_in_a_checkpoint(tmp_path):
+    class ByHand(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            module.tie_knot(rank=np.int64(1), alpha=np.float32(3))
+
+    module = fitted(tmp_path, toy(optimizer=lambda p: torch.optim.AdamW(p, lr=np.float64(0.5))), ByHand(), max_epochs=2)
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    rates = torch.load(tmp_path / "run.ckpt", weights_only=True)["lr_schedulers"][0]["base_lrs"]
+    assert [type(rate) for rate in rates] == [float]
+    loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert (loaded.link, loaded.adapted.live) == (2, (1, 3))
+    assert_bit_equal(weights(loaded), weights(module))
+
+
 def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(tmp_path):
     class Scaled(Toy):
         def build_model(self):

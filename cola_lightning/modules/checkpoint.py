@@ -4,6 +4,7 @@ import contextlib
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 
@@ -16,6 +17,8 @@ from cola_lightning.modules.rewind import rewound_progress
 from cola_lightning.usage import is_prompt_format
 
 log = logging.getLogger(__name__)
+
+OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
 
 
 def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
@@ -32,6 +35,7 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
             raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")
     checkpoint[CHECKPOINT_KEY] = _state_of(module).to_dict()
     checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the chain's state contains the finished links
+    checkpoint |= {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
     trainer, run = trainer_of(module), module.run_state
     _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
     fitter = run.trainer() if run.trainer else None  # a test may have followed, by the same Trainer or another
@@ -42,6 +46,17 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     counters, buffers = rewound_progress(checkpoint, fitter, run.window, is_validating=run.is_validating)
     checkpoint[CHECKPOINT_KEY]["progress"] = counters
     checkpoint["state_dict"] |= buffers
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """A state without numpy's numbers, such as a rate of ``np.logspace``: ``torch.load(weights_only=True)`` refuses them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _with_plain_numbers(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value
 
 
 def _state_of(module: COLAParts) -> CheckpointState:
