@@ -513,6 +513,20 @@ def test_what_an_earlier_command_left_waiting_is_not_done_but_for_who_asks_for_i
     assert mine.claim([earlier])[1] == earlier
 
 
+def test_the_age_of_a_lock_can_be_read(tmp_path, monkeypatch):
+    seen, link = [], os.symlink
+
+    def spy(target, path):
+        link(target, path)
+        seen.append(Path(path).stat().st_mtime if Path(path).exists() else None)
+
+    monkeypatch.setattr(os, "symlink", spy)
+    monkeypatch.chdir(tmp_path)
+    Trials("studies/digits/study.journal", "digits", "val_loss", "min")
+    assert seen
+    assert None not in seen
+
+
 @pytest.mark.parametrize("alive", [["elsewhere", 1, 0.0], [None, 2**22 + 1, None]], ids=["silent", "gone"])
 def test_a_run_whose_process_is_gone_is_done_again(tmp_path, alive):
     import socket

@@ -161,7 +161,8 @@ def _open(storage: str) -> BaseStorage:
         if "://" in storage:
             return RDBStorage(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(storage))
+        # Optuna reads the age of a lock, which a killed process may have left, through a link to this path.
+        return JournalStorage(JournalFileBackend(os.path.abspath(storage)))
     except Exception as error:  # the database's own exceptions, or the disk's
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
