@@ -527,6 +527,24 @@ def test_the_age_of_a_lock_can_be_read(tmp_path, monkeypatch):
     assert None not in seen
 
 
+@pytest.mark.parametrize("length", [1, 7, 120])
+def test_half_a_line_at_a_journals_end_is_dropped(tmp_path, runs, length):
+    assert compare(tmp_path, methods="[lora]") == 0
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(journal.read_bytes()[:-length])
+    for _ in range(2):
+        assert compare(tmp_path, methods="[lora]", seeds=3) == 0
+    assert [line["seed"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert len(runs.asked) == 3
+
+
+def test_a_file_that_is_no_journal_keeps_its_text(tmp_path):
+    (tmp_path / "mine.yaml").write_text("rank: 1")
+    with pytest.raises(UserError, match=r"storage: expected a journal, received '.*mine\.yaml', which ends in 'rank: 1'"):
+        Trials(str(tmp_path / "mine.yaml"), "study", "val_loss", "min")
+    assert (tmp_path / "mine.yaml").read_text() == "rank: 1"
+
+
 @pytest.mark.parametrize("alive", [["elsewhere", 1, 0.0], [None, 2**22 + 1, None]], ids=["silent", "gone"])
 def test_a_run_whose_process_is_gone_is_done_again(tmp_path, alive):
     import socket

@@ -16,14 +16,16 @@ import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from typing_extensions import override
 
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UserError, one_line, shortened_text
 from cola_lightning.study.results import Mode, Result, Run
 
 ALIVE_EVERY, DEAD_AFTER = 60.0, 600.0  # seconds
+JOURNAL_LINE = b'{"op_code":'  # the beginning of each line that Optuna writes
 RATES, SEEDS = FloatDistribution(1e-12, 1e6, log=True), IntDistribution(0, 2**32 - 1)
 
 
@@ -156,13 +158,47 @@ class Trials:
                 yield Run(trial.user_attrs["method"], params["learning_rate"], params["seed"]), trial
 
 
+class WholeLines(JournalFileSymlinkLock):
+    """The lock for writing a journal, which begins by dropping half a line: what a killed process or a full disk has left.
+
+    Args:
+        path: the journal.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+
+    @override
+    def acquire(self) -> bool:
+        is_acquired = super().acquire()
+        try:
+            self._drop_half_line()
+        except BaseException:
+            self.release()
+            raise
+        return is_acquired
+
+    def _drop_half_line(self) -> None:
+        with open(self._path, "rb+") as journal:
+            journal.seek(max(0, journal.seek(0, os.SEEK_END) - 1))
+            if journal.read() in (b"", b"\n"):
+                return
+            journal.seek(0)
+            *whole, half = journal.read().split(b"\n")
+            if not half.startswith(JOURNAL_LINE[: len(half)]):
+                end = half.decode(errors="replace")
+                raise UserError(f"storage: expected a journal, received {self._path!r}, which ends in {shortened_text(end)!r}")
+            journal.truncate(sum(len(line) + 1 for line in whole))
+
+
 def _open(storage: str) -> BaseStorage:
     try:
         if "://" in storage:
             return RDBStorage(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        # Optuna reads the age of a lock, which a killed process may have left, through a link to this path.
-        return JournalStorage(JournalFileBackend(os.path.abspath(storage)))
+        path = os.path.abspath(storage)  # a lock is a link to it, through which Optuna reads the age of one that was left
+        return JournalStorage(JournalFileBackend(path, WholeLines(path)))
     except Exception as error:  # the database's own exceptions, or the disk's
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
