@@ -19,7 +19,7 @@ from scipy import stats
 
 from benchmarks import paper_table
 from cola_lightning.cli import main
-from cola_lightning.errors import UserError
+from cola_lightning.errors import DiskError, UserError
 from cola_lightning.study import process, study
 from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import mean_curve, plot_curves
@@ -369,6 +369,19 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, runs, capsys):
     (tmp_path / "file").touch()
     assert compare(tmp_path / "file") == 2
     assert capsys.readouterr().err.startswith("error: output: expected a folder, received ")
+
+
+def test_a_full_disk_is_one_line(tmp_path, runs, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", fails)
+    assert compare(tmp_path) == 1
+    assert "study.journal could not be written (No space left on device)" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.undo()
+    with pytest.raises(DiskError, match=r"log\.txt could not be written \(Not a directory\)"):
+        process.execute([], "val_loss", tmp_path / "file" / "run", print, 1.0)
 
 
 def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, monkeypatch):

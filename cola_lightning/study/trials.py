@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
@@ -21,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typing_extensions import override
 
-from cola_lightning.errors import UserError, one_line, shortened_text
+from cola_lightning.errors import DiskError, UserError, one_line, shortened_text
 from cola_lightning.study.results import Mode, Result, Run
 
 ALIVE_EVERY, DEAD_AFTER = 60.0, 600.0  # seconds
@@ -158,6 +159,25 @@ class Trials:
                 yield Run(trial.user_attrs["method"], params["learning_rate"], params["seed"]), trial
 
 
+class Journal(JournalFileBackend):
+    """A journal file that says in one line that it cannot be written.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, WholeLines(path))
+        self.path = path
+
+    @override
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise DiskError(f"{self.path} could not be written ({error.strerror or error})") from error
+
+
 class WholeLines(JournalFileSymlinkLock):
     """The lock for writing a journal, which begins by dropping half a line: what a killed process or a full disk has left.
 
@@ -198,7 +218,7 @@ def _open(storage: str) -> BaseStorage:
             return RDBStorage(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         path = os.path.abspath(storage)  # a lock is a link to it, through which Optuna reads the age of one that was left
-        return JournalStorage(JournalFileBackend(path, WholeLines(path)))
+        return JournalStorage(Journal(path))
     except Exception as error:  # the database's own exceptions, or the disk's
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
