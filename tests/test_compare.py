@@ -16,6 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from scipy import stats
+from sqlalchemy.exc import OperationalError
 
 from benchmarks import paper_table
 from cola_lightning.cli import main
@@ -339,6 +340,20 @@ def test_a_database_is_a_storage_too(tmp_path, runs):
     assert compare(tmp_path / "study", *storage, methods="[lora]") == 0
     assert len(runs.asked) == 2
     assert not (tmp_path / "study" / "study.journal").exists()
+
+
+def test_processes_that_create_a_databases_tables_at_once_open_it(tmp_path, monkeypatch):
+    asked, open_database = [], optuna.storages.RDBStorage
+
+    def overtaken(url):
+        asked.append(url)
+        if len(asked) == 1:
+            raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+        return open_database(url)
+
+    monkeypatch.setattr("cola_lightning.study.trials.RDBStorage", overtaken)
+    assert Trials(f"sqlite:///{tmp_path}/study.db", "study", "val_loss", "min").results() == []
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Optuna has no heartbeat for running trials: the process that runs a trial writes
 """
 
 import os
+import random
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -15,17 +16,19 @@ from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import DBAPIError
 from typing_extensions import override
 
 from cola_lightning.errors import DiskError, UserError, one_line, shortened_text
 from cola_lightning.study.results import Mode, Result, Run
 
 ALIVE_EVERY, DEAD_AFTER = 60.0, 600.0  # seconds
+DATABASE_TRIES = 5
 JOURNAL_LINE = b'{"op_code":'  # the beginning of each line that Optuna writes
 RATES, SEEDS = FloatDistribution(1e-12, 1e6, log=True), IntDistribution(0, 2**32 - 1)
 
@@ -215,7 +218,7 @@ class WholeLines(JournalFileSymlinkLock):
 def _open(storage: str) -> BaseStorage:
     try:
         if "://" in storage:
-            return RDBStorage(storage)
+            return _database(storage)
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         path = os.path.abspath(storage)  # a lock is a link to it, through which Optuna reads the age of one that was left
         return JournalStorage(Journal(path))
@@ -223,6 +226,15 @@ def _open(storage: str) -> BaseStorage:
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
         ) from error
+
+
+def _database(url: str) -> RDBStorage:
+    """A database, whose tables are created if need be; of several processes that do so at once, Optuna lets one succeed."""
+    for _ in range(DATABASE_TRIES - 1):
+        with suppress(DBAPIError, StorageInternalError):
+            return RDBStorage(url)
+        time.sleep(random.uniform(0.1, 1.0))
+    return RDBStorage(url)
 
 
 def _is_alive(trial: FrozenTrial) -> bool:
