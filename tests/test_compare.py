@@ -26,6 +26,7 @@ from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import mean_curve, plot_curves
 from cola_lightning.study.methods import METHODS, method
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, write
+from cola_lightning.study.run import _peak_memory
 from cola_lightning.study.table import summarize
 from cola_lightning.study.trials import Trials
 from cola_lightning.writing import whole_file
@@ -692,6 +693,13 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study" / "runs" / "cola-lr0.02-seed0"
     assert (folder / "runs" / "version_0" / "config.yaml").exists()
     assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of one program alone is Linux's")
+def test_a_runs_peak_memory_is_not_that_of_the_process_which_began_it(monkeypatch):
+    of_both = SimpleNamespace(ru_maxrss=10**9)  # Linux retains the peak of what a process was before it became a new program
+    monkeypatch.setattr("resource.getrusage", lambda _: of_both)
+    assert 10 < _peak_memory() < 10**5
 
 
 @pytest.mark.usefixtures("forked_runs")

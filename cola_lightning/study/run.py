@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,5 +214,10 @@ def _peak_memory() -> float:
     """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return held / 1e6
+    status = Path("/proc/self/status")  # on Linux; getrusage's peak is there at least that of the process that began this one
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS reports bytes
