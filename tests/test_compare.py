@@ -308,6 +308,22 @@ def test_a_run_that_fails_stops_no_other_and_is_done_again(tmp_path, runs, capsy
     assert len(lines(tmp_path)) == 4
 
 
+def test_a_run_is_done_whenever_another_process_gives_it_up(tmp_path, runs, monkeypatch):
+    claim, given_up = Trials.claim, []
+
+    def overtaken(self, wanted):
+        if given_up:
+            return claim(self, wanted)
+        given_up.append(claim(self, wanted)[0])
+        self.fail(given_up[0])
+        return None
+
+    monkeypatch.setattr(Trials, "claim", overtaken)
+    monkeypatch.setattr(study, "WAIT", 0.0)
+    assert compare(tmp_path, methods="[lora]", seeds=1) == 0
+    assert len(lines(tmp_path)) == 1
+
+
 def test_options_after_the_dashes_are_every_runs(tmp_path, runs):
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=["--trainer.max_epochs", "7"]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7

@@ -96,10 +96,11 @@ class Study:
                 n_done = len(results) + len(self.failed)
                 self.bar.update(self.task, completed=n_done, description="")
                 wanted = [run for run in self.wanted(results) if run not in self.failed]
+                is_missing = len(wanted) > len(results)  # also if another process gives a run up only now
                 self.trials.enqueue(wanted)
                 if (taken := self.trials.claim(wanted)) is not None:
                     self._do(*taken, n_done)
-                elif n_done < self.n_runs and self.trials.are_running():
+                elif is_missing or (n_done < self.n_runs and self.trials.are_running()):
                     time.sleep(WAIT)
                 else:
                     break
