@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +142,29 @@ def test_results_are_read_as_they_were_written(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"method": "lora"}\n')
     with pytest.raises(UserError, match=r"output: expected a run's result in .*results\.jsonl, line 1, received"):
         read(tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"method": 3},
+        {"seed": "0"},
+        {"learning_rate": "0.02"},
+        {"learning_rate": 0},
+        {"seconds": None},
+        {"curve": [5]},
+        {"curve": [[5, "0.5"]]},
+    ],
+    ids=str,
+)
+def test_an_edited_line_that_is_no_result_is_refused(tmp_path, edited):
+    path, lines = tmp_path / "results.jsonl", [asdict(result()), asdict(result(seed=1)) | edited]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"results\.jsonl, line 2, received"):
+        read(path)
+    path.write_bytes(b"\xe4\n")
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1, received"):
+        read(path)
 
 
 def test_several_processes_write_one_file(tmp_path):
