@@ -440,6 +440,12 @@ def test_a_full_disk_is_one_line(tmp_path, runs, monkeypatch, capsys):
         process.execute([], "val_loss", tmp_path / "file" / "run", print, 1.0)
 
 
+def test_an_output_in_a_file_is_refused(tmp_path, runs, capsys):
+    (tmp_path / "file").touch()
+    assert compare(tmp_path / "file" / "study") == 2
+    assert capsys.readouterr().err.startswith("error: output: expected a folder that can be written, received ")
+
+
 def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, monkeypatch):
     def refuses(*_):
         raise UserError("model.rank: a run refuses it")

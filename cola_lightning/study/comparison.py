@@ -7,6 +7,7 @@ from typing import Literal
 
 from cola_lightning.errors import UserError
 from cola_lightning.study.results import Mode
+from cola_lightning.writing import check_writable
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Comparison:
             raise UserError(f"config: expected a file, received {self.config!r}")
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise UserError(f"output: expected a folder, received {self.output!r}, which is a file")
+        check_writable("output", self.output)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError(f"methods: expected a list of names, each once, received {self.methods}")
         if self.seeds < 1:
