@@ -75,6 +75,15 @@ def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
             assert not (was_A if which == "B" else was_B).any()
 
 
+@pytest.mark.parametrize("trained", ["both", "B", "random"])
+def test_a_fit_says_how_many_parameters_its_optimizer_has(tmp_path, caplog, trained):
+    module = toy(trained_factors=trained)
+    watch = Watch(lambda run, _: sum(p.numel() for group in run.optimizers[0].param_groups for p in group["params"]))
+    with caplog.at_level("INFO", "cola_lightning"):
+        trainer(tmp_path, watch, max_steps=1).fit(module, batches())
+    assert f"model: {watch.seen[0]} of 262 parameters are trained" in caplog.text
+
+
 def test_a_link_of_rac_lora_is_a_projected_gradient_step(tmp_path):
     """Gradient descent on B, beside a frozen A, is W <- W - rate * scaling^2 * G A^T A; on A, likewise with B B^T G."""
     x, y = next(iter(batches()))

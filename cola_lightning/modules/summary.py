@@ -14,7 +14,9 @@ def summary(module: COLAParts) -> str:
     """
     layers, text = lora_layers(module.model), "model:"
     if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
-        sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in module.named_parameters()]
+        frozen = {id(factor) for factor in module.adapted.frozen_factors()}
+        parameters = [parameter for _, parameter in module.named_parameters()]
+        sizes = [(parameter.numel(), parameter.requires_grad and id(parameter) not in frozen) for parameter in parameters]
         packed = [part.get_parameter("weight").numel() for part in module.model.modules() if is_quantized(part)]
         n_trained = sum(size for size, is_trained in sizes if is_trained)
         n_all = sum(size for size, _ in sizes) + sum(packed)  # a packed weight has two values in a byte
