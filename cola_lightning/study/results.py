@@ -45,7 +45,7 @@ class Result:
         steps: optimizer steps taken.
         seconds: duration of the fit, including validations.
         peak_memory: peak memory of the process, or of its GPU, in MB.
-        trainable_parameters: of the first link, or of the model for full fine-tuning.
+        trainable_parameters: of the first link, at the largest rank; of the model for full fine-tuning.
         knots: the optimizer steps before which a link was finished.
         curve: the optimizer step and the validation metric, at each validation.
         base: a hash of the weights before the first step, without a link's; None if they are sharded or were not recorded.
