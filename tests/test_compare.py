@@ -392,7 +392,7 @@ def test_processes_that_create_a_databases_tables_at_once_open_it(tmp_path, monk
             raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
         return open_database(url)
 
-    monkeypatch.setattr("cola_lightning.study.trials.RDBStorage", overtaken)
+    monkeypatch.setattr("cola_lightning.study.storage.RDBStorage", overtaken)
     assert Trials(f"sqlite:///{tmp_path}/study.db", "study", "val_loss", "min").results() == []
     assert len(asked) == 2
 

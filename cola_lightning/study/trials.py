@@ -5,31 +5,23 @@ Optuna has no heartbeat for running trials: the process that runs a trial writes
 """
 
 import os
-import random
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import DBAPIError
-from typing_extensions import override
 
-from cola_lightning.errors import DiskError, UserError, one_line, shortened_text
+from cola_lightning.errors import UserError
 from cola_lightning.study.results import Mode, Result, Run
+from cola_lightning.study.storage import open_storage
 
 ALIVE_EVERY, DEAD_AFTER = 60.0, 600.0  # seconds
-DATABASE_TRIES = 5
-JOURNAL_LINE = b'{"op_code":'  # the beginning of each line that Optuna writes
 RATES, SEEDS = FloatDistribution(1e-12, 1e6, log=True), IntDistribution(0, 2**32 - 1)
 
 
@@ -49,7 +41,7 @@ class Trials:
     def __init__(self, storage: str, name: str, metric: str, mode: Mode) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         direction = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}[mode]
-        opened = _open(storage)
+        opened = open_storage(storage)
         self.study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
         stored = self.study.user_attrs.get("metric", metric)
         if self.is_begun and (stored, self.study.direction) != (metric, direction):
@@ -160,81 +152,6 @@ class Trials:
             params = trial.system_attrs.get("fixed_params", {}) | trial.params
             if "method" in trial.user_attrs and params:
                 yield Run(trial.user_attrs["method"], params["learning_rate"], params["seed"]), trial
-
-
-class Journal(JournalFileBackend):
-    """A journal file that says in one line that it cannot be written.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, WholeLines(path))
-        self.path = path
-
-    @override
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        try:
-            super().append_logs(logs)
-        except OSError as error:
-            raise DiskError(f"{self.path} could not be written ({error.strerror or error})") from error
-
-
-class WholeLines(JournalFileSymlinkLock):
-    """The lock for writing a journal, which begins by dropping half a line: what a killed process or a full disk has left.
-
-    Args:
-        path: the journal.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._path = path
-
-    @override
-    def acquire(self) -> bool:
-        is_acquired = super().acquire()
-        try:
-            self._drop_half_line()
-        except BaseException:
-            self.release()
-            raise
-        return is_acquired
-
-    def _drop_half_line(self) -> None:
-        with open(self._path, "rb+") as journal:
-            journal.seek(max(0, journal.seek(0, os.SEEK_END) - 1))
-            if journal.read() in (b"", b"\n"):
-                return
-            journal.seek(0)
-            *whole, half = journal.read().split(b"\n")
-            if not half.startswith(JOURNAL_LINE[: len(half)]):
-                end = half.decode(errors="replace")
-                raise UserError(f"storage: expected a journal, received {self._path!r}, which ends in {shortened_text(end)!r}")
-            journal.truncate(sum(len(line) + 1 for line in whole))
-
-
-def _open(storage: str) -> BaseStorage:
-    try:
-        if "://" in storage:
-            return _database(storage)
-        Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        path = os.path.abspath(storage)  # a lock is a link to it, through which Optuna reads the age of one that was left
-        return JournalStorage(Journal(path))
-    except Exception as error:  # the database's own exceptions, or the disk's
-        raise UserError(
-            f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
-        ) from error
-
-
-def _database(url: str) -> RDBStorage:
-    """A database, whose tables are created if need be; of several processes that do so at once, Optuna lets one succeed."""
-    for _ in range(DATABASE_TRIES - 1):
-        with suppress(DBAPIError, StorageInternalError):
-            return RDBStorage(url)
-        time.sleep(random.uniform(0.1, 1.0))
-    return RDBStorage(url)
 
 
 def _is_alive(trial: FrozenTrial) -> bool:
