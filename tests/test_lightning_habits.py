@@ -881,6 +881,21 @@ def test_torchscript_is_made_of_a_module_without_links_and_else_refused():
 # ---------------------------------------------------------------------- predictions
 
 
+def test_predictions_may_be_arrays_and_tensors_at_any_depth(tmp_path):
+    class Predicting(Toy):
+        def predict_step(self, batch, batch_idx):
+            return {
+                "prediction": np.arange(4),
+                "target": list(torch.arange(4)),
+                "scores": [{"all": torch.ones(2), "best": np.float32(1)}] * 4,
+            }
+
+    trainer(tmp_path, PredictionWriter()).predict(toy(Predicting), batches(1))
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    scores = {"all": [1.0, 1.0], "best": 1.0}
+    assert rows == [{"index": k, "prediction": k, "target": k, "scores": scores} for k in range(4)]
+
+
 class Stream(IterableDataset):
     """Rows without indices."""
 

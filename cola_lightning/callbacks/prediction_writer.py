@@ -3,10 +3,11 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
@@ -26,9 +27,10 @@ FILE_NAME = "predictions.jsonl"
 class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
-    ``predict_step`` returns a dict of columns, each with one value per row: ``prediction``, ``target`` and any
-    others. ``index``, the row's index in its data, is added; rows without one, of an ``IterableDataset`` for example, are
-    counted, in a single process. The rows of several loaders follow one another.
+    ``predict_step`` returns a dict of columns, each with one value per row of the batch: ``prediction``, ``target`` and any
+    others; tensors and arrays are written as numbers and lists. ``index``, the row's index in its data, is added; rows without
+    one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of several loaders follow one
+    another.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,7 @@ class PredictionWriter(BasePredictionWriter):
             raise UserError(
                 f"{type(pl_module).__name__}.predict_step: expected a dict of columns, received {type(prediction).__name__}"
             )
-        columns = {name: values.tolist() if isinstance(values, Tensor) else values for name, values in prediction.items()}
+        columns = {name: _plain(values) for name, values in prediction.items()}
         if not _has_indices(trainer, dataloader_idx):
             batch_indices = None  # not those of the last batch that had any, which Lightning gives here
             if trainer.world_size > 1:
@@ -63,6 +65,7 @@ class PredictionWriter(BasePredictionWriter):
                     "predict: expected a loader that batches rows with indices (no IterableDataset) where "
                     f"{trainer.world_size} processes share its rows, received another; trainer.devices 1 takes any"
                 )
+        _check_columns(columns, None if batch_indices is None else len(batch_indices), type(pl_module).__name__)
         for place, values in enumerate(zip(*columns.values(), strict=True)):
             index = self._n_rows[dataloader_idx] if batch_indices is None else int(batch_indices[place])
             self._n_rows[dataloader_idx] += 1
@@ -80,6 +83,43 @@ class PredictionWriter(BasePredictionWriter):
                     "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)), encoding="utf-8"
                 )
             log.info("%d predictions: %s", len(rows), path)
+
+
+def _plain(value: Any) -> Any:
+    """A value of tensors and arrays in plain types."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _check_columns(columns: dict[str, Any], n_rows: int | None, module: str) -> None:
+    """Refuses columns that cannot be written as rows, at the first batch and not after the last.
+
+    Args:
+        columns: plain values.
+        n_rows: rows of the batch; None: not known, but the same for all columns.
+        module: name of its class.
+
+    Raises:
+        UserError: naming the first.
+    """
+    if n_rows is None:
+        n_rows = next((len(values) for values in columns.values() if isinstance(values, Sized)), 1)
+    for name, values in columns.items():
+        if not isinstance(values, Sized) or len(values) != n_rows:
+            received = f"{len(values)} values" if isinstance(values, Sized) else f"a {type(values).__name__}"
+            raise UserError(
+                f"{module}.predict_step: expected columns of {n_rows} values, one for each row of the batch, received {name!r} "
+                f"with {received}"
+            )
+    try:
+        json.dumps(columns)
+    except TypeError as error:
+        raise UserError(
+            f"{module}.predict_step: expected columns of numbers, texts, lists and dicts, received another value ({error})"
+        ) from error
 
 
 def _has_indices(trainer: Trainer, dataloader_idx: int) -> bool:
