@@ -1,23 +1,26 @@
 import collections
 import functools
 import gc
+import importlib.util
 import inspect
 import os
 
+# Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 import pytest
-import torch
 from lightning.fabric.utilities import registry
-
-torch.set_num_threads(1)  # sums in one order, whatever the machine
 
 # Slow, and of no use here: each Trainer reads the metadata of all installed packages, for callbacks of theirs, and each
 # load_from_checkpoint the source lines of the whole call stack, of which it needs the files' names.
 registry.entry_points = functools.cache(registry.entry_points)
 inspect.stack = functools.partial(inspect.stack, 0)
+if importlib.util.find_spec("gguf"):  # transformers parses a file's vocabulary thrice to load a tokenizer and a model
+    gguf = importlib.import_module("gguf")
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
 LONG = ["test_kills.py", "test_notebooks.py", "test_cli_language.py", "test_distributed.py", "test_compare.py", "test_cli.py"]

@@ -1,9 +1,10 @@
-"""Python commands in processes of their own, without the five seconds in which each would import torch and lightning.
+"""Python commands in processes of their own, without the seconds in which each would import torch and train the digits' base.
 
 ``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
-forked from one that has imported the libraries and done nothing with them. Its folder, environment, arguments, standard
-streams, signals, coverage and exit status are its own; ``test_forked.py`` compares it with a new process, to the bit. A new
-process it must be where a test is about what is imported, how long that takes, or a variable that is read meanwhile.
+forked from one that has imported the libraries, knows that base, and has done nothing with either. Its folder, environment,
+arguments, standard streams, signals, coverage and exit status are its own; ``test_forked.py`` compares it with a new process,
+to the bit. A new process it must be where a test is about what is imported, how long that takes, a variable that is read
+meanwhile, or what is said while the interpreter frees all that it holds: these do not, which takes a third of a second.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import pickle
 import runpy
 import select
 import signal
@@ -20,11 +22,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-IMPORTED = ["lightning.pytorch", "cola_lightning.cli.training"]  # neither starts a thread, which a fork would lose
+IMPORTED = ["lightning.pytorch", "cola_lightning.cli.training", "sklearn.datasets"]  # none starts a thread: a fork loses those
 _BEFORE_TESTS = os.environ | {"OMP_NUM_THREADS": "1"}  # OpenMP reads this once: when torch is imported
 
 
@@ -104,6 +107,18 @@ def run(*arguments, timeout=None, check=False, **how):
     return done
 
 
+def _learn_base():
+    """Puts the base of ``COLADigits`` into its cache; it is trained in another process, whose threads would not be here."""
+    digits = importlib.import_module("cola_lightning.modules.digits")
+    with tempfile.NamedTemporaryFile() as file:
+        if (pid := os.fork()) == 0:
+            digits.COLADigits(seed=0).configure_model()
+            Path(file.name).write_bytes(pickle.dumps(digits._pretrained))
+            os._exit(0)
+        os.waitpid(pid, 0)
+        digits._pretrained.update(pickle.loads(file.read()))
+
+
 def _serve(requests):
     """Forks a process for each request. Returns in each of these, with the request, and where no more will come, with None."""
     while (received := socket.recv_fds(requests, 1 << 20, 8))[0]:
@@ -152,12 +167,28 @@ def _become(arguments, folder, environment, has_own_session, numbers, shared):
         runpy.run_path(first, run_name="__main__")
 
 
+def _end(status):
+    """What an interpreter does at its end, up to where it frees all that it holds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
-    gc.freeze()  # else each process would go through all of that once more at its end: for a second
+    _learn_base()
+    gc.freeze()  # else each process would go through all of that: for a second
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who wait for commands are not waited for
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         request = _serve(requests)
     if request is not None:
-        _become(*request)
+        try:
+            _become(*request)
+        except SystemExit as end:
+            if not isinstance(end.code, int | None):
+                raise
+            _end((end.code or 0) & 0xFF)
+        _end(0)

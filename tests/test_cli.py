@@ -371,32 +371,32 @@ def test_a_second_ctrl_c_stops_at_once():
     program = "import time, cola_lightning.modules.digits as d; d.pretrain = lambda model: None"
     program += "; d.F.cross_entropy = lambda *a: [print('in it', flush=True)] and [time.sleep(0.1) for _ in range(600)]"
     program += "; from cola_lightning.__main__ import entry_point; entry_point()"
-    fit = [sys.executable, "-c", program, "fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
-    process = subprocess.Popen(fit, stdout=subprocess.PIPE, text=True)
-    while "in it" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    process.stdout.close()
+    fit = ["fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
+    process = forked.Command("-c", program, *fit, log=(log := Path("log")))
+    deadline = time.monotonic() + 60
+    while "in it" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)  # an error if it had ended
+    assert process.finish(timeout=5).returncode == 130
     assert not list(Path().rglob("*.ckpt"))
 
 
-def imported_by(*words):
-    program = f"import sys; from cola_lightning.cli import main; print(main({list(words)}), *sys.modules)"
+def imported_by(*words, before="pass"):
+    """The packages that a command imports and another program does not."""
+    program = f"{before}; import sys; names = lambda: {{name.partition('.')[0] for name in sys.modules}}; known = names()"
+    program += f"; from cola_lightning.cli import main; print(main({list(words)}), *names() - known)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     status, *names = done.stdout.splitlines()[-1].split()
     assert status == "0"
-    return {name.partition(".")[0] for name in names}
+    return set(names)
 
 
 def test_help_of_a_fit_leaves_heavy_libraries_alone():
-    program = "import sys, lightning.pytorch.cli; print(*sys.modules)"
-    lightnings = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    added = imported_by("fit", "--help") - {name.partition(".")[0] for name in lightnings.stdout.splitlines()[-1].split()}
+    added = imported_by("fit", "--help", before="import lightning.pytorch.cli")
     assert not added & {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"}
 
 

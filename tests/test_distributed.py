@@ -23,7 +23,7 @@ from tests import forked, tiny
 from tests.toy import assert_bit_equal
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def on_two_processes(folder, *jobs):
@@ -43,6 +43,14 @@ def forked_pair(folder, *jobs, **environment):
     return [forked.Command(run.__file__, folder, *jobs, env=shared | rank) for rank in ranks]
 
 
+def forked_torchrun(folder, *jobs):
+    """The same to its end, and as Lightning sees it under torchrun."""
+    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for process in forked_pair(folder, *jobs, **as_torchrun):
+        done = process.finish(timeout=240)
+        assert done.returncode == 0, done.stderr
+
+
 def distance(mine, theirs):
     """The largest relative distance of two tensors of a name."""
     assert mine.keys() == theirs.keys()
@@ -58,12 +66,7 @@ def trained(tmp_path_factory):
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # to Lightning
-    for process in forked_pair(
-        folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", "boosted", **as_torchrun
-    ):
-        done = process.finish(timeout=240)
-        assert done.returncode == 0, done.stderr
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", "boosted")
     return folder
 
 
@@ -129,7 +132,7 @@ def went_on(trained):
     run.fit(trained, "unclipped", "llama", gradient_clip_val=None)
     run.fit(trained, "whole-single", **run.WHOLE)
     run.fit(trained, "whole-fsdp2-single", ckpt_path=trained / "whole-fsdp2.step6.ckpt", **run.WHOLE)
-    on_two_processes(trained, "resumed", "refused", "used_again")
+    forked_torchrun(trained, "resumed", "refused", "used_again")
     return trained
 
 

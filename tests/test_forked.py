@@ -25,7 +25,7 @@ def test_a_forked_run_and_what_follows_it_are_those_of_new_processes_to_the_bit(
     (tmp_path / "config.yaml").write_text(DIGITS)
     commands = [
         ["fit", "--config", "../config.yaml"],
-        ["export", "--checkpoint", CHECKPOINT, "--format", "merged", "--output", "merged"],
+        ["inspect", "--checkpoint", CHECKPOINT],
     ]
     found = []
     for folder, run in ((tmp_path / "new", new), (tmp_path / "forked", forked.run)):

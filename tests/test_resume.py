@@ -173,7 +173,8 @@ FEW += [("epoch_end", 1), ("epoch_start", 2)]
     ("options", "stops"),
     [
         ({}, STOPS),
-        ({"accumulate_grad_batches": 1}, STOPS),
+        ({"accumulate_grad_batches": 1}, FEW),
+        pytest.param({"accumulate_grad_batches": 1}, STOPS, marks=pytest.mark.slow),
         ({"max_epochs": -1, "max_steps": 8}, FEW),
         ({"check_val_every_n_epoch": None, "val_check_interval": 5}, [*FEW, ("validation", 4), ("batch_end", 4)]),
         ({"limit_val_batches": 0}, [*FEW, ("batch_end", 23)]),
