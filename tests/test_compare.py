@@ -210,7 +210,7 @@ class Runs:
     """In the place of processes: each run takes no time, and its metric follows from its options."""
 
     def __init__(self, monkeypatch):
-        self.asked, self.refusing, self.stop_at, self.bases = [], set(), None, {}
+        self.asked, self.refusing, self.stop_at, self.bases, self.steps = [], set(), None, {}, {}
         monkeypatch.setattr(process, "execute", self)
 
     def __call__(self, words, metric, folder, tell, tell_every):
@@ -226,8 +226,8 @@ class Runs:
         tell(0.5)
         value = rate + seed / 1000 + len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
         curve = [[5, 2 * value], [10, value]]
-        facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": curve}
-        facts["base"] = self.bases.get(folder.name)
+        facts = {"seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": curve}
+        facts |= {"steps": self.steps.get(folder.name, 10), "base": self.bases.get(folder.name)}
         return facts | {"validation": value, "test": value}
 
 
@@ -281,6 +281,17 @@ def test_a_difference_across_two_bases_is_said_to_be_one(tmp_path, runs, capsys)
     assert warning not in capsys.readouterr().out + (tmp_path / "table.md").read_text()
     runs.bases = {"lora-lr0.02-seed2": "2", "cola-2-lr0.02-seed2": "of another machine"}
     assert compare(tmp_path, seeds=3) == 0
+    assert warning in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "table.md").read_text().endswith(f"\n\n{warning}\n")
+
+
+def test_runs_of_unequal_length_are_said_to_be(tmp_path, runs, capsys):
+    assert compare(tmp_path) == 0
+    assert "number of steps" not in capsys.readouterr().out + (tmp_path / "table.md").read_text()
+    runs.steps = {"cola-2-lr0.02-seed2": 7}
+    assert compare(tmp_path, seeds=3) == 0
+    warning = "The runs of seed 2 did not take the same number of optimizer steps, as where an EarlyStopping or "
+    warning += "trainer.max_time ends them."
     assert warning in capsys.readouterr().out.replace("\n", " ")
     assert (tmp_path / "table.md").read_text().endswith(f"\n\n{warning}\n")
 

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -147,16 +147,29 @@ def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int
     return best
 
 
-def across_bases(results: Mapping[str, Sequence[Result]]) -> str:
-    """A warning if runs of one seed are known to have begun from different weights, else nothing."""
-    bases: dict[int, set[str]] = {}
-    for result in chain.from_iterable(results.values()):
-        if result.base is not None:
-            bases.setdefault(result.seed, set()).add(result.base)
-    if not (seeds := sorted(seed for seed, of_seed in bases.items() if len(of_seed) > 1)):
-        return ""
-    which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    return f"The runs of {which} did not begin from the same weights: a difference there is not the method's alone."
+def warning_about(results: Mapping[str, Sequence[Result]]) -> str:
+    """What keeps a difference between methods from being theirs alone, in a sentence each; empty if nothing is known to."""
+    by_seed: dict[int, list[Result]] = {}
+    for result in sorted(chain.from_iterable(results.values()), key=lambda result: result.seed):
+        by_seed.setdefault(result.seed, []).append(result)
+    bases = {seed: {result.base for result in of_seed} - {None} for seed, of_seed in by_seed.items()}
+    steps = {seed: {r.steps for r in of_seed if r.validation is not None} for seed, of_seed in by_seed.items()}
+    sentences = []
+    if which := _seeds_with_several(bases):
+        sentences.append(
+            f"The runs of {which} did not begin from the same weights: a difference there is not the method's alone."
+        )
+    if which := _seeds_with_several(steps):
+        sentences.append(
+            f"The runs of {which} did not take the same number of optimizer steps, as where an EarlyStopping or "
+            "trainer.max_time ends them."
+        )
+    return " ".join(sentences)
+
+
+def _seeds_with_several(found: Mapping[int, Collection[object]]) -> str:
+    seeds = [str(seed) for seed, values in found.items() if len(values) > 1]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
 
 
 def at_best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, list[Result]]:

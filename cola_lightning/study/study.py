@@ -18,7 +18,7 @@ from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_text, as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method, option_of_model
-from cola_lightning.study.results import Result, Run, across_bases, at_best_rates, best_rates, read, write
+from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, warning_about, write
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.study.trials import ALIVE_EVERY, Trials
 from cola_lightning.writing import whole_file
@@ -176,7 +176,7 @@ class Study:
         results = self.results()
         write(self.trials.results(), self.output / "results.jsonl")
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
-        table, warning = summarize(chosen), across_bases(chosen)
+        table, warning = summarize(chosen), warning_about(chosen)
         for name, text in {"table.md": as_markdown(table, self.asked.metric, warning), "table.csv": as_csv(table)}.items():
             with whole_file(self.output / name, is_shared=True) as partial:
                 partial.write_text(text, encoding="utf-8")
