@@ -780,10 +780,11 @@ def test_what_a_run_refuses_and_what_diverges(tmp_path, capsys):
     [
         (["--trainer.limit_val_batches", "0"], "data: expected rows and a validation_step for validation, as methods are"),
         (["--trainer.limit_test_batches", "0"], "data: expected rows and a test_step for test, as methods are compared"),
+        (["--trainer.max_steps", "1000"], "trainer.max_steps: expected at most 18, where trainer.max_epochs: 2 ends a run"),
     ],
 )
 @pytest.mark.usefixtures("forked_runs")
-def test_what_could_not_be_measured_is_refused_before_a_run_is_done(tmp_path, capsys, fit, message):
+def test_what_could_not_be_measured_or_divided_is_refused_before_a_run_is_done(tmp_path, capsys, fit, message):
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=[*SHORT, *fit]) == 2
     assert not list(tmp_path.rglob("*.ckpt"))
     assert f"error: {message}" in capsys.readouterr().err

@@ -24,10 +24,12 @@ from typing_extensions import override
 
 from cola_lightning.callbacks import RunWatch
 from cola_lightning.chain.fingerprint import fingerprint_of
+from cola_lightning.chain.schedule import START
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.modules import COLAModule
+from cola_lightning.modules.guard import run_length
 from cola_lightning.sharded import tensors
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Recorder(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_measurable(trainer, pl_module)
+        _check_length(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.trainable_parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
         self.base = _fingerprint(pl_module)
@@ -192,6 +195,15 @@ def _check_measurable(trainer: Trainer, module: LightningModule) -> None:
                 f"data: expected rows and a {stage}_step for {stage}, as methods are compared by validation and test, "
                 "received none"
             )
+
+
+def _check_length(trainer: Trainer) -> None:
+    """Refuses a run that ends before ``max_steps``, by which a study counts and divides it."""
+    if (steps := run_length(trainer, START).end_step) < trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps: expected at most {steps:.0f}, where trainer.max_epochs: {trainer.max_epochs} ends a run, as "
+            f"methods divide it into links by max_steps, received {trainer.max_steps}"
+        )
 
 
 def _fingerprint(module: LightningModule) -> str | None:
