@@ -296,6 +296,28 @@ def test_runs_of_unequal_length_are_said_to_be(tmp_path, runs, capsys):
     assert (tmp_path / "table.md").read_text().endswith(f"\n\n{warning}\n")
 
 
+def test_a_database_that_is_lost_while_a_run_is_executed_loses_no_result(tmp_path, runs, monkeypatch, capsys):
+    database, words = tmp_path / "study.db", ["--storage", f"sqlite:///{tmp_path}/study.db"]
+    whole = []
+
+    def losing(words, metric, folder, tell, tell_every):
+        facts = runs(words, metric, folder, tell, tell_every)
+        whole.append(database.read_bytes())
+        database.write_bytes(b"no database" * 1000)
+        tell(0.9)
+        return facts
+
+    monkeypatch.setattr(process, "execute", losing)
+    monkeypatch.setattr(study, "ALIVE_EVERY", -1.0)
+    assert compare(tmp_path / "study", *words, seeds=1) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: storage: the database no longer answers (")
+    assert [line["method"] for line in lines(tmp_path / "study")] == ["lora"]
+    database.write_bytes(whole[0])
+    monkeypatch.setattr(process, "execute", runs)
+    assert compare(tmp_path / "study", *words, seeds=1) == 0
+    assert runs.asked == ["lora-lr0.02-seed0", "cola-2-lr0.02-seed0"]
+
+
 def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
     assert compare(tmp_path) == 0
     first = list(runs.asked)

@@ -3,7 +3,8 @@
 import os
 import random
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.exc import DBAPIError
 from typing_extensions import override
 
-from cola_lightning.errors import DiskError, UserError, one_line, shortened_text
+from cola_lightning.errors import DiskError, StorageError, UserError, one_line, shortened_text
 
 DATABASE_TRIES = 5
 JOURNAL_LINE = b'{"op_code":'  # the beginning of each line that Optuna writes
@@ -38,6 +39,20 @@ def open_storage(storage: str) -> BaseStorage:
         raise UserError(
             f"storage: expected a file, or the URL of a database that answers, received {storage!r} ({one_line(str(error))})"
         ) from error
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Tells in one line of a database that no longer answers.
+
+    Raises:
+        StorageError: in the place of the database's own exceptions.
+    """
+    try:
+        yield
+    except (DBAPIError, StorageInternalError) as error:
+        said = one_line(str(getattr(error, "orig", None) or error))
+        raise StorageError(f"storage: the database no longer answers ({said}); the same command continues the study") from error
 
 
 def _database(url: str) -> RDBStorage:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -12,19 +13,21 @@ from typing import Any
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_text, as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method, option_of_model
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, warning_about, write
+from cola_lightning.study.storage import answering
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.study.trials import ALIVE_EVERY, Trials
 from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
+RESULTS = "results.jsonl"
 WAIT = 5.0  # seconds between two checks of other processes' runs
 
 
@@ -75,16 +78,17 @@ class Study:
         is_begun = self.trials.is_begun
         if is_begun and self.trials.config is not None:
             check_same(mine, self.trials.config, self.place)
-        if path.exists() and (is_begun or read(self.output / "results.jsonl")):
+        if path.exists() and (is_begun or read(self.output / RESULTS)):
             check_same(mine, path.read_text(encoding="utf-8"), str(path))
         with whole_file(path, is_shared=True) as partial:
             partial.write_text(mine, encoding="utf-8")
         self.trials.config = mine
         return mine
 
+    @answering()
     def run(self) -> int:
         """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
-        self.trials.add(read(self.output / "results.jsonl"))
+        self.trials.add(read(self.output / RESULTS))
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         left = [TextColumn("left"), TimeRemainingColumn()]
         with Progress(*columns, *left, console=rich.get_console(), transient=True, speed_estimate_period=1e9) as self.bar:
@@ -147,7 +151,8 @@ class Study:
             self.bar.update(self.task, completed=n_done + done, description=what)
             if time.monotonic() - written_at > ALIVE_EVERY:
                 written_at = time.monotonic()
-                self.trials.keep_alive(trial)
+                with suppress(OutsideError), answering():  # the run goes on: its result is what counts
+                    self.trials.keep_alive(trial)
 
         try:
             check_same(self.shared, self.trials.config or self.shared, self.place)  # two commands may have begun at once
@@ -158,14 +163,20 @@ class Study:
             changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
             facts = process.execute([*self.words, *as_words(changes)], self.asked.metric, folder, report_progress, ALIVE_EVERY)
         except BaseException:
-            self.trials.fail(trial)
+            with suppress(OutsideError), answering():
+                self.trials.fail(trial)
             raise
         if facts is None:
             self.trials.fail(trial)
             self.failed[run] = folder / process.LOG
             return
         known = {"rank": chosen.rank, "links": chosen.links}  # for a run that diverged
-        self.trials.finish(trial, Result(**asdict(run), **known | facts))
+        result = Result(**asdict(run), **known | facts)
+        try:
+            self.trials.finish(trial, result)
+        except Exception:  # where the storage does not answer, the next command finds the result here
+            write([*read(self.output / RESULTS), result], self.output / RESULTS)
+            raise
         if not self.asked.keep_checkpoints:
             for checkpoints in folder.glob("**/checkpoints"):
                 shutil.rmtree(checkpoints)
@@ -174,7 +185,7 @@ class Study:
     def _write(self) -> tuple[list[Row], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
         results = self.results()
-        write(self.trials.results(), self.output / "results.jsonl")
+        write(self.trials.results(), self.output / RESULTS)
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
         table, warning = summarize(chosen), warning_about(chosen)
         for name, text in {"table.md": as_markdown(table, self.asked.metric, warning), "table.csv": as_csv(table)}.items():
