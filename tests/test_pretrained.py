@@ -1,5 +1,6 @@
 """Where models come from, and what is said of names and files that are not there."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -71,6 +72,22 @@ def test_a_gguf_file_is_read_without_the_bar_of_transformers(tmp_path, capfd):
     assert Pretrained(str(tmp_path), gguf_file="x.gguf").load(Reader()) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
     assert gguf.tqdm is theirs
+
+
+def test_a_gguf_file_is_parsed_once_for_a_model(tmp_path, monkeypatch):
+    """Its vocabulary takes seconds; transformers asks for it twice."""
+    parsed = []
+    monkeypatch.setattr("gguf.GGUFReader", theirs := lambda path: parsed.append(path) or object())
+
+    class Model:
+        def from_pretrained(self, place, **_):
+            module = importlib.import_module("gguf")
+            return module.GGUFReader(place) is module.GGUFReader(place)
+
+    (tmp_path / "x.gguf").touch()
+    assert Pretrained(str(tmp_path), gguf_file="x.gguf").load(Model())
+    assert parsed == [str(tmp_path)]
+    assert importlib.import_module("gguf").GGUFReader is theirs
 
 
 def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd, monkeypatch):

@@ -1,12 +1,14 @@
 """Where a Hugging Face model comes from: a hub id, a folder, or files inside an installed Python package."""
 
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 import struct
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -137,7 +139,7 @@ class Pretrained:
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
         try:
-            with own_progress_bar():
+            with own_progress_bar(), _parsed_once() if self.gguf_file else nullcontext():
                 return auto_class.from_pretrained(place, **where, **arguments)
         except Exception as error:
             if not _is_of_the_files(error):
@@ -189,6 +191,18 @@ class Pretrained:
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the block a GGUF file is parsed once: transformers does so for a configuration and for the weights, in seconds."""
+    gguf = importlib.import_module("gguf")
+    theirs = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(theirs)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = theirs
 
 
 def with_padding(tokenizer: Any) -> Any:
