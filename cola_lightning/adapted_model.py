@@ -3,11 +3,8 @@
 :class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
-import copy
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,8 +25,9 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, names_of_factors, strip_lora, unstack
 from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
 from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
-from cola_lightning.seeding import check_seed, seeded
+from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import tensors
+from cola_lightning.weights import base_weights, cast_floats, deep_copy, load_extras
 
 
 class Placement(NamedTuple):
@@ -502,99 +500,6 @@ class AdaptedModel:
         modes = {name: part.training for name, part in zip(tensors.plain_names(parts), parts.values(), strict=True)}
         for name, part in model.named_modules():
             part.training = modes.get(name, self.model.training)
-
-
-@contextmanager
-def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
-    """The context in which a base is built: it may train, and depends on no device, precision or draw of the caller.
-
-    Inside the block the global generators are seeded, the default dtype is float32 and the default device as given.
-    """
-    before = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.enable_grad(), torch.device(device), seeded(seed):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
-def deep_copy(model: nn.Module) -> Any:
-    """A deep copy of a model, also if a forward pass has left results in its attributes: these are copied without their graph.
-
-    (Torch refuses to copy such a tensor: an auxiliary loss, say, or the weight of an old-style weight norm.)
-    """
-    memo = {}
-    for module in model.modules():
-        for value in _parts(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """What dicts, lists and tuples hold, at any depth."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _parts(part)
-    else:
-        yield value
-
-
-def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False) -> None:
-    """Casts a model's floating-point tensors in place, and no complex ones: ``nn.Module.to`` drops their imaginary part.
-
-    Args:
-        model: the model.
-        dtype: a floating-point one.
-        half_only: whether tensors in float32 and float64 stay as they are.
-    """
-
-    def cast(tensor: Tensor) -> Tensor:
-        is_cast = tensor.is_floating_point() and not (half_only and tensor.dtype.itemsize >= 4)
-        return tensor.to(dtype) if is_cast else tensor
-
-    model._apply(cast)  # type: ignore[no-untyped-call]
-
-
-def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state, factors = tensors.state_dict(model), names_of_factors(model)
-    return {
-        name: tensors.gather(value)
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
-    }
-
-
-def weight_of(name: str) -> str:
-    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
-    return re.sub(r"\.weight\..*", ".weight", name)
-
-
-def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Writes a chain's values of fully trained parameters and buffers into the present ones.
-
-    Raises:
-        UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
-    """
-    first: dict[Any, str] = {}
-    for name, value in values.items():
-        if name not in own or own[name].shape != value.shape:
-            raise UserError(
-                "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
-                f"{name!r} of shape {tuple(value.shape)}"
-            )
-        place = tensors.local(own[name])
-        other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
-        if other != name and not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each alone
-            raise UserError(
-                f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
-            )
-    for name, value in values.items():
-        tensors.copy_(own[name], value)
 
 
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:

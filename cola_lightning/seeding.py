@@ -53,6 +53,21 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpys)
 
 
+@contextmanager
+def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
+    """The context in which a base is built: it may train, and depends on no device, precision or draw of the caller.
+
+    Inside the block the global generators are seeded, the default dtype is float32 and the default device as given.
+    """
+    before = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.enable_grad(), torch.device(device), seeded(seed):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
 @functools.cache
 def _has_accelerator() -> bool:
     return torch.accelerator.is_available()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMPORTED = ["lightning.pytorch", "cola_lightning.cli.training", "sklearn.datasets"]  # none starts a thread: a fork loses those
-_BEFORE_TESTS = os.environ | {"OMP_NUM_THREADS": "1"}  # OpenMP reads this once: when torch is imported
+_BEFORE_TESTS = dict(os.environ)
 
 
 @functools.cache
@@ -54,7 +54,7 @@ class Command:
     Args:
         *arguments: what would follow ``python``: ``-m`` and a module, ``-c`` and a program, or a script; then its arguments.
         cwd: the folder in which it runs; None: the current one.
-        env: its environment; None: this process' own. ``OMP_NUM_THREADS``, which is 1, and ``PYTHONPATH`` stay the tests'.
+        env: its environment; None: this process' own. ``OMP_NUM_THREADS`` and ``PYTHONPATH`` stay the tests'.
         log: the path of a file that gets both of its streams; None: they are collected.
         start_new_session: whether it has a session, and so a process group, of its own.
         pass_fds: file descriptors that it shares, under the same numbers.

@@ -318,6 +318,19 @@ def test_a_database_that_is_lost_while_a_run_is_executed_loses_no_result(tmp_pat
     assert runs.asked == ["lora-lr0.02-seed0", "cola-2-lr0.02-seed0"]
 
 
+def test_a_database_that_is_lost_before_the_first_run_is_told_of_in_one_line(tmp_path, runs, monkeypatch, capsys):
+    describe = study.as_text
+
+    def losing(config):
+        (tmp_path / "study.db").write_bytes(b"no database" * 1000)
+        return describe(config)
+
+    monkeypatch.setattr(study, "as_text", losing)
+    assert compare(tmp_path / "study", "--storage", f"sqlite:///{tmp_path}/study.db") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: storage: the database no longer answers (")
+    assert runs.asked == []
+
+
 def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
     assert compare(tmp_path) == 0
     first = list(runs.asked)

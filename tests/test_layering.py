@@ -16,7 +16,7 @@ ROWS = [
     ["writing", "seeding", "decoding", "turns", "probe"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],
-    ["chain"],
+    ["chain", "weights"],
     ["adapted_model", "model_card", "usage"],
     ["export", "sharded/strategy"],
     ["callbacks", "data", "modules"],
@@ -28,7 +28,17 @@ ROWS = [
 ]
 
 # What these may take from outside: torch, the standard library and, for chains on disk, safetensors.
-TORCH_ONLY = ("errors", "seeding", "writing", "sharded/tensors", "sharded/processes", "lora", "chain", "adapted_model")
+TORCH_ONLY = (
+    "adapted_model",
+    "chain",
+    "errors",
+    "lora",
+    "seeding",
+    "sharded/processes",
+    "sharded/tensors",
+    "weights",
+    "writing",
+)
 HEAVY = {"bitsandbytes", "transformers", "datasets", "peft", "matplotlib", "sklearn"}
 
 

@@ -35,12 +35,12 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self._lines: dict[tuple[int, int], str] = {}  # of the file, by loader and row
         self._n_rows = Counter[int]()  # so far, of each loader
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.rows, self._n_rows = [], Counter()
+        self._lines, self._n_rows = {}, Counter()
 
     @override
     def write_on_batch_end(
@@ -65,24 +65,22 @@ class PredictionWriter(BasePredictionWriter):
                     "predict: expected a loader that batches rows with indices (no IterableDataset) where "
                     f"{trainer.world_size} processes share its rows, received another; trainer.devices 1 takes any"
                 )
-        _check_columns(columns, None if batch_indices is None else len(batch_indices), type(pl_module).__name__)
+        module = type(pl_module).__name__
+        _check_columns(columns, None if batch_indices is None else len(batch_indices), module)
         for place, values in enumerate(zip(*columns.values(), strict=True)):
             index = self._n_rows[dataloader_idx] if batch_indices is None else int(batch_indices[place])
             self._n_rows[dataloader_idx] += 1
-            self.rows.append((dataloader_idx, {"index": index, **dict(zip(columns, values, strict=True))}))
+            self._lines[dataloader_idx, index] = _line({"index": index, **dict(zip(columns, values, strict=True))}, module)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts = processes.gather_objects(self.rows)
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
-        rows = {(loader, row["index"]): row for part in parts for loader, row in part}
+        lines = {key: line for part in processes.gather_objects(self._lines) for key, line in part.items()}
         path = Path(run_folder(trainer)) / FILE_NAME  # on every process: run_folder broadcasts
         if trainer.is_global_zero:
             with whole_file(path) as partial:
-                partial.write_text(
-                    "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)), encoding="utf-8"
-                )
-            log.info("%d predictions: %s", len(rows), path)
+                partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
+            log.info("%d predictions: %s", len(lines), path)
 
 
 def _plain(value: Any) -> Any:
@@ -95,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_columns(columns: dict[str, Any], n_rows: int | None, module: str) -> None:
-    """Refuses columns that cannot be written as rows, at the first batch and not after the last.
+    """Refuses columns that are no rows, at the first batch and not after the last.
 
     Args:
         columns: plain values.
@@ -114,8 +112,16 @@ def _check_columns(columns: dict[str, Any], n_rows: int | None, module: str) -> 
                 f"{module}.predict_step: expected columns of {n_rows} values, one for each row of the batch, received {name!r} "
                 f"with {received}"
             )
+
+
+def _line(row: dict[str, Any], module: str) -> str:
+    """A row as a line of the file.
+
+    Raises:
+        UserError: for a value that JSON cannot hold.
+    """
     try:
-        json.dumps(columns)
+        return json.dumps(row, ensure_ascii=False) + "\n"
     except TypeError as error:
         raise UserError(
             f"{module}.predict_step: expected columns of numbers, texts, lists and dicts, received another value ({error})"

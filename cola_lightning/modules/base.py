@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning.adapted_model import AdaptedModel, cast_floats
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.packed import pack
@@ -47,6 +47,7 @@ from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_f
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks
+from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from cola_lightning.adapted_model import cast_floats, deep_copy
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
@@ -35,6 +34,7 @@ from cola_lightning.progress import quiet
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import end_of_turn
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
+from cola_lightning.weights import cast_floats, deep_copy
 
 
 def export_trained(module: Any, options: ExportOptions) -> list[str]:

@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from cola_lightning.adapted_model import AdaptedModel, Placement, seeded_build
+from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.modules.compilation import compile_model
@@ -16,6 +16,7 @@ from cola_lightning.modules.contract import COLAParts, trainer_of
 from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.seed import choose_seed
 from cola_lightning.modules.trained_state import TrainedState
+from cola_lightning.seeding import seeded_build
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import shard_module
 

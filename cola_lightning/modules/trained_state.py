@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cola_lightning.adapted_model import AdaptedModel, load_extras, weight_of
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.chain.fingerprint import check_dense, hash_of
 from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.sharded import tensors
+from cola_lightning.weights import load_extras, weight_of
 
 UNCHANGED = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
 

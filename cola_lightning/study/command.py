@@ -40,9 +40,10 @@ def compare(words: Sequence[str]) -> int:
     asked = Comparison(**parsed(parser, words[:cut]).as_dict())
     if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cola compare: expected {' and '.join(missing)}, received none: pip install {' '.join(missing)}")
+    from cola_lightning.study.storage import answering
     from cola_lightning.study.study import Study
 
-    with _stopping_on_sigterm():
+    with _stopping_on_sigterm(), answering():
         return Study(asked, words[cut + 1 :]).run()
 
 

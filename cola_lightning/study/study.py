@@ -85,7 +85,6 @@ class Study:
         self.trials.config = mine
         return mine
 
-    @answering()
     def run(self) -> int:
         """Executes the remaining runs, including those that other processes abandon; returns the exit status."""
         self.trials.add(read(self.output / RESULTS))
