@@ -196,7 +196,7 @@ class Pretrained:
 @contextmanager
 def _parsed_once() -> Iterator[None]:
     """Inside the block a GGUF file is parsed once: transformers does so for a configuration and for the weights, in seconds."""
-    gguf = importlib.import_module("gguf")
+    gguf: Any = importlib.import_module("gguf")
     theirs = gguf.GGUFReader
     gguf.GGUFReader = functools.cache(theirs)
     try:
