@@ -83,7 +83,7 @@ NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 NAMES |= {"lora-sum-rank-4": "LoRA, four times the rank", "full": "full fine-tuning", "cola": "one knot, after a quarter"}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
-RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8")}
+RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8", "cola-16")}
 LINK_1 = {name: [2e-2] for name in ("cola-4", "cola-16")}
 LINK_8 = {name: [1e-2] for name in ("cola-4", "cola-8")}
 FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}

@@ -148,6 +148,14 @@ def test_without_a_logger_everything_goes_to_the_root_folder():
     assert (Path("out") / "predictions.jsonl").exists()
 
 
+def test_without_a_logger_no_config_of_the_users_is_replaced(capfd):
+    Path("config.yaml").write_text(own := "# mine\n" + Path(DIGITS).read_text())
+    assert run("fit", "--config", "config.yaml", *FAST, "--trainer.logger", "false") == 2
+    assert "error: trainer.default_root_dir: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
+    assert Path("config.yaml").read_text() == own
+    assert {path.name for path in Path().iterdir()} == {"config.yaml"}
+
+
 SHARED = """
 import uuid
 

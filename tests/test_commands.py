@@ -66,6 +66,13 @@ def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(("name", "place"), [("digits", "file"), ("overlays/fsdp2", "file/folder")])
+def test_configs_are_not_copied_to_what_is_no_folder(name, place, capsys):
+    Path("file").touch()
+    assert main(["configs", name, "--output", place]) == 2
+    assert capsys.readouterr().err.startswith("error: output: expected a folder that can be written, received")
+
+
 def test_inspect_takes_a_second_more_than_the_import_of_torch():
     unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # which takes time, too
 

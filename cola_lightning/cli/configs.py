@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cola_lightning.cli.help import WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import check_writable, whole_file
 
 PACKAGE = Path(__file__).parent.parent
 # In a wheel the configurations are in the package, in a clone beside it.
@@ -20,7 +20,7 @@ def configs(words: Sequence[str]) -> None:
         words: its arguments.
 
     Raises:
-        UserError: for an unknown name, and a file that already exists.
+        UserError: for an unknown name, a file that already exists, and a folder that cannot be written.
     """
     parser = command_parser("configs", "Lists the configurations that come with cola_lightning, or copies some of them.")
     parser.add_argument(
@@ -42,8 +42,9 @@ def configs(words: Sequence[str]) -> None:
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")
+    for target in targets.values():
+        check_writable("output", target.parent)
     for name, target in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target, is_shared=True) as partial:
             partial.write_bytes(found[name].read_bytes())
         print(f"written: {target}")

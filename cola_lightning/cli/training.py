@@ -253,6 +253,8 @@ class COLACLI(LightningCLI):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
+        if self.subcommand == "fit" and trainer.logger is None:
+            _check_config_of_run(Path(root) / "config.yaml")
         for logger in trainer.loggers:
             if logger.save_dir is not None:
                 check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
@@ -339,6 +341,15 @@ def _check_sizes(strategy: Any, n_processes: int) -> None:
         raise UserError(
             f"trainer.strategy: expected data_parallel_size: {n_processes}, the number of processes (trainer.devices x "
             f"trainer.num_nodes), and tensor_parallel_size: 1, received {data} and {tensor}"
+        )
+
+
+def _check_config_of_run(path: Path) -> None:
+    """Refuses a file in place of a run's configuration that no run has saved: it would be replaced."""
+    if path.is_file() and not path.read_bytes().startswith(b"# lightning.pytorch=="):
+        raise UserError(
+            f"trainer.default_root_dir: expected a folder without a config.yaml of one's own, for a run without a logger saves "
+            f"its configuration there, received {str(path.parent)!r}: rename the file or name another folder"
         )
 
 
