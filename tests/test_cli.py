@@ -297,6 +297,12 @@ BAD = [
     (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "model: expected the import path of a subclass of COLAModule"),
     (["fit", "--config", DIGITS, "--model", "mine.My"], "received 'mine.My' (No module named 'mine')"),
     (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
+    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received null"),
+    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected a value, received null"),
+    (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: expected a value, received null"),
+    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received null"),
+    (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
+    (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
     (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
     (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
     (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
@@ -330,6 +336,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("groups.yaml").write_text(f"{parts}chain: null\n")
     for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
+    Path("delta.yaml").write_text("chain: {min_delta: null}\n")
+    Path("lr.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}}}\n")
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2

@@ -20,7 +20,7 @@ ROWS = [
     ["adapted_model", "model_card", "usage"],
     ["export", "sharded/strategy"],
     ["callbacks", "data", "modules"],
-    ["examples", "cli/help"],
+    ["examples", "cli/help", "cli/nulls"],
     ["cli/training"],
     ["study"],
     ["cli"],

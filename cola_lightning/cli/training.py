@@ -39,6 +39,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
+from cola_lightning.cli.nulls import check_class, check_nulls
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
@@ -138,6 +139,7 @@ class COLACLI(LightningCLI):
         for group in ("trainer", "chain", "last"):
             if not isinstance(value := self._get(self.config, group), Namespace):
                 raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+        self._check_nulls()
         self._expand_home()
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool):
@@ -149,6 +151,12 @@ class COLACLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let hyperparameters in the checkpoint override the user's."""
+
+    def _check_nulls(self) -> None:
+        for group in ("model", "data"):
+            check_class(group, self._get(self.config, group))
+        check_nulls("chain", self._get(self.config, "chain"), ChainOfLoRA)
+        check_nulls("last", self._get(self.config, "last"), LastCheckpoint)
 
     def _expand_home(self) -> None:
         """Replaces ``~`` in the folders of runs: Lightning does so in some of a run's paths alone."""

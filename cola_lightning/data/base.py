@@ -79,7 +79,7 @@ def check_sizes(**sizes: int | None) -> None:
 def check_shares(**sizes: float | None) -> None:
     """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
-        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
             raise UserError(f"data.{field}: expected a whole number of rows of at least 1, or a share below 1, received {size}")
 
 

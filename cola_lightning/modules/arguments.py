@@ -113,11 +113,17 @@ def _is_list(value: Any) -> bool:
 
 def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:
     """Plain arguments in the types that the class' ``__init__`` annotates: members of an Enum, paths and ordered dicts."""
+    hints = annotations(cls)
+    return {name: _as_annotated(value, hints.get(name)) for name, value in init_args.items()}
+
+
+def annotations(cls: type) -> dict[str, Any]:
+    """The types of a class' constructor arguments, those that it passes on to its bases among them."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         with contextlib.suppress(NameError):  # annotations with names that are imported for type checkers alone
             hints |= get_type_hints(base.__init__)  # type: ignore[misc]
-    return {name: _as_annotated(value, hints.get(name)) for name, value in init_args.items()}
+    return hints
 
 
 def _as_annotated(value: Any, hint: Any) -> Any:
