@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adafactor, AdamW
 
 from cola_lightning import AdaptedModel, COLAModule, LoRALinear, UserError
 from cola_lightning.chain import Chain
@@ -183,6 +183,40 @@ def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
     assert [step for step, _ in watch.seen[5]] == [5.0] * 4
     assert [share for _, share in watch.seen[5]] == pytest.approx([0.25] * 4, abs=0.01)
     assert [step for step, _ in watch.seen[9]] == [9.0] * 4
+
+
+def eight_bit(parameters):
+    return pytest.importorskip("bitsandbytes.optim").AdamW8bit(parameters, lr=1e-3, min_8bit_size=1)
+
+
+def refused(share, optimizer):
+    return rf"model\.kept_optimizer_state: expected 0 or 1 with {optimizer}, whose .* received {share}"
+
+
+@pytest.mark.parametrize(("make", "name"), [(eight_bit, "AdamW8bit"), (Adafactor, "Adafactor")])
+def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, make, name):
+    def fit(kept, chain):
+        watch = Watch(lambda *_: None)
+        try:
+            module = toy(kept_optimizer_state=kept, optimizer=make, lr_schedule="constant")
+            trainer(tmp_path, watch, chain=chain, max_epochs=1).fit(module, batches())
+        finally:
+            steps.append(len(watch.seen))
+
+    steps = []
+    with pytest.raises(UserError, match=refused(0.25, name)):
+        fit(0.25, {"every_n_train_steps": 5})
+    fit(0.25, {})  # without a knot nothing is kept
+    for kept in (0, 1):
+        fit(kept, {"every_n_train_steps": 5})
+    assert steps == [1, 10, 10, 10]
+    parameter = nn.Parameter(torch.ones(4, 5))
+    old, new = make([parameter]), make([parameter])
+    parameter.grad = torch.ones(4, 5)
+    old.step()
+    keep_state(old, new, 0.25, ())  # a factor's alone is kept in part
+    with pytest.raises(UserError, match=refused(0.25, name)):
+        keep_state(old, new, 0.25, {id(parameter)})
 
 
 @pytest.mark.parametrize(

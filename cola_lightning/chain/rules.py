@@ -61,8 +61,12 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
         share: the share of values that each of the factors' moments retains, above 0.
         factors: the ids of the links' factors.
 
+    Raises:
+        UserError: for a state of which no part can be retained; see :func:`check_state`.
+
     Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
     """
+    check_state(old, share, factors)
     for group in new.param_groups:
         for parameter in group["params"]:
             state = old.state.get(parameter)
@@ -71,6 +75,27 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
                 new.state[parameter] = {
                     name: _kept(value, parameter, share if is_factor else 1.0) for name, value in state.items()
                 }
+
+
+def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
+    """Refuses to retain a part of a state that is not a number for each entry of a factor: 8-bit codes, or sums over rows.
+
+    Args:
+        optimizer: a link's, after a step.
+        share: the share that a knot retains; 0 and 1 suit any state.
+        factors: the ids of the links' factors.
+    """
+    if share in (0, 1):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items() if id(parameter) in factors else ():
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if value.shape != parameter.shape or not value.is_floating_point():
+                raise UserError(
+                    f"model.kept_optimizer_state: expected 0 or 1 with {type(optimizer).__name__}, whose {name} has other "
+                    f"values than a number for each entry of a factor, received {share:g}"
+                )
 
 
 def _kept(value: object, parameter: Tensor, share: float) -> object:

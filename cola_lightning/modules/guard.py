@@ -119,6 +119,7 @@ class ChainGuard(Callback):
                 "model.kept_optimizer_state: expected 0 under a strategy that shards the optimizer's state, "
                 f"received {module.optimization.kept_optimizer_state:g}"
             )
+        self._is_state_unchecked = run.schedule.has_knots
         if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
             module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
         _check_trained_factors(trainer, module)
@@ -174,6 +175,9 @@ class ChainGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch.close()
+        if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
+            self._is_state_unchecked = False
+            self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation

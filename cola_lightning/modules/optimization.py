@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.rules import keep_state
+from cola_lightning.chain.rules import check_state, keep_state
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in, lora_layers
@@ -225,9 +225,13 @@ class LinkOptimization:
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
-            factors = {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
             for old, new in zip(before, now, strict=True):
-                keep_state(old, new, self.kept_optimizer_state, factors)
+                keep_state(old, new, self.kept_optimizer_state, _factors(adapted))
+
+    def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
+        """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
+        for optimizer in optimizers:
+            check_state(optimizer, self.kept_optimizer_state, _factors(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -249,6 +253,10 @@ class LinkOptimization:
             rate = wanted["lr"]
             group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
             scheduler.base_lrs[k] = rate
+
+
+def _factors(adapted: AdaptedModel) -> set[int]:
+    return {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
 
 
 def check_trained_dtypes(model: nn.Module) -> None:
