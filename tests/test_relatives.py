@@ -250,6 +250,36 @@ def test_the_chain_of_a_boosted_config_is_boosted_in_a_study_and_lora_is_not(nam
     assert resolved([*boosted, *as_words(found.options)])["chain"]["boosting"] == expected
 
 
+RULES = {"trained_factors": "both", "kept_optimizer_state": 0, "boosting": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("lora", {}),
+        ("lora-sum-rank-4", {}),
+        ("cola", {"trained_factors": "random", "kept_optimizer_state": 0.1, "boosting": True}),
+        ("rac", {"trained_factors": "random"}),
+        ("relora", {"kept_optimizer_state": 0.01}),
+        ("relora-4", {"kept_optimizer_state": 0.01}),
+        ("asymmetric", {"trained_factors": "B"}),
+        ("boost", {"boosting": True}),
+    ],
+)
+def test_a_method_follows_its_own_rules_and_cola_those_of_the_config(name, own):
+    mixed = ["--model.trained_factors", "random", "--model.kept_optimizer_state", "0.1", "--chain.boosting", "true"]
+    words = ["--config", DIGITS, *mixed]
+    options = method(name, resolved(words)).options
+    config = resolved([*words, *as_words(options)])
+    has = config["model"]["init_args"] | {"boosting": config["chain"]["boosting"]}
+    assert {rule: has[rule] for rule in RULES} == RULES | own
+
+
+def test_a_module_without_the_rules_of_relatives_is_compared_with_lora():
+    config = {"model": {"init_args": {"rank": 2, "alpha": 4}}, "chain": {}, "trainer": {}}
+    assert not [name for name in method("lora", config).options if name.startswith("model.")]
+
+
 # ---------------------------------------------------------------------- BoostLoRA: links orthogonal to those before
 
 

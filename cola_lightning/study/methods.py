@@ -15,6 +15,7 @@ OF_SCHEDULE = (*WHENS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
 ONE_LINK = NO_CHAIN | {"chain.boosting": False}
+RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ ChainOf = Callable[[str, Config], tuple[list[int], dict[str, Any]]]
 
 def _lora(name: str, config: Config, chain: ChainOf) -> Method:
     """One link over the whole run."""
-    return Method(name, 1, _rank(config), ONE_LINK)
+    return Method(name, 1, _rank(config), ONE_LINK | _without_rules(config))
 
 
 def _cola(name: str, config: Config, chain: ChainOf) -> Method:
@@ -74,7 +75,7 @@ def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     ranks, _ = chain(name, config)
     scaling = option_of_model(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
-    return Method(name, 1, sum(ranks), ONE_LINK | sizes)
+    return Method(name, 1, sum(ranks), ONE_LINK | _without_rules(config) | sizes)
 
 
 def _full(name: str, config: Config, chain: ChainOf) -> Method:
@@ -86,7 +87,7 @@ def _full(name: str, config: Config, chain: ChainOf) -> Method:
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
     """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
     found = _cola(name, config, chain)
-    return replace(found, options={**found.options, "model.trained_factors": "random"})
+    return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
 
 
 def _relora(name: str, config: Config, chain: ChainOf) -> Method:
@@ -99,18 +100,19 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
             "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "
             f"length is not known beforehand, received {rise:g} of it"
         )
-    return replace(found, options={**found.options, **jagged, "model.knot_warmup_steps": rise})
+    return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
 
 def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
     """One link that trains only B; A stays as drawn."""
-    return Method(name, 1, _rank(config), ONE_LINK | {"model.trained_factors": "B"})
+    return Method(name, 1, _rank(config), ONE_LINK | _without_rules(config) | {"model.trained_factors": "B"})
 
 
 def _boost(name: str, config: Config, chain: ChainOf) -> Method:
     """A chain whose links begin orthogonal to the previous ones, on rows drawn by the model's error: as BoostLoRA's rounds."""
     found = _cola(name, config, chain)
-    return replace(found, options={**found.options, "model.init": "orthogonal", "chain.boosting": True})
+    options = {**found.options, **_without_rules(config), "model.init": "orthogonal", "chain.boosting": True}
+    return replace(found, options=options)
 
 
 METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
@@ -124,6 +126,13 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "boost": _boost,
 }
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
+
+
+def _without_rules(config: Config) -> dict[str, Any]:
+    """The options that undo a relative's rules in the config, where it has any."""
+    options = config["model"].get("init_args", {})
+    undone = {f"model.{name}": value for name, value in RULES.items() if options.get(name, value) != value}
+    return undone | ({"chain.boosting": False} if config["chain"].get("boosting") else {})
 
 
 def option_of_model(config: Config, name: str) -> Any:
