@@ -1447,6 +1447,11 @@ def copied(words):
     ({"seeds": 0}, "seeds: expected a whole number of at least 1, received 0"),
     ({"config": "nowhere.yaml"}, "config: expected a file, received 'nowhere.yaml'"),
     ({"metric": "accuracy"}, "metric: expected a name that begins with val_, received 'accuracy'"),
+    (
+        {"metric": "val_mse"},
+        "mode: expected min or max beside a metric that is none of val_loss, val_perplexity, val_accuracy, val_auroc, "
+        "val_exact_match, val_f1, val_matthews_corrcoef, val_precision, val_recall, received none for val_mse",
+    ),
     ({"tuning_seeds": 4}, "tuning_seeds: expected 1 to 3, which is seeds, received 4"),
     ({"learning_rates": [0.0]}, "learning_rates: expected numbers above 0, each once, received [0.0]"),
     ({"learning_rates": {"lora": [0.01]}}, "learning_rates: expected a list for each of lora, cola, received lora"),

@@ -23,6 +23,7 @@ from benchmarks import paper_table
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError, UserError
 from cola_lightning.study import process, study
+from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import mean_curve, plot_curves
 from cola_lightning.study.methods import METHODS, method
@@ -102,6 +103,29 @@ def test_a_rate_is_chosen_on_validation_by_the_tuning_seeds_alone():
     assert best_rates(results, "max", [0]) == {"lora": 1e-2}
     assert best_rates(results, "min", [0, 1]) == {"lora": 1e-1}  # the seed that all rates have
     assert [r.seed for r in at_best_rates(results, "max", [0])["lora"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "better"),
+    [
+        ("val_loss", None, "min"),
+        ("val_perplexity", None, "min"),
+        ("val_accuracy", None, "max"),
+        ("val_f1", None, "max"),
+        ("val_exact_match", None, "max"),
+        ("val_matthews_corrcoef", None, "max"),
+        ("val_loss", "max", "max"),
+        ("val_mse", "min", "min"),
+    ],
+)
+def test_a_lower_metric_is_better_where_its_name_or_the_user_says_so(tmp_path, metric, mode, better):
+    assert Comparison(DIGITS, str(tmp_path), ["lora"], metric=metric, mode=mode).better == better
+
+
+@pytest.mark.parametrize("name", ["mse", "error", "wer", "nll", "bpb", "lossless_rate", "acuracy"])
+def test_no_direction_is_guessed_for_another_metric(tmp_path, name):
+    with pytest.raises(UserError, match=f"mode: expected min or max .* received none for val_{name}"):
+        Comparison(DIGITS, str(tmp_path), ["lora"], metric=f"val_{name}")
 
 
 def test_a_rate_at_which_a_run_diverged_is_not_chosen():
@@ -498,7 +522,7 @@ def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(process, "execute", refuses)
-        assert compare(tmp_path, "--metric", "val_los", fit=["--model.rank", "2000"]) == 2
+        assert compare(tmp_path, "--metric", "val_los", "--mode", "min", fit=["--model.rank", "2000"]) == 2
     assert compare(tmp_path) == 0
     assert len(lines(tmp_path)) == 4
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -798,7 +822,7 @@ def test_a_runs_peak_memory_is_not_that_of_the_process_which_began_it(monkeypatc
 def test_what_a_run_refuses_and_what_diverges(tmp_path, capsys):
     assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
     assert "error: model.rank: expected at most" in capsys.readouterr().err
-    assert compare(tmp_path / "metric", "--metric", "val_acuracy", methods="[lora]", seeds=1, fit=SHORT) == 2
+    assert compare(tmp_path / "metric", "--metric", "val_acuracy", "--mode", "max", methods="[lora]", seeds=1, fit=SHORT) == 2
     said = capsys.readouterr()
     assert said.out.count("metric: a validation logged no val_acuracy; is val_accuracy meant?") == 1
     assert "error: metric: expected one of val_accuracy, val_loss, received val_acuracy" in said.err

@@ -9,6 +9,9 @@ from cola_lightning.errors import UserError
 from cola_lightning.study.results import Mode
 from cola_lightning.writing import check_writable
 
+HIGHER_IS_BETTER = ("accuracy", "auroc", "exact_match", "f1", "matthews_corrcoef", "precision", "recall")
+MODES: dict[str, Mode] = {"val_loss": "min", "val_perplexity": "min"} | {f"val_{name}": "max" for name in HIGHER_IS_BETTER}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -26,8 +29,9 @@ class Comparison:
             The best on validation is reported. Default: the config's.
         tuning_seeds: number of seeds by which rates are compared; the others run only at the best rate. Default: all.
         metric: the validation metric, by which rates are chosen; the test metric has the same name with ``test_``.
-        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for a loss or a perplexity, else
-            higher.
+        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for ``val_loss`` and
+            ``val_perplexity``; higher for ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``,
+            ``val_precision``, ``val_recall`` and ``val_auroc``; for another metric it is needed.
         also_seeded: further options of ``cola fit`` that are set to each run's seed: ``[data.split_seed]``, say.
         keep_checkpoints: keep the runs' checkpoints, in their folders; ``false``: delete them at each run's end.
         storage: the file or the URL of Optuna's storage. Default: ``study.journal`` in the output.
@@ -64,6 +68,10 @@ class Comparison:
             raise UserError(f"tuning_seeds: expected 1 to {self.seeds}, which is seeds, received {self.tuning_seeds}")
         if not self.metric.startswith("val_"):
             raise UserError(f"metric: expected a name that begins with val_, received {self.metric!r}")
+        if self.mode is None and self.metric not in MODES:
+            raise UserError(
+                f"mode: expected min or max beside a metric that is none of {', '.join(MODES)}, received none for {self.metric}"
+            )
         given = self.learning_rates
         if isinstance(given, dict) and given.keys() != set(self.methods):
             received = ", ".join(given) or "none"
@@ -75,7 +83,7 @@ class Comparison:
     @property
     def better(self) -> Mode:
         """Whether a lower or a higher metric is better."""
-        return self.mode or ("min" if "loss" in self.metric or "perplexity" in self.metric else "max")
+        return self.mode or MODES[self.metric]
 
     @property
     def tuned_by(self) -> range:
