@@ -1474,13 +1474,18 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
         "methods: expected a config whose chain has knots, or a number of links, as in cola-4, received 'cola' and none",
     ),
     (
-        ("cola", {"every_n_epochs": 1}, {"max_steps": 20}),
-        "trainer: expected max_epochs alone, as the chain counts epochs, so that the number of links is known, "
-        "received another limit",
+        ("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}),
+        "methods: expected a number of links, as in lora-sum-rank-4, for a chain that counts epochs in a run with another "
+        "limit than trainer.max_epochs, received 'lora-sum-rank'",
     ),
     (
-        ("cola", {"every_n_train_steps": 1}, {"max_epochs": 2}),
-        "trainer: expected max_steps, as the chain counts steps, so that the number of links is known, received another limit",
+        ("lora-sum-rank", {"every_n_train_steps": 1}, {"max_epochs": 2}),
+        "methods: expected a number of links, as in lora-sum-rank-4, for a chain that counts steps in a run with another "
+        "limit than trainer.max_steps, received 'lora-sum-rank'",
+    ),
+    (
+        ("lora-sum-rank", {"patience": 2}, {"max_epochs": 2}),
+        "methods: expected a number of links, as in lora-sum-rank-4, for a chain with a patience, received 'lora-sum-rank'",
     ),
     (("cola-9", {}, {"max_epochs": 3}), "methods: expected at most 3 links, one per epoch or step of a run, received 9"),
     (

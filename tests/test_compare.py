@@ -80,6 +80,25 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
         assert found.options["model.target_modules"] is None
 
 
+@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "lora-sum-rank"), "lora-sum-rank-4"])
+@pytest.mark.parametrize(
+    "fit", [[], ["--chain.every_n_train_steps", "null", "--chain.every_n_epochs", "2", "--trainer.max_steps", "9"]]
+)
+def test_a_chain_in_steps_is_compared_over_epochs_and_the_reverse(name, fit):
+    words = ["--config", str(ROOT / "configs" / "smollm2.yaml"), *fit]
+    given = resolved(words)
+    found = method(name, given)
+    mine = resolved([*words, *as_words(found.options)])
+    assert mine["trainer"] == given["trainer"]
+    if name in ("cola", "rac", "relora", "boost"):
+        assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
+        assert mine["chain"] == given["chain"] | {"boosting": name == "boost"}
+
+
+def test_the_largest_rank_of_a_chain_is_known_without_its_number_of_links():
+    assert method("cola", config({"at_steps": [5, 9], "ranks": [1, 3, 2]}, max_epochs=2)).rank == 3
+
+
 def test_links_of_equal_length_end_with_the_run():
     assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]
     assert method("cola-2", config(max_epochs=5)).options["chain.at_epochs"] == [2]

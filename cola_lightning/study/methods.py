@@ -24,7 +24,7 @@ class Method:
 
     Attributes:
         name: as the user wrote it: ``cola``, or ``cola-4`` for a chain of four links.
-        links: the number of links of a run, if known beforehand; 0 for full fine-tuning.
+        links: the number of links of a run; 1 for a chain of which it is not known beforehand, 0 for full fine-tuning.
         rank: the largest rank of a link; None for full fine-tuning.
         options: the options of ``cola fit`` that override the config.
     """
@@ -53,6 +53,8 @@ def method(name: str, config: Config) -> Method:
         return METHODS[kind](name, config, _own_chain)
     if kind in WITHOUT_CHAIN or int(n_links) < 1:
         raise UserError(f"methods: expected {kind if kind in WITHOUT_CHAIN else f'{kind}-1 or more'}, received {name!r}")
+    if kind == "lora-sum-rank":  # one link, so the run need not be divisible
+        return METHODS[kind](name, config, lambda name, config: ([_rank(config)] * int(n_links), {}))
     return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
 
 
@@ -161,18 +163,16 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
             f"methods: expected a config whose chain has knots, or a number of links, as in {name}-4, received {name!r} and "
             "none"
         )
-    if schedule.is_open:  # the number of links is known only after each run
+    epochs, steps = _length(config)
+    unit, limit = ("epochs", epochs) if chain["every_n_epochs"] or chain["at_epochs"] else ("steps", steps)
+    if schedule.is_open or limit is None:  # the number of links is known only after each run
         if name == "lora-sum-rank":
+            of_run = f"that counts {unit} in a run with another limit than trainer.max_{unit}"
             raise UserError(
-                "methods: expected a number of links, as in lora-sum-rank-4, for a chain with a patience, received "
-                "'lora-sum-rank'"
+                "methods: expected a number of links, as in lora-sum-rank-4, for a chain "
+                f"{'with a patience' if schedule.is_open else of_run}, received 'lora-sum-rank'"
             )
         return [max(schedule.ranks or [_rank(config)])], {}
-    epochs, steps = _length(config)
-    counts_epochs = chain["every_n_epochs"] or chain["at_epochs"]
-    if (epochs if counts_epochs else steps) is None:
-        wanted = "max_epochs alone, as the chain counts epochs" if counts_epochs else "max_steps, as the chain counts steps"
-        raise UserError(f"trainer: expected {wanted}, so that the number of links is known, received another limit")
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
     return [schedule.rank(link, _rank(config)) for link in range(len(schedule.links(START, run)))], {}
