@@ -9,6 +9,10 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
     python benchmarks/domain_shift.py --figure
 
 draws ``domain_shift.png`` from the lines that are there, and prints README's table and those of docs/results.md.
+
+    python benchmarks/domain_shift.py --output FOLDER
+
+runs all of it anew, in an empty folder; the figure is ``FOLDER.png``.
 """
 
 import argparse
@@ -188,14 +192,18 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     """Runs what is missing, then draws the figure."""
+    global FOLDER
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true", help="only draw the figure")
-    if not parser.parse_args().figure:
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the studies (default: %(default)s)")
+    options = parser.parse_args()
+    FOLDER = options.output
+    if not options.figure:
         for stage in STAGES:
             run(stage.words)
     for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot()]:
         print(f"| {' | '.join(row)} |")
-    draw(HERE / "domain_shift.png")
+    draw(FOLDER.with_name(f"{FOLDER.name}.png"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ runs only these tasks (and prints the table of all), so that several processes c
 
     python benchmarks/paper_table.py --table
 
-prints the table, from the lines that are there.
+prints the table, from the lines that are there. With ``--output FOLDER``, an empty one, all of it is run anew.
 """
 
 import argparse
@@ -61,10 +61,13 @@ def rows() -> list[list[str]]:
 
 def main() -> None:
     """Runs what is missing, and prints the table."""
+    global FOLDER
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the studies (default: %(default)s)")
     parser.add_argument("tasks", nargs="*", metavar="task", help=f"tasks to run (default: all): {', '.join(TASKS)}")
     options = parser.parse_args()
+    FOLDER = options.output
     if unknown := [task for task in options.tasks if task not in TASKS]:
         parser.error(f"expected {', '.join(TASKS)}, received {unknown[0]}")
     if options.table and options.tasks:

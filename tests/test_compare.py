@@ -924,3 +924,13 @@ def test_the_papers_table_asks_for_the_papers_numbers(task):
     assert given["--learning_rates"] == "[1e-3, 5e-4]"
     links = {name: method(name, asked).links for name in given["--methods"].strip("[]").split(", ")}
     assert links == {"lora": 1, "cola": 2}
+
+
+def test_the_papers_table_runs_anew_in_another_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(paper_table, "run", asked.append)
+    monkeypatch.setattr(paper_table, "FOLDER", paper_table.FOLDER)
+    monkeypatch.setattr("sys.argv", ["paper_table.py", "--output", str(tmp_path), "COPA"])
+    paper_table.main()
+    (words,) = asked
+    assert words[words.index("--output") + 1] == str(tmp_path / "copa")

@@ -1,3 +1,7 @@
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -6,6 +10,8 @@ from torch import nn
 from cola_lightning import COLADigits, DigitsDataModule, UserError
 from cola_lightning.data.sampling import EpochSampler
 from tests.toy import assert_bit_equal, trainer, weights
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_split_is_60_10_30_of_the_digits_5_to_9_by_its_seed():
@@ -89,3 +95,13 @@ def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, accumulate):
         resumed = fit(ckpt_path=tmp_path / f"{step}.ckpt")
         assert_bit_equal(weights(resumed), weights(whole))
         assert resumed.link == whole.link
+
+
+def test_the_splits_run_anew_in_another_folder(tmp_path):
+    cola = tmp_path / "cola"  # in the place of the command: a study with a line of full fine-tuning
+    study = 'while [ "$1" != --output ]; do shift; done; mkdir -p "$2"; echo "{\\"method\\": \\"full\\"}" >>"$2/results.jsonl"'
+    cola.write_text(f"#!/bin/sh\n{study}\n")
+    cola.chmod(0o755)
+    folder, environment = tmp_path / "anew", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", ROOT / "benchmarks" / "digits_splits" / "run.sh", folder], env=environment, cwd=ROOT, check=True)
+    assert sorted(path.parent.name for path in folder.glob("*/results.jsonl")) == ["rank-1", "rank-2", "rank-4"]

@@ -1,5 +1,6 @@
 """The example of a module of one's own: a GPT on bytes that is pre-trained on English and adapted to Python."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,27 @@ def test_the_studies_commands_ask_for_what_there_is():
         assert config["model"]["init_args"]["alpha"] == 2 * stage.rank
         assert [method(name, config).name for name in methods] == methods == list(stage.rates)
         assert set(methods) <= benchmark.NAMES.keys()
+
+
+def test_the_studies_run_anew_in_another_folder(tmp_path, monkeypatch, capsys):
+    def run(words):
+        (folder,) = {Path(after) for word, after in pairwise(words) if word == "--output"}
+        folders.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = words[words.index("--methods") + 1].strip("[]").split(", ")
+        facts = {"steps": 800, "seconds": 1.0, "peak_memory": 1.0, "trainable_parameters": 1, "curve": [[400, 2.0], [800, 1.5]]}
+        write([Result(name, 0, 0.02, 1, 1, 1.5, 1.5, **facts) for name in names], folder / "results.jsonl")
+
+    folders = []
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "FOLDER", benchmark.FOLDER)
+    committed = {stage.folder for stage in benchmark.STAGES}
+    monkeypatch.setattr("sys.argv", ["domain_shift.py", "--output", str(tmp_path / "anew")])
+    benchmark.main()
+    assert {folder.parent for folder in folders} == {tmp_path / "anew"}
+    assert {folder.name for folder in folders} == {folder.name for folder in committed}
+    assert "1.500" in capsys.readouterr().out
+    assert (tmp_path / "anew.png").exists()
 
 
 def test_the_studies_table_and_figure_are_their_lines(tmp_path, monkeypatch):

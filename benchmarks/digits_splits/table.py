@@ -1,8 +1,9 @@
 """The rows of docs/results.md on digits over splits, from the lines that are there.
 
-python benchmarks/digits_splits/table.py
+python benchmarks/digits_splits/table.py [FOLDER]
 """
 
+import sys
 from pathlib import Path
 
 from cola_lightning.study.results import at_best_rates, read
@@ -14,15 +15,15 @@ NAMES |= {"rac": "RAC-LoRA, 10 links", "boost": "boosted, 10 links"}
 TUNING_SEEDS = 3  # as in run.sh
 
 
-def rows() -> list[list[str]]:
+def rows(folder: Path = HERE) -> list[list[str]]:
     """A row a method of each rank."""
     table = []
-    for path in sorted(HERE.glob("rank-*/results.jsonl")):
+    for path in sorted(folder.glob("rank-*/results.jsonl")):
         for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
             table.append([path.parent.name.replace("-", " "), *short_cells(row, NAMES[row.method])])
     return table
 
 
 if __name__ == "__main__":
-    for row in rows():
+    for row in rows(Path(sys.argv[1]) if sys.argv[1:] else HERE):
         print(f"| {' | '.join(row)} |")
