@@ -421,6 +421,18 @@ def test_a_run_that_fails_stops_no_other_and_is_done_again(tmp_path, runs, capsy
     assert len(lines(tmp_path)) == 4
 
 
+def test_a_run_that_fails_is_reported_before_the_next_begins(tmp_path, runs, monkeypatch, caplog):
+    def execute(*given):
+        said.append(caplog.text)
+        return runs(*given)
+
+    said = []
+    monkeypatch.setattr(process, "execute", execute)
+    runs.refusing = {"cola-2-lr0.02-seed0"}
+    assert compare(tmp_path) == 1
+    assert [text.count("failed: cola-2, learning rate 0.02, seed 0: ") for text in said] == [0, 0, 1, 1]
+
+
 def test_a_run_is_done_whenever_another_process_gives_it_up(tmp_path, runs, monkeypatch):
     claim, given_up = Trials.claim, []
 

@@ -28,6 +28,7 @@ from cola_lightning.writing import whole_file
 log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
+FAILED = "failed: %s, learning rate %g, seed %d: %s"
 WAIT = 5.0  # seconds between two checks of other processes' runs
 
 
@@ -112,7 +113,7 @@ class Study:
         if warning:
             log.warning(warning)
         for run, path in self.failed.items():
-            log.error("failed: %s, learning rate %g, seed %d: %s", run.method, run.learning_rate, run.seed, path)
+            log.error(FAILED, run.method, run.learning_rate, run.seed, path)
         return 1 if self.failed else 0
 
     def results(self) -> list[Result]:
@@ -168,6 +169,7 @@ class Study:
         if facts is None:
             self.trials.fail(trial)
             self.failed[run] = folder / process.LOG
+            log.warning(FAILED, run.method, run.learning_rate, run.seed, self.failed[run])  # others may go on for hours
             return
         known = {"rank": chosen.rank, "links": chosen.links}  # for a run that diverged
         result = Result(**asdict(run), **known | facts)
