@@ -10,7 +10,8 @@ takes a minute on a CPU core, writes ``convergence/results.jsonl`` and a figure 
   its gap, and the theorem's bound. The practical chain takes the whole step, and the theorem is not about it.
 * ``counter_example.png``: RAC-LoRA's quadratic in a 3 x 3 matrix, rank 1, gradient descent with a step of 1/L, by LoRA, COLA
   and RAC-LoRA. COLA diverges with that step and reaches the optimum with a tenth of it; LoRA stays at the best matrix of
-  rank 1; RAC-LoRA reaches the optimum.
+  rank 1; RAC-LoRA reaches the optimum. In that paper LoRA, too, diverges with 1/L, and smaller steps end both at a poor
+  stationary point.
 
 Source: Xia et al. (arXiv 2401.04151), theorem 4.1; Malinovsky et al. (arXiv 2410.08305), section 3.
 """

@@ -39,8 +39,8 @@ def method(name: str, config: Config) -> Method:
     """The method of a name, for a config.
 
     Args:
-        name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links of equal length instead of the
-            config's chain.
+        name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links, as equal as whole epochs or steps
+            allow, instead of the config's chain.
         config: the complete configuration of ``cola fit``.
 
     Raises:
@@ -93,7 +93,10 @@ def _rac(name: str, config: Config, chain: ChainOf) -> Method:
 
 
 def _relora(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA."""
+    """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA.
+
+    The warm-up is the config's, else a tenth of the link, which need not be as long as the paper's 50 to 100 steps.
+    """
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
     rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
