@@ -9,8 +9,11 @@ from cola_lightning.errors import UserError
 from cola_lightning.study.results import Mode
 from cola_lightning.writing import check_writable
 
-HIGHER_IS_BETTER = ("accuracy", "auroc", "exact_match", "f1", "matthews_corrcoef", "precision", "recall")
-MODES: dict[str, Mode] = {"val_loss": "min", "val_perplexity": "min"} | {f"val_{name}": "max" for name in HIGHER_IS_BETTER}
+# The metrics whose direction is known by their name.
+LOWER_IS_BETTER = ("val_loss", "val_perplexity")
+HIGHER_IS_BETTER = tuple(
+    f"val_{name}" for name in ("accuracy", "auroc", "exact_match", "f1", "matthews_corrcoef", "precision", "recall")
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ class Comparison:
             raise UserError(f"tuning_seeds: expected 1 to {self.seeds}, which is seeds, received {self.tuning_seeds}")
         if not self.metric.startswith("val_"):
             raise UserError(f"metric: expected a name that begins with val_, received {self.metric!r}")
-        if self.mode is None and self.metric not in MODES:
+        known = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
+        if self.mode is None and self.metric not in known:
             raise UserError(
-                f"mode: expected min or max beside a metric that is none of {', '.join(MODES)}, received none for {self.metric}"
+                f"mode: expected min or max beside a metric that is none of {', '.join(known)}, received none for {self.metric}"
             )
         given = self.learning_rates
         if isinstance(given, dict) and given.keys() != set(self.methods):
@@ -83,7 +87,7 @@ class Comparison:
     @property
     def better(self) -> Mode:
         """Whether a lower or a higher metric is better."""
-        return self.mode or MODES[self.metric]
+        return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
 
     @property
     def tuned_by(self) -> range:
