@@ -796,6 +796,32 @@ def test_a_module_inside_another_is_saved_and_loaded_with_it():
         other.load_state_dict({name: v for name, v in around.state_dict().items() if name != "inner.model.2.lora_B"})
 
 
+def test_modules_inside_another_are_trained_and_resumed_with_it(tmp_path):
+    class Both(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = toy(), toy(seed=1), nn.Linear(12, 6)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.mse_loss(self.head(torch.cat([self.left.model(x), self.right.model(x)], dim=1)), y)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def fit(n_epochs, **arguments):
+        torch.manual_seed(0)
+        module, run = Both(), trainer(tmp_path, max_epochs=n_epochs)
+        run.fit(module, batches(), **arguments)
+        return module, run
+
+    whole, _ = fit(2)
+    assert whole.left.model[0].lora_B.any() and whole.right.model[2].lora_B.any()
+    fit(1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    resumed, _ = fit(2, ckpt_path=tmp_path / "one.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
 def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
     class Manual:
         def training_step(self, batch, batch_idx):

@@ -107,13 +107,15 @@ class LazyModel:
     def ensure_unless_lightning_asks(self, hook: str | None) -> None:
         """Makes the model, unless Lightning iterates over the module: before ``setup``, or after a run that failed before it.
 
-        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model.
+        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model. Lightning never
+        configures a module inside another one, which makes its optimizers from what it finds there.
 
         Args:
             hook: the hook that Lightning is calling.
         """
         trainer = trainer_of(self.module)
-        if trainer is None or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
+        is_own = trainer is not None and cast(object, trainer.lightning_module) is self.module
+        if trainer is None or not is_own or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
             self.ensure()
 
     # ------------------------------------------------------------------ how
