@@ -25,7 +25,7 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
-from cola_lightning.modules.optimization import check_trained_dtypes
+from cola_lightning.modules.optimization import check_new_optimizers, check_trained_dtypes
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
@@ -119,8 +119,6 @@ class ChainGuard(Callback):
                 "model.kept_optimizer_state: expected 0 under a strategy that shards the optimizer's state, "
                 f"received {module.optimization.kept_optimizer_state:g}"
             )
-        if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
-            module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
         _check_trained_factors(trainer, module)
         if is_resumed and run.resumes_knots and not run.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
@@ -130,8 +128,13 @@ class ChainGuard(Callback):
             return
         if module.link_plan.apply(module.adapted, module.first_chain):
             module.link_metrics.begin_link(trainer)
-        if trainer.global_step:  # the first rate was set before the run's length was known
+        # A resumed fit is not asked: it would lose its optimizers' state, and its first knot asks.
+        is_asked = (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers
+        if is_asked or trainer.global_step:  # or the first rate was set before the run's length was known
+            before = trainer.optimizers
             trainer.strategy.setup_optimizers(trainer)
+            if is_asked:
+                check_new_optimizers(before, trainer.optimizers)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
