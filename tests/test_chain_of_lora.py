@@ -331,6 +331,22 @@ def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its
     assert watch.seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
 
 
+def test_an_evaluation_by_another_trainer_inside_a_fit_changes_nothing(tmp_path):
+    class Evaluating(Callback):
+        def on_train_epoch_end(self, run, module):
+            trainer(tmp_path).validate(module, batches(1), verbose=False)
+            assert module.trainer is run
+
+    seen = []
+    for callbacks in ([], [Evaluating()]):
+        module, watch = toy(ValidatedToy, warmup_steps=1), rates()
+        trainer(tmp_path, watch, *callbacks, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(4), batches(1))
+        assert [link.end_step for link in module.chain.links] == [4, 8]
+        seen.append((watch.seen, weights(module)))
+    assert seen[1][0] == seen[0][0]
+    assert_bit_equal(seen[1][1], seen[0][1])
+
+
 class WithCopy(Toy):
     """As for a moving average of the weights, a reference or a teacher."""
 

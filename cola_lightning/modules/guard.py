@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -63,8 +64,8 @@ class ChainGuard(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         run = self.module.run_state
-        run.length = None  # set again when training starts
         if stage == "fit":
+            run.length = None  # set again when training starts
             run.trainer = weakref.ref(trainer)
             # A resumed fit gets these values from its checkpoint, later.
             run.resumes_knots, self.module.optimization.resumed_class = False, None
@@ -250,9 +251,9 @@ class ChainGuard(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
@@ -261,10 +262,13 @@ class ChainGuard(Callback):
             self.module.run_state.left_at = Counters(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
             self.module.link_metrics.keep(trainer, self.module.run_state.link_start.global_step)
+        fitter = self.module.run_state.trainer and self.module.run_state.trainer()
+        if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
+            pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
         if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
