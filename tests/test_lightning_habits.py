@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
@@ -195,6 +196,26 @@ def test_pruning_is_refused_where_there_are_links(tmp_path):
     module = toy(target_modules=None)
     fitted(tmp_path, module, ModelPruning("l1_unstructured", amount=0.5))
     assert (module.model[0].weight == 0).any()
+
+
+class Replacing(Precision):
+    """As TransformerEnginePrecision does by default."""
+
+    def convert_module(self, module):
+        module.model[0] = nn.Linear(8, 12)
+        return module
+
+
+class ReplacingToy(Toy):
+    def on_fit_start(self):
+        self.model[0] = nn.Linear(8, 12)
+
+
+@pytest.mark.parametrize(("cls", "plugins"), [(Toy, [Replacing()]), (ReplacingToy, [])])
+@pytest.mark.parametrize("chain", [None, {"every_n_train_steps": 2}])
+def test_a_model_whose_adapted_layers_were_replaced_is_refused(tmp_path, cls, plugins, chain):
+    with pytest.raises(UserError, match=r"model: expected adapted layers to stay, received a model in which '0' was replaced"):
+        fitted(tmp_path, toy(cls), plugins=plugins, chain=chain)
 
 
 def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ class ChainGuard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_not_replaced(self.module)  # here: a module's own on_fit_start runs after ours
         for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
@@ -348,6 +349,16 @@ def _check_trained_factors(trainer: Trainer, module: COLAParts) -> None:
         raise UserError(
             f"configure_optimizers: expected optimizers without lora_{module.adapted.frozen_factor}, which is not trained "
             f"under model.trained_factors {module.trained_factors}, received one with it"
+        )
+
+
+def _check_not_replaced(module: COLAParts) -> None:
+    """Refuses a model that has lost adapted layers since it was made: plain ones in their place would be trained, or none."""
+    layers = module.adapted.layers
+    if replaced := [name for name in module.adapted.chain.base.get("weight_norms", ()) if name not in layers]:
+        raise UserError(
+            f"model: expected adapted layers to stay, received a model in which {replaced[0]!r} was replaced (by the precision "
+            "transformer-engine, say, which TransformerEnginePrecision(replace_layers=False) prevents)"
         )
 
 
