@@ -490,6 +490,9 @@ class AdaptedModel:
         if is_stacked or not is_copied:
             chain.replay(lora_layers(model), placement.device)
         strip_lora(model, merge=True, dtype=dtype)
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if not (is_copied or placement.is_sharded) and len(devices) == 1:  # a rebuilt one is on the CPU
+            model.to(*devices)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model

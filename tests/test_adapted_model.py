@@ -67,6 +67,12 @@ def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
         model.merged_model(5)
 
 
+def test_a_merged_model_of_fewer_links_is_where_the_model_is():
+    model = adapted()
+    model.model.to("meta")  # for a device that is not the CPU, on any machine
+    assert {parameter.device.type for parameter in model.merged_model(0).parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("finished_links", ["merge", "stack"])
 def test_merged_copies_have_the_modes_of_the_model(finished_links):
     model = train(adapted(finished_links=finished_links), links=2)
