@@ -352,6 +352,7 @@ def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
     loaded = Toy.load_from_checkpoint(
         tmp_path / "step=20.ckpt", **arguments, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_schedule="constant"
     )
+    assert type(loaded.configure_optimizers()["optimizer"]) is torch.optim.SGD  # as a loop of one's own calls it
     trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
     assert loaded.link == 2
     assert loaded.live_link().end_step == 10

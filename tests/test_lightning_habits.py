@@ -878,6 +878,44 @@ def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
     assert counts[1] == counts[0]
 
 
+def test_a_loss_of_each_row_is_trained_and_refused_where_it_is_not_finite(tmp_path):
+    class Rows(Toy):
+        factor = 1.0
+
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            losses = (self.model(batch[0]) - batch[1]).square().mean(1) * self.factor
+            self.optimizers().zero_grad()
+            self.manual_backward(losses, gradient=torch.full_like(losses, 1 / len(losses)))
+            self.optimizers().step()
+
+    module = fitted(tmp_path, toy(Rows, lr_schedule="constant"))
+    assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(lr_schedule="constant"))))
+    module.factor = math.nan
+    with pytest.raises(NonFiniteError, match="the training loss is nan at step 0"):
+        fitted(tmp_path, module)
+
+
+def test_a_buffer_may_be_dropped_during_training(tmp_path):
+    class Dropping(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.register_buffer("sums", torch.zeros(2))
+            self.register_buffer("count", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.count += 1
+            if batch_idx == 2:
+                del self.sums
+            return super().training_step(batch, batch_idx)
+
+    module = fitted(tmp_path, toy(Dropping), chain={"every_n_train_steps": 4})
+    assert (module.link, module.count) == (2, 10)
+
+
 def test_a_model_is_made_under_a_trainer_that_is_a_mock():
     module = toy()
     module.trainer = Mock()

@@ -163,7 +163,7 @@ class ChainGuard(Callback):
         window = self.module.run_state.window
         if self._buffer_names and window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
             state = self.module.trained_state.values()
-            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
+            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
             self.module.run_state.window = replace(window, buffers=buffers)
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
@@ -183,7 +183,7 @@ class ChainGuard(Callback):
             self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
-            tensors.share_(state[name] for name in self._shared_names)
+            tensors.share_(state[name] for name in self._shared_names if name in state)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -276,10 +276,10 @@ class ChainGuard(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss):
+        if torch.isfinite(loss).all():  # of each row, in manual optimization
             return
         self._error = NonFiniteError(
-            f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
+            f"the training loss is {loss.sum().item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
             f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
         )
         if not torch.is_anomaly_enabled():  # which names the operation, in the backward pass

@@ -85,7 +85,8 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
     run.link_start, run.resumes_knots = state.link_start, state.has_knots
     run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
-    module.optimization.resumed_class = state.optimizer
+    if is_fit:  # which loads the optimizer's state
+        module.optimization.resumed_class = state.optimizer
     trained.first_outside = dict(state.outside)
     if plan.begins_link:
         module.link_plan.begin(adapted)
