@@ -492,7 +492,7 @@ class AdaptedModel:
         strip_lora(model, merge=True, dtype=dtype)
         devices = {parameter.device for parameter in self.model.parameters()}
         if not (is_copied or placement.is_sharded) and len(devices) == 1:  # a rebuilt one is on the CPU
-            model.to(*devices)
+            model.to(devices.pop())
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model

@@ -947,6 +947,19 @@ def test_a_module_may_have_attributes_that_are_called_as_a_links_numbers(tmp_pat
     assert_bit_equal(*map(weights, runs))
 
 
+@pytest.mark.parametrize("name", ["link", "schedule"])
+def test_a_child_that_a_property_would_hide_is_refused(tmp_path, name):
+    module = toy()
+    setattr(module, name, nn.Linear(1, 1))
+    with pytest.raises(UserError, match=rf"Toy\.{name}: expected another name than a COLAModule's property has"):
+        fitted(tmp_path, module)
+
+
+def test_a_schedule_that_is_none_of_knots_is_refused():
+    with pytest.raises(UserError, match=r"schedule: expected a ChainSchedule, .* received 'cosine'"):
+        toy().schedule = "cosine"
+
+
 @pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit|to_torchscript).*deprecated")
 def test_torchscript_is_made_of_a_module_without_links_and_else_refused():
     class Scripted(Toy):

@@ -257,6 +257,8 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @schedule.setter
     def schedule(self, schedule: ChainSchedule) -> None:
+        if not isinstance(schedule, ChainSchedule):
+            raise UserError(f"schedule: expected a ChainSchedule, or another name for an attribute, received {schedule!r}")
         self.run_state.schedule = schedule
 
     @property

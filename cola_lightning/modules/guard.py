@@ -259,11 +259,12 @@ class ChainGuard(Callback):
         self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        run = self.module.run_state
         if trainer.state.fn == "fit":
-            self.module.run_state.left_at = Counters(trainer.current_epoch, trainer.global_step)
+            run.left_at = Counters(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            self.module.link_metrics.keep(trainer, self.module.run_state.link_start.global_step)
-        fitter = self.module.run_state.trainer and self.module.run_state.trainer()
+            self.module.link_metrics.keep(trainer, run.link_start.global_step)
+        fitter = run.trainer() if run.trainer else None
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
 

@@ -69,7 +69,7 @@ class LazyModel:
         """Makes the model, if there is none; one on the meta device is rebuilt for a run.
 
         Raises:
-            UserError: if another one was assigned, or ``build_model`` reads it.
+            UserError: if another one was assigned, ``build_model`` reads it, or a property hides a child of the module.
         """
         if self.is_on_meta and trainer_of(self.module) is not None:
             self._forget()
@@ -82,6 +82,12 @@ class LazyModel:
                 f"{name}: expected a base that build_model() returns, to be adapted, received one that was assigned to "
                 "self.model"
             )
+        for child in _children(self.module):  # torch registers it there, but the property is what one reads
+            own = getattr(type(self.module), child, None)
+            if isinstance(own, property) and own.fget.__module__.startswith(
+                "cola_lightning."
+            ):  # torch registers it all the same
+                raise UserError(f"{name}.{child}: expected another name than a COLAModule's property has, received a module")
         if self.is_being_made:
             raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
         self.is_being_made = True
