@@ -3,6 +3,7 @@
 :class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -130,14 +131,8 @@ class AdaptedModel:
         check_trained_factors(trained_factors)
         check_seed("model.seed", seed)
 
-        def make_base() -> nn.Module:
-            with seeded_build(seed):
-                model = build_model()
-                if target_modules is not None:
-                    inject_lora(model, target_modules, rank, alpha, dropout, modules_to_save, init, finished_links)
-            return model
-
-        adapted = cls(make_base, seed)
+        how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links)
+        adapted = cls(functools.partial(_make_base, build_model, seed, *how), seed)
         adapted.trained_factors = trained_factors
         adapted.begin_link(rank, alpha)
         return adapted
@@ -490,6 +485,9 @@ class AdaptedModel:
         if is_stacked or not is_copied:
             chain.replay(lora_layers(model), placement.device)
         strip_lora(model, merge=True, dtype=dtype)
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if not (is_copied or placement.is_sharded) and len(devices) == 1:  # a rebuilt one is on the CPU
+            model.to(devices.pop())
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
@@ -500,6 +498,17 @@ class AdaptedModel:
         modes = {name: part.training for name, part in zip(tensors.plain_names(parts), parts.values(), strict=True)}
         for name, part in model.named_modules():
             part.training = modes.get(name, self.model.training)
+
+
+def _make_base(
+    build_model: Callable[[], nn.Module], seed: int, target_modules: str | Sequence[str] | None, *how: Any
+) -> nn.Module:
+    """The base that :meth:`AdaptedModel.of` adapts: a function of the module, for pickle."""
+    with seeded_build(seed):
+        model = build_model()
+        if target_modules is not None:
+            inject_lora(model, target_modules, *how)
+    return model
 
 
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:

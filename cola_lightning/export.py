@@ -134,9 +134,14 @@ def export_merged(
         The result of the comparison, as a line.
 
     Raises:
-        UserError: for a folder that is not empty, without ``overwrite``.
+        UserError: for a folder that is not empty, without ``overwrite``, and for a model whose state is not of tensors alone.
         ExportError: if the model that is loaded again differs.
     """
+    if other := [(name, type(value)) for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise UserError(
+            "format: expected chain for a model whose state is not of tensors alone, received merged, and "
+            f"{other[0][0]!r}, a {other[0][1].__name__}"
+        )
     with whole_folder(folder, overwrite=overwrite) as partial, quiet():
         if is_of_transformers(model):
             model.save_pretrained(partial)

@@ -49,6 +49,31 @@ def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finis
     assert_bit_equal(state(loop), {name: value.clone() for name, value in module.model.state_dict().items()})
 
 
+def build_toy():
+    return Toy.build_model(None)
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_loop_that_stops_inside_a_link_goes_on_from_what_torch_saves(tmp_path, finished_links):
+    def steps(model, optimizer):
+        for x, y in batches():
+            optimizer.zero_grad()
+            F.mse_loss(model.model(x), y).backward()
+            optimizer.step()
+
+    model = train(AdaptedModel.of(build_toy, **ARGUMENTS, finished_links=finished_links), links=1)
+    optimizer = AdamW(model.trained_parameters(), lr=1e-2)
+    steps(model, optimizer)
+    torch.save((model, optimizer), tmp_path / "run.pt")
+    resumed, its_optimizer = torch.load(tmp_path / "run.pt", weights_only=False)
+    steps(model, optimizer)
+    steps(resumed, its_optimizer)
+    for one in (model, resumed):
+        one.tie_knot()
+    assert_bit_equal(state(resumed), state(model))
+    assert_bit_equal(*({n: v.detach() for n, v in one.merged_model(1).state_dict().items()} for one in (resumed, model)))
+
+
 def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
     model, x = adapted(), next(iter(batches()))[0]
     base = model.merged_model(0)(x)
@@ -65,6 +90,12 @@ def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
     assert not any(isinstance(part, LoRALinear) for part in model.merged_model(1).modules())
     with pytest.raises(UserError, match="links: expected 0 to 4"):
         model.merged_model(5)
+
+
+def test_a_merged_model_of_fewer_links_is_where_the_model_is():
+    model = adapted()
+    model.model.to("meta")  # for a device that is not the CPU, on any machine
+    assert {parameter.device.type for parameter in model.merged_model(0).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("finished_links", ["merge", "stack"])

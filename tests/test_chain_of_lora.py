@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError, lora_layers
 from cola_lightning.callbacks import check_strategy
 from cola_lightning.chain.link import begin_link
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -331,6 +331,22 @@ def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its
     assert watch.seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
 
 
+def test_an_evaluation_by_another_trainer_inside_a_fit_changes_nothing(tmp_path):
+    class Evaluating(Callback):
+        def on_train_epoch_end(self, run, module):
+            trainer(tmp_path).validate(module, batches(1), verbose=False)
+            assert module.trainer is run
+
+    seen = []
+    for callbacks in ([], [Evaluating()]):
+        module, watch = toy(ValidatedToy, warmup_steps=1), rates()
+        trainer(tmp_path, watch, *callbacks, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(4), batches(1))
+        assert [link.end_step for link in module.chain.links] == [4, 8]
+        seen.append((watch.seen, weights(module)))
+    assert seen[1][0] == seen[0][0]
+    assert_bit_equal(seen[1][1], seen[0][1])
+
+
 class WithCopy(Toy):
     """As for a moving average of the weights, a reference or a teacher."""
 
@@ -347,6 +363,69 @@ def test_a_copy_of_the_model_in_the_module_is_left_alone(tmp_path):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
     assert_bit_equal(weights(beside.model), weights(alone.model))
     assert_bit_equal(weights(beside.copy), before)
+
+
+class Keeping(Toy):
+    """Keeps the schedule that its ``configure_optimizers`` makes, and steps it by hand."""
+
+    def configure_optimizers(self):
+        optimizer = SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
+        self.kept = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return optimizer
+
+    def on_train_batch_end(self, *_):
+        assert self.kept.optimizer is self.trainer.optimizers[0]
+        self.kept.step()
+
+
+def fit_of_two_steps(path):
+    run = trainer(path.parent, chain={"every_n_train_steps": 3}, max_epochs=1)
+    run.fit(toy(Keeping), batches(2))
+    run.save_checkpoint(path)
+    return path
+
+
+def test_what_configure_optimizers_keeps_in_the_module_is_what_trains(tmp_path):
+    watch, arguments = rates(), {"chain": {"every_n_train_steps": 3}, "max_epochs": 3}
+    trainer(tmp_path, watch, **arguments).fit(toy(Keeping), batches(2))
+    assert watch.seen == [1, 0.5, 0.25] * 2
+    trainer(tmp_path, **arguments).fit(toy(Keeping), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt"))
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_knot_that_would_go_on_with_the_optimizer_of_the_link_before_is_refused(tmp_path, is_resumed):
+    class Same(Toy):
+        def configure_optimizers(self):
+            self.made = getattr(self, "made", None) or SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+            return self.made
+
+        def on_train_batch_end(self, *_):
+            if self.trainer.global_step == 3 and not is_resumed:
+                self.tie_knot()
+
+    how = {"chain": {"every_n_train_steps": 3}} if is_resumed else {}
+    run = trainer(tmp_path, LastCheckpoint(), max_epochs=3, enable_checkpointing=True, **how)
+    with pytest.raises(UserError, match=r"configure_optimizers: expected a new optimizer from each call, .* the same"):
+        run.fit(toy(Same), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt") if is_resumed else None)
+    written = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("last.ckpt")]
+    assert written == [2] * (not is_resumed)  # none has the new link beside the old one's moments
+
+
+@pytest.mark.parametrize("hook", ["training_step", "on_before_zero_grad", "on_after_backward", "optimizer_step"])
+def test_a_knot_inside_an_optimizers_step_is_refused(tmp_path, hook):
+    class Inside(Toy):
+        pass
+
+    def tie(self, *args, **kwargs):
+        if self.trainer.global_step == 3:
+            self.tie_knot()
+        return getattr(super(Inside, self), hook)(*args, **kwargs)
+
+    setattr(Inside, hook, tie)
+    module = toy(Inside, lr_schedule="constant")
+    with pytest.raises(UserError, match=rf"tie_knot: expected a call between optimizer steps, .* received one in {hook}"):
+        trainer(tmp_path, max_epochs=1).fit(module, batches())
+    assert module.link == 0
 
 
 def test_an_optimizer_of_ones_own_with_factors_that_are_not_trained_is_refused(tmp_path):

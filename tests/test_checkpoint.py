@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import AdamW
 
@@ -57,6 +58,25 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
     assert [(link.rank, link.start_step, link.end_step) for link in chain.links] == [(4, 0, 8), (2, 8, 16)]
     live = checkpoint["cola"]["live"]
     assert (live["rank"], live["alpha"], live["extras"], list(live["metrics"])) == (6, 4.0, [], ["train_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_path):
+    def averaged(path, module, **arguments):
+        callbacks = EMAWeightAveraging(decay=0.5), SaveEachStep(path)
+        trainer(path, *callbacks, max_epochs=3).fit(module, batches(), **arguments)
+        return module
+
+    whole = averaged(tmp_path, make())
+    resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+    Chain(whole.full_chain().links, whole.chain.base).save(tmp_path / "chain")
+    averaged(tmp_path / "on", make(init_chain=tmp_path / "chain"))
+    for arguments in ({}, {"init_chain": tmp_path / "chain"}):
+        with pytest.raises(UserError, match=r"ckpt_path: expected a run without finished links to resume with averaged"):
+            averaged(tmp_path / "resumed", make(**arguments), ckpt_path=tmp_path / "on" / "step=10.ckpt")
+    trainer(tmp_path, max_epochs=2).fit(make(), batches(), ckpt_path=tmp_path / "on" / "step=10.ckpt")
 
 
 def test_load_from_checkpoint_replays_without_a_trainer(tmp_path):
@@ -332,6 +352,7 @@ def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
     loaded = Toy.load_from_checkpoint(
         tmp_path / "step=20.ckpt", **arguments, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_schedule="constant"
     )
+    assert type(loaded.configure_optimizers()["optimizer"]) is torch.optim.SGD  # as a loop of one's own calls it
     trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
     assert loaded.link == 2
     assert loaded.live_link().end_step == 10

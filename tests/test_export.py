@@ -1376,3 +1376,25 @@ def test_an_adapter_that_peft_cannot_load_is_not_kept(tmp_path, monkeypatch, wri
         with pytest.raises(ExportError, match=r"^peft cannot load it \(.*input_layernorm.*it is not kept$"):
             write(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+class Counting(nn.Linear):
+    """A layer whose extra state is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_is_no_tensor_is_refused_by_name(tmp_path):
+    class CountingToy(Toy):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), Counting(12, 6))
+
+    module = toy(CountingToy, target_modules=["0"])
+    with pytest.raises(UserError, match=r"format: expected chain for a model .*, and '2\._extra_state', a dict"):
+        module.export(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    module.export(tmp_path / "chain", "chain")

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning, ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import nn
@@ -195,6 +196,26 @@ def test_pruning_is_refused_where_there_are_links(tmp_path):
     module = toy(target_modules=None)
     fitted(tmp_path, module, ModelPruning("l1_unstructured", amount=0.5))
     assert (module.model[0].weight == 0).any()
+
+
+class Replacing(Precision):
+    """As TransformerEnginePrecision does by default."""
+
+    def convert_module(self, module):
+        module.model[0] = nn.Linear(8, 12)
+        return module
+
+
+class ReplacingToy(Toy):
+    def on_fit_start(self):
+        self.model[0] = nn.Linear(8, 12)
+
+
+@pytest.mark.parametrize(("cls", "plugins"), [(Toy, [Replacing()]), (ReplacingToy, [])])
+@pytest.mark.parametrize("chain", [None, {"every_n_train_steps": 2}])
+def test_a_model_whose_adapted_layers_were_replaced_is_refused(tmp_path, cls, plugins, chain):
+    with pytest.raises(UserError, match=r"model: expected adapted layers to stay, received a model in which '0' was replaced"):
+        fitted(tmp_path, toy(cls), plugins=plugins, chain=chain)
 
 
 def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
@@ -796,6 +817,33 @@ def test_a_module_inside_another_is_saved_and_loaded_with_it():
         other.load_state_dict({name: v for name, v in around.state_dict().items() if name != "inner.model.2.lora_B"})
 
 
+def test_modules_inside_another_are_trained_and_resumed_with_it(tmp_path):
+    class Both(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = toy(), toy(seed=1), nn.Linear(12, 6)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.mse_loss(self.head(torch.cat([self.left.model(x), self.right.model(x)], dim=1)), y)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def fit(n_epochs, **arguments):
+        torch.manual_seed(0)
+        module, run = Both(), trainer(tmp_path, max_epochs=n_epochs)
+        run.fit(module, batches(), **arguments)
+        return module, run
+
+    whole, _ = fit(2)
+    assert whole.left.model[0].lora_B.any()
+    assert whole.right.model[2].lora_B.any()
+    fit(1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    resumed, _ = fit(2, ckpt_path=tmp_path / "one.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
 def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
     class Manual:
         def training_step(self, batch, batch_idx):
@@ -830,6 +878,44 @@ def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):
     assert counts[1] == counts[0]
 
 
+def test_a_loss_of_each_row_is_trained_and_refused_where_it_is_not_finite(tmp_path):
+    class Rows(Toy):
+        factor = 1.0
+
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            losses = (self.model(batch[0]) - batch[1]).square().mean(1) * self.factor
+            self.optimizers().zero_grad()
+            self.manual_backward(losses, gradient=torch.full_like(losses, 1 / len(losses)))
+            self.optimizers().step()
+
+    module = fitted(tmp_path, toy(Rows, lr_schedule="constant"))
+    assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(lr_schedule="constant"))))
+    module.factor = math.nan
+    with pytest.raises(NonFiniteError, match="the training loss is nan at step 0"):
+        fitted(tmp_path, module)
+
+
+def test_a_buffer_may_be_dropped_during_training(tmp_path):
+    class Dropping(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.register_buffer("sums", torch.zeros(2))
+            self.register_buffer("count", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.count += 1
+            if batch_idx == 2:
+                del self.sums
+            return super().training_step(batch, batch_idx)
+
+    module = fitted(tmp_path, toy(Dropping), chain={"every_n_train_steps": 4})
+    assert (module.link, module.count) == (2, 10)
+
+
 def test_a_model_is_made_under_a_trainer_that_is_a_mock():
     module = toy()
     module.trainer = Mock()
@@ -859,6 +945,19 @@ def test_a_module_may_have_attributes_that_are_called_as_a_links_numbers(tmp_pat
     runs = [fitted(tmp_path, toy(cls), chain={"every_n_epochs": 1}, max_epochs=2) for cls in (Toy, Named)]
     assert getattr(runs[1], name) is value
     assert_bit_equal(*map(weights, runs))
+
+
+@pytest.mark.parametrize("name", ["link", "schedule"])
+def test_a_child_that_a_property_would_hide_is_refused(tmp_path, name):
+    module = toy()
+    setattr(module, name, nn.Linear(1, 1))
+    with pytest.raises(UserError, match=rf"Toy\.{name}: expected another name than a COLAModule's property has"):
+        fitted(tmp_path, module)
+
+
+def test_a_schedule_that_is_none_of_knots_is_refused():
+    with pytest.raises(UserError, match=r"schedule: expected a ChainSchedule, .* received 'cosine'"):
+        toy().schedule = "cosine"
 
 
 @pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit|to_torchscript).*deprecated")

@@ -257,6 +257,8 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @schedule.setter
     def schedule(self, schedule: ChainSchedule) -> None:
+        if not isinstance(schedule, ChainSchedule):
+            raise UserError(f"schedule: expected a ChainSchedule, or another name for an attribute, received {schedule!r}")
         self.run_state.schedule = schedule
 
     @property
@@ -338,7 +340,8 @@ class COLAModule(LightningModule, RecordsArguments):
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A.
 
-        During training, the optimizer and its schedule are created again, with empty state.
+        During training, the optimizer and its schedule are created again, with empty state; call it between optimizer steps, as
+        in ``on_train_batch_start`` or ``on_train_batch_end``.
 
         Args:
             rank: the next link's rank; None: what the schedule says.
@@ -348,7 +351,7 @@ class COLAModule(LightningModule, RecordsArguments):
             The finished link.
 
         Raises:
-            UserError: if the module trains without links, or the rank is above ``self.max_rank``.
+            UserError: if the module trains without links, the rank is above ``self.max_rank``, or an optimizer step has begun.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """

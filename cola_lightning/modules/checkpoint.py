@@ -29,7 +29,7 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
         NonFiniteError: for a trained value that is not finite.
     """
     if module.run_state.is_tying:
-        raise RuntimeError(f"the knot after link {module.link} failed halfway: this checkpoint is not written")
+        raise RuntimeError("a knot failed halfway: this checkpoint is not written")
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,7 +26,7 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
-from cola_lightning.modules.optimization import check_trained_dtypes
+from cola_lightning.modules.optimization import check_new_optimizers, check_trained_dtypes
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
@@ -63,8 +64,8 @@ class ChainGuard(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         run = self.module.run_state
-        run.length = None  # set again when training starts
         if stage == "fit":
+            run.length = None  # set again when training starts
             run.trainer = weakref.ref(trainer)
             # A resumed fit gets these values from its checkpoint, later.
             run.resumes_knots, self.module.optimization.resumed_class = False, None
@@ -85,6 +86,7 @@ class ChainGuard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_not_replaced(self.module)  # here: a module's own on_fit_start runs after ours
         for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
@@ -119,9 +121,7 @@ class ChainGuard(Callback):
                 "model.kept_optimizer_state: expected 0 under a strategy that shards the optimizer's state, "
                 f"received {module.optimization.kept_optimizer_state:g}"
             )
-        self._is_state_unchecked = run.schedule.has_knots
-        if (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers:
-            module.optimization.check_new_optimizers(pl_module.configure_optimizers, trainer)
+        self._is_state_unchecked = run.schedule.has_knots or run.schedule.is_open
         _check_trained_factors(trainer, module)
         if is_resumed and run.resumes_knots and not run.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
@@ -131,8 +131,13 @@ class ChainGuard(Callback):
             return
         if module.link_plan.apply(module.adapted, module.first_chain):
             module.link_metrics.begin_link(trainer)
-        if trainer.global_step:  # the first rate was set before the run's length was known
+        # A resumed fit is not asked: it would lose its optimizers' state, and its first knot asks.
+        is_asked = (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers
+        if is_asked or trainer.global_step:  # or the first rate was set before the run's length was known
+            before = trainer.optimizers
             trainer.strategy.setup_optimizers(trainer)
+            if is_asked:
+                check_new_optimizers(before, trainer.optimizers)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
@@ -159,7 +164,7 @@ class ChainGuard(Callback):
         window = self.module.run_state.window
         if self._buffer_names and window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
             state = self.module.trained_state.values()
-            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names}
+            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
             self.module.run_state.window = replace(window, buffers=buffers)
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
@@ -182,7 +187,7 @@ class ChainGuard(Callback):
             self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
-            tensors.share_(state[name] for name in self._shared_names)
+            tensors.share_(state[name] for name in self._shared_names if name in state)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,31 +256,35 @@ class ChainGuard(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        run = self.module.run_state
         if trainer.state.fn == "fit":
-            self.module.run_state.left_at = Counters(trainer.current_epoch, trainer.global_step)
+            run.left_at = Counters(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            self.module.link_metrics.keep(trainer, self.module.run_state.link_start.global_step)
+            self.module.link_metrics.keep(trainer, run.link_start.global_step)
+        fitter = run.trainer() if run.trainer else None
+        if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
+            pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
         if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss):
+        if torch.isfinite(loss).all():  # of each row, in manual optimization
             return
         self._error = NonFiniteError(
-            f"the training loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
+            f"the training loss is {loss.sum().item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
             f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
         )
         if not torch.is_anomaly_enabled():  # which names the operation, in the backward pass
@@ -345,6 +354,16 @@ def _check_trained_factors(trainer: Trainer, module: COLAParts) -> None:
         raise UserError(
             f"configure_optimizers: expected optimizers without lora_{module.adapted.frozen_factor}, which is not trained "
             f"under model.trained_factors {module.trained_factors}, received one with it"
+        )
+
+
+def _check_not_replaced(module: COLAParts) -> None:
+    """Refuses a model that has lost adapted layers since it was made: plain ones in their place would be trained, or none."""
+    layers = module.adapted.layers
+    if replaced := [name for name in module.adapted.chain.base.get("weight_norms", ()) if name not in layers]:
+        raise UserError(
+            f"model: expected adapted layers to stay, received a model in which {replaced[0]!r} was replaced (by the precision "
+            "transformer-engine, say, which TransformerEnginePrecision(replace_layers=False) prevents)"
         )
 
 

@@ -2,11 +2,27 @@
 
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
 from cola_lightning.modules.contract import COLAParts, trainer_of
+from cola_lightning.modules.optimization import check_new_optimizers
+
+HOOKS_OF_A_STEP = {
+    "training_step",
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+    "on_before_backward",
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "lr_scheduler_step",
+}
 
 
 def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
@@ -14,6 +30,7 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
     if module.target_modules is None:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
     check_next(rank, alpha, module.max_rank)
+    _check_between_steps(module)
     module.configure_model()
     adapted, run, trainer = module.adapted, module.run_state, trainer_of(module)
     planned_rank, planned_alpha = module.link_plan.of(module.link + 1)
@@ -23,8 +40,8 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
     )
     module.link_metrics.begin_link(trainer)
     run.link_start = counters_now(module)
-    run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
     _make_optimizers(module)
+    run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
     return link
 
 
@@ -36,12 +53,33 @@ def begin_at(module: COLAParts, start: Counters) -> None:
 
 def _make_optimizers(module: COLAParts) -> None:
     """Makes the live link's optimizers and learning-rate schedules, in a fit."""
-    trainer = trainer_of(module)
-    # In a validation inside fit, too: trainer.training is False there.
-    if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
+    if (trainer := _fitting_trainer(module)) is not None:
         before = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
+        check_new_optimizers(before, trainer.optimizers)
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
+
+
+def _fitting_trainer(module: COLAParts) -> Trainer | None:
+    """The Trainer that fits a module, also in a validation inside of the fit, where ``trainer.training`` is False."""
+    trainer = trainer_of(module)
+    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    return trainer if is_fitting else None
+
+
+def _check_between_steps(module: COLAParts) -> None:
+    """Refuses a knot while Lightning is inside of an optimizer's step, which would then take the new link's first one.
+
+    Lightning stores the hook that it is calling under a private name only.
+    """
+    trainer = _fitting_trainer(module)
+    if trainer is None or not trainer.lightning_module.automatic_optimization:
+        return
+    if (hook := trainer.lightning_module._current_fx_name) in HOOKS_OF_A_STEP:
+        raise UserError(
+            "tie_knot: expected a call between optimizer steps, as in on_train_batch_start or on_train_batch_end, received one "
+            f"in {hook}"
+        )
 
 
 def facts_of_live_link(module: COLAParts) -> dict[str, Any]:

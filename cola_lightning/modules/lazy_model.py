@@ -69,7 +69,7 @@ class LazyModel:
         """Makes the model, if there is none; one on the meta device is rebuilt for a run.
 
         Raises:
-            UserError: if another one was assigned, or ``build_model`` reads it.
+            UserError: if another one was assigned, ``build_model`` reads it, or a property hides a child of the module.
         """
         if self.is_on_meta and trainer_of(self.module) is not None:
             self._forget()
@@ -82,6 +82,12 @@ class LazyModel:
                 f"{name}: expected a base that build_model() returns, to be adapted, received one that was assigned to "
                 "self.model"
             )
+        for child in _children(self.module):  # torch registers it there, but the property is what one reads
+            own = getattr(type(self.module), child, None)
+            if isinstance(own, property) and own.fget.__module__.startswith(
+                "cola_lightning."
+            ):  # torch registers it all the same
+                raise UserError(f"{name}.{child}: expected another name than a COLAModule's property has, received a module")
         if self.is_being_made:
             raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
         self.is_being_made = True
@@ -107,13 +113,15 @@ class LazyModel:
     def ensure_unless_lightning_asks(self, hook: str | None) -> None:
         """Makes the model, unless Lightning iterates over the module: before ``setup``, or after a run that failed before it.
 
-        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model.
+        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model. Lightning never
+        configures a module inside another one, which makes its optimizers from what it finds there.
 
         Args:
             hook: the hook that Lightning is calling.
         """
         trainer = trainer_of(self.module)
-        if trainer is None or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
+        is_own = trainer is not None and cast(object, trainer.lightning_module) is self.module
+        if trainer is None or not is_own or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
             self.ensure()
 
     # ------------------------------------------------------------------ how

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,20 +208,6 @@ class LinkOptimization:
                 f"{self.knot_warmup_steps:g} of it"
             )
 
-    def check_new_optimizers(self, configure: Callable[[], Any], trainer: Trainer) -> None:
-        """Refuses an overridden ``configure_optimizers`` that returns the same optimizer twice: a link begins with a new one.
-
-        LightningCLI's ``--optimizer`` overrides it so.
-        """
-        ours = self._optimizer, self._scheduler, self._groups
-        again = [id(optimizer) for optimizer in _optimizers_in(configure())]
-        self._optimizer, self._scheduler, self._groups = ours
-        if any(id(optimizer) in again for optimizer in trainer.strategy.optimizers):
-            raise UserError(
-                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
-                "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
-            )
-
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
@@ -259,6 +245,18 @@ def _factors(adapted: AdaptedModel) -> set[int]:
     return {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
 
 
+def check_new_optimizers(before: Sequence[Optimizer], now: Sequence[Optimizer]) -> None:
+    """Refuses an overridden ``configure_optimizers`` that returns an optimizer again: a link begins with a new one.
+
+    LightningCLI's ``--optimizer`` overrides it so.
+    """
+    if any(new is old for new in now for old in before):
+        raise UserError(
+            "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+            "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
+        )
+
+
 def check_trained_dtypes(model: nn.Module) -> None:
     """Refuses fully trained parameters in float16, and warns of bfloat16."""
     factors = {id(factor) for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)}
@@ -279,15 +277,6 @@ def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group's hyperparameters, with tensors cloned: a tensor rate is modified in place later."""
     copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
     return {name: value for name, value in copies if name != "params"}
-
-
-def _optimizers_in(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers in what ``configure_optimizers`` may return."""
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping | list | tuple):
-        for part in configured.values() if isinstance(configured, Mapping) else configured:
-            yield from _optimizers_in(part)
 
 
 def _is_same(mine: Any, theirs: Any) -> bool:

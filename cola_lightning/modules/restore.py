@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from cola_lightning.adapted_model import AdaptedModel, check_links
@@ -84,7 +85,8 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
     run.link_start, run.resumes_knots = state.link_start, state.has_knots
     run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
-    module.optimization.resumed_class = state.optimizer
+    if is_fit:  # which loads the optimizer's state
+        module.optimization.resumed_class = state.optimizer
     trained.first_outside = dict(state.outside)
     if plan.begins_link:
         module.link_plan.begin(adapted)
@@ -179,6 +181,12 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         raise WeightsAloneError(
             "ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone: the checkpoint "
             "contains only the model, as save_weights_only writes it"
+        )
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    if state.chain.links and any(isinstance(c, WeightAveraging) for c in callbacks):  # whose copy would get no finished link
+        raise UserError(
+            "ckpt_path: expected a run without finished links to resume with averaged weights, received one with "
+            f"{len(state.chain)} of them"
         )
     if (seed := module.seed_choice.given) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")

@@ -212,12 +212,16 @@ def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
 
 def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Adds a nested module's frozen values, which no state dict contains: their absence would be an error there."""
+    """Adds a nested module's frozen values, which no state dict contains: their absence would be an error there.
+
+    Its finished links, if it has any, must be in the state dict. A checkpoint's contains none, and Lightning's weight
+    averaging loads that into a copy of the module inside another one.
+    """
     if prefix:
         for name, parameter in module.model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
-        if module.trained_state.is_all_in_values:
+        if module.trained_state.is_all_in_values or not len(module.chain):
             state_dict.setdefault(prefix + EXTRA_STATE, UNCHANGED)
 
 
