@@ -139,6 +139,26 @@ def test_predict_writes_a_row_for_each_input_in_order(fitted):
     assert {row["target"] for row in rows} == {5, 6, 7, 8, 9}
 
 
+def test_a_predict_that_is_stopped_leaves_its_rows_so_far(fitted, monkeypatch, capfd):
+    Path("stop.py").write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\nclass Stop(Callback):\n"
+        "    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):\n"
+        "        if batch_idx == 3:\n            os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    given = ["--trainer.callbacks+=stop.Stop", "--data.batch_size", "20"]
+    assert run("predict", *fitted, *given) == 130
+    path = Path("runs/version_1/predictions.partial.jsonl")
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == list(range(60))
+    assert f"stopped after 60 predictions: {path.absolute()}" in capfd.readouterr().out
+    assert not path.with_name("predictions.jsonl").exists()
+
+
+def test_a_predict_of_no_batch_says_so(fitted, capfd):
+    assert run("predict", *fitted, "--trainer.limit_predict_batches", "0") == 0
+    assert "no predictions: trainer.limit_predict_batches 0 leaves no batch" in capfd.readouterr().out
+
+
 def test_without_a_logger_everything_goes_to_the_root_folder():
     arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
     for _ in range(2):
@@ -251,9 +271,13 @@ def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitt
     assert "test: this is the base alone" in capfd.readouterr().out
 
 
-def test_a_fast_dev_run_writes_nothing():
+def test_a_fast_dev_run_writes_nothing(capfd):
     assert run("fit", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
     assert not list(Path().rglob("*.*"))
+    Path("predictions.jsonl").write_text("mine\n")
+    assert run("predict", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
+    assert [path.read_text() for path in Path().rglob("*.*")] == ["mine\n"]
+    assert "no predictions: trainer.fast_dev_run writes none" in capfd.readouterr().out
 
 
 BAD = [

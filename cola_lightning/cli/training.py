@@ -305,6 +305,11 @@ class COLACLI(LightningCLI):
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: the checkpoint is already at trainer.max_epochs or max_steps")
 
+    def after_predict(self) -> None:
+        """Logs why there is no file if no batch was predicted."""
+        if not sum(self.trainer.num_predict_batches):
+            log.info("no predictions: trainer.limit_predict_batches %s leaves no batch", self.trainer.limit_predict_batches)
+
     @property
     def _is_generative(self) -> bool:
         kind = prompt_format_of(self.trainer).get("kind")
