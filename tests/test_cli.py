@@ -327,6 +327,14 @@ BAD = [
     (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received null"),
     (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
     (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
+    (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_3.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_4.yaml"], "trainer.logger: expected 'save_dir' inside init_args, received it beside"),
+    (["fit", "--config", "rows.yaml"], "data: expected the import path of a class, received a file that begins with 'a,b'"),
+    (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
+    (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'; in quotes, yes, no and numbers are text"),
     (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
     (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
     (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
@@ -362,6 +370,21 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
     Path("delta.yaml").write_text("chain: {min_delta: null}\n")
     Path("lr.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}}}\n")
+    adamw = "class_path: torch.optim.AdamW"
+    beside = [
+        "model: {class_path: COLADigits, init_args: {alpha: 2}, rank: 3}",
+        "model: {class_path: COLADigits, rank: 3}",
+        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
+        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
+        "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
+    ]
+    for k, text in enumerate(beside):
+        Path(f"beside_{k}.yaml").write_text(text)
+    Path("rows.csv").write_text("a,b\n1,2\n")
+    Path("rows.yaml").write_text("data: rows.csv\n")
+    template = "data: {{class_path: TemplateDataModule, init_args: {{source: {}, prompt: '{{a}}', options: [{}]}}}}\n"
+    Path("no.yaml").write_text(template.format("x", "no, yes"))
+    Path("3.yaml").write_text(template.format(3, "a, b"))
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2
