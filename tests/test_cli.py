@@ -396,6 +396,18 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("given", [["--config", "own.yaml"], ["--config=own.yaml"], ["--config", DIGITS, "-c", "own.yaml"]])
+def test_a_configuration_is_read_as_utf_8_or_refused(given, monkeypatch, capfd):
+    parts = Path(DIGITS).read_text()
+    Path("own.yaml").write_text(f"# \u00e9\u00df\n{parts}", encoding="utf-8")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
+    assert run("fit", *given, *FAST) == 2
+    message = "error: config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
+    assert capfd.readouterr().err.strip().splitlines()[-1] == message
+    Path("own.yaml").write_text(parts, encoding="ascii")
+    assert run("fit", *given, *FAST) == 0
+
+
 def test_what_fails_while_running_is_status_1_with_its_traceback():
     program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"

@@ -1,6 +1,9 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
+import codecs
 import contextlib
+import itertools
+import locale
 import logging
 import os
 import shlex
@@ -131,6 +134,7 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        _check_encoding(self.words)
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -344,6 +348,22 @@ class COLACLI(LightningCLI):
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
         return path
+
+
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuses characters beyond ASCII in a configuration where jsonargparse, which reads it in the locale's encoding, would
+    take them for others: the data's files are UTF-8 everywhere.
+    """
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name == "utf-8":
+        return
+    given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    given += [file for word, file in itertools.pairwise(words) if word in ("-c", "--config")]
+    for file in given:
+        if (path := Path(file)).is_file() and not path.read_bytes().isascii():
+            raise UserError(
+                f"config: expected a locale of UTF-8 for the characters in {file!r}, received {encoding}: set PYTHONUTF8=1"
+            )
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:
