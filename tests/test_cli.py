@@ -402,8 +402,8 @@ def test_a_configuration_is_read_as_utf_8_or_refused(given, monkeypatch, capfd):
     Path("own.yaml").write_text(f"# \u00e9\u00df\n{parts}", encoding="utf-8")
     monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
     assert run("fit", *given, *FAST) == 2
-    message = "error: config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
-    assert capfd.readouterr().err.strip().splitlines()[-1] == message
+    message = "config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
+    assert capfd.readouterr().err.strip().splitlines()[-1] == f"error: {message}"
     Path("own.yaml").write_text(parts, encoding="ascii")
     assert run("fit", *given, *FAST) == 0
 

@@ -30,12 +30,12 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
     ``predict_step`` returns a dict of columns, each with one value per row of the batch: ``prediction``, ``target`` and any
-    others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its data, is added; rows without
-    one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of several loaders follow one
-    another.
+    others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its
+    data, is added; rows without one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of
+    several loaders follow one another.
 
-    A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of the
-    first. A ``fast_dev_run`` writes nothing.
+    A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of
+    the first. A ``fast_dev_run`` writes nothing.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
         lines = {key: line for part in processes.gather_objects(self._lines) for key, line in part.items()}
-        if trainer.is_global_zero and trainer.fast_dev_run:
+        if trainer.is_global_zero and trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("no predictions: trainer.fast_dev_run writes none")
         elif trainer.is_global_zero:
             path = self._folder / FILE_NAME
@@ -94,7 +94,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         lines, self._lines = self._lines, {}
-        if not lines or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not lines or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / PARTIAL_NAME
         of = f" of the first of {trainer.world_size} processes" if trainer.world_size > 1 else ""

@@ -351,8 +351,9 @@ class COLACLI(LightningCLI):
 
 
 def _check_encoding(words: Sequence[str]) -> None:
-    """Refuses characters beyond ASCII in a configuration where jsonargparse, which reads it in the locale's encoding, would
-    take them for others: the data's files are UTF-8 everywhere.
+    """Refuses characters beyond ASCII in a configuration where the locale's encoding is not UTF-8.
+
+    jsonargparse reads it in that encoding, and would take them for others.
     """
     encoding = locale.getpreferredencoding(False)
     if codecs.lookup(encoding).name == "utf-8":
