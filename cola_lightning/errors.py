@@ -1,8 +1,11 @@
 """The error type for mistakes of the user's, those for other failures, and one-line versions of other libraries' messages."""
 
+import ast
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -78,7 +81,11 @@ def one_line(message: str) -> str:
 
     jsonargparse lists every alternative that it tried, on a line each; the innermost one that failed says what is wrong.
     """
-    field = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    fields = re.findall(r'Parser key "([^"]+)"', message)
+    field, outermost = ".".join(fields), message.rpartition("Given value: ")[2].strip()
+    with contextlib.suppress(ValueError, SyntaxError, TypeError):  # no plain value
+        if fields and (beside := _beside_class_path(ast.literal_eval(outermost), fields[0])):
+            return beside
     innermost = message[message.rfind("Parser key") :]
     if unknown := re.search(r"Option '([^']+)' is not accepted", innermost):
         return f"{field}: expected one of its options, received {unknown[1]!r}, which is none"
@@ -95,6 +102,22 @@ def one_line(message: str) -> str:
     path = re.search(r"Expected a (?:dot import path string: |path but )(\S+)", innermost)
     if path and not set(names) & {"int", "float", "str"}:
         received, names = path[1], ["the import path of a class"]
+        if "\n" in outermost:  # jsonargparse takes the name of a file for its text
+            return f"{field}: expected {names[0]}, received a file that begins with {received!r}"
     if not (field and received and names):
         return re.sub(r"\s+", " ", message).strip()
-    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {received!r}"
+    is_unquoted = names[0] == "str" and re.fullmatch(r"True|False|-?[\d.]+", received)  # in YAML
+    hint = "; in quotes, yes, no and numbers are text" if is_unquoted else ""
+    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {received!r}{hint}"
+
+
+def _beside_class_path(value: Any, field: str) -> str | None:
+    """The message about an option of a class that stands beside its ``class_path``, at any depth; None if there is none."""
+    if not isinstance(value, dict):
+        return None
+    for name, part in value.items():
+        if "class_path" in value and name not in ("class_path", "init_args", "dict_kwargs"):
+            return f"{field}: expected {name!r} inside init_args, received it beside class_path"
+        if message := _beside_class_path(part, field if name == "init_args" else f"{field}.{name}"):
+            return message
+    return None

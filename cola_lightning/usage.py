@@ -70,7 +70,8 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
     if not is_prompt_format(prompt_format):
         return ""
     kind, is_chat = prompt_format["kind"], prompt_format["chat_template"]
-    what = WHAT[kind].format(how="written in the tokenizer's chat template" if is_chat else "which they follow as they stand")
+    plain = "without a chat template: the response directly follows the prompt"
+    what = WHAT[kind].format(how="written in the tokenizer's chat template" if is_chat else plain)
     load = LOAD.format(folder=_quoted(folder))
     if is_adapter:
         load = load.replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from")

@@ -400,6 +400,8 @@ def test_a_batch_without_any_loss_or_without_labels(module):
     assert (output.loss.item(), output.size) == (0, 0)
     with pytest.raises(UserError, match="batch: expected input_ids and labels"):
         module.step({"input_ids": ids})
+    with pytest.raises(UserError, match=r"batch: expected a dict with input_ids and labels, .* received a list"):
+        module.step([ids, ids])
     with pytest.raises(UserError, match="predict: expected rows with options"):
         module.predict_step({"input_ids": ids, "labels": ids}, 0)
 

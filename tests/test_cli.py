@@ -139,6 +139,26 @@ def test_predict_writes_a_row_for_each_input_in_order(fitted):
     assert {row["target"] for row in rows} == {5, 6, 7, 8, 9}
 
 
+def test_a_predict_that_is_stopped_leaves_its_rows_so_far(fitted, monkeypatch, capfd):
+    Path("stop.py").write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\nclass Stop(Callback):\n"
+        "    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):\n"
+        "        if batch_idx == 3:\n            os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    given = ["--trainer.callbacks+=stop.Stop", "--data.batch_size", "20"]
+    assert run("predict", *fitted, *given) == 130
+    path = Path("runs/version_1/predictions.partial.jsonl")
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == list(range(60))
+    assert f"stopped after 60 predictions: {path.absolute()}" in capfd.readouterr().out
+    assert not path.with_name("predictions.jsonl").exists()
+
+
+def test_a_predict_of_no_batch_says_so(fitted, capfd):
+    assert run("predict", *fitted, "--trainer.limit_predict_batches", "0") == 0
+    assert "no predictions: trainer.limit_predict_batches 0 leaves no batch" in capfd.readouterr().out
+
+
 def test_without_a_logger_everything_goes_to_the_root_folder():
     arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
     for _ in range(2):
@@ -251,9 +271,13 @@ def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitt
     assert "test: this is the base alone" in capfd.readouterr().out
 
 
-def test_a_fast_dev_run_writes_nothing():
+def test_a_fast_dev_run_writes_nothing(capfd):
     assert run("fit", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
     assert not list(Path().rglob("*.*"))
+    Path("predictions.jsonl").write_text("mine\n")
+    assert run("predict", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
+    assert [path.read_text() for path in Path().rglob("*.*")] == ["mine\n"]
+    assert "no predictions: trainer.fast_dev_run writes none" in capfd.readouterr().out
 
 
 BAD = [
@@ -303,6 +327,14 @@ BAD = [
     (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received null"),
     (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
     (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
+    (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_3.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
+    (["fit", "--config", "beside_4.yaml"], "trainer.logger: expected 'save_dir' inside init_args, received it beside"),
+    (["fit", "--config", "rows.yaml"], "data: expected the import path of a class, received a file that begins with 'a,b'"),
+    (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
+    (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'; in quotes, yes, no and numbers are text"),
     (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
     (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
     (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
@@ -338,6 +370,21 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
     Path("delta.yaml").write_text("chain: {min_delta: null}\n")
     Path("lr.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}}}\n")
+    adamw = "class_path: torch.optim.AdamW"
+    beside = [
+        "model: {class_path: COLADigits, init_args: {alpha: 2}, rank: 3}",
+        "model: {class_path: COLADigits, rank: 3}",
+        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
+        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
+        "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
+    ]
+    for k, text in enumerate(beside):
+        Path(f"beside_{k}.yaml").write_text(text)
+    Path("rows.csv").write_text("a,b\n1,2\n")
+    Path("rows.yaml").write_text("data: rows.csv\n")
+    template = "data: {{class_path: TemplateDataModule, init_args: {{source: {}, prompt: '{{a}}', options: [{}]}}}}\n"
+    Path("no.yaml").write_text(template.format("x", "no, yes"))
+    Path("3.yaml").write_text(template.format(3, "a, b"))
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2
@@ -347,6 +394,18 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     assert message in last
     assert "Traceback" not in err
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", [["--config", "own.yaml"], ["--config=own.yaml"], ["--config", DIGITS, "-c", "own.yaml"]])
+def test_a_configuration_is_read_as_utf_8_or_refused(given, monkeypatch, capfd):
+    parts = Path(DIGITS).read_text()
+    Path("own.yaml").write_text(f"# \u00e9\u00df\n{parts}", encoding="utf-8")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
+    assert run("fit", *given, *FAST) == 2
+    message = "config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
+    assert capfd.readouterr().err.strip().splitlines()[-1] == f"error: {message}"
+    Path("own.yaml").write_text(parts, encoding="ascii")
+    assert run("fit", *given, *FAST) == 0
 
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():

@@ -14,6 +14,7 @@ import transformers
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.files import iterate_file
+from cola_lightning.data.labels import find_labels
 from cola_lightning.data.rows import draw, read_rows
 from tests import tiny
 from tests.test_language_data import attach
@@ -112,6 +113,21 @@ def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is
     assert TextClassificationDataModule(str(tmp_path)).can_be_tested is (is_label or name == "test.csv")  # of unknown labels
     assert {row.example.answer for row in template.test} == {0 if is_label else None}
     assert {row["labels"] for row in classifier.test} == {0 if is_label else -100}
+
+
+def test_a_label_of_any_length_is_no_traceback(tmp_path):
+    """Python converts no more than 4,300 digits to a number."""
+    long = "7" * 5000
+    source = write(tmp_path / "rows.csv", [{"text": f"It was {k}.", "label": "0" if k % 2 else long} for k in range(20)])
+    for stage in ("fit", "predict"):
+        template = attach(TemplateDataModule(source, prompt="{text} It is", options=[" neg", " pos"]))
+        with pytest.raises(UserError, match=r"line \d+: expected one of the options .* received '7"):
+            template.setup(stage)
+        classifier = attach(TextClassificationDataModule(source, text_fields="text"))
+        classifier.trainer.lightning_module.label_names = ["neg", "pos"]
+        with pytest.raises(UserError, match=r"line \d+: expected one of the labels neg, pos .* received '7"):
+            classifier.setup(stage)
+    assert find_labels(read_rows(source, "train"), "label") == ["0", long]
 
 
 def test_minus_one_may_be_the_answer(tmp_path):
@@ -376,6 +392,15 @@ def test_what_a_fit_tells_last_fits_a_test_file_without_labels(capfd):
 
 
 # ---------------------------------------------------------------------- what is wrong with a file
+
+
+def test_a_parquet_file_without_rows_is_said_to_have_none(tmp_path):
+    from pyarrow import parquet, table
+
+    parquet.write_table(table({"text": ["a"][:0]}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet: expected rows, received none$"):
+        list(iterate_file(tmp_path / "rows.parquet"))
+
 
 CSV = "text,label\nfine,pos\n"
 BAD = {

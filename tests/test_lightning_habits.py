@@ -995,6 +995,77 @@ def test_predictions_may_be_arrays_and_tensors_at_any_depth(tmp_path):
     assert rows == [{"index": k, "prediction": k, "target": k, "scores": scores} for k in range(4)]
 
 
+@pytest.mark.parametrize("number", [math.nan, -math.inf, torch.tensor(math.inf), np.float32("nan")], ids=str)
+def test_predictions_are_json_whatever_the_numbers(tmp_path, monkeypatch, number):
+    module = toy()
+    columns = {"prediction": [number] * 4, "scores": [{"all": [number, 1.0]}] * 4, "tensor": torch.tensor([[0.0, number]] * 4)}
+    monkeypatch.setattr(module, "predict_step", lambda batch, batch_idx: columns, raising=False)
+    trainer(tmp_path, PredictionWriter()).predict(module, batches(1))
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    expected = {"prediction": None, "scores": {"all": [None, 1.0]}, "tensor": [0.0, None]}
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [{"index": k} | expected for k in range(4)]
+
+
+class Failing(Toy):
+    """Fails at a batch."""
+
+    fails_at = 2
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx == self.fails_at:
+            raise RuntimeError("no memory")
+        return {"prediction": batch[0].sum(-1)}
+
+
+def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    module, run = toy(Failing), trainer(tmp_path, PredictionWriter())
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    path = tmp_path / "predictions.partial.jsonl"
+    partial = path.read_text()
+    assert [json.loads(line)["index"] for line in partial.splitlines()] == list(range(8))
+    assert caplog.messages[-1] == f"stopped after 8 predictions: {path}"
+    assert sorted(part.name for part in tmp_path.iterdir()) == [path.name]
+    module.fails_at = None
+    run.predict(module, batches(4))
+    assert (tmp_path / "predictions.jsonl").read_text().startswith(partial)
+    assert caplog.messages[-1] == f"16 predictions: {tmp_path / 'predictions.jsonl'}"
+    module.fails_at = 0  # no row is finished
+    path.unlink()
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["predictions.jsonl"]
+
+
+def test_of_several_processes_the_first_leaves_its_own_rows(tmp_path, caplog):
+    """Without asking the others, one of which may have failed."""
+    caplog.set_level("INFO", "cola_lightning")
+    module, writer = toy(Failing), PredictionWriter()
+    path = tmp_path / "predictions.partial.jsonl"
+    for rank in (1, 0):
+        fake = Mock(world_size=2, is_global_zero=rank == 0, fast_dev_run=False, default_root_dir=str(tmp_path), logger=None)
+        fake.predict_dataloaders, fake.strategy.broadcast = batches(2), lambda value: value
+        writer.on_predict_start(fake, module)
+        fake.predict_dataloaders.batch_sampler.seen_batch_indices = []
+        writer.write_on_batch_end(fake, module, {"prediction": [5, 6]}, [rank, rank + 2], None, 0, 0)
+        writer.on_exception(fake, module, RuntimeError())
+        assert path.exists() is (rank == 0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"index": 0, "prediction": 5},
+        {"index": 2, "prediction": 6},
+    ]
+    assert caplog.messages == [f"stopped after 2 predictions of the first of 2 processes: {path}"]
+
+
+def test_where_the_rows_so_far_cannot_be_written_the_failure_itself_is_raised(tmp_path, monkeypatch, caplog):
+    module, run = toy(Failing), trainer(tmp_path, PredictionWriter())
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    assert "predictions.partial.jsonl could not be written (No space left on device)" in caplog.text
+
+
 class Stream(IterableDataset):
     """Rows without indices."""
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,8 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
         (3, [" 0", " 1", " 2", " 3"], 3),  # the index of its text
         (0, [" 1", " 2"], 0),
         (True, [" no", " yes"], 1),
+        (1.0, [" no", " yes"], 1),  # a column of pandas with missing values
+        (2.0, [" 1", " 2", " 3"], None),
         ("2", [" 1", " 2", " 3"], 1),
         ("2", [" no", " maybe", " yes"], 2),
         (2, [" 1", " 2", " 3"], None),
@@ -91,6 +94,25 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
         return
     (row,), _ = examples([{"label": label}], tmp_path, **asked)
     assert row.example.answer == place
+
+
+WHOLE = {"a": {"b": "It was."}, "answer": {"text": "It is."}, "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "missing", "asked"),
+    [
+        ("a", None, {"prompt": "{a.b}", **FIXED}),
+        ("answer", None, {"prompt": "{a.b}", "answer": "answer.text"}),
+        ("label", math.nan, {"prompt": "{a.b}", **FIXED}),
+    ],
+)
+def test_a_row_is_unusable_whose_field_is_missing_or_inside_a_missing_one(tmp_path, field, missing, asked):
+    rows = [WHOLE] * 99 + [WHOLE | {field: missing}]
+    made, _ = examples(rows, tmp_path, **asked)
+    assert len(made) == 99
+    with pytest.raises(UserError, match=rf"line 50: expected .* in the field '{field}', received .* \(1 of 50 rows cannot be"):
+        examples(rows[50:], tmp_path, **asked)
 
 
 def test_a_class_index_is_an_index_whatever_the_options(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -15,32 +16,38 @@ from torch import Tensor
 from typing_extensions import override
 
 from cola_lightning.callbacks.run_folder import run_folder
-from cola_lightning.errors import UserError
+from cola_lightning.errors import DiskError, UserError
 from cola_lightning.sharded import processes
 from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "predictions.jsonl"
+PARTIAL_NAME = "predictions.partial.jsonl"
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns to ``predictions.jsonl`` in the run's folder, atomically.
 
     ``predict_step`` returns a dict of columns, each with one value per row of the batch: ``prediction``, ``target`` and any
-    others; tensors and arrays are written as numbers and lists. ``index``, the row's index in its data, is added; rows without
-    one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of several loaders follow one
-    another.
+    others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its
+    data, is added; rows without one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of
+    several loaders follow one another.
+
+    A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of
+    the first. A ``fast_dev_run`` writes nothing.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._lines: dict[tuple[int, int], str] = {}  # of the file, by loader and row
         self._n_rows = Counter[int]()  # so far, of each loader
+        self._folder = Path()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._lines, self._n_rows = {}, Counter()
+        self._folder = Path(run_folder(trainer))  # on every process: run_folder broadcasts, and others may have failed later
 
     @override
     def write_on_batch_end(
@@ -76,17 +83,39 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
         lines = {key: line for part in processes.gather_objects(self._lines) for key, line in part.items()}
-        path = Path(run_folder(trainer)) / FILE_NAME  # on every process: run_folder broadcasts
-        if trainer.is_global_zero:
-            with whole_file(path) as partial:
-                partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
+        if trainer.is_global_zero and trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("no predictions: trainer.fast_dev_run writes none")
+        elif trainer.is_global_zero:
+            path = self._folder / FILE_NAME
+            _write(lines, path)
             log.info("%d predictions: %s", len(lines), path)
+        self._lines = {}
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        lines, self._lines = self._lines, {}
+        if not lines or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._folder / PARTIAL_NAME
+        of = f" of the first of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        try:
+            _write(lines, path)
+            log.info("stopped after %d predictions%s: %s", len(lines), of, path)
+        except DiskError as error:  # the exception that stopped the run is the one to be raised
+            log.warning("%s", error)
+
+
+def _write(lines: dict[tuple[int, int], str], path: Path) -> None:
+    with whole_file(path) as partial:
+        partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """A value of tensors and arrays in plain types."""
+    """A value of tensors and arrays in plain types; None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
-        return value.tolist()
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value

@@ -55,7 +55,7 @@ def usage(subcommand: str) -> str:
 
 
 def command_parser(command: str, description: str) -> "ArgumentParser":
-    """The parser of a command, without options: it raises what it refuses, and does not take an option's first letters."""
+    """The parser of a command, without options: it raises errors, and accepts no abbreviated options."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(prog=f"cola {command}", description=description, exit_on_error=False, allow_abbrev=False)

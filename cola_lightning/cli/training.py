@@ -1,6 +1,9 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
+import codecs
 import contextlib
+import itertools
+import locale
 import logging
 import os
 import shlex
@@ -131,6 +134,7 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        _check_encoding(self.words)
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -305,6 +309,11 @@ class COLACLI(LightningCLI):
         if self.config_init[self.subcommand].ckpt_path is not None and not self.watch.has_begun:
             log.info("nothing was left to do: the checkpoint is already at trainer.max_epochs or max_steps")
 
+    def after_predict(self) -> None:
+        """Logs why there is no file if no batch was predicted."""
+        if not sum(self.trainer.num_predict_batches):
+            log.info("no predictions: trainer.limit_predict_batches %s leaves no batch", self.trainer.limit_predict_batches)
+
     @property
     def _is_generative(self) -> bool:
         kind = prompt_format_of(self.trainer).get("kind")
@@ -339,6 +348,23 @@ class COLACLI(LightningCLI):
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
         return path
+
+
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuses characters beyond ASCII in a configuration where the locale's encoding is not UTF-8.
+
+    jsonargparse reads it in that encoding, and would take them for others.
+    """
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name == "utf-8":
+        return
+    given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    given += [file for word, file in itertools.pairwise(words) if word in ("-c", "--config")]
+    for file in given:
+        if (path := Path(file)).is_file() and not path.read_bytes().isascii():
+            raise UserError(
+                f"config: expected a locale of UTF-8 for the characters in {file!r}, received {encoding}: set PYTHONUTF8=1"
+            )
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:

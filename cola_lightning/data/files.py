@@ -179,18 +179,20 @@ def _limit(error: Exception) -> str:
 
 def _iterate_parquet(path: Path) -> Iterator[Row]:
     import datasets
+    from pyarrow import parquet
 
-    number = 0
-    try:  # streaming: does not copy the file to a cache
-        data = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-        names = class_names(data)
-        for number, fields in enumerate(data, start=1):
-            yield Row(fields, f"{path}, row {number}", names)
+    try:
+        if n_rows := parquet.read_metadata(path).num_rows:  # datasets reads no file without rows
+            # streaming: does not copy the file to a cache
+            data = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+            names = class_names(data)
+            for number, fields in enumerate(data, start=1):
+                yield Row(fields, f"{path}, row {number}", names)
     except Exception as error:  # pyarrow may raise anything for damaged bytes
         raise UserError(
             f"{path}: expected a Parquet file, received another or a damaged one ({one_line(str(error))})"
         ) from error
-    if not number:
+    if not n_rows:
         raise UserError(f"{path}: expected rows, received none")
 
 

@@ -1,11 +1,9 @@
 """Labels of a classifier's rows, names or whole numbers, as text: finding them, and mapping each to its index."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cola_lightning.conventions import WHOLE_NUMBER
-from cola_lightning.data.row import Row
+from cola_lightning.data.row import Row, plain_label
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 MOST_LISTED = 20  # labels in a message
@@ -21,7 +19,7 @@ def name_of_label(row: Row, field: str) -> str | None:
         >>> [name_of_label(Row({"label": value}, "here"), "label") for value in (" good ", 3, 1.0, True, "", None, -1)]
         ['good', '3', '1', '1', None, None, None]
     """
-    value = _plain(row[field])
+    value = plain_label(row[field])
     if value in (None, -1, ""):
         return None
     if not isinstance(value, int | str):
@@ -29,16 +27,6 @@ def name_of_label(row: Row, field: str) -> str | None:
         raise UserError(f"{row.place}: expected a label, text or a whole number, in the field {field!r}, received {received}")
     names = row.class_names.get(field, [])
     return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # pandas columns with missing values
-        return None if math.isnan(value) else int(value)
-    return value
 
 
 def find_labels(rows: Sequence[Row], field: str) -> list[str]:
@@ -61,7 +49,7 @@ def find_labels(rows: Sequence[Row], field: str) -> list[str]:
         if not row.has_target(field):
             continue
         found.add(_present(row, field))
-        first.setdefault(type(_plain(row[field])), row)
+        first.setdefault(type(plain_label(row[field])), row)
     if len(first) > 1:
         one, other = first.values()
         raise UserError(
@@ -87,7 +75,7 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given
         row: the row.
         field: the field with the label.
         places: the labels' indices, by name.
-        are_given: whether the user gave the names and thus their order: a number that is none of them is then the index.
+        are_given: whether the user gave the names and thus their order: any other number is an index.
 
     Raises:
         UserError: if the label is not known, or missing.
@@ -95,7 +83,7 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given
     name = _present(row, field)
     if name in places:
         return places[name]
-    value = _plain(row[field])
+    value = plain_label(row[field])
     is_number = isinstance(value, int) or WHOLE_NUMBER.fullmatch(value)
     is_index = is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places))
     if is_index and are_given:

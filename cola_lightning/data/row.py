@@ -70,7 +70,8 @@ class Row(dict[str, Any]):
     def inner(self, field: str) -> "Row":
         """A field that holds an object."""
         if not isinstance(value := self[field], dict):
-            raise UserError(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
+            kind = UnusableRow if value is None else UserError
+            raise kind(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
         return Row(value, self.place)
 
     def messages(self, field: str) -> list[dict[str, str]]:
@@ -101,17 +102,34 @@ class Row(dict[str, Any]):
         return not is_nan and value not in (None, "", [], -1)
 
     def label(self, field: str, n_labels: int) -> int | None:
-        """A field that holds a label from 0 to ``n_labels - 1``; true is 1. Null, or -1, means no label.
+        """A field that holds a label from 0 to ``n_labels - 1``; true and 1.0 are 1. Null, NaN and -1 mean no label.
 
         Returns:
             The label; None if it is missing and the row may lack it.
         """
         if not self.has_target(field, labels=()):
             return None
-        value = self[field]
+        value = plain_label(self[field])
         if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text
             value = int(value)
         if not isinstance(value, int) or not 0 <= value < n_labels:
             kind = UnusableRow if value in (None, -1, "") else UserError
-            raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, received {value!r}")
+            received = f"received {self[field]!r}"
+            raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, {received}")
+        return value
+
+
+def plain_label(value: Any) -> Any:
+    """A label without surrounding white space, or as a whole number if it equals one; None for NaN.
+
+    Example:
+        >>> [plain_label(value) for value in (" good ", 3, 1.0, True, float("nan"), 0.5)]
+        ['good', 3, 1, 1, None, 0.5]
+    """
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool):
         return int(value)
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # pandas columns with missing values
+        return None if math.isnan(value) else int(value)
+    return value

@@ -9,7 +9,7 @@ from typing_extensions import override
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
-from cola_lightning.data.row import Row
+from cola_lightning.data.row import Row, plain_label
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.tasks import Loss, generated
 from cola_lightning.errors import UnusableRow, UserError
@@ -182,12 +182,14 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             return None
         inner, field = _inside(row, self.label)
         label: Any = inner[field]
+        if isinstance(label, float):
+            label = plain_label(label)
         if isinstance(label, int) and field not in inner.class_names:  # a CSV file has it as text: it must not mean another
             texts = [option.lower() for option in stripped]
             if (text := str(label).lower()) in texts and (place := texts.index(text)) != label:
                 raise UserError(
                     f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index "
-                    f"{place}, received {label!r}"
+                    f"{place}, received {inner[field]!r}"
                 )
         if not isinstance(label, str) or (label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)):
             return inner.label(field, len(options))

@@ -213,7 +213,10 @@ class COLACausalLM(LanguageModule):
     def _can_share(self) -> bool:
         return can_share(self.model)
 
-    def _check_batch(self, batch: Batch) -> None:
+    def _check_batch(self, batch: Any) -> None:
+        if not isinstance(batch, Mapping):
+            received = f"a {type(batch).__name__}"
+            raise UserError(f"batch: expected a dict with input_ids and labels, or an option batch, received {received}")
         self._check_mask(batch)
         if "option_ids" not in batch and (missing := {"input_ids", "labels"} - set(batch)):
             raise UserError(
