@@ -84,9 +84,7 @@ class LazyModel:
             )
         for child in _children(self.module):  # torch registers it there, but the property is what one reads
             own = getattr(type(self.module), child, None)
-            if isinstance(own, property) and own.fget.__module__.startswith(
-                "cola_lightning."
-            ):  # torch registers it all the same
+            if isinstance(own, property) and own.fget.__module__.startswith("cola_lightning."):
                 raise UserError(f"{name}.{child}: expected another name than a COLAModule's property has, received a module")
         if self.is_being_made:
             raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
