@@ -11,7 +11,8 @@ from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
-NAMES |= {"rac": "RAC-LoRA, 10 links", "boost": "boosted, 10 links"}
+NAMES |= {"rac": "RAC-LoRA, 10 links", "boost": "boosted, 10 links", "relora": "ReLoRA, 10 links"}
+NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
 TUNING_SEEDS = 3  # as in run.sh
 
 
@@ -19,7 +20,10 @@ def rows(folder: Path = HERE) -> list[list[str]]:
     """A row a method of each rank."""
     table = []
     for path in sorted(folder.glob("rank-*/results.jsonl")):
-        for row in summarize(at_best_rates(read(path), "max", range(TUNING_SEEDS))):
+        chosen = at_best_rates(read(path), "max", range(TUNING_SEEDS))
+        if (plateau := folder / f"plateau-{path.parent.name}" / "results.jsonl").exists():
+            chosen["plateau"] = at_best_rates(read(plateau), "max", range(TUNING_SEEDS))["cola"]
+        for row in summarize(chosen):
             table.append([path.parent.name.replace("-", " "), *short_cells(row, NAMES[row.method])])
     return table
 
