@@ -134,6 +134,7 @@ def test_a_rate_is_chosen_on_validation_by_the_tuning_seeds_alone():
         ("val_exact_match", None, "max"),
         ("val_matthews_corrcoef", None, "max"),
         ("val_loss", "max", "max"),
+        ("val_loss/dataloader_idx_1", None, "min"),
         ("val_mse", "min", "min"),
     ],
 )

@@ -72,7 +72,7 @@ class Comparison:
         if not self.metric.startswith("val_"):
             raise UserError(f"metric: expected a name that begins with val_, received {self.metric!r}")
         known = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
-        if self.mode is None and self.metric not in known:
+        if self.mode is None and self._quantity not in known:
             raise UserError(
                 f"mode: expected min or max beside a metric that is none of {', '.join(known)}, received none for {self.metric}"
             )
@@ -87,7 +87,12 @@ class Comparison:
     @property
     def better(self) -> Mode:
         """Whether a lower or a higher metric is better."""
-        return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
+        return self.mode or ("min" if self._quantity in LOWER_IS_BETTER else "max")
+
+    @property
+    def _quantity(self) -> str:
+        """The metric without the suffix by which Lightning distinguishes several loaders: ``val_loss/dataloader_idx_0``."""
+        return self.metric.partition("/")[0]
 
     @property
     def tuned_by(self) -> range:
