@@ -128,7 +128,7 @@ def rows() -> list[list[str]]:
     table = []
     for stage in studies():
         place = f"rank {stage.rank}, {stage.steps:,} steps"
-        for row in summarize(stage.best()):
+        for row in sorted(summarize(stage.best()), key=lambda row: [*NAMES].index(row.method)):
             table.append([place, *short_cells(row, NAMES[row.method])])
     return table
 
