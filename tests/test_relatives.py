@@ -168,6 +168,21 @@ def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
     new.step()
 
 
+def test_the_moments_keep_the_same_entries():
+    """A's gradient is 0 after a knot, where B is: a first moment whose second was pruned would be divided by zero."""
+    parameter = nn.Parameter(torch.zeros(3))
+    old, new = (AdamW([parameter], lr=1.0) for _ in range(2))
+    for sign in (1, -1, 1, -1):
+        parameter.grad = torch.tensor([10.0 * sign, 3.0, 1.0])  # the largest second moment, the largest first, and neither
+        old.step()
+    keep_state(old, new, 1 / 3, {id(parameter)})
+    kept = new.state[parameter]
+    assert kept["exp_avg"].nonzero().tolist() == kept["exp_avg_sq"].nonzero().tolist() == [[1]]
+    before, parameter.grad = parameter.detach().clone(), torch.zeros(3)
+    new.step()
+    assert (parameter - before).abs().max() < 10
+
+
 @pytest.mark.parametrize("kept", [0, 0.25])
 def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
     def look(run, module):

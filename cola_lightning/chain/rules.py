@@ -4,7 +4,7 @@ A layer's forward pass does not depend on them: it uses A and B, whichever of th
 """
 
 from collections.abc import Callable, Container
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,14 +51,15 @@ def check_trained_factors(trained: str) -> None:
 
 @torch.no_grad()
 def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[int]) -> None:
-    """Copies optimizer state over a knot: of the factors' moments only the largest values, of other parameters all of it.
+    """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
-    Step counts are copied too.
+    Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
+    would be divided by zero, as A's gradient is 0 while the new B is. Step counts are copied too.
 
     Args:
         old: the previous link's optimizer.
         new: the next link's optimizer, on the same parameters.
-        share: the share of values that each of the factors' moments retains, above 0.
+        share: the share of entries that the factors' moments retain, above 0.
         factors: the ids of the links' factors.
 
     Raises:
@@ -71,10 +72,7 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
         for parameter in group["params"]:
             state = old.state.get(parameter)
             if state:
-                is_factor = id(parameter) in factors
-                new.state[parameter] = {
-                    name: _kept(value, parameter, share if is_factor else 1.0) for name, value in state.items()
-                }
+                new.state[parameter] = _kept(state, parameter, share) if id(parameter) in factors else {**state}
 
 
 def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
@@ -98,10 +96,11 @@ def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> 
                 )
 
 
-def _kept(value: object, parameter: Tensor, share: float) -> object:
-    """A moment with its small values set to 0; anything else unchanged."""
-    if share == 1 or not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
-    n_kept = max(1, round(share * value.numel()))
-    threshold = value.abs().flatten().topk(n_kept).values[-1]
-    return torch.where(value.abs() >= threshold, value, 0)
+def _kept(state: dict[str, Any], parameter: Tensor, share: float) -> dict[str, Any]:
+    """A state whose moments are 0 but for the entries with the largest first moments; what is no moment unchanged."""
+    moments = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    if share == 1 or not moments:
+        return {**state}
+    sizes = state[moments[0]].abs()  # the first moment, in torch's optimizers
+    is_kept = sizes >= sizes.flatten().topk(max(1, round(share * sizes.numel()))).values[-1]
+    return {name: torch.where(is_kept, value, 0) if name in moments else value for name, value in state.items()}
