@@ -80,8 +80,9 @@ class COLAModule(LightningModule, RecordsArguments):
             ``run`` (ReLoRA's jagged rate); below 1, a share of the link's length.
         trained_factors: of each link: ``both``; ``B`` only, with A at its random initial values (asymmetric LoRA); or one
             of them chosen at ``random``, with the other at its initial values (RAC-LoRA).
-        kept_optimizer_state: the share of the optimizer state of A and B, its largest entries, that a knot retains, as in
-            ReLoRA (0.001 to 0.1); 0: a new optimizer. Not for 8-bit or factored states (AdamW8bit, Adafactor), unless 1: all.
+        kept_optimizer_state: the share of the optimizer state of A and B, the entries with the largest first moments, that a
+            knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer. Not for 8-bit or factored states (AdamW8bit,
+            Adafactor), unless 1: all.
         finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``,
             for bases in half precision or 4 bits, never modifies a weight and stores the finished links as one frozen
             low-rank pair per layer.
