@@ -104,4 +104,5 @@ def test_the_splits_run_anew_in_another_folder(tmp_path):
     cola.chmod(0o755)
     folder, environment = tmp_path / "anew", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["sh", ROOT / "benchmarks" / "digits_splits" / "run.sh", folder], env=environment, cwd=ROOT, check=True)
-    assert sorted(path.parent.name for path in folder.glob("*/results.jsonl")) == ["rank-1", "rank-2", "rank-4"]
+    studies = ["plateau-rank-1", "rank-1", "rank-2", "rank-4"]
+    assert sorted(path.parent.name for path in folder.glob("*/results.jsonl")) == studies
