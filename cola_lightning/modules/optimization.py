@@ -18,6 +18,7 @@ from cola_lightning.chain.rules import check_state, keep_state
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in, lora_layers
+from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.modules.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -212,12 +213,12 @@ class LinkOptimization:
         """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
             for old, new in zip(before, now, strict=True):
-                keep_state(old, new, self.kept_optimizer_state, _factors(adapted))
+                keep_state(old, new, self.kept_optimizer_state, _factors(adapted.layers))
 
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
         for optimizer in optimizers:
-            check_state(optimizer, self.kept_optimizer_state, _factors(adapted))
+            check_state(optimizer, self.kept_optimizer_state, _factors(adapted.layers))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -241,8 +242,8 @@ class LinkOptimization:
             scheduler.base_lrs[k] = rate
 
 
-def _factors(adapted: AdaptedModel) -> set[int]:
-    return {id(factor) for layer in adapted.layers.values() for factor in (layer.lora_A, layer.lora_B)}
+def _factors(layers: Mapping[str, LoRALayer]) -> set[int]:
+    return {id(factor) for layer in layers.values() for factor in (layer.lora_A, layer.lora_B)}
 
 
 def check_new_optimizers(before: Sequence[Optimizer], now: Sequence[Optimizer]) -> None:
@@ -259,7 +260,7 @@ def check_new_optimizers(before: Sequence[Optimizer], now: Sequence[Optimizer]) 
 
 def check_trained_dtypes(model: nn.Module) -> None:
     """Refuses fully trained parameters in float16, and warns of bfloat16."""
-    factors = {id(factor) for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)}
+    factors = _factors(lora_layers(model))
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in factors}
     if torch.float16 in dtypes:
         raise UserError(
