@@ -269,7 +269,8 @@ class AdaptedModel:
     def go_to(self, chain: Chain) -> None:
         """Brings the layers to these finished links: replays the missing ones, on a rebuilt base if necessary.
 
-        Where it goes back, fully trained modules and buffers have their values after the last of these links, too.
+        Where it goes back, fully trained modules and buffers have their values after the last of these links, too. The live
+        link's factors stay as they are: call :meth:`begin_link` for a new one.
 
         Raises:
             UserError: if the base must be rebuilt, and differs.
@@ -292,7 +293,7 @@ class AdaptedModel:
                 if layer.stack is not None:
                     layer.stack.reserve(chain.total_rank(name))
             chain.replay(layers, device, start=self.link)
-        self.chain = chain
+        self.chain = Chain(list(chain.links), chain.base)
 
     def forget_links(self, base: dict[str, Any]) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""
@@ -397,7 +398,7 @@ class AdaptedModel:
     def cast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
-        It upcasts only to float64; a layer into which links are merged is never downcast.
+        It upcasts only to float64, and then the whole model; a layer into which links are merged is never downcast.
 
         Raises:
             UserError: if sharded layers would have to be cast.
@@ -412,6 +413,8 @@ class AdaptedModel:
                         f"{expected}, in which they were sharded, received one for {received}"
                     )
                 cast_floats(layer, dtype)
+        if dtype == torch.float64 and not is_sharded:
+            self.model.double()
 
     def recast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""

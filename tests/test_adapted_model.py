@@ -138,6 +138,14 @@ def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
         adapted(seed=1).start_from(Chain.load(tmp_path / "chain"))
 
 
+def test_a_chain_that_it_went_to_is_not_changed_by_a_knot(tmp_path):
+    model = train(adapted())
+    given = model.chain.truncate(1)
+    model.go_to(given)
+    model.tie_knot()
+    assert (len(given), len(model.chain)) == (1, 2)
+
+
 def test_what_is_trained_whole_is_part_of_each_link():
     model = train(adapted(target_modules=["0"], modules_to_save=["2"]))
     assert [list(link.extras) for link in model.chain.links] == [["2.weight", "2.bias"]] * 3

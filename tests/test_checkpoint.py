@@ -300,6 +300,15 @@ def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype):
     torch.testing.assert_close(merged(x), module.model(x.to(data)).to(dtype), rtol=tolerance, atol=tolerance)
 
 
+def test_a_run_in_double_precision_is_loaded_in_it(tmp_path):
+    data, arguments = batches(dtype=torch.float64), {"target_modules": ["0"], "modules_to_save": ["2"]}
+    module, double = toy(**arguments), trainer(tmp_path, max_epochs=1, precision="64-true")
+    double.fit(module, data)
+    double.save_checkpoint(tmp_path / "double.ckpt")
+    loaded = Toy.load_from_checkpoint(tmp_path / "double.ckpt")
+    assert_bit_equal(weights(loaded), weights(module))
+
+
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     class Exploding(Toy):
         def on_after_backward(self):

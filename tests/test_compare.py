@@ -434,6 +434,21 @@ def test_a_run_that_fails_is_reported_before_the_next_begins(tmp_path, runs, mon
     assert [text.count("failed: cola-2, learning rate 0.02, seed 0: ") for text in said] == [0, 0, 1, 1]
 
 
+def test_a_run_that_is_finished_is_reported_before_the_next_begins(tmp_path, runs, monkeypatch, caplog):
+    def execute(*given):
+        said.append([message for message in caplog.messages if message.startswith("finished: ")])
+        return runs(*given)
+
+    said = []
+    monkeypatch.setattr(process, "execute", execute)
+    with caplog.at_level("INFO"):
+        assert compare(tmp_path) == 0
+    first = lines(tmp_path)[0]
+    scores = f"val_loss {first['validation']:.4f}, on test {first['test']:.4f}"
+    assert [len(messages) for messages in said] == [0, 1, 2, 3]
+    assert said[1] == [f"finished: lora, learning rate 0.02, seed 0: {scores}"]
+
+
 def test_a_run_is_done_whenever_another_process_gives_it_up(tmp_path, runs, monkeypatch):
     claim, given_up = Trials.claim, []
 

@@ -44,6 +44,22 @@ def test_a_fit_that_continues_at_a_knot_is_one_fit(tmp_path, at_once, data):
     assert_bit_equal(weights(module), weights(whole))
 
 
+@pytest.mark.parametrize("lr_schedule", ["linear", "constant"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_knot_between_two_fits_is_in_the_checkpoint_that_follows_it(tmp_path, lr_schedule, kept):
+    arguments = {"lr_schedule": lr_schedule, "kept_optimizer_state": kept}
+    module, run = make(**arguments), trainer(tmp_path, max_epochs=2)
+    run.fit(module, batches())
+    module.tie_knot()
+    run.save_checkpoint(tmp_path / "knot.ckpt")
+    resumed = make(**arguments)
+    trainer(tmp_path, max_epochs=4).fit(resumed, batches(), ckpt_path=tmp_path / "knot.ckpt")
+    run.fit_loop.max_epochs = 4
+    run.fit(module, batches())
+    assert resumed.steps == module.steps[20:]
+    assert_bit_equal(weights(resumed), weights(module))
+
+
 @pytest.mark.parametrize("scope", ["link", "run"])
 def test_inside_a_link_the_rate_goes_on_where_it_stood(tmp_path, scope):
     whole = make(schedule_scope=scope, warmup_steps=3)

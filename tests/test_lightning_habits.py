@@ -218,6 +218,27 @@ def test_a_model_whose_adapted_layers_were_replaced_is_refused(tmp_path, cls, pl
         fitted(tmp_path, toy(cls), plugins=plugins, chain=chain)
 
 
+class CompilingToy(Toy):
+    def configure_model(self):
+        self.model = torch.compile(self.model, backend="eager")
+
+
+class WrappingToy(Toy):
+    def setup(self, stage):
+        self.model = nn.Sequential(self.model)
+
+
+class LateWrappingToy(Toy):
+    def on_fit_start(self):
+        self.model = nn.Sequential(self.model)
+
+
+@pytest.mark.parametrize("cls", [CompilingToy, WrappingToy, LateWrappingToy])
+def test_another_model_in_the_place_of_the_one_that_was_adapted_is_refused(tmp_path, cls):
+    with pytest.raises(UserError, match=r"model: expected what build_model\(\) returned, received another"):
+        fitted(tmp_path, toy(cls), chain={"every_n_epochs": 1})
+
+
 def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fit.py"])
@@ -842,6 +863,32 @@ def test_modules_inside_another_are_trained_and_resumed_with_it(tmp_path):
     fit(1)[1].save_checkpoint(tmp_path / "one.ckpt")
     resumed, _ = fit(2, ckpt_path=tmp_path / "one.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_rate_of_a_module_inside_another_warms_up_and_one_that_needs_the_runs_length_is_refused(tmp_path):
+    class Outer(LightningModule):
+        def __init__(self, **arguments):
+            super().__init__()
+            self.inner, self.rates = toy(**arguments), []
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            self.rates.append(float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+            return nn.functional.mse_loss(self.inner.model(x), y)
+
+        def configure_optimizers(self):
+            return self.inner.configure_optimizers()
+
+    def rates(**arguments):
+        module = Outer(**arguments)
+        trainer(tmp_path, max_steps=4).fit(module, batches())
+        return module.rates
+
+    assert rates(lr_schedule="constant") == [1e-3] * 4
+    assert rates(lr_schedule="constant", warmup_steps=2) == [0, 0.5e-3, 1e-3, 1e-3]
+    for needing in ({}, {"lr_schedule": "constant", "warmup_steps": 0.5}):
+        with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, .* where the run's length is not known"):
+            rates(**needing)
 
 
 def test_manual_optimization_logs_as_often_as_with_any_module(tmp_path):

@@ -341,8 +341,9 @@ class COLAModule(LightningModule, RecordsArguments):
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A.
 
-        During training, the optimizer and its schedule are created again, with empty state; call it between optimizer steps, as
-        in ``on_train_batch_start`` or ``on_train_batch_end``.
+        The optimizer and its schedule are created again, with empty state. During training, call it between optimizer steps: in
+        ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs after that step's checkpoint is
+        written).
 
         Args:
             rank: the next link's rank; None: what the schedule says.

@@ -26,6 +26,7 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
+from cola_lightning.modules.lazy_model import check_own_model
 from cola_lightning.modules.optimization import check_new_optimizers, check_trained_dtypes
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.summary import summary
@@ -359,6 +360,7 @@ def _check_trained_factors(trainer: Trainer, module: COLAParts) -> None:
 
 def _check_not_replaced(module: COLAParts) -> None:
     """Refuses a model that has lost adapted layers since it was made: plain ones in their place would be trained, or none."""
+    check_own_model(module)
     layers = module.adapted.layers
     if replaced := [name for name in module.adapted.chain.base.get("weight_norms", ()) if name not in layers]:
         raise UserError(

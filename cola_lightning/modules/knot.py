@@ -52,12 +52,17 @@ def begin_at(module: COLAParts, start: Counters) -> None:
 
 
 def _make_optimizers(module: COLAParts) -> None:
-    """Makes the live link's optimizers and learning-rate schedules, in a fit."""
+    """Makes the live link's optimizers and learning-rate schedules, in a fit or after it.
+
+    After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.
+    """
     if (trainer := _fitting_trainer(module)) is not None:
         before = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
         check_new_optimizers(before, trainer.optimizers)
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
+    elif (trainer := _last_trainer(module)) is not None and trainer.optimizers:
+        trainer.strategy.setup_optimizers(trainer)
 
 
 def _fitting_trainer(module: COLAParts) -> Trainer | None:
@@ -65,6 +70,14 @@ def _fitting_trainer(module: COLAParts) -> Trainer | None:
     trainer = trainer_of(module)
     is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
     return trainer if is_fitting else None
+
+
+def _last_trainer(module: COLAParts) -> Trainer | None:
+    """The Trainer that has fitted a module; None if there is none, or if it has another module now."""
+    fitter = module.run_state.trainer
+    trainer = trainer_of(module) if fitter is None else fitter()  # a module inside another one does not remember it
+    is_own = trainer is not None and id(module) in map(id, trainer.lightning_module.modules())
+    return trainer if is_own else None
 
 
 def _check_between_steps(module: COLAParts) -> None:
@@ -77,8 +90,7 @@ def _check_between_steps(module: COLAParts) -> None:
         return
     if (hook := trainer.lightning_module._current_fx_name) in HOOKS_OF_A_STEP:
         raise UserError(
-            "tie_knot: expected a call between optimizer steps, as in on_train_batch_start or on_train_batch_end, received one "
-            f"in {hook}"
+            f"tie_knot: expected a call between optimizer steps, as in on_train_batch_start, received one in {hook}"
         )
 
 

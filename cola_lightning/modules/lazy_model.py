@@ -52,6 +52,7 @@ class LazyModel:
     def configure(self) -> None:
         """Makes the model, and prepares it for the Trainer's precision and strategy, if there is one."""
         self.make()
+        check_own_model(self.module)
         if not self._is_configured and self.adapted is not None:  # a subclass' own configure_model may have frozen more
             self.adapted.remember_trained()
             self._is_configured = True
@@ -188,8 +189,6 @@ class LazyModel:
     def _cast(self, dtype: torch.dtype) -> None:
         """Casts the model as Lightning will: its own cast comes only after a checkpoint's values are loaded."""
         assert self.adapted is not None
-        if dtype == torch.float64 and not tensors.is_model_sharded(self.adapted.model):
-            self.adapted.model.double()
         self.adapted.cast(dtype)
 
     # ------------------------------------------------------------------ where
@@ -210,6 +209,15 @@ class LazyModel:
                 "model: expected a module made outside of torch.device('meta') to apply a chain to, received one whose base "
                 "has no values"
             )
+
+
+def check_own_model(module: COLAParts) -> None:
+    """Refuses another model in the place of the one that was adapted: a checkpoint's links would be those of neither."""
+    if module.model is not module.adapted.model and not module.is_wrapped_by_fsdp1:
+        raise UserError(
+            "model: expected what build_model() returned, received another that was assigned to self.model: "
+            f"{type(module.model).__name__} (a wrapper goes into build_model; model.compile: true compiles in place)"
+        )
 
 
 def _children(module: COLAParts) -> dict[str, nn.Module | None]:

@@ -152,19 +152,32 @@ class LinkOptimization:
         offset = start.global_step if is_run else 0
         horizon: float | None = None
         rise = 0  # steps after the knot; the run's first link has the run's warm-up
+        first: int | None = None
 
         def factor(step: int) -> float:
-            nonlocal horizon, rise
+            nonlocal horizon, rise, first
             if horizon is None and self.run.length is not None:
                 link_steps = self.run.schedule.link_steps(start, self.run.length)
                 horizon = self.run.length.end_step if is_run else link_steps
                 rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
-            if horizon is None:  # before training: the first value, or one that a resume replaces
+            if horizon is None and first in (None, step):  # before training: the first value, or one that a resume replaces
+                first = step
                 return 0.0 if self.warmup_steps else 1.0
+            if horizon is None:  # in another module's fit, or in a loop without a Trainer
+                self._check_needs_no_horizon()
+                horizon = math.inf
             value = lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
             return value * step / rise if step < rise else value
 
         return factor
+
+    def _check_needs_no_horizon(self) -> None:
+        if self._needs_horizon:
+            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
+            raise UserError(
+                "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, as for a "
+                f"module inside another one, received {received}"
+            )
 
     @property
     def _needs_horizon(self) -> bool:

@@ -28,6 +28,7 @@ from cola_lightning.writing import whole_file
 log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
+FINISHED = "finished: %s, learning rate %g, seed %d: %s"
 FAILED = "failed: %s, learning rate %g, seed %d: %s"
 WAIT = 5.0  # seconds between two checks of other processes' runs
 
@@ -178,6 +179,9 @@ class Study:
         except Exception:  # where the storage does not answer, the next command finds the result here
             write([*read(self.output / RESULTS), result], self.output / RESULTS)
             raise
+        is_diverged = result.validation is None
+        scores = "diverged" if is_diverged else f"{self.asked.metric} {result.validation:.4f}, on test {result.test:.4f}"
+        log.info(FINISHED, run.method, run.learning_rate, run.seed, scores)
         if not self.asked.keep_checkpoints:
             for checkpoints in folder.glob("**/checkpoints"):
                 shutil.rmtree(checkpoints)
