@@ -21,7 +21,7 @@ compare() { # study, rank, methods, their rates, further options of a run
 }
 
 chain="1e-2, 2e-2, 4e-2"
-half="2e-2, 4e-2, 8e-2, 16e-2" # of methods that train one factor
+half="2e-2, 4e-2, 8e-2, 16e-2, 1e-2, 32e-2" # of methods that train one factor
 two="lora: [$chain], cola: [$chain]"
 rest="full: [2e-3, 4e-3], rac: [$half], boost: [$chain]"
 for rank in 4 1 2; do
