@@ -176,6 +176,19 @@ def test_without_a_logger_no_config_of_the_users_is_replaced(capfd):
     assert {path.name for path in Path().iterdir()} == {"config.yaml"}
 
 
+def test_a_config_of_the_users_is_not_replaced_in_a_loggers_folder(capfd):
+    own = f"# mine\n{Path(DIGITS).read_text()}"
+    own = own.replace(
+        "trainer:\n", "trainer:\n  logger: {class_path: CSVLogger, init_args: {save_dir: '', name: a, version: b}}\n"
+    )
+    path = Path("a/b/config.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text(own)
+    assert run("fit", "--config", str(path), *FAST) == 2
+    assert "error: trainer.logger: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
+    assert path.read_text() == own
+
+
 SHARED = """
 import uuid
 

@@ -563,6 +563,31 @@ def test_an_output_in_a_file_is_refused(tmp_path, runs, capsys):
     assert capsys.readouterr().err.startswith("error: output: expected a folder that can be written, received ")
 
 
+@pytest.mark.parametrize("text", ["mine: 1  # a comment\n", "trainer: {max_epochs: 1}\n", "[", "\xff"])
+def test_a_config_in_the_output_that_is_no_studys_is_not_replaced(tmp_path, runs, capsys, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="latin-1")
+    assert compare(tmp_path) == 2
+    assert path.read_text(encoding="latin-1") == text
+    assert capsys.readouterr().err.startswith("error: output: expected a folder without a config.yaml of another kind, ")
+    path.unlink()
+    assert compare(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (["--model.rank", "null"], "model.rank: expected int, received null"),
+        (["--model", "null"], "model: expected options, each with its value, received None"),
+        (["--ckpt_path", "last"], "ckpt_path: expected null, as each run of a study begins anew, received 'last'"),
+    ],
+)
+def test_what_a_run_would_refuse_or_pass_over_is_refused_before_any(tmp_path, runs, capsys, fit, message):
+    assert compare(tmp_path, methods="[lora, cola-2, lora-sum-rank]", fit=fit) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}"
+    assert list(tmp_path.iterdir()) == runs.asked == []
+
+
 def test_what_a_refused_command_asked_for_binds_no_later_one(tmp_path, runs, monkeypatch):
     def refuses(*_):
         raise UserError("model.rank: a run refuses it")
@@ -653,6 +678,8 @@ def test_another_config_is_another_study(tmp_path, runs, capsys):
         ("how: {}", "how: {a: 1}", "how: {}, as in"),
         ("how: {a: 1}", "how: {a: 1, introduced_since: 2}\nintroduced_since: {a: 1}", None),
         ("how: {a: null, removed_since: null}", "how: {a: null}", None),
+        ("how: {class_path: C}", "how: {class_path: C, dict_kwargs: {a: 1}}", "how.dict_kwargs: None, as in"),
+        ("how: {class_path: C, dict_kwargs: {a: 1}}", "how: {class_path: C}", "how.dict_kwargs: {'a': 1}, as in"),
     ],
 )
 def test_a_value_in_place_of_another_is_another_config(known, mine, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import domain_shift as benchmark
-from cola_lightning import COLAModule
+from cola_lightning import COLAModule, UserError
 from cola_lightning.examples import domain_shift
 from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
 from cola_lightning.examples.corpora import english_passages, python_sources
@@ -44,6 +44,13 @@ def test_pretraining_learns_english(cache):
     before, after = (next_byte_loss(pretrained(steps, **SIZES), text).item() for steps in (1, 60))
     assert before > 5.3
     assert after < 4
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_pretraining(cache, monkeypatch):
+    cache.touch()
+    monkeypatch.setattr(domain_shift, "_pretrain", None)
+    with pytest.raises(UserError, match=r"COLA_CACHE_DIR: expected a folder that can be written, .* is a file"):
+        pretrained(3, **SIZES)
 
 
 def test_the_base_is_trained_once_and_then_read(cache, monkeypatch):

@@ -188,6 +188,24 @@ def test_whether_test_has_labels_is_read_off_its_first_row_alone(tmp_path, name)
     assert not data.can_be_tested
 
 
+@pytest.mark.parametrize(("name", "text"), [("test.jsonl", "{"), ("test.jsonl", ""), ("test.csv", "\0a")])
+def test_test_rows_that_cannot_be_read_are_refused_before_training(tmp_path, name, text):
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "validation.jsonl", ROWS)
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    data = attach(TextDataModule(str(tmp_path)))
+    with pytest.raises(UserError, match=name):
+        data.setup("fit")
+
+
+def test_a_quote_in_a_tsv_file_does_not_join_rows(tmp_path):
+    (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n')
+    with pytest.raises(UserError, match=r"rows.tsv, line 2: expected cells without tabs, received one of several lines"):
+        read_rows(str(tmp_path / "rows.tsv"), "train")
+    (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"""I"" loved it.\nYes."\n')
+    assert read_rows(str(tmp_path / "rows.tsv"), "train") == [{"label": "1", "text": '"I" loved it.\nYes.'}]
+
+
 ASKED = {"role": "user", "content": "Is it?"}
 
 

@@ -6,6 +6,7 @@ holds: one line, status 2, and nothing written.
 """
 
 import ast
+import errno
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cola_lightning import UserError
+from cola_lightning.cli import main
 from tests.refusals import REFUSALS
 
 TESTS = Path(__file__).parent
@@ -98,6 +100,16 @@ def test_what_is_written_wrong_is_refused_in_these_words(row, tmp_path, monkeypa
     with pytest.raises(UserError) as caught:
         row.provoke()
     assert re.fullmatch(re.escape(row.message).replace(r"\.\.\.", ".+"), str(caught.value)), str(caught.value)
+
+
+def test_a_path_without_permission_is_refused_in_one_line(monkeypatch, capsys):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert main(["generate", "--checkpoint", "of_another", "--prompt", "Is it?"]) == 2
+    message = "cola: expected a file or folder that may be used, received 'of_another': Permission denied"
+    assert capsys.readouterr().err.strip() == f"error: {message}"
 
 
 def in_the_table():

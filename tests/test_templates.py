@@ -77,6 +77,7 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
         (2.0, [" 1", " 2", " 3"], None),
         ("2", [" 1", " 2", " 3"], 1),
         ("2", [" no", " maybe", " yes"], 2),
+        ("2", [" 1", " two", " three"], 2),
         (2, [" 1", " 2", " 3"], None),
         (4, [" 1", " 2", " 3", " 4"], None),
         (0, [" 1", " 0"], None),
@@ -96,7 +97,13 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
     assert row.example.answer == place
 
 
-WHOLE = {"a": {"b": "It was."}, "answer": {"text": "It is."}, "label": 1}
+@pytest.mark.parametrize("label", ["0", "3"])
+def test_a_number_in_a_csv_file_that_is_none_of_the_options_which_are_numbers_is_no_index(tmp_path, label):
+    with pytest.raises(UserError, match=rf"expected one of the options \['1', '2'\] in the field 'label', received '{label}'$"):
+        examples([{"label": label}], tmp_path, prompt="Is it?", options=[" 1", " 2"])
+
+
+WHOLE = {"a": {"b": "It was."}, "answer": {"text": "It is."}, "label": 1, "size": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,8 @@ WHOLE = {"a": {"b": "It was."}, "answer": {"text": "It is."}, "label": 1}
         ("a", None, {"prompt": "{a.b}", **FIXED}),
         ("answer", None, {"prompt": "{a.b}", "answer": "answer.text"}),
         ("label", math.nan, {"prompt": "{a.b}", **FIXED}),
+        ("size", math.nan, {"prompt": "{size}", **FIXED}),
+        ("size", math.inf, {"prompt": "{size}", **FIXED}),
     ],
 )
 def test_a_row_is_unusable_whose_field_is_missing_or_inside_a_missing_one(tmp_path, field, missing, asked):

@@ -88,6 +88,8 @@ def _user_error(error: BaseException) -> str | None:
     for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
         if isinstance(cause, UserError):
             return str(cause)
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}"
     if isinstance(error, ArgumentError):
         return one_line(str(error))
     if "lightning" not in sys.modules:

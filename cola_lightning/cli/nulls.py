@@ -1,4 +1,4 @@
-"""The check that no option is ``null`` that needs a value: jsonargparse accepts ``null`` for every type."""
+"""The check that options are given as such, and none is ``null`` that needs a value: jsonargparse accepts it for every type."""
 
 import inspect
 import pydoc
@@ -6,8 +6,24 @@ from typing import Any, TypeVar, get_args
 
 from jsonargparse import Namespace
 
+from cola_lightning.callbacks import ChainOfLoRA, LastCheckpoint
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import annotations
+
+
+def check_options(config: Namespace) -> None:
+    """Refuses a configuration of ``cola fit`` with something else in the place of options, or ``null`` in that of a value.
+
+    Raises:
+        UserError: for the first such option.
+    """
+    for group in ("model", "data", "trainer", "chain", "last"):
+        if not isinstance(value := config.get(group), Namespace):
+            raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+    for group in ("model", "data"):
+        check_class(group, config[group])
+    for group, of in {"chain": ChainOfLoRA, "last": LastCheckpoint}.items():
+        check_nulls(group, config[group], of)
 
 
 def check_nulls(field: str, options: Namespace, of: type) -> None:

@@ -42,7 +42,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
-from cola_lightning.cli.nulls import check_class, check_nulls
+from cola_lightning.cli.nulls import check_options
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
@@ -140,10 +140,7 @@ class COLACLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
-        for group in ("trainer", "chain", "last"):
-            if not isinstance(value := self._get(self.config, group), Namespace):
-                raise UserError(f"{group}: expected options, each with its value, received {value!r}")
-        self._check_nulls()
+        check_options(self.config[self.subcommand])
         self._expand_home()
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool):
@@ -155,12 +152,6 @@ class COLACLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let hyperparameters in the checkpoint override the user's."""
-
-    def _check_nulls(self) -> None:
-        for group in ("model", "data"):
-            check_class(group, self._get(self.config, group))
-        check_nulls("chain", self._get(self.config, "chain"), ChainOfLoRA)
-        check_nulls("last", self._get(self.config, "last"), LastCheckpoint)
 
     def _expand_home(self) -> None:
         """Replaces ``~`` in the folders of runs: Lightning does so in some of a run's paths alone."""
@@ -265,8 +256,9 @@ class COLACLI(LightningCLI):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
-        if self.subcommand == "fit" and trainer.logger is None:
-            _check_config_of_run(Path(root) / "config.yaml")
+        if self.subcommand == "fit":
+            field = "trainer.default_root_dir" if trainer.logger is None else "trainer.logger"
+            _check_config_of_run(field, Path(trainer.log_dir or root) / "config.yaml")
         for logger in trainer.loggers:
             if logger.save_dir is not None:
                 check_writable("trainer.logger.save_dir", Path(logger.save_dir) / (logger.name or ""))
@@ -378,12 +370,12 @@ def _check_sizes(strategy: Any, n_processes: int) -> None:
         )
 
 
-def _check_config_of_run(path: Path) -> None:
+def _check_config_of_run(field: str, path: Path) -> None:
     """Refuses a file in place of a run's configuration that no run has saved: it would be replaced."""
     if path.is_file() and not path.read_bytes().startswith(b"# lightning.pytorch=="):
         raise UserError(
-            f"trainer.default_root_dir: expected a folder without a config.yaml of one's own, for a run without a logger saves "
-            f"its configuration there, received {str(path.parent)!r}: rename the file or name another folder"
+            f"{field}: expected a folder without a config.yaml of one's own, for the run saves its configuration there, "
+            f"received {str(path.parent)!r}: rename the file or name another folder"
         )
 
 

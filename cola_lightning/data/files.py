@@ -94,6 +94,11 @@ def _read_csv(path: Path, delimiter: str = ",") -> Rows:
             line = reader.line_num + 1
             if (cells := next(reader, None)) is None:
                 return
+            if delimiter == "\t" and any("\n" in cell and "\t" in cell for cell in cells):
+                raise UserError(
+                    f"{path}, line {line}: expected cells without tabs, received one of several lines with tabs: a double "
+                    'quote at the beginning of a cell begins a text in quotes, so write it so: """word"" and the rest"'
+                )
             if cells and len(cells) != len(columns):
                 raise UserError(
                     f"{path}, line {line}: expected {len(columns)} columns, as in the first line, received {len(cells)}; a "

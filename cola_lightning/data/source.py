@@ -149,6 +149,8 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def setup(self, stage: str) -> None:
         read = functools.cache(lambda split: read_rows(self.source, split, self.subset))
+        if stage == "fit" and self._test_split is not None:  # refused before training, and not after it
+            first_row(self.source, self._test_split, self.subset)
         if stage == "fit" or (self.needs_train_rows and has_split(self.source, "train")):
             self.look_at(read("train"))
         if stage == "predict":

@@ -1,5 +1,6 @@
 """A custom task without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
 
+import math
 from collections.abc import Sequence
 from string import Formatter
 from typing import Any, Literal, get_args
@@ -60,6 +61,8 @@ def _inside(row: Row, path: str) -> tuple[Row, str]:
 def _as_text(row: Row, path: str) -> str:
     row, field = _inside(row, path)
     value = row[field]
+    if isinstance(value, float) and not math.isfinite(value):  # pandas' missing value
+        raise UnusableRow(f"{row.place}: expected text in the field {field!r}, received {value!r}")
     return str(value) if isinstance(value, int | float) else row.text(field)
 
 
@@ -76,7 +79,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
             ``null`` if the answer is generated.
         label: the field with the right option: its index, from 0, or its text. A number that is the text of an option at
-            another index is refused.
+            another index is refused; in a CSV file, where numbers are text, so is one that is none of options which are all
+            whole numbers.
         answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
             on and the best match counts (``answers.text``: a field inside another).
         loss: over all ``options``, or the language-model loss on the right ``answer`` only; ``null``: ``options`` if there
@@ -191,7 +195,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
                     f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index "
                     f"{place}, received {inner[field]!r}"
                 )
-        if not isinstance(label, str) or (label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)):
+        is_index = isinstance(label, str) and label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)
+        if not isinstance(label, str) or (is_index and not all(map(WHOLE_NUMBER.fullmatch, stripped))):
             return inner.label(field, len(options))
         if label.strip() not in stripped:
             kind = UserError if label.strip() else UnusableRow

@@ -25,7 +25,7 @@ from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss, next_byte_
 from cola_lightning.examples.corpora import english_passages, python_sources
 from cola_lightning.modules import COLAModule
 from cola_lightning.seeding import seeded
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import check_writable, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ def pretrained(steps: int, **sizes: int) -> ByteGPT:
     with seeded(PRETRAIN_SEED):
         model = ByteGPT(**sizes)
         if not path.exists():
+            check_writable(CACHE, path.parent)
             log.info("pre-training on %.1f MB of English, once: %s", len(text) / 1e6, path)
             _pretrain(model, windows(text, sizes["context"]), steps)
             if not path.exists():  # another process may have been first

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
+from jsonargparse import dict_to_namespace
 
 from cola_lightning.callbacks import RunWatch
+from cola_lightning.cli.nulls import check_options
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import UserError
 
@@ -32,6 +34,7 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         received = f"{shlex.join(words)!r}, which prints something else than a run's config"
         raise UserError(f"cola fit: expected options of a run, received {received}")
+    check_options(dict_to_namespace(config))
     return config
 
 
@@ -53,6 +56,15 @@ def as_text(config: Mapping[str, Any]) -> str:
     return text
 
 
+def is_of_study(text: bytes) -> bool:
+    """Whether a file's text is a study's configuration, which has more than a run's."""
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(config, dict) and {"also_seeded", "metric", "mode"} <= config.keys()
+
+
 def check_same(config: str, known: str, where: str) -> None:
     """Refuses another config than that of the finished runs, which would not be comparable.
 
@@ -72,9 +84,12 @@ def check_same(config: str, known: str, where: str) -> None:
 
 
 def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default."""
+    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
+
+    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
+    """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
-        for key, value in theirs.items():
-            yield from _differences(mine.get(key), value, f"{name}.{key}".removeprefix("."))
+        for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
+            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
     elif mine != theirs:
         yield name, mine, theirs

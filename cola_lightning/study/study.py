@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_text, as_words, check_same, resolved
+from cola_lightning.study.config import as_text, as_words, check_same, is_of_study, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import Method, method, option_of_model
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, warning_about, write
@@ -51,6 +51,8 @@ class Study:
         optimizer = option_of_model(self.config, "optimizer")
         if (seed := self.config["model"]["init_args"].get("seed")) is not None:
             raise UserError(f"model.seed: expected null, so that seed_everything decides, received {seed}")
+        if (path := self.config.get("ckpt_path")) is not None:
+            raise UserError(f"ckpt_path: expected null, as each run of a study begins anew, received {path!r}")
         own_rate = (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
         if own_rate is None:
             raise UserError("model.optimizer: expected a class and its lr, which a study sets, received none in the config")
@@ -82,6 +84,11 @@ class Study:
             check_same(mine, self.trials.config, self.place)
         if path.exists() and (is_begun or read(self.output / RESULTS)):
             check_same(mine, path.read_text(encoding="utf-8"), str(path))
+        elif path.exists() and not is_of_study(path.read_bytes()):
+            raise UserError(
+                f"output: expected a folder without a config.yaml of another kind, as a study saves its own there, received "
+                f"{asked.output!r}"
+            )
         with whole_file(path, is_shared=True) as partial:
             partial.write_text(mine, encoding="utf-8")
         self.trials.config = mine
