@@ -524,7 +524,12 @@ def test_processes_that_create_a_databases_tables_at_once_open_it(tmp_path, monk
         ([], {"fit": ["--model.rang", "2"]}, "error: "),
         ([], {"fit": ["--help"]}, "--help', which prints something else than a run's config"),
         ([], {"fit": ["--model.help", "COLADigits"]}, "error: cola fit: expected options of a run, received '--config "),
-        ([], {"fit": ["--model.optimizer", "null"]}, "error: model.optimizer: expected a class and its lr, which a study sets"),
+        ([], {"fit": ["--model.optimizer", "null"]}, "error: model.optimizer: expected a value, received null"),
+        (
+            [],
+            {"fit": ["--model.optimizer", "transformers.Adafactor", "--model.optimizer.lr", "null"]},
+            "error: model.optimizer: expected a class and its lr, ",
+        ),
         (["--also_seeded", "[data.split_sed]"], {}, "error: data: expected one of its options, received 'split_sed'"),
         (["--storage", "nosuchbase://here"], {}, "error: storage: expected a file, or the URL of a database that answers"),
     ],

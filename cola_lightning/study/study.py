@@ -54,7 +54,7 @@ class Study:
         if (path := self.config.get("ckpt_path")) is not None:
             raise UserError(f"ckpt_path: expected null, as each run of a study begins anew, received {path!r}")
         own_rate = (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
-        if own_rate is None:
+        if own_rate in (None, "None"):  # the latter for an argument without a type
             raise UserError("model.optimizer: expected a class and its lr, which a study sets, received none in the config")
         self.methods = {name: self._method(name) for name in asked.methods}
         rates = asked.learning_rates or [float(own_rate)]
