@@ -43,8 +43,9 @@ class Stage:
         seeds: how many.
         rates: those of each method.
         tuning_seeds: by how many seeds rates are compared.
-        variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``, or
-            ``knot-at-a-quarter``, with one knot, after a quarter of the steps.
+        variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``;
+            ``knot-at-a-quarter``, with one knot, after a quarter of the steps; or ``one-base``, the same runs anew, from one
+            pre-training of the base.
     """
 
     rank: int
@@ -52,7 +53,7 @@ class Stage:
     seeds: int
     rates: dict[str, list[float]] = field(hash=False)
     tuning_seeds: int = 1
-    variant: Literal["", "decay-in-each-link", "knot-at-a-quarter"] = ""
+    variant: Literal["", "decay-in-each-link", "knot-at-a-quarter", "one-base"] = ""
 
     @property
     def folder(self) -> Path:
@@ -114,6 +115,7 @@ STAGES = [
     Stage(1, 3200, 3, RANK_1 | SUM),
     Stage(8, 800, 5, RANK_8),
     Stage(1, 3200, 5, RANK_1),
+    Stage(8, 3200, 3, {"lora": [1e-2], "cola-16": [1e-2]}, variant="one-base"),
 ]
 
 
@@ -146,6 +148,15 @@ def rows_of_scopes() -> list[list[str]]:
             cells = [NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"]
             table.append([f"rank {stage.rank}, {stage.steps:,} steps", *cells])
     return table
+
+
+def rows_of_one_base() -> list[list[str]]:
+    """What docs/results.md says of the runs that began from the same weights."""
+    return [
+        [f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, NAMES[row.method])]
+        for stage in studies("one-base")
+        for row in summarize(stage.best())
+    ]
 
 
 def rows_of_one_knot() -> list[list[str]]:
@@ -201,7 +212,7 @@ def main() -> None:
     if not options.figure:
         for stage in STAGES:
             run(stage.words)
-    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot()]:
+    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base()]:
         print(f"| {' | '.join(row)} |")
     draw(FOLDER.with_name(f"{FOLDER.name}.png"))
 

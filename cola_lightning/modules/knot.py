@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
@@ -76,8 +76,9 @@ def _last_trainer(module: COLAParts) -> Trainer | None:
     """The Trainer that has fitted a module; None if there is none, or if it has another module now."""
     fitter = module.run_state.trainer
     trainer = trainer_of(module) if fitter is None else fitter()  # a module inside another one does not remember it
-    is_own = trainer is not None and id(module) in map(id, trainer.lightning_module.modules())
-    return trainer if is_own else None
+    if trainer is None or not isinstance(holder := trainer.lightning_module, LightningModule):  # None before its first run
+        return None
+    return trainer if id(module) in map(id, holder.modules()) else None
 
 
 def _check_between_steps(module: COLAParts) -> None:
