@@ -1,4 +1,4 @@
-"""Turns of a conversation, in a tokenizer's chat template."""
+"""Turns of a conversation, in a tokenizer's chat template; the tokens with which a turn or a text ends."""
 
 from typing import Any
 
@@ -41,6 +41,19 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
 
 
+def n_appended(tokenizer: Any) -> int:
+    """How many tokens a tokenizer appends to each text: ``</s>``, or BERT's ``[SEP]``."""
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return next((k for k, is_special in enumerate(reversed(mask)) if not is_special), 0)
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """The token that ends a text: the tokenizer's end of text or, where it has none, what it appends; None for neither."""
+    if tokenizer.eos_token_id is not None or not n_appended(tokenizer):
+        return tokenizer.eos_token_id  # type: ignore[no-any-return]
+    return int(tokenizer("a")["input_ids"][-1])
+
+
 def render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
     """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
     if not tokenizer.chat_template:
@@ -49,6 +62,6 @@ def render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> 
 
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
         raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
     return text

@@ -28,7 +28,7 @@ def score(prompt, option):  # the mean log-probability of the option's tokens af
 {example}
 print(max(options, key=lambda option: score(prompt, option)))
 """
-PLAIN_TEXTS = 'before, whole = (tokenizer(text.lstrip().rstrip(" "))["input_ids"] for text in (prompt, prompt + option))'
+PLAIN_TEXTS = 'before, whole = (tokenizer(text.lstrip().rstrip(" "))["input_ids"]{cut} for text in (prompt, prompt + option))'
 CHAT_TEXTS = """turn = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (text, text + option))"""
@@ -39,6 +39,7 @@ output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=Fal
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True){cut})
 """
 PLAIN_INPUTS = 'inputs = tokenizer(prompt.rstrip(" "), return_tensors="pt", return_token_type_ids=False)'
+CUT_INPUTS = "\ninputs = {{name: ids[:, :-{n}] for name, ids in inputs.items()}}  # without what the tokenizer appends"
 CHAT_INPUTS = """turn = [{"role": "user", "content": prompt}]
 inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 
@@ -56,13 +57,16 @@ def is_prompt_format(given: Any) -> bool:
     return isinstance(given, Mapping) and given.get("kind") in list(WHAT) and "chat_template" in given
 
 
-def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/this/folder", is_adapter: bool = False) -> str:
+def usage_section(
+    prompt_format: Mapping[str, Any], *, folder: str = "path/to/this/folder", is_adapter: bool = False, n_appended: int = 0
+) -> str:
     """The section of a model card that shows how the model is used, in plain transformers code.
 
     Args:
         prompt_format: of the checkpoint: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
         folder: the name of the export's folder in the code.
         is_adapter: whether it contains a PEFT adapter, and not a full model.
+        n_appended: how many tokens the tokenizer appends to a text, which are no part of a prompt or an option.
 
     Returns:
         Markdown; empty for a model that is not prompted.
@@ -80,8 +84,10 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
             "from peft import AutoPeftModelForCausalLM\nfrom transformers import Auto",
         )
     example = "\n".join(_example(kind, prompt_format))
+    texts = PLAIN_TEXTS.format(cut=f"[:-{n_appended}]" if n_appended else "")
+    inputs = PLAIN_INPUTS + (CUT_INPUTS.format(n=n_appended) if n_appended else "")
     if kind == "options":
-        code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else PLAIN_TEXTS, example=example)
+        code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else texts, example=example)
     else:
         is_answer = kind == "answer"
         how = {
@@ -89,7 +95,7 @@ def usage_section(prompt_format: Mapping[str, Any], *, folder: str = "path/to/th
             "cut": r'.partition("\n")[0].strip()' if is_answer else "",
         }
         code = load.removeprefix("import torch\n") + GENERATE.format(
-            example=example, inputs=CHAT_INPUTS if is_chat else PLAIN_INPUTS, **how
+            example=example, inputs=CHAT_INPUTS if is_chat else inputs, **how
         )
     return (
         f"## How to use it\n\n{what}\n\n```python\n{code.strip()}\n```\n\n"

@@ -240,6 +240,8 @@ def cut(path):
             Path.unlink,
             "error: adapter: expected adapter_model.safetensors beside adapter_config.json in ",
         ),
+        ("tokenizer.json", cut, "error: adapter: expected a tokenizer that AutoTokenizer can load, received "),
+        ("tokenizer.json", Path.unlink, "error: adapter: expected a tokenizer that AutoTokenizer can load, received "),
     ],
 )
 def test_a_damaged_adapter_is_one_line_and_status_2(adapter, tmp_path, name, damage, message, capfd):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
@@ -14,6 +15,7 @@ from cola_lightning.data.encoding import PromptRow
 from cola_lightning.data.examples import encode_examples
 from cola_lightning.decoding import Decoding
 from cola_lightning.modules.generation import stop_tokens
+from cola_lightning.modules.logits import can_share, takes_mask_of_pairs
 from cola_lightning.modules.metrics import ExactMatch, TokenF1
 from cola_lightning.turns import end_of_turn
 from tests import tiny
@@ -286,6 +288,23 @@ def test_scores_of_options_whose_number_differs_are_those_of_plain_forwards(modu
     for row, example in zip(scores, examples, strict=True):
         expected = tiny.plain_scores(module, example).tolist()
         assert row[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_of_few_tokens_is_tried_out_within_them():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=5, **tiny.BODY, num_key_value_heads=2))
+    assert can_share(model)
+    assert takes_mask_of_pairs(model)
+
+
+def test_a_module_that_was_just_fitted_generates_without_dropout(tmp_path):
+    name = tiny.folder(tmp_path / "model", "opt", dropout=0.5)
+    module = COLACausalLM(name, target_modules=["q_proj"], rank=2, dropout=0.5, seed=0).train()
+    batch = {"prompt_ids": torch.tensor([[0, 300, 301, 302]]), "prompt_mask": torch.ones(1, 4, dtype=torch.long)}
+    batch["decoding"] = {"max_new_tokens": 8}
+    assert len({module.generate(batch)[0] for _ in range(4)}) == 1
+    assert module.model.training
 
 
 def test_any_option_that_is_accepted_counts_as_right(module):

@@ -24,6 +24,7 @@ from cola_lightning.data.encoding import encode_responses, encode_texts
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.rows import draw, read_rows
 from cola_lightning.data.sampling import EpochSampler
+from cola_lightning.modules.generation import end_tokens, stop_tokens
 from tests import tiny
 from tests.toy import trainer
 
@@ -131,15 +132,24 @@ def test_no_option_is_cut(sst2):
         encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
 
 
-def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
+@pytest.mark.parametrize("end", ["eos_token", "sep_token"])  # BERT's tokenizer has no end of text, and ends with [SEP]
+def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option(end):
     example = Example("It was", (" great", " one of the largest"), 0)
-    plain, ending = tiny.tokenizer(), tiny.tokenizer(eos=True)
+    plain, ending = tiny.tokenizer(), tiny.tokenizer(eos=True, end=end)
     assert ending("It was")["input_ids"] == [*plain("It was")["input_ids"], 1]
     (expected,), (received,) = (encode_examples(tokenizer, [example], 500) for tokenizer in (plain, ending))
     assert received == expected
     assert encode_texts(ending, ["It was"], 8) == encode_texts(plain, ["It was"], 8)
     told = "It was</s>"  # what the text itself says stays
     assert encode_texts(ending, [told], 8)[0][0]["input_ids"] == plain(told)["input_ids"]
+    assert stop_tokens(ending) == stop_tokens(plain)
+    assert end_tokens(None, ending) == [1]
+
+
+def test_a_tokenizer_may_have_no_end_of_text():
+    endless = tiny.tokenizer(end="sep_token")
+    assert encode_texts(endless, ["It was"], 8)[0][0]["input_ids"] == endless("It was")["input_ids"]
+    assert end_tokens(None, endless) == []
 
 
 @pytest.mark.parametrize("test_size", [10, 6])
@@ -223,6 +233,10 @@ def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].sort().values.tolist() == [0, 0, 1, 2]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 12)
+    data.tokenizer.truncation_side = "left"
+    data.setup("fit")
+    assert torch.equal(next(iter(data.train_dataloader()))["input_ids"], batch["input_ids"])
+    assert data.tokenizer.truncation_side == "left"
     for arguments, labels, message in [
         ({"text_fields": fields}, 2, "line 3: expected one of the labels 0, 1 in the field 'label', received '2'"),
         ({}, 2, "line 1: expected the field 'sentence', received 'premise', 'hypothesis', 'label'"),

@@ -1,6 +1,7 @@
 """Measures of options that are chosen, against scikit-learn's; those of answers are in test_generation.py."""
 
 import json
+import warnings
 
 import pytest
 import sklearn.metrics
@@ -39,6 +40,15 @@ def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
         for some in zip(predictions.split(sizes), targets.split(sizes), strict=True):
             metric.update(*some, n_options)
         assert metric.compute().item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(("predictions", "targets"), [([1, 1], [1, 1]), ([0, 0], [1, 1]), ([0, 1], [1, 1]), ([1, 1], [0, 1])])
+def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions, targets):
+    metric = MatthewsCorrCoef()
+    metric.update(torch.tensor(predictions), torch.tensor(targets), 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")
+        assert metric.compute().item() == sklearn.metrics.matthews_corrcoef(targets, predictions) == 0
 
 
 def test_an_option_that_no_row_has_changes_nothing_and_three_options_are_no_two():

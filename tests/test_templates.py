@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from sklearn.metrics import f1_score
+from tokenizers import processors
 
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
@@ -264,6 +265,37 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
 @pytest.mark.parametrize("stop", ["END", ["END"], ("END",)])
 def test_one_text_alone_is_one_stop(stop):
     assert TextDataModule("a/b", stop=stop).decoding.stop == ("END",)
+
+
+def test_white_space_of_the_assistants_turn_is_learned_where_a_tokenizer_gives_it_no_place():
+    own, said = tokenizer(chat=CHAT), "   def f(x):  \n   \n x   return   2"
+    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": said}]
+    (expected,) = encode_conversations(own, [turns], 512, ["line 1"])
+    own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert any(a == b for a, b in own(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+    assert encode_conversations(own, [turns], 512, ["line 1"]) == [expected]
+
+
+def test_a_response_that_the_template_does_not_write_is_refused():
+    own = tokenizer(chat="{% for turn in messages %}{{ turn.content | trim }}{% endfor %}")
+    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "  "}]
+    with pytest.raises(UserError, match="line 1: expected words of the assistant in the last 512 tokens"):
+        encode_conversations(own, [turns], 512, ["line 1"], keeps_response=True)
+
+
+@pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])
+def test_an_error_of_a_chat_templates_expression_is_one_line(wrong):
+    own = tokenizer(chat=f"{{{{ {wrong} }}}}")
+    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "Yes."}]
+    with pytest.raises(UserError, match="line 1: expected turns that the chat template can render, received: "):
+        encode_conversations(own, [turns], 512, ["line 1"])
+
+
+def test_a_tokenizer_without_places_takes_no_conversation(monkeypatch):
+    own = tokenizer(chat=CHAT)
+    monkeypatch.setattr(type(own), "is_fast", False)
+    with pytest.raises(UserError, match=r"model\.model_name: expected a fast tokenizer for conversations"):
+        encode_conversations(own, [], 512, [])
 
 
 @pytest.mark.parametrize("chat", [CHAT, None])

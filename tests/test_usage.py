@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ DATA = {
     "fixed": lambda source: TemplateDataModule(source, prompt="Is it {{old}}?", options=[" {{no}}", " yes"]),
     "answer": lambda source: TemplateDataModule(source, prompt="A {sentence}\nIs:", answer="sentence"),
     "response": lambda source: TextDataModule(source, max_new_tokens=16),
+    "response to a tokenizer that ends texts": lambda source: TextDataModule(source, max_new_tokens=16),
+    "options to a tokenizer that ends texts": lambda source: PromptDataModule(
+        "SST2", source, train_size=3, val_size=3, test_size=6
+    ),
     "response in the chat template": lambda source: TextDataModule(source, max_new_tokens=16),
     "text": lambda source: TextDataModule(source, max_new_tokens=16),
 }
@@ -57,8 +62,9 @@ def executed(code, **replaced):
 
 @pytest.mark.parametrize("kind", DATA)
 def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd):
-    name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=512)
-    own = tiny.tokenizer()
+    architecture = "qwen3" if "ends" in kind else "llama"  # transformers gives Llama's tokenizers an end of their own
+    name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=512)
+    own = tiny.tokenizer(architecture, eos="ends" in kind)
     own.chat_template = CHAT if "chat" in kind else None
     own.save_pretrained(name)
     rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
@@ -75,7 +81,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "merged", "--output", merged]) == 0
     format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
     assert format_["kind"] == kind.split()[0].replace("fixed", "options")
-    code = code_of(usage_section(format_, folder=merged))
+    code = code_of((Path(merged) / "README.md").read_text()).replace("path/to/this/folder", merged)
     capfd.readouterr()
     n_new = "50" if kind == "answer" else "16"
     assert main(["generate", "--checkpoint", merged, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0

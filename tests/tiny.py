@@ -73,10 +73,10 @@ def _trained_tokenizer(bos, eos=False):
     return tokenizer
 
 
-def tokenizer(architecture="llama", *, pad=False, eos=False):
+def tokenizer(architecture="llama", *, pad=False, eos=False, end="eos_token"):
     """A byte-level BPE tokenizer; OPT's, Llama's and RoBERTa's begin a text with <s>, as the latter two do (OPT: </s>)."""
     bos = architecture in ("opt", "llama", "roberta")
-    special = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "</s>"} if pad else {})
+    special = {"bos_token": "<s>", end: "</s>"} | ({"pad_token": "</s>"} if pad else {})
     return transformers.PreTrainedTokenizerFast(tokenizer_object=_trained_tokenizer(bos, eos), **special)
 
 

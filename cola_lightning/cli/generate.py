@@ -161,7 +161,14 @@ def _of_model(folder: Path) -> Generator:
 def _of_adapter(folder: Path) -> Generator:
     from transformers import AutoTokenizer
 
-    from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, is_failure, package_folder, with_padding
+    from cola_lightning.modules.pretrained import (
+        PACKAGE_PREFIX,
+        Pretrained,
+        broken_files_refused,
+        is_failure,
+        package_folder,
+        with_padding,
+    )
 
     if importlib.util.find_spec("peft") is None:
         raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
@@ -196,8 +203,11 @@ def _of_adapter(folder: Path) -> Generator:
             f"adapter: expected one of layers, such as a LoRA, in {str(folder)!r}, received {config.get('peft_type')}"
         )
     model = adapted.get_base_model()
-    is_beside = (folder / "tokenizer_config.json").is_file()
-    return _of_plain(model, with_padding(AutoTokenizer.from_pretrained(folder)) if is_beside else base.tokenizer())
+    if not (folder / "tokenizer_config.json").is_file():
+        return _of_plain(model, base.tokenizer())
+    with broken_files_refused("adapter", "a tokenizer", AutoTokenizer, str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _of_plain(model, with_padding(tokenizer))
 
 
 def _language_model(pretrained: Any, folder: Path) -> Any:

@@ -23,14 +23,22 @@ def encode_conversations(
         keeps_response: whether to refuse a conversation whose assistant's turns would be truncated.
 
     Raises:
-        UserError: if the last turn is not the assistant's, the first one is, or the template does not write turn after turn.
+        UserError: if the last turn is not the assistant's, the first one is, or the template does not write turn after turn;
+            for a tokenizer that is not a fast one.
     """
+    if not tokenizer.is_fast:
+        raise UserError(
+            "model.model_name: expected a fast tokenizer for conversations, which tells where each token lies in the text, "
+            f"received {type(tokenizer).__name__}"
+        )
     written = [_write(tokenizer, messages, place) for messages, place in zip(conversations, places, strict=True)]
     tokens = tokenize_with_places(tokenizer, [text for text, _ in written])
     rows = []
     for (ids, starts, ends), (_, said), place in zip(tokens, written, places, strict=True):
+        # A token of white space may begin where it ends (ByteLevel's trim_offsets): then it begins where the last one ended.
+        starts = [min(a, before) if a == b else a for a, b, before in zip(starts, ends, [0, *ends[:-1]], strict=True)]
         is_said = [any(start < end and end > a and start < b for a, b in said) for start, end in zip(starts, ends, strict=True)]
-        if keeps_response and (n_response := len(ids) - is_said.index(True)) >= max_length:
+        if keeps_response and any(is_said) and (n_response := len(ids) - is_said.index(True)) >= max_length:
             raise response_too_long(place, n_response, max_length)
         labels = [token if said else IGNORE_INDEX for token, said in zip(ids, is_said, strict=True)]
         labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted

@@ -114,7 +114,12 @@ class TextClassificationDataModule(SourceDataModule):
             for row, known in zip(rows, is_known, strict=True)
         ]
         texts = [[row.text(field) for row in rows] for field in self.text_fields]
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        tokenizer = self.tokenizer
+        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+        try:
+            encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
+        finally:
+            tokenizer.truncation_side = side
         for row, ids in zip(rows, encoded["input_ids"], strict=True):
             if not ids:
                 raise UserError(

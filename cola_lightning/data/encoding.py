@@ -7,6 +7,7 @@ from typing import Any
 from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
+from cola_lightning.turns import end_of_text
 
 LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX for tokens without a loss
 
@@ -28,9 +29,9 @@ class PromptRow:
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
     """Texts as tokens with a loss on all of them; a text over ``max_length`` becomes several rows, a single token none."""
-    rows = []
+    rows, end = [], end_of_text(tokenizer)
     for ids in tokenize(tokenizer, texts):
-        ids = ids + _end_of_text(tokenizer, ids)
+        ids = _ended(ids, end)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
         rows.append([{"input_ids": piece, "labels": [IGNORE_INDEX, *piece[1:]]} for piece in pieces if len(piece) > 1])
@@ -56,12 +57,12 @@ def encode_responses(
     """
     befores = tokenize(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
     texts = tokenize(tokenizer, [prompt + response for prompt, response in pairs])
-    rows = []
+    rows, end = [], end_of_text(tokenizer)
     for before, text, (_, response), place in zip(befores, texts, pairs, places, strict=True):
         n_prompt = n_common(before, text)
         if not response or n_prompt == len(text):
             raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        text = text + _end_of_text(tokenizer, text)
+        text = _ended(text, end)
         n_response = len(text) - n_prompt
         if n_response >= max_length:
             raise response_too_long(place, n_response, max_length)
@@ -94,9 +95,8 @@ def response_too_long(place: str, n_response: int, max_length: int) -> UserError
     )
 
 
-def _end_of_text(tokenizer: Any, ids: list[int]) -> list[int]:
-    end = tokenizer.eos_token_id
-    return [] if end is None or ids[-1:] == [end] else [end]
+def _ended(ids: list[int], end: int | None) -> list[int]:
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]:

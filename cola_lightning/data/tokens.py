@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cola_lightning.turns import n_appended
+
 log = logging.getLogger(__name__)
 
 WORTH_CACHING = 250_000  # characters; fewer are tokenized faster than a cache is opened
@@ -14,7 +16,7 @@ Tokens = dict[str, list[list[int]]]  # columns, each with a list for each text
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
-    """Tokens with the special tokens that the tokenizer prepends, and without an end-of-text token that it appends.
+    """Tokens with the special tokens that the tokenizer prepends, and without those that it appends.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -22,8 +24,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
         is_whole: whether the texts already contain all special tokens, as from a chat template.
     """
     rows = _cached(tokenizer, texts, is_whole=is_whole)["ids"]
-    adds_end = not is_whole and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return [ids[:-1] for ids in rows] if adds_end else rows
+    n = 0 if is_whole else n_appended(tokenizer)
+    return [ids[: len(ids) - n] for ids in rows] if n else rows
 
 
 def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int], list[int]]]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
+from cola_lightning.modes import evaluating
 from cola_lightning.modules.generation import ANSWER, end_tokens, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import (
@@ -146,7 +147,8 @@ class COLACausalLM(LanguageModule):
         else:
             decoding, ends = ANSWER, self._stop_tokens
         # Each token has another shape: a compiled model would be recompiled for each.
-        with torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext():
+        stance = torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext()
+        with stance, evaluating(self.model):  # without dropout, also after a fit, which leaves the training mode
             how = {"is_sharded": self.is_sharded, "streamer": streamer}
             texts = generate(self.model, self.tokenizer, batch, ends, decoding, **how)
         return [(text if "decoding" in batch else text.partition("\n")[0]).strip() for text in texts]

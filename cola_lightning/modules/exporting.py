@@ -32,7 +32,7 @@ from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_mo
 from cola_lightning.probe import Probe, logits_of, make_probe
 from cola_lightning.progress import quiet
 from cola_lightning.seeding import derive_seed, seeded
-from cola_lightning.turns import end_of_turn
+from cola_lightning.turns import end_of_turn, n_appended
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
 from cola_lightning.weights import cast_floats, deep_copy
 
@@ -76,7 +76,8 @@ def export_module(
     check_no_base(options.folder, base_name)
     if format == "chain":
         return export_chain(chain, options.folder, verify=options.verify, overwrite=options.overwrite)
-    usage = usage_section(prompt_format or {}, is_adapter=format == "peft") or None
+    n = n_appended(module.tokenizer) if prompt_format else 0
+    usage = usage_section(prompt_format or {}, is_adapter=format == "peft", n_appended=n) or None
     card = Card(base_name, chain, module.constructor_arguments, options.license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
+from cola_lightning.turns import end_of_text
 
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS)  # of an answer that is compared with references: up to a line's end
 
@@ -17,13 +18,14 @@ def stop_tokens(tokenizer: Any) -> list[int]:
     """The tokens at which an answer ends: the end of text, and all that contain a line break."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     ends = {token for token, text in enumerate(texts) if "\n" in text}
-    return sorted(ends | ({tokenizer.eos_token_id} - {None}))
+    end = end_of_text(tokenizer)
+    return sorted(ends if end is None else {*ends, end})
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])} - {None})
+    return sorted({end_of_text(tokenizer), *(own if isinstance(own, Sequence) else [own])} - {None})
 
 
 @torch.no_grad()

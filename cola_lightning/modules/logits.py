@@ -309,7 +309,9 @@ def can_share(model: nn.Module) -> bool:
     """
     if not _caches_all(model):
         return False
+    config: Any = model.config
     ids, mask = torch.arange(48, device=next(model.parameters()).device).view(4, 12) // 2, torch.ones(4, 12, dtype=torch.long)
+    ids %= config.get_text_config().vocab_size
     for row in range(4):  # of 12, 11, 10 and 9 tokens, of which the first 8 are the same
         ids[row, row : row + 8], mask[row, :row] = ids[0, :8], 0
     batch = {"input_ids": ids, "attention_mask": mask.to(ids.device)}
@@ -352,9 +354,8 @@ def takes_mask_of_pairs(model: nn.Module) -> bool:
         return False
     config: Any = model.config
     device = next(model.parameters()).device
-    first, second = (torch.arange(9, device=device).unsqueeze(0) + config.get_text_config().vocab_size // 2).split(
-        [5, 4], dim=1
-    )
+    n = config.get_text_config().vocab_size
+    first, second = ((torch.arange(9, device=device).unsqueeze(0) + n // 2) % n).split([5, 4], dim=1)
     places = torch.arange(9, device=device)
     is_second = places >= 5
     pairs = (is_second[:, None] == is_second) & (places[:, None] >= places)
@@ -363,7 +364,8 @@ def takes_mask_of_pairs(model: nn.Module) -> bool:
         alone = logits_of(model, {"input_ids": second, "attention_mask": torch.ones_like(second)}, 4)
         try:
             behind, behind_other = (
-                logits_of(model, packed | {"input_ids": torch.cat([some, second], dim=1)}, 4) for some in (first, first - 7)
+                logits_of(model, packed | {"input_ids": torch.cat([some, second], dim=1)}, 4)
+                for some in (first, (first - 7) % n)
             )
         except Exception as error:  # whatever a model raises that takes rows x length alone
             if not _is_of_the_inputs(error):

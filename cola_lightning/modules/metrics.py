@@ -59,10 +59,12 @@ class OptionF1(_OfAllRows):
 
 
 class MatthewsCorrCoef(_OfAllRows):
-    """Matthews' correlation coefficient, from -1 to 1."""
+    """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
 
     @override
     def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+        if bool((predictions == predictions[0]).all() | (targets == targets[0]).all()):
+            return torch.zeros((), device=predictions.device)
         return multiclass_matthews_corrcoef(predictions, targets, n_options)
 
 

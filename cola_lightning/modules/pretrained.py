@@ -138,17 +138,9 @@ class Pretrained:
         where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
-        try:
-            with own_progress_bar(), _parsed_once() if self.gguf_file else nullcontext():
-                return auto_class.from_pretrained(place, **where, **arguments)
-        except Exception as error:
-            if not _is_of_the_files(error):
-                raise
-            name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # their messages say little
-            raise UserError(
-                f"model.model_name: expected a model that {auto_class.__name__} can load, received {self.model_name!r}: "
-                f"{name}{one_line(str(error))}"
-            ) from error
+        parsing = _parsed_once() if self.gguf_file else nullcontext()
+        with broken_files_refused("model.model_name", "a model", auto_class, self.model_name), own_progress_bar(), parsing:
+            return auto_class.from_pretrained(place, **where, **arguments)
 
     def config(self, **fields: Any) -> Any:
         """The model's configuration, with some of its fields given."""
@@ -191,6 +183,27 @@ class Pretrained:
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> Iterator[None]:
+    """Inside the block, an error of ``from_pretrained`` that the files cause becomes a UserError.
+
+    Args:
+        field: where the place was given.
+        kind: what was to be loaded: a model.
+        auto_class: by which of transformers' Auto classes.
+        place: a folder, or a hub id.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_the_files(error):
+            raise
+        name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # their messages say little
+        raise UserError(
+            f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {name}{one_line(str(error))}"
+        ) from error
 
 
 @contextmanager
