@@ -309,6 +309,28 @@ def test_a_run_in_double_precision_is_loaded_in_it(tmp_path):
     assert_bit_equal(weights(loaded), weights(module))
 
 
+def test_what_is_trained_outside_of_the_model_resumes_to_the_bit_in_double_precision(tmp_path):
+    class Outside(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.outside = torch.nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return torch.nn.functional.mse_loss(self.outside(self.model(x)), y)
+
+    def fit(epochs, path=None):
+        torch.manual_seed(0)
+        module, double = toy(Outside, lr_schedule="constant"), trainer(tmp_path, max_epochs=epochs, precision="64-true")
+        double.fit(module, batches(dtype=torch.float64), ckpt_path=path)
+        return module, double
+
+    fit(1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    resumed, whole = fit(2, tmp_path / "one.ckpt")[0], fit(2)[0]
+    assert weights(resumed)["outside.weight"].dtype == torch.float64
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     class Exploding(Toy):
         def on_after_backward(self):

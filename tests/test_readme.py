@@ -341,6 +341,13 @@ def test_the_table_of_one_early_knot_is_the_benchmarks():
     assert table("docs/results.md", "| one knot |") == expected
 
 
+def test_the_table_of_one_base_is_the_benchmarks():
+    """`python benchmarks/domain_shift.py --figure` prints it."""
+    expected = written(domain_shift.rows_of_one_base())
+    assert len(expected) == 2
+    assert table("docs/results.md", "| one base |") == expected
+
+
 def test_the_table_of_digits_over_splits_is_the_benchmarks(monkeypatch):
     """`python benchmarks/digits_splits/table.py` prints it."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "digits_splits")
@@ -381,7 +388,7 @@ def test_every_table_of_results_has_a_check():
         ("docs/results.md", "| SST-2 |"),
         ("docs/results.md", "| | method | rate |"),
     ]
-    known += [("docs/results.md", header) for header in ("| | method | seeds |", "| one knot |", "| paper's task |")]
+    known += [("docs/results.md", header) for header in ("| | method | seeds |", "| one knot |", "| one base |", "| paper's task |")]
     known += [("README.md", "| | method |"), ("docs/speed.md", "| | time / peft's |"), ("docs/precision.md", "| computed |")]
     known += [*PRODUCED.values(), ("docs/scaling.md", "| model, method |")]  # the last in test_scale.py
     unknown = {(page, header) for page, header in numbers if not any(page == p and header.startswith(h) for p, h in known)}

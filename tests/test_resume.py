@@ -451,6 +451,31 @@ def test_a_run_that_goes_on_with_other_epochs_decays_until_its_end(tmp_path, sto
     assert rates[::window] == pytest.approx([1 - step / (n_done + n_left) for step in range(n_done, n_done + n_left)])
 
 
+@pytest.mark.parametrize(
+    ("window", "stops"),
+    [
+        (3, [("forward", 4)]),  # after a validation inside a window
+        (1, [("validation", 1), ("batch_start", 0)]),  # in a validation, and in the batch after it was repeated
+        (1, [("validation", 1), ("forward", 0)]),
+        (2, [("validation_end", 1), ("batch_start", 0)]),
+    ],
+)
+def test_early_stopping_counts_a_validation_once(tmp_path, window, stops):
+    def outcome(name, stop, path):
+        callbacks = [EarlyStopping("val_loss", patience=3, min_delta=10.0)]
+        _, recorder, run = fit(tmp_path / name, stop, path, callbacks=callbacks, accumulate_grad_batches=window)
+        return run.global_step, recorder
+
+    whole, recorder = outcome("whole", None, None)
+    assert len(recorder.validations) == 4
+    path, validated = None, 0
+    for k, stop in enumerate([*stops, None]):
+        steps, recorder = outcome(f"{k}", stop, path)
+        path, validated = last(tmp_path / f"{k}"), validated + len(recorder.validations)
+    assert steps == whole
+    assert validated == 4 + (window > 1)
+
+
 def test_patience_is_what_is_asked_for(tmp_path):
     from cola_lightning.callbacks import RunWatch
 

@@ -43,9 +43,11 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
         return
     if (checkpoint["epoch"], checkpoint["global_step"]) != (fitter.current_epoch, fitter.global_step):
         return  # written by another
-    counters, buffers = rewound_progress(checkpoint, fitter, run.window, is_validating=run.is_validating)
+    counters, window = rewound_progress(checkpoint, fitter, run.window, is_validating=run.is_validating)
     checkpoint[CHECKPOINT_KEY]["progress"] = counters
-    checkpoint["state_dict"] |= buffers
+    if window is not None:
+        checkpoint["state_dict"] |= window.buffers
+        checkpoint["callbacks"] |= window.callbacks
 
 
 def _with_plain_numbers(value: Any) -> Any:

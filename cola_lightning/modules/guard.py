@@ -4,6 +4,7 @@ It does what a subclass could lose by overriding a hook without ``super()``: sta
 weights.
 """
 
+import copy
 import logging
 import math
 import weakref
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelPruning
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
@@ -163,10 +164,12 @@ class ChainGuard(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         window = self.module.run_state.window
-        if self._buffer_names and window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            state = self.module.trained_state.values()
+        if window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            state = self.module.trained_state.values() if self._buffer_names else {}
             buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
-            self.module.run_state.window = replace(window, buffers=buffers)
+            counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+            states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
+            self.module.run_state.window = replace(window, buffers=buffers, callbacks=states)
         align_logged_step(trainer)
         self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
 

@@ -82,7 +82,7 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
         _check_same_choices(module, checkpoint, state)
         resume_from(checkpoint, state.progress)
     apply_restore(plan, adapted)
-    if plan.dtype == torch.float64:  # what is trained outside of the model, too
+    if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         module.double()
     module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
     run.link_start, run.resumes_knots = state.link_start, state.has_knots

@@ -34,12 +34,14 @@ class Window:
         loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none at the
             start of an epoch, where they start over. (Lightning fetches one batch ahead if a loader has no length.)
         buffers: the persistent buffers when that batch began; none before.
+        callbacks: the states of EarlyStopping callbacks when that batch began, which count validations; none before.
     """
 
     epoch: int
     batch_idx: int
     loaders: list[dict[str, Any]]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
@@ -59,7 +61,7 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
 
 def rewound_progress(
     checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
-) -> tuple[Progress, Mapping[str, Tensor]]:
+) -> tuple[Progress, Window | None]:
     """The counters of a fit that its resume needs, by Lightning's names; those of validation if they differ.
 
     Args:
@@ -69,8 +71,8 @@ def rewound_progress(
         is_validating: whether a validation inside the fit has begun and not ended.
 
     Returns:
-        The counters, and the buffers at the start of the batch at which the run will resume, if that batch had begun. In that
-        case the counters also contain the states of loaders that have one.
+        The counters, and the window in which the run will resume, if its first batch had begun. In that case the counters also
+        contain the states of loaders that have one.
     """
     given = checkpoint["loops"]["fit_loop"]
     counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
@@ -78,10 +80,10 @@ def rewound_progress(
     if counters[VALIDATION] == given[VALIDATION]:
         del counters[VALIDATION]
     if window is None or (trainer.current_epoch, batch_idx) != (window.epoch, window.batch_idx):
-        return counters, {}
+        return counters, None
     if any(given["state_dict"].get(LOADERS, ())):
         counters[LOADERS] = window.loaders
-    return counters, window.buffers
+    return counters, window
 
 
 def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:
@@ -128,6 +130,8 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
     elif is_pending:  # Lightning's sign of a validation to be run; it starts over
         _set_all(validation, 0, 0)
         validation["total"] |= {"ready": 1, "started": 1}
+    elif validation["total"]["processed"] < validation["total"]["ready"]:  # such a sign, of a validation that was then repeated
+        _set_all(validation, validation["current"]["ready"], validation["total"]["ready"])
     return rewound if has_begun else None
 
 
