@@ -164,24 +164,27 @@ class LinkOptimization:
                 first = step
                 return 0.0 if self.warmup_steps else 1.0
             if horizon is None:  # in another module's fit, or in a loop without a Trainer
-                self._check_needs_no_horizon()
+                if (received := self._share_of_length) is not None:
+                    raise UserError(
+                        "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, "
+                        f"as for a module inside another one, received {received}"
+                    )
                 horizon = math.inf
             value = lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
             return value * step / rise if step < rise else value
 
         return factor
 
-    def _check_needs_no_horizon(self) -> None:
-        if self._needs_horizon:
-            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
-            raise UserError(
-                "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, as for a "
-                f"module inside another one, received {received}"
-            )
+    @property
+    def _share_of_length(self) -> str | None:
+        """What the schedule computes from a length, in words; None for a constant rate with a warm-up in steps."""
+        if self.lr_schedule != "constant":
+            return self.lr_schedule
+        return f"a warm-up of {self.warmup_steps:g} of it" if 0 < self.warmup_steps < 1 else None
 
     @property
     def _needs_horizon(self) -> bool:
-        return self.lr_schedule != "constant" or 0 < self.warmup_steps < 1 or 0 < self.knot_warmup_steps < 1
+        return self._share_of_length is not None or 0 < self.knot_warmup_steps < 1
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
@@ -209,8 +212,7 @@ class LinkOptimization:
         if self._scheduler is None:  # an overridden configure_optimizers may have none
             return
         is_known = self.schedule_scope == "run" and run.end_step < math.inf
-        if not is_known and (self.lr_schedule != "constant" or 0 < self.warmup_steps < 1):
-            received = self.lr_schedule if self.lr_schedule != "constant" else f"a warm-up of {self.warmup_steps:g} of it"
+        if not is_known and (received := self._share_of_length) is not None:
             raise UserError(
                 "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's"
                 " length is not known beforehand (chain.patience, an overridden should_tie, endless data), received "
