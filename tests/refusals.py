@@ -7,7 +7,6 @@ checkpoint is refused in the test file of its subject.
 
 import gzip
 import importlib.util
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -1224,13 +1223,6 @@ def tokenizer():
 )
 def checkpoint(path):
     read_checkpoint(path)
-
-
-@refused(
-    ({"links": 1}, "links: expected a checkpoint on this machine to load some links from, received another"),
-)
-def open_file(**arguments):
-    Toy.load_from_checkpoint(io.BytesIO(), **arguments)
 
 
 @refused(

@@ -150,6 +150,29 @@ def test_a_resume_trains_the_factors_of_its_run(tmp_path):
         fit(tmp_path / "on", ckpt_path=last(tmp_path), module=toy(Normed, **ARGUMENTS, trained_factors="B"))
 
 
+class Fixed(Normed):
+    """A class that decides what its users need not."""
+
+    def __init__(self, **arguments):
+        super().__init__(trained_factors="B", **arguments)
+
+
+class Defaulting(Normed):
+    def __init__(self, trained_factors="B", **arguments):
+        super().__init__(trained_factors=trained_factors, **arguments)
+
+
+@pytest.mark.parametrize("cls", [Fixed, Defaulting])
+def test_a_class_that_fixes_an_argument_resumes_its_own_runs(tmp_path, cls):
+    whole, _, _ = fit(tmp_path / "whole", module=toy(cls, **ARGUMENTS))
+    fit(tmp_path, ("batch_end", 5), module=toy(cls, **ARGUMENTS))
+    resumed, _, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=toy(cls, **ARGUMENTS))
+    assert_bit_equal(weights(resumed), weights(whole))
+    with pytest.raises(UserError, match=r"model\.trained_factors: expected B, the checkpoint's, received both"):
+        fit(tmp_path / "other", ckpt_path=last(tmp_path), module=toy(Normed, **ARGUMENTS))
+    assert cls.load_from_checkpoint(last(tmp_path)).trained_factors == "B"
+
+
 def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
     parameters = [nn.Parameter(torch.zeros(4, 5)) for _ in range(2)]
     old, new = (AdamW(parameters, lr=1.0) for _ in range(2))
@@ -157,7 +180,7 @@ def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
         for parameter in parameters:
             parameter.grad = torch.arange(20.0).reshape(4, 5) - 9 + k
         old.step()
-    keep_state(old, new, 0.1, {id(parameters[0])})
+    keep_state(old, new, 0.1, {id(parameters[0]): (slice(4),)})
     factor, whole = (new.state[parameter] for parameter in parameters)
     for name in ("exp_avg", "exp_avg_sq"):
         was = old.state[parameters[0]][name]
@@ -175,7 +198,7 @@ def test_the_moments_keep_the_same_entries():
     for sign in (1, -1, 1, -1):
         parameter.grad = torch.tensor([10.0 * sign, 3.0, 1.0])  # the largest second moment, the largest first, and neither
         old.step()
-    keep_state(old, new, 1 / 3, {id(parameter)})
+    keep_state(old, new, 1 / 3, {id(parameter): (slice(3),)})
     kept = new.state[parameter]
     assert kept["exp_avg"].nonzero().tolist() == kept["exp_avg_sq"].nonzero().tolist() == [[1]]
     before, parameter.grad = parameter.detach().clone(), torch.zeros(3)
@@ -198,6 +221,28 @@ def test_a_knot_leaves_the_next_optimizer_its_share(tmp_path, kept):
     assert [step for step, _ in watch.seen[5]] == [5.0] * 4
     assert [share for _, share in watch.seen[5]] == pytest.approx([0.25] * 4, abs=0.01)
     assert [step for step, _ in watch.seen[9]] == [9.0] * 4
+
+
+@pytest.mark.parametrize(("kept", "ranks"), [(0.25, [2, 2]), (0.25, [4, 2]), (1, [4, 2]), (0.25, [2, 4])])
+def test_the_share_is_of_the_entries_that_both_links_use(tmp_path, kept, ranks):
+    """Factors have the entries of the largest rank: unused ones neither count, nor move by moments that a knot retains."""
+
+    def look(run, module):
+        state, layers = run.optimizers[0].state, module.adapted.layers.values()
+        both = [(state[layer.lora_A], state[layer.lora_B]) for layer in layers if layer.lora_A in state]
+        moments = [one for of_A, of_B in both for one in (of_A["exp_avg"].clone(), of_B["exp_avg"].T.clone())]
+        unused = [one[layer.rank :].detach().clone() for layer in layers for one in (layer.lora_A, layer.lora_B.T)]
+        return moments, unused
+
+    used, watch = min(ranks), Watch(look)
+    module = toy(rank=4, kept_optimizer_state=kept, optimizer=lambda p: AdamW(p, lr=0.1, weight_decay=0))
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 5, "ranks": ranks}, max_epochs=1).fit(module, batches())
+    assert len(watch.seen[5][0]) == 4
+    for moment in watch.seen[5][0]:
+        assert not moment[used:].any()
+        assert moment[:used].count_nonzero() == pytest.approx(kept * moment[:used].numel(), abs=1)
+    for before, after in zip(watch.seen[5][1], watch.seen[9][1], strict=True):
+        assert torch.equal(before, after)
 
 
 def eight_bit(parameters):
@@ -229,9 +274,9 @@ def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, ma
     old, new = make([parameter]), make([parameter])
     parameter.grad = torch.ones(4, 5)
     old.step()
-    keep_state(old, new, 0.25, ())  # a factor's alone is kept in part
+    keep_state(old, new, 0.25, {})  # a factor's alone is kept in part
     with pytest.raises(UserError, match=refused(0.25, name)):
-        keep_state(old, new, 0.25, {id(parameter)})
+        keep_state(old, new, 0.25, {id(parameter): (slice(4),)})
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class OpenedCheckpoint:
 
     Attributes:
         path: its path.
-        file: the open file, for another reader.
+        file: the open file.
         state: what this package stored in it.
         contents: the whole checkpoint; empty after :meth:`take`.
     """
@@ -105,10 +105,15 @@ def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_on
     except OSError as error:
         raise unreadable(str(path), field, error) from error
     with file:
-        check_archive(file, field, name=str(path))
-        file.seek(0)
-        contents = _load(file, path, field, weights_only=weights_only)
-        yield OpenedCheckpoint(path, file, CheckpointState.of(contents), contents)
+        yield read_opened(file, path, field, weights_only=weights_only)
+
+
+def read_opened(file: BinaryIO, path: Path, field: str, *, weights_only: bool = True) -> OpenedCheckpoint:
+    """Reads the checkpoint in an open file; see :func:`opened_checkpoint`, whose path is here for messages alone."""
+    check_archive(file, field, name=str(path))
+    file.seek(0)
+    contents = _load(file, path, field, weights_only=weights_only)
+    return OpenedCheckpoint(path, file, CheckpointState.of(contents), contents)
 
 
 def is_file(path: Path, field: str) -> bool:
@@ -188,6 +193,7 @@ class CheckpointState:
         outside: values trained outside the model, as they were before the first link.
         progress: Lightning's counters, rewound to the last complete accumulation window.
         prompt_format: the data module's prompt format for a language model; empty if there is none.
+        trained_factors: which factors of a link are trained, whoever chose them; None: not known.
     """
 
     module: dict[str, Any]
@@ -207,6 +213,7 @@ class CheckpointState:
     outside: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     prompt_format: dict[str, Any] = field(default_factory=dict)
+    trained_factors: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""

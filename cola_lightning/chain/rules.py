@@ -3,7 +3,7 @@
 A layer's forward pass does not depend on them: it uses A and B, whichever of them is trained.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,7 @@ def check_trained_factors(trained: str) -> None:
 
 
 @torch.no_grad()
-def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[int]) -> None:
+def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[slice, ...]]) -> None:
     """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
     Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
@@ -60,7 +60,7 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
         old: the previous link's optimizer.
         new: the next link's optimizer, on the same parameters.
         share: the share of entries that the factors' moments retain, above 0.
-        factors: the ids of the links' factors.
+        factors: by the id of each factor, the entries that both links use: a factor has those of the largest rank.
 
     Raises:
         UserError: for a state of which no part can be retained; see :func:`check_state`.
@@ -72,7 +72,8 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Container[
         for parameter in group["params"]:
             state = old.state.get(parameter)
             if state:
-                new.state[parameter] = _kept(state, parameter, share) if id(parameter) in factors else {**state}
+                used = factors.get(id(parameter))
+                new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
 
 
 def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
@@ -96,11 +97,15 @@ def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> 
                 )
 
 
-def _kept(state: dict[str, Any], parameter: Tensor, share: float) -> dict[str, Any]:
-    """A state whose moments are 0 but for the entries with the largest first moments; what is no moment unchanged."""
-    moments = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
-    if share == 1 or not moments:
+def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[slice, ...]) -> dict[str, Any]:
+    """A state whose moments are 0 but for the used entries with the largest first moments; what is no moment unchanged."""
+    is_used = torch.zeros_like(parameter, dtype=torch.bool)
+    is_used[used] = True
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    moments = [name for name, value in tensors.items() if value.shape == parameter.shape]
+    if not moments or (share == 1 and is_used.all()):
         return {**state}
     sizes = state[moments[0]].abs()  # the first moment, in torch's optimizers
-    is_kept = sizes >= sizes.flatten().topk(max(1, round(share * sizes.numel()))).values[-1]
+    n_kept = max(1, round(share * int(is_used.sum())))
+    is_kept = is_used & (sizes >= sizes[is_used].topk(n_kept).values[-1])
     return {name: torch.where(is_kept, value, 0) if name in moments else value for name, value in state.items()}

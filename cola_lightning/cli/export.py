@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments, opened_checkpoint
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
-from cola_lightning.cli.inspect import LINKS
+from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.errors import UserError
 from cola_lightning.progress import quiet
 
@@ -47,6 +47,7 @@ def export(words: Sequence[str]) -> None:
         metavar="DIR",
         help="with peft: write the base there, and name that folder in the adapter: for a base that peft cannot load by name",
     )
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
     parser.add_argument("--license", metavar="ID", help="the model card's license: the hub's identifier, such as apache-2.0")
     parser.add_argument(
         "--push_to_hub",
@@ -71,8 +72,11 @@ def export(words: Sequence[str]) -> None:
             raise UserError(
                 f"format: expected merged for a checkpoint without links (model.target_modules: null), received {asked.format}"
             )
-        for line in (_export_chain if asked.format == "chain" else _export_model)(opened, options.links, asked):
-            print(line)
+        if asked.format == "chain":
+            lines = _export_chain(opened, options.links, asked)
+        else:
+            lines = _export_model(opened, options.links, asked, trust_remote_code=options.trust_remote_code)
+        print("\n".join(lines))
     print(f"written: {output}")
     if options.push_to_hub is not None:
         from cola_lightning.export import upload
@@ -89,7 +93,7 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     return export_chain(chain, asked.folder, verify=asked.verify, overwrite=asked.overwrite)
 
 
-def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
+def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions", *, trust_remote_code: bool) -> list[str]:
     arguments = opened.state.module
     check_arguments(arguments, "export")
 
@@ -98,6 +102,7 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     from cola_lightning.modules.pending import loading
 
     find_class(arguments["class_path"])
+    given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument
     with quiet(), loading(opened, links):
-        module = COLAModule.load_from_checkpoint(opened.path, links=links)
+        module = COLAModule.load_from_checkpoint(opened.path, links=links, **given)
     return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format)

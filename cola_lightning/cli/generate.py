@@ -16,7 +16,7 @@ from cola_lightning.chain.checkpoint import check_arguments, opened_checkpoint
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, TENSORS_NAME, adapter_config
 from cola_lightning.cli.help import command_parser, parsed
-from cola_lightning.cli.inspect import LINKS
+from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.progress import quiet
@@ -67,6 +67,7 @@ def _parser() -> ArgumentParser:
         "--chat", action="store_true", help="a conversation: one turn per line; an empty line or Ctrl-D ends it"
     )
     parser.add_argument("--links", type=int | None, metavar="K", help=f"for a checkpoint, the {LINKS}")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
     parser.add_argument(
         "--chat_template",
         type=bool | None,
@@ -117,15 +118,15 @@ class Generator:
 
 
 def _loaded(options: Namespace) -> Generator:
-    path = options.checkpoint
+    path, trust = options.checkpoint, options.trust_remote_code
     if not path.is_dir():
-        return _of_checkpoint(path, options.links)
+        return _of_checkpoint(path, options.links, trust)
     if options.links is not None:
         raise UserError(f"links: expected none beside an export, whose links are merged, received {options.links}")
     if (path / CONFIG_NAME).is_file():
-        return _of_adapter(path)
+        return _of_adapter(path, trust)
     if (path / "config.json").is_file():
-        return _of_model(path)
+        return _of_model(path, trust)
     what = "a chain folder, whose base is elsewhere" if (path / JSON_NAME).is_file() else "which is neither"
     raise UserError(
         "checkpoint: expected a checkpoint file, or the folder of a merged model or of a PEFT adapter, "
@@ -133,7 +134,7 @@ def _loaded(options: Namespace) -> Generator:
     )
 
 
-def _of_checkpoint(path: Path, links: int | None) -> Generator:
+def _of_checkpoint(path: Path, links: int | None, trust: bool) -> Generator:
     with opened_checkpoint(path) as opened:
         arguments, format_ = opened.state.module, opened.state.prompt_format
         check_arguments(arguments, "generate")
@@ -143,22 +144,23 @@ def _of_checkpoint(path: Path, links: int | None) -> Generator:
         found = find_class(arguments["class_path"])
         if not issubclass(found, COLACausalLM):
             raise _cannot_generate(f"{str(path)!r}, of a {found.__name__}")
+        given = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
         with quiet(), loading(opened, links):
-            module: Any = COLAModule.load_from_checkpoint(path, links=links)
+            module: Any = COLAModule.load_from_checkpoint(path, links=links, **given)
     device = _device()
     module.to(device).eval()
     return Generator(module.generate, module.tokenizer, device, format_)
 
 
-def _of_model(folder: Path) -> Generator:
+def _of_model(folder: Path, trust: bool) -> Generator:
     from cola_lightning.modules.pretrained import Pretrained
 
-    pretrained = Pretrained(str(folder))
+    pretrained = Pretrained(str(folder), trust_remote_code=trust)
     model = _language_model(pretrained, folder)
     return _of_plain(model, pretrained.tokenizer())
 
 
-def _of_adapter(folder: Path) -> Generator:
+def _of_adapter(folder: Path, trust: bool) -> Generator:
     from transformers import AutoTokenizer
 
     from cola_lightning.modules.pretrained import (
@@ -186,7 +188,7 @@ def _of_adapter(folder: Path) -> Generator:
     if name.startswith(PACKAGE_PREFIX):  # an adapter's config does not name the package's file with its base
         files = sorted(path.name for path in package_folder(name).glob("*.gguf"))
         gguf_file = files[0] if len(files) == 1 else None
-    base = Pretrained(name, config.get("revision"), gguf_file=gguf_file)
+    base = Pretrained(name, config.get("revision"), gguf_file=gguf_file, trust_remote_code=trust)
     model = _language_model(base, folder)
     try:
         with quiet():

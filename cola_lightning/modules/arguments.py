@@ -13,13 +13,18 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import cola_lightning
 from cola_lightning.errors import UserError
 
-# Arguments of the training, not of the model: inference needs none of them.
+# Neither written to a checkpoint nor taken from one: arguments of the training, of which inference needs none, and those by
+# which another person's file could have code executed.
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
+NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # the latter may name a kernel of the hub
+
+CONFIG = "_omegaconf_"  # the key under which a configuration's resolved values are stored
 
 
 class RecordsArguments:
@@ -31,22 +36,41 @@ class RecordsArguments:
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
         self = super().__new__(cls)
-        init_args, not_plain = {}, []
+        init_args, not_plain = dict[str, Any](), list[str]()
         with contextlib.suppress(TypeError):  # __init__ will raise it
             for name, value in _by_name(inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)):
                 try:
                     init_args[name] = plain(value)
                 except TypeError:
                     not_plain.append(name)
-        recorded = {"class_path": class_path(cls), "init_args": init_args, "not_plain": not_plain}
+        defaults = {name: value for name, value in _defaults(cls).items() if name not in (*init_args, *not_plain)}
+        recorded = {"class_path": class_path(cls), "init_args": init_args, "not_plain": not_plain, "defaults": defaults}
         self.__dict__["_constructor_arguments"] = recorded
         return self
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:
-        """``class_path``, the plain ``init_args``, and ``not_plain``: the names of the arguments without a plain value."""
+        """``class_path``, the plain ``init_args`` and ``defaults``, and ``not_plain``: names of those without a plain value."""
         recorded: dict[str, Any] = self.__dict__["_constructor_arguments"]
         return recorded
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The plain defaults of a class' arguments, which may change later.
+
+    Of this package's classes also those of the ``**arguments`` that they pass on; another class may have given these itself.
+    """
+    defaults: dict[str, Any] = {}
+    for owner in (one for one in cls.__mro__ if "__init__" in vars(one)):
+        parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
+        for one in parameters:
+            if one.default is not one.empty and one.name not in NOT_RECORDED:
+                with contextlib.suppress(TypeError):
+                    defaults.setdefault(one.name, plain(one.default))
+        passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        if not passes_on or not owner.__module__.startswith("cola_lightning."):
+            break
+    return defaults
 
 
 def class_path(cls: type) -> str:
@@ -84,6 +108,10 @@ def plain(value: Any) -> Any:
             return kind(value)
     if isinstance(value, PathLike):
         return str(value)
+    if type(value).__module__.startswith("omegaconf."):
+        from omegaconf import OmegaConf
+
+        return {CONFIG: plain(OmegaConf.to_container(value, resolve=True))}
     if _is_list(value):
         return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
     if isinstance(value, Mapping):
@@ -111,10 +139,52 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview)
 
 
-def as_annotated(cls: type, init_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain arguments in the types that the class' ``__init__`` annotates: members of an Enum, paths and ordered dicts."""
-    hints = annotations(cls)
-    return {name: _as_annotated(value, hints.get(name)) for name, value in init_args.items()}
+def stored_arguments(cls: type, checkpoint: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A class' constructor arguments that a checkpoint holds, but for those that are not taken from a file.
+
+    Args:
+        cls: the class to be made.
+        checkpoint: Lightning's, with its hyperparameters (``save_hyperparameters``).
+        recorded: the ``constructor_arguments`` of its module; empty if that is not of the class, or of a base of it.
+    """
+    saved: dict[str, Any] = dict(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
+    whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
+    if whole in inspect.signature(cls.__init__).parameters and whole != "kwargs":  # type: ignore[misc]  # Lightning's "none"
+        saved = {str(whole): saved}  # of save_hyperparameters(argument): they are that argument
+    hints, of_cli = annotations(cls), {"_instantiator", "_class_path"}  # by which Lightning would call what they name
+    stored = recorded.get("defaults", {}) | saved | recorded.get("init_args", {})  # an older checkpoint has no defaults
+    return {
+        name: _as_annotated(_with_configs(value), hints.get(name))
+        for name, value in stored.items()
+        if name not in NOT_RECORDED | of_cli
+    }
+
+
+def accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a class' constructor takes."""
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {name: value for name, value in arguments.items() if takes_any or name in parameters}
+
+
+def _with_configs(value: Any) -> Any:
+    """A plain value with OmegaConf's configurations in place of what :func:`plain` writes for them."""
+    if isinstance(value, Mapping) and value.keys() == {CONFIG}:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.create(_literal(value[CONFIG]))
+    if isinstance(value, Mapping):
+        return {key: _with_configs(part) for key, part in value.items()}
+    return type(value)(map(_with_configs, value)) if type(value) in (list, tuple) else value
+
+
+def _literal(value: Any) -> Any:
+    """Resolved values of a configuration: an interpolation in a file, which may call a resolver, is text."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, Mapping):
+        return {key: _literal(part) for key, part in value.items()}
+    return [_literal(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def annotations(cls: type) -> dict[str, Any]:

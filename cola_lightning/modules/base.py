@@ -546,29 +546,26 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> Self:
         """As in Lightning, on the CPU; the class and its arguments are read from the checkpoint.
 
-        If the checkpoint contains its base, ``build_model`` need not make the base's weights first.
+        If the checkpoint contains its base, ``build_model`` need not make the base's weights first. For what another person's
+        checkpoint can do, see docs/guarantees.md.
 
         Args:
-            checkpoint_path: a file that a fit wrote.
-            map_location: see ``LightningModule.load_from_checkpoint``.
-            hparams_file: see ``LightningModule.load_from_checkpoint``.
+            checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
+            map_location: a device to move the module to; None: it stays on the CPU.
+            hparams_file: a YAML or CSV file, as Lightning's loggers write it, in place of the checkpoint's hyperparameters.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
             links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
-            **kwargs: arguments of the class, in place of the checkpoint's; those that are not plain values, such as an
-                optimizer, are not stored in it.
+            **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
+                optimizer, ``attn_implementation`` or ``trust_remote_code``: what may be executed, no file says.
 
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
-        how = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
-
-        def load(made: type[COLAModule], source: Any, **arguments: Any) -> Any:
-            return super(COLAModule, made).load_from_checkpoint(source, **arguments)  # noqa: UP008  # of another class
-
-        module: Self = load_module(load, cls, checkpoint_path, links, how, kwargs)
-        return module
+        how = {"hparams_file": hparams_file, "weights_only": weights_only is not False, "strict": strict}
+        module: Self = load_module(cls, checkpoint_path, links, kwargs, **how)
+        return module if map_location is None else module.to(map_location)
 
     @override
     def __getstate__(self) -> dict[str, Any]:

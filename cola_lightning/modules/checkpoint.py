@@ -39,7 +39,7 @@ def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     trainer, run = trainer_of(module), module.run_state
     _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
     fitter = run.trainer() if run.trainer else None  # a test may have followed, by the same Trainer or another
-    if fitter is None or "loops" not in checkpoint:
+    if fitter is None or "callbacks" not in checkpoint:  # weights alone, from which no fit resumes
         return
     if (checkpoint["epoch"], checkpoint["global_step"]) != (fitter.current_epoch, fitter.global_step):
         return  # written by another
@@ -85,6 +85,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
         modules_to_save=module.modules_to_save,
         outside=trained.first_outside,
         prompt_format=prompt_format_of(trainer),
+        trained_factors=module.trained_factors,
     )
 
 

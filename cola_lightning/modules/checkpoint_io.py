@@ -35,15 +35,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 _save(checkpoint, partial)
 
     @override
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         pending = pending_checkpoint()
         is_open = pending is not None and "://" not in str(path) and pending.opened.path == Path(path)
         if pending is not None and is_open and (contents := pending.opened.take()):  # already read and checked
             return contents
         if get_filesystem(path).exists(path):  # else Lightning reports it
             check_source(path)
-        with unreadable_as_user_error(path):
-            return super().load_checkpoint(path, *args, **kwargs)
+        with unreadable_as_user_error(path):  # Lightning's default unpickles what is at a URL
+            return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelPruning
+from lightning.pytorch.callbacks import EarlyStopping, ModelPruning
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from cola_lightning.modules.contract import COLAParts
 from cola_lightning.modules.lazy_model import check_own_model
 from cola_lightning.modules.optimization import check_new_optimizers, check_trained_dtypes
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
+from cola_lightning.modules.run_state import accumulation_schedulers, run_length
 from cola_lightning.modules.summary import summary
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.sharded import processes, tensors
@@ -89,7 +90,7 @@ class ChainGuard(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_not_replaced(self.module)  # here: a module's own on_fit_start runs after ours
-        for callback in _accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
+        for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
@@ -383,10 +384,6 @@ def _check_frozen(module: COLAParts) -> None:
         )
 
 
-def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
-    return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-
-
 def _check_whole_windows(trainer: Trainer) -> None:
     """Refuses to resume in the middle of what is now an accumulation window, or beyond the epoch's end."""
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
@@ -406,23 +403,3 @@ def _beginning_of_epoch(trainer: Trainer, now: Counters) -> Counters:
     """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
     window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
     return Counters(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
-
-
-def run_length(trainer: Trainer, origin: Counters) -> RunLength:
-    """The length of the trainer's fit; known once its data is set up."""
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
-    schedulers = _accumulation_schedulers(trainer)
-
-    def steps_in_epoch(epoch: int) -> float:
-        window = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
-        batches = trainer.num_training_batches
-        return batches if batches == math.inf else math.ceil(batches / window)
-
-    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
-    return RunLength(
-        steps_in_epoch,
-        max_epochs=math.inf if max_epochs is None or max_epochs < 0 else max_epochs,
-        max_steps=math.inf if max_steps < 0 else max_steps,
-        origin=origin,
-    )

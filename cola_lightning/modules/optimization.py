@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.rules import check_state, keep_state
@@ -24,6 +25,32 @@ from cola_lightning.modules.run_state import RunState
 log = logging.getLogger(__name__)
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class LinkLR(LRScheduler):
+    """The learning rates of a link: those that its optimizer was made with, times a factor of the step.
+
+    A parameter group that is added later, as BaseFinetuning does, retains the rate that it is given.
+
+    Args:
+        optimizer: of the link.
+        factor: of the link's k-th step.
+        last_epoch: the step before the first, as in torch.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], last_epoch: int = -1) -> None:
+        self.factor = factor
+        super().__init__(optimizer, last_epoch)
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        factor = self.factor(self.last_epoch)
+        added = self.optimizer.param_groups[len(self.base_lrs) :]
+        return [rate * factor for rate in self.base_lrs] + [group["lr"] for group in added]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "factor"}
 
 
 @dataclass
@@ -57,7 +84,9 @@ class LinkOptimization:
     resumed_class: str | None = None
     class_path: str | None = None
     _optimizer: Optimizer | None = None
-    _scheduler: LambdaLR | None = None
+    _scheduler: LinkLR | None = None
+    _first_step: int | None = None  # at which the schedule's first value was computed
+    _horizon: tuple[float, float] | None = None
     _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __post_init__(self) -> None:
@@ -77,7 +106,7 @@ class LinkOptimization:
         self.kept_optimizer_state = float(self.kept_optimizer_state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the optimizer and its learning-rate schedule, which belong to a fit; the schedule cannot be pickled."""
+        """All but the optimizer and its learning-rate schedule, which belong to a fit."""
         return vars(self) | {"_optimizer": None, "_scheduler": None}
 
     def configure(
@@ -121,7 +150,7 @@ class LinkOptimization:
             raise UserError("model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
-    def _make_scheduler(self, optimizer: Optimizer, step: int) -> LambdaLR | None:
+    def _make_scheduler(self, optimizer: Optimizer, step: int) -> LinkLR | None:
         """The learning-rate schedule from a step of the run on; None for an optimizer that sets its own rates."""
         if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
             if self.modules_to_save_lr is not None:
@@ -139,41 +168,41 @@ class LinkOptimization:
         for group in optimizer.param_groups:
             rate = group["lr"]
             group["initial_lr"] = rate.clone() if isinstance(rate, Tensor) else rate
+        self._first_step = self._horizon = None
         done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
-        return LambdaLR(optimizer, self._lr_lambda(), last_epoch=done - 1)
+        return LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
 
-    def _lr_lambda(self) -> Callable[[int], float]:
+    def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the link's k-th step. It determines its horizon when that is first needed.
 
         At step 0 of a run the data is not set up yet, and reading its length from Lightning there would make a resumed loader
-        start over. (A function and not an object: LambdaLR would store an object's attributes.)
+        start over.
         """
-        start, is_run = self.run.link_start, self.schedule_scope == "run"
-        offset = start.global_step if is_run else 0
-        horizon: float | None = None
-        rise = 0  # steps after the knot; the run's first link has the run's warm-up
-        first: int | None = None
+        is_run, start = self.schedule_scope == "run", self.run.link_start
+        if self._horizon is None and self.run.length is not None:
+            self._horizon = self._horizon_in(self.run.length)
+        if (horizon := self._horizon) is None and self._first_step in (None, step):
+            self._first_step = step  # before training: the first value, or one that a resume replaces
+            return 0.0 if self.warmup_steps else 1.0
+        if horizon is None and (length := self.run.length_for_trainer()) is not None:
+            horizon = self._horizon_in(length)
+        if horizon is None:  # in another module's fit, or in a loop without a Trainer
+            if (received := self._share_of_length) is not None:
+                raise UserError(
+                    "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, "
+                    f"as for a module inside another one, received {received}"
+                )
+            horizon = math.inf, 0
+        end, rise = horizon
+        value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
+        return value * step / rise if step < rise else value
 
-        def factor(step: int) -> float:
-            nonlocal horizon, rise, first
-            if horizon is None and self.run.length is not None:
-                link_steps = self.run.schedule.link_steps(start, self.run.length)
-                horizon = self.run.length.end_step if is_run else link_steps
-                rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
-            if horizon is None and first in (None, step):  # before training: the first value, or one that a resume replaces
-                first = step
-                return 0.0 if self.warmup_steps else 1.0
-            if horizon is None:  # in another module's fit, or in a loop without a Trainer
-                if (received := self._share_of_length) is not None:
-                    raise UserError(
-                        "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, "
-                        f"as for a module inside another one, received {received}"
-                    )
-                horizon = math.inf
-            value = lr_factor(self.lr_schedule, offset + step, horizon, self.warmup_steps)
-            return value * step / rise if step < rise else value
-
-        return factor
+    def _horizon_in(self, length: RunLength) -> tuple[float, float]:
+        """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
+        start = self.run.link_start
+        link_steps = self.run.schedule.link_steps(start, length)
+        rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
+        return length.end_step if self.schedule_scope == "run" else link_steps, rise
 
     @property
     def _share_of_length(self) -> str | None:
@@ -228,7 +257,7 @@ class LinkOptimization:
         """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
             for old, new in zip(before, now, strict=True):
-                keep_state(old, new, self.kept_optimizer_state, _factors(adapted.layers))
+                keep_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
 
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
@@ -244,7 +273,8 @@ class LinkOptimization:
         scheduler, schedulers = self._scheduler, [config.scheduler for config in trainer.lr_scheduler_configs]
         if trainer.optimizers != [self._optimizer] or schedulers != ([scheduler] if scheduler else []):
             return
-        for k, (group, wanted) in enumerate(zip(trainer.optimizers[0].param_groups, self._groups, strict=True)):
+        groups = zip(trainer.optimizers[0].param_groups, self._groups, strict=False)  # a callback may have added others
+        for k, (group, wanted) in enumerate(groups):
             before = group | {"lr": group.get("initial_lr", group["lr"])}
             if changed := {name: value for name, value in wanted.items() if not _is_same(before.get(name), value)}:
                 changes = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
@@ -253,8 +283,17 @@ class LinkOptimization:
                 group |= wanted
                 continue
             rate = wanted["lr"]
-            group |= wanted | {"initial_lr": rate, "lr": rate * scheduler.lr_lambdas[k](scheduler.last_epoch)}
+            group |= wanted | {"initial_lr": rate, "lr": rate * self._lr_factor(scheduler.last_epoch)}
             scheduler.base_lrs[k] = rate
+
+
+def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
+    """By the id of each factor the entries that the last finished link and the live one both have: those up to their rank."""
+    entries: dict[int, tuple[slice, ...]] = {}
+    for layer in adapted.layers.values():
+        used = slice(min([layer.rank, *(link.rank for link in adapted.chain.links[-1:])]))
+        entries |= {id(layer.lora_A): (used,), id(layer.lora_B): (slice(None), used)}
+    return entries
 
 
 def _factors(layers: Mapping[str, LoRALayer]) -> set[int]:

@@ -200,6 +200,11 @@ def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> 
     except Exception as error:
         if not _is_of_the_files(error):
             raise
+        if "argument `trust_remote_code=True`" in str(error):
+            raise UserError(
+                f"model.trust_remote_code: expected true for {place!r}, which comes with Python files that are run to load it "
+                "(no checkpoint or adapter says so for you: --trust_remote_code true), received false"
+            ) from error
         name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # their messages say little
         raise UserError(
             f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {name}{one_line(str(error))}"

@@ -4,27 +4,38 @@
 model, and refuses what cannot be restored; nothing is changed until :func:`apply_restore`.
 """
 
+import io
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cola_lightning.adapted_model import AdaptedModel, check_links
 from cola_lightning.chain import Chain
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, chain_of, opened_checkpoint
+from cola_lightning.chain.checkpoint import (
+    CHECKPOINT_KEY,
+    CheckpointState,
+    OpenedCheckpoint,
+    chain_of,
+    opened_checkpoint,
+    read_opened,
+)
 from cola_lightning.chain.fingerprint import check_same_base
 from cola_lightning.chain.packed import EXTRA_STATE, unpack
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
-from cola_lightning.modules.arguments import as_annotated, find_class
-from cola_lightning.modules.checkpoint_io import check_source, unreadable_as_user_error
+from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
 from cola_lightning.modules.contract import COLAParts, origin_of, trainer_of
 from cola_lightning.modules.pending import loading, pending_checkpoint
 from cola_lightning.modules.rewind import resume_from
@@ -201,8 +212,7 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
             f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "
             f"(links: {had_links}), received {mine} (links: {my_links})"
         )
-    had_factors = state.module["init_args"].get("trained_factors", "both")
-    if had_factors != module.trained_factors:
+    if (had_factors := state.trained_factors) not in (None, module.trained_factors):
         raise UserError(f"model.trained_factors: expected {had_factors}, the checkpoint's, received {module.trained_factors}")
     if state.has_rate_of_saved is ((rate := module.optimization.modules_to_save_lr) is None):
         expected = "a number" if state.has_rate_of_saved else "null"
@@ -213,46 +223,67 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
 
 
 def load_module(
-    load: Callable[..., Any],
     cls: Any,
     source: Any,
     links: int | None,
-    how: dict[str, Any],
     given: dict[str, Any],
+    *,
+    hparams_file: Any = None,
+    weights_only: bool = True,
+    strict: bool | None = None,
 ) -> Any:
-    """See :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
+    """A module, on the CPU; see :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
+
+    Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
 
     Args:
-        load: Lightning's method, for a class.
         cls: the requested class; the module is of the checkpoint's class if that is a subclass.
         source: a path, a URL, or an open file.
         links: how many links.
-        how: the arguments of Lightning's method.
         given: arguments of the class.
+        hparams_file: see Lightning's method.
+        weights_only: False unpickles any object.
+        strict: of the module's ``load_state_dict``; None: its ``strict_loading``.
     """
-    if not isinstance(source, str | PathLike) or "://" in str(source):
-        if links is not None:
-            raise UserError("links: expected a checkpoint on this machine to load some links from, received another")
-        check_source(source)
-        with unreadable_as_user_error(source):
-            return load(cls, source, **how, **given)
-    pending = pending_checkpoint()
-    path = Path(os.path.expanduser(source))
-    if pending is None or pending.opened.path != path:
-        with opened_checkpoint(path, weights_only=how["weights_only"] is not False) as opened, loading(opened, links):
-            return load_module(load, cls, path, links, how, given)
-    arguments = pending.opened.state.module
-    made: Any = _class_of(arguments["class_path"], cls)
-    if made is not None and made is not cls and issubclass(made, cls):
-        return made.load_from_checkpoint(path, links=links, **how, **given)
-    if made is not None and issubclass(cls, made):
-        given = as_annotated(cls, arguments["init_args"]) | given
-        for name in arguments["not_plain"]:
+    with _opened(source, weights_only) as opened, loading(opened, links):
+        checkpoint, recorded = {**opened.contents}, opened.state.module
+        if hparams_file is not None:
+            is_csv = str(hparams_file).endswith(".csv")
+            read = load_hparams_from_tags_csv if is_csv else load_hparams_from_yaml
+            checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = read(hparams_file)
+        made = _class_of(recorded["class_path"], cls)
+        if made is not None and issubclass(made, cls):
+            cls = made
+        if made is None or not issubclass(cls, made):
+            recorded = {}
+        for name in recorded.get("not_plain", ()):
             if name not in given:
                 log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
-    pending.opened.file.seek(0)
-    with loading(pending.opened, links):
-        return load(cls, pending.opened.file, **how, **given)
+        module = cls(**accepted(cls, stored_arguments(cls, checkpoint, recorded) | given))
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        strict = module.strict_loading if strict is None else strict
+        keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)  # which refuses, if it is strict
+    if keys.missing_keys:
+        rank_zero_warn(f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}")
+    if keys.unexpected_keys:
+        rank_zero_warn(f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}")
+    return module
+
+
+@contextmanager
+def _opened(source: Any, weights_only: bool) -> Iterator[OpenedCheckpoint]:
+    """The checkpoint at a path, at a URL or in an open file; one that is announced is open already."""
+    if not isinstance(source, str | PathLike):
+        yield read_opened(source, Path(str(getattr(source, "name", source))), "checkpoint", weights_only=weights_only)
+    elif "://" in str(source):
+        with get_filesystem(str(source)).open(str(source), "rb") as file:
+            yield read_opened(io.BytesIO(file.read()), Path(str(source)), "checkpoint", weights_only=weights_only)
+    elif (pending := pending_checkpoint()) is not None and pending.opened.path == Path(os.path.expanduser(source)):
+        yield pending.opened
+    else:
+        with opened_checkpoint(str(source), weights_only=weights_only) as opened:
+            yield opened
 
 
 def _class_of(path: str, requested: type) -> type | None:
