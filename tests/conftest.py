@@ -1,10 +1,16 @@
+import atexit
 import collections
 import functools
 import gc
 import importlib.util
 import inspect
 import os
+import shutil
+import tempfile
 
+# Rows that tests prepare are cached for as long as the tests run. Read by datasets, and by commands that tests start.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cola_lightning_rows_")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 # Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.

@@ -3,19 +3,18 @@
 import csv
 import gzip
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
-from cola_lightning.data.files import iterate_file
 from cola_lightning.data.labels import find_labels
-from cola_lightning.data.rows import draw, read_rows
+from cola_lightning.data.rows import draw, load_splits, read_rows
 from tests import tiny
 from tests.test_language_data import attach
 
@@ -56,25 +55,10 @@ NAMES += ["rows.csv.gz", "rows.tsv.gz", "rows.jsonl.gz", "rows.json.gz"]
 def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     write(tmp_path / name.lower(), ROWS)
     (tmp_path / name.lower()).rename(tmp_path / name)
-    rows = read_rows(str(tmp_path / name), "train")
-    assert rows == ROWS
-    assert all(row.place.startswith(f"{tmp_path / name}, ") for row in rows)
-    if "csv" in name.lower():  # the sixth text takes two lines
-        assert [row.place.rpartition(" ")[2] for row in rows[4:7]] == ["6", "7", "9"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"version": "1.1", "data": ROWS},
-        "".join(json.dumps(row) + "\n" for row in ROWS),  # JSON Lines by another name
-        ROWS,
-    ],
-)
-def test_json_holds_a_list_alone_or_in_an_object_or_lines(tmp_path, content):
-    text = content if isinstance(content, str) else json.dumps(content)
-    (tmp_path / "rows.json").write_text(text)
-    assert read_rows(str(tmp_path / "rows.json"), "train") == ROWS
+    rows = list(read_rows(str(tmp_path / name), "train"))
+    is_csv = name.lower().removesuffix(".gz").endswith(("csv", "tsv"))
+    assert rows == [{**row, "text": row["text"] or None} if is_csv else row for row in ROWS]
+    assert [row.place for row in rows] == [f"{tmp_path / name}, row {k}" for k in range(1, 11)]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz", "rows.jsonl"])
@@ -87,7 +71,7 @@ def test_an_empty_answer_is_missing_where_the_format_has_no_null(tmp_path, name)
             templated.setup(stage)
         else:
             for data in (templated, instructed):
-                with pytest.raises(UserError, match=r"line \d+: expected text in the field 'response', received ''"):
+                with pytest.raises(UserError, match=r"row \d+: expected .* in the field 'response', received None"):
                     data.setup(stage)
     for data in (templated, instructed):
         data.setup("predict")
@@ -108,9 +92,8 @@ def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is
         data.setup("predict")
         assert data.can_be_tested is is_label
         if not is_label:
-            with pytest.raises(UserError, match=r"line \d: expected .* in the field 'label', received '?-1"):
+            with pytest.raises(UserError, match=r"row \d: expected .* in the field 'label', received '?-1"):
                 data.setup("test")
-    assert TextClassificationDataModule(str(tmp_path)).can_be_tested is (is_label or name == "test.csv")  # of unknown labels
     assert {row.example.answer for row in template.test} == {0 if is_label else None}
     assert {row["labels"] for row in classifier.test} == {0 if is_label else -100}
 
@@ -121,11 +104,11 @@ def test_a_label_of_any_length_is_no_traceback(tmp_path):
     source = write(tmp_path / "rows.csv", [{"text": f"It was {k}.", "label": "0" if k % 2 else long} for k in range(20)])
     for stage in ("fit", "predict"):
         template = attach(TemplateDataModule(source, prompt="{text} It is", options=[" neg", " pos"]))
-        with pytest.raises(UserError, match=r"line \d+: expected one of the options .* received '7"):
+        with pytest.raises(UserError, match=r"row \d+: expected one of the options .* received '7"):
             template.setup(stage)
         classifier = attach(TextClassificationDataModule(source, text_fields="text"))
         classifier.trainer.lightning_module.label_names = ["neg", "pos"]
-        with pytest.raises(UserError, match=r"line \d+: expected one of the labels neg, pos .* received '7"):
+        with pytest.raises(UserError, match=r"row \d+: expected one of the labels neg, pos .* received '7"):
             classifier.setup(stage)
     assert find_labels(read_rows(source, "train"), "label") == ["0", long]
 
@@ -142,50 +125,32 @@ def test_minus_one_may_be_the_answer(tmp_path):
 
 def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
-    assert read_rows(str(tmp_path / "rows.csv"), "train") == [
-        {"text": "fine", "label": "pos"},
-        {"text": "bad", "label": "neg"},
-    ]
-
-
-def test_a_text_may_be_longer_than_the_standard_library_allows(tmp_path):
-    before = csv.field_size_limit()
-    source = write(tmp_path / "rows.csv", [{"text": "long " * 50_000, "label": "pos"}])
-    assert len(read_rows(source, "train")[0]["text"]) == 250_000
-    assert csv.field_size_limit() == before
+    rows = [{"text": "fine", "label": "pos"}, {"text": "bad", "label": "neg"}]
+    assert list(read_rows(str(tmp_path / "rows.csv"), "train")) == rows
 
 
 def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
-    for k, name in enumerate(["train.csv", "dev.json", "test.parquet"]):
+    for k, name in enumerate(["train.csv", "dev.json", "Test.parquet"]):
         write(tmp_path / name, [{"text": f"It was {k}.", "label": "pos"}, {"text": f"Is it {k}?", "label": "neg"}])
+    for k, name in enumerate(["own-00000-of-00002.jsonl", "own-00001-of-00002.jsonl"]):
+        write(tmp_path / name, ROWS[k : k + 1])
+    splits = load_splits(str(tmp_path))
+    assert {split: rows[0]["text"] for split, rows in splits.items()} == {
+        "train": "It was 0.",
+        "dev": "It was 1.",
+        "test": "It was 2.",
+        "own": "NA",
+    }
+    assert list(splits["own"]) == ROWS[:2]
     data = attach(TextDataModule(str(tmp_path)))
-    write(tmp_path / "readme.csv", ROWS)  # no split
-    assert [read_rows(str(tmp_path), split)[0]["text"] for split in ("train", "validation", "test")] == [
+    data.setup("fit")
+    data.setup("test")
+    assert [data.tokenizer.decode(part[0]["input_ids"][1:-1]) for part in (data.train, data.val, data.test)] == [
         f"It was {k}." for k in range(3)
     ]
-    write(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"expected one file train.csv .*, received train.csv, train.jsonl"):
-        data.setup("fit")
-
-
-@pytest.mark.parametrize("split", ["testA", "testa"])
-def test_a_splits_file_is_found_whatever_the_case_of_its_letters(tmp_path, split):
-    write(tmp_path / "testA.jsonl", ROWS)
-    assert read_rows(str(tmp_path), split) == ROWS
-
-
-@pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
-def test_whether_test_has_labels_is_read_off_its_first_row_alone(tmp_path, name):
-    write(tmp_path / "train.jsonl", ROWS)
-    path = tmp_path / name
-    write(path, ROWS[:2])
-    path.write_text(path.read_text() + ("{" if name == "test.jsonl" else "a,b,c\n"))
-    data = TextClassificationDataModule(str(tmp_path), text_fields="text")
-    assert data.can_be_tested
-    with pytest.raises(UserError, match=rf"{name}, line \d: expected"):
-        read_rows(str(tmp_path), "test")
-    write(path, [{"text": "It was."}])
-    assert not data.can_be_tested
+    with pytest.raises(UserError, match=r"data\.val_split: expected one of the splits of .*, received 'no'$") as caught:
+        attach(TextDataModule(str(tmp_path), val_split="no")).setup("fit")
+    assert all(split in str(caught.value) for split in splits)
 
 
 @pytest.mark.parametrize(("name", "text"), [("test.jsonl", "{"), ("test.jsonl", ""), ("test.csv", "\0a")])
@@ -200,10 +165,10 @@ def test_test_rows_that_cannot_be_read_are_refused_before_training(tmp_path, nam
 
 def test_a_quote_in_a_tsv_file_does_not_join_rows(tmp_path):
     (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n')
-    with pytest.raises(UserError, match=r"rows.tsv, line 2: expected cells without tabs, received one of several lines"):
+    with pytest.raises(UserError, match=r"rows.tsv: expected cells without tabs, received one"):
         read_rows(str(tmp_path / "rows.tsv"), "train")
     (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"""I"" loved it.\nYes."\n')
-    assert read_rows(str(tmp_path / "rows.tsv"), "train") == [{"label": "1", "text": '"I" loved it.\nYes.'}]
+    assert list(read_rows(str(tmp_path / "rows.tsv"), "train")) == [{"label": "1", "text": '"I" loved it.\nYes.'}]
 
 
 ASKED = {"role": "user", "content": "Is it?"}
@@ -224,10 +189,9 @@ ASKED = {"role": "user", "content": "Is it?"}
 )
 def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path, name, row, can_be_tested):
     write(tmp_path / "train.jsonl", [{"text": "It was."}])
-    data = TextDataModule(str(tmp_path))
-    assert data.can_be_tested  # by rows of the train split
+    assert TextDataModule(str(tmp_path)).can_be_tested  # by rows of the train split
     write(tmp_path / name, [row])
-    assert data.can_be_tested is can_be_tested
+    assert TextDataModule(str(tmp_path), test_split=name.partition(".")[0]).can_be_tested is can_be_tested
 
 
 # ---------------------------------------------------------------------- the parts of one file
@@ -255,6 +219,7 @@ def parts(data):
         ({"val_size": 0.25, "test_size": 7}, [143, 50, 7]),
         ({"train_size": 0.5}, [100, 20, 20]),
         ({"train_size": 30, "val_size": 0.001}, [30, 1, 20]),
+        ({"train_size": 1, "val_size": 1}, [1, 1, 20]),
     ],
 )
 def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments, sizes):
@@ -311,10 +276,11 @@ class Labelled(TextClassificationDataModule):
 
 def test_groups_are_spread_evenly_and_no_group_is_chance_alone():
     groups = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
-    for part, size in zip(draw(range(100), [50, 30, 20], 3, "rows", groups), [50, 30, 20], strict=True):
+    for part, size in zip(draw(100, [50, 30, 20], 3, "rows", groups), [50, 30, 20], strict=True):
         count = Counter(groups[place] for place in part)
         assert all(abs(count[name] - size * share) <= 1 for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)))
-    assert draw(range(100), [50, 30], 3, "rows") == draw(range(100), [50, 30], 3, "rows", [None] * 100)
+    drawn, alike = draw(100, [50, 30], 3, "rows"), draw(100, [50, 30], 3, "rows", [None] * 100)
+    assert all((one == other).all() for one, other in zip(drawn, alike, strict=True))
 
 
 BAD_SIZES = [
@@ -368,7 +334,7 @@ def told(out, beginning):
 def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that_are_told(capfd):
     assert main(["fit", "--config", "config.yaml"]) == 0
     out = capfd.readouterr().out
-    assert "reviews.csv: 72 rows for training, 9 for validation and 9 for test, by data.split_seed" in out
+    assert "reviews.csv: 72 for training and 9 for validation and 9 for test of 90 rows, by data.split_seed" in out
     test = told(out, "use it")
     assert test[0] == "test"
     assert main(test) == 0
@@ -406,39 +372,35 @@ def test_what_a_fit_tells_last_fits_a_test_file_without_labels(capfd):
     assert main(predict) == 0
     assert main(["test", *predict[1:]]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last == "error: rows/test.csv, line 2: expected the field 'label', received 'text'"
+    assert last == "error: data.label_field: expected one of the columns text, received none"
 
 
 # ---------------------------------------------------------------------- what is wrong with a file
 
 
-def test_a_parquet_file_without_rows_is_said_to_have_none(tmp_path):
-    from pyarrow import parquet, table
-
-    parquet.write_table(table({"text": ["a"][:0]}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows\.parquet: expected rows, received none$"):
-        list(iterate_file(tmp_path / "rows.parquet"))
-
-
 CSV = "text,label\nfine,pos\n"
 BAD = {
-    "column.csv": ("review,label\nfine,pos\n" * 9, "line 2: expected the field 'text', received 'review', 'label'"),
-    "unlabelled.csv": ("text\nfine\n", "line 2: expected the field 'label', received 'text'"),
-    "some.csv": (f"{CSV}bad,neg\nso,\n", "line 4: expected a label in the field 'label', received ''"),
-    "null.jsonl": ('{"text": "a", "label": null}\n', "line 1: expected a label in the field 'label', received None"),
-    "mixed.jsonl": (
-        '{"text": "a", "label": 1}\n{"text": "b", "label": "pos"}\n',
-        "line 2: expected labels that are all text or all numbers in the field 'label', received 'pos', and 1 in .*line 1",
+    "column.csv": (
+        "review,label\nfine,pos\n" * 9,
+        "data.text_fields: expected one or two of the columns review",
     ),
+    "unlabelled.csv": ("text\nfine\n", "data.label_field: expected one of the columns text, received none"),
+    "some.csv": (f"{CSV}bad,neg\nso,\n", "row 3: expected a label in the field 'label', received None"),
+    "null.jsonl": ('{"text": "a", "label": null}\n', "row 1: expected a label in the field 'label', received None"),
     "number.jsonl": (
         "".join(json.dumps({"text": 3, "label": k % 2}) + "\n" for k in range(9)),
-        r"line \d: expected text in the field 'text', received 3",
+        r"row \d: expected text in the field 'text', received 3",
     ),
     "one.csv": (CSV + "fine,pos\n" * 9, "model.num_labels: expected at least 2 labels in the data, received pos"),
     "unique.csv": (
         "text,label\n" + "".join(f"a,{k}\n" for k in range(20)),
         "data.label_field: expected no more labels than rows of training in 'label', received 20 labels and 16 rows",
     ),
+    "more.csv": ("text,label\na,b\na,b,c\n", "data.source: expected rows that can be read, received .*more.csv"),
+    "broken.jsonl": ('{"text": "a"}\n{"text\n', "data.source: expected rows that can be read, received .*broken.jsonl"),
+    "empty.jsonl": ("", "data.source: expected rows that can be read, received .*empty.jsonl': it is empty"),
+    "empty.csv": ("", "data.source: expected rows that can be read, received .*empty.csv': it is empty"),
+    "rows.xlsx": ("", "data.source: expected a file that ends in .csv, .tsv, .*, received .*rows.xlsx"),
 }
 
 
@@ -454,9 +416,9 @@ class Learner:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_with_a_file_is_one_line_that_names_it(tmp_path, name):
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path, name):
     content, message = BAD[name]
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / name).write_text(content)
     data = attach(TextClassificationDataModule(str(tmp_path / name), text_fields="text"))
     module = Learner()
     module.tokenizer, module.seed = data.trainer.lightning_module.tokenizer, 3
@@ -464,30 +426,36 @@ def test_what_is_wrong_with_a_file_is_one_line_that_names_it(tmp_path, name):
     with pytest.raises(UserError, match=message) as caught:
         data.setup("fit")
     assert "\n" not in str(caught.value)
-    assert name in str(caught.value) or str(caught.value).startswith(("data.label_field", "model.num_labels"))
 
 
 def test_a_name_that_is_no_file_is_not_asked_for_on_the_hub():
     with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, .* received 'no_such.csv'"):
         read_rows("no_such.csv", "train")
-    assert not Path("no_such.csv").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("more.csv", "text,label\na,b,c\n"),
-        ("quotes.csv", 'text,label\n"a"b,c\n'),
-        ("twice.tsv", "text\ttext\na\tb\n"),
-        ("broken.jsonl", '{"text": "a"}\n{"text\n'),
-        ("list.jsonl", '["a"]\n["b"]\n'),
-    ],
-)
-def test_a_file_that_is_refused_is_closed(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(UserError) as refused:
-        list(iterate_file(path))
-    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
-    assert str(path) not in opened
-    assert refused.value.__traceback__ is not None  # whose frames would have kept it open
+def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(tmp_path, monkeypatch):
+    """In Arrow, under a fingerprint of all that the tokens depend on."""
+    calls = []
+    encode = TextDataModule._encode
+    monkeypatch.setattr(TextDataModule, "_encode", lambda *args: calls.append(1) or encode(*args))
+
+    def prepared(source, tokenizer=None, **arguments):
+        data = TextDataModule(source, val_size=2, test_size=2, **arguments)
+        module = SimpleNamespace(tokenizer=tokenizer or tiny.tokenizer(), seed=3)
+        data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
+        calls.clear()
+        data.setup("fit")
+        assert data.train.cache_files  # memory-mapped
+        return len(calls), data.train[:]["input_ids"]
+
+    source = write(tmp_path / "rows.jsonl", [{"text": f"The town is {k} years old."} for k in range(20)])
+    first, ids = prepared(source)
+    assert first == 2  # of training and of validation
+    assert prepared(source) == (0, ids)
+    longer = tiny.tokenizer()
+    longer.add_tokens(["own is"])
+    for other in ({"tokenizer": longer}, {"max_length": 5}, {"split_seed": 1}):
+        assert prepared(source, **other)[0] == 2
+    write(tmp_path / "rows.jsonl", [{"text": f"The town is {k} days old."} for k in range(20)])
+    again, other = prepared(source)
+    assert (again, other == ids) == (2, False)

@@ -24,7 +24,7 @@ ROWS = [{"sentence": f"It was {'great' if k % 2 else 'terrible'}{' indeed' * (k 
 def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return TextClassificationDataModule(str(folder), batch_size=8)
 
@@ -203,7 +203,7 @@ def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, value):
     rows = TextClassificationDataModule(str(tmp_path / "rows"))
     fitted(tmp_path, named_data(tmp_path))
     message = (
-        r"test\.jsonl, line 1: expected one of the labels great, so so, terrible in the field 'label', "
+        r"test\, row 1: expected one of the labels great, so so, terrible in the field 'label', "
         rf"received '{int(value)}' \(an index needs model\.label_names\)"
     )
     for module in (classifier(tmp_path), COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")):
@@ -249,9 +249,10 @@ def test_a_pretrained_head_with_the_datas_labels_keeps_their_order(tmp_path):
 def test_a_label_that_is_not_known_is_refused_with_its_place_and_the_known_ones(tmp_path, stage):
     (tmp_path / "rows").mkdir()
     file_of(tmp_path / "rows" / "train.jsonl", NAMED)
-    file_of(tmp_path / "rows" / "validation.jsonl", [*NAMED, {"sentence": "Hm.", "label": "odd"}])
+    for split in ("validation", "test"):
+        file_of(tmp_path / "rows" / f"{split}.jsonl", [*NAMED, {"sentence": "Hm.", "label": "odd"}])
     data = TextClassificationDataModule(str(tmp_path / "rows"))
-    message = r"validation\.jsonl, line 61: expected one of the labels great, so so, terrible in .* 'label', received 'odd'"
+    message = r"(validation|test), row 61: expected one of the labels great, so so, terrible in .* 'label', received 'odd'"
     with pytest.raises(UserError, match=message):
         getattr(trainer(tmp_path, max_steps=1), stage)(classifier(tmp_path), datamodule=data)
 
@@ -298,7 +299,7 @@ def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, row):
     module, _ = fitted(tmp_path, named_data(tmp_path))
     data = named_data(tmp_path, [{"sentence": "Hm."} | row] * 30)
     for stage in ("fit", "validate", "test"):
-        with pytest.raises(UserError, match=r"rows\.jsonl, line \d+: expected .* field 'label', received"):
+        with pytest.raises(UserError, match=r"(row \d+: expected .* field 'label'|label_field: expected one of .*), received"):
             getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
     targets = [target for batch in trainer(tmp_path).predict(module, datamodule=data) for target in batch["target"]]
     assert targets == [None] * 30

@@ -29,13 +29,18 @@ def tokenizer(architecture="llama", chat=None, **arguments):
 def examples(rows, tmp_path, own=None, stage="test", cls=TemplateDataModule, **arguments):
     """The rows as the data module encodes them, and the data module."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text(text)
     data = cls(str(tmp_path), **arguments)
     module = SimpleNamespace(tokenizer=own or tokenizer(), seed=3)
     data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
     data.setup(stage)
-    return (data.train if stage == "fit" else data.test), data
+    rows = data.train if stage == "fit" else data.test
+    return [without_length(row) for row in rows], data
+
+
+def without_length(row):
+    return {name: value for name, value in row.items() if name != "length"} if isinstance(row, dict) else row
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
@@ -64,7 +69,7 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
     (row,), data = examples([ROW], tmp_path, **arguments)
     made = row.example
     assert (made.prompt, made.options, made.answer, made.references) == (prompt, options, answer, references)
-    assert made.place.endswith("validation.jsonl, line 1")
+    assert made.place.endswith("test, row 1")
     assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
 
 
@@ -90,7 +95,7 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
     """A CSV file, whose values are text, would else mean another option."""
     asked = {"prompt": "Is it?", "options": options}
     if place is None:
-        message = rf"line 1: expected text in the field 'label', for the option '.*' has the index \d, received {label}$"
+        message = rf"row 1: expected text in the field 'label', for the option '.*' has the index \d, received {label}$"
         with pytest.raises(UserError, match=message):
             examples([{"label": label}], tmp_path, **asked)
         return
@@ -121,7 +126,7 @@ def test_a_row_is_unusable_whose_field_is_missing_or_inside_a_missing_one(tmp_pa
     rows = [WHOLE] * 99 + [WHOLE | {field: missing}]
     made, _ = examples(rows, tmp_path, **asked)
     assert len(made) == 99
-    with pytest.raises(UserError, match=rf"line 50: expected .* in the field '{field}', received .* \(1 of 50 rows cannot be"):
+    with pytest.raises(UserError, match=rf"row 50: expected .* in the field '{field}', received .* \(1 of 50 rows cannot be"):
         examples(rows[50:], tmp_path, **asked)
 
 
@@ -130,8 +135,8 @@ def test_a_class_index_is_an_index_whatever_the_options(tmp_path):
 
     kind = datasets.ClassLabel(names=["1 star", "2 stars", "3 stars"])
     rows = datasets.Dataset.from_list([{"label": k % 3} for k in range(3)])
-    rows.cast_column("label", kind).to_parquet(tmp_path / "test.parquet")
-    asked = {"prompt": "Is it?", "options": [" 1", " 2", " 3"], "test_split": "test"}
+    rows.cast_column("label", kind).to_parquet(tmp_path / "own.parquet")
+    asked = {"prompt": "Is it?", "options": [" 1", " 2", " 3"], "test_split": "own"}
     made, _ = examples([{"label": 0}], tmp_path, **asked)
     assert [row.example.answer for row in made] == [0, 1, 2]
 
@@ -211,11 +216,10 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
         rows, data = examples(PAIRS, tmp_path, own, chat_template=asked, **how)
         assert rows == expected
         assert data.prompt_format == {"kind": "response", "chat_template": format_}
-        (line,) = caplog.messages  # once, of both parts
-        assert line.endswith(said)
+        assert [line.endswith(said) for line in caplog.messages].count(True) == 1  # once, of both parts
     with pytest.raises(UserError, match=r"data\.chat_template: expected null or false for a tokenizer without a chat template"):
         examples(PAIRS, tmp_path, plain, chat_template=True, **how)
-    with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations \(.*line 1\)"):
+    with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations"):
         examples(AS_TURNS, tmp_path, chat, chat_template=False, **how)
     _, data = examples([{"text": "It is old."}], tmp_path, chat, **how)
     assert data.prompt_format == {"kind": "text", "chat_template": False}
@@ -243,22 +247,22 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
     own = tokenizer(chat=CHAT)
     rows = [{"prompt": "Old?"}, {"prompt": "Old?", "response": None}, {"messages": MESSAGES[:4]}, {"messages": MESSAGES}]
     rows += [{"text": "It was "}]
-    predicted, _ = examples(rows, tmp_path, own, "predict", cls=TextDataModule)
+    predicted = [row for one in rows for row in examples([one], tmp_path, own, "predict", cls=TextDataModule)[0]]
     targets = [None, None, None, "No, נו 🏠", None]
     prompts = ["Old?", "Old?", MESSAGES[:4], MESSAGES[:4], "It was "]
     assert [(row.prompt, row.target) for row in predicted] == list(zip(prompts, targets, strict=True))
     assert own.decode(predicted[2].prompt_ids).endswith("Yes.</s>\n[user]\nOld?</s>\n[assistant]\n")
     assert own.decode(predicted[4].prompt_ids) == "<s>It was"
     for row, message in [
-        (rows[0], r"line 1: expected the field 'response', received 'prompt'$"),
-        (rows[1], r"line 1: expected text in the field 'response', received None"),
-        ({"prompt": "Old?", "response": ""}, r"line 1: expected a response that adds tokens to its prompt, received ''"),
-        (rows[2], r"line 1: expected the assistant's turn as the last one, .* received one of the role user"),
+        (rows[0], r"data\.columns: expected .* among the columns prompt, received none"),
+        (rows[1], r"row 1: expected text in the field 'response', received None"),
+        ({"prompt": "Old?", "response": ""}, r"row 1: expected a response that adds tokens to its prompt, received ''"),
+        (rows[2], r"row 1: expected the assistant's turn as the last one, .* received one of the role user"),
     ]:
         for stage in ("fit", "test"):
             with pytest.raises(UserError, match=message):
                 examples([row], tmp_path, own, stage, cls=TextDataModule)
-    with pytest.raises(UserError, match="line 1: expected a turn for the assistant to answer"):
+    with pytest.raises(UserError, match="row 1: expected a turn for the assistant to answer"):
         examples([{"messages": [ASSISTANT]}], tmp_path, own, "predict", cls=TextDataModule)
 
 
@@ -270,25 +274,25 @@ def test_one_text_alone_is_one_stop(stop):
 def test_white_space_of_the_assistants_turn_is_learned_where_a_tokenizer_gives_it_no_place():
     own, said = tokenizer(chat=CHAT), "   def f(x):  \n   \n x   return   2"
     turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": said}]
-    (expected,) = encode_conversations(own, [turns], 512, ["line 1"])
+    (expected,) = encode_conversations(own, [turns], 512, ["row 1"])
     own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert any(a == b for a, b in own(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
-    assert encode_conversations(own, [turns], 512, ["line 1"]) == [expected]
+    assert encode_conversations(own, [turns], 512, ["row 1"]) == [expected]
 
 
 def test_a_response_that_the_template_does_not_write_is_refused():
     own = tokenizer(chat="{% for turn in messages %}{{ turn.content | trim }}{% endfor %}")
     turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "  "}]
-    with pytest.raises(UserError, match="line 1: expected words of the assistant in the last 512 tokens"):
-        encode_conversations(own, [turns], 512, ["line 1"], keeps_response=True)
+    with pytest.raises(UserError, match="row 1: expected words of the assistant in the last 512 tokens"):
+        encode_conversations(own, [turns], 512, ["row 1"], keeps_response=True)
 
 
 @pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])
 def test_an_error_of_a_chat_templates_expression_is_one_line(wrong):
     own = tokenizer(chat=f"{{{{ {wrong} }}}}")
     turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "Yes."}]
-    with pytest.raises(UserError, match="line 1: expected turns that the chat template can render, received: "):
-        encode_conversations(own, [turns], 512, ["line 1"])
+    with pytest.raises(UserError, match="row 1: expected turns that the chat template can render, received: "):
+        encode_conversations(own, [turns], 512, ["row 1"])
 
 
 def test_a_tokenizer_without_places_takes_no_conversation(monkeypatch):
@@ -304,15 +308,17 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     own.model_max_length = 64
     long = "The capital of the country is the largest town. " * 9
     rows = [{"prompt": long, "response": "It is."}]
-    for asked, room in ({"max_length": 40, "max_new_tokens": 8}, 40), ({"max_new_tokens": 30}, 34):
+    for asked, room in (
+        ({"max_length": 40, "max_new_tokens": 8}, 40),
+        ({"max_new_tokens": 30}, 34),
+        ({"max_new_tokens": 64}, 32),
+    ):
         (row,), _ = examples(rows, tmp_path, own, "predict", cls=TextDataModule, **asked)
         assert len(row.prompt_ids) == room
         assert long.rstrip()[-20:] in own.decode(row.prompt_ids)
-    with pytest.raises(UserError, match=r"data\.max_new_tokens: expected fewer than 64 tokens, .* received 64"):
-        examples(rows, tmp_path, own, "predict", cls=TextDataModule, max_new_tokens=64)
     (row,), _ = examples(rows, tmp_path, own, cls=TextDataModule, max_length=30)
     assert own.decode([label for label in row["labels"] if label != -100]).strip() == "It is.</s>"
-    with pytest.raises(UserError, match=r"line 1: expected a response of 1 to 29 tokens, its end included"):
+    with pytest.raises(UserError, match=r"row 1: expected a response of 1 to 29 tokens, its end included"):
         examples([{"prompt": "It", "response": long}], tmp_path, own, cls=TextDataModule, max_length=30)
 
 
@@ -354,7 +360,7 @@ def test_a_tokenizer_without_padding_or_beginning_of_sentence(tmp_path):
     assert batch["input_ids"].shape[1] == max(map(len, encoded)) == 8
     assert ((batch["input_ids"] == 1) == (batch["attention_mask"] == 0)).all()
     assert (batch["attention_mask"] == 0).any()
-    with pytest.raises(UserError, match=r"line 1: expected a prompt of at least one token, received ''"):
+    with pytest.raises(UserError, match=r"row 1: expected a prompt of at least one token, received ''"):
         examples([ROW], tmp_path, own, prompt="{empty}", **FIXED)
 
 
@@ -387,7 +393,7 @@ def _folder(tmp_path, monkeypatch):
     Path("rows").mkdir()
     verdicts = ["Yes", "No", "Perhaps"]
     rows = [{"by": {"name": "Al"}, "thing": "mat", "size": k, "verdict": verdicts[k % 3]} for k in range(16)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         Path("rows", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("config.yaml").write_text(CONFIG)
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ class SeededBatches(Dataset[Any]):
     def __getitems__(self, places: list[int]) -> Any:
         """The batch of the rows at these indices; runs in a worker process if there are any."""
         with seeded(derive_seed(self.seed, self.epoch, *places)):
-            return self.collate([self.rows[place] for place in places])
+            read = getattr(self.rows, "__getitems__", None)  # of rows in Arrow: all at once
+            return self.collate(read(places) if read else [self.rows[place] for place in places])
 
 
 class EpochLoader(DataLoader[Any]):
@@ -80,7 +81,7 @@ def check_shares(**sizes: float | None) -> None:
     """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
         if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
-            raise UserError(f"data.{field}: expected a whole number of rows of at least 1, or a share below 1, received {size}")
+            raise UserError(f"data.{field}: expected a whole number of rows, or a share up to 1.0, received {size}")
 
 
 class EpochDataModule(LightningDataModule, ABC):
@@ -163,6 +164,10 @@ class EpochDataModule(LightningDataModule, ABC):
         """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
         return 0
 
+    def lengths(self, data: Any) -> Sequence[int]:
+        """The lengths of all rows of a part."""
+        return [self.length(row) for row in data]
+
     def collate(self, rows: list[Any]) -> Any:
         """Makes a batch of rows."""
         return torch.utils.data.default_collate(rows)
@@ -176,7 +181,7 @@ class EpochDataModule(LightningDataModule, ABC):
             return done * self.batch_size
 
         n_processes, rank = self._processes
-        lengths = [self.length(row) for row in self.train] if self.length_grouped else None
+        lengths = self.lengths(self.train) if self.length_grouped else None
         group = self.batch_size * n_processes
 
         def weights(is_new: bool) -> Tensor | None:
@@ -236,7 +241,8 @@ class EpochDataModule(LightningDataModule, ABC):
     def _by_length(self, data: Any) -> list[int]:
         if type(self).length is EpochDataModule.length:  # all alike: no row need be read
             return list(range(len(data)))
-        return sorted(range(len(data)), key=lambda place: -self.length(data[place]))
+        lengths = self.lengths(data)
+        return sorted(range(len(data)), key=lambda place: -lengths[place])
 
     def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
         # Keywords: Lightning rebuilds this loader for predict. A separate generator: without it, each pass over the data would

@@ -1,5 +1,6 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
@@ -7,8 +8,10 @@ import torch
 from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.data.columns import find_texts_and_label
 from cola_lightning.data.labels import find_labels, name_of_label, place_of_label
 from cola_lightning.data.row import Row
+from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import UserError
 
@@ -24,8 +27,9 @@ class TextClassificationDataModule(SourceDataModule):
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
             parts of a file have the same share of each label.
         subset: name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
-        text_fields: the field with the text, or a list of two fields with a pair of texts; ``null``: ``sentence``.
-        label_field: the field with the label.
+        text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
+            ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
+        label_field: the column with the label; ``null``: ``label`` or ``labels``.
         batch_size: rows per training batch.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
             the right.
@@ -41,16 +45,22 @@ class TextClassificationDataModule(SourceDataModule):
         subset: str | None = None,
         *,
         text_fields: list[str] | str | None = None,
-        label_field: str = "label",
+        label_field: str | None = None,
         batch_size: int = 32,
         max_length: int = 512,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
-        fields = ["sentence"] if text_fields is None else [text_fields] if isinstance(text_fields, str) else list(text_fields)
-        self.text_fields, self.label_field = fields, label_field
-        if len(self.text_fields) not in (1, 2):
-            raise UserError(f"data.text_fields: expected the name of a field, or of two, received {self.text_fields}")
+        self.text_fields = [text_fields] if isinstance(text_fields, str) else text_fields
+        self.label_field = label_field
+        if self.text_fields is not None and len(self.text_fields) not in (1, 2):
+            raise UserError(f"data.text_fields: expected the name of a column, or of two, received {self.text_fields}")
+
+    def _find(self, names: Sequence[str], *, has_label: bool = True) -> tuple[list[str], str]:
+        texts, label = find_texts_and_label(names, self.text_fields, self.label_field, has_label=has_label)
+        unused = [name for name in names if name not in (*texts, label)]
+        self._tell(f"rows: {', '.join(texts)} -> {label}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        return texts, label
 
     # ------------------------------------------------------------------ labels
 
@@ -72,14 +82,10 @@ class TextClassificationDataModule(SourceDataModule):
     def _module(self) -> Any:
         return self.trainer and self.trainer.lightning_module
 
-    @property
-    @override
-    def target_field(self) -> str:
-        return self.label_field
-
     @override
     def has_target(self, row: Row) -> bool:
-        return row.has_target(self.label_field, getattr(self._module, "label_names", None))
+        _, label = self._find([*row], has_label=False)
+        return row.has_target(label, getattr(self._module, "label_names", None))
 
     @property
     @override
@@ -87,55 +93,54 @@ class TextClassificationDataModule(SourceDataModule):
         return getattr(self._module, "label_names", None) is None
 
     @override
-    def look_at(self, rows: list[Row]) -> None:
-        for field in self.text_fields:
-            rows[0][field]  # a missing field is reported for the first row, whichever rows are drawn
-        if hasattr(self._module, "settle_labels") and (found := find_labels(rows, self.label_field)):
+    def look_at(self, rows: Rows) -> None:
+        if hasattr(self._module, "settle_labels") and (found := find_labels(rows, self._find(rows.columns)[1])):
             self._module.settle_labels(found)
 
     @override
-    def group(self, row: Row) -> Hashable:
-        return name_of_label(row, self.label_field) if row.has_target(self.label_field) else None
+    def groups(self, rows: Rows) -> list[Hashable] | None:
+        _, label = self._find(rows.columns, has_label=False)
+        return [name_of_label(row, label) if row.has_target(label) else None for row in rows]
 
     # ------------------------------------------------------------------ rows
 
     @override
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        if not rows:
-            return []
+    def encode(self, rows: Rows) -> Any:
+        texts, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
+        names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
+        inputs = {name: ["int32"] for name in self.tokenizer("a")}
+        options = texts, label, names, getattr(self._module, "are_names_given", True), rows.may_lack_targets
+        encode = functools.partial(self._encode, texts, label, names)
+        return self.map_rows(rows, inputs | {"labels": "int64"}, *options, encode=encode)
+
+    def _encode(self, texts: list[str], label: str, names: list[str] | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
         # Labels first: their errors often reveal a wrong choice of columns or files.
-        field = self.label_field
-        names = self.label_names if any(row.has_target(field) for row in rows) else []
-        places = {name: place for place, name in enumerate(names)}
-        is_known = [row.has_target(field, names) for row in rows]
+        places = {name: place for place, name in enumerate(names or [])}
         given = getattr(self._module, "are_names_given", True)
         labels = [
-            place_of_label(row, field, places, are_given=given) if known else None
-            for row, known in zip(rows, is_known, strict=True)
+            place_of_label(row, label, places, are_given=given) if row.has_target(label, names) else IGNORE_INDEX
+            for row in rows
         ]
-        texts = [[row.text(field) for row in rows] for field in self.text_fields]
         tokenizer = self.tokenizer
         side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
         try:
-            encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
+            encoded = tokenizer(
+                *([row.text(name) for row in rows] for name in texts), truncation=True, max_length=self.max_length
+            )
         finally:
             tokenizer.truncation_side = side
         for row, ids in zip(rows, encoded["input_ids"], strict=True):
             if not ids:
-                raise UserError(
-                    f"{row.place}: expected at least one token of text in {' and '.join(self.text_fields)}, received none"
-                )
-        return [
-            {name: values[k] for name, values in encoded.items()} | {"labels": IGNORE_INDEX if label is None else label}
-            for k, label in enumerate(labels)
-        ]
+                raise UserError(f"{row.place}: expected at least one token of text in {' and '.join(texts)}, received none")
+        return [{name: values[k] for name, values in encoded.items()} | {"labels": one} for k, one in enumerate(labels)]
 
     @override
-    def encode_train(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode_train(self, rows: Rows) -> Any:
         if (n_labels := len(self.label_names)) > len(rows):
+            _, label = self._find(rows.columns)
             raise UserError(
-                f"data.label_field: expected no more labels than rows of training in {self.label_field!r}, received {n_labels} "
-                f"labels and {len(rows)} rows"
+                f"data.label_field: expected no more labels than rows of training in {label!r}, received {n_labels} labels and "
+                f"{len(rows)} rows"
             )
         return self.encode(rows)
 
@@ -145,7 +150,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        inputs = [{name: value for name, value in row.items() if name not in ("labels", "length")} for row in rows]
         # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

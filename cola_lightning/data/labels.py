@@ -1,9 +1,10 @@
 """Labels of a classifier's rows, names or whole numbers, as text: finding them, and mapping each to its index."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.row import Row, plain_label
+from cola_lightning.data.rows import Rows
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 MOST_LISTED = 20  # labels in a message
@@ -29,7 +30,7 @@ def name_of_label(row: Row, field: str) -> str | None:
     return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
 
 
-def find_labels(rows: Sequence[Row], field: str) -> list[str]:
+def find_labels(rows: Rows, field: str) -> list[str]:
     """The labels of the rows: in the order of the data's class names if it has them, else sorted, numbers by value.
 
     Args:
@@ -37,29 +38,16 @@ def find_labels(rows: Sequence[Row], field: str) -> list[str]:
         field: the field with the label.
 
     Raises:
-        UserError: for the first row without a label, and if some labels are numbers and others are text.
-
-    Example:
-        >>> find_labels([Row({"label": value}, "here") for value in ("10", "9", "9")], "label")
-        ['9', '10']
+        UserError: for a row without a label.
     """
-    first: dict[type, Row] = {}
-    found = set()
-    for row in rows:
-        if not row.has_target(field):
-            continue
-        found.add(_present(row, field))
-        first.setdefault(type(plain_label(row[field])), row)
-    if len(first) > 1:
-        one, other = first.values()
-        raise UserError(
-            f"{other.place}: expected labels that are all text or all numbers in the field {field!r}, received "
-            f"{other[field]!r}, and {one[field]!r} in {one.place}"
-        )
-    if found and (names := rows[0].class_names.get(field)):
-        return names
-    are_numbers = all(WHOLE_NUMBER.fullmatch(name) for name in found)
-    return sorted(found, key=int) if are_numbers else sorted(found)
+    if names := rows.class_names.get(field):
+        return list(names)
+    found = {name_of_label(Row({field: value}, rows.place), field) for value in rows.values(field)}
+    if None in found and not rows.may_lack_targets:
+        for row in rows:
+            _present(row, field)  # raises, for the first without
+    labels = sorted(name for name in found if name is not None)
+    return sorted(labels, key=int) if all(map(WHOLE_NUMBER.fullmatch, labels)) else labels
 
 
 def _present(row: Row, field: str) -> str:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,7 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import (
-    SkippedRows,
-    check_source,
-    draw_parts,
-    fill_cache,
-    in_order_of,
-    is_file,
-    let_lack_targets,
-    read_rows,
-)
+from cola_lightning.data.rows import Rows, SkippedRows, check_source, draw_parts, is_file, load_splits
 from cola_lightning.data.source import DRAWN_SHARE, TokenizedDataModule
 from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.errors import UnusableRow, UserError
@@ -140,6 +130,7 @@ class PromptDataModule(OptionDataModule):
             ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
             the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: name of a configuration of a data set on the hub, for a ``source`` of your own.
+        revision: branch, tag or commit of a data set on the hub.
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
@@ -164,6 +155,7 @@ class PromptDataModule(OptionDataModule):
         source: str | None = None,
         subset: str | None = None,
         *,
+        revision: str | None = None,
         apply_chat_template: bool = False,
         max_length: int = 2048,
         train_size: int | float | None = None,
@@ -173,7 +165,8 @@ class PromptDataModule(OptionDataModule):
     ) -> None:
         super().__init__(max_length=max_length, **rows)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
-        check_source(source, subset)
+        check_source(source, subset, revision)
+        self.revision = revision
         self.task = find_task(task)
         self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
         if source is None:
@@ -197,37 +190,39 @@ class PromptDataModule(OptionDataModule):
 
     @override
     def prepare_data(self) -> None:
-        fill_cache(self.source, self.subset, {"train", "validation"})
+        self._load()  # once, before all processes do
+
+    def _load(self) -> dict[str, Rows]:
+        return load_splits(self.source, self.subset, self.revision)
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "predict" and is_file(self.source):
-            rows = let_lack_targets(read_rows(self.source, "train"))
-            self.test = self.encode_examples([self.task.example(row) for row in rows])
+        splits, is_alone = self._load(), is_file(self.source)
+        for split in ("train",) if is_alone or stage in ("fit", "validate") else ("validation",):
+            if split not in splits:
+                raise UserError(f"data.source: expected a split {split} in {self.source!r}, received {', '.join(splits)}")
+        if stage == "predict" and is_alone:
+            self.test = self.encode_examples([self.task.example(row) for row in splits["train"].lacking_targets()])
             return
-        read = partial(read_rows, self.source, subset=self.subset)
         sizes = {"train_size": self.train_size, "val_size": self.val_size}
-        if is_file(self.source):
-            train, val, test = self._draw(read("train"), self.source, **sizes, test_size=self.test_size)
+        if is_alone:
+            train, val, test = self._draw(splits["train"], **sizes, test_size=self.test_size)
         elif stage in ("fit", "validate"):
-            train, val = self._draw(read("train"), f"{self.source}, train", **sizes)
+            train, val = self._draw(splits["train"], **sizes)
         else:
-            rows = read("validation")
-            if stage == "predict":
-                let_lack_targets(rows)
-            (test,) = self._draw(rows, f"{self.source}, validation", test_size=self.test_size)
-            if stage == "predict":
-                test = in_order_of(rows, test)
+            rows = splits["validation"]
+            (test,) = self._draw(rows.lacking_targets() if stage == "predict" else rows, test_size=self.test_size)
         if stage in ("test", "predict"):
+            test = test.sorted() if stage == "predict" else test
             self.test = self.encode_rows(test, self.task.example, is_learned=False)
             return
         self.val = self.encode_rows(val, self.task.example, is_learned=False)
         if stage == "fit":
             self.train = self.encode_rows(train, self.task.example, is_learned=True)
 
-    def _draw(self, rows: Sequence[Row], what: str, **sizes: float | None) -> list[list[Row]]:
+    def _draw(self, rows: Rows, **sizes: float | None) -> list[Rows]:
         for row in rows[:1]:  # a missing field is not one row's error: it is reported for the first
             with suppress(UnusableRow):
                 self.task.example(row)
             self._template = template_of(self.task, row)
-        return draw_parts(rows, sizes, self.split_seed, what)
+        return draw_parts(rows, sizes, self.split_seed, rows.place)

@@ -1,4 +1,4 @@
-"""A row of a data set, with its file and line."""
+"""A row of a data set, with its file and number."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -7,6 +7,8 @@ from typing import Any
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
+
 
 class Row(dict[str, Any]):
     """A row's fields by name. Access to a missing field, or one of another type, raises a UserError.
@@ -14,23 +16,20 @@ class Row(dict[str, Any]):
     Access to a field that is empty in this row raises an :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
-        place: file and line, or data set and number.
+        place: its file, or data set and split, and its number in it, from 1.
         class_names: for each field that holds a class index, the class names, if the data has them.
-        has_null: whether its format has null; in a CSV or TSV file, an empty answer is a missing one.
         may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
 
     Example:
-        >>> Row({"text": "Fine."}, "train.jsonl, line 1").text("text")
+        >>> Row({"text": "Fine."}, "train.jsonl, row 1").text("text")
         'Fine.'
     """
 
     may_lack_target = False
 
-    def __init__(
-        self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None, *, has_null: bool = True
-    ) -> None:
+    def __init__(self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None) -> None:
         super().__init__(fields)
-        self.place, self.class_names, self.has_null = place, class_names or {}, has_null
+        self.place, self.class_names = place, class_names or {}
 
     def __missing__(self, field: str) -> Any:
         fields = ", ".join(repr(shortened_text(name)) for name in self) or "no field"
@@ -41,11 +40,6 @@ class Row(dict[str, Any]):
         if not isinstance(value := self[field], str):
             kind = UnusableRow if value is None else UserError
             raise kind(f"{self.place}: expected text in the field {field!r}, received {value!r}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            message = f"{self.place}: expected text in the field {field!r}, received a lone surrogate in {value!r}"
-            raise UnusableRow(message) from error
         return value
 
     def answer(self, field: str) -> str:
@@ -55,9 +49,8 @@ class Row(dict[str, Any]):
         return self.text(field)
 
     def is_missing(self, field: str) -> bool:
-        """Whether an answer is missing: without its field, null, or empty in a format without null."""
-        value = self.get(field)
-        return value is None or (not self.has_null and not value.strip())
+        """Whether an answer is missing: without its field, or null, as an empty cell of a CSV file is."""
+        return self.get(field) is None
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of at least one text."""
@@ -74,13 +67,24 @@ class Row(dict[str, Any]):
             raise kind(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
         return Row(value, self.place)
 
-    def messages(self, field: str) -> list[dict[str, str]]:
-        """A field that holds a conversation: turns with ``role`` and ``content``."""
+    def messages(self, field: str) -> list[dict[str, Any]]:
+        """A field that holds a conversation: turns with ``role`` and ``content``, or ``from`` and ``value``.
+
+        A turn's other fields stay, but for null: Arrow gives each turn the fields of all.
+        """
         turns = self[field]
         if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
-        inner = [Row(turn, self.place) for turn in turns]
-        return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
+            kind = UnusableRow if turns is None or turns == [] else UserError
+            raise kind(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
+        return [self._turn(without_null(turn)) for turn in turns]
+
+    def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
+        if "role" not in turn and "from" in turn:
+            turn = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **turn}
+            del turn["from"], turn["value"]
+        if not isinstance(turn.get("role"), str):
+            raise UserError(f"{self.place}: expected a turn with its role, received {turn!r}")
+        return {"content": "", **turn}
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -133,3 +137,15 @@ def plain_label(value: Any) -> Any:
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # pandas columns with missing values
         return None if math.isnan(value) else int(value)
     return value
+
+
+def without_null(value: Any) -> Any:
+    """A nested value without the fields that are null.
+
+    Example:
+        >>> without_null({"role": "user", "content": "Hi", "tool_calls": None})
+        {'role': 'user', 'content': 'Hi'}
+    """
+    if isinstance(value, dict):
+        return {name: without_null(part) for name, part in value.items() if part is not None}
+    return [without_null(part) for part in value] if isinstance(value, list) else value

@@ -1,59 +1,170 @@
-"""Rows of a data set: from the Hugging Face hub, a file, or a folder with one file per split."""
+"""Rows of a data set, in Arrow and memory-mapped by ``datasets``: from a file, a folder with a file per split, or the hub."""
 
+import csv
+import gzip
+import hashlib
+import json
 import logging
 import os
+import re
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
+import numpy as np
 import torch
+from typing_extensions import override
 
 from cola_lightning import hub
-from cola_lightning.data.files import ENDINGS, class_names, ending_of, iterate_file
 from cola_lightning.data.row import Row
-from cola_lightning.errors import HubError, UnusableRow, UserError, one_line
+from cola_lightning.errors import HubError, UnusableRow, UserError, causes, one_line
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+# Of datasets, by a file's ending.
+READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 PERCENT_SKIPPED = 1  # at most, of the rows of a part
+WORTH_A_BAR, WORTH_A_BAR_BYTES = 20_000, 10**8  # rows, and bytes of files, whose preparation takes seconds
 
-NAMES_OF_SPLITS = {"validation": ("validation", "valid", "val", "dev")}  # of files; those of other splits have the split's name
 
-
-def read_rows(source: str, split: str, subset: str | None = None) -> list[Row]:
-    """All rows of a split; for a single file, all its rows, whatever the split.
+class Rows(Sequence[Row]):
+    """Rows of a split.
 
     Args:
-        source: a file, a folder with a file ``{split}.csv``, ``{split}.jsonl`` and so on, or the id of a data set on the hub.
-        split: ``train``, ``validation``, ``test``.
-        subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
-
-    Raises:
-        UserError: if there is no such file, folder or data set, or a line cannot be read.
-        HubError: if the data set is on the hub, which cannot be reached.
+        data: the split, a ``datasets.Dataset``.
+        place: names it in messages.
+        numbers: the positions of these rows in the split; None: all.
+        may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
     """
-    return list(_iterate_rows(source, split, subset))
+
+    def __init__(self, data: Any, place: str, numbers: Any = None, *, may_lack_targets: bool = False) -> None:
+        self.data, self.place, self.may_lack_targets = data, place, may_lack_targets
+        self.numbers = np.arange(len(data)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+        features = data.features or {}
+        self.class_names = {name: feature.names for name, feature in features.items() if hasattr(feature, "names")}
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the fields."""
+        return list(self.data.column_names)
+
+    @property
+    def lists(self) -> list[str]:
+        """The names of the fields that hold lists."""
+        import datasets
+
+        kinds = (list, datasets.List, datasets.LargeList)
+        return [name for name, feature in (self.data.features or {}).items() if isinstance(feature, kinds)]
+
+    @override
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Rows": ...
+    @override
+    def __getitem__(self, place: int | slice) -> "Row | Rows":
+        if isinstance(place, slice):
+            return self._of(self.numbers[place])
+        number = int(self.numbers[place])
+        return self._row(self.data[number], number)
+
+    @override
+    def __iter__(self) -> Iterator[Row]:
+        for number, fields in zip(self.numbers, self._selected(), strict=True):
+            yield self._row(fields, int(number))
+
+    def _row(self, fields: Mapping[str, Any], number: int) -> Row:
+        row = Row(dict(fields), f"{self.place}, row {number + 1}", self.class_names)
+        row.may_lack_target = self.may_lack_targets
+        return row
+
+    def _of(self, numbers: Any) -> "Rows":
+        return Rows(self.data, self.place, numbers, may_lack_targets=self.may_lack_targets)
+
+    def _selected(self) -> Any:
+        is_all = np.array_equal(self.numbers, np.arange(len(self.data)))
+        return self.data if is_all else self.data.select(self.numbers)
+
+    def lacking_targets(self) -> "Rows":
+        """The same rows; their labels or answers may be missing."""
+        return Rows(self.data, self.place, self.numbers, may_lack_targets=True)
+
+    def sorted(self) -> "Rows":
+        """The same rows in their order in the split."""
+        return self._of(np.sort(self.numbers))
+
+    def values(self, field: str) -> list[Any]:
+        """The different values of a field."""
+        if field not in self.columns:
+            self[0][field]  # raises
+        return list(dict.fromkeys(self._selected().unique(field)))
+
+    def mapped(
+        self,
+        encode: Callable[[list[Row]], Sequence[Mapping[str, Any]]],
+        features: Mapping[str, Any],
+        identity: str | None,
+        num_proc: int | None = None,
+    ) -> Any:
+        """Encodes the rows, a thousand at a time, into a data set that is memory-mapped, too, and cached by ``datasets``.
+
+        Args:
+            encode: makes rows of the result: several of one row, or none.
+            features: the types of their columns: ``int32``, say, or ``[int32]`` for a list.
+            identity: of ``encode``: what it depends on besides the rows. None: it cannot be known, and nothing is cached.
+            num_proc: processes that encode; None: this one.
+        """
+        import datasets
+
+        def batch(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
+            fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            rows = [self._row(one, int(self.numbers[place])) for one, place in zip(fields, places, strict=True)]
+            encoded = encode(rows)
+            return {name: [row[name] for row in encoded] for name in features}
+
+        digest = hashlib.sha256(os.urandom(16) if identity is None else identity.encode())
+        digest.update(self.numbers.tobytes())
+        for file in self.data.cache_files:
+            status = os.stat(file["filename"])
+            digest.update(repr((file["filename"], status.st_size, status.st_mtime_ns)).encode())
+        values = {
+            name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+            for name, kind in features.items()
+        }
+        how: dict[str, Any] = {"remove_columns": self.columns, "features": datasets.Features(values)}
+        with _progress_bar_if(len(self) >= WORTH_A_BAR):
+            return self._selected().map(
+                batch,
+                batched=True,
+                with_indices=True,
+                new_fingerprint=digest.hexdigest()[:32],
+                num_proc=num_proc,
+                desc=f"{self.place}: preparing rows",
+                **how,
+            )
 
 
-def first_row(source: str, split: str, subset: str | None = None) -> Row | None:
-    """The first row of a split, without reading the others; None for an empty split; see :func:`read_rows`."""
-    return next(_iterate_rows(source, split, subset), None)
+@contextmanager
+def _progress_bar_if(is_shown: bool) -> Iterator[None]:
+    import datasets
+
+    if is_shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
-def _iterate_rows(source: str, split: str, subset: str | None) -> Iterator[Row]:
-    if is_file(source):
-        yield from iterate_file(Path(os.path.expanduser(source)))
-    elif (folder := _folder(source)) is not None:
-        yield from iterate_file(_file_of(folder, split))
-    else:
-        rows = _load_from_hub(source, split, subset)
-        names = class_names(rows)
-        for number, fields in enumerate(rows, start=1):
-            yield Row(dict(fields), f"{source}, {split}, row {number}", names)
+# ---------------------------------------------------------------------- a source and its splits
 
 
 def is_file(source: str) -> bool:
@@ -61,78 +172,168 @@ def is_file(source: str) -> bool:
     return Path(os.path.expanduser(source)).is_file()
 
 
-def has_split(source: str, split: str) -> bool:
-    """Whether a source has a split: a folder by its files; a file only ``train``; the hub is assumed to have validation too."""
-    if (folder := _folder(source)) is not None:
-        return bool(_files_of(folder, split))
-    return split == "train" or (split == "validation" and not is_file(source))
+def is_on_hub(source: str) -> bool:
+    """Whether a source is the id of a data set on the hub."""
+    return not Path(os.path.expanduser(source)).exists()
 
 
-def let_lack_targets(rows: list[Row]) -> list[Row]:
-    """Marks rows to be predicted, whose labels or answers may be missing."""
-    for row in rows:
-        row.may_lack_target = True
-    return rows
+def load_splits(source: str, subset: str | None = None, revision: str | None = None) -> dict[str, Rows]:
+    """The splits of a source, by the names that it has.
+
+    Args:
+        source: a file (one split, ``train``), a folder with a file per split (``train.csv``, ``dev.jsonl``), or the id of a
+            data set on the hub.
+        subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
+        revision: on the hub, a branch, tag or commit.
+
+    Raises:
+        UserError: if there is no such file, folder, data set or subset, or it cannot be read.
+        HubError: if the data set is on the hub, which cannot be reached.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_file():
+        return {"train": Rows(_read([path]), source)}
+    if path.is_dir():
+        return {split: Rows(_read(files), f"{source}, {split}") for split, files in _files_of(path).items()}
+    return {split: Rows(data, f"{source}, {split}") for split, data in _load_from_hub(source, subset, revision).items()}
 
 
-def fill_cache(source: str, subset: str | None, splits: Collection[str]) -> None:
-    """Downloads a data set from the hub, to be called in one process, before all read it. Files need no download."""
-    if _folder(source) is None and not is_file(source):
-        for split in sorted(splits):
-            _load_from_hub(source, split, subset)
+def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
+    """The rows of a split of a source; of a single file, all its rows are its split ``train``. See :func:`load_splits`.
+
+    Raises:
+        UserError: if there is no such split.
+    """
+    splits = load_splits(source, subset)
+    if split not in splits:
+        raise UserError(f"data.source: expected a split {split} in {source!r}, received {', '.join(splits)}")
+    return splits[split]
 
 
-def check_source(source: str | None, subset: str | None) -> None:
-    """Refuses an empty source, and a subset unless the source names a data set on the hub."""
-    if source == "":  # as a path, it would be the current folder
-        raise UserError("data.source: expected a file, a folder or the id of a data set on the hub, received ''")
-    if subset is not None and (source is None or _folder(source) is not None or is_file(source)):
-        raise UserError(f"data.subset: expected null where data.source is {source or 'null'}, received {subset!r}")
-
-
-def _folder(source: str) -> Path | None:
-    folder = Path(os.path.expanduser(source))
-    return folder if folder.is_dir() else None
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and ending_of(path.name) is not None]
-
-
-def _files_of(folder: Path, split: str) -> list[Path]:
-    names = NAMES_OF_SPLITS.get(split, (split.lower(),))
-    return [path for path in _files(folder) if path.name.lower().removesuffix(".gz").rpartition(".")[0] in names]
-
-
-def _file_of(folder: Path, split: str) -> Path:
-    if len(files := _files_of(folder, split)) != 1:
-        what = f"one file {split}{ENDINGS[0]} (or {', '.join(ENDINGS[1:])})"
-        received = ", ".join(path.name for path in files or _files(folder)) or "no file of rows"
-        raise UserError(f"data.source: expected {what} in {folder}, received {received}")
-    return files[0]
-
-
-def _load_from_hub(source: str, split: str, subset: str | None) -> Any:
-    # The hub would be asked in vain for a name with the ending of a file.
-    if ending_of(source) is not None or not hub.is_repo_id(source):
+def check_source(source: str | None, subset: str | None, revision: str | None = None) -> None:
+    """Refuses a subset or revision of what is not on the hub, and a name that is neither a file, a folder nor an id."""
+    if source is None:
+        return
+    for name, value in (("subset", subset), ("revision", revision)):
+        if value is not None and not is_on_hub(source):
+            raise UserError(f"data.{name}: expected null for files on this machine, {source!r}, received {value!r}")
+    if is_on_hub(source) and (_ending(source) is not None or not hub.is_repo_id(source)):
         raise UserError(
             "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
             f"received {source!r}"
         )
+
+
+def _ending(name: str) -> str | None:
+    """The ending of a file's name that has a reader; None if there is none."""
+    return next((ending for ending in READERS if name.lower().removesuffix(".gz").endswith(ending)), None)
+
+
+def _files_of(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (ending := _ending(path.name)) is not None:
+            name = path.name[: path.name.lower().rindex(ending)]
+            files.setdefault(re.sub(r"-\d+-of-\d+$", "", name).lower(), []).append(path)
+    if not files:
+        raise UserError(f"data.source: expected a file train{next(iter(READERS))} or alike in {str(folder)!r}, received none")
+    return files
+
+
+def _read(files: list[Path]) -> Any:
+    """The rows of files of one kind."""
+    import datasets
+
+    if (ending := _ending(files[0].name)) is None:
+        endings = ", ".join(READERS)
+        raise UserError(f"data.source: expected a file that ends in {endings}, received {str(files[0])!r}")
+    how: dict[str, Any] = {}
+    with _unreadable_as_user_error(str(files[0])), warnings.catch_warnings():
+        if READERS[ending] == "csv":  # all values are text, not numbers, dates or "NA" for none; an empty cell is null
+            how = {"sep": "\t" if ending == ".tsv" else ","}
+            columns = _header(files[0], **how)
+            how |= {"features": datasets.Features({name: datasets.Value("string") for name in columns})}
+            how |= {"keep_default_na": False, "na_values": [""], "index_col": False, "encoding": "utf-8-sig"}
+        with _progress_bar_if(sum(file.stat().st_size for file in files) > WORTH_A_BAR_BYTES):
+            rows = datasets.load_dataset(READERS[ending], data_files=[str(file) for file in files], split="train", **how)
+        if ending == ".tsv":
+            _check_quotes(rows, files[0])
+        return rows
+
+
+def _header(file: Path, sep: str) -> list[str]:
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
+        return next(csv.reader(lines, delimiter=sep))
+
+
+def _check_quotes(rows: Any, file: Path) -> None:
+    """Refuses a TSV file in which a double quote at the beginning of a cell has joined rows."""
+    import pyarrow.compute as pc
+
+    if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in rows.data.columns):
+        raise UserError(
+            f"{file}: expected cells without tabs, received one: a double quote at the beginning of a cell begins a text in "
+            'quotes, so write it so: """word"" and the rest"'
+        )
+
+
+@contextmanager
+def _unreadable_as_user_error(source: str) -> Iterator[None]:
     import datasets
 
     try:
+        yield
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
+        if isinstance(error, UserError):
+            raise
+        *_, innermost = causes(error)
+        reason = one_line(str(innermost)) or "it is empty"
+        raise UserError(f"data.source: expected rows that can be read, received {source!r}: {reason}") from error
+
+
+def _load_from_hub(source: str, subset: str | None, revision: str | None) -> Any:
+    import datasets
+
+    check_source(source, subset, revision)
+    try:
         with hub.offline_if_unreachable() as is_offline:
-            return datasets.load_dataset(source, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # for ids, subsets and splits that do not exist
+            return datasets.load_dataset(source, subset, revision=revision)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if is_offline:
             raise HubError(
                 f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
                 "or folder works without it"
             ) from error
-        raise UserError(
-            f"data.source: expected a data set with the split {split!r}, received {source!r}: {one_line(str(error))}"
-        ) from error
+        if (subsets := _subsets(source, revision)) and subset not in subsets:
+            listed = ", ".join(subsets)
+            raise UserError(f"data.subset: expected one of {listed}, for {source!r}, received {subset or 'null'}") from error
+        raise UserError(f"data.source: expected a data set on the hub, received {source!r}: {one_line(str(error))}") from error
+
+
+def _subsets(source: str, revision: str | None) -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(source, revision=revision))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError):  # no such data set, or revision
+        return []
+
+
+def files_identity(source: str) -> list[dict[str, Any]]:
+    """Name, size and hash of the files of a source on this machine; none for the hub."""
+    path = Path(os.path.expanduser(source))
+    files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some] if path.is_dir() else []
+    found = []
+    for file in files:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        found.append({"file": file.name, "size": file.stat().st_size, "sha256": digest})
+    return found
+
+
+# ---------------------------------------------------------------------- parts of a split
 
 
 class SkippedRows:
@@ -141,9 +342,9 @@ class SkippedRows:
     Example:
         >>> skipped = SkippedRows()
         >>> with skipped.if_unusable():
-        ...     text = Row({"text": None}, "train.jsonl, line 7").text("text")
+        ...     text = Row({"text": None}, "train.jsonl, row 7").text("text")
         >>> skipped.errors
-        [UnusableRow("train.jsonl, line 7: expected text in the field 'text', received None")]
+        [UnusableRow("train.jsonl, row 7: expected text in the field 'text', received None")]
     """
 
     def __init__(self) -> None:
@@ -177,22 +378,21 @@ class SkippedRows:
 
 
 def as_count(size: float, n_rows: int) -> int:
-    """The number of rows for a size: a number or, below 1, a share, of at least one row.
+    """The number of rows for a size: a whole number of rows, or a float up to 1.0 for a share, of at least one row.
 
     Example:
-        >>> as_count(0.25, 10), as_count(0.01, 10), as_count(7, 10)
-        (2, 1, 7)
+        >>> as_count(0.25, 10), as_count(0.01, 10), as_count(7, 10), as_count(1, 10), as_count(1.0, 10)
+        (2, 1, 7, 1, 10)
     """
-    return int(size) if size >= 1 else max(1, round(size * n_rows))
+    is_share = isinstance(size, float) and size <= 1
+    return max(1, round(size * n_rows)) if is_share else int(size)
 
 
-def draw(
-    rows: Sequence[T], sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None
-) -> list[list[T]]:
-    """Disjoint parts of the rows, drawn together by one seeded permutation.
+def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None) -> list[Any]:
+    """The indices of disjoint parts of rows, drawn together by one seeded permutation.
 
     Args:
-        rows: the rows to draw from, in order.
+        n_rows: the number of rows to draw from.
         sizes: the parts' sizes.
         seed: the permutation's seed.
         what: names the rows in the message.
@@ -202,39 +402,29 @@ def draw(
     Raises:
         UserError: if there are fewer rows than the parts need.
     """
-    if sum(sizes) > len(rows):
+    if sum(sizes) > n_rows:
         wanted = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
-        raise UserError(f"{what}: expected at least {wanted} rows, received {len(rows)}")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        raise UserError(f"{what}: expected at least {wanted} rows, received {n_rows}")
+    order: Any = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed)).numpy()
     if groups is not None:
         counts, seen = Counter(groups), Counter[object]()
-        places = {}  # position, from 0 to 1, in the row's group: all groups are spread evenly over the order
-        for i in order:
+        places = np.empty(n_rows)  # position, from 0 to 1, in the row's group: all groups are spread evenly over the order
+        for i in order.tolist():
             places[i] = (seen[groups[i]] + 0.5) / counts[groups[i]]
             seen[groups[i]] += 1
-        order.sort(key=places.__getitem__)
-    starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    return [[rows[i] for i in order[start : start + size]] for start, size in zip(starts, sizes, strict=True)]
-
-
-def in_order_of(rows: Sequence[T], part: Sequence[T]) -> list[T]:
-    """A part that was drawn from rows, in their order."""
-    drawn = set(map(id, part))
-    return [row for row in rows if id(row) in drawn]
+        order = order[np.argsort(places[order], kind="stable")]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 def draw_parts(
-    rows: Sequence[Row],
-    sizes: Mapping[str, float | None],
-    seed: int,
-    what: str,
-    groups: Sequence[object] | None = None,
-) -> list[list[Row]]:
+    rows: Rows, sizes: Mapping[str, float | None], seed: int, what: str, groups: Sequence[object] | None = None
+) -> list[Rows]:
     """Disjoint parts of the rows, see :func:`draw`; in their order if one part takes all.
 
     Args:
         rows: the rows to draw from.
-        sizes: each part's size, by option: a number of rows, a share below 1, 0 for an empty part; None: the rest.
+        sizes: each part's size, by option: see :func:`as_count`; 0 for an empty part; None: the rest.
         seed: the permutation's seed.
         what: names the rows in the message.
         groups: each row's group.
@@ -246,7 +436,12 @@ def draw_parts(
     rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
     wanted = [rest if count is None else count for count in counts.values()]
     if sum(map(bool, wanted)) == 1 and None in counts.values():
-        return [list(rows) if count else [] for count in wanted]
+        return [rows if count else rows[:0] for count in wanted]
     fields = " + ".join(f"data.{name}" for name, count in zip(counts, wanted, strict=True) if count)
-    parts = iter(draw(rows, [count for count in wanted if count], seed, f"{fields}, of {what}", groups))
-    return [next(parts) if count else [] for count in wanted]
+    parts = iter(draw(len(rows), [count for count in wanted if count], seed, f"{fields}, of {what}", groups))
+    return [rows._of(rows.numbers[next(parts)]) if count else rows[:0] for count in wanted]
+
+
+def identity_of(*parts: Any) -> str:
+    """A hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

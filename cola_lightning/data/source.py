@@ -3,29 +3,21 @@
 import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import (
-    check_source,
-    draw_parts,
-    fill_cache,
-    first_row,
-    has_split,
-    in_order_of,
-    is_file,
-    let_lack_targets,
-    read_rows,
-)
+from cola_lightning.data.rows import Rows, check_source, draw_parts, identity_of, is_file, load_splits
+from cola_lightning.data.tokens import identity_of_tokenizer
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DRAWN_SHARE = 0.1  # of the rows of one file, each for validation and test
+DRAWN_SHARE = 0.1  # of the training rows, for each part that has no split
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -80,23 +72,30 @@ class TokenizedDataModule(EpochDataModule):
 class SourceDataModule(TokenizedDataModule):
     """Rows of a data set from a file, a folder or the hub, in its own splits or in drawn ones.
 
+    The splits are looked up: ``train``; ``validation``, ``valid``, ``val`` or ``dev``; ``test``. A part without a split is
+    drawn from the train split by ``split_seed``.
+
     Args:
         source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``; all but the last also ``.gz``), a
             folder with such a file for each split (``train.csv``, ``validation.csv``, ``test.csv``), or the id of a data set
-            on the hub. The rows of a single file are split by ``split_seed``; ``predict`` takes all of them.
+            on the hub. ``predict`` takes all rows of a single file.
         subset: name of a configuration of a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub.
+        train_split: the split with the training rows.
+        val_split: the validation split; ``null``: the first of the names above that there is.
+        test_split: the split that test and predict read; ``null``: ``test``, if there is one.
         batch_size: rows per training batch.
         eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
-        train_size: number of training rows or, below 1, their share of the rows, drawn by ``split_seed``; ``null``: all that
-            remain.
+        train_size: number of training rows or, as a float up to 1.0, their share of the rows, drawn by ``split_seed``;
+            ``null``: all that remain.
         val_size: number or share of validation rows, drawn from the train split together with the training rows; ``null``: the
             validation split, or a share of 0.1 if there is none.
         test_size: number or share of test rows, drawn in the same way; ``null``: the test split, or a share of 0.1 if there is
             none.
-        test_split: the split that test and predict read; ``null``: ``test`` if a folder has it, else ``validation``.
         split_seed: seed by which rows are drawn.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        num_proc: processes that tokenize rows before training; ``null``: the main process does, with its threads.
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
     """
@@ -106,133 +105,184 @@ class SourceDataModule(TokenizedDataModule):
         source: str,
         subset: str | None = None,
         *,
+        revision: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
         train_size: int | float | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
-        test_split: str | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
+        num_proc: int | None = None,
         length_grouped: bool = True,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
-        check_source(source, subset)
-        if None not in (test_size, test_split):
-            raise UserError(f"data.test_split: expected null beside data.test_size, received {test_split!r}")
-        self.source, self.subset, self.test_split = source, subset, test_split
+        check_source(source, subset, revision)
+        for part, split, size in (("val", val_split, val_size), ("test", test_split, test_size)):
+            if None not in (split, size):
+                raise UserError(f"data.{part}_split: expected null beside data.{part}_size, received {split!r}")
+        self.source, self.subset, self.revision, self.num_proc = source, subset, revision, num_proc
+        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
+        self._told: set[str] = set()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """In a worker process nothing is read: batches arrive as rows."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_splits"}
+
+    # ------------------------------------------------------------------ splits
+
+    @functools.cached_property
+    def _splits(self) -> dict[str, Rows]:
+        return load_splits(self.source, self.subset, self.revision)
+
+    def _rows(self, split: str, option: str) -> Rows:
+        if split not in self._splits:
+            listed = ", ".join(self._splits)
+            raise UserError(f"data.{option}: expected one of the splits of {self.source!r}, {listed}, received {split!r}")
+        return self._splits[split]
 
     @property
-    def _val_split(self) -> str | None:
-        """The validation split's name; None: validation rows are drawn from the train split."""
-        return "validation" if self.val_size is None and has_split(self.source, "validation") else None
+    def _val_rows(self) -> Rows | None:
+        """The rows of the validation split; None: validation rows are drawn from the train split."""
+        if self.val_size is not None:
+            return None
+        if self.val_split is not None:
+            return self._rows(self.val_split, "val_split")
+        return next((self._splits[split] for split in VALIDATION_SPLITS if split in self._splits), None)
 
     @property
-    def _test_split(self) -> str | None:
-        """The test split's name; None: test rows are drawn from the train split."""
-        if self.test_split is not None and is_file(self.source):
-            raise UserError(
-                f"data.test_split: expected null where data.source is a file, {self.source!r}, received {self.test_split!r}"
-            )
-        if self.test_size is not None or self.test_split is not None:
-            return self.test_split
-        return next((split for split in ("test", "validation") if has_split(self.source, split)), None)
+    def _test_rows(self) -> Rows | None:
+        """The rows of the test split, or of the only one; None: test rows are drawn from the train split."""
+        if self.test_size is not None:
+            return None
+        if self.test_split is not None:
+            return self._rows(self.test_split, "test_split")
+        only = next(iter(self._splits)) if len(self._splits) == 1 else ""
+        return self._splits.get("test" if only == self.train_split else only or "test")
+
+    @property
+    def _train_rows(self) -> Rows:
+        return self._rows(self.train_split, "train_split")
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:  # each stage comes here
+            log.info("%s", text)
+            self._told.add(text)
 
     @override
     def prepare_data(self) -> None:
-        if not is_file(self.source):
-            fill_cache(self.source, self.subset, {"train", *filter(None, (self._val_split, self._test_split))})
+        if self.trainer is not None and self.trainer.world_size > 1:  # one process; the others find its files
+            self.setup(str(self.trainer.state.fn))
 
     @override
     def setup(self, stage: str) -> None:
-        read = functools.cache(lambda split: read_rows(self.source, split, self.subset))
-        if stage == "fit" and self._test_split is not None:  # refused before training, and not after it
-            first_row(self.source, self._test_split, self.subset)
-        if stage == "fit" or (self.needs_train_rows and has_split(self.source, "train")):
-            self.look_at(read("train"))
+        val, test = self._val_rows, self._test_rows
+        if stage == "fit" or (self.needs_train_rows and self.train_split in self._splits):
+            self.look_at(self._train_rows)
         if stage == "predict":
-            self.test = self._not_empty(self.encode_predicted(self._predicted(read)))
+            rows = (
+                self._train_rows
+                if is_file(self.source)
+                else test or self._drawn(self._train_rows.lacking_targets())[2].sorted()
+            )
+            self.test = self._not_empty(self.encode_predicted(rows.lacking_targets()))
             return
         if stage == "test":
-            rows = read(self._test_split) if self._test_split else self._drawn(read("train"))[2]
-            self.test = self._not_empty(self.encode(rows))
+            self.test = self._not_empty(self.encode(self._drawn(self._train_rows)[2] if test is None else test))
             return
-        train, val, _ = self._drawn(read("train")) if stage == "fit" or self._val_split is None else ([], [], [])
-        self.val = self._not_empty(self.encode(read(self._val_split) if self._val_split else val))
-        if stage == "fit":
+        train, drawn, _ = self._drawn(self._train_rows) if stage == "fit" or val is None else (None, None, None)
+        self.val = self._not_empty(self.encode(drawn if val is None else val))  # type: ignore[arg-type]
+        if train is not None and stage == "fit":
             self.train = self._not_empty(self.encode_train(train))
 
-    def _predicted(self, read: Callable[[str], list[Row]]) -> Sequence[Row]:
-        """The rows to be predicted, whose labels or answers may be missing: the test rows, or all rows of a file."""
-        if is_file(self.source):
-            return let_lack_targets(read("train"))
-        if self._test_split:
-            return let_lack_targets(read(self._test_split))
-        rows = let_lack_targets(read("train"))
-        return in_order_of(rows, self._drawn(rows)[2])
-
-    def _drawn(self, rows: list[Row]) -> list[list[Row]]:
+    def _drawn(self, rows: Rows) -> list[Rows]:
         """Splits the rows of the train split into training, validation and test rows."""
+        val, test = self._val_rows, self._test_rows
         sizes = {
             "train_size": self.train_size,
-            "val_size": 0 if self._val_split else self.val_size or DRAWN_SHARE,
-            "test_size": 0 if self._test_split else self.test_size or DRAWN_SHARE,
+            "val_size": 0 if val is not None else self.val_size or DRAWN_SHARE,
+            "test_size": 0 if test is not None else self.test_size or DRAWN_SHARE,
         }
-        # One file, in a folder or alone, is stratified; other sources are drawn purely at random, as in earlier releases.
-        is_alone = not any(has_split(self.source, split) for split in ("validation", "test"))
-        groups = [self.group(row) for row in rows] if is_alone else None
-        where = self.source if is_file(self.source) else f"{self.source}, train"
-        parts = draw_parts(rows, sizes, self.split_seed, where, groups)
-        if is_alone:
-            counts = [len(part) for part in parts]
-            log.info("%s: %d rows for training, %d for validation and %d for test, by data.split_seed", where, *counts)
+        parts = draw_parts(rows, sizes, self.split_seed, rows.place, self.groups(rows))
+        counts = [len(part) for part in parts]
+        drawn = [f"{counts[0]} for training"]
+        drawn += [f"{counts[1]} for validation"] if val is None else []
+        drawn += [f"{counts[2]} for test"] if test is None else []
+        how = ", by data.split_seed" if len(drawn) > 1 or counts[0] < len(rows) else ""
+        own = [
+            f"{one.place}: {len(one)} rows for {part}" for part, one in (("validation", val), ("test", test)) if one is not None
+        ]
+        self._tell("; ".join([f"{rows.place}: {' and '.join(drawn)} of {len(rows)} rows{how}", *own]))
         return parts
 
-    def _not_empty(self, encoded: Sequence[Any]) -> Sequence[Any]:
-        if not encoded:
+    def _not_empty(self, encoded: Any) -> Any:
+        if not len(encoded):
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
         return encoded
 
-    @property
-    def target_field(self) -> str | None:
-        """The field with a row's target, a label or an answer; None: the row as a whole."""
-        return None
+    # ------------------------------------------------------------------ rows in Arrow
+
+    def map_rows(self, rows: Rows, features: Mapping[str, Any], *options: Any, encode: Any) -> Any:
+        """Encodes rows to Arrow, see :meth:`~cola_lightning.data.rows.Rows.mapped`: a column ``length`` is added.
+
+        Args:
+            rows: the rows.
+            features: the types of the columns that ``encode`` makes: ``int32``, or ``[int32]`` for a list.
+            *options: plain values on which it depends, besides the rows and the tokenizer.
+            encode: makes dicts of a list of rows.
+        """
+        tokenizer = identity_of_tokenizer(self.tokenizer)
+        identity = None if tokenizer is None else identity_of(tokenizer, self.max_length, type(self).__name__, options)
+
+        def with_lengths(some: list[Row]) -> list[dict[str, Any]]:
+            return [{**row, "length": len(row["input_ids"])} for row in encode(some)]
+
+        return rows.mapped(with_lengths, {**features, "length": "int32"}, identity, self.num_proc)
+
+    @override
+    def lengths(self, data: Any) -> Sequence[int]:
+        is_in_arrow = hasattr(data, "with_format")
+        return data.with_format("numpy")["length"][:] if is_in_arrow else super().lengths(data)
+
+    # ------------------------------------------------------------------ defined by a subclass
 
     @property
     @override
     def can_be_tested(self) -> bool:
-        if self._test_split is None:
-            return True
-        row = first_row(self.source, self._test_split, self.subset)
-        return row is not None and self.has_target(let_lack_targets([row])[0])
+        rows = self._test_rows
+        return rows is None or (len(rows) > 0 and self.has_target(rows.lacking_targets()[0]))
 
     def has_target(self, row: Row) -> bool:
-        """Whether a row that may lack its target has one."""
-        return self.target_field is None or row.has_target(self.target_field)
+        """Whether a row that may lack its target, a label or an answer, has one."""
+        return True
 
     @property
     def needs_train_rows(self) -> bool:
         """Whether :meth:`look_at` is also called for other stages than fit."""
         return False
 
-    def look_at(self, rows: list[Row]) -> None:
-        """Inspects all rows of the train split, before any is drawn or encoded: for their labels."""
+    def look_at(self, rows: Rows) -> None:
+        """Inspects the rows of the train split, before any is drawn or encoded: for their labels."""
 
-    def group(self, row: Row) -> Hashable:
-        """The group, such as the label, of which each part of a split file has the same share."""
+    def groups(self, rows: Rows) -> Sequence[Hashable] | None:
+        """Each row's group, such as its label, of which each drawn part has the same share; None: at random."""
         return None
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row]) -> Sequence[Any]:
+    def encode(self, rows: Rows) -> Any:
         """Encodes rows for ``collate``."""
 
-    def encode_train(self, rows: Sequence[Row]) -> Sequence[Any]:
+    def encode_train(self, rows: Rows) -> Any:
         """Encodes training rows."""
         return self.encode(rows)
 
-    def encode_predicted(self, rows: Sequence[Row]) -> Sequence[Any]:
+    def encode_predicted(self, rows: Rows) -> Any:
         """Encodes rows to be predicted, none of which may be omitted: a prediction's index is its row's."""
         return self.encode(rows)

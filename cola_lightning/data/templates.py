@@ -1,7 +1,6 @@
 """A custom task without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
 
 import math
-from collections.abc import Sequence
 from string import Formatter
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example
 from cola_lightning.data.prompts import OptionBatches
 from cola_lightning.data.row import Row, plain_label
+from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.tasks import Loss, generated
 from cola_lightning.errors import UnusableRow, UserError
@@ -138,15 +138,10 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
         self.loss = loss or ("answer" if options is None else "options")
 
-    @property
-    @override
-    def target_field(self) -> str:
-        return self.label if self.answer is None else self.answer
-
     @override
     def has_target(self, row: Row) -> bool:
         labels = [option.text.strip() for option in self.options] if isinstance(self.options, list) else None
-        return row.has_target(self.target_field, labels)
+        return row.has_target(self.label if self.answer is None else self.answer, labels)
 
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
@@ -154,15 +149,15 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         return self.prompt.text, options
 
     @override
-    def encode(self, rows: Sequence[Row]) -> list[EncodedExample]:
+    def encode(self, rows: Rows) -> list[EncodedExample]:
         return self.encode_rows(rows, self._example, is_learned=False)
 
     @override
-    def encode_train(self, rows: Sequence[Row]) -> list[EncodedExample]:
+    def encode_train(self, rows: Rows) -> list[EncodedExample]:
         return self.encode_rows(rows, self._example, is_learned=True)
 
     @override
-    def encode_predicted(self, rows: Sequence[Row]) -> list[EncodedExample]:
+    def encode_predicted(self, rows: Rows) -> list[EncodedExample]:
         return self.encode_examples([self._example(row) for row in rows])
 
     def _example(self, row: Row) -> Example:

@@ -1,15 +1,19 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from typing_extensions import override
 
 from cola_lightning.data.batches import collate_language, collate_prompts
 from cola_lightning.data.chat import encode_conversations
+from cola_lightning.data.columns import Kind, find_columns
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
+from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
@@ -17,27 +21,34 @@ from cola_lightning.turns import as_prompt, assistant_turn, end_of_turn, user_tu
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Columns = dict[str, str]  # by part of a row
 
 
 class TextDataModule(SourceDataModule):
-    """Text (``text``), instructions (``prompt``, ``response``) or conversations (``messages``) with the language-model loss.
+    """Text, instructions or conversations with the language-model loss, as data sets of the hub have them.
+
+    What a row is follows from its columns, in this order: a conversation (``messages``; ``conversations``; ``prompt`` and
+    ``completion`` as lists of turns); an instruction (``instruction`` with ``input`` or ``context`` if there is one, and
+    ``output`` or ``response``; ``prompt`` with ``completion`` or ``response``; ``question`` with ``answer``; each with
+    ``system`` if there is one); ``text``. Other columns are ignored.
 
     The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with its
     end-of-text token. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
     assistant's; without one, the response directly follows its prompt. A text longer than ``max_length`` is split into several
     rows; a prompt or a conversation is truncated on the left.
 
-    Predict generates: the response to a ``prompt`` (the row's ``response`` is the target), the assistant's answer to the last
-    turn of a conversation (if the assistant has the last turn, it is the target), or the continuation of a text.
+    Predict generates: the response to a prompt (the row's response is the target), the assistant's answer to the last turn of a
+    conversation (if the assistant has the last turn, it is the target), or the continuation of a text.
 
     Args:
         source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: name of a configuration of a data set on the hub.
+        columns: the columns to use, by what they hold: ``messages`` (and ``tools``), ``prompt`` (with ``response``, ``input``
+            and ``system``), or ``text``; ``null``: found by their names.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
             one. ``false``: a response directly follows its prompt.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
-        max_new_tokens: for predict: maximum number of generated tokens per row.
+        max_new_tokens: for predict: maximum number of generated tokens per row; at most half of the model's longest sequence.
         do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
         temperature: for predict with ``do_sample``: divides the logits.
         top_p: for predict with ``do_sample``: sample from the most probable tokens whose probabilities add up to this; 1: from
@@ -54,6 +65,7 @@ class TextDataModule(SourceDataModule):
         source: str,
         subset: str | None = None,
         *,
+        columns: dict[str, str] | None = None,
         chat_template: bool | None = None,
         max_length: int = 1024,
         max_new_tokens: int = 256,
@@ -64,11 +76,39 @@ class TextDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
-        self.chat_template = chat_template
+        self.columns, self.chat_template = columns, chat_template
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
-        self._kinds: set[str] = set()  # of the encoded rows
+        self._kind: Kind = "text"  # of the rows that were encoded
+
+    # ------------------------------------------------------------------ what a row is
+
+    def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
+        """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
+        self._kind, columns = find_columns(rows.columns, rows.lists, self.columns, has_response=has_response)
+        unused = [name for name in rows.columns if name not in columns.values()]
+        *before, last = columns.values()
+        taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
+        self._tell(f"rows: {taken}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        self._check_chat_template()
+        return self._kind, columns
+
+    def _check_chat_template(self) -> None:
+        """Refuses a chat template that is requested but missing, or needed but off; logs how instructions are formatted."""
+        has_template, requested = bool(self.tokenizer.chat_template), self.chat_template
+        if requested and not has_template:
+            raise UserError(
+                "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
+                "received true"
+            )
+        if self._kind == "messages" and requested is False:
+            raise UserError("data.chat_template: expected null or true for conversations, received false")
+        if self._kind != "text" and self.applies_chat_template:
+            self._tell("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
+        elif self._kind == "prompt":
+            reason = "null, for the tokenizer has none" if requested is None else "false"
+            self._tell(f"a response directly follows its prompt, without a chat template (data.chat_template: {reason})")
 
     @property
     def applies_chat_template(self) -> bool:
@@ -78,96 +118,79 @@ class TextDataModule(SourceDataModule):
     @property
     @override
     def prompt_format(self) -> dict[str, Any]:
-        is_text = self._kinds <= {"text"}
+        is_text = self._kind == "text"
         return {"kind": "text" if is_text else "response", "chat_template": not is_text and self.applies_chat_template}
 
     @override
     def has_target(self, row: Row) -> bool:
-        if "messages" in row:
-            return row.messages("messages")[-1]["role"] == "assistant"
-        return "text" in row or not row.is_missing("response")
+        lists = [name for name, value in row.items() if isinstance(value, list)]
+        kind, columns = find_columns([*row], lists, self.columns, has_response=False)
+        if kind == "messages":
+            return "completion" in columns or row.messages(columns["messages"])[-1]["role"] == "assistant"
+        return kind == "text" or not row.is_missing(columns.get("response", ""))
+
+    # ------------------------------------------------------------------ rows
 
     @override
-    def encode(self, rows: Sequence[Row]) -> list[LanguageRow]:
-        return self._encode_by_kind(rows, self._encode)
+    def encode(self, rows: Rows) -> Any:
+        kind, columns = self._find(rows)
+        how = kind, columns, self.applies_chat_template
+        encode = functools.partial(self._encode, kind, columns)
+        return self.map_rows(rows, {"input_ids": ["int32"], "labels": ["int32"]}, *how, encode=encode)
 
-    @override
-    def encode_predicted(self, rows: Sequence[Row]) -> list[PromptRow]:
-        return self._encode_by_kind(rows, self._encode_prompts)
-
-    def _encode_by_kind(self, rows: Sequence[Row], encode: Callable[[str, Sequence[Row]], list[list[T]]]) -> list[T]:
-        """Encodes rows, in order, all rows of a kind at once; one row may become several."""
-        kinds = [_kind(row) for row in rows]
-        self._check_chat_template({kind: rows[kinds.index(kind)] for kind in dict.fromkeys(kinds)})
-        alike = {kind: [row for row, of in zip(rows, kinds, strict=True) if of == kind] for kind in dict.fromkeys(kinds)}
-        encoded = {kind: iter(encode(kind, some)) for kind, some in alike.items()}
-        return [piece for kind in kinds for piece in next(encoded[kind])]
-
-    def _check_chat_template(self, rows: Mapping[str, Row]) -> None:
-        """Refuses a chat template that is requested but missing, or needed but off; logs once how instructions are formatted.
-
-        Args:
-            rows: the first row of each kind.
-        """
-        has_template, requested = bool(self.tokenizer.chat_template), self.chat_template
-        if requested and not has_template:
-            raise UserError(
-                "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
-                "received true"
-            )
-        if "messages" in rows and requested is False:
-            raise UserError(
-                f"data.chat_template: expected null or true for conversations ({rows['messages'].place}), received false"
-            )
-        if not self._kinds - {"text"}:
-            if rows.keys() - {"text"} and self.applies_chat_template:
-                log.info("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
-            elif "prompt" in rows:
-                reason = "null, for the tokenizer has none" if requested is None else "false"
-                log.info("a response directly follows its prompt, without a chat template (data.chat_template: %s)", reason)
-        self._kinds |= rows.keys()
-
-    def _encode(self, kind: str, rows: Sequence[Row]) -> list[list[LanguageRow]]:
-        """Encodes rows of one kind for training or evaluation."""
+    def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row]) -> list[LanguageRow]:
+        """Encodes rows for training or evaluation."""
         if kind == "text":
-            return encode_texts(self.tokenizer, [row.text("text") for row in rows], self.max_length)
+            texts = encode_texts(self.tokenizer, [row.text(columns["text"]) for row in rows], self.max_length)
+            return [piece for pieces in texts for piece in pieces]
         places = [row.place for row in rows]
         if kind == "messages":
-            conversations = [row.messages("messages") for row in rows]
-            return [[row] for row in encode_conversations(self.tokenizer, conversations, self.max_length, places)]
-        pairs = [(row.text("prompt"), row.answer("response")) for row in rows]
+            conversations = [_conversation(row, columns) for row in rows]
+            return encode_conversations(self.tokenizer, conversations, self.max_length, places)
+        responses = [row.answer(columns["response"]) for row in rows]
         if not self.applies_chat_template:
-            return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
-        for (_, response), place in zip(pairs, places, strict=True):
+            pairs = [(_prompt(row, columns), response) for row, response in zip(rows, responses, strict=True)]
+            return encode_responses(self.tokenizer, pairs, self.max_length, places)
+        for response, place in zip(responses, places, strict=True):
             if not response:
                 raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        turns = [[*user_turn(prompt), assistant_turn(response)] for prompt, response in pairs]
-        return [[row] for row in encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)]
+        turns = [[*_turns(row, columns), assistant_turn(response)] for row, response in zip(rows, responses, strict=True)]
+        return encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)
 
-    def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
-        """Encodes rows of one kind as prompts for generation."""
-        prompts = [_prompt_and_response(kind, row) for row in rows]
-        is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
-        if is_chat:
-            turns = [prompt if kind == "messages" else user_turn(prompt) for prompt, _ in prompts]
-            texts = [as_prompt(self.tokenizer, some, row.place) for some, row in zip(turns, rows, strict=True)]
-        else:
-            texts = [prompt for prompt, _ in prompts]
+    @override
+    def encode_predicted(self, rows: Rows) -> list[PromptRow]:
+        kind, columns = self._find(rows, has_response=False)
+        is_chat = kind != "text" and self.applies_chat_template
+        prompts, texts, targets = list[Any](), list[str](), list[str | None]()
+        for row in rows:
+            prompt: Any
+            if kind == "messages":
+                prompt, target = _asked(row, columns)
+            else:
+                prompt = row.text(columns["text"]) if kind == "text" else _prompt(row, columns)
+                field = columns.get("response", "")
+                target = None if row.is_missing(field) else row.text(field).strip()
+            turns = _turns(row, columns) if kind == "prompt" else prompt
+            texts.append(as_prompt(self.tokenizer, turns, row.place) if is_chat else prompt)
+            prompts.append(prompt)
+            targets.append(target)
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
         for ids, row in zip(encoded, rows, strict=True):
             if not ids:
                 raise UserError(f"{row.place}: expected a prompt of at least one token, received {dict(row)}")
-        return [[PromptRow(ids, *prompt)] for ids, prompt in zip(encoded, prompts, strict=True)]
+        return [PromptRow(*one) for one in zip(encoded, prompts, targets, strict=True)]
+
+    def _fitting_decoding(self) -> Decoding:
+        """How predict generates: at most as many tokens as half of the model's longest sequence."""
+        room = max(1, int(self.tokenizer.model_max_length) // 2)
+        if self.decoding.max_new_tokens > room:
+            self._tell(f"data.max_new_tokens: {room}, half of the model's longest sequence")
+        return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
 
     @property
     def _room(self) -> int:
         """The maximum length of a prompt that leaves room for the response."""
-        limit, n_new = int(self.tokenizer.model_max_length), self.decoding.max_new_tokens
-        if limit - n_new < 1:
-            raise UserError(
-                f"data.max_new_tokens: expected fewer than {limit} tokens, the longest sequence of the model, received {n_new}"
-            )
-        return min(self._max_length, limit - n_new)
+        return min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
     @override
     def length(self, row: LanguageRow | PromptRow) -> int:
@@ -179,27 +202,36 @@ class TextDataModule(SourceDataModule):
         if not isinstance(rows[0], PromptRow):
             return collate_language(rows, pad)
         ends = end_of_turn(self.tokenizer) if self.prompt_format["chat_template"] else []
-        return collate_prompts(rows, pad, self.decoding, ends)
+        return collate_prompts(rows, pad, self._fitting_decoding(), ends)
 
 
-def _kind(row: Row) -> str:
-    """The kind of a row: ``text``, ``messages``, or ``prompt`` with its response."""
-    kinds = row.keys() & {"text", "prompt", "response", "messages"}
-    if kinds in ({"text"}, {"messages"}):
-        return next(iter(kinds))
-    if kinds and kinds <= {"prompt", "response"}:
-        return "prompt"
-    fields = ", ".join(map(repr, row)) or "no field"
-    raise UserError(f"{row.place}: expected 'text', 'messages', or 'prompt' and 'response', received {fields}")
+def _prompt(row: Row, columns: Columns) -> str:
+    """An instruction as text: the system prompt, the instruction and its input, with an empty line between."""
+    texts = [row.text(columns["prompt"])]
+    for place, part in ((1, "input"), (0, "system")):
+        if not row.is_missing(columns.get(part, "")) and (text := row.text(columns[part])).strip():
+            texts.insert(place, text)
+    return "\n\n".join(texts)
 
 
-def _prompt_and_response(kind: str, row: Row) -> tuple[Any, str | None]:
-    """A row's prompt, as in the data, and its response, if any."""
-    if kind == "text":
-        return row.text("text"), None
-    if kind == "prompt":
-        return row.text("prompt"), None if row.is_missing("response") else row.text("response").strip()
-    *before, last = row.messages("messages")
+def _turns(row: Row, columns: Columns) -> list[dict[str, Any]]:
+    """An instruction as a user's turn, after the system's if there is one."""
+    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
+    if row.is_missing(columns.get("system", "")):
+        return turns
+    return [{"role": "system", "content": row.text(columns["system"])}, *turns]
+
+
+def _conversation(row: Row, columns: Columns) -> list[dict[str, Any]]:
+    """A conversation, in one column or in two."""
+    return [turn for part in ("messages", "prompt", "completion") if part in columns for turn in row.messages(columns[part])]
+
+
+def _asked(row: Row, columns: Columns) -> tuple[list[dict[str, Any]], str | None]:
+    """A conversation to be answered, and the answer that the row has, if any."""
+    if "completion" in columns:
+        return row.messages(columns["prompt"]), row.messages(columns["completion"])[0]["content"].strip()
+    *before, last = row.messages(columns["messages"])
     if last["role"] != "assistant":
         return [*before, last], None
     if not before:
