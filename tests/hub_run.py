@@ -20,21 +20,23 @@ class Texts(Callback):
     """Appends a JSON line for each row of each batch to ``texts.jsonl``.
 
     ``stage`` is ``train`` or ``validation``; ``text`` is the whole row and ``trained`` the part with a loss, both without
-    special tokens. Of a labelled row, ``trained`` is its label.
+    special tokens. Of a labelled row, ``trained`` is its label's name.
     """
 
     def on_train_batch_start(self, trainer, module, batch, *_):
-        self._write("train", module.tokenizer, batch)
+        self._write("train", module, batch)
 
     def on_validation_batch_start(self, trainer, module, batch, *_):
-        self._write("validation", module.tokenizer, batch)
+        self._write("validation", module, batch)
 
-    def _write(self, stage, tokenizer, batch):
+    def _write(self, stage, module, batch):
+        def decoded(ids):
+            return module.tokenizer.decode(ids, skip_special_tokens=True)
+
         with open("texts.jsonl", "a") as file:
             for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-                text = tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
-                trained = tokenizer.decode(labels[labels != -100], skip_special_tokens=True) if labels.dim() else int(labels)
-                file.write(json.dumps({"stage": stage, "text": text, "trained": trained}) + "\n")
+                trained = decoded(labels[labels != -100]) if labels.dim() else module.label_names[labels]
+                file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
 
 
 def run(arguments):

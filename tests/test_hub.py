@@ -313,7 +313,7 @@ def test_labels_have_the_sets_names_and_rows_without_one_are_left_alone(runs):
     assert {row["stage"] for row in run.texts} == {"train", "validation"}
     for row in run.texts:  # those of validation are drawn from the same split
         assert "train" in row["text"]
-        assert row["trained"] == ("great" in row["text"])
+        assert row["trained"] == ("pos" if "great" in row["text"] else "neg")
 
 
 def test_columns_that_say_nothing_are_named_by_the_user(runs):
