@@ -29,7 +29,15 @@ if importlib.util.find_spec("gguf"):  # transformers parses a file's vocabulary 
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
-LONG = ["test_kills.py", "test_notebooks.py", "test_cli_language.py", "test_distributed.py", "test_compare.py", "test_cli.py"]
+LONG = [
+    "test_kills.py",
+    "test_notebooks.py",
+    "test_cli_language.py",
+    "test_hub.py",
+    "test_distributed.py",
+    "test_compare.py",
+    "test_cli.py",
+]
 
 
 def pytest_collection_modifyitems(items):
