@@ -52,7 +52,7 @@ def write(folder: Path, n_rows: int) -> None:
     draw = random.Random(0)
     # Words as frequent as in English: one over their rank.
     texts = functools.partial(draw.choices, words, cum_weights=_cumulated([1 / (k + 1) for k in range(len(words))]))
-    for split, size in {"train": n_rows, "validation": max(1, n_rows // 100)}.items():
+    for split, size in {"train": n_rows, "validation": max(1, n_rows // 100), "test": 1}.items():
         with (folder / f"{split}.jsonl").open("w") as file:
             for _ in range(size):
                 prompt, response = (" ".join(texts(k=1 + round(draw.gammavariate(4, (n - 2) / 4)))) for n in (PROMPT, RESPONSE))

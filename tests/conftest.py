@@ -10,7 +10,6 @@ import tempfile
 
 # Rows that tests prepare are cached for as long as the tests run. Read by datasets, and by commands that tests start.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cola_lightning_rows_")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 # Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.
@@ -27,6 +26,8 @@ inspect.stack = functools.partial(inspect.stack, 0)
 if importlib.util.find_spec("gguf"):  # transformers parses a file's vocabulary thrice to load a tokenizer and a model
     gguf = importlib.import_module("gguf")
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
 LONG = [

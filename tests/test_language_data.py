@@ -454,7 +454,7 @@ def test_a_text_without_a_token_cannot_be_classified(tmp_path):
 
 def test_columns_that_are_not_known_are_named(tmp_path):
     source = write(tmp_path / "own", "train", [{"document": "Is it?", "summary": "Yes."}] * 20)
-    message = r"data\.columns: expected .* among the columns document, summary, received none: .* '{prompt: document, response: summary}'"
+    message = r"data\.columns: expected .* columns document, summary, received none: .* '{prompt: document, response: summary}'"
     with pytest.raises(UserError, match=message):
         attach(TextDataModule(source)).setup("fit")
     data = attach(TextDataModule(source, columns={"prompt": "document", "response": "summary"}))

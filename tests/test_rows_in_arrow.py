@@ -53,7 +53,7 @@ print(json.dumps([n_rows, n_tokens, own_bytes() - before]))
 def write(folder, n_rows):
     draw, words = random.Random(0), " ".join(tiny.TEXT).split()
     folder.mkdir()
-    for split, size in {"train": n_rows, "validation": 10}.items():
+    for split, size in {"train": n_rows, "validation": 10, "test": 10}.items():
         texts = [[" ".join(draw.choices(words, k=k)) for k in N_WORDS] for _ in range(size)]
         rows = [{"prompt": prompt, "response": response} for prompt, response in texts]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
