@@ -7,10 +7,8 @@ import pytest
 import transformers
 
 from cola_lightning.data import tokens
-from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.tokens import tokenize
 from tests import tiny
-from tests.test_templates import CHAT, MESSAGES
 
 TEXTS = ["The town is old", "", "Is it 🏠?", "שלום"]
 
@@ -66,17 +64,6 @@ def test_other_texts_or_another_tokenizer_are_tokenised_anew(cache, computed):
     for tokenizer, texts in asked * 2:
         assert tokenize(tokenizer, texts) == tokenizer(texts)["input_ids"]
     assert len(computed) == len(entries(cache)) == len(asked)
-
-
-def test_conversations_are_kept_with_the_places_of_their_tokens(cache, computed):
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = CHAT
-    first, again = (encode_conversations(tokenizer, [MESSAGES] * 3, 100, ["here"] * 3) for _ in range(2))
-    assert first == again
-    assert computed == [{"is_whole": True, "with_places": True}]
-    tokenizer.chat_template = "!" + CHAT
-    assert encode_conversations(tokenizer, [MESSAGES], 100, ["here"]) != first[:1]
-    assert len(computed) == 2
 
 
 def test_few_texts_are_not_kept(cache, computed, monkeypatch):

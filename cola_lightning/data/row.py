@@ -1,5 +1,6 @@
 """A row of a data set, with its file and line."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -74,13 +75,21 @@ class Row(dict[str, Any]):
             raise kind(f"{self.place}: expected an object in the field {field!r}, received {value!r}")
         return Row(value, self.place)
 
-    def messages(self, field: str) -> list[dict[str, str]]:
-        """A field that holds a conversation: turns with ``role`` and ``content``."""
+    def messages(self, field: str) -> list[dict[str, Any]]:
+        """A field that holds a conversation: turns with ``role``, ``content`` and whatever else the chat template renders.
+
+        A turn's content is a text, a list of text parts or, where it calls tools, None.
+        """
         turns = self[field]
         if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
-        inner = [Row(turn, self.place) for turn in turns]
-        return [{"role": turn.text("role"), "content": turn.text("content")} for turn in inner]
+        rows = [Row(turn, self.place) for turn in turns]
+        return [without_nulls(turn) | {"role": turn.text("role"), "content": _content(turn)} for turn in rows]
+
+    def tools(self) -> list[Any] | None:
+        """The field ``tools``, a list or its JSON: schemas of the functions that a conversation's assistant may call."""
+        tools = self.get("tools")
+        return without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -117,6 +126,27 @@ class Row(dict[str, Any]):
             received = f"received {self[field]!r}"
             raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, {received}")
         return value
+
+
+def _content(turn: Row) -> Any:
+    content = turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        return None
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return [{"type": "text", "text": Row(part, turn.place).text("text")} for part in content]
+    return turn.text("content")
+
+
+def without_nulls(value: Any) -> Any:
+    """Objects and lists without fields that are null: in columns of Arrow, each object has the fields of all.
+
+    Example:
+        >>> without_nulls({"name": "time", "arguments": {"city": "Oslo", "query": None}})
+        {'name': 'time', 'arguments': {'city': 'Oslo'}}
+    """
+    if isinstance(value, Mapping):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def plain_label(value: Any) -> Any:

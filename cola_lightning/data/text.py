@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from typing_extensions import override
 
@@ -13,7 +13,7 @@ from cola_lightning.data.row import Row
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.turns import as_prompt, assistant_turn, end_of_turn, user_turn
+from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class TextDataModule(SourceDataModule):
         subset: name of a configuration of a data set on the hub.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
             one. ``false``: a response directly follows its prompt.
+        chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``, in training and generation.
+        loss: for conversations: the loss is on ``all`` turns of the assistant, or on the ``last`` one alone.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         max_new_tokens: for predict: maximum number of generated tokens per row.
         do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
@@ -55,6 +57,8 @@ class TextDataModule(SourceDataModule):
         subset: str | None = None,
         *,
         chat_template: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        loss: Literal["all", "last"] = "all",
         max_length: int = 1024,
         max_new_tokens: int = 256,
         do_sample: bool = False,
@@ -64,7 +68,7 @@ class TextDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
-        self.chat_template = chat_template
+        self.chat_template, self.chat_template_kwargs, self.loss = chat_template, chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
@@ -79,12 +83,18 @@ class TextDataModule(SourceDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         is_text = self._kinds <= {"text"}
-        return {"kind": "text" if is_text else "response", "chat_template": not is_text and self.applies_chat_template}
+        is_chat = not is_text and self.applies_chat_template
+        variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
+        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables}
+
+    @property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.chat_template_kwargs or {})
 
     @override
     def has_target(self, row: Row) -> bool:
         if "messages" in row:
-            return row.messages("messages")[-1]["role"] == "assistant"
+            return bool(row.messages("messages")[-1]["role"] == "assistant")
         return "text" in row or not row.is_missing("response")
 
     @override
@@ -133,24 +143,25 @@ class TextDataModule(SourceDataModule):
             return encode_texts(self.tokenizer, [row.text("text") for row in rows], self.max_length)
         places = [row.place for row in rows]
         if kind == "messages":
-            conversations = [row.messages("messages") for row in rows]
-            return [[row] for row in encode_conversations(self.tokenizer, conversations, self.max_length, places)]
+            conversations = [Conversation(row.messages("messages"), row.tools()) for row in rows]
+            return encode_conversations(self._template, conversations, self.max_length, places, loss=self.loss)
         pairs = [(row.text("prompt"), row.answer("response")) for row in rows]
         if not self.applies_chat_template:
             return [[row] for row in encode_responses(self.tokenizer, pairs, self.max_length, places)]
         for (_, response), place in zip(pairs, places, strict=True):
             if not response:
                 raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        turns = [[*user_turn(prompt), assistant_turn(response)] for prompt, response in pairs]
-        return [[row] for row in encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)]
+        conversations = [Conversation([user_turn(prompt), assistant_turn(response)]) for prompt, response in pairs]
+        return encode_conversations(self._template, conversations, self.max_length, places, keeps_response=True)
 
     def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
         """Encodes rows of one kind as prompts for generation."""
         prompts = [_prompt_and_response(kind, row) for row in rows]
         is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
         if is_chat:
-            turns = [prompt if kind == "messages" else user_turn(prompt) for prompt, _ in prompts]
-            texts = [as_prompt(self.tokenizer, some, row.place) for some, row in zip(turns, rows, strict=True)]
+            template = self._template
+            turns = [prompt if kind == "messages" else [user_turn(prompt)] for prompt, _ in prompts]
+            texts = [template.prompt(Conversation(some, row.tools()), row.place) for some, row in zip(turns, rows, strict=True)]
         else:
             texts = [prompt for prompt, _ in prompts]
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
@@ -178,7 +189,7 @@ class TextDataModule(SourceDataModule):
         pad = self.tokenizer.pad_token_id
         if not isinstance(rows[0], PromptRow):
             return collate_language(rows, pad)
-        ends = end_of_turn(self.tokenizer) if self.prompt_format["chat_template"] else []
+        ends = self._template.stop_tokens if self.prompt_format["chat_template"] else []
         return collate_prompts(rows, pad, self.decoding, ends)
 
 
@@ -204,4 +215,4 @@ def _prompt_and_response(kind: str, row: Row) -> tuple[Any, str | None]:
         return [*before, last], None
     if not before:
         raise UserError(f"{row.place}: expected a turn for the assistant to answer, received the assistant's alone")
-    return before, last["content"].strip()
+    return before, text_of(last["content"]).strip()
