@@ -1,15 +1,18 @@
 """Each assistant turn is trained once, in the context in which a server will ask for it, on what it must then generate."""
 
+import io
 import json
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cola_lightning import TextDataModule, UserError
+from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.row import Row
 from cola_lightning.turns import ChatTemplate, Conversation
@@ -359,6 +362,51 @@ def test_a_long_conversation_loses_its_beginning_and_each_row_has_a_loss():
     own.chat_template = chat.replace("</s>{% endfor", "</s>and what follows{% endfor")
     with pytest.raises(UserError, match="line 1: expected words of the assistant in the last 2 tokens"):
         encoded(own, TALK, max_length=2)
+
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args: {model_name: model, target_modules: [q_proj], rank: 2}
+data:
+  class_path: TextDataModule
+  init_args: {source: rows, max_new_tokens: 4}
+trainer: {max_steps: 1, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+"""
+
+
+def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
+    """The template renders nothing without them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
+    tiny.folder("model")
+    chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + CHAT
+    tokenizer(chat).save_pretrained("model")
+    Path("rows").mkdir()
+    for split in ("train", "validation"):
+        Path("rows", f"{split}.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    Path("config.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", "config.yaml"]) == 2
+    assert "expected turns that the chat template can render, received: It has no thoughts" in capfd.readouterr().err
+    variables = ["--data.chat_template_kwargs", "{enable_thinking: false}"]
+    assert main(["fit", "--config", "config.yaml", *variables]) == 0, capfd.readouterr().err
+    (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
+    run = str(Path(checkpoint).parent.parent / "config.yaml")
+    assert main(["predict", "--config", run, "--ckpt_path", checkpoint]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    assert json.loads(path.read_text())["target"] == "Yes"
+    assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
+    assert "return_dict=True, enable_thinking=False)" in code
+    exec(code.replace("path/to/this/folder", "merged"), {})
+    capfd.readouterr()
+    for own in (checkpoint, "merged"):
+        assert main(["generate", "--checkpoint", own, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("Red?\n"))
+    assert main(["generate", "--checkpoint", own, "--chat", "--max_new_tokens", "4"]) == 0
+    first, *others = capfd.readouterr().out.splitlines()
+    assert set(others) == {first}
 
 
 def test_a_template_can_be_pickled_for_worker_processes():
