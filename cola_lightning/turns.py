@@ -1,6 +1,7 @@
 """Conversations in a tokenizer's chat template; the tokens with which a turn or a text ends."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,18 +68,27 @@ class ChatTemplate:
             **mode: variables of the template, besides ``kwargs``.
         """
         messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
-        return self._apply(messages, place, tools=conversation.tools, add_generation_prompt=is_open, **mode)
+        text: str = self._apply(messages, place, tools=conversation.tools, add_generation_prompt=is_open, **mode)
+        return text
 
-    def _apply(self, messages: list[Message], place: str, **how: Any) -> str:
+    def marked(self, conversation: Conversation, place: str) -> tuple[list[int], list[int]]:
+        """A conversation's tokens, and for each whether it is inside ``{% generation %}``; empty if the template has none."""
+        if not re.search(r"{%-?\s*generation\s*-?%}", str(self.tokenizer.chat_template)):
+            return [], []
+        messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "tools": conversation.tools}
+        tokens = self._apply(messages, place, **how)
+        return tokens["input_ids"], tokens["assistant_masks"]
+
+    def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
         if not self.tokenizer.chat_template:
             raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
         import jinja2
 
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **how, **self.kwargs)
+            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False} | how, **self.kwargs)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
             raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
-        return text
 
     @cached_property
     def _answered(self) -> tuple[bool, str, str]:

@@ -336,6 +336,19 @@ def test_words_calls_and_thoughts_that_a_template_does_not_render(caplog):
     assert caplog.messages == ["the chat template does not render the reasoning_content of assistant turns"]
 
 
+@pytest.mark.parametrize(("inside", "n_lines"), [("{{ turn.content }}</s>", 0), ("{{ turn.content }}", 1)])
+def test_marks_of_what_is_generated_are_compared_with_the_loss(inside, n_lines, caplog):
+    marked = f"{{% generation %}}{inside}{{% endgeneration %}}" + "</s>" * n_lines
+    own = tokenizer(
+        TURN_OF
+        + f"{{% if turn.role == 'assistant' %}}{marked}{{% else %}}{{{{ turn.content }}}}{{% endif %}}{{% endfor %}}"
+        + OPEN
+    )
+    for _ in range(2):
+        assert trained(own, encoded(own, TALK)) == [["No</s>", "Yes</s>"]]
+    assert len(caplog.messages) == n_lines
+
+
 @pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])
 def test_an_error_of_a_chat_templates_expression_is_one_line(wrong):
     own = tokenizer(f"{{% if messages | length > 3 %}}{{{{ {wrong} }}}}{{% endif %}}{CHAT}")

@@ -119,6 +119,14 @@ def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]])
             "their loss begins where they depart from it",
             source,
         )
+    for turn, context in zip(turns[:1], contexts, strict=False):
+        ids, marks = template.marked(*context)
+        if turn.ids == ids and marks[turn.start :] != [int(k < turn.end) for k in range(turn.start, len(ids))]:
+            _warn_once(
+                "the chat template marks other tokens by {% generation %} than those from the generation prompt to the stop token; "
+                "the loss is on the latter",
+                source,
+            )
     return turns
 
 
