@@ -1,44 +1,165 @@
-"""Turns of a conversation, in a tokenizer's chat template; the tokens with which a turn or a text ends."""
+"""Conversations in a tokenizer's chat template; the tokens with which a turn or a text ends."""
 
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cola_lightning.errors import UserError
 
-Messages = list[dict[str, str]]  # turns of a role and its content
+Message = dict[str, Any]  # role, content and whatever else the template renders: reasoning_content, tool_calls
+
+QUESTION, ANSWER = "Is it old?", "It is."  # a conversation that shows how a template ends a turn
 
 
-def user_turn(prompt: str) -> Messages:
-    """A conversation of one user turn."""
-    return [{"role": "user", "content": prompt}]
+@dataclass(frozen=True)
+class Conversation:
+    """Messages of a conversation.
+
+    Attributes:
+        messages: the turns.
+        tools: JSON schemas of the functions that the assistant may call.
+        n_prompt: how many messages, from the first, are given: assistant turns among them have no loss.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    n_prompt: int = 0
 
 
-def assistant_turn(response: str) -> dict[str, str]:
-    """The assistant's turn."""
+def user_turn(prompt: str) -> Message:
+    """A user turn."""
+    return {"role": "user", "content": prompt}
+
+
+def assistant_turn(response: str) -> Message:
+    """An assistant turn."""
     return {"role": "assistant", "content": response}
 
 
-def as_turn(tokenizer: Any, prompt: str, place: str) -> str:
-    """A user's turn, and the beginning of the assistant's."""
-    return as_prompt(tokenizer, user_turn(prompt), place)
+def text_of(content: Any) -> str:
+    """A message's content as text: a text, a list of text parts, or None for tool calls alone.
+
+    Example:
+        >>> text_of([{"type": "text", "text": "It "}, {"type": "text", "text": "is."}]), text_of(None)
+        ('It is.', '')
+    """
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
-def as_prompt(tokenizer: Any, messages: Messages, place: str) -> str:
-    """A conversation, and the beginning of the assistant's next turn."""
-    return render(tokenizer, messages, place, is_open=True)
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        kwargs: variables of the template, such as ``enable_thinking``.
+    """
+
+    tokenizer: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, conversation: Conversation, place: str) -> str:
+        """A conversation with the generation prompt of the assistant's next turn."""
+        return self.render(conversation, place, is_open=True)
+
+    def render(self, conversation: Conversation, place: str, *, is_open: bool, **mode: Any) -> str:
+        """A conversation as text.
+
+        Args:
+            conversation: its contents may be text or lists of text parts, whichever of the two the template renders.
+            place: file and line, for messages.
+            is_open: whether the generation prompt follows.
+            **mode: variables of the template, besides ``kwargs``.
+        """
+        messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
+        text: str = self._apply(messages, place, tools=conversation.tools, add_generation_prompt=is_open, **mode)
+        return text
+
+    def marked(self, conversation: Conversation, place: str) -> tuple[list[int], list[int]]:
+        """A conversation's tokens, and for each whether it is inside ``{% generation %}``; empty if the template has none."""
+        if not re.search(r"{%-?\s*generation\s*-?%}", str(self.tokenizer.chat_template)):
+            return [], []
+        messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "tools": conversation.tools}
+        tokens = self._apply(messages, place, **how)
+        return tokens["input_ids"], tokens["assistant_masks"]
+
+    def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
+        if not self.tokenizer.chat_template:
+            raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False} | how, **self.kwargs)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
+            raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
+
+    @cached_property
+    def _answered(self) -> tuple[bool, str, str]:
+        """Whether contents must be lists of parts; what follows an answer at the end of a conversation, and inside one."""
+        errors = []
+        begin = {"role": "system", "content": "Be brief."}  # some templates need one
+        for n_begin, is_parts in itertools.product((0, 1), (False, True)):
+            turns = [*[begin] * n_begin, user_turn(QUESTION), assistant_turn(ANSWER), user_turn(QUESTION)]
+            turns = [_with_content(turn, is_parts=is_parts) for turn in turns]
+            try:
+                last, inside = (self._apply(some, "model.model_name") for some in (turns[:-1], turns))
+            except UserError as error:
+                errors.append(error)
+                continue
+            if ANSWER in last:
+                return is_parts, last.rpartition(ANSWER)[2], inside.rpartition(ANSWER)[2]
+        if errors:
+            raise errors[0]
+        return False, "", ""  # each row is refused, by its name
+
+    @property
+    def _renders_parts_alone(self) -> bool:
+        return self._answered[0]
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """The tokenizer's special and added tokens, without those that are white space."""
+        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        return added.union(self.tokenizer.all_special_ids)
+
+    @cached_property
+    def _ending(self) -> tuple[list[int], int | None]:
+        """The stop token, if any, and how many special tokens follow it in a rendering; None: it is the next turn's first."""
+        closing, following = (
+            [token for token in self.tokenizer(text, add_special_tokens=False)["input_ids"] if token in self.special_ids]
+            for text in self._answered[1:]
+        )
+        if not closing:
+            return following[:1], None
+        # What a last turn alone is followed by, an end of text, is no part of it.
+        shared = (n for n in range(len(closing), 0, -1) if closing[:n] == following[:n])
+        n_after = len(closing) - next(shared, len(closing))
+        return [closing[-1 - n_after]], n_after
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """The token with which the assistant's turn ends, if special or added; it need not be the tokenizer's end of text.
+
+        Where the template has none, it is the token with which the next turn begins.
+        """
+        return self._ending[0]
+
+    @property
+    def n_after_stop(self) -> int | None:
+        """How many special tokens follow the last turn's stop token in a rendering; None: the rendering lacks that token."""
+        return self._ending[1]
 
 
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token with which the assistant's turn ends, if special or added; it need not be the tokenizer's end of text."""
-    question, answer, place = user_turn("Is it old?"), "It is.", "model.model_name"
-    try:
-        prompt = as_prompt(tokenizer, question, place)
-    except UserError:  # some templates need a system turn
-        question = [{"role": "system", "content": "Be brief."}, *question]
-        prompt = as_prompt(tokenizer, question, place)
-    text = render(tokenizer, [*question, assistant_turn(answer)], place, is_open=False)
-    _, _, end = text.removeprefix(prompt).partition(answer)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in special][:1]
+def _with_content(turn: Message, *, is_parts: bool) -> Message:
+    """A message whose content is a list of parts, or a text."""
+    content = turn["content"]
+    if is_parts:
+        return turn | {"content": [{"type": "text", "text": content or ""}] if not isinstance(content, list) else content}
+    return turn | {"content": text_of(content)}
 
 
 def n_appended(tokenizer: Any) -> int:
@@ -52,16 +173,3 @@ def end_of_text(tokenizer: Any) -> int | None:
     if tokenizer.eos_token_id is not None or not n_appended(tokenizer):
         return tokenizer.eos_token_id  # type: ignore[no-any-return]
     return int(tokenizer("a")["input_ids"][-1])
-
-
-def render(tokenizer: Any, messages: Messages, place: str, *, is_open: bool) -> str:
-    """A conversation as text; ``is_open``: with the beginning of the assistant's next turn."""
-    if not tokenizer.chat_template:
-        raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
-    import jinja2
-
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
-        raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
-    return text

@@ -41,7 +41,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 PLAIN_INPUTS = 'inputs = tokenizer(prompt.rstrip(" "), return_tensors="pt", return_token_type_ids=False)'
 CUT_INPUTS = "\ninputs = {{name: ids[:, :-{n}] for name, ids in inputs.items()}}  # without what the tokenizer appends"
 CHAT_INPUTS = """turn = [{"role": "user", "content": prompt}]
-inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True{kwargs})"""
 
 WHAT = {
     "options": "The model was trained to choose among options, by the mean log-probability of each option's tokens after its "
@@ -85,6 +85,8 @@ def usage_section(
         )
     example = "\n".join(_example(kind, prompt_format))
     texts = PLAIN_TEXTS.format(cut=f"[:-{n_appended}]" if n_appended else "")
+    variables = prompt_format.get("chat_template_kwargs", {}).items()
+    kwargs = "".join(f", {name}={value!r}" for name, value in variables if name.isidentifier())
     inputs = PLAIN_INPUTS + (CUT_INPUTS.format(n=n_appended) if n_appended else "")
     if kind == "options":
         code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else texts, example=example)
@@ -95,7 +97,7 @@ def usage_section(
             "cut": r'.partition("\n")[0].strip()' if is_answer else "",
         }
         code = load.removeprefix("import torch\n") + GENERATE.format(
-            example=example, inputs=CHAT_INPUTS if is_chat else inputs, **how
+            example=example, inputs=CHAT_INPUTS.replace("{kwargs}", kwargs) if is_chat else inputs, **how
         )
     return (
         f"## How to use it\n\n{what}\n\n```python\n{code.strip()}\n```\n\n"

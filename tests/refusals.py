@@ -1082,7 +1082,7 @@ def row_of_a_template(prompt="Is it?", **arguments):
 
 
 CHAT = tiny.CHAT
-CHANGING = "{% for turn in messages %}{{ loop.length }}{{ turn['content'] }}{% endfor %}"
+WORDLESS = CHAT.replace("{{ turn['content'] }}", "{{ turn['content'] if turn['content'] != 'No' }}")
 ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user comes first') }}{% endif %}" + CHAT
 SYSTEM, USER, ASSISTANT = (
     {"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "Old?"), ("assistant", "No"))
@@ -1099,8 +1099,8 @@ LONG = "The capital of the country is the largest town. " * 9
         "received one of the role user",
     ),
     (
-        ([USER, ASSISTANT, USER, ASSISTANT], CHANGING),
-        "rows.jsonl, line 16: expected a chat template that writes turn after turn, received one that does not",
+        ([USER, ASSISTANT], WORDLESS),
+        "rows.jsonl, line 16: expected a chat template that renders the assistant's words, received a rendering without 'No'",
     ),
     (([], CHAT), "rows.jsonl, line 16: expected a list of turns with role and content in 'messages', received []"),
     (("Old?", CHAT), "rows.jsonl, line 16: expected a list of turns with role and content in 'messages', received 'Old?'"),

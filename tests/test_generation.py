@@ -17,7 +17,7 @@ from cola_lightning.decoding import Decoding
 from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.modules.logits import can_share, takes_mask_of_pairs
 from cola_lightning.modules.metrics import ExactMatch, TokenF1
-from cola_lightning.turns import end_of_turn
+from cola_lightning.turns import ChatTemplate
 from tests import tiny
 from tests.toy import trainer
 
@@ -209,7 +209,7 @@ def test_an_end_of_turn_that_is_no_special_token_is_no_part_of_the_response(tmp_
     own = tiny.tokenizer(pad=True)
     own.add_tokens([AddedToken("<|end|>", special=False)])
     own.chat_template = tiny.CHAT.replace("eos_token", "'<|end|>'")
-    (end,) = end_of_turn(own)
+    (end,) = ChatTemplate(own).stop_tokens
     assert end not in own.all_special_ids
     module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0))
     module.tokenizer = own

@@ -9,11 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 from sklearn.metrics import f1_score
-from tokenizers import processors
 
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
-from cola_lightning.data.chat import encode_conversations
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
@@ -177,8 +175,8 @@ MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
     own = tokenizer(chat=CHAT)
     row, data = examples([{"messages": MESSAGES, "id": 4}], tmp_path, own, cls=TextDataModule)
-    parts = [("<s>[system]\nBe kind.</s>\n[user]\nIs it 🏠?</s>\n[assistant]\n", False), ("Yes.</s>\n", True)]
-    parts += [("[user]\nOld?</s>\n[assistant]\n", False), ("No, נו 🏠</s>\n", True)]
+    parts = [("<s>[system]\nBe kind.</s>\n[user]\nIs it 🏠?</s>\n[assistant]\n", False), ("Yes.</s>", True)]
+    parts += [("\n[user]\nOld?</s>\n[assistant]\n", False), ("No, נו 🏠</s>", True), ("\n", False)]
     ids, labels = [], []
     for text, is_said in parts:
         tokens = own(text, add_special_tokens=False)["input_ids"]
@@ -186,8 +184,9 @@ def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
         labels += tokens if is_said else [-100] * len(tokens)
     assert row == [{"input_ids": ids, "labels": labels}]
     assert data.collate(row)["labels"].tolist() == [labels]
-    assert own.decode([label for label in labels if label != -100]) == "Yes.</s>\nNo, נו 🏠</s>\n"
-    assert encode_conversations(own, [MESSAGES], 12, ["here"]) == [{"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}]
+    assert own.decode([label for label in labels if label != -100]) == "Yes.</s>No, נו 🏠</s>"
+    row, _ = examples([{"messages": MESSAGES}], tmp_path, own, cls=TextDataModule, max_length=12)
+    assert row == [{"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}]
 
 
 ASKED = [("Is it old? ", "It is."), ("Is it old?", " It is."), ("2 + 2 = ", "4"), ("Old?\n", "No, נו 🏠"), ("A\n  ", "  b")]
@@ -269,37 +268,6 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
 @pytest.mark.parametrize("stop", ["END", ["END"], ("END",)])
 def test_one_text_alone_is_one_stop(stop):
     assert TextDataModule("a/b", stop=stop).decoding.stop == ("END",)
-
-
-def test_white_space_of_the_assistants_turn_is_learned_where_a_tokenizer_gives_it_no_place():
-    own, said = tokenizer(chat=CHAT), "   def f(x):  \n   \n x   return   2"
-    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": said}]
-    (expected,) = encode_conversations(own, [turns], 512, ["row 1"])
-    own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert any(a == b for a, b in own(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
-    assert encode_conversations(own, [turns], 512, ["row 1"]) == [expected]
-
-
-def test_a_response_that_the_template_does_not_write_is_refused():
-    own = tokenizer(chat="{% for turn in messages %}{{ turn.content | trim }}{% endfor %}")
-    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "  "}]
-    with pytest.raises(UserError, match="row 1: expected words of the assistant in the last 512 tokens"):
-        encode_conversations(own, [turns], 512, ["row 1"], keeps_response=True)
-
-
-@pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])
-def test_an_error_of_a_chat_templates_expression_is_one_line(wrong):
-    own = tokenizer(chat=f"{{{{ {wrong} }}}}")
-    turns = [{"role": "user", "content": "Write."}, {"role": "assistant", "content": "Yes."}]
-    with pytest.raises(UserError, match="row 1: expected turns that the chat template can render, received: "):
-        encode_conversations(own, [turns], 512, ["row 1"])
-
-
-def test_a_tokenizer_without_places_takes_no_conversation(monkeypatch):
-    own = tokenizer(chat=CHAT)
-    monkeypatch.setattr(type(own), "is_fast", False)
-    with pytest.raises(UserError, match=r"model\.model_name: expected a fast tokenizer for conversations"):
-        encode_conversations(own, [], 512, [])
 
 
 @pytest.mark.parametrize("chat", [CHAT, None])

@@ -285,11 +285,11 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
         torch.manual_seed(options.seed)
     if not options.chat:
         assert prompt is not None
-        _answer(model, decoding, user_turn(prompt) if is_chat else prompt)
+        _answer(model, decoding, [user_turn(prompt)] if is_chat else prompt)
         return
     turns = []
     for turn in _turns(prompt):
-        turns += user_turn(turn)
+        turns.append(user_turn(turn))
         turns.append(assistant_turn(_answer(model, decoding, turns)))
 
 
@@ -312,20 +312,21 @@ def _turns(first: str | None) -> Iterator[str]:
         yield line
 
 
-def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, str]]) -> str:
+def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, Any]]) -> str:
     """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
     from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.batches import collate_prompts
     from cola_lightning.data.encoding import PromptRow, encode_prompts
-    from cola_lightning.turns import as_prompt, end_of_turn
+    from cola_lightning.turns import ChatTemplate, Conversation
 
     tokenizer, is_chat = model.tokenizer, not isinstance(prompt, str)
-    text = prompt if isinstance(prompt, str) else as_prompt(tokenizer, prompt, PLACE)
+    template = ChatTemplate(tokenizer, model.prompt_format.get("chat_template_kwargs", {}))
+    text = prompt if isinstance(prompt, str) else template.prompt(Conversation(prompt), PLACE)
     (ids,) = encode_prompts(tokenizer, [text], sys.maxsize, is_whole=is_chat)
     if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
         raise UserError(f"prompt: expected fewer than {len(ids) + room} tokens, for the model, received {len(ids)}")
     decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
-    ends = end_of_turn(tokenizer) if is_chat else []
+    ends = template.stop_tokens if is_chat else []
     batch = collate_prompts([PromptRow(ids, prompt, None)], tokenizer.pad_token_id, decoding, ends)
     batch |= {name: batch[name].to(model.device) for name in ("prompt_ids", "prompt_mask")}
     (response,) = model.write(batch, make_streamer(tokenizer, decoding))

@@ -1,72 +1,232 @@
-"""Conversations to train on, as tokens."""
+"""Conversations to train on, as tokens: each assistant turn once, after the prompt that a server would generate it from."""
 
+import bisect
+import functools
+import itertools
+import logging
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow, response_too_long
-from cola_lightning.data.tokens import tokenize_with_places
+from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long
+from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
-from cola_lightning.turns import Messages, render
+from cola_lightning.turns import ChatTemplate, Conversation, Message, text_of
+
+log = logging.getLogger(__name__)
+
+MODE = "enable_thinking"  # the template variable by which a generation prompt opens a thought or does not
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn, in tokens.
+
+    Attributes:
+        ids: the conversation up to the turn.
+        start: where the loss begins.
+        end: where the loss ends: after the stop token.
+        follows_prompt: whether the loss begins where the generation prompt ends, between two tokens.
+        departs: whether the text of the turn is not the generation prompt's continued.
+    """
+
+    ids: list[int]
+    start: int
+    end: int
+    follows_prompt: bool
+    departs: bool
+
+    def is_inside(self, other: "Turn") -> bool:
+        """Whether a later turn's context holds this one, token by token, so that one row trains both."""
+        return self.end <= other.start and self.ids[: self.end] == other.ids[: self.end]
 
 
 def encode_conversations(
-    tokenizer: Any, conversations: Sequence[Messages], max_length: int, places: Sequence[str], *, keeps_response: bool = False
-) -> list[LanguageRow]:
-    """Conversations as tokens in the tokenizer's chat template; the loss is on the assistant's turns, including their end.
+    template: ChatTemplate,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    places: Sequence[str],
+    *,
+    loss: Literal["all", "last"] = "all",
+    keeps_response: bool = False,
+) -> list[list[LanguageRow]]:
+    """Conversations as tokens, with the loss on what the assistant must generate: each of its turns, with its stop token.
+
+    Each turn is trained once, in its own context: the rendering of the turns before it, with the generation prompt. A template
+    that only appends gives one row for the conversation; one that rewrites earlier turns (drops their thoughts, moves the
+    system prompt) gives as many rows as there are contexts.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        conversations: turns, each with ``role`` and ``content``.
-        max_length: in tokens; a longer conversation is truncated on the left.
+        template: the tokenizer's chat template.
+        conversations: each begins with another role's turn, and ends with the assistant's.
+        max_length: in tokens; a longer row is truncated on the left.
         places: each conversation's file and line, for messages.
-        keeps_response: whether to refuse a conversation whose assistant's turns would be truncated.
+        loss: on ``all`` assistant turns, or on the ``last`` one alone.
+        keeps_response: whether to refuse a conversation whose assistant turns would be truncated.
+
+    Returns:
+        The rows of each conversation.
 
     Raises:
-        UserError: if the last turn is not the assistant's, the first one is, or the template does not write turn after turn;
-            for a tokenizer that is not a fast one.
+        UserError: if the last turn is not the assistant's, the first one is, or the template does not render its words.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            "model.model_name: expected a fast tokenizer for conversations, which tells where each token lies in the text, "
-            f"received {type(tokenizer).__name__}"
-        )
-    written = [_write(tokenizer, messages, place) for messages, place in zip(conversations, places, strict=True)]
-    tokens = tokenize_with_places(tokenizer, [text for text, _ in written])
+    contexts, counts = [], []
+    for conversation, place in zip(conversations, places, strict=True):
+        ends = [end for end in _ends_of_turns(conversation.messages, place) if end > conversation.n_prompt]
+        ends = ends[-1:] if loss == "last" else ends
+        contexts += [(replace(conversation, messages=conversation.messages[:end]), place) for end in ends]
+        counts.append(len(ends))
+    turns = iter(_turns(template, contexts))
     rows = []
-    for (ids, starts, ends), (_, said), place in zip(tokens, written, places, strict=True):
-        # A token of white space may begin where it ends (ByteLevel's trim_offsets): then it begins where the last one ended.
-        starts = [min(a, before) if a == b else a for a, b, before in zip(starts, ends, [0, *ends[:-1]], strict=True)]
-        is_said = [any(start < end and end > a and start < b for a, b in said) for start, end in zip(starts, ends, strict=True)]
-        if keeps_response and any(is_said) and (n_response := len(ids) - is_said.index(True)) >= max_length:
-            raise response_too_long(place, n_response, max_length)
-        labels = [token if said else IGNORE_INDEX for token, said in zip(ids, is_said, strict=True)]
-        labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted
-        if set(labels) == {IGNORE_INDEX}:
-            raise UserError(
-                f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
-            )
-        rows.append({"input_ids": ids[-max_length:], "labels": labels})
+    for count, place in zip(counts, places, strict=True):
+        groups = _in_rows(_stopped(template, list(itertools.islice(turns, count))))
+        rows.append([_row(group, max_length, place, keeps_response=keeps_response) for group in groups])
     return rows
 
 
-def _write(tokenizer: Any, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and the spans of the assistant's turns in it."""
-    if messages[0]["role"] == "assistant":
+def _ends_of_turns(messages: Sequence[Message], place: str) -> list[int]:
+    """How many messages there are up to each assistant turn."""
+    roles = [turn["role"] for turn in messages]
+    if roles[0] == "assistant":
         raise UserError(f"{place}: expected a first turn of another role than assistant, received the assistant's")
-    text, said = render(tokenizer, messages, place, is_open=False), []
-    for k, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            before = render(tokenizer, messages[:k], place, is_open=True)
-            after = render(tokenizer, messages[: k + 1], place, is_open=False)
-            if not text.startswith(after) or not after.startswith(before):
-                raise UserError(f"{place}: expected a chat template that writes turn after turn, received one that does not")
-            said.append((len(before), len(after)))
-    if not said:
-        raise UserError(f"{place}: expected a turn of the role assistant, received {[turn['role'] for turn in messages]}")
-    if messages[-1]["role"] != "assistant":
+    if "assistant" not in roles:
+        raise UserError(f"{place}: expected a turn of the role assistant, received {roles}")
+    if roles[-1] != "assistant":
         raise UserError(
             f"{place}: expected the assistant's turn as the last one, for a loss (predict answers another role's), "
-            f"received one of the role {messages[-1]['role']}"
+            f"received one of the role {roles[-1]}"
         )
-    return text, said
+    return [k for k, role in enumerate(roles, start=1) if role == "assistant"]
+
+
+def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]]) -> list[Turn]:
+    """The last turn of each conversation, rendered in the mode whose generation prompt it follows, if there is one."""
+    source, turns = str(template.tokenizer.chat_template), _encode(template, contexts)
+    for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
+        strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
+        for k, turn in zip(strays, _encode(template, [contexts[k] for k in strays], **{MODE: mode}), strict=True):
+            if turn.follows_prompt:
+                turns[k] = turn
+                _warn_once(
+                    f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
+                    f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too",
+                    source,
+                )
+    if any(turn.departs for turn in turns):
+        _warn_once(
+            "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not have: "
+            "their loss begins where they depart from it",
+            source,
+        )
+    for turn, context in zip(turns[:1], contexts, strict=False):
+        ids, marks = template.marked(*context)
+        if turn.ids == ids and marks[turn.start :] != [int(k < turn.end) for k in range(turn.start, len(ids))]:
+            _warn_once(
+                "the chat template's {% generation %} marks other tokens than from the generation prompt to the stop token; "
+                "the loss is on the latter",
+                source,
+            )
+    return turns
+
+
+def _encode(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]], **mode: bool) -> list[Turn]:
+    texts: list[tuple[str, str]] = []
+    for conversation, place in contexts:
+        before, turn = replace(conversation, messages=conversation.messages[:-1]), conversation.messages[-1]
+        prompt = template.render(before, place, is_open=True, **mode)
+        whole = template.render(conversation, place, is_open=False, **mode)
+        if not whole.startswith(prompt):
+            whole = _continued(prompt, template.render(before, place, is_open=False, **mode), whole, place)
+        _check_words(template, turn, whole[n_common(prompt, whole) :], place)
+        texts.append((prompt, whole))
+    tokens = tokenize(template.tokenizer, list(itertools.chain.from_iterable(texts)), is_whole=True)
+    turns = []
+    for (prompt, whole), prompt_ids, ids in zip(texts, tokens[::2], tokens[1::2], strict=True):
+        start = n_common(prompt_ids, ids)
+        special = [k for k in range(start, len(ids)) if ids[k] in template.special_ids]
+        n_after = template.n_after_stop
+        end = len(ids) if n_after is None or n_after >= len(special) else special[-1 - n_after] + 1
+        turns.append(Turn(ids, start, end, start == len(prompt_ids), not whole.startswith(prompt)))
+    return turns
+
+
+def _continued(prompt: str, before: str, whole: str, place: str) -> str:
+    """A turn after its prompt, where the template renders the turns before it otherwise once it is there.
+
+    Args:
+        prompt: the turns before it, with the generation prompt.
+        before: without the generation prompt.
+        whole: with the turn.
+        place: file and line, for messages.
+    """
+    n_history = n_common(prompt, before)
+    if n_common(prompt, whole) >= n_history:  # they are the same; the turn is not what the generation prompt opens
+        return whole
+    lengths = range(1, len(prompt) + 1)  # of the prompt's end; the longest one that is in both
+    n_end = bisect.bisect_left(lengths, True, key=lambda n: prompt[-n:] not in whole)
+    if n_end < max(1, len(prompt) - n_history):
+        raise UserError(f"{place}: expected a chat template whose generation prompt begins an assistant turn, received another")
+    return prompt + whole[whole.rindex(prompt[-n_end:]) + n_end :]
+
+
+def _check_words(template: ChatTemplate, turn: Message, rendered: str, place: str) -> None:
+    """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
+    said = text_of(turn["content"])  # of which a template may omit thoughts, and white space
+    calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
+    for words in [*(re.findall(r"\w+", said) or said.split())[-1:], *calls]:
+        if words not in rendered:
+            raise UserError(
+                f"{place}: expected a chat template that renders the assistant's words, received a rendering without {words!r}"
+            )
+    if str(turn.get("reasoning_content", "")).strip() not in rendered:
+        _warn_once(
+            "the chat template does not render the reasoning_content of assistant turns", template.tokenizer.chat_template
+        )
+
+
+@functools.cache
+def _warn_once(message: str, chat_template: str) -> None:
+    """Warns once for each chat template."""
+    log.warning(message)
+
+
+def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
+    """A conversation's turns, each with its stop token: that with which the next turn begins, if the template has no other."""
+    if template.n_after_stop is not None:
+        return turns
+    stopped = []
+    for turn, following in itertools.zip_longest(turns, turns[1:]):
+        n, stop = len(turn.ids), template.stop_tokens
+        if following is not None and turn.is_inside(following) and template.special_ids.issuperset(following.ids[n : n + 1]):
+            stop = following.ids[n : n + 1]  # a tool's turn, say, and not the user's
+        stopped.append(replace(turn, ids=[*turn.ids, *stop], end=n + len(stop)))
+    return stopped
+
+
+def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """A conversation's turns, together where a later turn's context holds an earlier one."""
+    rows: list[list[Turn]] = []
+    for turn in turns:
+        row = next((row for row in rows if row[-1].is_inside(turn)), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(turn)
+    return rows
+
+
+def _row(turns: Sequence[Turn], max_length: int, place: str, *, keeps_response: bool) -> LanguageRow:
+    """The row of turns whose contexts are all in the last one."""
+    ids = turns[-1].ids
+    labels = [IGNORE_INDEX] * len(ids)
+    for turn in turns:
+        labels[turn.start : turn.end] = ids[turn.start : turn.end]
+    if keeps_response and (n_response := len(ids) - turns[0].start) >= max_length:
+        raise response_too_long(place, n_response, max_length)
+    labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted
+    if set(labels) == {IGNORE_INDEX}:
+        raise UserError(
+            f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
+        )
+    return {"input_ids": ids[-max_length:], "labels": labels}

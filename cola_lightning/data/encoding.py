@@ -111,6 +111,8 @@ def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]
     return ids[:1] + ids[len(ids) - max_length + 1 :] if ids[0] == bos else ids[-max_length:]
 
 
-def n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the common prefix of two token sequences."""
+def n_common(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of the common prefix of two sequences of tokens, or of characters."""
+    if second[: len(first)] == first:
+        return len(first)
     return next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))

@@ -10,7 +10,7 @@ from cola_lightning.data.encoding import n_common, truncate_left
 from cola_lightning.data.rows import SkippedRows
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UnusableRow, UserError
-from cola_lightning.turns import as_turn
+from cola_lightning.turns import ChatTemplate, Conversation, user_turn
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ def encode_examples(
     rooms = [max_length - MAX_NEW_TOKENS if example.is_generated else max_length for example in examples]
     if is_learned:
         examples = [example.right() for example in examples]
-    befores = [as_turn(tokenizer, example.prompt, example.place) if is_chat else example.prompt for example in examples]
+    befores = [example.prompt for example in examples]
+    if is_chat:
+        template = ChatTemplate(tokenizer)
+        befores = [template.prompt(Conversation([user_turn(example.prompt)]), example.place) for example in examples]
     afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
     if not is_chat:
         befores, afters = ([text.lstrip().rstrip(" ") for text in some] for some in (befores, afters))

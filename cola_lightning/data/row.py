@@ -1,5 +1,6 @@
 """A row of a data set, with its file and number."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -70,7 +71,8 @@ class Row(dict[str, Any]):
     def messages(self, field: str) -> list[dict[str, Any]]:
         """A field that holds a conversation: turns with ``role`` and ``content``, or ``from`` and ``value``.
 
-        A turn's other fields stay, but for null: Arrow gives each turn the fields of all.
+        A turn's other fields stay, but for null: Arrow gives each turn the fields of all. A content is a text, a list of text
+        parts or, where tools are called, None.
         """
         turns = self[field]
         if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -80,11 +82,15 @@ class Row(dict[str, Any]):
 
     def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         if "role" not in turn and "from" in turn:
-            turn = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **turn}
-            del turn["from"], turn["value"]
-        if not isinstance(turn.get("role"), str):
-            raise UserError(f"{self.place}: expected a turn with its role, received {turn!r}")
-        return {"content": "", **turn}
+            others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+            turn = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **others}
+        row = Row(turn, self.place)
+        return turn | {"role": row.text("role"), "content": _content(row)}
+
+    def tools(self, field: str = "tools") -> list[Any] | None:
+        """A field that holds a list or its JSON: schemas of the functions that a conversation's assistant may call."""
+        tools = self.get(field)
+        return without_null(json.loads(tools) if isinstance(tools, str) else tools) or None
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -121,6 +127,15 @@ class Row(dict[str, Any]):
             received = f"received {self[field]!r}"
             raise kind(f"{self.place}: expected a label from 0 to {n_labels - 1} in the field {field!r}, {received}")
         return value
+
+
+def _content(turn: Row) -> Any:
+    content = turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        return None
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return [{"type": "text", "text": Row(part, turn.place).text("text")} for part in content]
+    return turn.text("content")
 
 
 def plain_label(value: Any) -> Any:

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -17,7 +17,7 @@ from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.turns import as_prompt, assistant_turn, end_of_turn, user_turn
+from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class TextDataModule(SourceDataModule):
     ``output`` or ``response``; ``prompt`` with ``completion`` or ``response``; ``question`` with ``answer``; each with
     ``system`` if there is one); ``text``. Other columns are ignored.
 
-    The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with its
-    end-of-text token. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
+    The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with the
+    token at which it ends. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
     assistant's; without one, the response directly follows its prompt. A text longer than ``max_length`` is split into several
     rows; a prompt or a conversation is truncated on the left.
 
@@ -47,6 +47,8 @@ class TextDataModule(SourceDataModule):
             and ``system``), or ``text``; ``null``: found by their names.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
             one. ``false``: a response directly follows its prompt.
+        chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``, in training and generation.
+        loss: for conversations: on ``all`` turns of the assistant, or on the ``last`` one alone.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         max_new_tokens: for predict: maximum number of generated tokens per row; at most half of the model's longest sequence.
         do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
@@ -67,6 +69,8 @@ class TextDataModule(SourceDataModule):
         *,
         columns: dict[str, str] | None = None,
         chat_template: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        loss: Literal["all", "last"] = "all",
         max_length: int = 1024,
         max_new_tokens: int = 256,
         do_sample: bool = False,
@@ -77,6 +81,7 @@ class TextDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         self.columns, self.chat_template = columns, chat_template
+        self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
@@ -119,14 +124,20 @@ class TextDataModule(SourceDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         is_text = self._kind == "text"
-        return {"kind": "text" if is_text else "response", "chat_template": not is_text and self.applies_chat_template}
+        is_chat = not is_text and self.applies_chat_template
+        variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
+        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables}
+
+    @property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.chat_template_kwargs or {})
 
     @override
     def has_target(self, row: Row) -> bool:
         lists = [name for name, value in row.items() if isinstance(value, list)]
         kind, columns = find_columns([*row], lists, self.columns, has_response=False)
         if kind == "messages":
-            return "completion" in columns or row.messages(columns["messages"])[-1]["role"] == "assistant"
+            return "completion" in columns or bool(row.messages(columns["messages"])[-1]["role"] == "assistant")
         return kind == "text" or not row.is_missing(columns.get("response", ""))
 
     # ------------------------------------------------------------------ rows
@@ -134,7 +145,7 @@ class TextDataModule(SourceDataModule):
     @override
     def encode(self, rows: Rows) -> Any:
         kind, columns = self._find(rows)
-        how = kind, columns, self.applies_chat_template
+        how = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss
         encode = functools.partial(self._encode, kind, columns)
         return self.map_rows(rows, {"input_ids": ["int32"], "labels": ["int32"]}, *how, encode=encode)
 
@@ -146,7 +157,8 @@ class TextDataModule(SourceDataModule):
         places = [row.place for row in rows]
         if kind == "messages":
             conversations = [_conversation(row, columns) for row in rows]
-            return encode_conversations(self.tokenizer, conversations, self.max_length, places)
+            encoded = encode_conversations(self._template, conversations, self.max_length, places, loss=self.loss)
+            return [piece for pieces in encoded for piece in pieces]
         responses = [row.answer(columns["response"]) for row in rows]
         if not self.applies_chat_template:
             pairs = [(_prompt(row, columns), response) for row, response in zip(rows, responses, strict=True)]
@@ -154,24 +166,29 @@ class TextDataModule(SourceDataModule):
         for response, place in zip(responses, places, strict=True):
             if not response:
                 raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        turns = [[*_turns(row, columns), assistant_turn(response)] for row, response in zip(rows, responses, strict=True)]
-        return encode_conversations(self.tokenizer, turns, self.max_length, places, keeps_response=True)
+        conversations = [
+            Conversation([*_turns(row, columns), assistant_turn(response)])
+            for row, response in zip(rows, responses, strict=True)
+        ]
+        encoded = encode_conversations(self._template, conversations, self.max_length, places, keeps_response=True)
+        return [piece for pieces in encoded for piece in pieces]
 
     @override
     def encode_predicted(self, rows: Rows) -> list[PromptRow]:
         kind, columns = self._find(rows, has_response=False)
         is_chat = kind != "text" and self.applies_chat_template
-        prompts, texts, targets = list[Any](), list[str](), list[str | None]()
+        template, prompts, texts, targets = self._template, list[Any](), list[str](), list[str | None]()
         for row in rows:
             prompt: Any
             if kind == "messages":
-                prompt, target = _asked(row, columns)
+                asked, target = _asked(row, columns)
+                prompt = asked.messages
             else:
                 prompt = row.text(columns["text"]) if kind == "text" else _prompt(row, columns)
                 field = columns.get("response", "")
                 target = None if row.is_missing(field) else row.text(field).strip()
-            turns = _turns(row, columns) if kind == "prompt" else prompt
-            texts.append(as_prompt(self.tokenizer, turns, row.place) if is_chat else prompt)
+                asked = Conversation(_turns(row, columns) if is_chat else ())
+            texts.append(template.prompt(asked, row.place) if is_chat else prompt)
             prompts.append(prompt)
             targets.append(target)
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
@@ -201,7 +218,7 @@ class TextDataModule(SourceDataModule):
         pad = self.tokenizer.pad_token_id
         if not isinstance(rows[0], PromptRow):
             return collate_language(rows, pad)
-        ends = end_of_turn(self.tokenizer) if self.prompt_format["chat_template"] else []
+        ends = self._template.stop_tokens if self.prompt_format["chat_template"] else []
         return collate_prompts(rows, pad, self._fitting_decoding(), ends)
 
 
@@ -216,24 +233,26 @@ def _prompt(row: Row, columns: Columns) -> str:
 
 def _turns(row: Row, columns: Columns) -> list[dict[str, Any]]:
     """An instruction as a user's turn, after the system's if there is one."""
-    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
+    turn = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
     if row.is_missing(columns.get("system", "")):
-        return turns
-    return [{"role": "system", "content": row.text(columns["system"])}, *turns]
+        return [turn]
+    return [{"role": "system", "content": row.text(columns["system"])}, turn]
 
 
-def _conversation(row: Row, columns: Columns) -> list[dict[str, Any]]:
-    """A conversation, in one column or in two."""
-    return [turn for part in ("messages", "prompt", "completion") if part in columns for turn in row.messages(columns[part])]
+def _conversation(row: Row, columns: Columns) -> Conversation:
+    """A conversation, in one column or in two, of which the first is given."""
+    tools = row.tools(columns.get("tools", ""))
+    if "completion" not in columns:
+        return Conversation(row.messages(columns["messages"]), tools)
+    given = row.messages(columns["prompt"])
+    return Conversation([*given, *row.messages(columns["completion"])], tools, len(given))
 
 
-def _asked(row: Row, columns: Columns) -> tuple[list[dict[str, Any]], str | None]:
+def _asked(row: Row, columns: Columns) -> tuple[Conversation, str | None]:
     """A conversation to be answered, and the answer that the row has, if any."""
-    if "completion" in columns:
-        return row.messages(columns["prompt"]), row.messages(columns["completion"])[0]["content"].strip()
-    *before, last = row.messages(columns["messages"])
-    if last["role"] != "assistant":
-        return [*before, last], None
-    if not before:
+    whole = _conversation(row, columns)
+    n_asked = whole.n_prompt or len(whole.messages) - (whole.messages[-1]["role"] == "assistant")
+    if not n_asked:
         raise UserError(f"{row.place}: expected a turn for the assistant to answer, received the assistant's alone")
-    return before, last["content"].strip()
+    target = text_of(whole.messages[n_asked]["content"]).strip() if n_asked < len(whole.messages) else None
+    return Conversation(whole.messages[:n_asked], whole.tools), target

@@ -23,14 +23,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
     return [ids[: len(ids) - n] for ids in rows] if n else rows
 
 
-def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int], list[int]]]:
-    """For each text from a chat template: its tokens, and where each begins and ends in the text, in characters."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    starts, ends = ([[place[k] for place in places] for places in offsets] for k in (0, 1))
-    return list(zip(encoded["input_ids"], starts, ends, strict=True))
-
-
 def identity_of_tokenizer(tokenizer: Any) -> str | None:
     """A hash of what determines its tokens and chat template; None for a tokenizer with custom code, which may change."""
     import tokenizers

@@ -32,7 +32,7 @@ from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_mo
 from cola_lightning.probe import Probe, logits_of, make_probe
 from cola_lightning.progress import quiet
 from cola_lightning.seeding import derive_seed, seeded
-from cola_lightning.turns import end_of_turn, n_appended
+from cola_lightning.turns import ChatTemplate, n_appended
 from cola_lightning.usage import PROMPT_FORMAT, usage_section
 from cola_lightning.weights import cast_floats, deep_copy
 
@@ -104,7 +104,9 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
     tokenizer = getattr(module, "tokenizer", None)
     if prompt_format and prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
         # So that a server ends a response or a text where `cola generate` does.
-        ends = {*end_tokens(model, tokenizer), *(end_of_turn(tokenizer) if prompt_format.get("chat_template") else [])}
+        ends = set(end_tokens(model, tokenizer))
+        if prompt_format.get("chat_template"):
+            ends.update(ChatTemplate(tokenizer, prompt_format.get("chat_template_kwargs", {})).stop_tokens)
         model.generation_config.eos_token_id = sorted(ends) or None
     how = {"verify": options.verify, "overwrite": options.overwrite}
     lines = [export_merged(model, options.folder, probe, tokenizer=tokenizer, card=card, **how)]
