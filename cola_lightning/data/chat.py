@@ -123,8 +123,8 @@ def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]])
         ids, marks = template.marked(*context)
         if turn.ids == ids and marks[turn.start :] != [int(k < turn.end) for k in range(turn.start, len(ids))]:
             _warn_once(
-                "the chat template marks other tokens by {% generation %} than those from the generation prompt to the stop token; "
-                "the loss is on the latter",
+                "the chat template's {% generation %} marks other tokens than those with a loss, which are the generation "
+                "prompt's continuation up to the stop token",
                 source,
             )
     return turns

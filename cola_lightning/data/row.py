@@ -84,12 +84,12 @@ class Row(dict[str, Any]):
         if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise UserError(f"{self.place}: expected a list of turns with role and content in {field!r}, received {turns!r}")
         rows = [Row(turn, self.place) for turn in turns]
-        return [without_nulls(turn) | {"role": turn.text("role"), "content": _content(turn)} for turn in rows]
+        return [without_null(turn) | {"role": turn.text("role"), "content": _content(turn)} for turn in rows]
 
     def tools(self) -> list[Any] | None:
         """The field ``tools``, a list or its JSON: schemas of the functions that a conversation's assistant may call."""
         tools = self.get("tools")
-        return without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None
+        return without_null(json.loads(tools) if isinstance(tools, str) else tools) or None
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -137,16 +137,16 @@ def _content(turn: Row) -> Any:
     return turn.text("content")
 
 
-def without_nulls(value: Any) -> Any:
-    """Objects and lists without fields that are null: in columns of Arrow, each object has the fields of all.
+def without_null(value: Any) -> Any:
+    """A nested value without the fields that are null: Arrow gives each object the fields of all.
 
     Example:
-        >>> without_nulls({"name": "time", "arguments": {"city": "Oslo", "query": None}})
-        {'name': 'time', 'arguments': {'city': 'Oslo'}}
+        >>> without_null({"role": "user", "content": "Hi", "tool_calls": None})
+        {'role': 'user', 'content': 'Hi'}
     """
-    if isinstance(value, Mapping):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, dict):
+        return {name: without_null(inner) for name, inner in value.items() if inner is not None}
+    return [without_null(inner) for inner in value] if isinstance(value, list) else value
 
 
 def plain_label(value: Any) -> Any:

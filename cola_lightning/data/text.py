@@ -24,7 +24,7 @@ class TextDataModule(SourceDataModule):
     """Text (``text``), instructions (``prompt``, ``response``) or conversations (``messages``) with the language-model loss.
 
     The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with its
-    end-of-text token. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
+    stop token. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
     assistant's; without one, the response directly follows its prompt. A text longer than ``max_length`` is split into several
     rows; a prompt or a conversation is truncated on the left.
 
@@ -151,7 +151,7 @@ class TextDataModule(SourceDataModule):
         for (_, response), place in zip(pairs, places, strict=True):
             if not response:
                 raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        conversations = [Conversation([user_turn(prompt), assistant_turn(response)]) for prompt, response in pairs]
+        conversations = [Conversation([*user_turn(prompt), assistant_turn(response)]) for prompt, response in pairs]
         return encode_conversations(self._template, conversations, self.max_length, places, keeps_response=True)
 
     def _encode_prompts(self, kind: str, rows: Sequence[Row]) -> list[list[PromptRow]]:
@@ -159,9 +159,12 @@ class TextDataModule(SourceDataModule):
         prompts = [_prompt_and_response(kind, row) for row in rows]
         is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
         if is_chat:
-            template = self._template
-            turns = [prompt if kind == "messages" else [user_turn(prompt)] for prompt, _ in prompts]
-            texts = [template.prompt(Conversation(some, row.tools()), row.place) for some, row in zip(turns, rows, strict=True)]
+            template, is_whole = self._template, kind == "messages"
+            asked = [
+                Conversation(prompt, row.tools()) if is_whole else Conversation(user_turn(prompt))
+                for (prompt, _), row in zip(prompts, rows, strict=True)
+            ]
+            texts = [template.prompt(some, row.place) for some, row in zip(asked, rows, strict=True)]
         else:
             texts = [prompt for prompt, _ in prompts]
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)

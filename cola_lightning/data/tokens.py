@@ -28,6 +28,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
     return [ids[: len(ids) - n] for ids in rows] if n else rows
 
 
+def tokenize_with_places(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int], list[int]]]:
+    """For each text from a chat template: its tokens, and where each begins and ends in the text, in characters."""
+    columns = _cached(tokenizer, texts, is_whole=True, with_places=True)
+    return list(zip(columns["ids"], columns["starts"], columns["ends"], strict=True))
+
+
 def _cached(tokenizer: Any, texts: Sequence[str], *, is_whole: bool, with_places: bool = False) -> Tokens:
     """The result of :func:`_compute`, from the cache if there is one."""
     names = ("ids", "starts", "ends") if with_places else ("ids",)
