@@ -333,7 +333,7 @@ def test_words_calls_and_thoughts_that_a_template_does_not_render(caplog):
         encoded(own, CALLED)
     for _ in range(2):
         encoded(own, [TALK[0], {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}])
-    assert caplog.messages == ["the chat template does not render the reasoning_content of assistant turns"]
+    assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
 
 
 @pytest.mark.parametrize(("inside", "n_lines"), [("{{ turn.content }}</s>", 0), ("{{ turn.content }}", 1)])
