@@ -29,13 +29,13 @@ class Conversation:
     n_prompt: int = 0
 
 
-def user_turn(prompt: str) -> Message:
-    """A user turn."""
-    return {"role": "user", "content": prompt}
+def user_turn(prompt: str) -> list[Message]:
+    """A conversation of one user turn."""
+    return [{"role": "user", "content": prompt}]
 
 
 def assistant_turn(response: str) -> Message:
-    """An assistant turn."""
+    """The assistant's turn."""
     return {"role": "assistant", "content": response}
 
 
@@ -103,7 +103,7 @@ class ChatTemplate:
         errors = []
         begin = {"role": "system", "content": "Be brief."}  # some templates need one
         for n_begin, is_parts in itertools.product((0, 1), (False, True)):
-            turns = [*[begin] * n_begin, user_turn(QUESTION), assistant_turn(ANSWER), user_turn(QUESTION)]
+            turns = [*[begin] * n_begin, *user_turn(QUESTION), assistant_turn(ANSWER), *user_turn(QUESTION)]
             turns = [_with_content(turn, is_parts=is_parts) for turn in turns]
             try:
                 last, inside = (self._apply(some, "model.model_name") for some in (turns[:-1], turns))

@@ -98,11 +98,9 @@ def test_all_templates_are_tried():
 
 @pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(path, kind):
-    name, messages, source = path.stem, CONVERSATIONS[kind], path.read_text()
-    special = re.findall(r"<[|\uff5c][^|\uff5c<>]+[|\uff5c]>|</?[a-z_]+>|\[/?[A-Za-z_]+\]", source)
-    own = tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name, kind):
+    own, messages = own_of(name), CONVERSATIONS[kind]
     if name in WITHOUT_SYSTEM and kind == "system":
         with pytest.raises(UserError, match="System role not supported"):
             encoded(own, messages)
@@ -117,6 +115,52 @@ def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prom
             expected.append(tuple(own(text, add_special_tokens=False)["input_ids"] for text in (prompt, words)))
     assert [span for row in rows for span in spans(row)] == expected
     assert len(rows) == (len(expected) if name in REWRITE else 1)
+
+
+def own_of(name):
+    """A tokenizer with a known template, and with what looks like a special token in it."""
+    (source,) = [path.read_text() for path in TEMPLATES if path.stem == name]
+    special = re.findall(r"<[|\uff5c][^|\uff5c<>]+[|\uff5c]>|</?[a-z_]+>|\[/?[A-Za-z_]+\]", source)
+    return tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLING = [
+    {"role": "user", "content": "Cold?"},
+    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": '{"t": 9}'},
+    {"role": "assistant", "content": "It is 9."},
+    {"role": "user", "content": "Red?"},
+    {"role": "assistant", "content": "Yes."},
+]
+JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+XML = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
+HARMONY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.weather<|channel|>commentary json<|message|>"
+CALLS = {  # by row: gpt-oss drops the call's thought where an answer follows, and the context of that answer has it
+    "glm4moe": [
+        [f"\n<think>Hm.</think>\n{XML}<|observation|>", "\n<think></think>\nIt is 9.<|user|>"],
+        ["\n<think></think>\nYes.<|user|>"],
+    ],
+    "gptoss": [
+        [HARMONY + '{"city": "Oslo"}<|call|>', "<|channel|>final<|message|>It is 9.<|return|>"],
+        ["<|channel|>final<|message|>Yes.<|return|>"],
+    ],
+    "llama3_1": [['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "It is 9.<|eot_id|>", "Yes.<|eot_id|>"]],
+    "qwen2_5": [[f"{JSON}<|im_end|>", "It is 9.<|im_end|>", "Yes.<|im_end|>"]],
+    "qwen3": [
+        [f"<think>\nHm.\n</think>\n\n{JSON}<|im_end|>", "<think>\n\n</think>\n\nIt is 9.<|im_end|>"],
+        ["<think>\n\n</think>\n\nYes.<|im_end|>"],
+    ],
+}
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_a_tool_is_trained_with_its_thought_and_what_the_tool_says_is_not(name):
+    own = own_of(name)
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": parameters}}]
+    assert trained(own, encoded(own, CALLING, tools=tools)) == CALLS[name]
 
 
 # ---------------------------------------------------------------------- what templates do, one by one
@@ -270,7 +314,6 @@ def test_a_turn_without_a_token_of_its_own_ends_with_that_of_the_next():
 
 # ---------------------------------------------------------------------- what reaches the template
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}
 ALL = "{% if tools %}{% for tool in tools %}[tool]{{ tool.function.name }}{% endfor %}{% endif %}" + TURN_OF
 ALL += "{% if turn.reasoning_content %}({{ turn.reasoning_content }}){% endif %}{{ turn.content }}"
@@ -333,7 +376,7 @@ def test_words_calls_and_thoughts_that_a_template_does_not_render(caplog):
         encoded(own, CALLED)
     for _ in range(2):
         encoded(own, [TALK[0], {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}])
-    assert caplog.messages == ["the chat template does not render the reasoning_content of assistant turns"]
+    assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
 
 
 @pytest.mark.parametrize(("inside", "n_lines"), [("{{ turn.content }}</s>", 0), ("{{ turn.content }}", 1)])

@@ -285,11 +285,11 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
         torch.manual_seed(options.seed)
     if not options.chat:
         assert prompt is not None
-        _answer(model, decoding, [user_turn(prompt)] if is_chat else prompt)
+        _answer(model, decoding, user_turn(prompt) if is_chat else prompt)
         return
     turns = []
     for turn in _turns(prompt):
-        turns.append(user_turn(turn))
+        turns += user_turn(turn)
         turns.append(assistant_turn(_answer(model, decoding, turns)))
 
 

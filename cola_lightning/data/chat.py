@@ -122,10 +122,10 @@ def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]])
         )
     for turn, context in zip(turns[:1], contexts, strict=False):
         ids, marks = template.marked(*context)
-        if turn.ids == ids and marks[turn.start :] != [int(k < turn.end) for k in range(turn.start, len(ids))]:
+        if turn.ids == ids and not all(marks[turn.start : turn.end]):
             _warn_once(
-                "the chat template's {% generation %} marks other tokens than from the generation prompt to the stop token; "
-                "the loss is on the latter",
+                "the chat template's {% generation %} does not mark all that the assistant must generate, from the generation "
+                "prompt up to the stop token; the loss is on all of it",
                 source,
             )
     return turns
@@ -180,10 +180,9 @@ def _check_words(template: ChatTemplate, turn: Message, rendered: str, place: st
             raise UserError(
                 f"{place}: expected a chat template that renders the assistant's words, received a rendering without {words!r}"
             )
-    if str(turn.get("reasoning_content", "")).strip() not in rendered:
-        _warn_once(
-            "the chat template does not render the reasoning_content of assistant turns", template.tokenizer.chat_template
-        )
+    thoughts = turn.get("reasoning_content") or said.rpartition("</think>")[0].rpartition("<think>")[2]
+    if str(thoughts).strip() not in rendered:
+        _warn_once("the chat template does not render the thoughts of assistant turns", template.tokenizer.chat_template)
 
 
 @functools.cache

@@ -133,7 +133,7 @@ def encode_examples(
     befores = [example.prompt for example in examples]
     if is_chat:
         template = ChatTemplate(tokenizer)
-        befores = [template.prompt(Conversation([user_turn(example.prompt)]), example.place) for example in examples]
+        befores = [template.prompt(Conversation(user_turn(example.prompt)), example.place) for example in examples]
     afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
     if not is_chat:
         befores, afters = ([text.lstrip().rstrip(" ") for text in some] for some in (befores, afters))

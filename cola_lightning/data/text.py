@@ -233,10 +233,10 @@ def _prompt(row: Row, columns: Columns) -> str:
 
 def _turns(row: Row, columns: Columns) -> list[dict[str, Any]]:
     """An instruction as a user's turn, after the system's if there is one."""
-    turn = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
+    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
     if row.is_missing(columns.get("system", "")):
-        return [turn]
-    return [{"role": "system", "content": row.text(columns["system"])}, turn]
+        return turns
+    return [{"role": "system", "content": row.text(columns["system"])}, *turns]
 
 
 def _conversation(row: Row, columns: Columns) -> Conversation:
