@@ -27,7 +27,7 @@ class Card:
     Args:
         base_name: name of the base: a hub id, a folder, or the module's name for it.
         chain: the exported links.
-        arguments: ``class_path`` and ``init_args`` of the module.
+        arguments: ``class_path`` and ``init_args`` of the module, and its ``data``.
         license: the hub's identifier, such as ``apache-2.0``; None: not stated.
         usage: a section in Markdown on how to use the model, instead of how to load it.
     """
@@ -85,5 +85,6 @@ class Card:
 
     def _arguments(self) -> str:
         shown = {name: self.arguments[name] for name in ("class_path", "init_args") if name in self.arguments}
+        shown |= {"data": self.arguments["data"]} if self.arguments.get("data") else {}
         text: str = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
         return text

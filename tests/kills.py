@@ -134,7 +134,7 @@ def prepare(setup, folder):
         (folder / "rows").mkdir()
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
-        for split in ("train", "validation"):
+        for split in ("train", "validation", "test"):
             (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

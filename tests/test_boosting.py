@@ -94,7 +94,7 @@ def test_the_losses_of_rows_are_those_of_batches_of_one(tmp_path, kind):
         {"town": "very " * (k % 4) + "old", "label": k % 2, "said": ["yes it is", "no"][k % 2], "text": "so " * k}
         for k in range(12)
     ]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder, options = str(tmp_path), {"batch_size": 4}
     if kind == "digits":

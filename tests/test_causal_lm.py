@@ -534,7 +534,7 @@ def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path
     """Batches of 3 rows out of 10: the last has one."""
     (tmp_path / "rows").mkdir()
     rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, seed=0)
 

@@ -440,7 +440,7 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + CHAT
     tokenizer(chat).save_pretrained("model")
     Path("rows").mkdir()
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         Path("rows", f"{split}.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     Path("config.yaml").write_text(CONFIG)
     assert main(["fit", "--config", "config.yaml"]) == 2

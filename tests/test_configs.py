@@ -62,7 +62,7 @@ def at_tiny_size(name, folder):
         return changes
     (folder / "rows").mkdir()
     rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     is_glue = name == "roberta_glue"
     sizes = ["--data.subset", "null"] if is_glue else ["--data.train_size", "8", "--data.val_size", "8"]

@@ -57,7 +57,7 @@ def test_a_prompted_task_takes_ten_lines(tmp_path):
     made = tasks.find_task("qnli").example(Row(row, "here"))
     assert made.prompt == 'Tea is served hot.\nDoes this answer "Is tea hot?"? Yes or No?\n'
     assert (made.options, made.answer) == (("Yes", "No"), 0)
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         lines = [f'{{"question": "Is it {k}?", "sentence": "It is {k}.", "label": {k % 2}}}\n' for k in range(16)]
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     module = cola_lightning.COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)

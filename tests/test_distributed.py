@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     forked_torchrun(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", "boosted")
     return folder

@@ -27,7 +27,7 @@ PROMPTS = ["Is the town old? ", "A film with great actors", "Yes, the river is l
 
 def write_rows(folder, rows):
     folder.mkdir(exist_ok=True)
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 

@@ -358,7 +358,7 @@ class Told(COLACausalLM):
 def squad(tmp_path):
     rows = [{"title": "T", "context": "C", "question": q, "answers": {"text": some}} for q, some in ANSWERS.items()]
     (tmp_path / "squad").mkdir()
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / "squad" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"train_size": 4, "val_size": 1, "test_size": 5, "batch_size": 2}
     return PromptDataModule("SQuAD", str(tmp_path / "squad"), **sizes)

@@ -58,7 +58,7 @@ def test_two_processes_share_batches_of_like_length():
 def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
     model = tiny.folder(tmp_path / "model", "llama")
     rows = [{"town": " ".join(["long"] * (k % 7)), "label": k % 2} for k in range(40)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name, ckpt_path=None):

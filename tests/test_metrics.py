@@ -102,7 +102,7 @@ def sources(tmp_path):
         rows = [{"text": f"It was {'old ' * (k % 4)}{k}", "label": int(k % every == 0)} for k in range(20)]
         rows = [row | {"said": "old" if row["label"] else "new"} for row in rows]
         (tmp_path / name).mkdir()
-        for split in ("train", "validation"):
+        for split in ("train", "validation", "test"):
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [str(tmp_path / name) for name in ("often", "seldom")]
 

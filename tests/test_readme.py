@@ -81,7 +81,7 @@ def model_and_rows(tmp_path, monkeypatch):
     (tmp_path / "my_rows").mkdir()
     row = {"prompt": "Is it old? ", "response": "Yes", "review": "It was old.", "verdict": "bad"}
     lines = [json.dumps(row | {"verdict": ("bad", "good")[k % 2]}) for k in range(8)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / "my_rows" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     rows = [f"It was old.,{('bad', 'good')[k % 2]}" for k in range(20)]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *rows]) + "\n")

@@ -69,7 +69,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     own.save_pretrained(name)
     rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
     rows = [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = tiny.three_links(COLACausalLM(name, target_modules=["q_proj", "v_proj"], rank=4, seed=0))
     run, data = trainer(tmp_path, max_steps=1), DATA[kind](str(tmp_path))
@@ -116,7 +116,7 @@ def test_what_is_no_prompt_format_is_no_section(given):
 
 def trained_on(row, base, folder):
     """A module after one step on one row, its data and its Trainer."""
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     module = COLACausalLM(base, target_modules=["q_proj"], rank=4, seed=0)
     data, run = TextDataModule(str(folder), max_new_tokens=2), trainer(folder, max_steps=1)
@@ -170,7 +170,7 @@ def test_a_template_that_asks_for_a_system_turn_is_predicted_with_and_exported(t
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
 def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
     name = tiny.folder(tmp_path / "model", "llama")
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     module = tiny.three_links(COLACausalLM(name, target_modules=["q_proj"], rank=4, seed=0))
     run, data = trainer(tmp_path, PredictionWriter(), max_steps=1), DATA["options"](str(tmp_path))

@@ -164,7 +164,7 @@ def english(folder, passage="The cat sat on the mat, and then it slept until the
     """A folder of the tasks from which the byte GPT's English comes, each of two passages; what COLA_DATA_DIR is to be."""
     for task, field in {"squad": "context", "drop": "passage", "boolq": "passage"}.items():
         (folder / task).mkdir(parents=True)
-        for split in ("train", "validation"):
+        for split in ("train", "validation", "test"):
             row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
             (folder / task / f"{split}.jsonl").write_text(row + "\n")
     return folder

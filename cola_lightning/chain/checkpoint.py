@@ -194,6 +194,7 @@ class CheckpointState:
         progress: Lightning's counters, rewound to the last complete accumulation window.
         prompt_format: the data module's prompt format for a language model; empty if there is none.
         trained_factors: which factors of a link are trained, whoever chose them; None: not known.
+        data: which data the run is on; empty if that is not known.
     """
 
     module: dict[str, Any]
@@ -214,6 +215,7 @@ class CheckpointState:
     progress: dict[str, Any] = field(default_factory=dict)
     prompt_format: dict[str, Any] = field(default_factory=dict)
     trained_factors: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""

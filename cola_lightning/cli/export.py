@@ -105,4 +105,4 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument
     with quiet(), loading(opened, links):
         module = COLAModule.load_from_checkpoint(opened.path, links=links, **given)
-    return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format)
+    return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format, opened.state.data)

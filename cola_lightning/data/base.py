@@ -151,6 +151,11 @@ class EpochDataModule(LightningDataModule, ABC):
         return f"{self.split_seed} {getattr(self.trainer and self.trainer.lightning_module, 'seed', None)}"
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Which data this is, in plain types; checkpoints store it, for model cards. Empty if that is not known."""
+        return {}
+
+    @property
     def prompt_format(self) -> dict[str, Any]:
         """How a language model was prompted, for its use after training; checkpoints store it.
 

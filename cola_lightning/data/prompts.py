@@ -1,5 +1,6 @@
 """Prompted classification: a prompt for each row, and options to choose from."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from cola_lightning.data.base import check_shares
 from cola_lightning.data.batches import collate_options
 from cola_lightning.data.examples import EncodedExample, Example, encode_examples
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, SkippedRows, check_source, draw_parts, is_file, load_splits
+from cola_lightning.data.rows import Rows, SkippedRows, check_source, draw_parts, identity_of_source, is_file, load_splits
 from cola_lightning.data.source import DRAWN_SHARE, TokenizedDataModule
 from cola_lightning.data.tasks import Loss, find_task, template_of
 from cola_lightning.errors import UnusableRow, UserError
@@ -187,6 +188,11 @@ class PromptDataModule(OptionDataModule):
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         return self._template, None
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """See ``EpochDataModule.identity``; the hash of a file is computed once."""
+        return identity_of_source(self.source, self.subset, self.revision)
 
     @override
     def prepare_data(self) -> None:

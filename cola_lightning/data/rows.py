@@ -321,16 +321,23 @@ def _subsets(source: str, revision: str | None) -> list[str]:
         return []
 
 
-def files_identity(source: str) -> list[dict[str, Any]]:
-    """Name, size and hash of the files of a source on this machine; none for the hub."""
+def identity_of_source(source: str, subset: str | None, revision: str | None) -> dict[str, Any]:
+    """A source, and its revision on the hub, or the size and hash of its files."""
+    named = {"source": source, "subset": subset, "revision": revision}
+    return {name: value for name, value in named.items() if value} | files_identity(source)
+
+
+def files_identity(source: str) -> dict[str, Any]:
+    """Size and hash of a source's files on this machine, as ``{"files": {name: [size, sha256]}}``; empty for the hub."""
     path = Path(os.path.expanduser(source))
-    files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some] if path.is_dir() else []
-    found = []
+    if is_on_hub(source):
+        return {}
+    files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some]
+    found = {}
     for file in files:
         with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        found.append({"file": file.name, "size": file.stat().st_size, "sha256": digest})
-    return found
+            found[file.name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+    return {"files": found}
 
 
 # ---------------------------------------------------------------------- parts of a split

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, check_source, draw_parts, identity_of, is_file, load_splits
+from cola_lightning.data.rows import Rows, check_source, draw_parts, identity_of, identity_of_source, is_file, load_splits
 from cola_lightning.data.tokens import identity_of_tokenizer
 from cola_lightning.errors import UserError
 
@@ -137,6 +137,11 @@ class SourceDataModule(TokenizedDataModule):
         return {name: value for name, value in super().__getstate__().items() if name != "_splits"}
 
     # ------------------------------------------------------------------ splits
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """See ``EpochDataModule.identity``; the hash of a file is computed once."""
+        return identity_of_source(self.source, self.subset, self.revision)
 
     @functools.cached_property
     def _splits(self) -> dict[str, Rows]:

@@ -86,6 +86,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
         outside=trained.first_outside,
         prompt_format=prompt_format_of(trainer),
         trained_factors=module.trained_factors,
+        data=data_of(trainer),
     )
 
 
@@ -94,6 +95,14 @@ def prompt_format_of(trainer: Any) -> dict[str, Any]:
     given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(plain(given)) if is_prompt_format(given) else {}
+    return {}
+
+
+def data_of(trainer: Any) -> dict[str, Any]:
+    """The ``identity`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
+    given = getattr(getattr(trainer, "datamodule", None), "identity", None)
+    with contextlib.suppress(TypeError):  # another attribute of that name
+        return dict(plain(given)) if isinstance(given, dict) else {}
     return {}
 
 

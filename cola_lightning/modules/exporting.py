@@ -25,7 +25,7 @@ from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.lora.registry import LoRALayer
 from cola_lightning.model_card import Card
-from cola_lightning.modules.checkpoint import prompt_format_of
+from cola_lightning.modules.checkpoint import data_of, prompt_format_of
 from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
@@ -48,11 +48,16 @@ def export_trained(module: Any, options: ExportOptions) -> list[str]:
             "load_from_checkpoint in one process, exports it from a checkpoint"
         )
     own = module if options.format == "chain" else deep_copy(module).cpu()
-    return export_module(own, module.full_chain(), options, prompt_format_of(trainer_of(module)))
+    trainer = trainer_of(module)
+    return export_module(own, module.full_chain(), options, prompt_format_of(trainer), data_of(trainer))
 
 
 def export_module(
-    module: Any, chain: Chain, options: ExportOptions, prompt_format: Mapping[str, Any] | None = None
+    module: Any,
+    chain: Chain,
+    options: ExportOptions,
+    prompt_format: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Writes a module's model or chain.
 
@@ -61,6 +66,7 @@ def export_module(
         chain: the exported links.
         options: format, folder and checks.
         prompt_format: how the data module prompted a language model (``EpochDataModule.prompt_format``); None: it did not.
+        data: which data the module was trained on (``EpochDataModule.identity``), for the model card.
 
     Returns:
         The lines to report.
@@ -78,7 +84,7 @@ def export_module(
         return export_chain(chain, options.folder, verify=options.verify, overwrite=options.overwrite)
     n = n_appended(module.tokenizer) if prompt_format else 0
     usage = usage_section(prompt_format or {}, is_adapter=format == "peft", n_appended=n) or None
-    card = Card(base_name, chain, module.constructor_arguments, options.license, usage)
+    card = Card(base_name, chain, module.constructor_arguments | {"data": dict(data or {})}, options.license, usage)
     with quiet():
         if prompt_format:  # `cola generate` reads it in the tokenizer's configuration
             module.tokenizer.init_kwargs[PROMPT_FORMAT] = dict(prompt_format)

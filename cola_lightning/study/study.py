@@ -13,6 +13,7 @@ from typing import Any
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cola_lightning.data.rows import files_identity
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison
@@ -78,6 +79,8 @@ class Study:
         """Stores what all runs share in the storage and in the output, once it is that of the finished runs; returns it."""
         asked, path = self.asked, self.output / "config.yaml"
         of_study = {"also_seeded": asked.also_seeded or [], "metric": asked.metric, "mode": asked.better}
+        source = ((self.config.get("data") or {}).get("init_args") or {}).get("source")
+        of_study |= files_identity(source) if isinstance(source, str) else {}
         mine = as_text({**self.config, **of_study})
         is_begun = self.trials.is_begun
         if is_begun and self.trials.config is not None:
