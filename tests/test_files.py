@@ -334,7 +334,7 @@ def told(out, beginning):
 def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that_are_told(capfd):
     assert main(["fit", "--config", "config.yaml"]) == 0
     out = capfd.readouterr().out
-    assert "reviews.csv: 72 for training and 9 for validation and 9 for test of 90 rows, by data.split_seed" in out
+    assert "reviews.csv: 72 rows for training, 9 for validation and 9 for test, by data.split_seed" in out
     test = told(out, "use it")
     assert test[0] == "test"
     assert main(test) == 0

@@ -130,7 +130,7 @@ def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
     (block,) = blocks("README.md", "yaml")
     config = yaml.safe_load(block)
     fields = set(re.findall(r"\{(\w+)\}", config["data"]["init_args"]["prompt"])) | {config["data"]["init_args"]["label"]}
-    columns = re.search(r"`reviews.csv` with the columns `(\w+)` and `(\w+)`", README)
+    columns = re.search(r"`reviews.csv`, of the columns `(\w+)` and `(\w+)`", README)
     assert set(columns.groups()) == fields
     config["model"]["init_args"] |= {"model_name": model_and_rows, "gguf_file": None}
     (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(config))
@@ -175,7 +175,7 @@ def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
     found = [(page, words) for page, block in all_blocks("bash") for words in commands(block)]
     by_page = {page: sum(where == page for where, _ in found) for page in dict(found)}
-    assert by_page == {"README.md": 6, "docs/checkpoints.md": 9, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
+    assert by_page == {"README.md": 7, "docs/checkpoints.md": 9, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
     for _, words in found:
         if words[0] in ("inspect", "export", "generate"):  # which are run below
             continue

@@ -216,15 +216,14 @@ class SourceDataModule(TokenizedDataModule):
             "test_size": 0 if test is not None else self.test_size or DRAWN_SHARE,
         }
         parts = draw_parts(rows, sizes, self.split_seed, rows.place, self.groups(rows))
-        counts = [len(part) for part in parts]
-        drawn = [f"{counts[0]} for training"]
-        drawn += [f"{counts[1]} for validation"] if val is None else []
-        drawn += [f"{counts[2]} for test"] if test is None else []
-        how = ", by data.split_seed" if len(drawn) > 1 or counts[0] < len(rows) else ""
-        own = [
-            f"{one.place}: {len(one)} rows for {part}" for part, one in (("validation", val), ("test", test)) if one is not None
+        *others, last = [
+            f"{len(part)}{' rows' * (name == 'training')} for {name}"
+            for name, part, own in zip(("training", "validation", "test"), parts, (None, val, test), strict=True)
+            if own is None
         ]
-        self._tell("; ".join([f"{rows.place}: {' and '.join(drawn)} of {len(rows)} rows{how}", *own]))
+        drawn = f"{', '.join(others)} and {last}, by data.split_seed" if others else last
+        own = [f"{one.place}: {len(one)} for {part}" for part, one in (("validation", val), ("test", test)) if one is not None]
+        self._tell("; ".join([f"{rows.place}: {drawn}", *own]))
         return parts
 
     def _not_empty(self, encoded: Any) -> Any:
