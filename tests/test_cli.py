@@ -293,6 +293,51 @@ def test_a_fast_dev_run_writes_nothing(capfd):
     assert "no predictions: trainer.fast_dev_run writes none" in capfd.readouterr().out
 
 
+def printed_config(capfd, *words):
+    assert run("fit", *words, "--print_config") == 0
+    return yaml.safe_load(capfd.readouterr().out)
+
+
+TEXTS = ["Question: {question}", "{question}", "{a}: {b}", "[x]", "- x", "# x", "5", "yes", "null", "", "'a'", "a\nb: \u2713"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_read_as_it_is_written_and_not_as_yaml(text, capfd):
+    template = ["--model.model_name", "x", "--data", "TemplateDataModule", "--data.source", "x"]
+    for given in ([f"--data.prompt={text}"], ["--data.prompt", text])[: 1 if text.startswith("-") else 2]:
+        assert printed_config(capfd, *template, *given)["data"]["init_args"]["prompt"] == text
+
+
+def test_what_is_no_text_is_read_as_yaml(capfd):
+    given = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
+    given += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=x", "--data.train_size=0.5"]
+    config = printed_config(capfd, *given)
+    expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
+    assert config["model"]["init_args"].items() >= expected.items()
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert config["data"]["init_args"]["train_size"] == 0.5
+
+
+def test_classes_have_defaults_and_a_config_names_others(capfd):
+    config = printed_config(capfd, "--model.model_name", "x", "--data.source", "y")
+    assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
+    assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
+    config = printed_config(capfd, "--config", DIGITS, "--model.rank", "2")
+    assert config["model"]["class_path"].endswith("COLADigits")
+    assert config["data"]["class_path"].endswith("DigitsDataModule")
+
+
+@pytest.mark.parametrize(
+    ("limit", "epochs"), [("", 3), ("max_epochs=1", 1), ("max_steps=2", None), ("max_time=00:00:00:01", None)]
+)
+def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs, capfd):
+    parts = yaml.safe_load(Path(DIGITS).read_text()) | {"trainer": {"accelerator": "cpu", "limit_train_batches": 1}}
+    Path("config.yaml").write_text(yaml.safe_dump(parts | {"chain": {}}))
+    assert run("fit", "--config", "config.yaml", *([f"--trainer.{limit}"] if limit else [])) == 0
+    assert yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["trainer"]["max_epochs"] == epochs
+    assert ("trainer.max_epochs: 3, for none of" in capfd.readouterr().out) == (not limit)
+
+
 BAD = [
     (["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"], "unrecognized arguments: --chain.every_n_epoch 5"),
     (["fit", "--config", DIGITS, "--model.rnak", "3"], "model: expected one of its options, received 'rnak'"),
@@ -334,10 +379,13 @@ BAD = [
     (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "model: expected the import path of a subclass of COLAModule"),
     (["fit", "--config", DIGITS, "--model", "mine.My"], "received 'mine.My' (No module named 'mine')"),
     (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
-    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received null"),
-    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected a value, received null"),
-    (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: expected a value, received null"),
-    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received null"),
+    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received 'None'"),
+    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected Literal['constant', 'linear'"),
+    (
+        ["fit", "--config", DIGITS, "--model.optimizer", "null"],
+        "model.optimizer: expected the import path of a class, received 'null'",
+    ),
+    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received 'None'"),
     (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
     (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
     (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
@@ -356,7 +404,9 @@ BAD = [
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
-    (["fit"], "the following arguments are required: fit.data, fit.model"),
+    (["fit"], "model: the following arguments are required: model_name"),
+    (["fit", "--model.model_name", "x"], "data: the following arguments are required: source"),
+    (["fit", "--model.model_name"], "expected one argument"),
     ([], "export, received none (cola --help describes them)"),
     (
         ["fti"],

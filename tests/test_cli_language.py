@@ -132,6 +132,21 @@ def test_rows_to_test_on_are_drawn_where_there_are_none_and_predict_takes_prompt
         path.unlink()
 
 
+def test_one_command_without_a_config_is_a_run(capfd):
+    Path("own.jsonl").write_text("".join(f'{{"prompt": "Town {k}? ", "response": "Yes"}}\n' for k in range(20)))
+    few = [
+        "--data.max_new_tokens=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_train_batches=1",
+    ]
+    assert main(["fit", "--model.model_name", "model", "--data.source", "own.jsonl", "--chain.every_n_epochs", "1", *few]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("link ")]) == 3
+    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: ")]
+    assert main(shlex.split(use.partition(" (")[0])) == 0
+
+
 OWN = """
 from cola_lightning import Example, OptionDataModule
 

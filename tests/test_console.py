@@ -46,7 +46,7 @@ def test_help_lists_every_subcommand_in_whole_sentences_at_80_columns(capfd):
 
 def test_help_of_a_fit_begins_with_what_people_set(capfd):
     lines = told(capfd, "fit", "--help")
-    assert lines[0].startswith("usage: cola fit --config FILE")
+    assert lines[0].startswith("usage: cola fit [--config FILE")
     places = [lines.index(f"{title}:") for title in TITLES.values()]
     assert places == sorted(places)
     assert places[0] < 30

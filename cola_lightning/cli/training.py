@@ -6,6 +6,7 @@ import itertools
 import locale
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -52,6 +54,9 @@ from cola_lightning.sharded import processes
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
+CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
+EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
+CLASS_OPTION = re.compile(r"--(model|data)\.(?!help\b|class_path\b|init_args\b|dict_kwargs\b)(\w+)(?:=(.*))?", re.DOTALL)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -96,6 +101,7 @@ class COLACLI(LightningCLI):
             subclass_mode_data=True,
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
+            seed_everything_default=0,  # as Lightning's own, which it warns of
             save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
@@ -129,6 +135,7 @@ class COLACLI(LightningCLI):
             "one. 0 is the base. Default: all.",
         )
         parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({group: {"class_path": name} for group, name in CLASSES.items()})
         for group, title in TITLES.items():
             (parser.groups or {})[group].title = title
 
@@ -136,7 +143,7 @@ class COLACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         _check_encoding(self.words)
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(as_texts(self.words))
         except UnicodeDecodeError as error:
             raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
@@ -147,6 +154,7 @@ class COLACLI(LightningCLI):
             check_seed("seed_everything", seed)
         self._open_checkpoint()
         self._check_links()
+        self._limit_epochs()
         self._warn_of_base()
 
     @override
@@ -197,6 +205,14 @@ class COLACLI(LightningCLI):
     def _options_of(self, part: str) -> Any:
         """The options of ``model`` or ``data`` by name; none for a constructor without parameters."""
         return self._get(self.config, part).get("init_args") or {}
+
+    def _limit_epochs(self) -> None:
+        """Sets three epochs for a fit without a limit; written to the run's configuration, as if they had been given."""
+        trainer = self._get(self.config, "trainer")
+        has_limit = trainer.max_epochs is not None or trainer.max_steps != -1 or trainer.max_time is not None
+        if self.subcommand == "fit" and not has_limit and not trainer.fast_dev_run:
+            trainer.max_epochs = EPOCHS
+            log.info("trainer.max_epochs: %d, for none of max_epochs, max_steps and max_time is given", EPOCHS)
 
     def _warn_of_base(self) -> None:
         """Logs what is evaluated if no checkpoint is given; a run's saved configuration does not name one."""
@@ -340,6 +356,27 @@ class COLACLI(LightningCLI):
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
         return path
+
+
+def as_texts(words: Sequence[str]) -> list[str]:
+    """A command line whose options of ``model`` and ``data`` are texts: ``--data.init_args={"prompt": "a: b"}``.
+
+    jsonargparse reads ``--data.prompt 'a: b'`` as YAML before it knows the option's type, and again for that type: a text that
+    is a mapping, a list or nothing in YAML is lost. A text inside ``init_args`` is read for its type alone.
+
+    Example:
+        >>> as_texts(["fit", "--data.prompt", "a: b", "--model.rank=2", "--chain.ranks", "[2]"])
+        ['fit', '--data.init_args={"prompt": "a: b"}', '--model.init_args={"rank": "2"}', '--chain.ranks', '[2]']
+    """
+    given, rest = [], iter(words)
+    for word in rest:
+        option = CLASS_OPTION.fullmatch(word)
+        value = option and (option[3] if option[3] is not None else next(rest, None))
+        if option and value is not None:
+            init_args = yaml.safe_dump({option[2]: value}, default_style='"', default_flow_style=True, width=sys.maxsize)
+            word = f"--{option[1]}.init_args={init_args.strip()}"
+        given.append(word)
+    return given
 
 
 def _check_encoding(words: Sequence[str]) -> None:
