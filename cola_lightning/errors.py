@@ -4,8 +4,13 @@ import ast
 import contextlib
 import difflib
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
 
 
 class UserError(ValueError):
@@ -69,11 +74,22 @@ def shortened_text(text: str, length: int = 40) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from, and so on."""
+    """The exception, what it was raised from or while handling, and so on: what Python prints of it."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def passes_through_own_code(error: BaseException) -> bool:
+    """Whether an exception was raised in or through a file that is neither this package's nor a library's: a user's."""
+    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(file.is_file() and not _is_of_a_library(file) for file in files)  # <frozen importlib...> and x.pyx are none
+
+
+def _is_of_a_library(path: Path) -> bool:
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return is_installed or any(path.resolve().is_relative_to(folder) for folder in LIBRARIES)
 
 
 def one_line(message: str) -> str:

@@ -479,6 +479,97 @@ def test_what_fails_while_running_is_status_1_with_its_traceback():
     assert "the training loss is nan at step 0 (epoch 0), in link 0" in done.stderr.strip().splitlines()[-1]
 
 
+OWN = """
+from lightning.pytorch import Callback
+
+from cola_lightning import COLADigits, UserError
+
+
+class Logs(COLADigits):
+    def training_step(self, batch, batch_idx):
+        self.log("a", "text")  # refused by Lightning
+
+
+class Opens(COLADigits):
+    def training_step(self, batch, batch_idx):
+        raise PermissionError(13, "not yours", "somewhere")
+
+
+class Constructs(COLADigits):
+    def __init__(self, rank: int = 1):
+        raise TypeError("of its own")
+
+
+class Refused(COLADigits):
+    def __init__(self, rank: int = 1):
+        super().__init__(rank=0)
+
+
+class Handles(COLADigits):
+    def __init__(self, rank: int = 1):
+        try:
+            super().__init__(rank=0)
+        except UserError:
+            {}["another"]
+
+
+class Suppresses(COLADigits):
+    def training_step(self, batch, batch_idx):
+        try:
+            COLADigits(rank=0)
+        except UserError:
+            raise RuntimeError("another") from None
+
+
+class Wraps(COLADigits):
+    def training_step(self, batch, batch_idx):
+        try:
+            COLADigits(rank=0)
+        except UserError as error:
+            raise RuntimeError("another") from error
+
+
+class Sets(Callback):
+    @property
+    def state_key(self):  # which the Trainer reads
+        raise ValueError("of a callback")
+
+    def state_dict(self):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--model", "own_errors.Logs"], "ValueError: `self.log(a, text)` was called"),
+        (["--model", "own_errors.Opens"], "PermissionError: [Errno 13] not yours: 'somewhere'"),
+        (["--model", "own_errors.Constructs"], "TypeError: of its own"),
+        (["--model", "own_errors.Handles"], "KeyError: 'another'"),
+        (["--model", "own_errors.Suppresses"], "RuntimeError: another"),
+        (["--model", "own_errors.Wraps"], "RuntimeError: another"),
+        (["--trainer.callbacks+=own_errors.Sets", "--trainer.callbacks+=own_errors.Sets"], "ValueError: of a callback"),
+        (["--model", "own_broken.Any"], "ModuleNotFoundError: No module named 'nothing_such'"),
+    ],
+)
+def test_an_error_of_ones_own_code_keeps_its_traceback(given, line):
+    Path("own_errors.py").write_text(OWN)
+    Path("own_broken.py").write_text("import nothing_such\n")
+    done = forked.run("-m", "cola_lightning", "fit", "--config", DIGITS, *FAST, *given)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert any(one.startswith(line) for one in said), done.stderr
+    assert any("own_errors.py" in one or "own_broken.py" in one for one in said)
+    assert not any(one.startswith("error: ") for one in said)
+
+
+def test_a_wrong_value_from_ones_own_class_is_one_line(capfd, monkeypatch):
+    Path("own_refused.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    assert run("fit", "--config", DIGITS, *FAST, "--model", "own_refused.Refused") == 2
+    assert capfd.readouterr().err == "error: model.rank: expected a whole number of at least 1, received 0\n"
+
+
 @pytest.mark.parametrize(("code", "status", "said"), [("'no rows'", 1, "no rows"), (3, 3, ""), ("", 0, "")])
 def test_own_code_may_exit(code, status, said, capfd, monkeypatch):
     monkeypatch.syspath_prepend(Path.cwd())

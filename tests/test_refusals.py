@@ -10,6 +10,7 @@ import errno
 import re
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -103,10 +104,8 @@ def test_what_is_written_wrong_is_refused_in_these_words(row, tmp_path, monkeypa
 
 
 def test_a_path_without_permission_is_refused_in_one_line(monkeypatch, capsys):
-    def refuse(self):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "is_dir", refuse)
+    refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", "of_another"))
+    monkeypatch.setattr(Path, "is_dir", refuse)  # an administrator, as in a container, may read anything
     assert main(["generate", "--checkpoint", "of_another", "--prompt", "Is it?"]) == 2
     message = "cola: expected a file or folder that may be used, received 'of_another': Permission denied"
     assert capsys.readouterr().err.strip() == f"error: {message}"

@@ -45,7 +45,7 @@ from cola_lightning.callbacks import (
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.cli.nulls import check_options
-from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.pending import loading
@@ -263,6 +263,8 @@ class COLACLI(LightningCLI):
                 warnings.filterwarnings("ignore", r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`")
                 trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:  # Lightning's message for incompatible arguments
+            if passes_through_own_code(error):
+                raise
             raise UserError(f"trainer: {one_line(str(error))}") from error
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
