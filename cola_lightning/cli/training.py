@@ -1,9 +1,6 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
-import codecs
 import contextlib
-import itertools
-import locale
 import logging
 import os
 import re
@@ -141,7 +138,6 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        _check_encoding(self.words)
         try:
             self.config = parser.parse_args(as_texts(self.words))
         except UnicodeDecodeError as error:
@@ -216,16 +212,9 @@ class COLACLI(LightningCLI):
 
     def _warn_of_base(self) -> None:
         """Logs what is evaluated if no checkpoint is given; a run's saved configuration does not name one."""
-        config = self.config[self.subcommand]
-        if self.subcommand == "fit" or config.ckpt_path is not None:
-            return
-        given = self._options_of("model")
-        what = f"the base alone, {given.get('model_name') or config.model.class_path}"
-        if (chain := given.get("init_chain")) is not None:
-            n_links = given.get("init_links")
-            links = "the chain" if n_links is None else f"{n_links} link{'' if n_links == 1 else 's'}"
-            what = f"{links} of model.init_chain, {str(chain)!r}"
-        log.warning("%s: this is %s, for no --ckpt_path is given", self.subcommand, what)
+        if self.subcommand != "fit" and self.config[self.subcommand].ckpt_path is None:
+            what = self._options_of("model").get("init_chain") or "the base alone"
+            log.warning("%s: this is %s, for no --ckpt_path is given", self.subcommand, what)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -379,23 +368,6 @@ def as_texts(words: Sequence[str]) -> list[str]:
             word = f"--{option[1]}.init_args={init_args.strip()}"
         given.append(word)
     return given
-
-
-def _check_encoding(words: Sequence[str]) -> None:
-    """Refuses characters beyond ASCII in a configuration where the locale's encoding is not UTF-8.
-
-    jsonargparse reads it in that encoding, and would take them for others.
-    """
-    encoding = locale.getpreferredencoding(False)
-    if codecs.lookup(encoding).name == "utf-8":
-        return
-    given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    given += [file for word, file in itertools.pairwise(words) if word in ("-c", "--config")]
-    for file in given:
-        if (path := Path(file)).is_file() and not path.read_bytes().isascii():
-            raise UserError(
-                f"config: expected a locale of UTF-8 for the characters in {file!r}, received {encoding}: set PYTHONUTF8=1"
-            )
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:
