@@ -376,8 +376,7 @@ BAD = [
         "model.optimizer: expected the import path of a class, received 'null'",
     ),
     (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received 'None'"),
-    (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
-    (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
+    (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.lr_schedule: expected constant, linear, cosine, received None"),
     (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
@@ -421,8 +420,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("groups.yaml").write_text(f"{parts}chain: null\n")
     for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
-    Path("delta.yaml").write_text("chain: {min_delta: null}\n")
-    Path("lr.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}}}\n")
+    Path("lr.yaml").write_text("model: {init_args: {lr_schedule: null}}\n")
     adamw = "class_path: torch.optim.AdamW"
     beside = [
         "model: {class_path: COLADigits, init_args: {alpha: 2}, rank: 3}",

@@ -41,7 +41,6 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
-from cola_lightning.cli.nulls import check_options
 from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
@@ -143,7 +142,7 @@ class COLACLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
-        check_options(self.config[self.subcommand])
+        check_groups(self.config[self.subcommand])
         self._expand_home()
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool):
@@ -347,6 +346,13 @@ class COLACLI(LightningCLI):
             command = shlex.join(["cola", subcommand, "--config", str(config), "--ckpt_path", path, *options])
             log.info(message, command)
         return path
+
+
+def check_groups(config: Namespace | dict[str, Any]) -> None:
+    """Refuses a group that holds no options, such as ``chain:`` with all of its lines commented out."""
+    for group in TITLES:
+        if not isinstance(value := config.get(group), Namespace | dict):
+            raise UserError(f"{group}: expected options, each with its value, received {value!r}")
 
 
 def as_texts(words: Sequence[str]) -> list[str]:
