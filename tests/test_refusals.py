@@ -33,6 +33,7 @@ MADE_ELSEWHERE = {
 IN_OTHER_WORDS = {
     "trainer.callbacks: expected none that trains by itself": "test_chain_of_lora.py",
     "cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]}": "test_cli.py",
+    "model: expected the checkpoint's base, with {name} of shape": "test_checkpoint.py",
     "model.rank, model.alpha, chain.ranks, chain.alphas: expected rank": "test_continue.py",
     "model.trained_factors: expected {had_factors}, the checkpoint's": "test_relatives.py",
     "model.modules_to_save_lr: expected {expected}, as in the checkpoint's run": "test_resume.py",
