@@ -393,6 +393,7 @@ BAD = [
     (["fit"], "the following arguments are required: model_name"),
     (["fit", "--model.model_name", "x"], "the following arguments are required: source"),
     (["fit", "--model.model_name"], "expected one argument"),
+    (["fit", "--config", DIGITS, "--model.init_chain", "--model.rank", "2"], "expected one argument"),
     ([], "export, received none (cola --help describes them)"),
     (
         ["fti"],

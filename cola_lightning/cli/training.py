@@ -52,7 +52,9 @@ from cola_lightning.writing import check_writable
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
-CLASS_OPTION = re.compile(r"--(model|data)\.(?!help\b|class_path\b|init_args\b|dict_kwargs\b)(\w+)(?:=(.*))?", re.DOTALL)
+CLASS_OPTION = re.compile(
+    r"\A--(?P<group>model|data)\.(?!help\b|class_path\b|init_args\b|dict_kwargs\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
+)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -365,15 +367,21 @@ def as_texts(words: Sequence[str]) -> list[str]:
         >>> as_texts(["fit", "--data.prompt", "a: b", "--model.rank=2", "--chain.ranks", "[2]"])
         ['fit', '--data.init_args={"prompt": "a: b"}', '--model.init_args={"rank": "2"}', '--chain.ranks', '[2]']
     """
-    given, rest = [], iter(words)
-    for word in rest:
-        option = CLASS_OPTION.fullmatch(word)
-        value = option and (option[3] if option[3] is not None else next(rest, None))
-        if option and value is not None:
-            init_args = yaml.safe_dump({option[2]: value}, default_style='"', default_flow_style=True, width=sys.maxsize)
-            word = f"--{option[1]}.init_args={init_args.strip()}"
-        given.append(word)
-    return given
+    joined: list[str] = []
+    for word in words:
+        last = CLASS_OPTION.fullmatch(joined[-1]) if joined else None
+        if last and last["value"] is None and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return [CLASS_OPTION.sub(_inside_init_args, word) for word in joined]
+
+
+def _inside_init_args(option: re.Match[str]) -> str:
+    if option["value"] is None:  # jsonargparse says so
+        return option[0]
+    text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
+    return f"--{option['group']}.init_args={text.strip()}"
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:
