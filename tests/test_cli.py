@@ -537,6 +537,12 @@ def test_an_error_of_ones_own_code_keeps_its_traceback(given, line):
     assert not any(one.startswith("error: ") for one in said)
 
 
+def test_a_failure_of_the_package_keeps_its_traceback():
+    Path("null.yaml").write_text("model: {init_args: {rank: null}}\n")
+    with pytest.raises(ValueError, match="NoneType"):
+        run("fit", "--config", DIGITS, "--config", "null.yaml")
+
+
 def test_a_wrong_value_from_ones_own_class_is_one_line(capfd, monkeypatch):
     Path("own_refused.py").write_text(OWN)
     monkeypatch.syspath_prepend(".")

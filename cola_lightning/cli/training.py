@@ -50,6 +50,7 @@ from cola_lightning.sharded import processes
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent.parent
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
 CLASS_OPTION = re.compile(
@@ -420,7 +421,8 @@ def refusal_of_libraries(error: BaseException) -> str | None:
     """The message of Lightning or jsonargparse for invalid arguments, in one line; None for any other error."""
     if isinstance(error, ValueError) and "Does not validate against any of the Union subtypes" in str(error):
         *_, innermost = causes(error)  # raised by a class that jsonargparse instantiated
-        return one_line(str(innermost))
+        is_ours = Path(traceback.extract_tb(innermost.__traceback__)[-1].filename).is_relative_to(PACKAGE)
+        return None if is_ours else one_line(str(innermost))  # ours would be a UserError
     # An error from Lightning's own code (for a val_check_interval above the number of batches, say) is a user error.
     place = traceback.extract_tb(error.__traceback__)[-1].filename
     is_lightnings = isinstance(error, TypeError | ValueError) and Path(lightning.__file__).parent in Path(place).parents
