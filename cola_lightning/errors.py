@@ -3,9 +3,15 @@
 import ast
 import contextlib
 import difflib
+import itertools
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
 
 
 class UserError(ValueError):
@@ -69,46 +75,56 @@ def shortened_text(text: str, length: int = 40) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from, and so on."""
+    """The exception, what it was raised from or while handling, and so on: what Python prints of it."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def passes_through_own_code(error: BaseException) -> bool:
+    """Whether an exception was raised in or through a file that is neither this package's nor a library's: a user's."""
+    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(file.is_file() and not _is_of_a_library(file) for file in files)  # <frozen importlib...> and x.pyx are none
+
+
+def _is_of_a_library(path: Path) -> bool:
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return is_installed or any(path.resolve().is_relative_to(folder) for folder in LIBRARIES)
 
 
 def one_line(message: str) -> str:
-    """A parser's message in one line: the field, what was expected, what was received.
+    """A library's message in one line; of jsonargparse's, which lists all that it tried, the innermost paragraph.
 
-    jsonargparse lists every alternative that it tried, on a line each; the innermost one that failed says what is wrong.
+    Example:
+        >>> one_line('''Parser key "model":
+        ...   Problem with given class_path 'COLADigits':
+        ...     Parser key "rank":
+        ...       Expected a <class 'int'>. Got value: two
+        ...   Expected a <class 'NoneType'>''')
+        "model.rank: expected int, received 'two'"
     """
-    fields = re.findall(r'Parser key "([^"]+)"', message)
-    field, outermost = ".".join(fields), message.rpartition("Given value: ")[2].strip()
+    fields = re.findall(r'Parser key "([^"]+)":', message)
+    lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
+    if not (fields and lines):
+        return " ".join(message.split())
     with contextlib.suppress(ValueError, SyntaxError, TypeError):  # no plain value
-        if fields and (beside := _beside_class_path(ast.literal_eval(outermost), fields[0])):
+        if beside := _beside_class_path(ast.literal_eval(message.rpartition("Given value: ")[2].strip()), fields[0]):
             return beside
-    innermost = message[message.rfind("Parser key") :]
-    if unknown := re.search(r"Option '([^']+)' is not accepted", innermost):
-        return f"{field}: expected one of its options, received {unknown[1]!r}, which is none"
-    if missing := re.search(r"the following arguments are required: .*", innermost):
-        return f"{field}: {missing[0]}" if field else missing[0]
-    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value.*)?$", innermost, re.MULTILINE)
-    received = value[1] if value else ""
-    if parent := re.search(r"does not correspond to a subclass of (\w+)", innermost):
-        return f"{field}: expected the import path of a subclass of {parent[1]}, received {received!r}"
-    if reason := re.search(r"class_path '([^']+)':\s+((?:No module named|module) .*)", innermost):
-        return f"{field}: expected the import path of a class, received {reason[1]!r} ({reason[2]})"
-    expected = re.findall(r"Expected an? (?:<class '([^']+)'>|typing\.(Literal\[.+?\])(?:\.|\s))", innermost)
-    names = [name for pair in expected for name in pair if name not in ("", "NoneType", "torch.Tensor")]
-    path = re.search(r"Expected a (?:dot import path string: |path but )(\S+)", innermost)
-    if path and not set(names) & {"int", "float", "str"}:
-        received, names = path[1], ["the import path of a class"]
-        if "\n" in outermost:  # jsonargparse takes the name of a file for its text
-            return f"{field}: expected {names[0]}, received a file that begins with {received!r}"
-    if not (field and received and names):
-        return re.sub(r"\s+", " ", message).strip()
-    is_unquoted = names[0] == "str" and re.fullmatch(r"True|False|-?[\d.]+", received)  # in YAML
-    hint = "; in quotes, yes, no and numbers are text" if is_unquoted else ""
-    return f"{field}: expected {' or '.join(dict.fromkeys(names))}, received {received!r}{hint}"
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    paragraph = "\n".join(itertools.takewhile(lambda line: not line[:indent].strip(), lines))
+    tried = paragraph.rpartition("Errors:\n")[2].partition("Given value type:")[0]
+    tried = re.sub(r"<class '([^']+)'>|typing\.", r"\1", re.sub(r"\. Got value: .*", "", tried))
+    each = dict.fromkeys(" ".join(one.split()) for one in re.split(r"^\s*- ", tried, flags=re.MULTILINE))
+    reasons = [one for one in each if one not in ("", "Expected a NoneType")]
+    types = [re.fullmatch(r"Expected an? (\S+|Literal\[.+)", one) for one in reasons]
+    said = f"expected {' or '.join(one[1] for one in types if one)}" if all(types) else "; ".join(reasons)
+    value = re.search(r"(?:Got|Given) value: (.+?)(?:\. Got value.*)?$", paragraph, re.MULTILINE)
+    if value and (all(types) or value[1] not in said) and not value[1].startswith(("NestedArg(", "Namespace(", "{")):
+        said += f", received {value[1]!r}"
+        if said.startswith("expected str,") and re.fullmatch(r"True|False|-?[\d.]+", value[1]):
+            said += "; in quotes, yes, no and numbers are text"
+    return f"{'.'.join(fields)}: {said}"
 
 
 def _beside_class_path(value: Any, field: str) -> str | None:

@@ -140,6 +140,7 @@ def last(**arguments):
     ({"modules_to_save_lr": -1}, "model.modules_to_save_lr: expected a number of at least 0, received -1"),
     ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
     ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
+    ({"lr_schedule": None}, "model.lr_schedule: expected constant, linear, cosine, received None"),
     ({"kept_optimizer_state": 2}, "model.kept_optimizer_state: expected a share from 0 to 1, received 2"),
     ({"warmup_steps": -1}, "model.warmup_steps: expected a number of steps, or a share below 1, received -1"),
     (

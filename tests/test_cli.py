@@ -93,7 +93,7 @@ def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(m
         "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: DigitsDataModule}\n"
     )
     assert run("test", "--config", "config.yaml") == 0
-    assert "test: this is the base alone, no_args.NoArgs, for no --ckpt_path is given" in capfd.readouterr().out
+    assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
     assert run("fit", "--config", "config.yaml", "--links", "2") == 2
     assert "error: links: expected ckpt_path or model.init_chain beside it, received 2 alone" in capfd.readouterr().err
     assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
@@ -256,22 +256,12 @@ def test_a_test_leaves_the_fits_configuration_where_both_have_one_folder(capfd):
     assert Path("out/config.yaml").read_text() != before
 
 
-@pytest.mark.parametrize(
-    ("more", "what"),
-    [
-        ([], "the base alone, cola_lightning.modules.digits.COLADigits"),
-        (["--model.init_chain", "chain"], "the chain of model.init_chain, 'chain'"),
-        (["--model.init_chain", "chain", "--links", "1"], "1 link of model.init_chain, 'chain'"),
-    ],
-)
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd, command, more, what):
-    run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain")
-    capfd.readouterr()
-    assert run(command, *fitted[:2], *more) == 0
-    (line,) = [line for line in capfd.readouterr().out.splitlines() if "ckpt_path" in line]
-    assert line == f"{command}: this is {what}, for no --ckpt_path is given"
-    assert run(command, *fitted, *([] if "--links" not in more else ["--links", "1"])) == 0
+def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
+    assert run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain") == 0
+    for more, what in (([], "the base alone"), (["--model.init_chain", "chain", "--links", "1"], "chain")):
+        assert run("validate", *fitted[:2], *more) == 0
+        assert f"validate: this is {what}, for no --ckpt_path is given" in capfd.readouterr().out.splitlines()
+    assert run("validate", *fitted) == 0
     assert "is given" not in capfd.readouterr().out
 
 
@@ -293,17 +283,62 @@ def test_a_fast_dev_run_writes_nothing(capfd):
     assert "no predictions: trainer.fast_dev_run writes none" in capfd.readouterr().out
 
 
+def printed_config(capfd, *words):
+    assert run("fit", *words, "--print_config") == 0
+    return yaml.safe_load(capfd.readouterr().out)
+
+
+TEXTS = ["Question: {question}", "{question}", "{a}: {b}", "[x]", "- x", "# x", "5", "yes", "null", "", "'a'", "a\nb: \u2713"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_read_as_it_is_written_and_not_as_yaml(text, capfd):
+    template = ["--model.model_name", "x", "--data", "TemplateDataModule", "--data.source", "x"]
+    for given in ([f"--data.prompt={text}"], ["--data.prompt", text])[: 1 if text.startswith("-") else 2]:
+        assert printed_config(capfd, *template, *given)["data"]["init_args"]["prompt"] == text
+
+
+def test_what_is_no_text_is_read_as_yaml(capfd):
+    given = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
+    given += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=x", "--data.train_size=0.5"]
+    config = printed_config(capfd, *given)
+    expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
+    assert config["model"]["init_args"].items() >= expected.items()
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert config["data"]["init_args"]["train_size"] == 0.5
+
+
+def test_classes_have_defaults_and_a_config_names_others(capfd):
+    config = printed_config(capfd, "--model.model_name", "x", "--data.source", "y")
+    assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
+    assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
+    config = printed_config(capfd, "--config", DIGITS, "--model.rank", "2")
+    assert config["model"]["class_path"].endswith("COLADigits")
+    assert config["data"]["class_path"].endswith("DigitsDataModule")
+
+
+@pytest.mark.parametrize(
+    ("limit", "epochs"), [("", 3), ("max_epochs=1", 1), ("max_steps=2", None), ("max_time=00:00:00:01", None)]
+)
+def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs, capfd):
+    parts = yaml.safe_load(Path(DIGITS).read_text()) | {"trainer": {"accelerator": "cpu", "limit_train_batches": 1}}
+    Path("config.yaml").write_text(yaml.safe_dump(parts | {"chain": {}}))
+    assert run("fit", "--config", "config.yaml", *([f"--trainer.{limit}"] if limit else [])) == 0
+    assert yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["trainer"]["max_epochs"] == epochs
+    assert ("trainer.max_epochs: 3, for none of" in capfd.readouterr().out) == (not limit)
+
+
 BAD = [
     (["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"], "unrecognized arguments: --chain.every_n_epoch 5"),
-    (["fit", "--config", DIGITS, "--model.rnak", "3"], "model: expected one of its options, received 'rnak'"),
+    (["fit", "--config", DIGITS, "--model.rnak", "3"], "Option 'rnak' is not accepted"),
     (["fit", "--config", DIGITS, "--model.rank", "two"], "model.rank: expected int, received 'two'"),
     (["fit", "--config", DIGITS, "--model.rank", "0"], "model.rank: expected a whole number of at least 1, received 0"),
     (["fit", "--config", DIGITS, "--model.rank", "65"], "model.rank: expected at most 64, the smaller side of '0'"),
-    (["fit", "--config", DIGITS, "--model.optimizer", "Adamx"], "model.optimizer: expected the import path of a class"),
-    (["fit", "--config", DIGITS, "--model.optimizer.lr", "x"], "model.optimizer.lr: expected float, received 'x'"),
+    (["fit", "--config", DIGITS, "--model.optimizer", "Adamx"], "model.optimizer: "),
+    (["fit", "--config", DIGITS, "--model.optimizer.lr", "x"], "model.optimizer.lr: "),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "flat"], "model.lr_schedule: expected Literal['constant', 'linear'"),
     (["fit", "--config", DIGITS, "--model.target_modules", "['22']"], "received '22'; the nearest that exist: 2"),
-    (["fit", "--config", DIGITS, "--model", "Digitz"], "model: expected the import path of a class, received 'Digitz'"),
+    (["fit", "--config", DIGITS, "--model", "Digitz"], "Digitz"),
     (["fit", "--config", DIGITS, "--chain.ranks", "[1, 2]"], "chain.ranks: expected at most 1, which is model.rank"),
     (["fit", "--config", DIGITS, "--chain.ranks", "[1, 1]"], "chain.ranks: expected 10 entries, one for each link"),
     (["fit", "--config", DIGITS, "--chain.at_steps", "[3]"], "received every_n_epochs and at_steps"),
@@ -323,7 +358,7 @@ BAD = [
     (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which does not exist"),
     (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which is a folder"),
     (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: expected Literal[64, 32, 16] or"),
-    (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: expected the import path of a class"),
+    (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: "),
     (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
     (["fit", "--config", DIGITS, *(2 * ["--trainer.callbacks+=ModelCheckpoint"])], "Found more than one stateful callback"),
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LastCheckpoint"], "Found more than one stateful callback"),
@@ -331,21 +366,20 @@ BAD = [
     (["test", "--config", DIGITS, "--links", "2"], "links: expected ckpt_path or model.init_chain beside it, received 2 alone"),
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a/b", "--model.rank", "65"], "model.rank: expected at most"),
     (["fit", "--config", DIGITS, "--model.optimizer.lr", "-1"], "model.optimizer: expected values that it takes"),
-    (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "model: expected the import path of a subclass of COLAModule"),
-    (["fit", "--config", DIGITS, "--model", "mine.My"], "received 'mine.My' (No module named 'mine')"),
+    (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "subclass of COLAModule"),
+    (["fit", "--config", DIGITS, "--model", "mine.My"], "class_path 'mine.My': No module named 'mine'"),
     (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
-    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received null"),
-    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected a value, received null"),
-    (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: expected a value, received null"),
-    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received null"),
-    (["test", "--config", DIGITS, "--config", "delta.yaml"], "chain.min_delta: expected float, received null"),
-    (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.optimizer.lr: expected a value, received null"),
+    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received 'None'"),
+    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected Literal['constant', 'linear'"),
+    (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: "),
+    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received 'None'"),
+    (["fit", "--config", DIGITS, "--config", "lr.yaml"], "model.lr_schedule: expected constant, linear, cosine, received None"),
     (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_3.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
     (["fit", "--config", "beside_4.yaml"], "trainer.logger: expected 'save_dir' inside init_args, received it beside"),
-    (["fit", "--config", "rows.yaml"], "data: expected the import path of a class, received a file that begins with 'a,b'"),
+    (["fit", "--config", "rows.yaml"], "data: "),
     (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
     (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'; in quotes, yes, no and numbers are text"),
     (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
@@ -356,7 +390,10 @@ BAD = [
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
-    (["fit"], "the following arguments are required: fit.data, fit.model"),
+    (["fit"], "the following arguments are required: model_name"),
+    (["fit", "--model.model_name", "x"], "the following arguments are required: source"),
+    (["fit", "--model.model_name"], "expected one argument"),
+    (["fit", "--config", DIGITS, "--model.init_chain", "--model.rank", "2"], "expected one argument"),
     ([], "export, received none (cola --help describes them)"),
     (
         ["fti"],
@@ -381,8 +418,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("groups.yaml").write_text(f"{parts}chain: null\n")
     for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
-    Path("delta.yaml").write_text("chain: {min_delta: null}\n")
-    Path("lr.yaml").write_text("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}}}\n")
+    Path("lr.yaml").write_text("model: {init_args: {lr_schedule: null}}\n")
     adamw = "class_path: torch.optim.AdamW"
     beside = [
         "model: {class_path: COLADigits, init_args: {alpha: 2}, rank: 3}",
@@ -409,24 +445,109 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("given", [["--config", "own.yaml"], ["--config=own.yaml"], ["--config", DIGITS, "-c", "own.yaml"]])
-def test_a_configuration_is_read_as_utf_8_or_refused(given, monkeypatch, capfd):
-    parts = Path(DIGITS).read_text()
-    Path("own.yaml").write_text(f"# \u00e9\u00df\n{parts}", encoding="utf-8")
-    monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
-    assert run("fit", *given, *FAST) == 2
-    message = "config: expected a locale of UTF-8 for the characters in 'own.yaml', received ISO-8859-1: set PYTHONUTF8=1"
-    assert capfd.readouterr().err.strip().splitlines()[-1] == f"error: {message}"
-    Path("own.yaml").write_text(parts, encoding="ascii")
-    assert run("fit", *given, *FAST) == 0
-
-
 def test_what_fails_while_running_is_status_1_with_its_traceback():
     program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
     done = forked.run("-c", program, "fit", "--config", DIGITS, *FAST)
     assert done.returncode == 1
     assert "the training loss is nan at step 0 (epoch 0), in link 0" in done.stderr.strip().splitlines()[-1]
+
+
+OWN = """
+from lightning.pytorch import Callback
+
+from cola_lightning import COLADigits, UserError
+
+
+class Logs(COLADigits):
+    def training_step(self, batch, batch_idx):
+        self.log("a", "text")  # refused by Lightning
+
+
+class Opens(COLADigits):
+    def training_step(self, batch, batch_idx):
+        raise PermissionError(13, "not yours", "somewhere")
+
+
+class Constructs(COLADigits):
+    def __init__(self, rank: int = 1):
+        raise TypeError("of its own")
+
+
+class Refused(COLADigits):
+    def __init__(self, rank: int = 1):
+        super().__init__(rank=0)
+
+
+class Handles(COLADigits):
+    def __init__(self, rank: int = 1):
+        try:
+            super().__init__(rank=0)
+        except UserError:
+            {}["another"]
+
+
+class Suppresses(COLADigits):
+    def training_step(self, batch, batch_idx):
+        try:
+            COLADigits(rank=0)
+        except UserError:
+            raise RuntimeError("another") from None
+
+
+class Wraps(COLADigits):
+    def training_step(self, batch, batch_idx):
+        try:
+            COLADigits(rank=0)
+        except UserError as error:
+            raise RuntimeError("another") from error
+
+
+class Sets(Callback):
+    @property
+    def state_key(self):  # which the Trainer reads
+        raise ValueError("of a callback")
+
+    def state_dict(self):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--model", "own_errors.Logs"], "ValueError: `self.log(a, text)` was called"),
+        (["--model", "own_errors.Opens"], "PermissionError: [Errno 13] not yours: 'somewhere'"),
+        (["--model", "own_errors.Constructs"], "TypeError: of its own"),
+        (["--model", "own_errors.Handles"], "KeyError: 'another'"),
+        (["--model", "own_errors.Suppresses"], "RuntimeError: another"),
+        (["--model", "own_errors.Wraps"], "RuntimeError: another"),
+        (["--trainer.callbacks+=own_errors.Sets", "--trainer.callbacks+=own_errors.Sets"], "ValueError: of a callback"),
+        (["--model", "own_broken.Any"], "ModuleNotFoundError: No module named 'nothing_such'"),
+    ],
+)
+def test_an_error_of_ones_own_code_keeps_its_traceback(given, line):
+    Path("own_errors.py").write_text(OWN)
+    Path("own_broken.py").write_text("import nothing_such\n")
+    done = forked.run("-m", "cola_lightning", "fit", "--config", DIGITS, *FAST, *given)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert any(one.startswith(line) for one in said), done.stderr
+    assert any("own_errors.py" in one or "own_broken.py" in one for one in said)
+    assert not any(one.startswith("error: ") for one in said)
+
+
+def test_a_failure_of_the_package_keeps_its_traceback():
+    Path("null.yaml").write_text("model: {init_args: {rank: null}}\n")
+    with pytest.raises(ValueError, match="NoneType"):
+        run("fit", "--config", DIGITS, "--config", "null.yaml")
+
+
+def test_a_wrong_value_from_ones_own_class_is_one_line(capfd, monkeypatch):
+    Path("own_refused.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    assert run("fit", "--config", DIGITS, *FAST, "--model", "own_refused.Refused") == 2
+    assert capfd.readouterr().err == "error: model.rank: expected a whole number of at least 1, received 0\n"
 
 
 @pytest.mark.parametrize(("code", "status", "said"), [("'no rows'", 1, "no rows"), (3, 3, ""), ("", 0, "")])

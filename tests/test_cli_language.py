@@ -132,6 +132,21 @@ def test_rows_to_test_on_are_drawn_where_there_are_none_and_predict_takes_prompt
         path.unlink()
 
 
+def test_one_command_without_a_config_is_a_run(capfd):
+    Path("own.jsonl").write_text("".join(f'{{"prompt": "Town {k}? ", "response": "Yes"}}\n' for k in range(20)))
+    few = [
+        "--data.max_new_tokens=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_train_batches=1",
+    ]
+    assert main(["fit", "--model.model_name", "model", "--data.source", "own.jsonl", "--chain.every_n_epochs", "1", *few]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("link ")]) == 3
+    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: ")]
+    assert main(shlex.split(use.partition(" (")[0])) == 0
+
+
 OWN = """
 from cola_lightning import Example, OptionDataModule
 
@@ -209,7 +224,7 @@ BAD = [
         "data.train_size + data.val_size, of rows, train: expected at least 30 + 16 = 46",
     ),
     (["--data.task", "SST"], "DROP, received 'SST'; the nearest that exist: SST2"),
-    (["--data.tsak", "SST2"], "data: expected one of its options, received 'tsak'"),
+    (["--data.tsak", "SST2"], "Option 'tsak' is not accepted"),
     (["--data.max_length", "1"], "data.max_length: expected at least 2 tokens, received 1"),
     (["--data.batch_size", "0"], "data.batch_size: expected a whole number of at least 1, received 0"),
     (
@@ -227,10 +242,10 @@ BAD = [
     (["--model.dtype", "float31"], "model.dtype: expected Literal['float32', 'bfloat16', 'float16'], received 'float31'"),
     (["--model.target_modules", "[lm_head]"], "'lm_head', whose weight is shared"),
     (["--model.target_modules", "[q_porj]"], "received 'q_porj'; the nearest that exist: q_proj"),
-    (["--model.rnak", "2"], "model: expected one of its options, received 'rnak'"),
+    (["--model.rnak", "2"], "Option 'rnak' is not accepted"),
     (["--model.attn_implementation", "none_such"], "none_such"),
     (["--model.modules_to_save_lr", "-1"], "model.modules_to_save_lr: expected a number of at least 0, received -1"),
-    (["--model", "COLASequenceClassifer"], "model: expected the import path of a class, received 'COLASequenceClassifer'"),
+    (["--model", "COLASequenceClassifer"], "COLASequenceClassifer"),
 ]
 
 

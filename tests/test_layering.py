@@ -20,7 +20,7 @@ ROWS = [
     ["adapted_model", "model_card", "usage"],
     ["export", "sharded/strategy"],
     ["callbacks", "data", "modules"],
-    ["examples", "cli/help", "cli/nulls"],
+    ["examples", "cli/help"],
     ["cli/training"],
     ["study"],
     ["cli"],

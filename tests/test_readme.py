@@ -175,7 +175,7 @@ def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
     found = [(page, words) for page, block in all_blocks("bash") for words in commands(block)]
     by_page = {page: sum(where == page for where, _ in found) for page in dict(found)}
-    assert by_page == {"README.md": 7, "docs/checkpoints.md": 9, "docs/cli.md": 4, "docs/scaling.md": 2, "docs/study.md": 1}
+    assert by_page == {"README.md": 7, "docs/checkpoints.md": 9, "docs/cli.md": 5, "docs/scaling.md": 2, "docs/study.md": 1}
     for _, words in found:
         if words[0] in ("inspect", "export", "generate"):  # which are run below
             continue

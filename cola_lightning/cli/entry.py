@@ -1,7 +1,7 @@
 """The ``cola`` command: runs a subcommand, and reports an error by one line and the exit status.
 
-Exit status: 0; 2 for a user error, with one last line ``error: ...``; 1 for a failure while running; 130 after Ctrl-C; 143
-after SIGTERM.
+Exit status: 0; 2 for a user error, with one last line ``error: ...``; 1 for a failure while running, which has its traceback
+where it comes from the user's own code; 130 after Ctrl-C; 143 after SIGTERM.
 
 Only what a subcommand needs is imported: ``inspect`` needs neither lightning nor transformers.
 """
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
-from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line
+from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line, passes_through_own_code
 
 # The subcommands that are not LightningCLI's: where the function of that name is, which is imported when it is called.
 COMMANDS = {
@@ -55,11 +55,11 @@ def main(args: Sequence[str] | None = None) -> int:
             print(exit_.code, file=sys.stderr)
             return 1
         except Exception as error:
-            outside = next((cause for cause in causes(error) if isinstance(cause, OutsideError)), None)
-            if (message := str(outside) if outside else _user_error(error)) is None:
+            if (refusal := _refusal(error)) is None:
                 raise
+            message, status = refusal
             print(f"error: {message}", file=sys.stderr)
-            return 1 if outside else 2
+            return status
 
 
 def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
@@ -81,22 +81,28 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     return train(args)
 
 
-def _user_error(error: BaseException) -> str | None:
-    """The message in one line if the error is the user's; else None."""
+def _refusal(error: BaseException) -> tuple[str, int] | None:
+    """The message of an error in one line and the exit status; None for what is reported by its traceback.
+
+    That is what fails in the user's own code, and what neither this package, jsonargparse nor Lightning refuses.
+    """
+    for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
+        if isinstance(cause, UserError | OutsideError):
+            return str(cause), 1 if isinstance(cause, OutsideError) else 2
+        if passes_through_own_code(cause):
+            return None
     from jsonargparse import ArgumentError
 
-    for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
-        if isinstance(cause, UserError):
-            return str(cause)
+    message: str | None = None
     if isinstance(error, PermissionError) and error.filename is not None:
-        return f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}"
-    if isinstance(error, ArgumentError):
-        return one_line(str(error))
-    if "lightning" not in sys.modules:
-        return None
-    from cola_lightning.cli.training import refusal_of_libraries
+        message = f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}"
+    elif isinstance(error, ArgumentError):
+        message = one_line(str(error))
+    elif "lightning" in sys.modules:
+        from cola_lightning.cli.training import refusal_of_libraries
 
-    return refusal_of_libraries(error)
+        message = refusal_of_libraries(error)
+    return None if message is None else (message, 2)
 
 
 class ConsoleHandler(logging.Handler):

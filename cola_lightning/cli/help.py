@@ -51,7 +51,7 @@ def overview() -> str:
 
 def usage(subcommand: str) -> str:
     """The usage line of a LightningCLI subcommand; LightningCLI's own lists every Trainer option."""
-    return f"cola {subcommand} --config FILE [--config FILE ...] [--GROUP.NAME VALUE ...]"
+    return f"cola {subcommand} [--config FILE ...] [--GROUP.NAME VALUE ...]"
 
 
 def command_parser(command: str, description: str) -> "ArgumentParser":

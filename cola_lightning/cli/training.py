@@ -1,11 +1,9 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
-import codecs
 import contextlib
-import itertools
-import locale
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,8 +41,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
-from cola_lightning.cli.nulls import check_options
-from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
 from cola_lightning.modules.pending import loading
@@ -52,6 +50,12 @@ from cola_lightning.sharded import processes
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent.parent
+CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
+EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
+CLASS_OPTION = re.compile(
+    r"\A--(?P<group>model|data)\.(?!help\b|class_path\b|init_args\b|dict_kwargs\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
+)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -96,6 +100,7 @@ class COLACLI(LightningCLI):
             subclass_mode_data=True,
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
+            seed_everything_default=0,  # as Lightning's own, which it warns of
             save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
@@ -129,24 +134,25 @@ class COLACLI(LightningCLI):
             "one. 0 is the base. Default: all.",
         )
         parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({group: {"class_path": name} for group, name in CLASSES.items()})
         for group, title in TITLES.items():
             (parser.groups or {})[group].title = title
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        _check_encoding(self.words)
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(as_texts(self.words))
         except UnicodeDecodeError as error:
             raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
         self.subcommand = self.config["subcommand"]
-        check_options(self.config[self.subcommand])
+        check_groups(self.config[self.subcommand])
         self._expand_home()
         seed = self._get(self.config, "seed_everything")
         if not isinstance(seed, bool):
             check_seed("seed_everything", seed)
         self._open_checkpoint()
         self._check_links()
+        self._limit_epochs()
         self._warn_of_base()
 
     @override
@@ -198,18 +204,19 @@ class COLACLI(LightningCLI):
         """The options of ``model`` or ``data`` by name; none for a constructor without parameters."""
         return self._get(self.config, part).get("init_args") or {}
 
+    def _limit_epochs(self) -> None:
+        """Sets three epochs for a fit without a limit; written to the run's configuration, as if they had been given."""
+        trainer = self._get(self.config, "trainer")
+        has_limit = trainer.max_epochs is not None or trainer.max_steps != -1 or trainer.max_time is not None
+        if self.subcommand == "fit" and not has_limit and not trainer.fast_dev_run:
+            trainer.max_epochs = EPOCHS
+            log.info("trainer.max_epochs: %d, for none of max_epochs, max_steps and max_time is given", EPOCHS)
+
     def _warn_of_base(self) -> None:
         """Logs what is evaluated if no checkpoint is given; a run's saved configuration does not name one."""
-        config = self.config[self.subcommand]
-        if self.subcommand == "fit" or config.ckpt_path is not None:
-            return
-        given = self._options_of("model")
-        what = f"the base alone, {given.get('model_name') or config.model.class_path}"
-        if (chain := given.get("init_chain")) is not None:
-            n_links = given.get("init_links")
-            links = "the chain" if n_links is None else f"{n_links} link{'' if n_links == 1 else 's'}"
-            what = f"{links} of model.init_chain, {str(chain)!r}"
-        log.warning("%s: this is %s, for no --ckpt_path is given", self.subcommand, what)
+        if self.subcommand != "fit" and self.config[self.subcommand].ckpt_path is None:
+            what = self._options_of("model").get("init_chain") or "the base alone"
+            log.warning("%s: this is %s, for no --ckpt_path is given", self.subcommand, what)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -247,6 +254,8 @@ class COLACLI(LightningCLI):
                 warnings.filterwarnings("ignore", r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`")
                 trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:  # Lightning's message for incompatible arguments
+            if passes_through_own_code(error):
+                raise
             raise UserError(f"trainer: {one_line(str(error))}") from error
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
@@ -342,21 +351,38 @@ class COLACLI(LightningCLI):
         return path
 
 
-def _check_encoding(words: Sequence[str]) -> None:
-    """Refuses characters beyond ASCII in a configuration where the locale's encoding is not UTF-8.
+def check_groups(config: Namespace | dict[str, Any]) -> None:
+    """Refuses a group that holds no options, such as ``chain:`` with all of its lines commented out."""
+    for group in TITLES:
+        if not isinstance(value := config.get(group), Namespace | dict):
+            raise UserError(f"{group}: expected options, each with its value, received {value!r}")
 
-    jsonargparse reads it in that encoding, and would take them for others.
+
+def as_texts(words: Sequence[str]) -> list[str]:
+    """A command line whose options of ``model`` and ``data`` are texts: ``--data.init_args={"prompt": "a: b"}``.
+
+    jsonargparse reads ``--data.prompt 'a: b'`` as YAML before it knows the option's type, and again for that type: a text that
+    is a mapping, a list or nothing in YAML is lost. A text inside ``init_args`` is read for its type alone.
+
+    Example:
+        >>> as_texts(["fit", "--data.prompt", "a: b", "--model.rank=2", "--chain.ranks", "[2]"])
+        ['fit', '--data.init_args={"prompt": "a: b"}', '--model.init_args={"rank": "2"}', '--chain.ranks', '[2]']
     """
-    encoding = locale.getpreferredencoding(False)
-    if codecs.lookup(encoding).name == "utf-8":
-        return
-    given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    given += [file for word, file in itertools.pairwise(words) if word in ("-c", "--config")]
-    for file in given:
-        if (path := Path(file)).is_file() and not path.read_bytes().isascii():
-            raise UserError(
-                f"config: expected a locale of UTF-8 for the characters in {file!r}, received {encoding}: set PYTHONUTF8=1"
-            )
+    joined: list[str] = []
+    for word in words:
+        last = CLASS_OPTION.fullmatch(joined[-1]) if joined else None
+        if last and last["value"] is None and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return [CLASS_OPTION.sub(_inside_init_args, word) for word in joined]
+
+
+def _inside_init_args(option: re.Match[str]) -> str:
+    if option["value"] is None:  # jsonargparse says so
+        return option[0]
+    text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
+    return f"--{option['group']}.init_args={text.strip()}"
 
 
 def _check_sizes(strategy: Any, n_processes: int) -> None:
@@ -395,7 +421,8 @@ def refusal_of_libraries(error: BaseException) -> str | None:
     """The message of Lightning or jsonargparse for invalid arguments, in one line; None for any other error."""
     if isinstance(error, ValueError) and "Does not validate against any of the Union subtypes" in str(error):
         *_, innermost = causes(error)  # raised by a class that jsonargparse instantiated
-        return one_line(str(innermost))
+        is_ours = Path(traceback.extract_tb(innermost.__traceback__)[-1].filename).is_relative_to(PACKAGE)
+        return None if is_ours else one_line(str(innermost))  # ours would be a UserError
     # An error from Lightning's own code (for a val_check_interval above the number of batches, say) is a user error.
     place = traceback.extract_tb(error.__traceback__)[-1].filename
     is_lightnings = isinstance(error, TypeError | ValueError) and Path(lightning.__file__).parent in Path(place).parents

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -92,6 +92,8 @@ class LinkOptimization:
     def __post_init__(self) -> None:
         if self.modules_to_save_lr is not None and not 0 <= self.modules_to_save_lr < math.inf:
             raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {self.modules_to_save_lr}")
+        if self.lr_schedule not in (names := get_args(LRSchedule)):
+            raise UserError(f"model.lr_schedule: expected {', '.join(names)}, received {self.lr_schedule}")
         for name, steps in (("warmup_steps", self.warmup_steps), ("knot_warmup_steps", self.knot_warmup_steps)):
             if not 0 <= steps < math.inf:
                 raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import dict_to_namespace
 
 from cola_lightning.callbacks import RunWatch
-from cola_lightning.cli.nulls import check_options
-from cola_lightning.cli.training import COLACLI
+from cola_lightning.cli.training import COLACLI, check_groups
 from cola_lightning.errors import UserError
 
 
@@ -34,7 +32,7 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         received = f"{shlex.join(words)!r}, which prints something else than a run's config"
         raise UserError(f"cola fit: expected options of a run, received {received}")
-    check_options(dict_to_namespace(config))
+    check_groups(config)
     return config
 
 
