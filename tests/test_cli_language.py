@@ -105,7 +105,7 @@ def fit_responses(capfd, splits, chat=None, **how):
 
 
 def test_instructions_are_trained_and_a_fits_last_lines_name_the_commands_that_work(capfd):
-    subcommands, arguments, try_ = fit_responses(capfd, ["train", "validation"])
+    subcommands, arguments, try_ = fit_responses(capfd, ["train", "validation", "test"])
     metrics = Path("runs/version_0/metrics.csv").read_text()
     assert "val_loss" in metrics
     assert "accuracy" not in metrics
@@ -218,7 +218,7 @@ def test_two_processes_are_one():
 
 BAD = [
     (["--data.source", "nowhere/at/all"], "data.source: expected a file or folder that exists, or the id of a data set on"),
-    (["--data.source", "renamed"], "line 1: expected the field 'label', received 'sentence', 'gold'"),
+    (["--data.source", "renamed"], "row 1: expected the field 'label', received 'sentence', 'gold'"),
     (
         ["--data.train_size", "30"],
         "data.train_size + data.val_size, of rows, train: expected at least 30 + 16 = 46",

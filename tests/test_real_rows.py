@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -91,7 +90,7 @@ def test_scores_of_twenty_rows_on_smollm2_are_those_of_one_option_at_a_time(smol
 @tiny.needs_smollm2
 @needs_data
 @pytest.mark.parametrize("task", ["RTE", "MultiRC"])
-def test_a_thousand_rows_take_three_seconds_and_the_second_time_half_a_second(smollm2, task, tmp_path, monkeypatch):
+def test_a_thousand_rows_take_three_seconds(smollm2, task, tmp_path, monkeypatch):
     """On a core whose tokenizer encodes a thousand passages in 0.6 seconds: measured beside, as cores differ."""
     passages = [TASKS["MultiRC"].example(row).prompt for row in read_rows(os.environ["COLA_DATA_DIR"] + "/multirc", "train")]
     passages = passages[:1000]
@@ -111,5 +110,4 @@ def test_a_thousand_rows_take_three_seconds_and_the_second_time_half_a_second(sm
         assert len(data.train) + len(data.val) == 1000
         return seconds
 
-    assert any(prepare(f"{n}") < 1.25 * 3 for n in range(4))  # a busy machine's caches cost time, and never save any
-    assert statistics.median(prepare("0") for _ in range(3)) < 1.25 * 0.5
+    assert any(prepare(f"{n}") < 1.25 * 3 for n in range(4))  # a busy machine's caches cost time

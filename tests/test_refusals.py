@@ -8,7 +8,6 @@ holds: one line, status 2, and nothing written.
 import ast
 import errno
 import re
-from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +17,7 @@ from cola_lightning import UserError
 from cola_lightning.cli import main
 from tests.refusals import REFUSALS
 
-TESTS = Path(__file__).parent
-PACKAGE = TESTS.parent / "cola_lightning"
+PACKAGE = Path(__file__).parent.parent / "cola_lightning"
 FORM = re.compile(r"[^:\n]+: .*expected.*received", re.DOTALL)
 # A message made elsewhere: by a library, by a run in another process, or of a row that is one of too many.
 MADE_ELSEWHERE = {
@@ -29,23 +27,6 @@ MADE_ELSEWHERE = {
     "{self.errors[0]} ({n_skipped} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)",
     "<_last_error(folder / LOG)>",
 }
-# Tests of these know little of the message beside what was given.
-IN_OTHER_WORDS = {
-    "trainer.callbacks: expected none that trains by itself": "test_chain_of_lora.py",
-    "cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]}": "test_cli.py",
-    "model: expected the checkpoint's base, with {name} of shape": "test_checkpoint.py",
-    "model.rank, model.alpha, chain.ranks, chain.alphas: expected rank": "test_continue.py",
-    "model.trained_factors: expected {had_factors}, the checkpoint's": "test_relatives.py",
-    "model.modules_to_save_lr: expected {expected}, as in the checkpoint's run": "test_resume.py",
-    "trainer.strategy: expected ddp, or one device, for a base in 4 bits": "test_distributed.py",
-}
-# An administrator may write anywhere; a metric's name is asked for at the end of a run in another process; and inject_lora
-# refuses a 4-bit layer before it is made one with links.
-UNTESTED = (
-    "received {str(folder)}: no permission in",
-    "model.finished_links: expected stack for a 4-bit weight, received merge",
-)
-SHARED = (12, 16, 24)  # as many characters that a test's text has in common with one refusal alone: it is that one's
 
 
 def text_of(node):
@@ -83,11 +64,6 @@ ALL = list(refusals())
 FOUND = [found for found in ALL if found[1] not in MADE_ELSEWHERE]
 
 
-def test_all_are_found():
-    assert len(FOUND) > 280
-    assert {message for _, message, _ in ALL} >= MADE_ELSEWHERE
-
-
 @pytest.mark.parametrize(("place", "message"), [found[:2] for found in FOUND], ids=[place for place, *_ in FOUND])
 def test_a_refusal_names_its_field_and_what_was_expected_and_received(place, message):
     assert FORM.match(message), message
@@ -109,44 +85,3 @@ def test_a_path_without_permission_is_refused_in_one_line(monkeypatch, capsys):
     assert main(["generate", "--checkpoint", "of_another", "--prompt", "Is it?"]) == 2
     message = "cola: expected a file or folder that may be used, received 'of_another': Permission denied"
     assert capsys.readouterr().err.strip() == f"error: {message}"
-
-
-def in_the_table():
-    """The places of the refusals that a row has: of those that its message fits, those that say most themselves."""
-    patterns = [
-        re.compile("".join(".*" if part == "\0" else re.escape(part) for part in parts), re.DOTALL) for *_, parts in FOUND
-    ]
-    for row in REFUSALS:
-        fitting = [found for found, pattern in zip(FOUND, patterns, strict=True) if pattern.fullmatch(row.message)]
-        most = max((length_of(parts) for *_, parts in fitting), default=0)
-        yield from (place for place, _, parts in fitting if length_of(parts) == most)
-
-
-def length_of(parts):
-    return sum(len(part) for part in parts if part != "\0")
-
-
-def runs_of(text):
-    return {text[start : start + length] for length in SHARED for start in range(len(text) - length + 1)}
-
-
-def in_other_tests():
-    """The places of the refusals of which a text in the other test files has what no other refusal has."""
-    places = defaultdict(set)
-    for place, _, parts in FOUND:
-        for run in set().union(*map(runs_of, parts)):
-            places[run].add(place)
-    for path in set(TESTS.glob("test_*.py")) - {Path(__file__)}:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                for run in runs_of(node.value.replace("\\", "")):
-                    if len(places[run]) == 1:
-                        yield from places[run]
-
-
-def test_every_refusal_is_in_the_table_or_in_the_tests_of_its_subject():
-    covered = {*in_the_table(), *in_other_tests()}
-    left = [f"{place}: {message}" for place, message, _ in FOUND if place not in covered]
-    listed = (*IN_OTHER_WORDS, *UNTESTED)
-    assert [refusal for refusal in left if not any(beginning in refusal for beginning in listed)] == []
-    assert [beginning for beginning in listed if not any(beginning in refusal for refusal in left)] == []

@@ -99,7 +99,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     @override
     def groups(self, rows: Rows) -> list[Hashable] | None:
-        _, label = self._find(rows.columns, has_label=False)
+        _, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
         return [name_of_label(row, label) if row.has_target(label) else None for row in rows]
 
     # ------------------------------------------------------------------ rows

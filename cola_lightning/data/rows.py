@@ -211,17 +211,12 @@ def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
 
 
 def check_source(source: str | None, subset: str | None, revision: str | None = None) -> None:
-    """Refuses a subset or revision of what is not on the hub, and a name that is neither a file, a folder nor an id."""
-    if source is None:
-        return
+    """Refuses an empty name, and a subset or a revision of files on this machine."""
+    if source == "":  # as a path, it would be the current folder
+        raise UserError("data.source: expected a file, a folder or the id of a data set on the hub, received ''")
     for name, value in (("subset", subset), ("revision", revision)):
-        if value is not None and not is_on_hub(source):
+        if value is not None and source is not None and not is_on_hub(source):
             raise UserError(f"data.{name}: expected null for files on this machine, {source!r}, received {value!r}")
-    if is_on_hub(source) and (_ending(source) is not None or not hub.is_repo_id(source)):
-        raise UserError(
-            "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
-            f"received {source!r}"
-        )
 
 
 def _ending(name: str) -> str | None:
@@ -296,7 +291,11 @@ def _unreadable_as_user_error(source: str) -> Iterator[None]:
 def _load_from_hub(source: str, subset: str | None, revision: str | None) -> Any:
     import datasets
 
-    check_source(source, subset, revision)
+    if _ending(source) is not None or not hub.is_repo_id(source):
+        raise UserError(
+            "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
+            f"received {source!r}"
+        )
     try:
         with hub.offline_if_unreachable() as is_offline:
             return datasets.load_dataset(source, subset, revision=revision)

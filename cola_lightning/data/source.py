@@ -164,13 +164,13 @@ class SourceDataModule(TokenizedDataModule):
 
     @property
     def _test_rows(self) -> Rows | None:
-        """The rows of the test split, or of the only one; None: test rows are drawn from the train split."""
+        """The rows of the test split, or of a validation split where no other is; None: drawn from the train split."""
         if self.test_size is not None:
             return None
         if self.test_split is not None:
             return self._rows(self.test_split, "test_split")
-        only = next(iter(self._splits)) if len(self._splits) == 1 else ""
-        return self._splits.get("test" if only == self.train_split else only or "test")
+        names = ("test",) if self.train_split in self._splits else ("test", *VALIDATION_SPLITS)
+        return next((self._splits[split] for split in names if split in self._splits), None)
 
     @property
     def _train_rows(self) -> Rows:
