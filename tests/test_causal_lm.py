@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from cola_lightning import COLACausalLM, PredictionWriter, ReviewsDataModule, TextDataModule, UserError, lora_layers
 from cola_lightning.data.batches import collate_language, collate_options
-from cola_lightning.data.encoding import encode_responses, encode_texts
+from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
 from tests.tiny import plain_scores, with_live_link
@@ -157,7 +157,7 @@ def test_only_positions_with_a_loss_go_through_the_head(module):
     module.step(collate_options(encode_examples(module.tokenizer, examples, 64), 1))
     rows = encode_responses(module.tokenizer, [("Is the town old? ", "Yes"), ("Is it? ", "Yes")], 64, ["here", "there"])
     module.step(collate_language(rows, 1))
-    n_response = sum(label != -100 for label in rows[0]["labels"])
+    n_response = sum(label != -100 for label in labels_of(rows[0]))
     assert seen == [(2, 1), (2, n_response)]
 
 
@@ -166,15 +166,16 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
     pairs = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
     rows = encode_responses(module.tokenizer, pairs, 64, ["here"] * 3)
     if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
-        rows = [row | {"labels": row["input_ids"]} for row in rows]
-    assert len({len(row["labels"]) for row in rows}) == 3
+        rows = [row | {"spans": [0, len(row["input_ids"])]} for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) == 3
     pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
 
-    def on_the_right(name, value):
-        return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+    def on_the_right(values, value):
+        return torch.tensor([one + [value] * (length - len(one)) for one in values])
 
-    right = {"input_ids": on_the_right("input_ids", pad), "labels": on_the_right("labels", -100)}
-    right["attention_mask"] = torch.tensor([[1] * len(r["labels"]) + [0] * (length - len(r["labels"])) for r in rows])
+    ids, labels = [row["input_ids"] for row in rows], [labels_of(row) for row in rows]
+    right = {"input_ids": on_the_right(ids, pad), "labels": on_the_right(labels, -100)}
+    right["attention_mask"] = on_the_right([[1] * len(one) for one in ids], 0)
     theirs = module.model(**right).loss
     for batch in (right, collate_language(rows, pad)):
         output = module.step(batch)
@@ -212,7 +213,7 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     packed["attention_mask"] = mask
     output = module.step(packed)
-    separate = module.step(collate_language([{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows], 1))
+    separate = module.step(collate_language([{"input_ids": ids, "spans": [1, len(ids)]} for ids in rows], 1))
     assert output.size == separate.size == sum(lengths) - 3
     assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,6 +14,7 @@ import pytest
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
+from cola_lightning.data.encoding import labels_of
 from cola_lightning.data.row import Row
 from cola_lightning.turns import ChatTemplate, Conversation
 from tests import tiny
@@ -44,7 +45,7 @@ def encoded(own, messages, max_length=4000, *, tools=None, loss="all", **kwargs)
 
 def spans(row):
     """Each run of tokens with a loss, and the tokens before it."""
-    ids, labels = row["input_ids"], row["labels"]
+    ids, labels = row["input_ids"], labels_of(row)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     starts = [k for k in range(1, len(ids)) if labels[k] != -100 and labels[k - 1] == -100]
     ends = [k for k in range(1, len(ids) + 1) if labels[k - 1] != -100 and (k == len(ids) or labels[k] == -100)]

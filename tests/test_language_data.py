@@ -20,7 +20,7 @@ from cola_lightning import (
     UserError,
     hub,
 )
-from cola_lightning.data.encoding import encode_responses, encode_texts
+from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.rows import draw, read_rows
 from cola_lightning.data.sampling import EpochSampler
@@ -204,10 +204,11 @@ def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path)
     assert max(len(row["input_ids"]) for row in data.val) == 64
     assert sum(len(row["input_ids"]) for row in data.val) == len(data.tokenizer("It was old. " * 40)["input_ids"]) + 1
     end = data.tokenizer.eos_token_id
-    assert data.train[0]["labels"][-3:] == [-100, *data.train[0]["input_ids"][-2:]]
-    assert data.train[0]["input_ids"][-1] == end == data.train[5]["labels"][-1]
+    labels = labels_of(data.train[0])
+    assert labels[-3:] == [-100, *data.train[0]["input_ids"][-2:]]
+    assert data.train[0]["input_ids"][-1] == end == labels[-1]
     assert len(data.test) == 2
-    assert data.tokenizer.decode([label for label in data.train[0]["labels"] if label != -100]) == " Yes</s>"
+    assert data.tokenizer.decode([label for label in labels if label != -100]) == " Yes</s>"
     assert data.tokenizer.decode(data.train[0]["input_ids"]) == "<s>Is the town old? Yes</s>"
     batch = data.collate(data.train)
     assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(
@@ -242,7 +243,7 @@ def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):
     for arguments, labels, message in [
         ({"text_fields": fields}, 2, "row 3: expected one of the labels 0, 1 in the field 'label', received '2'"),
         ({"text_fields": "sentence"}, 2, columns),
-        ({"label_field": "gold"}, 2, "expected the field 'gold'"),
+        ({"label_field": "gold"}, 2, "expected one of the columns premise, hypothesis, label, received gold"),
         ({"text_fields": fields}, None, "model: expected a classifier, with num_labels"),
     ]:
         with pytest.raises(UserError, match=message):

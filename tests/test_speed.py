@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cola_lightning.data.encoding import encode_responses
+from cola_lightning.data.encoding import encode_responses, labels_of
 from tests import tiny
 
 SLACK = 1.25
@@ -84,9 +84,10 @@ def test_both_commands_train_on_the_same_sequences(tmp_path):
         ("Is the town old?\n", "Yes"),
         ("The cat sat on", " the mat. It was"),
     ]
-    rows = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-    (path := tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+    (path := tmp_path / "rows.jsonl").write_text("\n".join(lines))
     tokenizer = tiny.tokenizer()
-    ours = encode_responses(tokenizer, pairs, 64, ["", "", ""])
+    rows = encode_responses(tokenizer, pairs, 64, ["", "", ""])
+    ours = [{"input_ids": row["input_ids"], "labels": labels_of(row)} for row in rows]
     theirs = [{name: row[name] for name in ("input_ids", "labels")} for row in peft_trainer.Instructions(path, tokenizer)]
     assert theirs == ours

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
+from cola_lightning.data.encoding import labels_of
 from cola_lightning.modules.pretrained import Pretrained
 from tests import tiny
 
@@ -34,11 +35,11 @@ def examples(rows, tmp_path, own=None, stage="test", cls=TemplateDataModule, **a
     data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
     data.setup(stage)
     rows = data.train if stage == "fit" else data.test
-    return [without_length(row) for row in rows], data
+    return [with_labels(row) if isinstance(row, dict) else row for row in rows], data
 
 
-def without_length(row):
-    return {name: value for name, value in row.items() if name != "length"} if isinstance(row, dict) else row
+def with_labels(row):
+    return {"input_ids": row["input_ids"], "labels": labels_of(row)}
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
@@ -183,7 +184,7 @@ def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(tmp_path):
         ids += tokens
         labels += tokens if is_said else [-100] * len(tokens)
     assert row == [{"input_ids": ids, "labels": labels}]
-    assert data.collate(row)["labels"].tolist() == [labels]
+    assert data.collate(list(data.test))["labels"].tolist() == [labels]
     assert own.decode([label for label in labels if label != -100]) == "Yes.</s>No, נו 🏠</s>"
     row, _ = examples([{"messages": MESSAGES}], tmp_path, own, cls=TextDataModule, max_length=12)
     assert row == [{"input_ids": ids[-12:], "labels": [-100, *labels[-11:]]}]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow, PromptRow
+from cola_lightning.data.encoding import LanguageRow, PromptRow, labels_of
 from cola_lightning.data.examples import EncodedExample
 from cola_lightning.decoding import Decoding
 
@@ -58,7 +58,7 @@ def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]
     return {
         "input_ids": _pad_left([row["input_ids"] for row in rows], pad),
         "attention_mask": _pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": _pad_left([row["labels"] for row in rows], IGNORE_INDEX),
+        "labels": _pad_left([labels_of(row) for row in rows], IGNORE_INDEX),
     }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long
 from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
@@ -217,15 +216,13 @@ def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
 
 def _row(turns: Sequence[Turn], max_length: int, place: str, *, keeps_response: bool) -> LanguageRow:
     """The row of turns whose contexts are all in the last one."""
-    ids = turns[-1].ids
-    labels = [IGNORE_INDEX] * len(ids)
-    for turn in turns:
-        labels[turn.start : turn.end] = ids[turn.start : turn.end]
-    if keeps_response and (n_response := len(ids) - turns[0].start) >= max_length:
+    ids = turns[-1].ids[-max_length:]
+    n_cut = len(turns[-1].ids) - len(ids)
+    if keeps_response and (n_response := len(turns[-1].ids) - turns[0].start) >= max_length:
         raise response_too_long(place, n_response, max_length)
-    labels = [IGNORE_INDEX, *labels[-max_length:][1:]]  # a first token is not predicted
-    if set(labels) == {IGNORE_INDEX}:
+    spans = [(max(turn.start - n_cut, 1), turn.end - n_cut) for turn in turns if turn.end - n_cut > 1]  # a first token is given
+    if not spans:
         raise UserError(
             f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
         )
-    return {"input_ids": ids[-max_length:], "labels": labels}
+    return {"input_ids": ids, "spans": [place for span in spans for place in span]}

@@ -9,7 +9,8 @@ from cola_lightning.data.tokens import tokenize
 from cola_lightning.errors import UserError
 from cola_lightning.turns import end_of_text
 
-LanguageRow = dict[str, list[int]]  # input_ids, and labels: IGNORE_INDEX for tokens without a loss
+# input_ids, and spans: where each stretch of tokens with a loss begins and ends, one number after the other.
+LanguageRow = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         ids = _ended(ids, end)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        rows.append([{"input_ids": piece, "labels": [IGNORE_INDEX, *piece[1:]]} for piece in pieces if len(piece) > 1])
+        rows.append([{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1])
     return rows
 
 
@@ -67,8 +68,7 @@ def encode_responses(
         if n_response >= max_length:
             raise response_too_long(place, n_response, max_length)
         text = truncate_left(text, max_length, tokenizer.bos_token_id)
-        n_prompt = max(len(text) - n_response, 1)  # a first token is not predicted
-        rows.append({"input_ids": text, "labels": [IGNORE_INDEX] * n_prompt + text[n_prompt:]})
+        rows.append({"input_ids": text, "spans": [max(len(text) - n_response, 1), len(text)]})  # a first token is not predicted
     return rows
 
 
@@ -111,8 +111,22 @@ def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]
     return ids[:1] + ids[len(ids) - max_length + 1 :] if ids[0] == bos else ids[-max_length:]
 
 
-def n_common(first: Sequence[object], second: Sequence[object]) -> int:
-    """The length of the common prefix of two sequences of tokens, or of characters."""
-    if second[: len(first)] == first:
+def n_common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The length of the common prefix of two sequences."""
+    if first == second[: len(first)]:
         return len(first)
     return next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def labels_of(row: LanguageRow) -> list[int]:
+    """A row's labels: its tokens where they have a loss, and ``IGNORE_INDEX``.
+
+    Example:
+        >>> labels_of({"input_ids": [7, 8, 9, 5], "spans": [1, 2, 3, 4]})
+        [-100, 8, -100, 5]
+    """
+    ids, spans = row["input_ids"], row["spans"]
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    return labels

@@ -147,7 +147,7 @@ class TextDataModule(SourceDataModule):
         kind, columns = self._find(rows)
         how = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss
         encode = functools.partial(self._encode, kind, columns)
-        return self.map_rows(rows, {"input_ids": ["int32"], "labels": ["int32"]}, *how, encode=encode)
+        return self.map_rows(rows, {"input_ids": ["int32"], "spans": ["int32"]}, *how, encode=encode)
 
     def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row]) -> list[LanguageRow]:
         """Encodes rows for training or evaluation."""
