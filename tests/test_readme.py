@@ -130,7 +130,7 @@ def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
     (block,) = blocks("README.md", "yaml")
     config = yaml.safe_load(block)
     fields = set(re.findall(r"\{(\w+)\}", config["data"]["init_args"]["prompt"])) | {config["data"]["init_args"]["label"]}
-    columns = re.search(r"`reviews.csv`, of the columns `(\w+)` and `(\w+)`", README)
+    columns = re.search(r"`reviews.csv`, of the columns `(\w+)` and\s`(\w+)`", README)
     assert set(columns.groups()) == fields
     config["model"]["init_args"] |= {"model_name": model_and_rows, "gguf_file": None}
     (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(config))
