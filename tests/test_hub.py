@@ -198,6 +198,10 @@ def runs(hub, tmp_path_factory):
         "xsum, no columns": fit("EdinburghNLP/xsum"),
         "old": fit("owner/revised", "--data.revision", hub.old),
         "new": fit("owner/revised"),
+        "streamed": fit("trl-lib/tldr", "--data.streaming", "true", "--data.val_size", "5"),
+        "streamed, no validation": fit(
+            "tatsu-lab/alpaca", "--data.streaming", "true", "--data.val_size", "5", "--data.test_size", "5"
+        ),
     }
     folder = tmp_path_factory.mktemp("runs")
     (folder / "commands.json").write_text(json.dumps(commands))
@@ -327,3 +331,11 @@ def test_columns_that_say_nothing_are_named_by_the_user(runs):
 def test_a_revision_is_an_older_state_of_a_set(runs):
     for name in ("old", "new"):
         assert {text.split()[1] for text in trained(runs[name])} == {name}
+
+
+def test_a_data_set_is_streamed(runs):
+    assert_responses_of(runs["streamed"], tldr, ["prompt"], "completion", ("train", "validation"))
+    assert_responses_of(runs["streamed, no validation"], alpaca, ["instruction", "input"], "output")
+    validated = trained(runs["streamed, no validation"], "validation")
+    assert set(validated) == {alpaca("train", k)["output"] for k in range(5)}  # held out: the first rows
+    assert not set(trained(runs["streamed, no validation"])) & {alpaca("train", k)["output"] for k in range(10)}

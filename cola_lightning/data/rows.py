@@ -195,7 +195,7 @@ def load_splits(source: str, subset: str | None = None, revision: str | None = N
         return {"train": Rows(_read([path]), source)}
     if path.is_dir():
         return {split: Rows(_read(files), f"{source}, {split}") for split, files in _files_of(path).items()}
-    return {split: Rows(data, f"{source}, {split}") for split, data in _load_from_hub(source, subset, revision).items()}
+    return {split: Rows(data, f"{source}, {split}") for split, data in hub_data(source, subset, revision).items()}
 
 
 def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
@@ -288,7 +288,8 @@ def _unreadable_as_user_error(source: str) -> Iterator[None]:
         raise UserError(f"data.source: expected rows that can be read, received {source!r}: {reason}") from error
 
 
-def _load_from_hub(source: str, subset: str | None, revision: str | None) -> Any:
+def hub_data(source: str, subset: str | None, revision: str | None, *, streaming: bool = False) -> Any:
+    """The splits of a data set on the hub, as ``datasets`` has them; see :func:`load_splits`."""
     import datasets
 
     if _ending(source) is not None or not hub.is_repo_id(source):
@@ -298,7 +299,7 @@ def _load_from_hub(source: str, subset: str | None, revision: str | None) -> Any
         )
     try:
         with hub.offline_if_unreachable() as is_offline:
-            return datasets.load_dataset(source, subset, revision=revision)
+            return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if is_offline:
             raise HubError(

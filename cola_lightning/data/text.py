@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.columns import Kind, find_columns
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows
-from cola_lightning.data.source import SourceDataModule
+from cola_lightning.data.rows import Rows, is_on_hub
+from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
+from cola_lightning.data.streaming import HELD_OUT, Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
@@ -43,6 +44,9 @@ class TextDataModule(SourceDataModule):
     Args:
         source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: name of a configuration of a data set on the hub.
+        streaming: read the training rows of a data set on the hub while training on them, for one that fits no disk; shuffled
+            by a buffer. It needs ``trainer.max_steps``; validation and test take the first ``val_size`` and ``test_size`` rows
+            of their split, or of the train split (1,000 each by default).
         columns: the columns to use, by what they hold: ``messages`` (and ``tools``), ``prompt`` (with ``response``, ``input``
             and ``system``), or ``text``; ``null``: found by their names.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
@@ -67,6 +71,7 @@ class TextDataModule(SourceDataModule):
         source: str,
         subset: str | None = None,
         *,
+        streaming: bool = False,
         columns: dict[str, str] | None = None,
         chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -80,12 +85,75 @@ class TextDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
+        if streaming and not is_on_hub(source):
+            raise UserError(f"data.streaming: expected false for files on this machine, {source!r}, received true")
+        for name, size in (("train_size", self.train_size), ("val_size", self.val_size), ("test_size", self.test_size)):
+            if streaming and (isinstance(size, float) or (name == "train_size" and size is not None)):
+                raise UserError(
+                    f"data.{name}: expected no share, and no train_size, of rows that are streamed, received {size}"
+                )
+        self.streaming = streaming
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
         self._kind: Kind = "text"  # of the rows that were encoded
+
+    # ------------------------------------------------------------------ rows that are streamed
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not self.streaming:
+            super().setup(stage)
+            return
+        splits = stream_splits(self.source, self.subset, self.revision)
+        sizes = {"val": int(self.val_size or HELD_OUT), "test": int(self.test_size or HELD_OUT)}
+        names = {"val": [self.val_split, *VALIDATION_SPLITS], "test": [self.test_split, "test"]}
+        held_out, n_held_out = {}, 0
+        for part, size in sizes.items():
+            if (split := next((name for name in names[part] if name in splits), None)) is not None:
+                held_out[part] = splits[split].first(size)
+            else:
+                held_out[part] = self._of_train(splits).first(n_held_out + size)[n_held_out:]
+                n_held_out += size
+        self._tell("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in held_out.items()))
+        if stage == "predict":
+            self.test = self.encode_predicted(held_out["test"].lacking_targets())
+        elif stage == "test":
+            self.test = self.encode(held_out["test"])
+        else:
+            self.val = self.encode(held_out["val"])
+        if stage == "fit":
+            train = self._of_train(splits)
+            train.n_held_out = n_held_out
+            rows = train.first(1)
+            encode = functools.partial(self._encode, *self._find(rows))
+            self.train = train.encoded(encode, rows.columns, self.split_seed, *self._processes)
+
+    def _of_train(self, splits: Mapping[str, Stream]) -> Stream:
+        if self.train_split not in splits:
+            listed = ", ".join(splits)
+            raise UserError(
+                f"data.train_split: expected one of the splits of {self.source!r}, {listed}, received {self.train_split!r}"
+            )
+        return splits[self.train_split]
+
+    @override
+    def train_dataloader(self) -> Any:
+        if not self.streaming:
+            return super().train_dataloader()
+        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return stream_loader(dataset=self.train, collate_fn=self.collate, **options)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.streaming else super().state_dict()
+
+    @property
+    @override
+    def can_be_tested(self) -> bool:
+        return self.streaming or super().can_be_tested
 
     # ------------------------------------------------------------------ what a row is
 
