@@ -954,7 +954,7 @@ ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "
     ),
     (
         {"test_split": "test", **FIXED},
-        "data.test_split: expected one of the splits of 'rows.jsonl', train, received 'test'",
+        "data.test_split: expected one of the splits train, received 'test'",
     ),
 )
 def row_of_a_template(prompt="Is it?", **arguments):

@@ -148,7 +148,7 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
     assert [data.tokenizer.decode(part[0]["input_ids"][1:-1]) for part in (data.train, data.val, data.test)] == [
         f"It was {k}." for k in range(3)
     ]
-    with pytest.raises(UserError, match=r"data\.val_split: expected one of the splits of .*, received 'no'$") as caught:
+    with pytest.raises(UserError, match=r"data\.val_split: expected one of the splits .*, received 'no'$") as caught:
         attach(TextDataModule(str(tmp_path), val_split="no")).setup("fit")
     assert all(split in str(caught.value) for split in splits)
 

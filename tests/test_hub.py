@@ -198,6 +198,15 @@ def runs(hub, tmp_path_factory):
         "xsum, no columns": fit("EdinburghNLP/xsum"),
         "old": fit("owner/revised", "--data.revision", hub.old),
         "new": fit("owner/revised"),
+        "whole": [
+            "fit",
+            "--model.model_name",
+            "owner/chat",
+            "--data.source",
+            "tatsu-lab/alpaca",
+            "--chain.every_n_epochs",
+            "1",
+        ],
         "streamed": fit("trl-lib/tldr", "--data.streaming", "true", "--data.val_size", "5"),
         "streamed, no validation": fit(
             "tatsu-lab/alpaca", "--data.streaming", "true", "--data.val_size", "5", "--data.test_size", "5"
@@ -331,6 +340,17 @@ def test_columns_that_say_nothing_are_named_by_the_user(runs):
 def test_a_revision_is_an_older_state_of_a_set(runs):
     for name in ("old", "new"):
         assert {text.split()[1] for text in trained(runs[name])} == {name}
+
+
+def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
+    run = runs["whole"]
+    assert run.status == 0, run.err
+    assert is_said(run, "trainer.max_epochs: 3")
+    assert [line.split(":")[0] for line in run.out.splitlines() if line.startswith("link ")] == [
+        "link 0 finished",
+        "link 1 finished",
+        "link 2 live at the end",
+    ]
 
 
 def test_a_data_set_is_streamed(runs):

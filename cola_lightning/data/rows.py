@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from cola_lightning.data.row import Row
 from cola_lightning.errors import HubError, UnusableRow, UserError, causes, one_line
 
 log = logging.getLogger(__name__)
+
+S = TypeVar("S")
 
 # Of datasets, by a file's ending.
 READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
@@ -208,6 +210,17 @@ def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
     if split not in splits:
         raise UserError(f"data.source: expected a split {split} in {source!r}, received {', '.join(splits)}")
     return splits[split]
+
+
+def choose_split(splits: Mapping[str, S], given: str | None, names: Sequence[str], option: str) -> S | None:
+    """The split that an option names or, where it is null, the first of some names that there is; None if there is none.
+
+    Raises:
+        UserError: for a split that there is not; it lists those that there are.
+    """
+    if given is not None and given not in splits:
+        raise UserError(f"data.{option}: expected one of the splits {', '.join(splits)}, received {given!r}")
+    return next((splits[name] for name in ([given] if given else names) if name in splits), None)
 
 
 def check_source(source: str | None, subset: str | None, revision: str | None = None) -> None:

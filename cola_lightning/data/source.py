@@ -10,7 +10,16 @@ from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, check_source, draw_parts, identity_of, identity_of_source, is_file, load_splits
+from cola_lightning.data.rows import (
+    Rows,
+    check_source,
+    choose_split,
+    draw_parts,
+    identity_of,
+    identity_of_source,
+    is_file,
+    load_splits,
+)
 from cola_lightning.data.tokens import identity_of_tokenizer
 from cola_lightning.errors import UserError
 
@@ -147,34 +156,22 @@ class SourceDataModule(TokenizedDataModule):
     def _splits(self) -> dict[str, Rows]:
         return load_splits(self.source, self.subset, self.revision)
 
-    def _rows(self, split: str, option: str) -> Rows:
-        if split not in self._splits:
-            listed = ", ".join(self._splits)
-            raise UserError(f"data.{option}: expected one of the splits of {self.source!r}, {listed}, received {split!r}")
-        return self._splits[split]
+    @property
+    def _train_rows(self) -> Rows:
+        rows = choose_split(self._splits, self.train_split, (), "train_split")
+        assert rows is not None
+        return rows
 
     @property
     def _val_rows(self) -> Rows | None:
         """The rows of the validation split; None: validation rows are drawn from the train split."""
-        if self.val_size is not None:
-            return None
-        if self.val_split is not None:
-            return self._rows(self.val_split, "val_split")
-        return next((self._splits[split] for split in VALIDATION_SPLITS if split in self._splits), None)
+        return None if self.val_size else choose_split(self._splits, self.val_split, VALIDATION_SPLITS, "val_split")
 
     @property
     def _test_rows(self) -> Rows | None:
         """The rows of the test split, or of a validation split where no other is; None: drawn from the train split."""
-        if self.test_size is not None:
-            return None
-        if self.test_split is not None:
-            return self._rows(self.test_split, "test_split")
         names = ("test",) if self.train_split in self._splits else ("test", *VALIDATION_SPLITS)
-        return next((self._splits[split] for split in names if split in self._splits), None)
-
-    @property
-    def _train_rows(self) -> Rows:
-        return self._rows(self.train_split, "train_split")
+        return None if self.test_size else choose_split(self._splits, self.test_split, names, "test_split")
 
     def _tell(self, text: str) -> None:
         if text not in self._told:  # each stage comes here

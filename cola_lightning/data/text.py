@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.columns import Kind, find_columns
 from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
 from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, is_on_hub
+from cola_lightning.data.rows import Rows, choose_split, is_on_hub
 from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
-from cola_lightning.data.streaming import HELD_OUT, Stream, stream_loader, stream_splits
+from cola_lightning.data.streaming import HELD_OUT, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
@@ -108,15 +108,19 @@ class TextDataModule(SourceDataModule):
             super().setup(stage)
             return
         splits = stream_splits(self.source, self.subset, self.revision)
-        sizes = {"val": int(self.val_size or HELD_OUT), "test": int(self.test_size or HELD_OUT)}
-        names = {"val": [self.val_split, *VALIDATION_SPLITS], "test": [self.test_split, "test"]}
-        held_out, n_held_out = {}, 0
-        for part, size in sizes.items():
-            if (split := next((name for name in names[part] if name in splits), None)) is not None:
-                held_out[part] = splits[split].first(size)
+        train = choose_split(splits, self.train_split, (), "train_split")
+        assert train is not None
+        own = {
+            "val": choose_split(splits, self.val_split, VALIDATION_SPLITS, "val_split"),
+            "test": choose_split(splits, self.test_split, ("test",), "test_split"),
+        }
+        held_out, sizes = dict[str, Rows](), {"val": int(self.val_size or HELD_OUT), "test": int(self.test_size or HELD_OUT)}
+        for part, split in own.items():
+            if split is not None:
+                held_out[part] = split.first(sizes[part])
             else:
-                held_out[part] = self._of_train(splits).first(n_held_out + size)[n_held_out:]
-                n_held_out += size
+                held_out[part] = train.first(train.n_held_out + sizes[part])[train.n_held_out :]
+                train.n_held_out += sizes[part]
         self._tell("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in held_out.items()))
         if stage == "predict":
             self.test = self.encode_predicted(held_out["test"].lacking_targets())
@@ -125,19 +129,9 @@ class TextDataModule(SourceDataModule):
         else:
             self.val = self.encode(held_out["val"])
         if stage == "fit":
-            train = self._of_train(splits)
-            train.n_held_out = n_held_out
             rows = train.first(1)
             encode = functools.partial(self._encode, *self._find(rows))
             self.train = train.encoded(encode, rows.columns, self.split_seed, *self._processes)
-
-    def _of_train(self, splits: Mapping[str, Stream]) -> Stream:
-        if self.train_split not in splits:
-            listed = ", ".join(splits)
-            raise UserError(
-                f"data.train_split: expected one of the splits of {self.source!r}, {listed}, received {self.train_split!r}"
-            )
-        return splits[self.train_split]
 
     @override
     def train_dataloader(self) -> Any:
@@ -302,9 +296,9 @@ def _prompt(row: Row, columns: Columns) -> str:
 def _turns(row: Row, columns: Columns) -> list[dict[str, Any]]:
     """An instruction as a user's turn, after the system's if there is one."""
     turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
-    if row.is_missing(columns.get("system", "")):
+    if row.is_missing(columns.get("system", "")) or not (system := row.text(columns["system"])).strip():
         return turns
-    return [{"role": "system", "content": row.text(columns["system"])}, *turns]
+    return [{"role": "system", "content": system}, *turns]
 
 
 def _conversation(row: Row, columns: Columns) -> Conversation:
