@@ -237,6 +237,17 @@ def test_its_class_is_imported(tmp_path, mark, monkeypatch):
     assert mark.exists()
 
 
+def test_no_module_that_an_adapter_names_is_imported(tmp_path, base, mark, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nraise ValueError('no Megatron')\n"
+    (tmp_path / "imported_by_peft.py").write_text(text)
+    path, exported = fitted(tmp_path, COLACausalLM(str(base), target_modules=["q_proj"])), tmp_path / "adapter"
+    assert main(["export", "--checkpoint", str(path), "--format", "peft", "--output", str(exported)]) == 0
+    changed_json(exported / "adapter_config.json", megatron_config={"a": 1}, megatron_core="imported_by_peft")
+    assert main(["generate", "--checkpoint", str(exported), "--prompt", "The cat"]) == 2
+    assert not mark.exists()  # peft has a list of those that may be
+
+
 class Saving(Toy):
     """Its arguments are Lightning's hyperparameters, too."""
 
