@@ -171,6 +171,8 @@ def test_a_class_that_fixes_an_argument_resumes_its_own_runs(tmp_path, cls):
     with pytest.raises(UserError, match=r"model\.trained_factors: expected B, the checkpoint's, received both"):
         fit(tmp_path / "other", ckpt_path=last(tmp_path), module=toy(Normed, **ARGUMENTS))
     assert cls.load_from_checkpoint(last(tmp_path)).trained_factors == "B"
+    fit(tmp_path / "plain", ("batch_end", 5), module=toy(Normed, **ARGUMENTS))
+    assert cls.load_from_checkpoint(last(tmp_path / "plain")).trained_factors == "B"  # loaded as another class
 
 
 def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():

@@ -256,6 +256,8 @@ def load_module(
             cls = made
         if made is None or not issubclass(cls, made):
             recorded = {}
+        elif cls is not made:  # which may give them itself
+            recorded = recorded | {"defaults": {}}
         for name in recorded.get("not_plain", ()):
             if name not in given:
                 log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
