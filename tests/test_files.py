@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import transformers
 
@@ -38,8 +39,6 @@ def write(path, rows):
     if kind in ("csv", "tsv"):
         write_csv(path, rows, "\t" if kind == "tsv" else ",")
     elif kind == "parquet":
-        import datasets
-
         datasets.Dataset.from_list(rows).to_parquet(path)
     else:
         text = json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
@@ -431,6 +430,26 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, name):
 def test_a_name_that_is_no_file_is_not_asked_for_on_the_hub():
     with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, .* received 'no_such.csv'"):
         read_rows("no_such.csv", "train")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+@pytest.mark.parametrize("cls", [TextDataModule, TextClassificationDataModule])
+def test_several_processes_make_the_same_rows(tmp_path, cls):
+    source = write(tmp_path / "rows.csv", labelled(40))
+
+    def prepared(**arguments):
+        data = attach(cls(source, **arguments))
+        module = SimpleNamespace(tokenizer=tiny.tokenizer(), seed=3, label_names=["neg", "pos"], are_names_given=False)
+        data.trainer.lightning_module = module
+        data.setup("fit")
+        return data.train[:]
+
+    alone = prepared()
+    datasets.disable_caching()
+    try:
+        assert prepared(num_proc=2) == alone
+    finally:
+        datasets.enable_caching()
 
 
 def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(tmp_path, monkeypatch):

@@ -109,16 +109,18 @@ class TextClassificationDataModule(SourceDataModule):
         texts, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
         inputs = {name: ["int32"] for name in self.tokenizer("a")}
-        options = texts, label, names, getattr(self._module, "are_names_given", True), rows.may_lack_targets
-        encode = functools.partial(self._encode, texts, label, names)
+        are_given = getattr(self._module, "are_names_given", True)
+        encode = functools.partial(self._encode, texts, label, names, are_given)
+        options = texts, label, names, are_given, rows.may_lack_targets
         return self.map_rows(rows, inputs | {"labels": "int64"}, *options, encode=encode)
 
-    def _encode(self, texts: list[str], label: str, names: list[str] | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _encode(
+        self, texts: list[str], label: str, names: list[str] | None, are_given: bool, rows: Sequence[Row]
+    ) -> list[dict[str, Any]]:
         # Labels first: their errors often reveal a wrong choice of columns or files.
         places = {name: place for place, name in enumerate(names or [])}
-        given = getattr(self._module, "are_names_given", True)
         labels = [
-            place_of_label(row, label, places, are_given=given) if row.has_target(label, names) else IGNORE_INDEX
+            place_of_label(row, label, places, are_given=are_given) if row.has_target(label, names) else IGNORE_INDEX
             for row in rows
         ]
         tokenizer = self.tokenizer
