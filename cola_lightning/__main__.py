@@ -10,7 +10,7 @@ from typing import TextIO
 
 def entry_point() -> None:
     """Runs the command line; what it imports takes seconds, in which Ctrl-C is as good as later."""
-    sys.path.insert(0, os.getcwd())  # a user's own modules lie where the user is
+    sys.path.append(os.getcwd())  # a user's own modules lie where the user is; they are not taken for a library's
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(errors="replace")  # a generated text has any character
     # Lightning's own use of torch's tree utilities: https://github.com/Lightning-AI/pytorch-lightning/issues/21326

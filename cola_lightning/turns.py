@@ -70,7 +70,7 @@ class ChatTemplate:
 
         Args:
             conversation: its contents may be text or lists of text parts, whichever of the two the template renders.
-            place: file and line, for messages.
+            place: place, for messages.
             is_open: whether the generation prompt follows.
             **mode: variables of the template, besides ``kwargs``.
         """

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import transformers
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
@@ -126,6 +127,43 @@ def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp
     (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
     rows = [{"text": "fine", "label": "pos"}, {"text": "bad", "label": "neg"}]
     assert list(read_rows(str(tmp_path / "rows.csv"), "train")) == rows
+
+
+@pytest.mark.filterwarnings("default")  # as outside of tests, where a warning is no error
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,label\nwell, bad,neg\nfine, good,pos\n", "Length of header or names does not match"),
+        ("text,text\nfine,pos\n", "expected column names that differ, received text, text"),
+    ],
+)
+def test_no_cell_of_a_csv_file_is_dropped_in_silence(tmp_path, text, message):
+    """A comma in a text without quotes makes one more cell; of two columns of one name, a row would have the last."""
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_rows(str(tmp_path / "rows.csv"), "train")
+
+
+def test_a_split_is_one_file_or_its_numbered_parts(tmp_path):
+    for name in ("train.csv", "train.jsonl"):
+        write(tmp_path / name, ROWS)
+    with pytest.raises(UserError, match=r"expected one file for each split in .*, received train\.csv and train\.jsonl$"):
+        load_splits(str(tmp_path))
+
+
+def test_a_split_that_is_not_asked_for_is_not_read(tmp_path):
+    write(tmp_path / "train.csv", ROWS)
+    (tmp_path / "notes.json").write_text("no rows")
+    assert len(read_rows(str(tmp_path), "train")) == len(ROWS)
+
+
+def test_the_process_that_prepares_the_rows_of_many_reads_those_of_its_command(tmp_path):
+    """Rows without answers are for predict alone; ``str`` of Lightning's stage is not its name."""
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "Is it?", "response": None}])
+    data = attach(TextDataModule(source, chat_template=False))
+    data.trainer.world_size, data.trainer.state = 2, TrainerState(fn=TrainerFn.PREDICTING)
+    data.prepare_data()
+    assert len(data.test) == 1
 
 
 def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):

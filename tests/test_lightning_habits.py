@@ -1257,12 +1257,14 @@ def test_a_configuration_of_omegaconf_comes_back_as_one(tmp_path):
             self.config, self.other = config, other
 
     whole = omegaconf.OmegaConf.create({"n": 2, "model": {"targets": ["0"], "size": {"rank": "${n}"}, "text": "\\${x}"}})
+    whole.model.slashes = "\\\\\\${x}"
     module = Configured(whole.model, {"a": 1, "parts": [whole.model.size]})
     fitted(tmp_path, module).trainer.save_checkpoint(tmp_path / "run.ckpt")
     loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
     assert isinstance(loaded.config, omegaconf.DictConfig)
     assert isinstance(loaded.hparams.config.targets, omegaconf.ListConfig)
     assert (loaded.config.size.rank, loaded.config.text) == (2, "${x}")
+    assert loaded.config.slashes == whole.model.slashes == "\\${x}"
     assert (loaded.other["a"], loaded.other["parts"][0].rank) == (1, 2)
     assert_bit_equal(weights(loaded), weights(module))
 

@@ -208,7 +208,7 @@ def _of_adapter(folder: Path, trust: bool) -> Generator:
     if not (folder / "tokenizer_config.json").is_file():
         return _of_plain(model, base.tokenizer())
     with broken_files_refused("adapter", "a tokenizer", AutoTokenizer, str(folder)):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     return _of_plain(model, with_padding(tokenizer))
 
 

@@ -61,7 +61,7 @@ def encode_conversations(
         template: the tokenizer's chat template.
         conversations: each begins with another role's turn, and ends with the assistant's.
         max_length: in tokens; a longer row is truncated on the left.
-        places: each conversation's file and line, for messages.
+        places: each conversation's place, for messages.
         loss: on ``all`` assistant turns, or on the ``last`` one alone.
         keeps_response: whether to refuse a conversation whose assistant turns would be truncated.
 
@@ -158,7 +158,7 @@ def _continued(prompt: str, before: str, whole: str, place: str) -> str:
         prompt: the turns before it, with the generation prompt.
         before: without the generation prompt.
         whole: with the turn.
-        place: file and line, for messages.
+        place: place, for messages.
     """
     n_history = n_common(prompt, before)
     if n_common(prompt, whole) >= n_history:  # they are the same; the turn is not what the generation prompt opens

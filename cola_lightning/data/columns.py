@@ -1,5 +1,6 @@
 """Which columns of a data set hold the conversation, the prompt and its response, or the text."""
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -65,6 +66,9 @@ def find_columns(
     """
     if given is not None:
         return _given_columns(names, given)
+    if not has_response:  # the same columns as in training, if there are those
+        with contextlib.suppress(UserError):
+            return find_columns(names, lists, None)
     for rank in CONVENTIONS:
         fits = [found for one in rank if (found := _fit(one, names, lists, has_response)) is not None]
         if len(fits) == 1 and not any(len(columns) > 1 for columns in fits[0][1].values()):

@@ -51,7 +51,7 @@ def encode_responses(
         tokenizer: a Hugging Face tokenizer.
         pairs: prompt and response. If both together are too long, the prompt is truncated on the left, never the response.
         max_length: of both together, in tokens.
-        places: each pair's file and line, for messages.
+        places: each pair's place, for messages.
 
     Raises:
         UserError: if a response alone is too long, or adds nothing to its prompt.

@@ -22,7 +22,7 @@ class Example:
         options: appended to the prompt, without spaces at their ends; if the answer is generated: the answer that is trained
             on, or none if it is not known.
         answer: the index of the right option; None if it is not known, as in rows to be predicted.
-        place: the row's file and line, for messages.
+        place: where the row is from, for messages.
         accepted: indices of all options that count as right, if there are several.
         references: if the answer is generated: the answers it is compared with.
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ class PromptDataModule(OptionDataModule):
     def prepare_data(self) -> None:
         self._load()  # once, before all processes do
 
-    def _load(self) -> dict[str, Rows]:
+    def _load(self) -> Mapping[str, Rows]:
         return load_splits(self.source, self.subset, self.revision)
 
     @override

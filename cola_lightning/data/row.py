@@ -90,7 +90,7 @@ class Row(dict[str, Any]):
     def tools(self, field: str = "tools") -> list[Any] | None:
         """A field that holds a list or its JSON: schemas of the functions that a conversation's assistant may call."""
         tools = self.get(field)
-        return without_null(json.loads(tools) if isinstance(tools, str) else tools) or None
+        return (json.loads(tools) if isinstance(tools, str) else without_null(tools)) or None
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.

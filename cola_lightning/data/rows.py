@@ -28,6 +28,7 @@ S = TypeVar("S")
 
 # Of datasets, by a file's ending.
 READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
+SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 PERCENT_SKIPPED = 1  # at most, of the rows of a part
 WORTH_A_BAR, WORTH_A_BAR_BYTES = 20_000, 10**8  # rows, and bytes of files, whose preparation takes seconds
 
@@ -105,7 +106,10 @@ class Rows(Sequence[Row]):
         """The different values of a field."""
         if field not in self.columns:
             self[0][field]  # raises
-        return list(dict.fromkeys(self._selected().unique(field)))
+        try:
+            return list(self._selected().unique(field))
+        except NotImplementedError:  # of values of several types
+            return list(dict.fromkeys(self._selected()[field]))
 
     def mapped(
         self,
@@ -132,6 +136,7 @@ class Rows(Sequence[Row]):
 
         digest = hashlib.sha256(os.urandom(16) if identity is None else identity.encode())
         digest.update(self.numbers.tobytes())
+        digest.update(repr(sorted(features.items())).encode())
         for file in self.data.cache_files:
             status = os.stat(file["filename"])
             digest.update(repr((file["filename"], status.st_size, status.st_mtime_ns)).encode())
@@ -179,7 +184,28 @@ def is_on_hub(source: str) -> bool:
     return not Path(os.path.expanduser(source)).exists()
 
 
-def load_splits(source: str, subset: str | None = None, revision: str | None = None) -> dict[str, Rows]:
+class FileSplits(Mapping[str, Rows]):
+    """The splits of a folder, each read when it is asked for."""
+
+    def __init__(self, source: str, files: Mapping[str, list[Path]]) -> None:
+        self.source, self.files, self._read = source, files, dict[str, Rows]()
+
+    @override
+    def __getitem__(self, split: str) -> Rows:
+        if split not in self._read:
+            self._read[split] = Rows(_read(self.files[split]), f"{self.source}, {split}")
+        return self._read[split]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def load_splits(source: str, subset: str | None = None, revision: str | None = None) -> Mapping[str, Rows]:
     """The splits of a source, by the names that it has.
 
     Args:
@@ -196,17 +222,17 @@ def load_splits(source: str, subset: str | None = None, revision: str | None = N
     if path.is_file():
         return {"train": Rows(_read([path]), source)}
     if path.is_dir():
-        return {split: Rows(_read(files), f"{source}, {split}") for split, files in _files_of(path).items()}
+        return FileSplits(source, _files_of(path))
     return {split: Rows(data, f"{source}, {split}") for split, data in hub_data(source, subset, revision).items()}
 
 
-def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
+def read_rows(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Rows:
     """The rows of a split of a source; of a single file, all its rows are its split ``train``. See :func:`load_splits`.
 
     Raises:
         UserError: if there is no such split.
     """
-    splits = load_splits(source, subset)
+    splits = load_splits(source, subset, revision)
     if split not in splits:
         raise UserError(f"data.source: expected a split {split} in {source!r}, received {', '.join(splits)}")
     return splits[split]
@@ -242,8 +268,11 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
-            name = path.name[: path.name.lower().rindex(ending)]
-            files.setdefault(re.sub(r"-\d+-of-\d+$", "", name).lower(), []).append(path)
+            name = path.name[: path.name.lower().rindex(ending)].lower()
+            files.setdefault(SHARD.sub("", name), []).append(path)
+            if len(own := files[SHARD.sub("", name)]) > 1 and not SHARD.search(name):
+                received = " and ".join(one.name for one in own)
+                raise UserError(f"data.source: expected one file for each split in {str(folder)!r}, received {received}")
     if not files:
         raise UserError(f"data.source: expected a file train{next(iter(READERS))} or alike in {str(folder)!r}, received none")
     return files
@@ -252,12 +281,14 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
 def _read(files: list[Path]) -> Any:
     """The rows of files of one kind."""
     import datasets
+    from pandas.errors import ParserWarning
 
     if (ending := _ending(files[0].name)) is None:
         endings = ", ".join(READERS)
         raise UserError(f"data.source: expected a file that ends in {endings}, received {str(files[0])!r}")
     how: dict[str, Any] = {}
     with _unreadable_as_user_error(str(files[0])), warnings.catch_warnings():
+        warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
         if READERS[ending] == "csv":  # all values are text, not numbers, dates or "NA" for none; an empty cell is null
             how = {"sep": "\t" if ending == ".tsv" else ","}
             columns = _header(files[0], **how)
@@ -273,7 +304,10 @@ def _read(files: list[Path]) -> Any:
 def _header(file: Path, sep: str) -> list[str]:
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
-        return next(csv.reader(lines, delimiter=sep))
+        names = next(csv.reader(lines, delimiter=sep))
+    if len({*names}) < len(names):
+        raise UserError(f"{file}: expected column names that differ, received {', '.join(names)}")
+    return names
 
 
 def _check_quotes(rows: Any, file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from typing_extensions import override
 
+from cola_lightning import __version__
 from cola_lightning.data.base import EpochDataModule, check_shares
 from cola_lightning.data.row import Row
 from cola_lightning.data.rows import (
@@ -26,6 +27,7 @@ from cola_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 DRAWN_SHARE = 0.1  # of the training rows, for each part that has no split
+ENCODING = 1  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
@@ -153,7 +155,7 @@ class SourceDataModule(TokenizedDataModule):
         return identity_of_source(self.source, self.subset, self.revision)
 
     @functools.cached_property
-    def _splits(self) -> dict[str, Rows]:
+    def _splits(self) -> Mapping[str, Rows]:
         return load_splits(self.source, self.subset, self.revision)
 
     @property
@@ -181,11 +183,13 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def prepare_data(self) -> None:
         if self.trainer is not None and self.trainer.world_size > 1:  # one process; the others find its files
-            self.setup(str(self.trainer.state.fn))
+            self.setup(self.trainer.state.fn.value)  # type: ignore[union-attr]
 
     @override
     def setup(self, stage: str) -> None:
         val, test = self._val_rows, self._test_rows
+        if stage == "fit":
+            assert self.identity is not None  # computed here: a file may change during the run
         if stage == "fit" or (self.needs_train_rows and self.train_split in self._splits):
             self.look_at(self._train_rows)
         if stage == "predict":
@@ -212,7 +216,8 @@ class SourceDataModule(TokenizedDataModule):
             "val_size": 0 if val is not None else self.val_size or DRAWN_SHARE,
             "test_size": 0 if test is not None else self.test_size or DRAWN_SHARE,
         }
-        parts = draw_parts(rows, sizes, self.split_seed, rows.place, self.groups(rows))
+        is_drawn = val is None or test is None or self.train_size is not None
+        parts = draw_parts(rows, sizes, self.split_seed, rows.place, self.groups(rows) if is_drawn else None)
         *others, last = [
             f"{len(part)}{' rows' * (name == 'training')} for {name}"
             for name, part, own in zip(("training", "validation", "test"), parts, (None, val, test), strict=True)
@@ -239,8 +244,10 @@ class SourceDataModule(TokenizedDataModule):
             *options: plain values on which it depends, besides the rows and the tokenizer.
             encode: makes dicts of a list of rows.
         """
-        tokenizer = identity_of_tokenizer(self.tokenizer)
-        identity = None if tokenizer is None else identity_of(tokenizer, self.max_length, type(self).__name__, options)
+        tokenizer, kind = identity_of_tokenizer(self.tokenizer), type(self)
+        is_ours = kind.__module__.startswith("cola_lightning.")  # code of another's may change without a sign of it
+        ours = __version__, ENCODING, kind.__name__, self.max_length, options
+        identity = identity_of(tokenizer, ours) if is_ours and tokenizer is not None else None
 
         def with_lengths(some: list[Row]) -> list[dict[str, Any]]:
             return [{**row, "length": len(row["input_ids"])} for row in encode(some)]
@@ -257,8 +264,11 @@ class SourceDataModule(TokenizedDataModule):
     @property
     @override
     def can_be_tested(self) -> bool:
-        rows = self._test_rows
-        return rows is None or (len(rows) > 0 and self.has_target(rows.lacking_targets()[0]))
+        try:
+            rows = self._test_rows
+            return rows is None or (len(rows) > 0 and self.has_target(rows.lacking_targets()[0]))
+        except UserError:  # said where it is tested on
+            return False
 
     def has_target(self, row: Row) -> bool:
         """Whether a row that may lack its target, a label or an answer, has one."""

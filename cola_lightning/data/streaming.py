@@ -1,6 +1,7 @@
 """Rows of a data set on the hub that are read while a model trains on them: for what fits no disk."""
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ from torch.utils.data import DataLoader
 
 from cola_lightning.data.row import Row
 from cola_lightning.data.rows import Rows, hub_data
+from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[list[Row]], Sequence[dict[str, Any]]]
 HELD_OUT = 1_000  # the first rows of a split that are read, for validation and for test
@@ -46,12 +50,23 @@ class Stream:
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
-            encoded = encode(rows)
+            try:
+                encoded = encode(rows)
+            except UserError:  # of one row, or several: the others need not wait for it
+                encoded = [row for one in rows for row in _if_usable(encode, one)]
             return {name: [row[name] for row in encoded] for name in ("input_ids", "spans")}
 
         data = self.data.skip(self.n_held_out).shuffle(seed=seed, buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
         return data.map(batch, batched=True, remove_columns=list(columns))
+
+
+def _if_usable(encode: Encode, row: Row) -> Sequence[dict[str, Any]]:
+    try:
+        return encode([row])
+    except UserError as error:
+        log.warning("a row cannot be used, and is skipped: %s", error)
+        return []
 
 
 def stream_splits(source: str, subset: str | None, revision: str | None) -> dict[str, Stream]:

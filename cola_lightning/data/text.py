@@ -18,6 +18,7 @@ from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
 from cola_lightning.data.streaming import HELD_OUT, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
+from cola_lightning.seeding import derive_seed
 from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
 
 log = logging.getLogger(__name__)
@@ -123,22 +124,30 @@ class TextDataModule(SourceDataModule):
                 train.n_held_out += sizes[part]
         self._tell("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in held_out.items()))
         if stage == "predict":
-            self.test = self.encode_predicted(held_out["test"].lacking_targets())
+            self.test = self._not_empty(self.encode_predicted(held_out["test"].lacking_targets()))
         elif stage == "test":
-            self.test = self.encode(held_out["test"])
+            self.test = self._not_empty(self.encode(held_out["test"]))
         else:
-            self.val = self.encode(held_out["val"])
+            self.val = self._not_empty(self.encode(held_out["val"]))
         if stage == "fit":
+            if train.n_held_out and (self.num_workers or self._processes[0] > 1):  # each of which would skip other rows
+                raise UserError(
+                    "data.streaming: expected one process without data.num_workers where validation or test rows are the first "
+                    f"of the train split, received {self._processes[0]} and {self.num_workers}"
+                )
             rows = train.first(1)
             encode = functools.partial(self._encode, *self._find(rows))
-            self.train = train.encoded(encode, rows.columns, self.split_seed, *self._processes)
+            seed = derive_seed(self.order_seed)
+            self.train = train.encoded(encode, rows.columns, seed, *self._processes)
 
     @override
     def train_dataloader(self) -> Any:
         if not self.streaming:
             return super().train_dataloader()
         options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return stream_loader(dataset=self.train, collate_fn=self.collate, **options)
+        loader = stream_loader(dataset=self.train, collate_fn=self.collate, **options)
+        loader.sampler.set_epoch = self.train.set_epoch  # Lightning calls a sampler's
+        return loader
 
     @override
     def state_dict(self) -> dict[str, Any]:

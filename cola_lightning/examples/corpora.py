@@ -23,7 +23,7 @@ def english_passages() -> Tensor:
     for task, field in ENGLISH.items():
         data = PromptDataModule(task)
         for split in ("train", "validation"):
-            passages |= dict.fromkeys(row.text(field) for row in read_rows(data.source, split, data.subset))
+            passages |= dict.fromkeys(row.text(field) for row in read_rows(data.source, split, data.subset, data.revision))
     return as_bytes("\n\n".join(passages).encode()[:ENGLISH_BYTES])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import pydoc
+import re
 from collections import OrderedDict, UserString
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -181,7 +182,7 @@ def _with_configs(value: Any) -> Any:
 def _literal(value: Any) -> Any:
     """Resolved values of a configuration: an interpolation in a file, which may call a resolver, is text."""
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
         return {key: _literal(part) for key, part in value.items()}
     return [_literal(part) for part in value] if isinstance(value, list | tuple) else value
