@@ -70,7 +70,7 @@ class ChatTemplate:
 
         Args:
             conversation: its contents may be text or lists of text parts, whichever of the two the template renders.
-            place: place, for messages.
+            place: names the conversation in messages.
             is_open: whether the generation prompt follows.
             **mode: variables of the template, besides ``kwargs``.
         """

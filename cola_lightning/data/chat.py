@@ -158,7 +158,7 @@ def _continued(prompt: str, before: str, whole: str, place: str) -> str:
         prompt: the turns before it, with the generation prompt.
         before: without the generation prompt.
         whole: with the turn.
-        place: place, for messages.
+        place: names the conversation in messages.
     """
     n_history = n_common(prompt, before)
     if n_common(prompt, whole) >= n_history:  # they are the same; the turn is not what the generation prompt opens

@@ -269,9 +269,10 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
             name = path.name[: path.name.lower().rindex(ending)].lower()
-            files.setdefault(SHARD.sub("", name), []).append(path)
-            if len(own := files[SHARD.sub("", name)]) > 1 and not SHARD.search(name):
-                received = " and ".join(one.name for one in own)
+            parts = files.setdefault(split := SHARD.sub("", name), [])
+            parts.append(path)
+            if len(parts) > 1 and name == split:
+                received = " and ".join(part.name for part in parts)
                 raise UserError(f"data.source: expected one file for each split in {str(folder)!r}, received {received}")
     if not files:
         raise UserError(f"data.source: expected a file train{next(iter(READERS))} or alike in {str(folder)!r}, received none")

@@ -1,6 +1,7 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -224,12 +225,12 @@ class TextDataModule(SourceDataModule):
         """Encodes rows for training or evaluation."""
         if kind == "text":
             texts = encode_texts(self.tokenizer, [row.text(columns["text"]) for row in rows], self.max_length)
-            return [piece for pieces in texts for piece in pieces]
+            return list(itertools.chain.from_iterable(texts))
         places = [row.place for row in rows]
         if kind == "messages":
             conversations = [_conversation(row, columns) for row in rows]
             encoded = encode_conversations(self._template, conversations, self.max_length, places, loss=self.loss)
-            return [piece for pieces in encoded for piece in pieces]
+            return list(itertools.chain.from_iterable(encoded))
         responses = [row.answer(columns["response"]) for row in rows]
         if not self.applies_chat_template:
             pairs = [(_prompt(row, columns), response) for row, response in zip(rows, responses, strict=True)]
@@ -242,7 +243,7 @@ class TextDataModule(SourceDataModule):
             for row, response in zip(rows, responses, strict=True)
         ]
         encoded = encode_conversations(self._template, conversations, self.max_length, places, keeps_response=True)
-        return [piece for pieces in encoded for piece in pieces]
+        return list(itertools.chain.from_iterable(encoded))
 
     @override
     def encode_predicted(self, rows: Rows) -> list[PromptRow]:
