@@ -23,7 +23,7 @@ from typing import Any
 from lines import Lines, show
 from transformers import AutoModelForCausalLM
 
-from cola_lightning.data.rows import read_rows
+from cola_lightning.data.splits import read_rows
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained
 

@@ -11,9 +11,8 @@ from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule
 from .data.digits import DigitsDataModule as DigitsDataModule
 from .data.examples import Example as Example
-from .data.prompts import OptionDataModule as OptionDataModule
+from .data.examples import OptionDataModule as OptionDataModule
 from .data.prompts import PromptDataModule as PromptDataModule
-from .data.reviews import ReviewsDataModule as ReviewsDataModule
 from .data.templates import TemplateDataModule as TemplateDataModule
 from .data.text import TextDataModule as TextDataModule
 from .errors import HubError as HubError

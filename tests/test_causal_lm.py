@@ -12,10 +12,9 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
-from cola_lightning import COLACausalLM, PredictionWriter, ReviewsDataModule, TextDataModule, UserError, lora_layers
-from cola_lightning.data.batches import collate_language, collate_options
-from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
-from cola_lightning.data.examples import Example, encode_examples
+from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError, lora_layers
+from cola_lightning.data.encoding import collate_language, encode_responses, encode_texts, labels_of
+from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
 from tests.tiny import plain_scores, with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
@@ -443,7 +442,7 @@ def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, accumulate):
     def fit(*callbacks, ckpt_path=None):
         module = COLACausalLM(name, target_modules=["q_proj", "v_proj"], rank=2, seed=0, dropout=0.2)
         run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=14, accumulate_grad_batches=accumulate)
-        run.fit(module, datamodule=ReviewsDataModule(batch_size=32, eval_batch_size=100), ckpt_path=ckpt_path)
+        run.fit(module, datamodule=tiny.reviews(batch_size=32, eval_batch_size=100), ckpt_path=ckpt_path)
         return module
 
     class Save(Callback):
@@ -470,7 +469,7 @@ def test_the_order_of_training_follows_from_the_modules_seed(tmp_path):
     for seed in (0, 0, 1):
         seen = []
         module = COLACausalLM(name, rank=2, seed=seed)
-        trainer(tmp_path, Watch(), chain={}, max_steps=3).fit(module, datamodule=ReviewsDataModule(batch_size=16))
+        trainer(tmp_path, Watch(), chain={}, max_steps=3).fit(module, datamodule=tiny.reviews(batch_size=16))
         orders.append(seen)
     assert orders[0] == orders[1] != orders[2]
     assert len(set(orders[0])) == 48
@@ -479,7 +478,7 @@ def test_the_order_of_training_follows_from_the_modules_seed(tmp_path):
 def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path):
     module = COLACausalLM(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
     run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=3)
-    run.fit(module, datamodule=ReviewsDataModule(eval_batch_size=100))
+    run.fit(module, datamodule=tiny.reviews(eval_batch_size=100))
     assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
     assert [link.extras for link in module.chain.links] == [{}, {}]
     run.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
@@ -543,14 +542,14 @@ def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path
         (told,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
         return told
 
-    for make in (lambda **sizes: TextDataModule(str(tmp_path / "rows"), **sizes), lambda **sizes: ReviewsDataModule(**sizes)):
+    for make in (lambda **sizes: TextDataModule(str(tmp_path / "rows"), **sizes), lambda **sizes: tiny.reviews(**sizes)):
         one, many = metrics(make(eval_batch_size=100)), metrics(make(batch_size=50, eval_batch_size=7))
         assert one == pytest.approx(many, abs=1e-5)
 
 
 def test_predictions_come_in_the_order_of_the_data(tmp_path):
     module = COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, seed=0)
-    data = ReviewsDataModule(eval_batch_size=30)
+    data = tiny.reviews(eval_batch_size=30)
     batches = trainer(tmp_path).predict(module, datamodule=data)
     assert [len(batch["prompt"]) for batch in batches] == [30, 30, 30, 10]
     prompts = [row.example.prompt for row in data.test]
@@ -559,7 +558,7 @@ def test_predictions_come_in_the_order_of_the_data(tmp_path):
 
 def test_predictions_that_are_written_are_computed_by_length_and_come_in_the_same_order(tmp_path, monkeypatch):
     module = COLACausalLM(tiny.folder(tmp_path / "model", "opt"), rank=2, seed=0)
-    data, lengths = ReviewsDataModule(eval_batch_size=30), []
+    data, lengths = tiny.reviews(eval_batch_size=30), []
     monkeypatch.setattr(
         module,
         "predict_step",
@@ -578,7 +577,7 @@ def test_predictions_that_are_written_are_computed_by_length_and_come_in_the_sam
 
 
 def test_a_data_module_goes_with_the_tokenizer_of_the_module_that_is_trained(tmp_path):
-    data = ReviewsDataModule(batch_size=100, eval_batch_size=100)
+    data = tiny.reviews(batch_size=100, eval_batch_size=100)
     firsts = []
     for architecture in ("opt", "gpt2"):  # with a beginning of sentence and without
         module = COLACausalLM(tiny.folder(tmp_path / architecture, architecture), rank=2, seed=0)

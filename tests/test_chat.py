@@ -15,7 +15,7 @@ from cola_lightning import TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import labels_of
-from cola_lightning.data.row import Row
+from cola_lightning.data.rows import Row
 from cola_lightning.turns import ChatTemplate, Conversation
 from tests import tiny
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.columns import find_columns, find_texts_and_label
+from cola_lightning.data.classification import find_texts_and_label
+from cola_lightning.data.columns import find_columns
 from cola_lightning.data.encoding import labels_of
 from tests import tiny
 

@@ -10,9 +10,8 @@ from tokenizers import AddedToken
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
 from cola_lightning.cli.streaming import make_streamer
-from cola_lightning.data.batches import collate_options, collate_prompts
-from cola_lightning.data.encoding import PromptRow
-from cola_lightning.data.examples import encode_examples
+from cola_lightning.data.encoding import PromptRow, collate_prompts
+from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.modules.logits import can_share, takes_mask_of_pairs

@@ -10,7 +10,6 @@ from cola_lightning import (
     ChainOfLoRA,
     COLACausalLM,
     PromptDataModule,
-    ReviewsDataModule,
     TemplateDataModule,
     TextClassificationDataModule,
     TextDataModule,
@@ -76,9 +75,8 @@ def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
     assert_bit_equal(run("resumed", str(tmp_path / "whole" / "step=13.ckpt")), whole)
 
 
-def test_it_is_the_default_but_for_the_papers_tasks_and_the_generated_reviews():
+def test_it_is_the_default_but_for_the_papers_tasks():
     assert TextDataModule("rows").length_grouped
     assert TextClassificationDataModule("rows").length_grouped
     assert TemplateDataModule("rows", prompt="{a}", answer="b").length_grouped
     assert not PromptDataModule("RTE", "rows").length_grouped
-    assert not ReviewsDataModule().length_grouped

@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from cola_lightning import COLACausalLM, Example
-from cola_lightning.data.batches import collate_language, collate_options
-from cola_lightning.data.encoding import encode_texts
-from cola_lightning.data.examples import encode_examples
+from cola_lightning.data.encoding import collate_language, encode_texts
+from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.modules import logits
 from cola_lightning.modules.logits import cut_by_length, split_by_length
 from tests import tiny

@@ -16,8 +16,7 @@ from cola_lightning import (
     TemplateDataModule,
     TextClassificationDataModule,
 )
-from cola_lightning.data.batches import collate_options
-from cola_lightning.data.examples import encode_examples
+from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.modules.language import StepOutput
 from cola_lightning.modules.metrics import MatthewsCorrCoef, OptionF1
 from tests import tiny

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, PromptDataModule
-from cola_lightning.data.batches import collate_options
-from cola_lightning.data.examples import encode_examples
-from cola_lightning.data.rows import read_rows
+from cola_lightning.data.examples import collate_options, encode_examples
+from cola_lightning.data.splits import read_rows
 from cola_lightning.data.tasks import TASKS
 from tests import tiny
 

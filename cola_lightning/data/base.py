@@ -77,13 +77,6 @@ def check_sizes(**sizes: int | None) -> None:
             raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
 
 
-def check_shares(**sizes: float | None) -> None:
-    """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
-    for field, size in sizes.items():
-        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
-            raise UserError(f"data.{field}: expected a whole number of rows, or a share up to 1.0, received {size}")
-
-
 class EpochDataModule(LightningDataModule, ABC):
     """Loaders over the parts of a data set, sequences of rows that a subclass' ``setup`` creates.
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long
-from cola_lightning.data.tokens import tokenize
+from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long, tokenize
 from cola_lightning.errors import UserError
 from cola_lightning.turns import ChatTemplate, Conversation, Message, text_of
 

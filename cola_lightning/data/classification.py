@@ -1,19 +1,22 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from typing_extensions import override
 
-from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.columns import find_texts_and_label
-from cola_lightning.data.labels import find_labels, name_of_label, place_of_label
-from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows
+from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
+from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import UserError
+
+# Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
+TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
+TEXTS += [["text"], ["sentence"], ["content"], ["review"]]
+LABELS = ["label", "labels"]
+MOST_LISTED = 20  # labels in a message
 
 
 class TextClassificationDataModule(SourceDataModule):
@@ -59,7 +62,7 @@ class TextClassificationDataModule(SourceDataModule):
     def _find(self, names: Sequence[str], *, has_label: bool = True) -> tuple[list[str], str]:
         texts, label = find_texts_and_label(names, self.text_fields, self.label_field, has_label=has_label)
         unused = [name for name in names if name not in (*texts, label)]
-        self._tell(f"rows: {', '.join(texts)} -> {label}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        self._log(f"rows: {', '.join(texts)} -> {label}" + (f"; not used: {', '.join(unused)}" if unused else ""))
         return texts, label
 
     # ------------------------------------------------------------------ labels
@@ -156,3 +159,95 @@ class TextClassificationDataModule(SourceDataModule):
         # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+# ---------------------------------------------------------------------- columns and labels
+
+
+def find_texts_and_label(
+    names: Sequence[str], texts: Sequence[str] | None, label: str | None, *, has_label: bool = True
+) -> tuple[list[str], str]:
+    """The columns with a classifier's text, or pair of texts, and label.
+
+    Args:
+        names: the data set's columns.
+        texts: ``data.text_fields``; None: found by their names.
+        label: ``data.label_field``; None: found by its name.
+        has_label: whether there must be one.
+
+    Raises:
+        UserError: if none is there; it lists the columns.
+
+    Example:
+        >>> find_texts_and_label(["idx", "sentence1", "sentence2", "label"], None, None)
+        (['sentence1', 'sentence2'], 'label')
+    """
+    listed = ", ".join(names)
+    found = texts or next((pair for pair in TEXTS if {*pair} <= {*names}), None)
+    if found is None or not {*found} <= {*names}:
+        received = "none" if found is None else ", ".join(found)
+        raise UserError(f"data.text_fields: expected one or two of the columns {listed}, received {received}")
+    label = label or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
+    if label is None or (has_label and label not in names):
+        raise UserError(f"data.label_field: expected one of the columns {listed}, received {label or 'none'}")
+    return list(found), label
+
+
+def name_of_label(row: Row, field: str) -> str | None:
+    """A row's label as text: a name without surrounding white space, a whole number, or a class name; None if there is none.
+
+    Raises:
+        UserError: if the field is missing, or holds something else.
+
+    Example:
+        >>> [name_of_label(Row({"label": value}, "here"), "label") for value in (" good ", 3, 1.0, True, "", None, -1)]
+        ['good', '3', '1', '1', None, None, None]
+    """
+    value = plain_label(row[field])
+    if value in (None, -1, ""):
+        return None
+    if not isinstance(value, int | str):
+        raise row.refused(field, "a label, text or a whole number,")
+    names = row.class_names.get(field, [])
+    return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
+
+
+def find_labels(rows: Rows, field: str) -> list[str]:
+    """The labels of the rows: in the order of the data's class names if it has them, else sorted, numbers by value.
+
+    Args:
+        rows: the rows, of which each has a label or is refused when it is encoded.
+        field: the field with the label.
+    """
+    if names := rows.class_names.get(field):
+        return list(names)
+    found = {name_of_label(Row({field: value}, rows.place), field) for value in rows.values(field)}
+    labels = sorted(name for name in found if name is not None)
+    return sorted(labels, key=int) if all(map(WHOLE_NUMBER.fullmatch, labels)) else labels
+
+
+def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given: bool = True) -> int:
+    """The index of a row's label among the known labels.
+
+    Args:
+        row: the row.
+        field: the field with the label.
+        places: the labels' indices, by name.
+        are_given: whether the user gave the names and thus their order: any other number is an index.
+
+    Raises:
+        UserError: if the label is not known, or missing.
+    """
+    if (name := name_of_label(row, field)) is None:
+        raise row.refused(field, "a label", -1, "")
+    if name in places:
+        return places[name]
+    value = plain_label(row[field])
+    is_number = isinstance(value, int) or WHOLE_NUMBER.fullmatch(value)
+    is_index = is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places))
+    if is_index and are_given:
+        return int(value)
+    names = [*places]
+    listed = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
+    hint = " (an index needs model.label_names)" if is_index else ""
+    raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}{hint}")

@@ -1,54 +1,40 @@
-"""Which columns of a data set hold the conversation, the prompt and its response, or the text."""
+"""What a row of text is: the columns with the conversation, the prompt and its response, or the text, and what they hold."""
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from cola_lightning.data.rows import Row
 from cola_lightning.errors import UserError
+from cola_lightning.turns import Conversation, Message, assistant_turn, text_of, user_turn
 
 Kind = Literal["messages", "prompt", "text"]
+Columns = dict[str, str]  # by part of a row
+
+SYSTEM = {"system": ["system"]}
 
 
-@dataclass(frozen=True)
-class Convention:
-    """Columns that people use together.
-
-    Attributes:
-        kind: what a row is: a conversation, a prompt with its response, or a text.
-        needed: by part of a row, the names that a column with it has.
-        optional: the same for columns that a data set may lack; a response may be missing in rows to be predicted.
-    """
-
-    kind: Kind
-    needed: Mapping[str, Sequence[str]]
-    optional: Mapping[str, Sequence[str]]
-
-
-TOOLS: dict[str, Sequence[str]] = {"tools": ["tools"]}
-SYSTEM: dict[str, Sequence[str]] = {"system": ["system"]}
-# In order: those of one list have the same rank.
-CONVENTIONS = [
+# By part of a row, the names of columns that people use together; in order: those of one list have the same rank.
+CONVENTIONS: list[list[tuple[Kind, dict[str, list[str]]]]] = [
     [
-        Convention("messages", {"messages": ["messages"]}, TOOLS),
-        Convention("messages", {"messages": ["conversations"]}, TOOLS),
-        Convention("messages", {"prompt": ["prompt"], "completion": ["completion"]}, TOOLS),
+        ("messages", {"messages": ["messages"], "tools": ["tools"]}),
+        ("messages", {"messages": ["conversations"], "tools": ["tools"]}),
+        ("messages", {"prompt": ["prompt"], "completion": ["completion"], "tools": ["tools"]}),
     ],
     [
-        Convention(
-            "prompt", {"prompt": ["instruction"]}, {"input": ["input", "context"], "response": ["output", "response"]} | SYSTEM
-        ),
-        Convention("prompt", {"prompt": ["prompt"]}, {"response": ["completion", "response"]} | SYSTEM),
-        Convention("prompt", {"prompt": ["question"]}, {"response": ["answer"]} | SYSTEM),
+        ("prompt", {"prompt": ["instruction"], "input": ["input", "context"], "response": ["output", "response"], **SYSTEM}),
+        ("prompt", {"prompt": ["prompt"], "response": ["completion", "response"], **SYSTEM}),
+        ("prompt", {"prompt": ["question"], "response": ["answer"], **SYSTEM}),
     ],
-    [Convention("text", {"text": ["text"]}, {})],
+    [("text", {"text": ["text"]})],
 ]
+OPTIONAL = {"tools", "input", "system"}  # and the response in rows to be predicted
 PARTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
 
 
 def find_columns(
     names: Sequence[str], lists: Collection[str], given: Mapping[str, str] | None, *, has_response: bool = True
-) -> tuple[Kind, dict[str, str]]:
+) -> tuple[Kind, Columns]:
     """The kind of a data set's rows, and the column of each part of a row.
 
     Args:
@@ -65,12 +51,12 @@ def find_columns(
         ('prompt', {'prompt': 'instruction', 'input': 'input', 'response': 'output'})
     """
     if given is not None:
-        return _given_columns(names, given)
+        return _given_columns(names, given, has_response=has_response)
     if not has_response:  # the same columns as in training, if there are those
         with contextlib.suppress(UserError):
             return find_columns(names, lists, None)
     for rank in CONVENTIONS:
-        fits = [found for one in rank if (found := _fit(one, names, lists, has_response)) is not None]
+        fits = [(kind, found) for kind, parts in rank if (found := _fit(kind, parts, names, lists, has_response))]
         if len(fits) == 1 and not any(len(columns) > 1 for columns in fits[0][1].values()):
             return fits[0][0], {part: columns[0] for part, columns in fits[0][1].items()}
         if fits:
@@ -80,26 +66,28 @@ def find_columns(
 
 
 def _fit(
-    convention: Convention, names: Sequence[str], lists: Collection[str], has_response: bool
-) -> tuple[Kind, dict[str, list[str]]] | None:
-    wants_lists = convention.kind == "messages"
-    found: dict[str, list[str]] = {}
-    for part, wanted in [*convention.needed.items(), *convention.optional.items()]:
+    kind: Kind, parts: Mapping[str, Sequence[str]], names: Sequence[str], lists: Collection[str], has_response: bool
+) -> dict[str, list[str]] | None:
+    """The columns of each part; None if one that is needed is not there."""
+    found = {}
+    for part, wanted in parts.items():
         is_either = part == "tools"  # or their JSON
-        if some := [name for name in wanted if name in names and (is_either or (name in lists) is wants_lists)]:
+        if some := [name for name in wanted if name in names and (is_either or (name in lists) is (kind == "messages"))]:
             found[part] = some
-    needed = {*convention.needed} | ({"response"} & {*convention.optional} if has_response else set())
-    return (convention.kind, found) if needed <= found.keys() else None
+    needed = parts.keys() - OPTIONAL - (set() if has_response else {"response"})
+    return found if needed <= found.keys() else None
 
 
-def _given_columns(names: Sequence[str], given: Mapping[str, str]) -> tuple[Kind, dict[str, str]]:
+def _given_columns(names: Sequence[str], given: Mapping[str, str], *, has_response: bool) -> tuple[Kind, Columns]:
     if unknown := [part for part in given if part not in PARTS]:
         raise UserError(f"data.columns: expected parts of a row, {', '.join(PARTS)}, received {unknown[0]!r}")
     if missing := [name for name in given.values() if name not in names]:
         raise UserError(f"data.columns: expected columns of the data, {', '.join(names)}, received {missing[0]!r}")
     kinds = [kind for kind in get_args(Kind) if kind in given]
-    if len(kinds) != 1:
-        raise UserError(f"data.columns: expected one of messages, prompt and text, received {', '.join(given) or 'none'}")
+    if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in given):
+        raise UserError(
+            f"data.columns: expected one of messages, prompt with its response, and text, received {', '.join(given) or 'none'}"
+        )
     return kinds[0], dict(given)
 
 
@@ -110,35 +98,65 @@ def _unclear(names: Sequence[str], received: str) -> UserError:
     )
 
 
-TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
-TEXTS += [["text"], ["sentence"], ["content"], ["review"]]
-LABELS = ["label", "labels"]
+# ---------------------------------------------------------------------- what they hold
 
 
-def find_texts_and_label(
-    names: Sequence[str], texts: Sequence[str] | None, label: str | None, *, has_label: bool = True
-) -> tuple[list[str], str]:
-    """The columns with a classifier's text, or pair of texts, and label.
+def prompt_text(row: Row, columns: Columns) -> str:
+    """An instruction as text: the system prompt, the instruction and its input, with an empty line between."""
+    before, after = ([text] * bool(text) for text in (_optional(row, columns, part) for part in ("system", "input")))
+    return "\n\n".join([*before, row.text(columns["prompt"]), *after])
 
-    Args:
-        names: the data set's columns.
-        texts: ``data.text_fields``; None: found by their names.
-        label: ``data.label_field``; None: found by its name.
-        has_label: whether there must be one.
 
-    Raises:
-        UserError: if none is there; it lists the columns.
+def response(row: Row, columns: Columns) -> str:
+    """The response to an instruction."""
+    if not (text := row.text(columns["response"])):
+        raise UserError(f"{row.place}: expected a response that adds tokens to its prompt, received {text!r}")
+    return text
 
-    Example:
-        >>> find_texts_and_label(["idx", "sentence1", "sentence2", "label"], None, None)
-        (['sentence1', 'sentence2'], 'label')
-    """
-    listed = ", ".join(names)
-    found = texts or next((pair for pair in TEXTS if {*pair} <= {*names}), None)
-    if found is None or not {*found} <= {*names}:
-        received = "none" if found is None else ", ".join(found)
-        raise UserError(f"data.text_fields: expected one or two of the columns {listed}, received {received}")
-    label = label or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
-    if label is None or (has_label and label not in names):
-        raise UserError(f"data.label_field: expected one of the columns {listed}, received {label or 'none'}")
-    return list(found), label
+
+def conversation(row: Row, columns: Columns) -> Conversation:
+    """A conversation, in one column or in two, of which the first is given; or an instruction with its response."""
+    if "messages" not in columns and "completion" not in columns:
+        return Conversation([*_turns(row, columns), assistant_turn(response(row, columns))])
+    tools = row.tools(columns.get("tools", ""))
+    if "messages" in columns:
+        return Conversation(row.messages(columns["messages"]), tools)
+    given = row.messages(columns["prompt"])
+    return Conversation([*given, *row.messages(columns["completion"])], tools, len(given))
+
+
+def asked(row: Row, kind: Kind, columns: Columns) -> tuple[Any, Conversation, str | None]:
+    """What is to be answered, as the data has it and as turns; and the answer that the row has, if any."""
+    if kind == "text":
+        return row.text(columns["text"]), Conversation(()), None
+    if kind == "prompt":
+        field = columns.get("response", "")
+        target = None if row.get(field) is None else row.text(field).strip()
+        return prompt_text(row, columns), Conversation(_turns(row, columns)), target
+    whole = conversation(row, columns)
+    n_asked = whole.n_prompt or len(whole.messages) - (whole.messages[-1]["role"] == "assistant")
+    if not n_asked:
+        raise UserError(f"{row.place}: expected a turn for the assistant to answer, received the assistant's alone")
+    target = text_of(whole.messages[n_asked]["content"]).strip() if n_asked < len(whole.messages) else None
+    return whole.messages[:n_asked], Conversation(whole.messages[:n_asked], whole.tools), target
+
+
+def has_answer(row: Row, kind: Kind, columns: Columns) -> bool:
+    """Whether a row has what a loss is on; true for a text."""
+    if kind == "messages":
+        return "completion" in columns or bool(row.messages(columns["messages"])[-1]["role"] == "assistant")
+    return kind == "text" or row.get(columns.get("response", "")) is not None
+
+
+def _turns(row: Row, columns: Columns) -> list[Message]:
+    """An instruction as a user's turn, after the system's if there is one."""
+    turns = user_turn(prompt_text(row, {part: name for part, name in columns.items() if part != "system"}))
+    system = _optional(row, columns, "system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _optional(row: Row, columns: Columns, part: str) -> str:
+    """A text that a row may lack; empty if it is blank."""
+    field = columns.get(part, "")
+    text = "" if row.get(field) is None else row.text(field)
+    return text if text.strip() else ""

@@ -1,13 +1,17 @@
-"""Texts, and prompts with or without their responses, as tokens."""
+"""Texts, and prompts with or without their responses, as tokens and as batches, padded on the left."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cola_lightning.conventions import IGNORE_INDEX
-from cola_lightning.data.tokens import tokenize
+from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.turns import end_of_text
+from cola_lightning.turns import end_of_text, n_appended
 
 # input_ids, and spans: where each stretch of tokens with a loss begins and ends, one number after the other.
 LanguageRow = dict[str, list[int]]
@@ -26,6 +30,42 @@ class PromptRow:
     prompt_ids: list[int]
     prompt: Any
     target: str | None
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
+    """Tokens with the special tokens that the tokenizer prepends, and without those that it appends.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts.
+        is_whole: whether the texts already contain all special tokens, as from a chat template.
+    """
+    if not texts:
+        return []
+    # Without a warning of texts that are too long: they are truncated later.
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not is_whole, verbose=False)["input_ids"]
+    n = 0 if is_whole else n_appended(tokenizer)
+    return [ids[: len(ids) - n] for ids in rows] if n else rows
+
+
+def identity_of_tokenizer(tokenizer: Any) -> str | None:
+    """A hash of what determines its tokens and chat template; None for a tokenizer with custom code, which may change."""
+    import tokenizers
+    import transformers
+
+    kind = type(tokenizer)
+    if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
+        return None
+    digest = hashlib.sha256()
+    identity = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__)
+    # The backend's serialisation omits split_special_tokens.
+    for part in (*identity, tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template):
+        digest.update(repr(part).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
@@ -130,3 +170,33 @@ def labels_of(row: LanguageRow) -> list[int]:
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
     return labels
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]:
+    """The usual language-model batch, padded on the left, so that the tokens with a loss are aligned at its end."""
+    return {
+        "input_ids": pad_left([row["input_ids"] for row in rows], pad),
+        "attention_mask": pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": pad_left([labels_of(row) for row in rows], IGNORE_INDEX),
+    }
+
+
+def collate_prompts(rows: Sequence[PromptRow], pad: int, decoding: Decoding, end_tokens: list[int]) -> dict[str, Any]:
+    """Prompts for generation, padded on the left, and decoding options: see :meth:`~cola_lightning.COLACausalLM.generate`."""
+    return {
+        "prompt_ids": pad_left([row.prompt_ids for row in rows], pad),
+        "prompt_mask": pad_left([[1] * len(row.prompt_ids) for row in rows], 0),
+        "prompt": [row.prompt for row in rows],
+        "target": [row.target for row in rows],
+        "decoding": decoding.to_dict(),
+        "end_tokens": end_tokens,
+    }
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one tensor."""
+    length = max(map(len, rows))
+    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows])

@@ -1,16 +1,25 @@
-"""Prompts with their options, and their tokens."""
+"""Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from cola_lightning.conventions import MAX_NEW_TOKENS
-from cola_lightning.data.encoding import n_common, truncate_left
-from cola_lightning.data.rows import SkippedRows
-from cola_lightning.data.tokens import tokenize
+import torch
+from typing_extensions import override
+
+from cola_lightning.conventions import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
+from cola_lightning.data.rows import Row
+from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.turns import ChatTemplate, Conversation, user_turn
+
+log = logging.getLogger(__name__)
+
+Loss = Literal["options", "answer"]
+PERCENT_SKIPPED = 1  # at most, of the rows of a part
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,13 @@ class Example:
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
+def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
+    """A prompt whose answer is generated, and compared with each of the given answers, if any; the first is trained on."""
+    if not answers:
+        return Example(prompt, (), None, row.place)
+    return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
+
+
 @dataclass(frozen=True)
 class EncodedExample:
     """An example in tokens.
@@ -90,6 +106,50 @@ class EncodedExample:
 
     def __len__(self) -> int:
         return max(map(len, self.prefixes), default=len(self.prompt_ids))
+
+
+class SkippedRows:
+    """The unusable rows of a part, which are skipped with a warning if they are few.
+
+    Example:
+        >>> skipped = SkippedRows()
+        >>> with skipped.if_unusable():
+        ...     text = Row({"text": None}, "train.jsonl, row 7").text("text")
+        >>> skipped.errors
+        [UnusableRow("train.jsonl, row 7: expected text in the field 'text', received None")]
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[UnusableRow] = []
+
+    @contextmanager
+    def if_unusable(self) -> Iterator[None]:
+        """Records an UnusableRow raised inside the block, and continues after it."""
+        try:
+            yield
+        except UnusableRow as error:
+            self.errors.append(error)
+
+    def check(self, n_rows: int) -> None:
+        """Warns of the skipped rows.
+
+        Args:
+            n_rows: number of rows of the part, including the skipped ones.
+
+        Raises:
+            UserError: if more than one in a hundred is skipped.
+        """
+        n_skipped = len(self.errors)
+        if not n_skipped:
+            return
+        if 100 * n_skipped > PERCENT_SKIPPED * n_rows:
+            raise UserError(
+                f"{self.errors[0]} ({n_skipped} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)"
+            )
+        log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_skipped, n_rows, self.errors[0])
+
+
+# ---------------------------------------------------------------------- tokens
 
 
 def encode_examples(
@@ -180,3 +240,142 @@ def _check_option(example: Example, n_option: int, room: int, max_length: int) -
     if n_option >= room:  # one token of the prompt must stay
         of = "data.max_length" if room == max_length else f"data.max_length less {MAX_NEW_TOKENS}, for an answer is generated"
         raise UnusableRow(f"{example.place}: expected options of fewer than {room} tokens ({of}), received one of {n_option}")
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def collate_options(
+    rows: Sequence[EncodedExample], pad: int, loss: str = "options", metric: str | None = None
+) -> dict[str, Any]:
+    """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
+    batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
+    batch |= {"prompt": [row.example.prompt for row in rows], "options": [list(row.example.options) for row in rows]}
+    if rows[0].prompt_ids:
+        batch["prompt_ids"] = pad_left([row.prompt_ids for row in rows], pad)
+        batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
+        batch["references"] = [list(row.example.references) for row in rows]
+    if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
+        return batch
+    prefixes = [prefix for row in rows for prefix in row.prefixes]
+    n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
+    option_ids = torch.full((len(rows), n_options, n_tokens), IGNORE_INDEX)
+    option_rows = torch.zeros(len(rows), n_options, dtype=torch.long)
+    first = 0
+    for i, row in enumerate(rows):
+        for k, (ids, prefix) in enumerate(zip(row.option_ids, row.prefix_of, strict=True)):
+            option_ids[i, k, n_tokens - len(ids) :] = torch.tensor(ids)
+            option_rows[i, k] = first + prefix
+        first += len(row.prefixes)
+    if any(row.example.accepted for row in rows):
+        accepted = torch.zeros(len(rows), n_options, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            answers = row.example.accepted or ([] if row.example.answer is None else [row.example.answer])
+            accepted[i, list(answers)] = True
+        batch["accepted"] = accepted
+    if len(prefixes) > len(rows):
+        batch["n_sequences"] = torch.tensor([len(row.prefixes) for row in rows])
+        batch["n_shared"] = torch.tensor([row.n_shared for row in rows])
+    return batch | {
+        "input_ids": pad_left(prefixes, pad),
+        "attention_mask": pad_left([[1] * len(prefix) for prefix in prefixes], 0),
+        "sequence_lengths": [len(prefix) for prefix in prefixes],
+        "option_ids": option_ids,
+        "option_rows": option_rows,
+        "answer": torch.tensor([IGNORE_INDEX if row.example.answer is None else row.example.answer for row in rows]),
+    }
+
+
+class OptionBatches(TokenizedDataModule):
+    """Base class of data modules whose rows are examples.
+
+    Attributes:
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
+        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
+        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
+    """
+
+    loss: Loss = "options"
+    metric: str | None = None
+    apply_chat_template = False
+
+    @property
+    @override
+    def prompt_format(self) -> dict[str, Any]:
+        rows = getattr(self, "val", None) or getattr(self, "test", None)
+        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)]
+        if not examples:
+            return {}
+        kind = "answer" if examples[0].references else "options"
+        prompt, options = self.templates()
+        if kind == "options" and options is None and all(example.options == examples[0].options for example in examples):
+            options = [option.replace("{", "{{").replace("}", "}}") for option in examples[0].options]
+        known = {"prompt": prompt} | ({"options": options} if kind == "options" else {})
+        return {"kind": kind, "chat_template": self.apply_chat_template} | known
+
+    def templates(self) -> tuple[str | None, list[str] | str | None]:
+        """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
+
+        None for what is not made from a template.
+        """
+        return None, None
+
+    def encode_examples(
+        self, examples: Sequence[Example], skipped: SkippedRows | None = None, *, is_learned: bool = False
+    ) -> list[EncodedExample]:
+        """Encodes examples.
+
+        Args:
+            examples: the examples.
+            skipped: records those that cannot be encoded; None: the first one is an error.
+            is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
+        """
+        is_learned = is_learned and self.loss == "answer"
+        how: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned, "skipped": skipped}
+        return encode_examples(self.tokenizer, examples, self.max_length, **how)
+
+    def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
+        """Converts rows to examples and encodes them; a few unusable rows are omitted.
+
+        Args:
+            rows: the rows of a part.
+            example: makes an example of a row.
+            is_learned: whether they are training rows.
+
+        Raises:
+            UserError: if more than one row in a hundred cannot be used.
+        """
+        skipped, examples = SkippedRows(), []
+        for row in rows:
+            with skipped.if_unusable():
+                examples.append(example(row))
+        encoded = self.encode_examples(examples, skipped, is_learned=is_learned)
+        skipped.check(len(rows))
+        return encoded
+
+    @override
+    def length(self, row: EncodedExample) -> int:
+        return len(row)
+
+    @override
+    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
+        return collate_options(rows, self.tokenizer.pad_token_id, self.loss, self.metric)
+
+
+class OptionDataModule(OptionBatches):
+    """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
+
+    Args:
+        batch_size: rows per training batch.
+        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
+        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
+            truncated on the left.
+        split_seed: seed of the training order, together with the module's seed.
+        num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
+            ``false``: shuffle the rows.
+    """
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Encodes examples."""
+        return self.encode_examples(examples)

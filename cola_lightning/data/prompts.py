@@ -1,123 +1,22 @@
-"""Prompted classification: a prompt for each row, and options to choose from."""
+"""The paper's tasks as data."""
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.base import check_shares
-from cola_lightning.data.batches import collate_options
-from cola_lightning.data.examples import EncodedExample, Example, encode_examples
-from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, SkippedRows, check_source, draw_parts, identity_of_source, is_file, load_splits
-from cola_lightning.data.source import DRAWN_SHARE, TokenizedDataModule
-from cola_lightning.data.tasks import Loss, find_task, template_of
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.data.examples import EncodedExample, OptionBatches
+from cola_lightning.data.rows import Rows
+from cola_lightning.data.source import DRAWN_SHARE, SourceDataModule
+from cola_lightning.data.splits import is_file
+from cola_lightning.data.tasks import find_task, template_of
+from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder per task
 
 
-class OptionBatches(TokenizedDataModule):
-    """Base class of data modules whose rows are examples.
-
-    Attributes:
-        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
-        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
-        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
-    """
-
-    loss: Loss = "options"
-    metric: str | None = None
-    apply_chat_template = False
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        rows = getattr(self, "val", None) or getattr(self, "test", None)
-        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)]
-        if not examples:
-            return {}
-        kind = "answer" if examples[0].references else "options"
-        prompt, options = self.templates()
-        if kind == "options" and options is None and all(example.options == examples[0].options for example in examples):
-            options = [option.replace("{", "{{").replace("}", "}}") for option in examples[0].options]
-        known = {"prompt": prompt} | ({"options": options} if kind == "options" else {})
-        return {"kind": kind, "chat_template": self.apply_chat_template} | known
-
-    def templates(self) -> tuple[str | None, list[str] | str | None]:
-        """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
-
-        None for what is not made from a template.
-        """
-        return None, None
-
-    def encode_examples(self, examples: Sequence[Example], skipped: SkippedRows | None = None) -> list[EncodedExample]:
-        """Encodes examples; ``skipped`` records those that cannot be encoded, without it the first one is an error."""
-        return encode_examples(self.tokenizer, examples, self.max_length, is_chat=self.apply_chat_template, skipped=skipped)
-
-    def encode_learned(self, examples: Sequence[Example], skipped: SkippedRows | None = None) -> list[EncodedExample]:
-        """Encodes training examples: only what their loss needs."""
-        return encode_examples(
-            self.tokenizer,
-            examples,
-            self.max_length,
-            is_chat=self.apply_chat_template,
-            is_learned=self.loss == "answer",
-            skipped=skipped,
-        )
-
-    def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
-        """Converts rows to examples and encodes them; a few unusable rows are omitted.
-
-        Args:
-            rows: the rows of a part.
-            example: makes an example of a row.
-            is_learned: whether they are training rows.
-
-        Raises:
-            UserError: if more than one row in a hundred cannot be used.
-        """
-        skipped, examples = SkippedRows(), []
-        for row in rows:
-            with skipped.if_unusable():
-                examples.append(example(row))
-        encoded = (self.encode_learned if is_learned else self.encode_examples)(examples, skipped)
-        skipped.check(len(rows))
-        return encoded
-
-    @override
-    def length(self, row: EncodedExample) -> int:
-        return len(row)
-
-    @override
-    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
-        return collate_options(rows, self.tokenizer.pad_token_id, self.loss, self.metric)
-
-
-class OptionDataModule(OptionBatches):
-    """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
-
-    Args:
-        batch_size: rows per training batch.
-        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
-        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
-            truncated on the left.
-        split_seed: seed of the training order, together with the module's seed.
-        num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
-            ``false``: shuffle the rows.
-    """
-
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encodes examples."""
-        return self.encode_examples(examples)
-
-
-class PromptDataModule(OptionDataModule):
+class PromptDataModule(OptionBatches, SourceDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all three from the rows of
@@ -131,7 +30,8 @@ class PromptDataModule(OptionDataModule):
             ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
             the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: name of a configuration of a data set on the hub, for a ``source`` of your own.
-        revision: branch, tag or commit of a data set on the hub.
+        test_split: the split that test and predict read: the protocol's, for the hub's test splits have no labels. Of a single
+            file: none, and test rows are drawn as well.
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
@@ -142,7 +42,8 @@ class PromptDataModule(OptionDataModule):
             validation. Of a file: a share of 0.1.
         test_size: number or share of rows for test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277,
             SST2 872, WIC 638, WSC 104). Of a file: a share of 0.1.
-        **rows: the other arguments of ``TokenizedDataModule``: how rows are drawn and batched.
+        length_grouped: group rows of similar length into training batches; ``false``: shuffle the rows, as in the protocol.
+        **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
         UserError: for an unknown task, and for invalid files, rows and sizes.
@@ -156,79 +57,56 @@ class PromptDataModule(OptionDataModule):
         source: str | None = None,
         subset: str | None = None,
         *,
-        revision: str | None = None,
+        test_split: str | None = "validation",
         apply_chat_template: bool = False,
         max_length: int = 2048,
         train_size: int | float | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
+        length_grouped: bool = False,
         **rows: Any,
     ) -> None:
-        super().__init__(max_length=max_length, **rows)
-        check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
-        check_source(source, subset, revision)
-        self.revision = revision
         self.task = find_task(task)
-        self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
         if source is None:
-            folder = os.environ.get(DATA_DIR)
-            source, subset = self.task.source, self.task.subset
-            if folder:
-                source, subset = str(Path(folder) / self.task.name.lower()), None
-                if not Path(source).is_dir():
-                    raise UserError(
-                        f"{DATA_DIR}: expected a folder that holds one named {self.task.name.lower()}, received {folder!r}"
-                    )
-        self.source, self.subset = source, subset
-        usual = (None, DRAWN_SHARE, DRAWN_SHARE) if is_file(source) else self.task.sizes
-        sizes = zip((train_size, val_size, test_size), usual, strict=True)
-        self.train_size, self.val_size, self.test_size = (own if size is None else size for size, own in sizes)
+            source, subset = self._usual_source()
+        n_train, n_val, n_test = (None, DRAWN_SHARE, DRAWN_SHARE) if is_file(source) else self.task.sizes
+        super().__init__(
+            source,
+            subset,
+            test_split=None if is_file(source) else test_split,
+            max_length=max_length,
+            train_size=n_train if train_size is None else train_size,
+            val_size=n_val if val_size is None else val_size,
+            test_size=n_test if test_size is None else test_size,
+            length_grouped=length_grouped,
+            **rows,
+        )
+        self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
         self._template: str | None = None
+
+    def _usual_source(self) -> tuple[str, str | None]:
+        name = self.task.name.lower()
+        if not (folder := os.environ.get(DATA_DIR)):
+            return self.task.source, self.task.subset
+        if not (Path(folder) / name).is_dir():
+            raise UserError(f"{DATA_DIR}: expected a folder that holds one named {name}, received {folder!r}")
+        return str(Path(folder) / name), None
 
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         return self._template, None
 
-    @functools.cached_property
-    def identity(self) -> dict[str, Any]:
-        """See ``EpochDataModule.identity``; the hash of a file is computed once."""
-        return identity_of_source(self.source, self.subset, self.revision)
+    @override
+    def encode(self, rows: Rows) -> list[EncodedExample]:
+        self._template = template_of(self.task, rows[0]) if len(rows) else None
+        return self.encode_rows(rows, self.task.example, is_learned=False)
 
     @override
-    def prepare_data(self) -> None:
-        self._load()  # once, before all processes do
-
-    def _load(self) -> Mapping[str, Rows]:
-        return load_splits(self.source, self.subset, self.revision)
+    def encode_train(self, rows: Rows) -> list[EncodedExample]:
+        return self.encode_rows(rows, self.task.example, is_learned=True)
 
     @override
-    def setup(self, stage: str) -> None:
-        splits, is_alone = self._load(), is_file(self.source)
-        for split in ("train",) if is_alone or stage in ("fit", "validate") else ("validation",):
-            if split not in splits:
-                raise UserError(f"data.source: expected a split {split} in {self.source!r}, received {', '.join(splits)}")
-        if stage == "predict" and is_alone:
-            self.test = self.encode_examples([self.task.example(row) for row in splits["train"].lacking_targets()])
-            return
-        sizes = {"train_size": self.train_size, "val_size": self.val_size}
-        if is_alone:
-            train, val, test = self._draw(splits["train"], **sizes, test_size=self.test_size)
-        elif stage in ("fit", "validate"):
-            train, val = self._draw(splits["train"], **sizes)
-        else:
-            rows = splits["validation"]
-            (test,) = self._draw(rows.lacking_targets() if stage == "predict" else rows, test_size=self.test_size)
-        if stage in ("test", "predict"):
-            test = test.sorted() if stage == "predict" else test
-            self.test = self.encode_rows(test, self.task.example, is_learned=False)
-            return
-        self.val = self.encode_rows(val, self.task.example, is_learned=False)
-        if stage == "fit":
-            self.train = self.encode_rows(train, self.task.example, is_learned=True)
-
-    def _draw(self, rows: Rows, **sizes: float | None) -> list[Rows]:
-        for row in rows[:1]:  # a missing field is not one row's error: it is reported for the first
-            with suppress(UnusableRow):
-                self.task.example(row)
-            self._template = template_of(self.task, row)
-        return draw_parts(rows, sizes, self.split_seed, rows.place)
+    def encode_predicted(self, rows: Rows) -> list[EncodedExample]:
+        if not is_file(self.source):
+            return self.encode(rows)
+        return self.encode_examples([self.task.example(row) for row in rows])

@@ -1,27 +1,29 @@
 """Base classes of data modules for language models: rows that are tokenized, from a file, a folder or the hub."""
 
 import functools
+import hashlib
+import json
 import logging
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.data.base import EpochDataModule, check_shares
-from cola_lightning.data.row import Row
-from cola_lightning.data.rows import (
-    Rows,
+from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.encoding import identity_of_tokenizer
+from cola_lightning.data.rows import Row, Rows
+from cola_lightning.data.splits import (
+    Splits,
+    check_shares,
     check_source,
     choose_split,
     draw_parts,
-    identity_of,
     identity_of_source,
     is_file,
     load_splits,
 )
-from cola_lightning.data.tokens import identity_of_tokenizer
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 DRAWN_SHARE = 0.1  # of the training rows, for each part that has no split
 ENCODING = 1  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -100,8 +103,8 @@ class SourceDataModule(TokenizedDataModule):
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         train_size: number of training rows or, as a float up to 1.0, their share of the rows, drawn by ``split_seed``;
             ``null``: all that remain.
-        val_size: number or share of validation rows, drawn from the train split together with the training rows; ``null``: the
-            validation split, or a share of 0.1 if there is none.
+        val_size: number or share of validation rows, drawn from ``val_split`` or, where that is ``null``, from the train split
+            together with the training rows; ``null``: the validation split, or a share of 0.1 if there is none.
         test_size: number or share of test rows, drawn in the same way; ``null``: the test split, or a share of 0.1 if there is
             none.
         split_seed: seed by which rows are drawn.
@@ -134,13 +137,10 @@ class SourceDataModule(TokenizedDataModule):
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
         check_source(source, subset, revision)
-        for part, split, size in (("val", val_split, val_size), ("test", test_split, test_size)):
-            if None not in (split, size):
-                raise UserError(f"data.{part}_split: expected null beside data.{part}_size, received {split!r}")
         self.source, self.subset, self.revision, self.num_proc = source, subset, revision, num_proc
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -155,30 +155,27 @@ class SourceDataModule(TokenizedDataModule):
         return identity_of_source(self.source, self.subset, self.revision)
 
     @functools.cached_property
-    def _splits(self) -> Mapping[str, Rows]:
+    def _splits(self) -> Splits[Any]:
         return load_splits(self.source, self.subset, self.revision)
 
-    @property
-    def _train_rows(self) -> Rows:
-        rows = choose_split(self._splits, self.train_split, (), "train_split")
-        assert rows is not None
-        return rows
+    def _own(self, part: str) -> Any:
+        """The rows of the validation or the test split; None: they are drawn from the train split."""
+        split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
+        if part == "test":  # on a validation split where there is no other
+            split, size = self.test_split, self.test_size
+            names = ["test"] if self.train_split in self._splits else ["test", *VALIDATION_SPLITS]
+        is_drawn = size is not None and split is None
+        return None if is_drawn else choose_split(self._splits, split, names, f"{part}_split")
 
     @property
-    def _val_rows(self) -> Rows | None:
-        """The rows of the validation split; None: validation rows are drawn from the train split."""
-        return None if self.val_size else choose_split(self._splits, self.val_split, VALIDATION_SPLITS, "val_split")
+    def _train(self) -> Any:
+        """The rows of the train split."""
+        return choose_split(self._splits, self.train_split, (), "train_split")
 
-    @property
-    def _test_rows(self) -> Rows | None:
-        """The rows of the test split, or of a validation split where no other is; None: drawn from the train split."""
-        names = ("test",) if self.train_split in self._splits else ("test", *VALIDATION_SPLITS)
-        return None if self.test_size else choose_split(self._splits, self.test_split, names, "test_split")
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:  # each stage comes here
+    def _log(self, text: str) -> None:
+        if text not in self._logged:  # each stage comes here
             log.info("%s", text)
-            self._told.add(text)
+            self._logged.add(text)
 
     @override
     def prepare_data(self) -> None:
@@ -187,49 +184,51 @@ class SourceDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        val, test = self._val_rows, self._test_rows
         if stage == "fit":
-            assert self.identity is not None  # computed here: a file may change during the run
+            self.identity  # noqa: B018  # computed here: a file may change during the run
         if stage == "fit" or (self.needs_train_rows and self.train_split in self._splits):
-            self.look_at(self._train_rows)
+            self.look_at(self._train)
+        parts = self.parts(stage)
         if stage == "predict":
-            rows = (
-                self._train_rows
-                if is_file(self.source)
-                else test or self._drawn(self._train_rows.lacking_targets())[2].sorted()
-            )
-            self.test = self._not_empty(self.encode_predicted(rows.lacking_targets()))
-            return
-        if stage == "test":
-            self.test = self._not_empty(self.encode(self._drawn(self._train_rows)[2] if test is None else test))
-            return
-        train, drawn, _ = self._drawn(self._train_rows) if stage == "fit" or val is None else (None, None, None)
-        self.val = self._not_empty(self.encode(drawn if val is None else val))  # type: ignore[arg-type]
-        if train is not None and stage == "fit":
-            self.train = self._not_empty(self.encode_train(train))
+            self.test = self._not_empty(self.encode_predicted(parts["test"]))
+        elif stage == "test":
+            self.test = self._not_empty(self.encode(parts["test"]))
+        else:
+            self.val = self._not_empty(self.encode(parts["val"]))
+            if stage == "fit":
+                self.train = self._not_empty(self.encode_train(parts["train"]))
 
-    def _drawn(self, rows: Rows) -> list[Rows]:
-        """Splits the rows of the train split into training, validation and test rows."""
-        val, test = self._val_rows, self._test_rows
-        sizes = {
-            "train_size": self.train_size,
-            "val_size": 0 if val is not None else self.val_size or DRAWN_SHARE,
-            "test_size": 0 if test is not None else self.test_size or DRAWN_SHARE,
-        }
-        is_drawn = val is None or test is None or self.train_size is not None
-        parts = draw_parts(rows, sizes, self.split_seed, rows.place, self.groups(rows) if is_drawn else None)
-        *others, last = [
-            f"{len(part)}{' rows' * (name == 'training')} for {name}"
-            for name, part, own in zip(("training", "validation", "test"), parts, (None, val, test), strict=True)
-            if own is None
-        ]
-        drawn = f"{', '.join(others)} and {last}, by data.split_seed" if others else last
-        own = [f"{one.place}: {len(one)} for {part}" for part, one in (("validation", val), ("test", test)) if one is not None]
-        self._tell("; ".join([f"{rows.place}: {drawn}", *own]))
+    def parts(self, stage: str) -> dict[str, Any]:
+        """The rows that a stage needs: ``train`` and ``val``, ``val``, or ``test``."""
+        names = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+        if stage == "predict" and is_file(self.source):
+            return {"test": self._train.lacking_targets()}
+        sizes, own = {"val": self.val_size, "test": self.test_size}, {part: self._own(part) for part in ("val", "test")}
+        parts = {part: own[part] for part in names if own.get(part) is not None}
+        for part, rows in parts.items():
+            if (size := sizes[part]) is not None:
+                parts |= draw_parts(rows, {part: size}, self.split_seed)
+        if len(parts) < len(names):
+            drawn = [part for part in PURPOSES if own.get(part) is None]
+            parts |= self._drawn(parts, drawn, may_lack_targets=stage == "predict")
+        if stage == "predict":
+            parts["test"] = parts["test"].sorted().lacking_targets()
         return parts
 
+    def _drawn(self, own: Mapping[str, Rows], parts: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
+        """Draws parts from the train split: the training rows, and those without a split of their own."""
+        rows = self._train.lacking_targets() if may_lack_targets else self._train
+        sizes = {"train": self.train_size, "val": self.val_size or DRAWN_SHARE, "test": self.test_size or DRAWN_SHARE}
+        is_drawn = len(parts) > 1 or self.train_size is not None
+        groups = self.groups(rows) if is_drawn else None
+        drawn = draw_parts(rows, {part: sizes[part] for part in parts}, self.split_seed, groups)
+        counts = ", ".join(f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items())
+        of_splits = [f"{some.place}: {len(some)} for {PURPOSES[part]}" for part, some in own.items()]
+        self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
+        return drawn
+
     def _not_empty(self, encoded: Any) -> Any:
-        if not len(encoded):
+        if isinstance(encoded, Sized) and not len(encoded):
             raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
         return encoded
 
@@ -246,8 +245,9 @@ class SourceDataModule(TokenizedDataModule):
         """
         tokenizer, kind = identity_of_tokenizer(self.tokenizer), type(self)
         is_ours = kind.__module__.startswith("cola_lightning.")  # code of another's may change without a sign of it
-        ours = __version__, ENCODING, kind.__name__, self.max_length, options
-        identity = identity_of(tokenizer, ours) if is_ours and tokenizer is not None else None
+        ours = tokenizer, __version__, ENCODING, kind.__name__, self.max_length, options
+        is_known = is_ours and tokenizer is not None
+        identity = hashlib.sha256(json.dumps(ours, sort_keys=True, default=str).encode()).hexdigest() if is_known else None
 
         def with_lengths(some: list[Row]) -> list[dict[str, Any]]:
             return [{**row, "length": len(row["input_ids"])} for row in encode(some)]
@@ -265,7 +265,7 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def can_be_tested(self) -> bool:
         try:
-            rows = self._test_rows
+            rows = self._own("test")
             return rows is None or (len(rows) > 0 and self.has_target(rows.lacking_targets()[0]))
         except UserError:  # said where it is tested on
             return False

@@ -1,15 +1,17 @@
 """Rows of a data set on the hub that are read while a model trains on them: for what fits no disk."""
 
+import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, hub_data
+from cola_lightning.data.rows import Row, Rows
+from cola_lightning.data.splits import Splits, hub_data, is_on_hub
 from cola_lightning.errors import UserError
+from cola_lightning.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,9 @@ class Stream:
 
         return Rows(datasets.Dataset.from_list(list(self.data.take(n_rows)), features=self.data.features), self.place)
 
-    def encoded(self, encode: Encode, columns: Sequence[str], seed: int, n_processes: int, rank: int) -> Any:
+    def encoded(
+        self, encode: Encode, columns: Sequence[str], seed: int | str, n_processes: int, rank: int, n_workers: int
+    ) -> Any:
         """The rows that are not held out, shuffled by a buffer, each process its own, and encoded.
 
         Args:
@@ -45,8 +49,18 @@ class Stream:
             seed: of the order.
             n_processes: the number of processes that share the rows.
             rank: this process's rank.
+            n_workers: the loader's worker processes.
+
+        Raises:
+            UserError: if rows are held out and there are several processes or workers, each of which would skip other rows.
         """
         from datasets.distributed import split_dataset_by_node
+
+        if self.n_held_out and (n_workers or n_processes > 1):
+            raise UserError(
+                "data.streaming: expected one process without data.num_workers where validation or test rows are the first of "
+                f"the train split, received {n_processes} and {n_workers}"
+            )
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
@@ -56,7 +70,7 @@ class Stream:
                 encoded = [row for one in rows for row in _if_usable(encode, one)]
             return {name: [row[name] for row in encoded] for name in ("input_ids", "spans")}
 
-        data = self.data.skip(self.n_held_out).shuffle(seed=seed, buffer_size=BUFFER)
+        data = self.data.skip(self.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
         return data.map(batch, batched=True, remove_columns=list(columns))
 
@@ -69,16 +83,47 @@ def _if_usable(encode: Encode, row: Row) -> Sequence[dict[str, Any]]:
         return []
 
 
-def stream_splits(source: str, subset: str | None, revision: str | None) -> dict[str, Stream]:
-    """The splits of a data set on the hub; see :func:`~cola_lightning.data.rows.load_splits`."""
+def check_streamed(source: str, **sizes: float | None) -> None:
+    """Refuses to stream files, or shares of rows whose number is not known; sizes are given by field name."""
+    if not is_on_hub(source):
+        raise UserError(f"data.streaming: expected false for files on this machine, {source!r}, received true")
+    for field, size in sizes.items():
+        if isinstance(size, float) or (field == "train_size" and size is not None):
+            raise UserError(f"data.{field}: expected no share, and no train_size, of rows that are streamed, received {size}")
+
+
+def stream_splits(source: str, subset: str | None, revision: str | None) -> Splits[Stream]:
+    """The splits of a data set on the hub; see :func:`~cola_lightning.data.splits.load_splits`."""
     splits = hub_data(source, subset, revision, streaming=True)
-    return {split: Stream(data, f"{source}, {split}") for split, data in splits.items()}
+    return {split: functools.partial(Stream, data, f"{source}, {split}") for split, data in splits.items()}
 
 
-def stream_loader(**options: Any) -> Any:
+def stream_parts(train: Stream, own: Mapping[str, Stream | None], sizes: Mapping[str, float | None]) -> dict[str, Any]:
+    """The first rows of each part's own split or, if it has none, of the train split; and what is left of that.
+
+    Args:
+        train: the train split.
+        own: the validation and test splits; None: there is none.
+        sizes: the number of rows of each; None: 1,000.
+    """
+    parts: dict[str, Any] = {"train": train}
+    for part, split in own.items():
+        n_rows = int(sizes[part] or HELD_OUT)
+        if split is not None:
+            parts[part] = split.first(n_rows)
+        else:
+            parts[part] = train.first(train.n_held_out + n_rows)[train.n_held_out :]
+            train.n_held_out += n_rows
+    return parts
+
+
+def stream_loader(data: Any, collate: Callable[[list[Any]], Any], batch_size: int, num_workers: int) -> Any:
     """A loader of a stream: torchdata's, which has a state, if that package is installed."""
-    if importlib.util.find_spec("torchdata") is None:
-        return DataLoader(**options)
-    from torchdata.stateful_dataloader import StatefulDataLoader
+    kind: Any = DataLoader
+    if importlib.util.find_spec("torchdata") is not None:
+        from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(**options)
+        kind = StatefulDataLoader
+    loader = kind(data, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    loader.sampler.set_epoch = data.set_epoch  # Lightning calls a sampler's
+    return loader

@@ -6,13 +6,10 @@ Source: Malladi et al. (arXiv 2305.17333), princeton-nlp/MeZO, large_models/temp
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from cola_lightning.data.examples import Example
-from cola_lightning.data.row import Row
+from cola_lightning.data.examples import Example, Loss, generated
+from cola_lightning.data.rows import Row
 from cola_lightning.errors import UnusableRow, UserError, nearest
-
-Loss = Literal["options", "answer"]
 
 
 @dataclass(frozen=True)
@@ -101,13 +98,6 @@ def _record(row: Row) -> Example:
     accepted = tuple(entities.index(answer) for answer in answers)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
     return Example(prompt, options, accepted[0] if accepted else None, row.place, accepted=accepted)
-
-
-def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
-    """A prompt whose answer is generated, and compared with each of the given answers, if any; the first is trained on."""
-    if not answers:
-        return Example(prompt, (), None, row.place)
-    return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
 
 
 def _squad(row: Row) -> Example:

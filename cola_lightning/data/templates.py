@@ -1,29 +1,25 @@
 """A custom task without code: a prompt with the data's fields in it, and options, or an answer to be generated."""
 
-import math
 from string import Formatter
 from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
 from cola_lightning.conventions import WHOLE_NUMBER
-from cola_lightning.data.examples import EncodedExample, Example
-from cola_lightning.data.prompts import OptionBatches
-from cola_lightning.data.row import Row, plain_label
-from cola_lightning.data.rows import Rows
+from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule
-from cola_lightning.data.tasks import Loss, generated
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
 AnswerMetric = Literal["f1", "exact_match"]
 
 
-class Template:
+class Template(Formatter):
     """Text with fields of a row in braces: ``{premise}``, or ``{answers.text}`` for a field inside another; ``{{`` is a brace.
 
     Args:
-        text: the template.
+        text: the template, in the syntax of ``str.format``.
         option: the option whose value it is, for messages.
 
     Raises:
@@ -36,18 +32,22 @@ class Template:
 
     def __init__(self, text: str, option: str) -> None:
         try:
-            parts = list(Formatter().parse(text))
+            fields = [field for _, field, *_ in self.parse(text) if field is not None]
         except ValueError as error:
             raise UserError(f"{option}: expected text with fields in braces ({{{{ for a brace), received {text!r}") from error
-        for _, field, spec, conversion in parts:
-            if field is not None and (not field or spec or conversion or "[" in field):
-                raise UserError(f"{option}: expected only field names in braces, received {text!r}")
+        if not all(fields):
+            raise UserError(f"{option}: expected field names in braces, received {text!r}")
         self.text = text
-        self.parts = [(literal, field) for literal, field, *_ in parts]
 
     def fill(self, row: Row) -> str:
         """The text for a row."""
-        return "".join(literal + (_as_text(row, field) if field else "") for literal, field in self.parts)
+        return self.vformat(self.text, (), row)
+
+    @override
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        row, field = _inside(kwargs, field_name)
+        value = row[field]
+        return (value if isinstance(value, int | float) else row.text(field)), field
 
 
 def _inside(row: Row, path: str) -> tuple[Row, str]:
@@ -56,14 +56,6 @@ def _inside(row: Row, path: str) -> tuple[Row, str]:
     for name in outer:
         row = row.inner(name)
     return row, field
-
-
-def _as_text(row: Row, path: str) -> str:
-    row, field = _inside(row, path)
-    value = row[field]
-    if isinstance(value, float) and not math.isfinite(value):  # pandas' missing value
-        raise UnusableRow(f"{row.place}: expected text in the field {field!r}, received {value!r}")
-    return str(value) if isinstance(value, int | float) else row.text(field)
 
 
 class TemplateDataModule(OptionBatches, SourceDataModule):
@@ -118,10 +110,6 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             raise UserError(
                 f"data.options, data.answer: expected options to choose from, or the field of an answer, received {received}"
             )
-        if options == []:
-            raise UserError("data.options: expected at least one, received none")
-        if loss not in (None, *get_args(Loss)):
-            raise UserError(f"data.loss: expected {', '.join(get_args(Loss))} or null, received {loss!r}")
         if loss == "options" and options is None:
             raise UserError("data.loss: expected null or answer where the answer is generated, received options")
         kind = get_args(AnswerMetric if options is None else OptionMetric)
@@ -166,7 +154,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             if not row.has_target(self.answer):
                 return generated(row, prompt, ())
             inner, field = _inside(row, self.answer)
-            return generated(row, prompt, (inner.answer(field),) if isinstance(inner[field], str) else inner.texts(field))
+            return generated(row, prompt, (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field))
         if isinstance(self.options, str):
             inner, field = _inside(row, self.options)
             options = inner.texts(field)
@@ -180,20 +168,19 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         if not row.has_target(self.label, stripped):
             return None
         inner, field = _inside(row, self.label)
-        label: Any = inner[field]
-        if isinstance(label, float):
-            label = plain_label(label)
-        if isinstance(label, int) and field not in inner.class_names:  # a CSV file has it as text: it must not mean another
-            texts = [option.lower() for option in stripped]
-            if (text := str(label).lower()) in texts and (place := texts.index(text)) != label:
-                raise UserError(
-                    f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index "
-                    f"{place}, received {inner[field]!r}"
-                )
-        is_index = isinstance(label, str) and label.strip() not in stripped and WHOLE_NUMBER.fullmatch(label)
-        if not isinstance(label, str) or (is_index and not all(map(WHOLE_NUMBER.fullmatch, stripped))):
-            return inner.label(field, len(options))
-        if label.strip() not in stripped:
-            kind = UserError if label.strip() else UnusableRow
-            raise kind(f"{row.place}: expected one of the options {stripped} in the field {field!r}, received {label!r}")
-        return stripped.index(label.strip())
+        label: Any = inner[field] if isinstance(inner[field], bool) else plain_label(inner[field])
+        if label in stripped:
+            return stripped.index(label)
+        is_index = not isinstance(label, str) or (
+            WHOLE_NUMBER.fullmatch(label) and not all(map(WHOLE_NUMBER.fullmatch, stripped))
+        )
+        if not is_index:
+            raise inner.refused(field, f"one of the options {stripped}", "")
+        texts = [option.lower() for option in stripped]  # a CSV file has a number as text: it must not mean another option
+        is_text = isinstance(label, int) and field not in inner.class_names and str(label).lower() in texts
+        if is_text and (place := texts.index(str(label).lower())) != label:
+            raise UserError(
+                f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index {place}, "
+                f"received {inner[field]!r}"
+            )
+        return inner.label(field, len(options))

@@ -2,29 +2,30 @@
 
 import functools
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from cola_lightning.data.batches import collate_language, collate_prompts
 from cola_lightning.data.chat import encode_conversations
-from cola_lightning.data.columns import Kind, find_columns
-from cola_lightning.data.encoding import LanguageRow, PromptRow, encode_prompts, encode_responses, encode_texts
-from cola_lightning.data.row import Row
-from cola_lightning.data.rows import Rows, choose_split, is_on_hub
+from cola_lightning.data.columns import Columns, Kind, asked, conversation, find_columns, has_answer, prompt_text, response
+from cola_lightning.data.encoding import (
+    LanguageRow,
+    PromptRow,
+    collate_language,
+    collate_prompts,
+    encode_prompts,
+    encode_responses,
+    encode_texts,
+)
+from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
-from cola_lightning.data.streaming import HELD_OUT, stream_loader, stream_splits
+from cola_lightning.data.splits import Splits, choose_split
+from cola_lightning.data.streaming import Stream, check_streamed, stream_loader, stream_parts, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.seeding import derive_seed
-from cola_lightning.turns import ChatTemplate, Conversation, assistant_turn, text_of, user_turn
-
-log = logging.getLogger(__name__)
-
-Columns = dict[str, str]  # by part of a row
+from cola_lightning.turns import ChatTemplate
 
 
 class TextDataModule(SourceDataModule):
@@ -87,77 +88,15 @@ class TextDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
-        if streaming and not is_on_hub(source):
-            raise UserError(f"data.streaming: expected false for files on this machine, {source!r}, received true")
-        for name, size in (("train_size", self.train_size), ("val_size", self.val_size), ("test_size", self.test_size)):
-            if streaming and (isinstance(size, float) or (name == "train_size" and size is not None)):
-                raise UserError(
-                    f"data.{name}: expected no share, and no train_size, of rows that are streamed, received {size}"
-                )
         self.streaming = streaming
+        if streaming:
+            check_streamed(source, train_size=self.train_size, val_size=self.val_size, test_size=self.test_size)
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
         self._kind: Kind = "text"  # of the rows that were encoded
-
-    # ------------------------------------------------------------------ rows that are streamed
-
-    @override
-    def setup(self, stage: str) -> None:
-        if not self.streaming:
-            super().setup(stage)
-            return
-        splits = stream_splits(self.source, self.subset, self.revision)
-        train = choose_split(splits, self.train_split, (), "train_split")
-        assert train is not None
-        own = {
-            "val": choose_split(splits, self.val_split, VALIDATION_SPLITS, "val_split"),
-            "test": choose_split(splits, self.test_split, ("test",), "test_split"),
-        }
-        held_out, sizes = dict[str, Rows](), {"val": int(self.val_size or HELD_OUT), "test": int(self.test_size or HELD_OUT)}
-        for part, split in own.items():
-            if split is not None:
-                held_out[part] = split.first(sizes[part])
-            else:
-                held_out[part] = train.first(train.n_held_out + sizes[part])[train.n_held_out :]
-                train.n_held_out += sizes[part]
-        self._tell("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in held_out.items()))
-        if stage == "predict":
-            self.test = self._not_empty(self.encode_predicted(held_out["test"].lacking_targets()))
-        elif stage == "test":
-            self.test = self._not_empty(self.encode(held_out["test"]))
-        else:
-            self.val = self._not_empty(self.encode(held_out["val"]))
-        if stage == "fit":
-            if train.n_held_out and (self.num_workers or self._processes[0] > 1):  # each of which would skip other rows
-                raise UserError(
-                    "data.streaming: expected one process without data.num_workers where validation or test rows are the first "
-                    f"of the train split, received {self._processes[0]} and {self.num_workers}"
-                )
-            rows = train.first(1)
-            encode = functools.partial(self._encode, *self._find(rows))
-            seed = derive_seed(self.order_seed)
-            self.train = train.encoded(encode, rows.columns, seed, *self._processes)
-
-    @override
-    def train_dataloader(self) -> Any:
-        if not self.streaming:
-            return super().train_dataloader()
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        loader = stream_loader(dataset=self.train, collate_fn=self.collate, **options)
-        loader.sampler.set_epoch = self.train.set_epoch  # Lightning calls a sampler's
-        return loader
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.streaming else super().state_dict()
-
-    @property
-    @override
-    def can_be_tested(self) -> bool:
-        return self.streaming or super().can_be_tested
 
     # ------------------------------------------------------------------ what a row is
 
@@ -167,13 +106,8 @@ class TextDataModule(SourceDataModule):
         unused = [name for name in rows.columns if name not in columns.values()]
         *before, last = columns.values()
         taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
-        self._tell(f"rows: {taken}" + (f"; not used: {', '.join(unused)}" if unused else ""))
-        self._check_chat_template()
-        return self._kind, columns
-
-    def _check_chat_template(self) -> None:
-        """Refuses a chat template that is requested but missing, or needed but off; logs how instructions are formatted."""
-        has_template, requested = bool(self.tokenizer.chat_template), self.chat_template
+        self._log(f"rows: {taken}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        requested, has_template = self.chat_template, bool(self.tokenizer.chat_template)
         if requested and not has_template:
             raise UserError(
                 "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
@@ -182,10 +116,11 @@ class TextDataModule(SourceDataModule):
         if self._kind == "messages" and requested is False:
             raise UserError("data.chat_template: expected null or true for conversations, received false")
         if self._kind != "text" and self.applies_chat_template:
-            self._tell("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
+            self._log("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
         elif self._kind == "prompt":
             reason = "null, for the tokenizer has none" if requested is None else "false"
-            self._tell(f"a response directly follows its prompt, without a chat template (data.chat_template: {reason})")
+            self._log(f"a response directly follows its prompt, without a chat template (data.chat_template: {reason})")
+        return self._kind, columns
 
     @property
     def applies_chat_template(self) -> bool:
@@ -207,60 +142,39 @@ class TextDataModule(SourceDataModule):
     @override
     def has_target(self, row: Row) -> bool:
         lists = [name for name, value in row.items() if isinstance(value, list)]
-        kind, columns = find_columns([*row], lists, self.columns, has_response=False)
-        if kind == "messages":
-            return "completion" in columns or bool(row.messages(columns["messages"])[-1]["role"] == "assistant")
-        return kind == "text" or not row.is_missing(columns.get("response", ""))
+        return has_answer(row, *find_columns([*row], lists, self.columns, has_response=False))
 
     # ------------------------------------------------------------------ rows
 
     @override
     def encode(self, rows: Rows) -> Any:
-        kind, columns = self._find(rows)
-        how = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss
-        encode = functools.partial(self._encode, kind, columns)
-        return self.map_rows(rows, {"input_ids": ["int32"], "spans": ["int32"]}, *how, encode=encode)
+        found = self._find(rows)
+        how = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss
+        features = {"input_ids": ["int32"], "spans": ["int32"]}
+        return self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
 
     def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row]) -> list[LanguageRow]:
         """Encodes rows for training or evaluation."""
-        if kind == "text":
-            texts = encode_texts(self.tokenizer, [row.text(columns["text"]) for row in rows], self.max_length)
-            return list(itertools.chain.from_iterable(texts))
         places = [row.place for row in rows]
-        if kind == "messages":
-            conversations = [_conversation(row, columns) for row in rows]
-            encoded = encode_conversations(self._template, conversations, self.max_length, places, loss=self.loss)
-            return list(itertools.chain.from_iterable(encoded))
-        responses = [row.answer(columns["response"]) for row in rows]
-        if not self.applies_chat_template:
-            pairs = [(_prompt(row, columns), response) for row, response in zip(rows, responses, strict=True)]
+        if kind == "text":
+            encoded = encode_texts(self.tokenizer, [row.text(columns["text"]) for row in rows], self.max_length)
+        elif kind == "prompt" and not self.applies_chat_template:
+            pairs = [(prompt_text(row, columns), response(row, columns)) for row in rows]
             return encode_responses(self.tokenizer, pairs, self.max_length, places)
-        for response, place in zip(responses, places, strict=True):
-            if not response:
-                raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        conversations = [
-            Conversation([*_turns(row, columns), assistant_turn(response)])
-            for row, response in zip(rows, responses, strict=True)
-        ]
-        encoded = encode_conversations(self._template, conversations, self.max_length, places, keeps_response=True)
+        else:
+            turns = [conversation(row, columns) for row in rows]
+            how: Any = {"loss": self.loss, "keeps_response": kind == "prompt"}
+            encoded = encode_conversations(self._template, turns, self.max_length, places, **how)
         return list(itertools.chain.from_iterable(encoded))
 
     @override
     def encode_predicted(self, rows: Rows) -> list[PromptRow]:
         kind, columns = self._find(rows, has_response=False)
-        is_chat = kind != "text" and self.applies_chat_template
-        template, prompts, texts, targets = self._template, list[Any](), list[str](), list[str | None]()
+        is_chat, template = kind != "text" and self.applies_chat_template, self._template
+        texts, prompts, targets = list[str](), list[Any](), list[str | None]()
         for row in rows:
-            prompt: Any
-            if kind == "messages":
-                asked, target = _asked(row, columns)
-                prompt = asked.messages
-            else:
-                prompt = row.text(columns["text"]) if kind == "text" else _prompt(row, columns)
-                field = columns.get("response", "")
-                target = None if row.is_missing(field) else row.text(field).strip()
-                asked = Conversation(_turns(row, columns) if is_chat else ())
-            texts.append(template.prompt(asked, row.place) if is_chat else prompt)
+            prompt, turns, target = asked(row, kind, columns)
+            texts.append(template.prompt(turns, row.place) if is_chat else prompt)
             prompts.append(prompt)
             targets.append(target)
         encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
@@ -273,7 +187,7 @@ class TextDataModule(SourceDataModule):
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
         room = max(1, int(self.tokenizer.model_max_length) // 2)
         if self.decoding.max_new_tokens > room:
-            self._tell(f"data.max_new_tokens: {room}, half of the model's longest sequence")
+            self._log(f"data.max_new_tokens: {room}, half of the model's longest sequence")
         return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
 
     @property
@@ -293,38 +207,43 @@ class TextDataModule(SourceDataModule):
         ends = self._template.stop_tokens if self.prompt_format["chat_template"] else []
         return collate_prompts(rows, pad, self._fitting_decoding(), ends)
 
+    # ------------------------------------------------------------------ rows that are streamed
 
-def _prompt(row: Row, columns: Columns) -> str:
-    """An instruction as text: the system prompt, the instruction and its input, with an empty line between."""
-    texts = [row.text(columns["prompt"])]
-    for place, part in ((1, "input"), (0, "system")):
-        if not row.is_missing(columns.get(part, "")) and (text := row.text(columns[part])).strip():
-            texts.insert(place, text)
-    return "\n\n".join(texts)
+    @functools.cached_property
+    def _splits(self) -> Splits[Any]:
+        return stream_splits(self.source, self.subset, self.revision) if self.streaming else super()._splits
 
+    @override
+    def parts(self, stage: str) -> dict[str, Any]:
+        if not self.streaming:
+            return super().parts(stage)
+        own = {
+            "val": choose_split(self._splits, self.val_split, VALIDATION_SPLITS, "val_split"),
+            "test": choose_split(self._splits, self.test_split, ("test",), "test_split"),
+        }
+        parts = stream_parts(self._train, own, {"val": self.val_size, "test": self.test_size})
+        self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items() if part in own))
+        return parts | ({"test": parts["test"].lacking_targets()} if stage == "predict" else {})
 
-def _turns(row: Row, columns: Columns) -> list[dict[str, Any]]:
-    """An instruction as a user's turn, after the system's if there is one."""
-    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"}))
-    if row.is_missing(columns.get("system", "")) or not (system := row.text(columns["system"])).strip():
-        return turns
-    return [{"role": "system", "content": system}, *turns]
+    @override
+    def encode_train(self, rows: Any) -> Any:
+        if not isinstance(rows, Stream):
+            return super().encode_train(rows)
+        first = rows.first(1)
+        encode = functools.partial(self._encode, *self._find(first))
+        return rows.encoded(encode, first.columns, self.order_seed, *self._processes, self.num_workers)
 
+    @override
+    def train_dataloader(self) -> Any:
+        if not self.streaming:
+            return super().train_dataloader()
+        return stream_loader(self.train, self.collate, self.batch_size, self.num_workers)
 
-def _conversation(row: Row, columns: Columns) -> Conversation:
-    """A conversation, in one column or in two, of which the first is given."""
-    tools = row.tools(columns.get("tools", ""))
-    if "completion" not in columns:
-        return Conversation(row.messages(columns["messages"]), tools)
-    given = row.messages(columns["prompt"])
-    return Conversation([*given, *row.messages(columns["completion"])], tools, len(given))
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.streaming else super().state_dict()
 
-
-def _asked(row: Row, columns: Columns) -> tuple[Conversation, str | None]:
-    """A conversation to be answered, and the answer that the row has, if any."""
-    whole = _conversation(row, columns)
-    n_asked = whole.n_prompt or len(whole.messages) - (whole.messages[-1]["role"] == "assistant")
-    if not n_asked:
-        raise UserError(f"{row.place}: expected a turn for the assistant to answer, received the assistant's alone")
-    target = text_of(whole.messages[n_asked]["content"]).strip() if n_asked < len(whole.messages) else None
-    return Conversation(whole.messages[:n_asked], whole.tools), target
+    @property
+    @override
+    def can_be_tested(self) -> bool:
+        return self.streaming or super().can_be_tested

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.data import PromptDataModule
-from cola_lightning.data.rows import read_rows
+from cola_lightning.data.splits import read_rows
 from cola_lightning.errors import UserError
 
 ENGLISH = {"SQuAD": "context", "DROP": "passage", "BoolQ": "passage"}

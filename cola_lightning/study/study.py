@@ -13,7 +13,7 @@ from typing import Any
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cola_lightning.data.rows import files_identity
+from cola_lightning.data.splits import files_identity
 from cola_lightning.errors import OutsideError, UserError
 from cola_lightning.study import process
 from cola_lightning.study.comparison import Comparison

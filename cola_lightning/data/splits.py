@@ -1,0 +1,300 @@
+"""The splits of a data set, from a file, a folder with a file per split, or the hub; and parts drawn from a split by a seed."""
+
+import csv
+import functools
+import gzip
+import hashlib
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from cola_lightning import hub
+from cola_lightning.data.rows import Rows, progress_bar_if
+from cola_lightning.errors import HubError, UserError, causes, one_line
+
+S = TypeVar("S")
+Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
+
+# Of datasets, by a file's ending.
+READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
+SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
+WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
+
+
+# ---------------------------------------------------------------------- a source and its splits
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a single file."""
+    return Path(os.path.expanduser(source)).is_file()
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is the id of a data set on the hub."""
+    return not Path(os.path.expanduser(source)).exists()
+
+
+def check_source(source: str, subset: str | None, revision: str | None = None) -> None:
+    """Refuses an empty name, and a subset or a revision of files on this machine."""
+    if source == "":  # as a path, it would be the current folder
+        raise UserError("data.source: expected a file, a folder or the id of a data set on the hub, received ''")
+    for name, value in (("subset", subset), ("revision", revision)):
+        if value is not None and not is_on_hub(source):
+            raise UserError(f"data.{name}: expected null for files on this machine, {source!r}, received {value!r}")
+
+
+def load_splits(source: str, subset: str | None = None, revision: str | None = None) -> Splits[Rows]:
+    """The splits of a source, by the names that it has.
+
+    Args:
+        source: a file (one split, ``train``), a folder with a file per split (``train.csv``, ``dev.jsonl``), or the id of a
+            data set on the hub.
+        subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
+        revision: on the hub, a branch, tag or commit.
+
+    Raises:
+        UserError: if there is no such file, folder, data set or subset, or it cannot be read.
+        HubError: if the data set is on the hub, which cannot be reached.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_file():
+        return {"train": functools.cache(lambda: Rows(_read([path]), source))}
+    if path.is_dir():
+        return {split: functools.cache(_reader(source, split, files)) for split, files in _files_of(path).items()}
+    data = hub_data(source, subset, revision)
+    return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
+
+
+def read_rows(source: str, split: str, subset: str | None = None, revision: str | None = None) -> Rows:
+    """The rows of a split of a source; of a single file, all its rows are its split ``train``. See :func:`load_splits`.
+
+    Raises:
+        UserError: if there is no such split.
+    """
+    splits = load_splits(source, subset, revision)
+    if split not in splits:
+        raise UserError(f"data.source: expected a split {split} in {source!r}, received {', '.join(splits)}")
+    return splits[split]()
+
+
+def choose_split(splits: Splits[S], given: str | None, names: Sequence[str], option: str) -> S | None:
+    """The split that an option names or, where it is null, the first of some names that there is; None if there is none.
+
+    Raises:
+        UserError: for a split that there is not; it lists those that there are.
+    """
+    if given is not None and given not in splits:
+        raise UserError(f"data.{option}: expected one of the splits {', '.join(splits)}, received {given!r}")
+    return next((splits[name]() for name in ([given] if given else names) if name in splits), None)
+
+
+def identity_of_source(source: str, subset: str | None, revision: str | None) -> dict[str, Any]:
+    """A source, and its revision on the hub, or the size and hash of its files."""
+    named = {"source": source, "subset": subset, "revision": revision}
+    return {name: value for name, value in named.items() if value} | files_identity(source)
+
+
+def files_identity(source: str) -> dict[str, Any]:
+    """Size and hash of a source's files on this machine, as ``{"files": {name: [size, sha256]}}``; empty for the hub."""
+    path = Path(os.path.expanduser(source))
+    if is_on_hub(source):
+        return {}
+    files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some]
+    found = {}
+    for file in files:
+        with file.open("rb") as opened:
+            found[file.name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+    return {"files": found}
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _ending(name: str) -> str | None:
+    """The ending of a file's name that has a reader; None if there is none."""
+    return next((ending for ending in READERS if name.lower().removesuffix(".gz").endswith(ending)), None)
+
+
+def _files_of(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (ending := _ending(path.name)) is not None:
+            name = path.name[: path.name.lower().rindex(ending)].lower()
+            parts = files.setdefault(split := SHARD.sub("", name), [])
+            parts.append(path)
+            if len(parts) > 1 and name == split:
+                received = " and ".join(part.name for part in parts)
+                raise UserError(f"data.source: expected one file for each split in {str(folder)!r}, received {received}")
+    if not files:
+        raise UserError(f"data.source: expected a file train{next(iter(READERS))} or alike in {str(folder)!r}, received none")
+    return files
+
+
+def _reader(source: str, split: str, files: list[Path]) -> Callable[[], Rows]:
+    return lambda: Rows(_read(files), f"{source}, {split}")
+
+
+def _read(files: list[Path]) -> Any:
+    """The rows of files of one kind."""
+    import datasets
+    from pandas.errors import ParserWarning
+
+    if (ending := _ending(files[0].name)) is None:
+        endings = ", ".join(READERS)
+        raise UserError(f"data.source: expected a file that ends in {endings}, received {str(files[0])!r}")
+    is_shown = sum(file.stat().st_size for file in files) > WORTH_A_BAR_BYTES
+    try:
+        with warnings.catch_warnings(), progress_bar_if(is_shown):
+            warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
+            how = _csv_options(files[0], "\t" if ending == ".tsv" else ",") if READERS[ending] == "csv" else {}
+            rows = datasets.load_dataset(READERS[ending], data_files=[str(file) for file in files], split="train", **how)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
+        *_, innermost = causes(error)
+        reason = one_line(str(innermost)) or "it is empty"
+        raise UserError(f"data.source: expected rows that can be read, received {str(files[0])!r}: {reason}") from error
+    if ending == ".tsv":
+        _check_quotes(rows, files[0])
+    return rows
+
+
+def _csv_options(file: Path, sep: str) -> dict[str, Any]:
+    """All values are text, not numbers, dates or "NA" for none; an empty cell is null."""
+    import datasets
+
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
+        names = next(csv.reader(lines, delimiter=sep))
+    if len({*names}) < len(names):  # pandas renames them
+        raise ValueError(f"columns of the same name, {', '.join(names)}")
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    null = {"keep_default_na": False, "na_values": [""]}
+    return {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"} | null
+
+
+def _check_quotes(rows: Any, file: Path) -> None:
+    """Refuses a TSV file in which a double quote at the beginning of a cell has joined rows."""
+    import pyarrow.compute as pc
+
+    if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in rows.data.columns):
+        raise UserError(
+            f"{file}: expected cells without tabs, received one: a double quote at the beginning of a cell begins a text in "
+            'quotes, so write it so: """word"" and the rest"'
+        )
+
+
+# ---------------------------------------------------------------------- the hub
+
+
+def hub_data(source: str, subset: str | None, revision: str | None, *, streaming: bool = False) -> Any:
+    """The splits of a data set on the hub, as ``datasets`` has them; see :func:`load_splits`."""
+    import datasets
+
+    if _ending(source) is not None or not hub.is_repo_id(source):
+        raise UserError(
+            "data.source: expected a file or folder that exists, or the id of a data set on the hub (owner/name), "
+            f"received {source!r}"
+        )
+    try:
+        with hub.offline_if_unreachable() as is_offline:
+            return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        if is_offline:
+            raise HubError(
+                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
+                "or folder works without it"
+            ) from error
+        if (subsets := _subsets(source, revision)) and subset not in subsets:
+            listed = ", ".join(subsets)
+            raise UserError(f"data.subset: expected one of {listed}, for {source!r}, received {subset or 'null'}") from error
+        raise UserError(f"data.source: expected a data set on the hub, received {source!r}: {one_line(str(error))}") from error
+
+
+def _subsets(source: str, revision: str | None) -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(source, revision=revision))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError):  # no such data set, or revision
+        return []
+
+
+# ---------------------------------------------------------------------- parts of a split
+
+
+def check_shares(**sizes: float | None) -> None:
+    """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
+    for field, size in sizes.items():
+        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
+            raise UserError(f"data.{field}: expected a whole number of rows, or a share up to 1.0, received {size}")
+
+
+def as_count(size: float, n_rows: int) -> int:
+    """The number of rows for a size: a whole number of rows, or a float up to 1.0 for a share, of at least one row.
+
+    Example:
+        >>> as_count(0.25, 10), as_count(0.01, 10), as_count(7, 10), as_count(1, 10), as_count(1.0, 10)
+        (2, 1, 7, 1, 10)
+    """
+    is_share = isinstance(size, float) and size <= 1
+    return max(1, round(size * n_rows)) if is_share else int(size)
+
+
+def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None) -> list[Any]:
+    """The indices of disjoint parts of rows, drawn together by one seeded permutation.
+
+    Args:
+        n_rows: the number of rows to draw from.
+        sizes: the parts' sizes.
+        seed: the permutation's seed.
+        what: names the rows in the message.
+        groups: each row's group, for a stratified split: each part has about the same share of each group, and earlier parts
+            have priority for a group of few rows. None: purely random.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    if sum(sizes) > n_rows:
+        wanted = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
+        raise UserError(f"{what}: expected at least {wanted} rows, received {n_rows}")
+    order: Any = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed)).numpy()
+    if groups is not None:
+        counts, seen = Counter(groups), Counter[object]()
+        places = np.empty(n_rows)  # position, from 0 to 1, in the row's group: all groups are spread evenly over the order
+        for i in order.tolist():
+            places[i] = (seen[groups[i]] + 0.5) / counts[groups[i]]
+            seen[groups[i]] += 1
+        order = order[np.argsort(places[order], kind="stable")]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def draw_parts(
+    rows: Rows, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None
+) -> dict[str, Rows]:
+    """Disjoint parts of the rows, see :func:`draw`; in their order if one part takes all.
+
+    Args:
+        rows: the rows to draw from.
+        sizes: the size of each part, ``train``, ``val`` or ``test``: see :func:`as_count`; None: the rest.
+        seed: the permutation's seed.
+        groups: each row's group.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    counts = {part: None if size is None else as_count(size, len(rows)) for part, size in sizes.items()}
+    if [*counts.values()] == [None]:
+        return dict.fromkeys(counts, rows)
+    rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
+    wanted = [rest if count is None else count for count in counts.values()]
+    what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {rows.place}"
+    drawn = draw(len(rows), wanted, seed, what, groups)
+    return {part: rows.of(numbers) for part, numbers in zip(counts, drawn, strict=True)}
