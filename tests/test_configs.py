@@ -59,7 +59,7 @@ def at_tiny_size(name, folder):
     model = tiny.folder(folder / "model", architecture, auto_class)
     changes = ["--model.model_name", model, "--model.gguf_file", "null", "--trainer.accelerator", "cpu"]
     if name == "quickstart":
-        return changes
+        return [*changes, "--data.source", str(FOLDER / name)]
     (folder / "rows").mkdir()
     rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
     for split in ("train", "validation", "test"):

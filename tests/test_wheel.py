@@ -25,10 +25,10 @@ def installed(tmp_path_factory):
 def test_it_holds_the_package_and_its_configs(installed):
     files = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cola_lightning").rglob("*.py*") if path.suffix != ".pyc"}
-    configs = {f"cola_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {f"cola_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
     ours = {name for name in files if ".dist-info/" not in name}
     assert ours == package | configs | {"cola_lightning/py.typed"}
-    assert len(configs) == 9
+    assert len(configs) == 9 + 3  # and the quickstart's rows
     (scripts,) = (path.read_text() for path in installed.rglob("entry_points.txt"))
     assert "cola = cola_lightning.__main__:entry_point" in scripts
 

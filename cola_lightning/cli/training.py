@@ -1,6 +1,7 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI, with a clear one-line message for user errors."""
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -134,7 +135,8 @@ class COLACLI(LightningCLI):
             "one. 0 is the base. Default: all.",
         )
         parser.add_lightning_class_args(Trainer, "trainer")
-        parser.set_defaults({group: {"class_path": name} for group, name in CLASSES.items()})
+        unnamed = {group: {"class_path": name} for group, name in CLASSES.items() if not names_class(group, self.words)}
+        parser.set_defaults(unnamed)  # beside another class, the defaults of this one would stay
         for group, title in TITLES.items():
             (parser.groups or {})[group].title = title
 
@@ -356,6 +358,25 @@ def check_groups(config: Namespace | dict[str, Any]) -> None:
     for group in TITLES:
         if not isinstance(value := config.get(group), Namespace | dict):
             raise UserError(f"{group}: expected options, each with its value, received {value!r}")
+
+
+def names_class(group: str, words: Sequence[str]) -> bool:
+    """Whether a command line, or a configuration file of it, names the class of ``model`` or ``data``.
+
+    Example:
+        >>> names_class("data", ["fit", "--data=TextDataModule"]), names_class("data", ["fit", "--data.source", "rows.csv"])
+        (True, False)
+    """
+    if any(word.partition("=")[0] in (f"--{group}", f"--{group}.class_path") for word in words):
+        return True
+    following = (word for option, word in itertools.pairwise(words) if option == "--config")
+    for path in (*following, *(word.removeprefix("--config=") for word in words if word.startswith("--config="))):
+        with contextlib.suppress(OSError, AttributeError, yaml.YAMLError, UnicodeDecodeError):  # said where it is parsed
+            config = yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            parts = [part.get(group) for part in (config, *config.values()) if isinstance(part, dict)]  # of a subcommand, too
+            if any(isinstance(part, str) or (isinstance(part, dict) and "class_path" in part) for part in parts):
+                return True
+    return False
 
 
 def as_texts(words: Sequence[str]) -> list[str]:
