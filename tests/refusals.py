@@ -588,7 +588,6 @@ def inject(make=Model, **arguments):
     ({"model_name": "."}, "model.model_name: expected 'config.json' in ., received no model file (name it by gguf_file)"),
     ({"model_name": ".", "gguf_file": "x.gguf"}, "model.gguf_file: expected 'x.gguf' in ., received no model file"),
     ({"model_name": ".", "revision": "main"}, "model.revision: expected null for files on this machine, received 'main'"),
-    ({"dtype": "float31"}, "model.dtype: expected float32, bfloat16, float16, received 'float31'"),
     ({"quantization": "int8", "finished_links": "stack"}, "model.quantization: expected null or nf4, received 'int8'"),
     (
         {"quantization": "nf4"},
@@ -1389,10 +1388,6 @@ def study():
     (
         lambda: ExportOptions(Path("out"), "peft").check(),
         "format: expected the package peft, received none: pip install peft",
-    ),
-    (
-        lambda: language_model(gguf_file="x.gguf"),
-        "model.gguf_file: expected the packages gguf and accelerate, received no gguf: pip install gguf accelerate",
     ),
     (
         lambda: language_model(quantization="nf4", finished_links="stack"),

@@ -36,8 +36,8 @@ from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import ExportError
+from cola_lightning.hub import quiet
 from cola_lightning.probe import Probe, make_probe
-from cola_lightning.progress import quiet
 from cola_lightning.writing import whole_folder
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer

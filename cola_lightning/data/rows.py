@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from cola_lightning import hub
 from cola_lightning.data.row import Row
-from cola_lightning.errors import HubError, UnusableRow, UserError, causes, one_line
+from cola_lightning.errors import UnusableRow, UserError, causes, one_line
 
 log = logging.getLogger(__name__)
 
@@ -346,14 +346,9 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
             f"received {source!r}"
         )
     try:
-        with hub.offline_if_unreachable() as is_offline:
+        with hub.needed_for(f"data.source: {source!r}"):
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        if is_offline:
-            raise HubError(
-                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
-                "or folder works without it"
-            ) from error
         if (subsets := _subsets(source, revision)) and subset not in subsets:
             listed = ", ".join(subsets)
             raise UserError(f"data.subset: expected one of {listed}, for {source!r}, received {subset or 'null'}") from error
