@@ -44,18 +44,20 @@ def needed_for(what: str) -> Iterator[None]:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Inside the block, transformers shows no progress bar; downloads do."""
-    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # documented, but not in its __all__
+    from huggingface_hub import utils as hub  # documented there, but not in its __all__
     from transformers.utils import logging
 
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
+    had_bars, had_downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
-    enable_progress_bars()
+    if had_downloads:
+        hub.enable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not had_downloads:
+            hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 @contextmanager

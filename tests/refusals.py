@@ -1230,14 +1230,17 @@ def empty_chain(name, *arguments):
         ("merged", "used", None, None, None),
         "output: expected a folder that does not exist or is empty, received 'used', which is not: overwrite replaces it",
     ),
-    (("merged", "used/file", None, None, None), "output: expected a folder, received 'used/file', which is a file"),
+    (
+        ("merged", "used/file", None, None, None),
+        "output: expected a folder that can be written, received 'used/file', which is a file",
+    ),
     (
         ("merged", "used/file/out", None, None, None),
         "output: expected a folder that can be written, received 'used/file/out': ...file is a file",
     ),
     (
         ("peft", "out", None, None, Path("used/file")),
-        "base_folder: expected a folder, received 'used/file', which is a file",
+        "base_folder: expected a folder that can be written, received 'used/file', which is a file",
     ),
 )
 def export(format_, folder, *options):
@@ -1289,8 +1292,8 @@ def overwrite(path):
 
 
 @refused(
-    (".", "output: expected a folder that can be replaced, received '.', the working directory: name one in it"),
-    ("l" * 300, "output: expected a folder that can be written, received 'l...l' (File name too long)"),
+    (".", "output: expected another folder than the working directory, received '.': name one in it"),
+    ("l" * 300, "output: expected a folder that can be written, received 'l...l', File name too long"),
 )
 def whole(path):
     with whole_folder(Path(path)):
