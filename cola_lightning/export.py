@@ -26,10 +26,10 @@ from cola_lightning.chain.peft import (
     write_adapter,
 )
 from cola_lightning.errors import ExportError, OutsideError, UserError, one_line
+from cola_lightning.hub import quiet
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.model_card import Card
 from cola_lightning.probe import Probe
-from cola_lightning.progress import quiet
 from cola_lightning.writing import check_free, check_writable, whole_folder
 
 STATE_DICT_NAME, LABELS_NAME = "model.safetensors", "labels.json"

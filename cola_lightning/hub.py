@@ -1,30 +1,10 @@
-"""The Hugging Face hub: valid repository names, and whether it is reachable.
+"""The Hugging Face libraries: names of the hub, a hub that does not answer, and what they print."""
 
-A check takes seconds and is not repeated for each file; the hub's own libraries retry for half a minute a file.
-"""
-
-import logging
-import math
-import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-log = logging.getLogger(__name__)
-
-PROBE_SECONDS = 5.0
-MEMORY_SECONDS = 60.0  # of a failure: a connection may come back while a notebook is open
-
-
-@dataclass
-class _Memory:
-    """The result of the last check, and until when it is valid."""
-
-    answer: bool = False
-    until: float = 0.0
-
-
-_memory = _Memory()
+from cola_lightning.errors import HubError, causes
 
 
 def is_repo_id(name: str) -> bool:
@@ -39,46 +19,58 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def is_reachable() -> bool:
-    """Whether the hub answers, or has done so in this process; without it, the local cache can still be used.
+@contextmanager
+def needed_for(what: str) -> Iterator[None]:
+    """Inside the block, a file that is neither in the local cache nor on a hub that answers becomes a HubError.
 
-    A failed check is repeated after a minute.
+    Args:
+        what: the field and its value, as the beginning of the message.
+
+    Raises:
+        HubError: with what to do.
     """
-    if time.monotonic() >= _memory.until:
-        _memory.answer = _probe()
-        _memory.until = math.inf if _memory.answer else time.monotonic() + MEMORY_SECONDS
-    return _memory.answer
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def _probe() -> bool:
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    session = get_session()  # with the user's proxies, certificates and HF_HUB_OFFLINE
     try:
-        session.head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except OfflineModeIsEnabled:
-        return False
-    except Exception as error:  # the HTTP library changes with huggingface_hub's version
-        log.warning("%s cannot be reached (%s): only the local cache is used", constants.ENDPOINT, error)
-        return False
-    return True
+        yield
+    except Exception as error:
+        if not any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes(error)):
+            raise
+        raise HubError(
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached: a path works without it"
+        ) from error
 
 
 @contextmanager
-def offline_if_unreachable() -> Iterator[bool]:
-    """Restricts the hub's libraries to their local cache inside the block, as HF_HUB_OFFLINE=1 does, if the hub is unreachable.
+def quiet_loading() -> Iterator[None]:
+    """Inside the block, transformers shows no progress bar; downloads do."""
+    from huggingface_hub import utils as hub  # documented there, but not in its __all__
+    from transformers.utils import logging
 
-    Yields:
-        Whether the hub does not answer.
-    """
-    import datasets
-    from huggingface_hub import constants
-
-    is_offline = not is_reachable()
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (is_offline or flag for flag in before)
+    had_bars, had_downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
+    if had_downloads:
+        hub.enable_progress_bars()  # type: ignore[attr-defined]
     try:
-        yield is_offline
+        yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not had_downloads:
+            hub.disable_progress_bars()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block: neither progress bars nor warnings of transformers and peft."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(), quiet_loading():
+            # peft 0.21 reads it from each model (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

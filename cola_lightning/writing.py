@@ -6,10 +6,10 @@ on a full disk, the previous contents are still there.
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -27,18 +27,16 @@ def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
     Raises:
         DiskError: if it cannot be written, for lack of space or permission.
     """
-    writer = f".{socket.gethostname()}-{os.getpid()}" if is_shared else ""
-    partial = path.with_name(f".{path.name}{writer}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _to_disk(partial)
-        partial.replace(path)
-        _to_disk(path.parent)
-    except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); the old contents are unchanged") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}{_unique() if is_shared else ''}.partial")
+    with _disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _flush(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    _flush_replaced(path)
 
 
 @contextmanager
@@ -50,77 +48,32 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace a folder that is not empty.
 
     Raises:
-        UserError: for what :func:`check_free` refuses, and for a folder that another process is writing.
+        UserError: for what :func:`check_free` refuses.
         DiskError: if it cannot be written.
     """
     check_free(path, overwrite=overwrite)
-    given, path = path, Path(os.path.realpath(path))  # a link to a folder stays one
-    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
-    try:
-        with _locked(partial, given):
-            check_free(path, overwrite=overwrite)  # another process may have written it by now
-            try:
-                yield partial
-                for part in partial.rglob("*"):
-                    if part.is_file():
-                        part.chmod(_usual_mode())  # safetensors lets only the owner read its files
-                    _to_disk(part)
-                _to_disk(partial)
-                if path.exists():
-                    shutil.rmtree(old, ignore_errors=True)
-                    path.rename(old)
-                partial.rename(path)
-                _to_disk(path.parent)
-            finally:
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DiskError(f"{path} could not be written ({reason}); the old contents are unchanged") from error
-
-
-@contextmanager
-def _locked(partial: Path, path: Path) -> Iterator[None]:
-    """Makes an empty folder to write into, which no other process or thread gets inside the block; it is removed at the end.
-
-    The lock ends with its process: the folder that a killed one has left is emptied.
-    """
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        if not _lock(descriptor) or not _is_of(descriptor, partial):
-            raise UserError(f"output: expected a folder that no other process is writing, received {str(path)!r}")
+    path = Path(os.path.realpath(path))  # a link to a folder stays one
+    unique = _unique()
+    partial, old = (path.with_name(f".{path.name}{unique}.{what}") for what in ("partial", "old"))
+    with _disk_errors(path):
         try:
-            for part in partial.iterdir():
-                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
-            yield
+            partial.mkdir(parents=True)
+            yield partial
+            for part in (*partial.rglob("*"), partial):
+                _flush(part)
+            if overwrite and path.exists():
+                path.rename(old)
+            partial.rename(path)  # which refuses to replace a folder that is not empty
         finally:
-            if _is_of(descriptor, partial):  # once renamed, the name is free for others
-                shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Locks an open folder until it is closed; False if another process, or thread, has locked it."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # a system, or a file system, without locks
-        return True
-    return True
-
-
-def _is_of(descriptor: int, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+            if old.exists() and not path.exists():
+                old.rename(path)
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+    _flush_replaced(path)
 
 
 def check_free(path: Path, *, overwrite: bool = False, field: str = "output") -> None:
-    """Refuses to write a folder over a file, a folder that is not empty, the working directory, or a mount point.
+    """Refuses to write a folder over a file, a folder that is not empty, or the working directory.
 
     With ``overwrite``, over one that contains folders: that would be a mistake.
 
@@ -130,17 +83,12 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
         field: its name in messages.
     """
     try:
-        if not path.exists():
-            return
-        parts = list(path.iterdir()) if path.is_dir() else None
-    except OSError as error:  # no permission, a name that is too long
-        raise UserError(f"{field}: expected a folder that can be written, received {str(path)!r} ({error.strerror})") from error
-    if parts is None:
-        raise UserError(f"{field}: expected a folder, received {str(path)!r}, which is a file")
-    is_current = path.samefile(os.curdir)
-    if is_current or os.path.ismount(path):  # it would have to be renamed
-        what = "the working directory" if is_current else "a mount point"
-        raise UserError(f"{field}: expected a folder that can be replaced, received {str(path)!r}, {what}: name one in it")
+        parts = list(path.iterdir()) if path.exists() else []
+    except OSError as error:  # no permission, a name that is too long, a file
+        what = "which is a file" if isinstance(error, NotADirectoryError) else error.strerror
+        raise UserError(f"{field}: expected a folder that can be written, received {str(path)!r}, {what}") from error
+    if path.exists() and path.samefile(os.curdir):  # it would have to be renamed
+        raise UserError(f"{field}: expected another folder than the working directory, received {str(path)!r}: name one in it")
     if overwrite and any(part.is_dir() for part in parts):
         raise UserError(f"{field}: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders")
     if not overwrite and parts:
@@ -170,14 +118,28 @@ def check_writable(field: str, folder: str | Path, *, is_replaced: bool = False)
         )
 
 
-def _usual_mode() -> int:
-    """The permissions of a new file; the umask can only be read by setting one."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return 0o666 & ~mask
+def _unique() -> str:
+    return f".{uuid4().hex[:8]}"
 
 
-def _to_disk(path: Path) -> None:
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DiskError(f"{path} could not be written ({reason}); the old contents are unchanged") from error
+
+
+def _flush_replaced(path: Path) -> None:
+    """Flushes the rename of a file or folder, by which it was replaced."""
+    try:
+        _flush(path.parent)
+    except OSError as error:
+        raise DiskError(f"{path} was written, but a power failure may undo it ({error.strerror or error})") from error
+
+
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

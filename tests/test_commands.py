@@ -257,7 +257,7 @@ DAMAGE = [
         lambda path: Path("deep").mkdir(),
         "",
         [*EXPORT, ".", "--overwrite"],
-        "expected a folder that can be replaced, received '.', the working directory",
+        "expected another folder than the working directory, received '.'",
     ),
     (lambda path: None, "", [*FIT, "--model.alpha", "3"], "chain.alphas: expected rank 1 and alpha 1 for link 2"),
 ]

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
@@ -17,7 +18,6 @@ from cola_lightning import (
     TextClassificationDataModule,
     TextDataModule,
     UserError,
-    hub,
 )
 from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
@@ -477,7 +477,7 @@ def test_a_source_that_is_neither_folder_nor_hub_id(source):
 
 
 def test_a_hub_that_cannot_be_reached_is_not_the_users_mistake(monkeypatch):
-    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as the variable of this name does
     with pytest.raises(HubError, match=r"data\.source: 'nyu-mll/nothing' is not in the local cache"):
         read_rows("nyu-mll/nothing", "train", "sst2")
 

@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
-    ["conventions", "errors", "hub", "modes", "progress", "__init__"],
-    ["writing", "seeding", "decoding", "turns", "probe"],
+    ["conventions", "errors", "modes", "__init__"],
+    ["writing", "seeding", "decoding", "hub", "turns", "probe"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],
     ["chain", "weights"],

@@ -8,7 +8,7 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_ar
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.errors import UserError
-from cola_lightning.progress import quiet
+from cola_lightning.hub import quiet
 
 if TYPE_CHECKING:
     from cola_lightning.export import ExportOptions

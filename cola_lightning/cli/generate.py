@@ -19,7 +19,7 @@ from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.progress import quiet
+from cola_lightning.hub import quiet
 from cola_lightning.seeding import check_seed
 from cola_lightning.usage import PROMPT_FORMAT
 

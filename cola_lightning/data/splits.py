@@ -17,7 +17,7 @@ import torch
 
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
-from cola_lightning.errors import HubError, UserError, causes, one_line
+from cola_lightning.errors import UserError, causes, one_line
 
 S = TypeVar("S")
 Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
@@ -203,14 +203,9 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
             f"received {source!r}"
         )
     try:
-        with hub.offline_if_unreachable() as is_offline:
+        with hub.needed_for(f"data.source: {source!r}"):
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        if is_offline:
-            raise HubError(
-                f"data.source: {source!r} is not in the local cache, and the Hugging Face hub cannot be reached: a file "
-                "or folder works without it"
-            ) from error
         if (subsets := _subsets(source, revision)) and subset not in subsets:
             listed = ", ".join(subsets)
             raise UserError(f"data.subset: expected one of {listed}, for {source!r}, received {subset or 'null'}") from error

@@ -21,6 +21,7 @@ from cola_lightning.export import (
     export_merged,
     is_of_transformers,
 )
+from cola_lightning.hub import quiet
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
 from cola_lightning.lora.registry import LoRALayer
@@ -30,7 +31,6 @@ from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
 from cola_lightning.probe import Probe, logits_of, make_probe
-from cola_lightning.progress import quiet
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import ChatTemplate, n_appended
 from cola_lightning.usage import PROMPT_FORMAT, usage_section

@@ -1,25 +1,17 @@
 """Where a Hugging Face model comes from: a hub id, a folder, or files inside an installed Python package."""
 
-import functools
-import importlib
 import importlib.util
-import logging
 import os
-import struct
-import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from cola_lightning import hub
-from cola_lightning.errors import HubError, UserError, one_line
-from cola_lightning.progress import own_progress_bar
-
-log = logging.getLogger(__name__)
+from cola_lightning.errors import UserError, one_line, passes_through_own_code
 
 PACKAGE_PREFIX = "package:"
 
@@ -67,14 +59,6 @@ class Pretrained:
     gguf_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(Dtype):
-            raise UserError(f"model.dtype: expected {', '.join(get_args(Dtype))}, received {self.dtype!r}")
-        needed = ("gguf", "accelerate") if self.gguf_file is not None else ()
-        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-            raise UserError(
-                f"model.gguf_file: expected the packages gguf and accelerate, received no {missing[0]}: "
-                "pip install gguf accelerate"
-            )
         if (folder := self.folder) is None:
             return
         if self.revision is not None:
@@ -121,25 +105,12 @@ class Pretrained:
             UserError: if the files, or the packages that they need, are not what the class needs.
             HubError: if the files are on the hub only, and the hub cannot be reached.
         """
-        if (folder := self.folder) is not None:
-            return self._load(auto_class, str(folder), arguments)
-        with hub.offline_if_unreachable() as is_offline:
-            try:
-                return self._load(auto_class, self.model_name, arguments)
-            except UserError as error:
-                if is_offline and isinstance(error.__cause__, OSError):
-                    raise HubError(
-                        f"model.model_name: {self.model_name!r} is not in the local cache, and the Hugging Face hub cannot be "
-                        "reached: a folder or package:NAME works without it"
-                    ) from error
-                raise
-
-    def _load(self, auto_class: Any, place: str, arguments: dict[str, Any]) -> Any:
         where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
-        parsing = _parsed_once() if self.gguf_file else nullcontext()
-        with broken_files_refused("model.model_name", "a model", auto_class, self.model_name), own_progress_bar(), parsing:
+        field, place = "model.model_name", str(self.folder or self.model_name)
+        refused = broken_files_refused(field, "a model", auto_class, self.model_name)
+        with refused, hub.needed_for(f"{field}: {self.model_name!r}"), hub.quiet_loading():
             return auto_class.from_pretrained(place, **where, **arguments)
 
     def config(self, **fields: Any) -> Any:
@@ -195,32 +166,24 @@ def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> 
         auto_class: by which of transformers' Auto classes.
         place: a folder, or a hub id.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
-    except Exception as error:
-        if not _is_of_the_files(error):
+    # Missing and broken files, unknown architectures, attention and activations, and packages that are missing.
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError, StrictDataclassError) as error:
+        if is_failure(error):
             raise
         if "argument `trust_remote_code=True`" in str(error):
             raise UserError(
                 f"model.trust_remote_code: expected true for {place!r}, which comes with Python files that are run to load it "
                 "(no checkpoint or adapter says so for you: --trust_remote_code true), received false"
             ) from error
-        name = f"{type(error).__name__} " if isinstance(error, KeyError | EOFError) else ""  # their messages say little
+        name = "KeyError " if isinstance(error, KeyError) else ""  # whose message is the key alone
         raise UserError(
             f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {name}{one_line(str(error))}"
         ) from error
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Inside the block a GGUF file is parsed once: transformers does so for a configuration and for the weights, in seconds."""
-    gguf: Any = importlib.import_module("gguf")
-    theirs = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(theirs)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = theirs
 
 
 def with_padding(tokenizer: Any) -> Any:
@@ -255,35 +218,6 @@ def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
     return found
 
 
-def _modules_passed(error: Exception) -> list[str]:
-    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-
-
 def is_failure(error: Exception) -> bool:
     """Whether an error is of a model's own code (``trust_remote_code``), or of insufficient memory: not a user's mistake."""
-    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
-
-    own, theirs = TRANSFORMERS_DYNAMIC_MODULE_NAME, "transformers"
-    packages = [module.partition(".")[0] for module in reversed(_modules_passed(error))]
-    raised_in = next((name for name in packages if name in (own, theirs)), theirs)
-    return raised_in == own or isinstance(error, MemoryError) or "allocate" in str(error)
-
-
-def _is_of_the_files(error: Exception) -> bool:
-    """Whether an error of ``from_pretrained`` is caused by a model's files, or by the packages they need.
-
-    Any other is a failure, of the model's own code (``trust_remote_code``) or of memory for example, not a user's mistake.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    modules = _modules_passed(error)
-    if modules[-1] in ("torch.serialization", "torch._weights_only_unpickler"):  # broken weights: errors of all kinds
-        return True
-    if is_failure(error):
-        return False
-    # Missing and broken files, unknown architectures, attention and activations, packages that are missing, and GGUF files.
-    kinds = (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError, StrictDataclassError, struct.error)
-    # Weights that do not fit the configuration.
-    is_of_shapes = isinstance(error, RuntimeError) and modules[-1].partition(".")[0] == "transformers"
-    return isinstance(error, kinds) or is_of_shapes or type(error) is Exception  # the latter is all that tokenizers raises
+    return passes_through_own_code(error) or isinstance(error, MemoryError) or "allocate" in str(error)
