@@ -118,7 +118,7 @@ class AdaptedModel:
             rank: largest rank of a link, and the first link's.
             alpha: a link's update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming``, ``gaussian`` or ``orthogonal``.
+            init: how A is drawn: ``kaiming`` or ``gaussian``.
             modules_to_save: names, or dotted name endings, of fully trained modules.
             finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
             seed: of all random draws.
@@ -215,7 +215,7 @@ class AdaptedModel:
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
         rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
-        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", self.chain.links)
+        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
         """Sets the layers' rank and alpha for a live link whose factors are loaded separately."""

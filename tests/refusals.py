@@ -150,7 +150,7 @@ def last(**arguments):
         "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each "
         "link's, received 3",
     ),
-    ({"init": "kaimin"}, "model.init: expected kaiming, gaussian, orthogonal, received 'kaimin'"),
+    ({"init": "kaimin"}, "model.init: expected kaiming, gaussian, received 'kaimin'"),
     ({"init_links": 2}, "model.init_links: expected null, or model.init_chain beside it, received 2 alone"),
     (
         {"init_chain": "nowhere"},
@@ -168,7 +168,7 @@ def module(**arguments):
 @refused(
     ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
     ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
-    ({"init": "kaimin", "target_modules": None}, "model.init: expected kaiming, gaussian, orthogonal, received 'kaimin'"),
+    ({"init": "kaimin", "target_modules": None}, "model.init: expected kaiming, gaussian, received 'kaimin'"),
     ({"seed": -1}, "model.seed: expected a whole number from 0 to 2**32 - 1, received -1"),
 )
 def adapted_model(**arguments):
@@ -1330,7 +1330,7 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
 @refused(
     (
         ("lore",),
-        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, boost, received 'lore'; the "
+        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lore'; the "
         "nearest that exist: lora, relora",
     ),
     (("lora-3",), "methods: expected lora, received 'lora-3'"),

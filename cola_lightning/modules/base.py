@@ -65,9 +65,7 @@ class COLAModule(LightningModule, RecordsArguments):
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
-        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
-            ``orthogonal`` to the A of every finished link, until no direction is left and it begins again (BoostLoRA); the time
-            of a knot grows with the square of the summed rank.
+        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
         modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
