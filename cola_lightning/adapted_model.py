@@ -56,7 +56,6 @@ class AdaptedModel:
         seed: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
         is_saved: store a copy of the base's weights, for a base that cannot be rebuilt.
-        is_known: whether the base is identified by its values; not on the meta device.
 
     Attributes:
         model: the model.
@@ -76,21 +75,13 @@ class AdaptedModel:
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
     """
 
-    def __init__(
-        self,
-        make_base: Callable[[], nn.Module],
-        seed: int,
-        name: str = "",
-        *,
-        is_saved: bool = False,
-        is_known: bool = True,
-    ) -> None:
+    def __init__(self, make_base: Callable[[], nn.Module], seed: int, name: str = "", *, is_saved: bool = False) -> None:
         self.make_base, self.seed = make_base, seed
         self.model = make_base()
         self.remember_trained()
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
-        self.chain = Chain(base=describe_base(self.model, name) if is_known else {})
+        self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
         self.placement: Callable[[], Placement] = self._own_placement
         self.trained_factors: TrainedFactors = "both"

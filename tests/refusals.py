@@ -1158,32 +1158,32 @@ def adapter(config, *names):
         "chain: expected a whole chain in '.', received a damaged one (JSONDecodeError(...))",
     ),
     (
-        {"chain.json": '{"format_version": 1, "sha256": "0"}', "chain.safetensors": ""},
+        {"chain.json": '{"format_version": 2, "sha256": "0"}', "chain.safetensors": ""},
         "chain: expected the tensors that chain.json describes in '.', received a damaged file",
     ),
     (
         {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},
-        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received 9 in "
+        "chain: expected format version 2, which this release of cola_lightning reads, received 9 in "
         "chain.json: a newer release is needed",
     ),
     (
         {"chain.json": '{"format_version": 0}', "chain.safetensors": ""},
-        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received 0 in "
+        "chain: expected format version 2, which this release of cola_lightning reads, received 0 in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": null}', "chain.safetensors": ""},
-        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received none in "
+        "chain: expected format version 2, which this release of cola_lightning reads, received none in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": "1"}', "chain.safetensors": ""},
-        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received '1' in "
+        "chain: expected format version 2, which this release of cola_lightning reads, received '1' in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": true}', "chain.safetensors": ""},
-        "chain: expected format version 1 or 2, which this release of cola_lightning reads, received True in "
+        "chain: expected format version 2, which this release of cola_lightning reads, received True in "
         "chain.json: it is damaged, or another program's",
     ),
 )

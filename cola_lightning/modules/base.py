@@ -42,7 +42,6 @@ from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
-from cola_lightning.modules.torchscript import hide_from_torchscript, refuse_links
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes, tensors
@@ -281,10 +280,10 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def is_base_in_checkpoint(self) -> bool:
-        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint or are on meta."""
+        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
         pending, adapted = pending_checkpoint(), self.lazy_model.adapted
         is_stored = adapted is not None and adapted.base_weights is not None
-        return self.lazy_model.is_on_meta or (pending is not None and pending.holds_base) or is_stored
+        return (pending is not None and pending.holds_base) or is_stored
 
     @property
     def is_sharded(self) -> bool:
@@ -426,7 +425,6 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.configure_model()
-        self.lazy_model.check_has_values()
         model, values = self.adapted.merged_model(links), self.trained_state.values_outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
@@ -441,8 +439,6 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         cast_floats(self, torch.float32, half_only=True)
         self.adapted.upcast_stacks()
-
-    __prepare_scriptable__ = refuse_links
 
     # ------------------------------------------------------------------ training
 
@@ -512,7 +508,6 @@ class COLAModule(LightningModule, RecordsArguments):
         if isinstance(state, Tensor) and not state.numel():
             return
         self.configure_model()
-        self.lazy_model.check_has_values()
         restore_packed(self, state)
 
     # ------------------------------------------------------------------ checkpoints
@@ -526,7 +521,6 @@ class COLAModule(LightningModule, RecordsArguments):
         trainer = trainer_of(self)
         if trainer is not None and trainer.ckpt_path is not None:
             check_read_by_other(trainer.strategy.checkpoint_io, trainer.ckpt_path)
-        self.lazy_model.check_has_values()
         restore(self, checkpoint)
 
     @classmethod
@@ -579,8 +573,6 @@ class COLAModule(LightningModule, RecordsArguments):
         super().__init_subclass__(**kwargs)
         keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
 
-
-hide_from_torchscript(COLAModule)
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default

@@ -81,8 +81,7 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        if not next(model.parameters()).is_meta:
-            check_decoder(model)
+        check_decoder(model)
         return model
 
     @override

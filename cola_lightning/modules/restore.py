@@ -140,8 +140,6 @@ def plan_restore(
             "trainer.precision, model.finished_links: expected those that cast adapted weights to "
             f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"
         )
-    if state.base_weights is None:
-        chain = Chain(chain.links, adapted.chain.base | chain.base)  # an older format stores less about the base
     live = None if state.live is None or begins_link else (state.live.rank, state.live.alpha)
     return RestorePlan(chain, state.base_weights, dtype, live, begins_link)
 
@@ -203,9 +201,8 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         )
     if (seed := module.seed_choice.given) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if state.live is not None:  # format version 1 stores the live link's alone
-        live = len(state.chain)
-        module.link_plan.check_resumed(dict(enumerate(state.scheduled)) | {live: state.live.scheduled}, live)
+    if state.live is not None:
+        module.link_plan.check_resumed(dict(enumerate(state.scheduled)), len(state.chain))
     if (origin := origin_of(module))[0] is not None and origin != state.origin:
         (had, had_links), (mine, my_links) = state.origin, origin
         raise UserError(
