@@ -407,19 +407,6 @@ class AdaptedModel:
         if dtype == torch.float64 and not is_sharded:
             self.model.double()
 
-    def recast(self, dtype: torch.dtype) -> None:
-        """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""
-        if self.cast_dtype.itemsize < 4:
-            made = self.rebuild_base()
-            for name, part in made.named_modules():
-                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-                wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-                if wide is not None:
-                    cast_floats(self.model.get_submodule(name), part.dtype if isinstance(part, LoRALayer) else wide)
-            self._write_base(self.model, made)
-            self.forget_links(self.chain.base)
-        self.cast(dtype)
-
     def upcast_stacks(self) -> None:
         """Has 4-bit layers compute in float32, and restores stacked links from the chain, after a cast to that dtype."""
         quantized: list[Any] = [part for part in self.model.modules() if is_quantized(part)]

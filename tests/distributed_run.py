@@ -258,6 +258,8 @@ def same(folder):
     for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
+    for strategy in ("fsdp2", "fsdp1"):
+        fit(folder, f"kept-{strategy}", strategy=strategy, arguments={"kept_optimizer_state": 0.5}, gradient_clip_val=None)
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
     for model in ("mlp", "cnn", "llama", "outside"):

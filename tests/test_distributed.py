@@ -82,6 +82,8 @@ SAME = {
     "mlp-ddp": (1e-12, {"precision": "64-true"}),
     "mlp-stack-ddp": (1e-12, {"precision": "64-true", "arguments": {"finished_links": "stack"}}),
     "llama-ddp": (1e-12, {"model": "llama", "precision": "64-true"}),
+    "kept-fsdp1": (1e-5, {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}),
+    "kept-fsdp2": (1e-5, {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}),
     "whole-fsdp2": (1e-5, run.WHOLE),
     "cnn-ddp": (1e-12, {"model": "cnn", "precision": "64-true"}),
     "cnn-fsdp1": (1e-5, {"model": "cnn", "gradient_clip_val": None}),

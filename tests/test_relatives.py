@@ -114,7 +114,7 @@ def test_a_frozen_factor_is_in_no_optimizer_and_gathers_no_gradient(tmp_path):
     trainer(tmp_path, watch, max_epochs=1, gradient_clip_val=0.1).fit(module, batches())
     assert set(watch.seen) == {2}
     assert len(module.adapted.frozen_factors()) == 2
-    assert all(factor.grad.abs().max() < 1e6 for factor in module.adapted.frozen_factors())
+    assert all(factor.grad is None for factor in module.adapted.frozen_factors())
 
 
 def test_the_loss_falls_by_one_factor_alone(tmp_path):

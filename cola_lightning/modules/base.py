@@ -27,11 +27,11 @@ from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
+from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_trained
-from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
 from cola_lightning.modules.lazy_model import LazyModel
@@ -40,6 +40,7 @@ from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
+from cola_lightning.modules.run_checks import RunChecks
 from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
@@ -449,11 +450,6 @@ class COLAModule(LightningModule, RecordsArguments):
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
         return self.optimization.configure(trained, self.modules_to_save, counters_now(self).global_step)
 
-    @property
-    def overrides_optimizers(self) -> bool:
-        """Whether ``configure_optimizers`` is a subclass' own, or LightningCLI's."""
-        return getattr(self.configure_optimizers, "__func__", None) is not COLAModule.configure_optimizers
-
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
         return []
@@ -569,9 +565,9 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Preserves model, chain and guard if hooks of a subclass, or of a mixin, do not call ``super()``."""
+        """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
-        keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
+        keep_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.

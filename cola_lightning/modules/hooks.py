@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 
-def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> None:
+def keep_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callback]]) -> None:
     """Runs our hooks beside the overrides of a subclass, or of its mixin.
 
     If an override calls ``super()``, ours run twice, with the same effect as once.
@@ -15,7 +15,7 @@ def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> No
     Args:
         cls: the subclass.
         ours: the class that defines our hooks.
-        make_guard: makes the callback of a module.
+        make_callbacks: makes the callbacks of a module.
     """
     for name in ("on_save_checkpoint", "on_load_checkpoint"):
         found = getattr(cls, name)
@@ -23,7 +23,7 @@ def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> No
             setattr(cls, name, _after(getattr(ours, name), found))
     if cls.configure_model is not ours.configure_model and not hasattr(cls.configure_model, "runs_ours"):
         cls.configure_model = _before(ours.configure_model, cls.configure_model)
-    cls.configure_callbacks = _with_guard(cls.configure_callbacks, make_guard)
+    cls.configure_callbacks = _with_ours(cls.configure_callbacks, make_callbacks)
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
@@ -55,14 +55,13 @@ def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...
     return configure_model
 
 
-def _with_guard(own: Callable[[Any], Any], make_guard: Callable[[Any], Callback]) -> Callable[[Any], list[Callback]]:
-    """A subclass' ``configure_callbacks``, with the module's guard before its own."""
+def _with_ours(own: Callable[[Any], Any], make: Callable[[Any], list[Callback]]) -> Callable[[Any], list[Callback]]:
+    """A subclass' ``configure_callbacks``, with the module's callbacks before its own."""
 
     @functools.wraps(own)
     def configure_callbacks(self: Any) -> list[Callback]:
         given = own(self)
-        callbacks = [given] if isinstance(given, Callback) else list(given)
-        guard = make_guard(self)
-        return callbacks if any(isinstance(c, type(guard)) for c in callbacks) else [guard, *callbacks]
+        callbacks, ours = [given] if isinstance(given, Callback) else list(given), make(self)
+        return callbacks if any(isinstance(c, type(ours[0])) for c in callbacks) else [*ours, *callbacks]
 
     return configure_callbacks

@@ -98,8 +98,6 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
     run.link_start, run.resumes_knots = state.link_start, state.has_knots
     run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
-    if is_fit:  # which loads the optimizer's state
-        module.optimization.resumed_class = state.optimizer
     trained.first_outside = dict(state.outside)
     if plan.begins_link:
         module.link_plan.begin(adapted)
@@ -148,7 +146,7 @@ def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
     """Applies a plan to the weights of a model; the live link's factors are still to be loaded."""
     adapted.take_base(plan.chain, plan.base_weights)
     if plan.dtype is not None:
-        adapted.recast(plan.dtype)
+        adapted.cast(plan.dtype)
     adapted.go_to(plan.chain)
     if plan.live is not None:
         adapted.resume_link(*plan.live)

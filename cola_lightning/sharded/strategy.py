@@ -74,12 +74,6 @@ def replicate_trained(strategy: Strategy) -> None:
         strategy.__class__ = with_replicated_trainables(type(strategy))
 
 
-def undo_replication(strategy: Strategy) -> None:
-    """Undoes :func:`replicate_trained`."""
-    if hasattr(strategy, "replicates_trainables"):
-        strategy.__class__ = type(strategy).__mro__[1]
-
-
 def check_sharding(strategy: Strategy, module: Any) -> None:
     """Refuses what a strategy does not support, before any model is made.
 
