@@ -56,7 +56,6 @@ class AdaptedModel:
         seed: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
         is_saved: store a copy of the base's weights, for a base that cannot be rebuilt.
-        is_known: whether the base is identified by its values; not on the meta device.
 
     Attributes:
         model: the model.
@@ -76,21 +75,13 @@ class AdaptedModel:
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
     """
 
-    def __init__(
-        self,
-        make_base: Callable[[], nn.Module],
-        seed: int,
-        name: str = "",
-        *,
-        is_saved: bool = False,
-        is_known: bool = True,
-    ) -> None:
+    def __init__(self, make_base: Callable[[], nn.Module], seed: int, name: str = "", *, is_saved: bool = False) -> None:
         self.make_base, self.seed = make_base, seed
         self.model = make_base()
         self.remember_trained()
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
-        self.chain = Chain(base=describe_base(self.model, name) if is_known else {})
+        self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
         self.placement: Callable[[], Placement] = self._own_placement
         self.trained_factors: TrainedFactors = "both"
@@ -118,7 +109,7 @@ class AdaptedModel:
             rank: largest rank of a link, and the first link's.
             alpha: a link's update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming``, ``gaussian`` or ``orthogonal``.
+            init: how A is drawn: ``kaiming`` or ``gaussian``.
             modules_to_save: names, or dotted name endings, of fully trained modules.
             finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
             seed: of all random draws.
@@ -215,7 +206,7 @@ class AdaptedModel:
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
         rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
-        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", self.chain.links)
+        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
         """Sets the layers' rank and alpha for a live link whose factors are loaded separately."""
@@ -415,19 +406,6 @@ class AdaptedModel:
                 cast_floats(layer, dtype)
         if dtype == torch.float64 and not is_sharded:
             self.model.double()
-
-    def recast(self, dtype: torch.dtype) -> None:
-        """Casts the adapted layers from one precision's dtype to another's: rounded values are restored from the base."""
-        if self.cast_dtype.itemsize < 4:
-            made = self.rebuild_base()
-            for name, part in made.named_modules():
-                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-                wide = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-                if wide is not None:
-                    cast_floats(self.model.get_submodule(name), part.dtype if isinstance(part, LoRALayer) else wide)
-            self._write_base(self.model, made)
-            self.forget_links(self.chain.base)
-        self.cast(dtype)
 
     def upcast_stacks(self) -> None:
         """Has 4-bit layers compute in float32, and restores stacked links from the chain, after a cast to that dtype."""

@@ -54,13 +54,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def seeded_build(seed: int, device: str = "cpu") -> Iterator[None]:
+def seeded_build(seed: int) -> Iterator[None]:
     """The context in which a base is built: it may train, and depends on no device, precision or draw of the caller.
 
-    Inside the block the global generators are seeded, the default dtype is float32 and the default device as given.
+    Inside the block the global generators are seeded, the default dtype is float32 and the default device the CPU.
     """
     before = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.enable_grad(), torch.device(device), seeded(seed):
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), seeded(seed):
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -258,8 +258,8 @@ def same(folder):
     for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
         for mode in ("merge", "stack"):
             fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
-    for strategy in ("fsdp2", "fsdp1"):  # each link's A depends on those before
-        fit(folder, f"orthogonal-{strategy}", strategy=strategy, arguments={"init": "orthogonal"}, gradient_clip_val=None)
+    for strategy in ("fsdp2", "fsdp1"):
+        fit(folder, f"kept-{strategy}", strategy=strategy, arguments={"kept_optimizer_state": 0.5}, gradient_clip_val=None)
     fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
     fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
     for model in ("mlp", "cnn", "llama", "outside"):
@@ -443,31 +443,6 @@ def plateau(folder):
         made.fit(module, datamodule=Data())
         left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
         torch.save(left | {"weights": held(module)}, folder / f"{name}.rank{made.global_rank}.pt")
-
-
-class Scored(MLP):
-    """It has the loss of each row."""
-
-    def row_losses(self, batch):
-        return (self.model(batch["x"]) - batch["y"]).square().mean(1)
-
-
-class OddData(Data):
-    """63 rows: on two processes one is scored twice."""
-
-    def setup(self, stage):
-        super().setup(stage)
-        self.train = self.train[:-1]
-
-
-def boosted(folder):
-    """Rows that are drawn by the model's error."""
-    module = Scored(target_modules="all-linear", rank=2, alpha=4, seed=1)
-    options = {"devices": world(), "max_epochs": 2} | ({"strategy": STRATEGIES["ddp"]()} if world() > 1 else {})
-    made = trainer(folder, chain={"every_n_epochs": 1, "boosting": True}, **options)
-    made.fit(module, datamodule=OddData())
-    left = {"row_weights": made.callbacks[0].boosting.weights, "weights": held(module)}
-    torch.save(left, folder / f"boosted.rank{made.global_rank}.pt")
 
 
 def predicted(folder):

@@ -155,13 +155,6 @@ def test_weights_in_one_buffer_that_do_not_overlap_are_of_their_own():
     assert inject_lora(model, "all-linear", rank=2, alpha=4) == ["0", "1"]
 
 
-def test_a_weight_of_repeated_values_is_refused_before_a_knot_would_fail():
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4))
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*'0', whose weight repeats values in memory \(clone\(\)"):
-        inject_lora(model, ["0"], rank=2, alpha=4)
-
-
 def test_torchs_attention_output_is_not_taken_for_a_linear_layer():
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(UserError, match="NonDynamicallyQuantizableLinear"):
@@ -442,46 +435,10 @@ class Plain(nn.Linear):
     """Inherits all."""
 
 
-class Masked(nn.Linear):
-    """Computes with some of its weights alone: what is merged into the others has no effect."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("mask", (torch.arange(sizes[0]) < 2).float())
-        with torch.no_grad():
-            self.weight.mul_(self.mask)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight * self.mask, self.bias)
-
-
-class Noisy(nn.Linear):
-    def forward(self, x):
-        y = super().forward(x)
-        return y + torch.randn_like(y) if self.training else y
-
-
 class Router(nn.Linear):
     def forward(self, x):
         y = super().forward(x)
         return y, y.softmax(-1)
-
-
-class Clamped(nn.Linear):
-    """Of its larger inputs, as activations are quantised, a link would see more than the weight does."""
-
-    def forward(self, x):
-        return super().forward(x.clamp(-8, 8))
-
-
-class Counting(nn.Linear):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x) + 0
 
 
 class Adding(nn.Linear):
@@ -489,27 +446,20 @@ class Adding(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
-@pytest.mark.parametrize("kind", [Plain, Counting, Adding])
 @pytest.mark.parametrize("target_modules", [["0"], "all-linear"], ids=["named", "all-linear"])
-def test_a_users_subclass_is_adapted_where_it_computes_the_same(kind, target_modules):
-    model = nn.Sequential(kind(4, 4))
+def test_a_users_subclass_is_adapted_where_its_forward_is_linears(target_modules):
+    model = nn.Sequential(Plain(4, 4))
     assert inject_lora(model, target_modules, rank=1, alpha=1) == ["0"]
-    assert isinstance(model[0], kind)
-    assert not any(buffer.any() for buffer in model.buffers())  # it was asked, and has not noticed
+    assert isinstance(model[0], Plain)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("kind", [Masked, Noisy, Router, Clamped])
-def test_a_subclass_that_computes_something_else_is_refused_or_named(kind, is_training, caplog):
-    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4)).train(is_training)
-    with pytest.raises(
-        UserError, match=rf"^model\.target_modules: expected layers of type Linear.*received '1', which is a {kind.__name__}"
-    ):
+@pytest.mark.parametrize("kind", [Router, Adding])
+def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(kind, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
+    with pytest.raises(UserError, match=rf"^model\.target_modules: .* received '1', which is a {kind.__name__} with a forward"):
         inject_lora(model, ["1"], rank=1, alpha=1)
-    state = torch.random.get_rng_state()
     with pytest.raises(UserError, match=rf"for all-linear, received none; passed over: 0 \({kind.__name__}\)$"):
         inject_lora(nn.Sequential(model[1]), "all-linear", rank=1, alpha=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
     assert told(caplog) == []
     assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
     (message,) = told(caplog)
@@ -517,35 +467,6 @@ def test_a_subclass_that_computes_something_else_is_refused_or_named(kind, is_tr
         f"model.target_modules: all-linear leaves matrices of other layers frozen: weight of {kind.__name__} "
         "(40 % of the parameters: 1)"
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_large_subclass_is_asked_in_every_dtype_by_some_of_its_rows(dtype):
-    model = nn.Sequential(Adding(8, 200), Masked(200, 100), Counting(100, 200), Router(200, 100)).to(dtype)
-    assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0", "2"]
-    assert [layer.out_features for layer in model] == [200, 100, 200, 100]
-
-
-class InEightBits(nn.Linear):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.weight = nn.Parameter(self.weight.to(torch.float8_e4m3fn), requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (InEightBits, "received '1', which is a InEightBits and does not compute, or is not called, as a Linear"),
-        (nn.LazyLinear, "received '1', whose weight has no size yet: a first forward pass of the model gives it one"),
-    ],
-)
-def test_a_subclass_that_cannot_be_asked_is_refused(kind, message):
-    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4) if kind is InEightBits else kind(4))
-    with pytest.raises(UserError, match=f"{message}$"):
-        inject_lora(model, ["1"], rank=1, alpha=1)
 
 
 def test_torchs_own_attention_is_told_of(caplog):

@@ -270,7 +270,7 @@ def test_a_newer_releases_chain_is_refused(exported):
     _, _, folder = exported
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path), path, {"cola_chain": json.dumps({"format_version": 3})})
-    with pytest.raises(UserError, match=r"chain: expected format version 1 or 2, .* received 3 in .*adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"chain: expected format version 2, .* received 3 in .*adapter_model.safetensors"):
         read_chain(folder)
 
 

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW
 from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError, lora_layers
 from cola_lightning.callbacks import check_strategy
 from cola_lightning.chain.link import begin_link
+from cola_lightning.chain.rules import frozen_factor
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
@@ -428,16 +429,22 @@ def test_a_knot_inside_an_optimizers_step_is_refused(tmp_path, hook):
     assert module.link == 0
 
 
-def test_an_optimizer_of_ones_own_with_factors_that_are_not_trained_is_refused(tmp_path):
+@pytest.mark.parametrize("factors", ["B", "random"])
+def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_path, factors):
     class Own(Toy):
         def configure_optimizers(self):
-            return SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+            return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-    for factors in ("B", "random"):
-        message = rf"configure_optimizers: expected optimizers without lora_[AB], which is not trained under .* {factors}, rec"
-        with pytest.raises(UserError, match=message):
-            trainer(tmp_path, chain={}, max_epochs=1).fit(toy(Own, trained_factors=factors), batches())
-    trainer(tmp_path, chain={}, max_epochs=1).fit(toy(Own), batches())
+    def trained(**how):
+        module = toy(Own, trained_factors=factors, **how)
+        trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
+        return {name: p.detach() for name, p in module.model.named_parameters() if name.endswith(frozen)}, module
+
+    frozen = f"lora_{frozen_factor(factors, 0, 0)}"
+    after, module = trained()
+    drawn = toy(Own, trained_factors=factors).model.state_dict()
+    assert_bit_equal(after, {name: drawn[name] for name in after})
+    assert all(layer.lora_A.any() and layer.lora_B.any() for layer in module.adapted.layers.values())
 
 
 def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):

@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    forked_torchrun(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau", "boosted")
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "merges", "fsdp1", "plateau")
     return folder
 
 
@@ -78,20 +78,12 @@ def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_valu
     assert_bit_equal(first["weights"], second["weights"])
 
 
-def test_processes_score_their_share_of_the_rows_for_boosting(trained, tmp_path):
-    first, second = (torch.load(trained / f"boosted.rank{rank}.pt") for rank in range(2))
-    run.boosted(tmp_path)
-    single = torch.load(tmp_path / "boosted.rank0.pt")
-    assert torch.equal(first["row_weights"], second["row_weights"])
-    assert_bit_equal(first["weights"], second["weights"])
-    torch.testing.assert_close(first["row_weights"], single["row_weights"], rtol=1e-4, atol=0)
-    assert len(first["row_weights"]) == 63
-
-
 SAME = {
     "mlp-ddp": (1e-12, {"precision": "64-true"}),
     "mlp-stack-ddp": (1e-12, {"precision": "64-true", "arguments": {"finished_links": "stack"}}),
     "llama-ddp": (1e-12, {"model": "llama", "precision": "64-true"}),
+    "kept-fsdp1": (1e-5, {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}),
+    "kept-fsdp2": (1e-5, {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}),
     "whole-fsdp2": (1e-5, run.WHOLE),
     "cnn-ddp": (1e-12, {"model": "cnn", "precision": "64-true"}),
     "cnn-fsdp1": (1e-5, {"model": "cnn", "gradient_clip_val": None}),
@@ -99,8 +91,6 @@ SAME = {
     "mlp-fsdp1": (1e-5, {"gradient_clip_val": None}),
     "llama-fsdp1": (1e-5, {"model": "llama", "gradient_clip_val": None}),
     "outside-fsdp1": (1e-5, {"model": "outside", "gradient_clip_val": None}),
-    "orthogonal-fsdp1": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
-    "orthogonal-fsdp2": (1e-5, {"arguments": {"init": "orthogonal"}, "gradient_clip_val": None}),
 }
 SAME |= {
     f"{model}-{mode}-fsdp2": (1e-5, {"model": model, "arguments": {"finished_links": mode}})

@@ -405,7 +405,7 @@ def test_a_cast_from_one_precision_to_another_leaves_complex_buffers_complex():
     adapted = AdaptedModel.of(Turned, target_modules=["up"], rank=2, finished_links="stack")
     rotation = adapted.model.rotation.clone()
     adapted.cast(torch.bfloat16)
-    adapted.recast(torch.float32)
+    adapted.cast(torch.float32)
     assert torch.equal(adapted.model.rotation, rotation)
 
 

@@ -4,17 +4,22 @@ import pytest
 import torch
 from torch import nn
 
+from cola_lightning.lora import registry
 from cola_lightning.lora.layer import low_rank_delta
-from cola_lightning.lora.registry import LoRALinear, adapt_layer, plain_layer
+from cola_lightning.lora.registry import LoRALayer, LoRALinear, adapt_layer, plain_layer, register_lora_layer
 
 
 class Named(nn.Linear):
+    """Its input has another name."""
+
     def forward(self, hidden_states):
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
 @pytest.fixture(params=["linear", "subclass", "conv1d"])
-def base(request):
+def base(request, monkeypatch):
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    register_lora_layer(Named, is_linear=True)(type("LoRANamed", (LoRALayer, Named), {}))
     torch.manual_seed(0)
     if request.param != "conv1d":
         return {"linear": nn.Linear, "subclass": Named}[request.param](6, 5)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
-from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.probe import logits_of
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -95,13 +93,6 @@ def test_half_of_a_weight_into_which_links_are_merged_is_refused_on_resume(tmp_p
     fit(tmp_path, make("stack"), "bf16-true", epochs=1)
     with pytest.raises(UserError, match=r"trainer\.precision, model\.finished_links: expected those .* to bfloat16"):
         fit(tmp_path / "2", make("merge"), "bf16-true", ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-
-
-def test_lightnings_own_quantisation_is_refused():
-    module, run = make("stack"), Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    run.strategy._precision_plugin = object.__new__(BitsandbytesPrecision)
-    with pytest.raises(UserError, match=r"trainer\.plugins: .* model\.quantization: nf4 .* received BitsandbytesPrecision"):
-        ChainGuard(module).setup(run, module, "fit")
 
 
 def test_a_model_with_half_its_layers_in_half_precision_is_merged_into_layer_by_layer():

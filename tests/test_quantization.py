@@ -424,9 +424,7 @@ def test_a_users_own_4_bit_model_is_adapted_and_never_merged_into(quant_type):
     model = nn.Sequential(Linear4bit(64, 96, quant_type=quant_type).to("cpu"), nn.Tanh(), nn.Linear(96, 2))
     x = inputs()
     expected, weight = model(x), model[0].weight
-    with pytest.raises(
-        UserError, match=r"^model.finished_links: expected stack, for .* the 4-bit weight of '0'; received merge"
-    ):
+    with pytest.raises(UserError, match=r"^model.finished_links: expected stack, for .* weight of '0', a Params4bit; received"):
         inject_lora(model, ["0"], rank=2, alpha=4)
     assert type(model[0]) is Linear4bit
     assert inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack") == ["0"]
@@ -538,11 +536,6 @@ def test_layers_of_which_a_model_reads_the_dtype_are_not_quantised(tmp_path):
     module = make(str(tmp_path / "t5"), COLASequenceClassifier, **how)
     module.configure_model()
     assert torch.isfinite(module.model(input_ids=torch.tensor([[5, 6, 7, 1]])).logits).all()
-
-
-def test_a_users_layer_that_is_not_quantised_yet_is_refused():
-    with pytest.raises(UserError, match="'0'"):
-        inject_lora(nn.Sequential(Linear4bit(64, 96, quant_type="nf4")), ["0"], rank=2, alpha=4, finished_links="stack")
 
 
 class OwnToy(ValidatedToy):

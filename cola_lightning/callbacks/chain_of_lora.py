@@ -16,10 +16,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.callbacks.boosting import Boosting
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.plateau import Mode, Plateau
 from cola_lightning.chain.schedule import ChainSchedule, Counters
@@ -68,10 +66,6 @@ class ChainOfLoRA(Callback):
         monitor: with ``patience``: the metric, logged in validation.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
-        boosting: in each epoch, draw the training rows, with replacement, in proportion to the error that the model had on them
-            when the link's first epoch began: one minus the probability of the right label. It needs a module with
-            ``row_losses`` and an :class:`~cola_lightning.data.base.EpochDataModule`, and for each link a pass over the training
-            rows. A link without the beginning of an epoch has the rows of the link before.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -95,14 +89,12 @@ class ChainOfLoRA(Callback):
         monitor: str = "val_loss",
         min_delta: float = 0.0,
         mode: Mode = "min",
-        boosting: bool = False,
     ) -> None:
         whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
         self.schedule = ChainSchedule(*whens, ranks, alphas, is_open=self._is_own_rule, patience=patience)
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
-        self.boosting = Boosting() if boosting else None
         self._asked_at: int | None = None
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
@@ -135,55 +127,11 @@ class ChainOfLoRA(Callback):
         self._asked_at = self._last_step = None
         if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
-            self._set_row_weights(trainer, pl_module)
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
-    def _set_row_weights(self, trainer: Trainer, module: LightningModule) -> None:
-        """Has the data module ask for the weights of its training rows, or draw all alike."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if self.boosting is None:
-            if hasattr(data, "row_weights"):  # which another trainer may have set
-                data.row_weights = None
-            return
-        boosting = self.boosting
-        boosting.begin(trainer, module)
-
-        def row_weights(is_new_epoch: bool) -> Tensor | None:
-            if data.trainer is not trainer:
-                return None
-            if not is_new_epoch:  # as the epoch began, also if a knot has come since
-                return boosting.weights
-            return boosting.weights_of(self._link_of_next_batch(trainer))
-
-        data.row_weights = row_weights
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._leave_rows(trainer)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave_rows(trainer)
-
-    def _leave_rows(self, trainer: Trainer) -> None:
-        if self.boosting is not None and hasattr(data := trainer.datamodule, "row_weights"):  # type: ignore[attr-defined]
-            data.row_weights = None
-
-    def _link_of_next_batch(self, trainer: Trainer) -> int:
-        """The live link's index, or the next one's if the next batch ties a knot.
-
-        A ``should_tie`` of one's own is not asked, as it is called once a step: its knot counts from the next epoch on.
-        """
-        now = Counters(trainer.current_epoch, trainer.global_step)
-        begins = now.global_step == self.module.link_start.global_step
-        return self.module.link + (not self._is_own_rule and not begins and self.should_tie(*now))
-
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.boosting is not None and batch_idx == 0:
-            self.boosting.check_drawn()
         now = Counters(trainer.current_epoch, trainer.global_step)
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
@@ -197,8 +145,6 @@ class ChainOfLoRA(Callback):
         if trainer.world_size > 1 and self._is_own_rule:  # which may read values that differ between the processes
             is_due = trainer.strategy.reduce_boolean_decision(bool(is_due), all=False)
         if is_due:
-            if self.boosting is not None:
-                self.boosting.end_link(self.module.link)
             self._report(self.module.tie_knot(), trainer, "finished")
 
     @override
@@ -239,14 +185,10 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state: dict[str, Any] = {}
         if self._values:  # a run has begun
             start = self.module.link_start.global_step
-            state["values"] = {step: value for step, value in self._values.items() if step > start}
+            state: dict[str, Any] = {"values": {step: value for step, value in self._values.items() if step > start}}
             state["monitor"] = self.plateau and self.plateau.monitor
-        if self.boosting is not None:
-            state["boosting"] = self.boosting.state_dict()
-        if state := {name: value for name, value in state.items() if value}:
             checkpoint["callbacks"].setdefault(self.state_key, {}).update(state)
 
     @override
@@ -254,15 +196,11 @@ class ChainOfLoRA(Callback):
         state = checkpoint["callbacks"].get(self.state_key, {})
         monitor = self.plateau and self.plateau.monitor
         self._values = dict(state.get("values", {})) if state.get("monitor", monitor) == monitor else {}  # another metric's
-        if self.boosting is not None:
-            self.boosting.load_state_dict(state.get("boosting", {}))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.plateau is not None and not self._values:
             log.warning("chain.patience: the run ended without a validation, by which a link could have been finished")
-        if self.boosting is not None:
-            self.boosting.end_link(self.module.link)
         if self.module.target_modules is not None:
             self._report(self.module.live_link(), trainer, "live at the end")
 

@@ -168,12 +168,12 @@ class LiveLink:
     scheduled: list[float]
     metrics: dict[str, float]
     extras: list[str]
-    outside: list[str] = field(default_factory=list)  # version 1 has none
+    outside: list[str]
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Everything that this package stores in a checkpoint; fields with a default are absent from version 1.
+    """Everything that this package stores in a checkpoint; fields with a default are absent from older ones.
 
     Attributes:
         module: how the module was constructed: ``class_path``, ``init_args``, ``not_plain``.

@@ -1,7 +1,6 @@
 """Serialisation of links: the codec shared by chain folders, PEFT adapters, state dicts and checkpoints.
 
-A link is serialised as a JSON description and named tensors. Each format has its own version. Version 2 adds the values trained
-outside the model and a hash of each value of the base; version 1 can still be read.
+A link is serialised as a JSON description and named tensors. Each format has its own version.
 """
 
 import json
@@ -27,10 +26,10 @@ class Format(NamedTuple):
     readable: tuple[int, ...]
 
 
-CHECKPOINT = Format(2, (1, 2))
-FOLDER = Format(2, (1, 2))
-ADAPTER = Format(2, (1, 2))
-STATE_DICT = Format(2, (1, 2))
+CHECKPOINT = Format(2, (2,))
+FOLDER = Format(2, (2,))
+ADAPTER = Format(2, (2,))
+STATE_DICT = Format(2, (2,))
 
 FACTS = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields in JSON
 WHOLE = ("extras", "outside")  # a link's tensors beside its factors
@@ -160,7 +159,7 @@ def link_of_state(state: Mapping[str, Any]) -> Link:
         KeyError: if a field is missing.
     """
     facts = {name: state[name] for name in FACTS}
-    return Link(**facts, factors=state["factors"], extras=state["extras"], outside=state.get("outside", {}))
+    return Link(**facts, factors=state["factors"], extras=state["extras"], outside=state["outside"])
 
 
 # ---------------------------------------------------------------------- JSON

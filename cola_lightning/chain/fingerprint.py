@@ -24,8 +24,7 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
     Returns:
         ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: their
         original dtypes (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name;
-        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None if it is trained
-        (format version 2).
+        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None if it is trained.
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)
@@ -95,7 +94,7 @@ def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) ->
     """Refuses a base on which the chain was not trained.
 
     Args:
-        expected: :func:`describe_base` of the chain's base; fields that format version 1 lacks are not compared.
+        expected: :func:`describe_base` of the chain's base.
         received: :func:`describe_base` of this base.
 
     Raises:
@@ -131,7 +130,7 @@ def check_rebuilt(expected: Mapping[str, Any], received: Mapping[str, Any]) -> N
 
 def _difference(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str | None:
     """Where two bases differ; None if everything known of both is equal."""
-    mine, theirs = received.get("values", {}), expected.get("values", received.get("values", {}))
+    mine, theirs = received["values"], expected["values"]
     if alone := sorted(mine.keys() ^ theirs.keys()):
         return f"{'with' if alone[0] in mine else 'without'} {alone[0]!r}"
     pairs = ((name, value, theirs[name]) for name, value in mine.items())

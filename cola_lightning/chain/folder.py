@@ -15,7 +15,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.writing import whole_folder
 
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
-JSON_CHECKSUM = "sha256_of_json"  # checksum of all other fields; absent from version 1
+JSON_CHECKSUM = "sha256_of_json"  # checksum of all other fields; absent from an edited one
 
 
 def write_folder(links: Sequence[Link], base: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> None:

@@ -1,7 +1,7 @@
 """A link: one low-rank update, from its initialisation to its knot, and its record."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,16 +107,11 @@ def begin_link(
     rank: int,
     alpha: float,
     drawn: Literal["A", "B"] = "A",
-    finished: Sequence[Link] = (),
 ) -> None:
     """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
-    The draw depends on nothing else, except on the finished links if a layer's ``init`` uses them: not on the global generator,
-    the device, or the number of processes.
+    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
-    place = "AB".index(drawn)
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        factors = [link.factors[name][place] for link in finished if name in link.factors]
-        before = factors if drawn == "A" else [lora_B.T for lora_B in factors]
-        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn, before=before)
+        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn)

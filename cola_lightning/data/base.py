@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -86,8 +85,6 @@ class EpochDataModule(LightningDataModule, ABC):
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
         can_be_tested: whether the test rows have labels or answers to be scored with.
-        row_weights: called at the start of a training epoch with whether it is new, and not resumed inside: weights in
-            proportion to which its rows are drawn; None: each row once.
 
     Args:
         batch_size: rows per training batch.
@@ -112,7 +109,6 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
-    row_weights: Callable[[bool], Tensor | None] | None = None
 
     @property
     def can_be_tested(self) -> bool:  # noqa: D102  # an attribute, above
@@ -126,12 +122,11 @@ class EpochDataModule(LightningDataModule, ABC):
         check_seed("data.split_seed", split_seed)
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
-        self._are_weighted = False  # the rows of the epoch that began last
         self._order_of_checkpoint: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What collates batches in a worker process that is not forked: all but what belongs to the fit."""
-        return vars(self) | {"trainer": None, "row_weights": None}
+        return vars(self) | {"trainer": None}
 
     @abstractmethod
     @override
@@ -181,22 +176,8 @@ class EpochDataModule(LightningDataModule, ABC):
         n_processes, rank = self._processes
         lengths = self.lengths(self.train) if self.length_grouped else None
         group = self.batch_size * n_processes
-
-        def weights(is_new: bool) -> Tensor | None:
-            weights = None if self.row_weights is None else self.row_weights(is_new)
-            self._are_weighted = weights is not None
-            return weights
-
-        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group, weights)
+        sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group)
         return self._loader(self.train, self.batch_size, sampler)
-
-    def rows_to_score(self) -> tuple[list[int], EpochLoader]:
-        """The training rows in batches for evaluation: this process's indices, and their loader.
-
-        All processes have equally many; together they have every row, some twice.
-        """
-        order = list(DistributedEvaluationSampler(self._by_length(self.train), *self._processes))
-        return order, self._loader(self.train, self.eval_batch_size, order)
 
     @property
     def _processes(self) -> tuple[int, int]:
@@ -251,7 +232,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     # ------------------------------------------------------------------ the position in an epoch, in a checkpoint
 
-    def _order(self, are_weighted: bool) -> dict[str, Any]:
+    def _order(self) -> dict[str, Any]:
         """The values that determine the order of an epoch's batches, by option.
 
         Processes take turns in the order, so batches of half the size on twice as many processes hold the same rows.
@@ -261,13 +242,12 @@ class EpochDataModule(LightningDataModule, ABC):
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
             "data.length_grouped": self.length_grouped,
-            "chain.boosting": are_weighted,
         }
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """What the position in an epoch depends on; see :meth:`load_state_dict`."""
-        return self._order(self._are_weighted) if hasattr(self, "train") else {}
+        return self._order() if hasattr(self, "train") else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,7 +256,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def _check_same_order(self) -> None:
         """Refuses to resume inside an epoch in another order, in which rows would be repeated and others omitted."""
-        for option, value in self._order(self.row_weights is not None).items():
+        for option, value in self._order().items():
             if self._order_of_checkpoint.get(option, value) != value:
                 raise UserError(
                     f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint was written inside an epoch, "

@@ -6,7 +6,6 @@ from itertools import cycle, islice
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
@@ -27,8 +26,6 @@ class EpochSampler(DistributedSampler[int]):
         rank: this process's rank.
         lengths: the rows' lengths, to group rows of similar length; None: purely random.
         batch_size: rows in a group of similar length, a batch of all processes together; used only with ``lengths``.
-        weights: called at the start of an epoch with whether it is new, and not resumed inside: the rows' weights, for
-            :func:`draw`; None: each row once.
 
     Example:
         >>> sampler = EpochSampler(range(4), seed=0)
@@ -47,49 +44,20 @@ class EpochSampler(DistributedSampler[int]):
         rank: int = 0,
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
-        weights: Callable[[bool], Tensor | None] = lambda is_new: None,
     ) -> None:
         super().__init__(cast(Dataset[int], data), n_processes, rank)
-        self.order_seed, self.rows_done, self.weights = seed, rows_done, weights
+        self.order_seed, self.rows_done = seed, rows_done
         self.lengths, self.group_size = lengths, batch_size
 
     @override
     def __iter__(self) -> Iterator[int]:
         digest = hashlib.sha256(f"{self.order_seed} {self.epoch}".encode()).digest()  # the generator uses 32 bits of its seed
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        places = torch.randperm(len(cast(Sized, self.dataset)), generator=generator)
-        done = self.rows_done()
-        weights = self.weights(done == 0)
-        order = (places if weights is None else draw(weights, generator)[places]).tolist()
+        order = torch.randperm(len(cast(Sized, self.dataset)), generator=generator).tolist()
         if self.lengths is not None:
             order = group_by_length(order, self.lengths, self.group_size, generator)
         order = list(islice(cycle(order), self.total_size))
-        yield from order[self.rank : self.total_size : self.num_replicas][done:]
-
-
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws as many rows as there are, with replacement: n rows of which row i has a share p_i are n p_i times row i, rounded.
-
-    That is systematic resampling, of less variance than independent draws; equal weights give each row once.
-
-    Args:
-        weights: at least 0; all 0 counts as equal.
-        generator: chooses which are rounded up.
-
-    Shape:
-        ``weights``: rows; result: rows, in ascending order.
-
-    Example:
-        >>> draw(torch.tensor([1.0, 0.0, 2.0, 1.0]), torch.Generator().manual_seed(0)).tolist()
-        [0, 2, 2, 3]
-
-    Source: Kitagawa, "Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space Models" (1996), appendix.
-    """
-    n = len(weights)
-    weights = weights.double()
-    cumulative = (weights if weights.any() else torch.ones_like(weights)).cumsum(0)
-    points = (torch.arange(n) + torch.rand((), generator=generator, dtype=torch.float64)) / n
-    return torch.searchsorted(cumulative / cumulative[-1], points, right=True).clamp(max=n - 1)
+        yield from order[self.rank : self.total_size : self.num_replicas][self.rows_done() :]
 
 
 def group_by_length(order: list[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:

@@ -88,9 +88,3 @@ def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """
     windows = windows.long()
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-
-
-def next_byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """The cross-entropy of each byte of :func:`next_byte_loss`, batch x length."""
-    windows = windows.long()
-    return F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")

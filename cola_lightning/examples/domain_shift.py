@@ -21,7 +21,7 @@ from typing_extensions import override
 from cola_lightning.chain.schedule import lr_factor
 from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.errors import UserError
-from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss, next_byte_losses
+from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
 from cola_lightning.examples.corpora import english_passages, python_sources
 from cola_lightning.modules import COLAModule
 from cola_lightning.seeding import seeded
@@ -85,10 +85,6 @@ class COLAByteGPT(COLAModule):
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self._evaluate(batch, "test_loss")
-
-    def row_losses(self, batch: Tensor) -> Tensor:
-        """The mean loss of each window, for ``chain.boosting``."""
-        return next_byte_losses(self.model, batch).mean(1)
 
     def _evaluate(self, batch: Tensor, name: str) -> None:
         self.log(name, next_byte_loss(self.model, batch), batch_size=len(batch), prog_bar=True, sync_dist=True)

@@ -231,7 +231,11 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     if other := sorted(matched - set(adaptable)):
         module = model.get_submodule(other[0])
         kind = type(module).__name__
-        why = " and does not compute, or is not called, as a Linear" if isinstance(module, nn.Linear) else ""
+        why = (
+            " with a forward of its own, or none that is called: register_lora_layer adds a layer type"
+            if isinstance(module, nn.Linear)
+            else ""
+        )
         raise UserError(
             f"model.target_modules: expected layers of type {layer_types()}, received {other[0]!r}, which is a {kind}{why}"
         )
@@ -346,60 +350,24 @@ def _check_not_shared(model: nn.Module, names: list[str]) -> None:
 
 
 def _in_one_memory(model: nn.Module) -> list[list[str]]:
-    """Names of parameters and buffers that are one tensor, or overlap in memory, as views of one tensor do."""
-    spans: dict[Any, list[tuple[int, int, str]]] = defaultdict(list)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        memory, start, end = _span(tensor)
-        spans[memory].append((start, end, name))
-    groups: list[list[str]] = []
-    for places in spans.values():
-        reached, group = -1, [""]
-        for start, end, name in sorted(places, key=lambda place: place[:2]):  # a stable sort: the model's order where equal
-            if start >= reached:
-                group = []
-                groups.append(group)
-            group.append(name)
-            reached = max(reached, end)
-    return [group for group in groups if len(group) > 1]
-
-
-def _span(tensor: Tensor) -> tuple[Any, int, int]:
-    """The storage of a tensor, and where the tensor begins and ends in memory; without a storage, the tensor itself."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    if not is_plain or not tensor.numel() or not tensor.untyped_storage().nbytes():
-        return id(tensor), 0, 1
-    first = tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.device, tensor.untyped_storage().data_ptr()), first, first + (last + 1) * tensor.element_size()
+    """Names of parameters and buffers that are one tensor, or begin at one place in memory."""
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        place = tensor.data_ptr() if is_plain else 0  # 0 also without memory: meta, or empty
+        groups[(tensor.device, place) if place else id(tensor)].append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
     if (reason := obstacle(module)) is not None:
         raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
-    if is_quantized(module):
-        if finished_links == "merge":
-            raise UserError(
-                f"model.finished_links: expected stack, for links cannot be merged into the 4-bit weight of {name!r}; "
-                "received merge"
-            )
-        if module.weight.quant_state is None:  # type: ignore[union-attr]
-            raise UserError(
-                f"model.target_modules: expected layers whose weights are quantised, received {name!r}, which is not yet "
-                "quantised: moving it to a device does that"
-            )
-    else:
-        assert isinstance(module.weight, Tensor)
-        if finished_links == "merge" and not (type(module.weight) is nn.Parameter or tensors.is_sharded(module.weight)):
-            raise UserError(
-                f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
-                f"{type(module.weight).__name__}; received merge"
-            )
-        if any(stride == 0 < size - 1 for size, stride in zip(module.weight.shape, module.weight.stride(), strict=True)):
-            raise UserError(
-                "model.target_modules: expected layers whose weights can be written, received "
-                f"{name!r}, whose weight repeats values in memory (clone() makes it a plain one)"
-            )
+    weight = module.get_parameter("weight")
+    if finished_links == "merge" and not (type(weight) is nn.Parameter or tensors.is_sharded(weight)):
+        raise UserError(
+            f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
+            f"{type(weight).__name__}; received merge"
+        )
     found = lora_class(module)
     assert found is not None
     n_in, n_out = found.matrix_sizes(module)

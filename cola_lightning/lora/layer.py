@@ -16,7 +16,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -185,8 +185,7 @@ class LoRALayer(nn.Module):
             rank: largest rank of a link, and the first link's.
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
-                ``orthogonal`` to the A of the links before.
+            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 stores them beside it, and never modifies it.
         """
@@ -372,7 +371,6 @@ class LoRALayer(nn.Module):
         rank: int | None = None,
         alpha: float | None = None,
         drawn: Literal["A", "B"] = "A",
-        before: Sequence[Tensor] = (),
     ) -> None:
         """Begins a new link in place: draws A, zeroes B, drops their gradients.
 
@@ -383,13 +381,12 @@ class LoRALayer(nn.Module):
             rank: the new link's rank, 1 to ``max_rank``; None keeps it.
             alpha: the new link's alpha; None keeps it.
             drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
-            before: the same factor of each link before, rank x in (of B, rank x out): some initializations depend on them.
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
         n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
         full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
-        DRAWS[self.init](full[: self.rank], generator, before)
+        DRAWS[self.init](full[: self.rank], generator)
         if drawn == "A":
             tensors.copy_(self.lora_A, full)
             self._zero_B()

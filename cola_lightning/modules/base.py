@@ -27,11 +27,11 @@ from cola_lightning.lora.inject import check_factors
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
+from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_trained
-from cola_lightning.modules.guard import ChainGuard
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
 from cola_lightning.modules.lazy_model import LazyModel
@@ -40,9 +40,9 @@ from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
+from cola_lightning.modules.run_checks import RunChecks
 from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
-from cola_lightning.modules.torchscript import hide_from_torchscript, refuse_links
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes, tensors
@@ -65,9 +65,7 @@ class COLAModule(LightningModule, RecordsArguments):
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
-        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default), ``gaussian`` (std 1 / rank), or
-            ``orthogonal`` to the A of every finished link, until no direction is left and it begins again (BoostLoRA); the time
-            of a knot grows with the square of the summed rank.
+        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
         modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
@@ -283,10 +281,10 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def is_base_in_checkpoint(self) -> bool:
-        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint or are on meta."""
+        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
         pending, adapted = pending_checkpoint(), self.lazy_model.adapted
         is_stored = adapted is not None and adapted.base_weights is not None
-        return self.lazy_model.is_on_meta or (pending is not None and pending.holds_base) or is_stored
+        return (pending is not None and pending.holds_base) or is_stored
 
     @property
     def is_sharded(self) -> bool:
@@ -428,7 +426,6 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.configure_model()
-        self.lazy_model.check_has_values()
         model, values = self.adapted.merged_model(links), self.trained_state.values_outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
@@ -444,8 +441,6 @@ class COLAModule(LightningModule, RecordsArguments):
         cast_floats(self, torch.float32, half_only=True)
         self.adapted.upcast_stacks()
 
-    __prepare_scriptable__ = refuse_links
-
     # ------------------------------------------------------------------ training
 
     @override
@@ -454,11 +449,6 @@ class COLAModule(LightningModule, RecordsArguments):
         frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
         return self.optimization.configure(trained, self.modules_to_save, counters_now(self).global_step)
-
-    @property
-    def overrides_optimizers(self) -> bool:
-        """Whether ``configure_optimizers`` is a subclass' own, or LightningCLI's."""
-        return getattr(self.configure_optimizers, "__func__", None) is not COLAModule.configure_optimizers
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -514,7 +504,6 @@ class COLAModule(LightningModule, RecordsArguments):
         if isinstance(state, Tensor) and not state.numel():
             return
         self.configure_model()
-        self.lazy_model.check_has_values()
         restore_packed(self, state)
 
     # ------------------------------------------------------------------ checkpoints
@@ -528,7 +517,6 @@ class COLAModule(LightningModule, RecordsArguments):
         trainer = trainer_of(self)
         if trainer is not None and trainer.ckpt_path is not None:
             check_read_by_other(trainer.strategy.checkpoint_io, trainer.ckpt_path)
-        self.lazy_model.check_has_values()
         restore(self, checkpoint)
 
     @classmethod
@@ -577,12 +565,10 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Preserves model, chain and guard if hooks of a subclass, or of a mixin, do not call ``super()``."""
+        """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
-        keep_hooks(cls, COLAModule, lambda module: ChainGuard(module))
+        keep_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
 
-
-hide_from_torchscript(COLAModule)
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default

@@ -81,8 +81,7 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        if not next(model.parameters()).is_meta:
-            check_decoder(model)
+        check_decoder(model)
         return model
 
     @override
@@ -111,22 +110,6 @@ class COLACausalLM(LanguageModule):
         if "accepted" in batch:
             answer = torch.where(batch["accepted"].gather(1, chosen.unsqueeze(1)).squeeze(1), chosen, answer)
         return StepOutput(loss, size, chosen, answer)
-
-    def row_losses(self, batch: Batch) -> Tensor:
-        """The loss of each row, of tokens their mean, for ``chain.boosting``; without a router's loss, which is a batch's.
-
-        Shape:
-            result: rows.
-        """
-        self._check_batch(batch)
-        if "option_ids" not in batch:
-            logits, labels, _ = self._language_logits(batch)
-            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-            return losses.view_as(labels).sum(1) / (labels != IGNORE_INDEX).sum(1).clamp(min=1)
-        scores, answer = self.option_scores(batch), batch["answer"]
-        if batch.get("loss", "options") == "options":
-            return F.cross_entropy(scores, answer, reduction="none")
-        return -scores.gather(1, answer.unsqueeze(1)).squeeze(1)
 
     @functools.cached_property
     def _stop_tokens(self) -> list[int]:

@@ -77,7 +77,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
         origin=origin_of(module),
-        optimizer=module.optimization.class_path,
+        optimizer=None,
         has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},

@@ -51,15 +51,6 @@ class COLADigits(COLAModule):
         images, targets = batch
         return {"prediction": self.model(images).argmax(-1), "target": targets}
 
-    def row_losses(self, batch: Batch) -> Tensor:
-        """The loss of each row, for ``chain.boosting``.
-
-        Shape:
-            result: rows.
-        """
-        images, targets = batch
-        return F.cross_entropy(self.model(images), targets, reduction="none")
-
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         images, targets = batch
         logits = self.model(images)

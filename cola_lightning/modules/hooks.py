@@ -2,15 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
-
-from cola_lightning.modules.contract import trainer_of
+from lightning.pytorch import Callback
 
 
-def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> None:
+def keep_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callback]]) -> None:
     """Runs our hooks beside the overrides of a subclass, or of its mixin.
 
     If an override calls ``super()``, ours run twice, with the same effect as once.
@@ -18,21 +15,15 @@ def keep_hooks(cls: Any, ours: Any, make_guard: Callable[[Any], Callback]) -> No
     Args:
         cls: the subclass.
         ours: the class that defines our hooks.
-        make_guard: makes the callback of a module.
+        make_callbacks: makes the callbacks of a module.
     """
     for name in ("on_save_checkpoint", "on_load_checkpoint"):
         found = getattr(cls, name)
         if found is not getattr(ours, name) and not hasattr(found, "runs_ours"):
             setattr(cls, name, _after(getattr(ours, name), found))
-    older = getattr(LightningModule, "configure_sharded_model", None)  # deprecated: some version will be without it
-    if older is not None and cls.configure_sharded_model is not older and not hasattr(cls.configure_sharded_model, "runs_ours"):
-        cls.configure_sharded_model = _before(_in_contexts(ours.configure_model), cls.configure_sharded_model)
-        if cls.configure_model is ours.configure_model:
-            # Lightning refuses a module that overrides both, which this one's author did not: it inspects the wrapped function.
-            cls.configure_model = _before(ours.configure_model, LightningModule.configure_model)
     if cls.configure_model is not ours.configure_model and not hasattr(cls.configure_model, "runs_ours"):
         cls.configure_model = _before(ours.configure_model, cls.configure_model)
-    cls.configure_callbacks = _with_guard(cls.configure_callbacks, make_guard)
+    cls.configure_callbacks = _with_ours(cls.configure_callbacks, make_callbacks)
 
 
 def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
@@ -48,7 +39,7 @@ def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...,
 
 
 def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
-    """A subclass' ``configure_model``, or the older hook, before ours; reading the model inside does not configure it again."""
+    """A subclass' ``configure_model`` before ours; reading the model inside does not configure it again."""
 
     @functools.wraps(own)
     def configure_model(self: Any) -> None:
@@ -64,28 +55,13 @@ def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...
     return configure_model
 
 
-def _in_contexts(ours: Callable[..., None]) -> Callable[[Any], None]:
-    """Our ``configure_model`` in the contexts that Lightning enters for that hook alone: they set default dtype and device."""
-
-    def configure(self: Any) -> None:
-        trainer = trainer_of(self)
-        with ExitStack() as contexts:
-            if trainer is not None:
-                contexts.enter_context(trainer.strategy.tensor_init_context())
-                contexts.enter_context(trainer.precision_plugin.module_init_context())
-            ours(self)
-
-    return configure
-
-
-def _with_guard(own: Callable[[Any], Any], make_guard: Callable[[Any], Callback]) -> Callable[[Any], list[Callback]]:
-    """A subclass' ``configure_callbacks``, with the module's guard before its own."""
+def _with_ours(own: Callable[[Any], Any], make: Callable[[Any], list[Callback]]) -> Callable[[Any], list[Callback]]:
+    """A subclass' ``configure_callbacks``, with the module's callbacks before its own."""
 
     @functools.wraps(own)
     def configure_callbacks(self: Any) -> list[Callback]:
         given = own(self)
-        callbacks = [given] if isinstance(given, Callback) else list(given)
-        guard = make_guard(self)
-        return callbacks if any(isinstance(c, type(guard)) for c in callbacks) else [guard, *callbacks]
+        callbacks, ours = [given] if isinstance(given, Callback) else list(given), make(self)
+        return callbacks if any(isinstance(c, type(ours[0])) for c in callbacks) else [*ours, *callbacks]
 
     return configure_callbacks

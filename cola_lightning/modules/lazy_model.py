@@ -37,7 +37,6 @@ class LazyModel:
         is_made: whether the model is made.
         is_being_made: whether it is being made.
         is_configuring: whether a subclass' own ``configure_model`` is running.
-        is_on_meta: whether the module was made inside ``torch.device("meta")``, to measure its size for example.
     """
 
     def __init__(self, module: COLAParts) -> None:
@@ -45,7 +44,6 @@ class LazyModel:
         self.adapted: AdaptedModel | None = None
         self.state: TrainedState | None = None
         self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = self._is_configured = False
-        self.is_on_meta = torch.empty(0).device.type == "meta"
 
     # ------------------------------------------------------------------ when
 
@@ -67,14 +65,11 @@ class LazyModel:
             self._is_compiled = True
 
     def make(self) -> None:
-        """Makes the model, if there is none; one on the meta device is rebuilt for a run.
+        """Makes the model, if there is none.
 
         Raises:
             UserError: if another one was assigned, ``build_model`` reads it, or a property hides a child of the module.
         """
-        if self.is_on_meta and trainer_of(self.module) is not None:
-            self._forget()
-            self.is_made = self.is_on_meta = False
         if self.is_made:
             return
         name = type(self.module).__name__
@@ -129,16 +124,14 @@ class LazyModel:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
         module = self.module
         self.choose_seed()
-        how = {"is_saved": module.save_base, "is_known": not self.is_on_meta}
-        adapted = self.adapted = AdaptedModel(self._make_base, self._seed, module.base_name, **how)
+        adapted = self.adapted = AdaptedModel(self._make_base, self._seed, module.base_name, is_saved=module.save_base)
         module.model, adapted.placement = adapted.model, self.placement
         adapted.trained_factors = module.trained_factors
         state = self.state = TrainedState(module, adapted)
         self._cast(torch.get_default_dtype())
-        if not self.is_on_meta:
-            state.remember_outside()
-            adapted.chain.base["outside"] = state.frozen_outside()
-            adapted.chain.base |= module.facts_of_base
+        state.remember_outside()
+        adapted.chain.base["outside"] = state.frozen_outside()
+        adapted.chain.base |= module.facts_of_base
         if module.first_chain is not None:
             state.start_from(module.first_chain)
             adapted.start_from(module.first_chain)
@@ -162,7 +155,7 @@ class LazyModel:
     def _make_base(self) -> nn.Module:
         module, registries = self.module, _registries(self.module)
         before = [registry.copy() for registry in registries]
-        with seeded_build(self._seed, "meta" if self.is_on_meta else "cpu"):
+        with seeded_build(self._seed):
             model = module.build_model()
             if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
                 for registry, entries in zip(registries, before, strict=True):
@@ -201,14 +194,6 @@ class LazyModel:
         device = trainer.strategy.root_device if trainer else self.module.device
         is_sharded = tensors.is_model_sharded(model) or self.module.is_wrapped_by_fsdp1
         return Placement(model if wrapped is None else wrapped, device, is_sharded)
-
-    def check_has_values(self) -> None:
-        """Refuses to apply a chain to a model on the meta device."""
-        if self.is_on_meta:
-            raise UserError(
-                "model: expected a module made outside of torch.device('meta') to apply a chain to, received one whose base "
-                "has no values"
-            )
 
 
 def check_own_model(module: COLAParts) -> None:

@@ -289,7 +289,7 @@ def _logits_after_prefix(model: Any, ids: Tensor, lengths: Tensor, n_shared: int
 
 
 def _name_of_cache(model: nn.Module) -> str | None:
-    """The name of a model's key-value cache; transformers renames it between its versions 5.0 and 5.40."""
+    """The name that a model's ``forward`` gives its key-value cache: the newer one, or that of older models."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 

@@ -69,8 +69,6 @@ class LinkOptimization:
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
         kept_optimizer_state: the share of an optimizer's state that a knot retains.
         run: the state of the run.
-        resumed_class: class path of the optimizer whose state a resumed checkpoint holds.
-        class_path: of the last optimizer that was made.
     """
 
     make_optimizer: OptimizerCallable
@@ -81,8 +79,6 @@ class LinkOptimization:
     knot_warmup_steps: float
     kept_optimizer_state: float
     run: RunState
-    resumed_class: str | None = None
-    class_path: str | None = None
     _optimizer: Optimizer | None = None
     _scheduler: LinkLR | None = None
     _first_step: int | None = None  # at which the schedule's first value was computed
@@ -133,11 +129,6 @@ class LinkOptimization:
             group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         self._groups = [_without_parameters(group) for group in optimizer.param_groups]
         self._optimizer, self._scheduler = optimizer, self._make_scheduler(optimizer, step)
-        self.class_path = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-        if self.resumed_class not in (None, self.class_path) and self.run.length is None:
-            raise UserError(
-                f"model.optimizer: expected {self.resumed_class}, whose state the checkpoint holds, received {self.class_path}"
-            )
         if self._scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
@@ -154,18 +145,7 @@ class LinkOptimization:
 
     def _make_scheduler(self, optimizer: Optimizer, step: int) -> LinkLR | None:
         """The learning-rate schedule from a step of the run on; None for an optimizer that sets its own rates."""
-        if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
-            if self.modules_to_save_lr is not None:
-                raise UserError(
-                    "model.modules_to_save_lr: expected null for an optimizer with rates of its own, received "
-                    f"{self.modules_to_save_lr} and {type(optimizer).__name__}"
-                )
-            if self._needs_horizon or self.warmup_steps:
-                raise UserError(
-                    "model.optimizer: expected a learning rate, for model.lr_schedule and model.warmup_steps to scale, "
-                    f"received {type(optimizer).__name__} with none, which has rates of its own: that goes with "
-                    "model.lr_schedule constant and model.warmup_steps 0"
-                )
+        if self.lr_schedule == "constant" and any(group["lr"] is None for group in optimizer.param_groups):
             return None
         for group in optimizer.param_groups:
             rate = group["lr"]
@@ -314,19 +294,15 @@ def check_new_optimizers(before: Sequence[Optimizer], now: Sequence[Optimizer]) 
         )
 
 
-def check_trained_dtypes(model: nn.Module) -> None:
-    """Refuses fully trained parameters in float16, and warns of bfloat16."""
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warns of fully trained parameters in half precision."""
     factors = _factors(lora_layers(model))
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in factors}
-    if torch.float16 in dtypes:
-        raise UserError(
-            "model.dtype, trainer.precision: expected another dtype than float16 for fully trained parameters "
-            "(model.modules_to_save, or all if model.target_modules is null), for optimizers fail in it; received float16"
-        )
-    if torch.bfloat16 in dtypes:
+    if half := sorted(str(dtype).removeprefix("torch.") for dtype in dtypes & {torch.bfloat16, torch.float16}):
         log.warning(
-            "fully trained parameters are in bfloat16, which rounds small steps away: model.dtype float32 with "
-            "trainer.precision bf16-mixed keeps them in float32"
+            "fully trained parameters are in %s, which rounds small steps away: model.dtype float32 with trainer.precision "
+            "bf16-mixed keeps them in float32",
+            half[0],
         )
 
 

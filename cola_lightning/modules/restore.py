@@ -98,8 +98,6 @@ def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
     module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
     run.link_start, run.resumes_knots = state.link_start, state.has_knots
     run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
-    if is_fit:  # which loads the optimizer's state
-        module.optimization.resumed_class = state.optimizer
     trained.first_outside = dict(state.outside)
     if plan.begins_link:
         module.link_plan.begin(adapted)
@@ -140,8 +138,6 @@ def plan_restore(
             "trainer.precision, model.finished_links: expected those that cast adapted weights to "
             f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"
         )
-    if state.base_weights is None:
-        chain = Chain(chain.links, adapted.chain.base | chain.base)  # an older format stores less about the base
     live = None if state.live is None or begins_link else (state.live.rank, state.live.alpha)
     return RestorePlan(chain, state.base_weights, dtype, live, begins_link)
 
@@ -150,7 +146,7 @@ def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
     """Applies a plan to the weights of a model; the live link's factors are still to be loaded."""
     adapted.take_base(plan.chain, plan.base_weights)
     if plan.dtype is not None:
-        adapted.recast(plan.dtype)
+        adapted.cast(plan.dtype)
     adapted.go_to(plan.chain)
     if plan.live is not None:
         adapted.resume_link(*plan.live)
@@ -203,9 +199,8 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         )
     if (seed := module.seed_choice.given) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if state.live is not None:  # format version 1 stores the live link's alone
-        live = len(state.chain)
-        module.link_plan.check_resumed(dict(enumerate(state.scheduled)) | {live: state.live.scheduled}, live)
+    if state.live is not None:
+        module.link_plan.check_resumed(dict(enumerate(state.scheduled)), len(state.chain))
     if (origin := origin_of(module))[0] is not None and origin != state.origin:
         (had, had_links), (mine, my_links) = state.origin, origin
         raise UserError(

@@ -187,14 +187,6 @@ class COLASequenceClassifier(LanguageModule):
         labels, logits = self._labels(batch), self._logits(batch)
         return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
 
-    def row_losses(self, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of each row, for ``chain.boosting``.
-
-        Shape:
-            result: rows.
-        """
-        return F.cross_entropy(self._logits(batch), self._labels(batch), reduction="none")
-
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
         labels: Tensor | None = batch.get("labels")
         if labels is None or labels.dim() != 1:

@@ -11,9 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -76,25 +74,12 @@ def replicate_trained(strategy: Strategy) -> None:
         strategy.__class__ = with_replicated_trainables(type(strategy))
 
 
-def undo_replication(strategy: Strategy) -> None:
-    """Undoes :func:`replicate_trained`."""
-    if hasattr(strategy, "replicates_trainables"):
-        strategy.__class__ = type(strategy).__mro__[1]
-
-
 def check_sharding(strategy: Strategy, module: Any) -> None:
     """Refuses what a strategy does not support, before any model is made.
 
     Raises:
-        UserError: for tensor parallelism, for FSDP1 with full fine-tuning, for a module laid out for another strategy, and for
-            one with the hook that tells Lightning to shard nothing.
+        UserError: for tensor parallelism, for FSDP1 with full fine-tuning, and for a module laid out for another strategy.
     """
-    older = "configure_sharded_model"  # deprecated: some version of Lightning will be without it
-    if shards(strategy) and hasattr(LightningModule, older) and is_overridden(older, module):
-        raise UserError(
-            f"{type(module).__name__}.configure_sharded_model: expected shard_model() in its place, since Lightning does not "
-            f"shard a module with this deprecated hook, received {type(strategy).__name__}"
-        )
     if module.is_wrapped_by_fsdp1:
         raise UserError(
             "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "

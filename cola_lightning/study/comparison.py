@@ -25,8 +25,7 @@ class Comparison:
         output: folder for ``results.jsonl``, ``table.md``, ``table.csv``, the figures, and a folder for each run.
         methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link of the chain's summed rank),
             ``full`` (all parameters), and COLA's relatives: ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link
-            that trains B only), ``boost`` (each link's A orthogonal to those before, its rows by the model's error, after
-            BoostLoRA). ``cola-4`` is a chain of four links, as equal as whole epochs (or steps) allow, and so on.
+            that trains B only). ``cola-4`` is a chain of four links, as equal as whole epochs (or steps) allow, and so on.
         seeds: number of runs of each method, with the seeds 0, 1, ...
         learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
             The best on validation is reported. Default: the config's.

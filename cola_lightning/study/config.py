@@ -84,10 +84,12 @@ def check_same(config: str, known: str, where: str) -> None:
 def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
 
-    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
+    A switch that no longer exists was off, if it is not to differ. Arguments of a class that it does not name, its
+    ``dict_kwargs``, have no default: they differ if one side has none.
     """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
         for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
-            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
+            if key in mine or theirs[key] is not False:
+                yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
     elif mine != theirs:
         yield name, mine, theirs

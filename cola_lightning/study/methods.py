@@ -14,7 +14,6 @@ Config = Mapping[str, Any]
 OF_SCHEDULE = (*WHENS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
-ONE_LINK = NO_CHAIN | {"chain.boosting": False}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -63,7 +62,7 @@ ChainOf = Callable[[str, Config], tuple[list[int], dict[str, Any]]]
 
 def _lora(name: str, config: Config, chain: ChainOf) -> Method:
     """One link over the whole run."""
-    return Method(name, 1, _rank(config), ONE_LINK | _without_rules(config))
+    return Method(name, 1, _rank(config), NO_CHAIN | _without_rules(config))
 
 
 def _cola(name: str, config: Config, chain: ChainOf) -> Method:
@@ -77,13 +76,13 @@ def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     ranks, _ = chain(name, config)
     scaling = option_of_model(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
-    return Method(name, 1, sum(ranks), ONE_LINK | _without_rules(config) | sizes)
+    return Method(name, 1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
 
 
 def _full(name: str, config: Config, chain: ChainOf) -> Method:
     """Every parameter is trained, without links."""
     alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
-    return Method(name, 0, None, ONE_LINK | alone)
+    return Method(name, 0, None, NO_CHAIN | alone)
 
 
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
@@ -110,14 +109,7 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
 
 def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
     """One link that trains only B; A stays as drawn."""
-    return Method(name, 1, _rank(config), ONE_LINK | _without_rules(config) | {"model.trained_factors": "B"})
-
-
-def _boost(name: str, config: Config, chain: ChainOf) -> Method:
-    """A chain whose links begin orthogonal to the previous ones, on rows drawn by the model's error: as BoostLoRA's rounds."""
-    found = _cola(name, config, chain)
-    options = {**found.options, **_without_rules(config), "model.init": "orthogonal", "chain.boosting": True}
-    return replace(found, options=options)
+    return Method(name, 1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
 
 
 METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
@@ -128,7 +120,6 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "rac": _rac,
     "relora": _relora,
     "asymmetric": _asymmetric,
-    "boost": _boost,
 }
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 
@@ -136,8 +127,7 @@ WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 def _without_rules(config: Config) -> dict[str, Any]:
     """The options that undo a relative's rules in the config, where it has any."""
     options = config["model"].get("init_args", {})
-    undone = {f"model.{name}": value for name, value in RULES.items() if options.get(name, value) != value}
-    return undone | ({"chain.boosting": False} if config["chain"].get("boosting") else {})
+    return {f"model.{name}": value for name, value in RULES.items() if options.get(name, value) != value}
 
 
 def option_of_model(config: Config, name: str) -> Any:

@@ -1,22 +1,19 @@
-"""The callback that every COLA module adds to its Trainer.
+"""The callback that begins a module's fits, and checks what would go wrong in them without an error.
 
-It does what a subclass could lose by overriding a hook without ``super()``: start a fit, seed each batch, check losses and
-weights.
+A callback, and not the module's hooks, which a subclass could override without ``super()``.
 """
 
 import copy
 import logging
 import math
 import weakref
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelPruning
-from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,40 +22,31 @@ from typing_extensions import override
 from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
+from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.contract import COLAParts
-from cola_lightning.modules.lazy_model import check_own_model
-from cola_lightning.modules.optimization import check_new_optimizers, check_trained_dtypes
+from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.run_state import accumulation_schedulers, run_length
 from cola_lightning.modules.summary import summary
-from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.sharded import processes, tensors
-from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards, undo_replication
+from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
 
 log = logging.getLogger(__name__)
 
 
-class ChainGuard(Callback):
-    """Guards the runs of one module."""
+class RunChecks(Callback):
+    """Begins the fits of one module, and checks its runs.
+
+    Args:
+        module: the module.
+    """
 
     def __init__(self, module: COLAParts) -> None:
         self.module = module
-        self._seen: tuple[int, dict[str, Tensor]] | None = None
-        self._batch = ExitStack()  # the scope of the batch's seed
-        self._error: NonFiniteError | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if cast(object, pl_module) is not self.module:  # a Trainer that is used again, with another module
-            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-            undo_replication(trainer.strategy)
-            return
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-            raise UserError(
-                "trainer.plugins: expected none that quantises adapted layers, for model.quantization: nf4 does so before they "
-                "are adapted; received BitsandbytesPrecision"
-            )
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -70,8 +58,7 @@ class ChainGuard(Callback):
         if stage == "fit":
             run.length = None  # set again when training starts
             run.trainer = weakref.ref(trainer)
-            # A resumed fit gets these values from its checkpoint, later.
-            run.resumes_knots, self.module.optimization.resumed_class = False, None
+            run.resumes_knots = False  # a resumed fit gets it from its checkpoint, later
             now = Counters(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
                 run.link_start = now
@@ -81,15 +68,13 @@ class ChainGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trained_dtypes(self.module.model)
+        warn_of_half_precision(self.module.model)
         _check_frozen(self.module)
-        _check_pruning(trainer, self.module.model)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             self.module.trained_state.remember_outside()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_not_replaced(self.module)  # here: a module's own on_fit_start runs after ours
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
@@ -104,7 +89,6 @@ class ChainGuard(Callback):
         self.module.run_state.window = beginning_window(trainer, first_batch)
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
-        self._error = None
         now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
         self.module.run_state.length = length
@@ -116,16 +100,10 @@ class ChainGuard(Callback):
         """Resumes the live link's optimizer, or begins the link as the schedule says.
 
         Raises:
-            UserError: for an optimizer, or a schedule, that does not allow this.
+            UserError: if the checkpoint's run had knots, and this one has none.
         """
         module, run = self.module, self.module.run_state
-        if module.optimization.kept_optimizer_state and module.is_sharded:
-            raise UserError(
-                "model.kept_optimizer_state: expected 0 under a strategy that shards the optimizer's state, "
-                f"received {module.optimization.kept_optimizer_state:g}"
-            )
         self._is_state_unchecked = run.schedule.has_knots or run.schedule.is_open
-        _check_trained_factors(trainer, module)
         if is_resumed and run.resumes_knots and not run.schedule.has_knots:
             raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
         if is_resumed:
@@ -134,13 +112,8 @@ class ChainGuard(Callback):
             return
         if module.link_plan.apply(module.adapted, module.first_chain):
             module.link_metrics.begin_link(trainer)
-        # A resumed fit is not asked: it would lose its optimizers' state, and its first knot asks.
-        is_asked = (run.schedule.has_knots or run.schedule.is_open) and module.overrides_optimizers
-        if is_asked or trainer.global_step:  # or the first rate was set before the run's length was known
-            before = trainer.optimizers
+        if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
-            if is_asked:
-                check_new_optimizers(before, trainer.optimizers)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
@@ -172,19 +145,11 @@ class ChainGuard(Callback):
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self.module.run_state.window = replace(window, buffers=buffers, callbacks=states)
         align_logged_step(trainer)
-        self._seed_batch(trainer.global_rank, trainer.current_epoch, batch_idx)
-
-    def _seed_batch(self, *place: object) -> None:
-        """Seeds the global generators until the batch ends: a resumed run draws the same dropout as an uninterrupted one."""
-        self._batch.close()
-        assert self.module.seed is not None
-        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place)))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch.close()
         if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
             self._is_state_unchecked = False
             self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
@@ -193,52 +158,6 @@ class ChainGuard(Callback):
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
             tensors.share_(state[name] for name in self._shared_names if name in state)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch.close()  # of an epoch that a hook has cut short
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.module.run_state.is_validating:
-            self._seed_batch("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
-        self._look_at_weights(trainer, batch_idx + dataloader_idx)
-
-    @override
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._batch.close()
-        self._check_weights()
-
-    @override
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._look_at_weights(trainer, batch_idx + dataloader_idx)
-
-    @override
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._check_weights()
-
-    on_predict_batch_start, on_predict_batch_end = on_test_batch_start, on_test_batch_end
-
-    def _look_at_weights(self, trainer: Trainer, n_before: int) -> None:
-        """Remembers some values of each adapted weight at an evaluation's first batch."""
-        is_asked = n_before == 0 and not shards(trainer.strategy)  # sharded weights are gathered at each forward pass
-        self._seen = (self.module.link, _some_values(self.module.model)) if is_asked else None
-
-    def _check_weights(self) -> None:
-        """Refuses a model that has modified its own frozen weights since: the links would not fit the modified ones."""
-        seen, self._seen = self._seen, None
-        if seen is None or seen[0] != self.module.link:  # a knot in between modifies them, too
-            return
-        now = _some_values(self.module.model)
-        if changed := [name for name, values in seen[1].items() if not torch.equal(values, now[name])]:
-            raise UserError(
-                "model: expected frozen weights that do not change in evaluation, received a model that modifies the weight of "
-                f"{changed[0]!r}, which its link then does not fit (RWKV: set rescale_every: 0 in its configuration)"
-            )
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,9 +184,9 @@ class ChainGuard(Callback):
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
-        self._batch.close()
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
-        trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if not isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
         run = self.module.run_state
         if trainer.state.fn == "fit":
             run.left_at = Counters(trainer.current_epoch, trainer.global_step)
@@ -286,29 +205,22 @@ class ChainGuard(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss).all():  # of each row, in manual optimization
+        if torch.isfinite(loss).all() or torch.is_anomaly_enabled():  # which names the operation, in the backward pass
             return
-        self._error = NonFiniteError(
+        raise NonFiniteError(
             f"the training loss is {loss.sum().item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
             f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
         )
-        if not torch.is_anomaly_enabled():  # which names the operation, in the backward pass
-            raise self._error
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._error is not None:
-            raise self._error
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
             self._without_gradient = _without_gradient(self.module.model)
 
     @override
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for parameter in self.module.adapted.frozen_factors():  # no optimizer has them, to clear their gradients
-            parameter.grad = None
-
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
+            parameter.grad = None
         names = self._without_gradient
         if not self._is_first_step or names is None:
             return
@@ -324,11 +236,6 @@ class ChainGuard(Callback):
             )
 
 
-def _some_values(model: nn.Module) -> dict[str, Tensor]:
-    """A few values of each adapted layer's weight."""
-    return {name: layer.weight.detach().flatten()[:8].clone() for name, layer in lora_layers(model).items()}
-
-
 def _without_gradient(model: nn.Module) -> list[str]:
     """Names of the adapted layers whose links are to be trained and have no gradient; a gradient of zeros is one."""
     return [
@@ -336,41 +243,6 @@ def _without_gradient(model: nn.Module) -> list[str]:
         for name, layer in lora_layers(model).items()
         if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
     ]
-
-
-def _check_pruning(trainer: Trainer, module: nn.Module) -> None:
-    """Refuses pruning of adapted layers: it replaces a weight by another parameter, to which no link would be added.
-
-    ModelPruning finds what it will prune in its ``setup``, and stores it under a private name only.
-    """
-    adapted = [id(layer) for layer in lora_layers(module).values()]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning) and any(id(part) in adapted for part, _ in callback._parameters_to_prune):
-            raise UserError(
-                "trainer.callbacks: expected none that replaces weights to which links are added (merged_model() gives a plain "
-                "model, which can be pruned), received ModelPruning"
-            )
-
-
-def _check_trained_factors(trainer: Trainer, module: COLAParts) -> None:
-    """Refuses optimizers of a subclass that have the factors which the rule of ``trained_factors`` leaves as they are."""
-    optimized = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    if any(id(factor) in optimized for factor in module.adapted.frozen_factors()):
-        raise UserError(
-            f"configure_optimizers: expected optimizers without lora_{module.adapted.frozen_factor}, which is not trained "
-            f"under model.trained_factors {module.trained_factors}, received one with it"
-        )
-
-
-def _check_not_replaced(module: COLAParts) -> None:
-    """Refuses a model that has lost adapted layers since it was made: plain ones in their place would be trained, or none."""
-    check_own_model(module)
-    layers = module.adapted.layers
-    if replaced := [name for name in module.adapted.chain.base.get("weight_norms", ()) if name not in layers]:
-        raise UserError(
-            f"model: expected adapted layers to stay, received a model in which {replaced[0]!r} was replaced (by the precision "
-            "transformer-engine, say, which TransformerEnginePrecision(replace_layers=False) prevents)"
-        )
 
 
 def _check_frozen(module: COLAParts) -> None:
