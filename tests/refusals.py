@@ -1014,7 +1014,7 @@ def conversation(messages, chat=None, stage="fit"):
     (({"text": ""},), "data.source: expected rows of at least two tokens, received none in 'rows.jsonl'"),
     (
         ({"prompt": "Old?", "response": "No"}, "fit", None, True),
-        "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), received true",
+        "data: expected a tokenizer with a chat template (model.model_name), received one without",
     ),
     (
         ({"messages": [USER, ASSISTANT]}, "fit", CHAT, False),

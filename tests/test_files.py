@@ -226,9 +226,11 @@ ASKED = {"role": "user", "content": "Is it?"}
 )
 def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path, name, row, can_be_tested):
     write(tmp_path / "train.jsonl", [{"text": "It was."}])
-    assert TextDataModule(str(tmp_path)).can_be_tested  # by rows of the train split
+    assert attach(TextDataModule(str(tmp_path))).can_be_tested  # by rows of the train split
     write(tmp_path / name, [row])
-    assert TextDataModule(str(tmp_path), test_split=name.partition(".")[0]).can_be_tested is can_be_tested
+    data = attach(TextDataModule(str(tmp_path), test_split=name.partition(".")[0]))
+    data.tokenizer.chat_template = tiny.CHAT
+    assert data.can_be_tested is can_be_tested
 
 
 # ---------------------------------------------------------------------- the parts of one file

@@ -213,7 +213,7 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
         assert rows == expected
         assert data.prompt_format == {"kind": "response", "chat_template": format_}
         assert [line.endswith(said) for line in caplog.messages].count(True) == 1  # once, of both parts
-    with pytest.raises(UserError, match=r"data\.chat_template: expected null or false for a tokenizer without a chat template"):
+    with pytest.raises(UserError, match=r"expected a tokenizer with a chat template"):
         examples(PAIRS, tmp_path, plain, chat_template=True, **how)
     with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations"):
         examples(AS_TURNS, tmp_path, chat, chat_template=False, **how)

@@ -85,11 +85,6 @@ class TextClassificationDataModule(SourceDataModule):
     def _module(self) -> Any:
         return self.trainer and self.trainer.lightning_module
 
-    @override
-    def has_target(self, row: Row) -> bool:
-        _, label = self._find([*row], has_label=False)
-        return row.has_target(label, getattr(self._module, "label_names", None))
-
     @property
     @override
     def needs_train_rows(self) -> bool:

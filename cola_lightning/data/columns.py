@@ -141,13 +141,6 @@ def asked(row: Row, kind: Kind, columns: Columns) -> tuple[Any, Conversation, st
     return whole.messages[:n_asked], Conversation(whole.messages[:n_asked], whole.tools), target
 
 
-def has_answer(row: Row, kind: Kind, columns: Columns) -> bool:
-    """Whether a row has what a loss is on; true for a text."""
-    if kind == "messages":
-        return "completion" in columns or bool(row.messages(columns["messages"])[-1]["role"] == "assistant")
-    return kind == "text" or row.get(columns.get("response", "")) is not None
-
-
 def _turns(row: Row, columns: Columns) -> list[Message]:
     """An instruction as a user's turn, after the system's if there is one."""
     turns = user_turn(prompt_text(row, {part: name for part, name in columns.items() if part != "system"}))

@@ -1,8 +1,7 @@
 """Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
-from cola_lightning.data.rows import Row
+from cola_lightning.data.rows import Row, encode_usable
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.turns import ChatTemplate, Conversation, user_turn
@@ -20,6 +19,7 @@ log = logging.getLogger(__name__)
 
 Loss = Literal["options", "answer"]
 PERCENT_SKIPPED = 1  # at most, of the rows of a part
+ENCODED_TOGETHER = 1_000  # rows
 
 
 @dataclass(frozen=True)
@@ -108,47 +108,6 @@ class EncodedExample:
         return max(map(len, self.prefixes), default=len(self.prompt_ids))
 
 
-class SkippedRows:
-    """The unusable rows of a part, which are skipped with a warning if they are few.
-
-    Example:
-        >>> skipped = SkippedRows()
-        >>> with skipped.if_unusable():
-        ...     text = Row({"text": None}, "train.jsonl, row 7").text("text")
-        >>> skipped.errors
-        [UnusableRow("train.jsonl, row 7: expected text in the field 'text', received None")]
-    """
-
-    def __init__(self) -> None:
-        self.errors: list[UnusableRow] = []
-
-    @contextmanager
-    def if_unusable(self) -> Iterator[None]:
-        """Records an UnusableRow raised inside the block, and continues after it."""
-        try:
-            yield
-        except UnusableRow as error:
-            self.errors.append(error)
-
-    def check(self, n_rows: int) -> None:
-        """Warns of the skipped rows.
-
-        Args:
-            n_rows: number of rows of the part, including the skipped ones.
-
-        Raises:
-            UserError: if more than one in a hundred is skipped.
-        """
-        n_skipped = len(self.errors)
-        if not n_skipped:
-            return
-        if 100 * n_skipped > PERCENT_SKIPPED * n_rows:
-            raise UserError(
-                f"{self.errors[0]} ({n_skipped} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)"
-            )
-        log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_skipped, n_rows, self.errors[0])
-
-
 # ---------------------------------------------------------------------- tokens
 
 
@@ -159,7 +118,6 @@ def encode_examples(
     *,
     is_chat: bool = False,
     is_learned: bool = False,
-    skipped: SkippedRows | None = None,
 ) -> list[EncodedExample]:
     """Tokenizes prompt and option as one text; the option's tokens are those that the prompt alone does not have.
 
@@ -174,7 +132,6 @@ def encode_examples(
         max_length: of prompt and option, in tokens.
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option the assistant's turn.
         is_learned: whether to encode only the right options, for the language-model loss.
-        skipped: records the examples that cannot be encoded; None: the first one is an error.
 
     Raises:
         UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another only in spaces.
@@ -203,16 +160,13 @@ def encode_examples(
     for example, prompt, room in zip(examples, prompts, rooms, strict=True):
         own = slice(position, position + len(example.options))
         position = own.stop
-        with skipped.if_unusable() if skipped else nullcontext():
-            if len(set(afters[own])) < len(example.options):
-                raise UnusableRow(
-                    f"{example.place}: expected options that differ in more than spaces, received {example.options}"
-                )
-            if not prompt:
-                raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
-            for ids in texts[own]:
-                _check_option(example, len(ids) - len(prompt), room, max_length)
-            encoded.append(_encode(example, prompt, texts[own], room, tokenizer.bos_token_id))
+        if len(set(afters[own])) < len(example.options):
+            raise UnusableRow(f"{example.place}: expected options that differ in more than spaces, received {example.options}")
+        if not prompt:
+            raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
+        for ids in texts[own]:
+            _check_option(example, len(ids) - len(prompt), room, max_length)
+        encoded.append(_encode(example, prompt, texts[own], room, tokenizer.bos_token_id))
     return encoded
 
 
@@ -320,22 +274,19 @@ class OptionBatches(TokenizedDataModule):
         """
         return None, None
 
-    def encode_examples(
-        self, examples: Sequence[Example], skipped: SkippedRows | None = None, *, is_learned: bool = False
-    ) -> list[EncodedExample]:
+    def encode_examples(self, examples: Sequence[Example], *, is_learned: bool = False) -> list[EncodedExample]:
         """Encodes examples.
 
         Args:
             examples: the examples.
-            skipped: records those that cannot be encoded; None: the first one is an error.
             is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
         """
         is_learned = is_learned and self.loss == "answer"
-        how: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned, "skipped": skipped}
+        how = {"is_chat": self.apply_chat_template, "is_learned": is_learned}
         return encode_examples(self.tokenizer, examples, self.max_length, **how)
 
     def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
-        """Converts rows to examples and encodes them; a few unusable rows are omitted.
+        """Converts rows to examples and encodes them; a few unusable rows are omitted, with a warning.
 
         Args:
             rows: the rows of a part.
@@ -345,12 +296,21 @@ class OptionBatches(TokenizedDataModule):
         Raises:
             UserError: if more than one row in a hundred cannot be used.
         """
-        skipped, examples = SkippedRows(), []
-        for row in rows:
-            with skipped.if_unusable():
-                examples.append(example(row))
-        encoded = self.encode_examples(examples, skipped, is_learned=is_learned)
-        skipped.check(len(rows))
+        encoded, errors = list[EncodedExample](), list[UserError]()
+        for start in range(0, len(rows), ENCODED_TOGETHER):
+            some = list(rows[start : start + ENCODED_TOGETHER])
+            found, unusable = encode_usable(
+                lambda some: self.encode_examples([example(row) for row in some], is_learned=is_learned), some, UnusableRow
+            )
+            encoded += found
+            errors += unusable
+        n_unusable, n_rows = len(errors), len(rows)
+        if 100 * n_unusable > PERCENT_SKIPPED * n_rows:
+            raise UserError(
+                f"{errors[0]} ({n_unusable} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)"
+            )
+        if errors:
+            log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_unusable, n_rows, errors[0])
         return encoded
 
     @override

@@ -5,13 +5,15 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from typing_extensions import override
 
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
+
+T = TypeVar("T")
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
@@ -223,10 +225,7 @@ class Rows(Sequence[Row]):
         """The different values of a field."""
         if field not in self.columns:
             self[0][field]  # raises
-        try:
-            return list(self._selected().unique(field))
-        except NotImplementedError:  # of values of several types
-            return list(dict.fromkeys(self._selected()[field]))
+        return list(self._selected().unique(field))
 
     def mapped(
         self,
@@ -272,6 +271,31 @@ class Rows(Sequence[Row]):
                 desc=f"{self.place}: preparing rows",
                 **how,
             )
+
+
+def encode_usable(
+    encode: Callable[[list[Row]], Sequence[T]], rows: list[Row], kind: type[UserError]
+) -> tuple[list[T], list[UserError]]:
+    """Encodes rows together and, where one cannot be used, one by one: an unusable row does not stop the others.
+
+    Args:
+        encode: makes rows of the result.
+        rows: the rows.
+        kind: the error for an unusable row.
+
+    Returns:
+        The encoded rows, and the errors of the unusable ones.
+    """
+    try:
+        return list(encode(rows)), []
+    except kind:
+        encoded, errors = list[T](), list[UserError]()
+        for row in rows:
+            try:
+                encoded += encode([row])
+            except kind as error:
+                errors.append(error)
+        return encoded, errors
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cola_lightning.data.rows import Row, Rows
+from cola_lightning.data.rows import Row, Rows, encode_usable
 from cola_lightning.data.splits import Splits, hub_data, is_on_hub
 from cola_lightning.errors import UserError
 from cola_lightning.seeding import derive_seed
@@ -64,23 +64,14 @@ class Stream:
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
-            try:
-                encoded = encode(rows)
-            except UserError:  # of one row, or several: the others need not wait for it
-                encoded = [row for one in rows for row in _if_usable(encode, one)]
+            encoded, errors = encode_usable(encode, rows, UserError)
+            for error in errors:
+                log.warning("a row cannot be used, and is skipped: %s", error)
             return {name: [row[name] for row in encoded] for name in ("input_ids", "spans")}
 
         data = self.data.skip(self.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
         return data.map(batch, batched=True, remove_columns=list(columns))
-
-
-def _if_usable(encode: Encode, row: Row) -> Sequence[dict[str, Any]]:
-    try:
-        return encode([row])
-    except UserError as error:
-        log.warning("a row cannot be used, and is skipped: %s", error)
-        return []
 
 
 def check_streamed(source: str, **sizes: float | None) -> None:

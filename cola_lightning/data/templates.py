@@ -127,11 +127,6 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         self.loss = loss or ("answer" if options is None else "options")
 
     @override
-    def has_target(self, row: Row) -> bool:
-        labels = [option.text.strip() for option in self.options] if isinstance(self.options, list) else None
-        return row.has_target(self.label if self.answer is None else self.answer, labels)
-
-    @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         options = [option.text for option in self.options] if isinstance(self.options, list) else self.options
         return self.prompt.text, options

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from cola_lightning.data.chat import encode_conversations
-from cola_lightning.data.columns import Columns, Kind, asked, conversation, find_columns, has_answer, prompt_text, response
+from cola_lightning.data.columns import Columns, Kind, asked, conversation, find_columns, prompt_text, response
 from cola_lightning.data.encoding import (
     LanguageRow,
     PromptRow,
@@ -107,18 +107,12 @@ class TextDataModule(SourceDataModule):
         *before, last = columns.values()
         taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
         self._log(f"rows: {taken}" + (f"; not used: {', '.join(unused)}" if unused else ""))
-        requested, has_template = self.chat_template, bool(self.tokenizer.chat_template)
-        if requested and not has_template:
-            raise UserError(
-                "data.chat_template: expected null or false for a tokenizer without a chat template (model.model_name), "
-                "received true"
-            )
-        if self._kind == "messages" and requested is False:
+        if self._kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: expected null or true for conversations, received false")
         if self._kind != "text" and self.applies_chat_template:
             self._log("instructions are formatted by the tokenizer's chat template (data.chat_template: false for none)")
         elif self._kind == "prompt":
-            reason = "null, for the tokenizer has none" if requested is None else "false"
+            reason = "null, for the tokenizer has none" if self.chat_template is None else "false"
             self._log(f"a response directly follows its prompt, without a chat template (data.chat_template: {reason})")
         return self._kind, columns
 
@@ -138,11 +132,6 @@ class TextDataModule(SourceDataModule):
     @property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.chat_template_kwargs or {})
-
-    @override
-    def has_target(self, row: Row) -> bool:
-        lists = [name for name, value in row.items() if isinstance(value, list)]
-        return has_answer(row, *find_columns([*row], lists, self.columns, has_response=False))
 
     # ------------------------------------------------------------------ rows
 
