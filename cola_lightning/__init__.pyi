@@ -9,7 +9,6 @@ from .chain.link import Link as Link
 from .chain.schedule import ChainSchedule as ChainSchedule
 from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule
-from .data.digits import DigitsDataModule as DigitsDataModule
 from .data.examples import Example as Example
 from .data.examples import OptionDataModule as OptionDataModule
 from .data.prompts import PromptDataModule as PromptDataModule
@@ -17,6 +16,8 @@ from .data.templates import TemplateDataModule as TemplateDataModule
 from .data.text import TextDataModule as TextDataModule
 from .errors import HubError as HubError
 from .errors import UserError as UserError
+from .examples.digits import COLADigits as COLADigits
+from .examples.digits import DigitsDataModule as DigitsDataModule
 from .lora.inject import inject_lora as inject_lora
 from .lora.inject import lora_layers as lora_layers
 from .lora.inject import strip_lora as strip_lora
@@ -25,7 +26,6 @@ from .lora.registry import LoRALinear as LoRALinear
 from .lora.registry import register_lora_layer as register_lora_layer
 from .modules.base import COLAModule as COLAModule
 from .modules.causal_lm import COLACausalLM as COLACausalLM
-from .modules.digits import COLADigits as COLADigits
 from .modules.language import LanguageModule as LanguageModule
 from .modules.language import StepOutput as StepOutput
 from .modules.pending import base_from_checkpoint as base_from_checkpoint

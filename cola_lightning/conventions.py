@@ -4,5 +4,4 @@ import re
 
 IGNORE_INDEX = -100  # a label without a loss, and no token: Hugging Face's and torch's value
 MAX_NEW_TOKENS = 50  # of a generated answer: the protocol's (princeton-nlp/MeZO, large_models)
-PIXEL_MEAN = 0.305  # of scikit-learn's digits, scaled to 0 to 1
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{,999})")  # a label that is a whole number, as text; Python converts 4,300 digits

@@ -90,7 +90,7 @@ def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(m
     )
     monkeypatch.syspath_prepend(".")
     Path("config.yaml").write_text(
-        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: DigitsDataModule}\n"
+        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: cola_lightning.DigitsDataModule}\n"
     )
     assert run("test", "--config", "config.yaml") == 0
     assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
@@ -423,17 +423,17 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("a_file").touch()
     Path("broken.yaml").write_text("model: [\n")
     Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    parts = "seed_everything: 0\nmodel: {class_path: COLADigits}\ndata: {class_path: DigitsDataModule}\n"
+    parts = "seed_everything: 0\nmodel: {class_path: cola_lightning.COLADigits}\ndata: {class_path: cola_lightning.DigitsDataModule}\n"
     Path("groups.yaml").write_text(f"{parts}chain: null\n")
     for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
     Path("lr.yaml").write_text("model: {init_args: {lr_schedule: null}}\n")
     adamw = "class_path: torch.optim.AdamW"
     beside = [
-        "model: {class_path: COLADigits, init_args: {alpha: 2}, rank: 3}",
-        "model: {class_path: COLADigits, rank: 3}",
-        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
-        f"model: {{class_path: COLADigits, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
+        "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
+        "model: {class_path: cola_lightning.COLADigits, rank: 3}",
+        f"model: {{class_path: cola_lightning.COLADigits, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
+        f"model: {{class_path: cola_lightning.COLADigits, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
         "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
     ]
     for k, text in enumerate(beside):
@@ -455,7 +455,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
 
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():
-    program = "import cola_lightning.modules.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
+    program = "import cola_lightning.examples.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
     done = forked.run("-c", program, "fit", "--config", DIGITS, *FAST)
     assert done.returncode == 1
@@ -586,7 +586,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
 
 def test_a_second_ctrl_c_stops_at_once():
     """Also in the middle of a batch that never ends."""
-    program = "import time, cola_lightning.modules.digits as d; d.pretrain = lambda model: None"
+    program = "import time, cola_lightning.examples.digits as d; d.pretrain = lambda model: None"
     program += "; d.F.cross_entropy = lambda *a: [print('in it', flush=True)] and [time.sleep(0.1) for _ in range(600)]"
     program += "; from cola_lightning.__main__ import entry_point; entry_point()"
     fit = ["fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
