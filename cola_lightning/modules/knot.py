@@ -1,8 +1,8 @@
 """Ties a knot in a run: finishes the link in the model, records its steps and metrics, and makes the next optimizer."""
 
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
@@ -74,11 +74,8 @@ def _fitting_trainer(module: COLAParts) -> Trainer | None:
 
 def _last_trainer(module: COLAParts) -> Trainer | None:
     """The Trainer that has fitted a module; None if there is none, or if it has another module now."""
-    fitter = module.run_state.trainer
-    trainer = trainer_of(module) if fitter is None else fitter()  # a module inside another one does not remember it
-    if trainer is None or not isinstance(holder := trainer.lightning_module, LightningModule):  # None before its first run
-        return None
-    return trainer if id(module) in map(id, holder.modules()) else None
+    trainer = module.run_state.trainer() if module.run_state.trainer else None
+    return trainer if trainer is not None and cast(object, trainer.lightning_module) is module else None
 
 
 def _check_between_steps(module: COLAParts) -> None:

@@ -1,10 +1,9 @@
 """The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
-from typing import Any, cast
+from typing import cast
 
 import torch
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -36,14 +35,13 @@ class LazyModel:
         state: the part of the module's state that training changes; None before the model is made.
         is_made: whether the model is made.
         is_being_made: whether it is being made.
-        is_configuring: whether a subclass' own ``configure_model`` is running.
     """
 
     def __init__(self, module: COLAParts) -> None:
         self.module = module
         self.adapted: AdaptedModel | None = None
         self.state: TrainedState | None = None
-        self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = self._is_configured = False
+        self.is_made = self.is_being_made = self._is_compiled = self._is_configured = False
 
     # ------------------------------------------------------------------ when
 
@@ -68,7 +66,7 @@ class LazyModel:
         """Makes the model, if there is none.
 
         Raises:
-            UserError: if another one was assigned, ``build_model`` reads it, or a property hides a child of the module.
+            UserError: if another one was assigned, ``build_model`` reads it, or the module is inside another one in a fit.
         """
         if self.is_made:
             return
@@ -78,10 +76,12 @@ class LazyModel:
                 f"{name}: expected a base that build_model() returns, to be adapted, received one that was assigned to "
                 "self.model"
             )
-        for child in _children(self.module):  # torch registers it there, but the property is what one reads
-            own = getattr(type(self.module), child, None)
-            if isinstance(own, property) and own.fget.__module__.startswith("cola_lightning."):
-                raise UserError(f"{name}.{child}: expected another name than a COLAModule's property has, received a module")
+        trainer = trainer_of(self.module)
+        if trainer is not None and cast(object, trainer.lightning_module) not in (None, self.module):
+            raise UserError(
+                f"{name}: expected to be the Trainer's own module, received one inside a "
+                f"{type(trainer.lightning_module).__name__}: AdaptedModel is made for that"
+            )
         if self.is_being_made:
             raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
         self.is_being_made = True
@@ -96,27 +96,9 @@ class LazyModel:
             self.is_being_made = False
 
     def ensure(self) -> None:
-        """Makes the model if it is accessed before Lightning configures it, in a run or outside of one."""
-        if self.is_made or self.is_being_made:
-            return
-        if trainer_of(self.module) is None and not self.is_configuring:
-            self.module.configure_model()
-        else:  # configure_model is still to be called, or is running
+        """Makes the model where it is accessed before Lightning configures it; inside of ``build_model`` there is none."""
+        if not self.is_being_made:
             self.make()
-
-    def ensure_unless_lightning_asks(self, hook: str | None) -> None:
-        """Makes the model, unless Lightning iterates over the module: before ``setup``, or after a run that failed before it.
-
-        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model. Lightning never
-        configures a module inside another one, which makes its optimizers from what it finds there.
-
-        Args:
-            hook: the hook that Lightning is calling.
-        """
-        trainer = trainer_of(self.module)
-        is_own = trainer is not None and cast(object, trainer.lightning_module) is self.module
-        if trainer is None or not is_own or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
-            self.ensure()
 
     # ------------------------------------------------------------------ how
 
@@ -153,14 +135,13 @@ class LazyModel:
             self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
 
     def _make_base(self) -> nn.Module:
-        module, registries = self.module, _registries(self.module)
-        before = [registry.copy() for registry in registries]
+        module = self.module
+        before = {name: dict(vars(module)[name]) for name in ("_modules", "_parameters", "_buffers")}
         with seeded_build(self._seed):
             model = module.build_model()
             if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
-                for registry, entries in zip(registries, before, strict=True):
-                    registry.clear()
-                    registry.update(entries)
+                for name, entries in before.items():
+                    vars(module)[name].update(entries)
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
@@ -207,13 +188,8 @@ def check_own_model(module: COLAParts) -> None:
 
 def _children(module: COLAParts) -> dict[str, nn.Module | None]:
     """The children of a module by name, writable: torch's public iterators skip second names."""
-    children: dict[str, nn.Module | None] = _registries(module)[0]
+    children: dict[str, nn.Module | None] = vars(module)["_modules"]
     return children
-
-
-def _registries(module: COLAParts) -> list[Any]:
-    """Where torch registers a module's children, parameters and buffers, writable: there is no public way to restore them."""
-    return [vars(module)[name] for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")]
 
 
 @rank_zero_only
