@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,7 +31,6 @@ from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
-from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
@@ -41,7 +41,7 @@ from cola_lightning.modules.optimization import LinkOptimization, OptimizerCalla
 from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.run_state import RunState
+from cola_lightning.modules.run_state import RunState, trainer_of
 from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
@@ -281,6 +281,12 @@ class COLAModule(LightningModule, RecordsArguments):
         pending, adapted = pending_checkpoint(), self.lazy_model.adapted
         is_stored = adapted is not None and adapted.base_weights is not None
         return (pending is not None and pending.holds_base) or is_stored
+
+    @property
+    def origin(self) -> list[str | int | None]:
+        """The path of ``init_chain``, and how many of its links were requested."""
+        path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
+        return [path, self.init_links]
 
     @property
     def is_sharded(self) -> bool:

@@ -1,7 +1,7 @@
 """The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,13 +11,16 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.modules.compilation import compile_model
-from cola_lightning.modules.contract import COLAParts, trainer_of
 from cola_lightning.modules.pending import pending_checkpoint
+from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.seed import choose_seed
 from cola_lightning.modules.trained_state import TrainedState
 from cola_lightning.seeding import seeded_build
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import shard_module
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class LazyModel:
         is_being_made: whether it is being made.
     """
 
-    def __init__(self, module: COLAParts) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
         self.adapted: AdaptedModel | None = None
         self.state: TrainedState | None = None
@@ -77,7 +80,7 @@ class LazyModel:
                 "self.model"
             )
         trainer = trainer_of(self.module)
-        if trainer is not None and cast(object, trainer.lightning_module) not in (None, self.module):
+        if trainer is not None and trainer.lightning_module not in (None, self.module):
             raise UserError(
                 f"{name}: expected to be the Trainer's own module, received one inside a "
                 f"{type(trainer.lightning_module).__name__}: AdaptedModel is made for that"
@@ -170,14 +173,14 @@ class LazyModel:
     def placement(self) -> Placement:
         """The placement of the model: in all of a strategy's wrappers, on the training device."""
         trainer, model = trainer_of(self.module), self.module.model
-        is_own = trainer is not None and cast(object, trainer.strategy.lightning_module) is self.module
+        is_own = trainer is not None and trainer.strategy.lightning_module is self.module
         wrapped = trainer.strategy.model if trainer is not None and is_own else None
         device = trainer.strategy.root_device if trainer else self.module.device
         is_sharded = tensors.is_model_sharded(model) or self.module.is_wrapped_by_fsdp1
         return Placement(model if wrapped is None else wrapped, device, is_sharded)
 
 
-def check_own_model(module: COLAParts) -> None:
+def check_own_model(module: "COLAModule") -> None:
     """Refuses another model in the place of the one that was adapted: a checkpoint's links would be those of neither."""
     if module.model is not module.adapted.model and not module.is_wrapped_by_fsdp1:
         raise UserError(
@@ -186,7 +189,7 @@ def check_own_model(module: COLAParts) -> None:
         )
 
 
-def _children(module: COLAParts) -> dict[str, nn.Module | None]:
+def _children(module: "COLAModule") -> dict[str, nn.Module | None]:
     """The children of a module by name, writable: torch's public iterators skip second names."""
     children: dict[str, nn.Module | None] = vars(module)["_modules"]
     return children
