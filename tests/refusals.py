@@ -511,11 +511,6 @@ def normalised():
         "model.target_modules: expected layers with weights of their own, received 'layers.0.q_proj', whose weight "
         "is shared (layers.0.q_proj.weight = layers.1.q_proj.weight)",
     ),
-    (
-        {"make": lambda: nn.ModuleDict({"q_proj": nn.Linear(8, 8), "head": nn.LazyLinear(2)})},
-        "model: expected parameters that have a size, received 'head.weight', which has none yet: a first forward pass of the "
-        "model gives it one",
-    ),
     ({"make": adapted}, "model: expected a model without LoRA layers, received one that is adapted already"),
     (
         {"make": normalised},

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import AdaptedModel, Chain, COLAModule, UserError, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.report import report
-from cola_lightning.lora.registry import adapt_layer, plain_layer
-from tests.toy import assert_bit_equal, trainer, weights
+from cola_lightning.lora.registry import adapt_layer
+from tests.toy import assert_bit_equal, plain_layer, trainer, weights
 
 LAYERS = {
     "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),

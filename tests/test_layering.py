@@ -52,9 +52,13 @@ def row_of(name: str) -> tuple[int, str]:
 
 
 def imports(tree: ast.AST) -> list[str]:
-    """Dotted names that the nodes below import, for type checkers alone or not."""
-    found = []
+    """Dotted names that the nodes below import, but for those that only a type checker needs."""
+    found: list[str] = []
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {inner for node in checks for inner in ast.walk(node)}
     for node in ast.walk(tree):
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

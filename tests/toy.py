@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule
+from cola_lightning.lora.layer import shallow_copy
 
 
 class Toy(COLAModule):
@@ -61,3 +62,8 @@ def weights(module):
 def assert_bit_equal(mine, theirs):
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def plain_layer(layer):
+    """The layer without its links: the base layer's class around the same parameters; the layer is not changed."""
+    return shallow_copy(layer).strip_()

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -18,10 +18,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from cola_lightning.chain import Chain, Link
+from cola_lightning.chain import Link
 from cola_lightning.chain.plateau import Mode, Plateau
 from cola_lightning.chain.schedule import ChainSchedule, Counters
 from cola_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +33,6 @@ NO_DEEPSPEED = (
     "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
     "whose engine owns the optimizer that a knot must replace"
 )
-
-
-class ChainModule(Protocol):
-    """The interface that ChainOfLoRA needs; :class:`~cola_lightning.modules.COLAModule` implements it."""
-
-    target_modules: str | list[str] | None
-    max_rank: int
-    chain: Chain
-    link: int
-    schedule: ChainSchedule
-    link_start: Counters
-
-    def tie_knot(self) -> Link: ...  # noqa: D102
-    def live_link(self) -> Link: ...  # noqa: D102
 
 
 class ChainOfLoRA(Callback):
@@ -122,7 +111,7 @@ class ChainOfLoRA(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule)
-        self.module = cast(ChainModule, pl_module)
+        self.module = cast("COLAModule", pl_module)
         self.module.schedule = self.schedule
         self._asked_at = self._last_step = None
         if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them

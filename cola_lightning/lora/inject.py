@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.initialization import DRAWS
@@ -97,12 +96,6 @@ def inject_lora(
         _check_layer(name, modules[name], rank, finished_links)
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
-
-    if unsized := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
-        raise UserError(
-            f"model: expected parameters that have a size, received {unsized[0]!r}, which has none yet: a first forward pass "
-            "of the model gives it one"
-        )
 
     if target_modules == ALL_LINEAR:
         _warn_of_omitted(model, names, saved)
@@ -268,7 +261,7 @@ def _omitted(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple
     kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)
     for place, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            is_known = id(parameter) in seen or is_lazy(parameter) or attribute.endswith("bias")
+            is_known = id(parameter) in seen or attribute.endswith("bias")
             if not is_known and parameter.dim() >= 2 and parameter.shape[0] > 1:
                 kinds[attribute, type(module)][place] = _count(module, parameter)
     return kinds
@@ -318,8 +311,6 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
 
 def _count(module: nn.Module, parameter: Tensor) -> int:
     """How many values a parameter of the module holds: two in each byte of a 4-bit weight."""
-    if is_lazy(parameter):  # a layer that has no size yet
-        return 0
     return parameter.numel() * (2 if is_quantized(module) and not parameter.is_floating_point() else 1)
 
 

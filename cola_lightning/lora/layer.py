@@ -425,11 +425,6 @@ def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
     """A hook that only has to exist; see :meth:`LoRALayer.close_fused_paths`."""
 
 
-def names_of_links() -> list[str]:
-    """The attributes and methods that a LoRA layer adds: the layer that it adapts must have none of these names."""
-    return [*LINK_ATTRIBUTES, *(name for name in vars(LoRALayer) if not hasattr(nn.Linear, name))]
-
-
 def shallow_copy(module: Any) -> Any:
     """Another module on the same parameters, buffers and children; later additions to one are not in the other."""
     twin = copy.copy(module)  # which shares the dictionaries in which a module registers parameters, hooks and so on

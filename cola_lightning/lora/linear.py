@@ -1,15 +1,14 @@
 """Linear layers with a live link: ``nn.Linear``, its subclasses with the same ``forward``, and transformers' ``Conv1D``."""
 
 import functools
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 from typing_extensions import override
 
-from cola_lightning.lora.initialization import Init
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer
+from cola_lightning.lora.layer import LoRALayer
 
 # The output layer of nn.MultiheadAttention, which reads its weight in every mode.
 NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
@@ -23,23 +22,10 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     Example:
         >>> linear = nn.Linear(4, 3)
-        >>> layer = LoRALinear.from_linear(linear, rank=2, alpha=4)
+        >>> layer = LoRALinear.from_layer(linear, rank=2, alpha=4)
         >>> layer.weight is linear.weight, layer.delta_weight().shape
         (True, torch.Size([3, 4]))
     """
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        finished_links: FinishedLinks = "merge",
-    ) -> Self:
-        """The same as :meth:`from_layer`."""
-        return cls.from_layer(linear, rank, alpha, dropout, init, finished_links)
 
     @classmethod
     @override

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.initialization import Init
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer, cast_, low_rank_delta, names_of_links, shallow_copy
+from cola_lightning.lora.layer import FinishedLinks, LoRALayer, cast_, low_rank_delta, shallow_copy
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import lora_linear_4bit
 
@@ -30,7 +29,6 @@ __all__ = [
     "lora_conv1d",
     "low_rank_delta",
     "obstacle",
-    "plain_layer",
     "register_lora_layer",
 ]
 
@@ -145,8 +143,6 @@ def obstacle(module: nn.Module) -> str | None:
             "it back)"
         )
     own = dict(module.named_parameters(recurse=False))
-    if "weight" in own and is_lazy(own["weight"]):
-        return "whose weight has no size yet: a first forward pass of the model gives it one"
     for part in ("weight", "bias"):
         sources = [name for name in own if name.startswith(f"{part}_")]
         if is_parametrized(module, part):  # first: reading it would compute it, and spectral norm take a step
@@ -157,8 +153,6 @@ def obstacle(module: nn.Module) -> str | None:
             f"whose {part} is computed at each forward pass ({', '.join(sources)}): "
             "torch.nn.utils (parametrize.remove_parametrizations, remove_weight_norm, prune.remove, ...) makes it a plain one"
         )
-    if taken := [name for name in names_of_links() if hasattr(module, name)]:
-        return f"which has an attribute {taken[0]!r}, a name that LoRA layers use"
     found = lora_class(module)
     return None if found is None else found.obstacle(module)
 
@@ -180,12 +174,6 @@ def adapt_(module: nn.Module, rank: int, alpha: float, dropout: float, init: Ini
     found = lora_class(module)
     assert found is not None
     return found.adapt_(module, rank, alpha, dropout, init, finished_links)
-
-
-def plain_layer(layer: LoRALayer) -> nn.Module:
-    """The layer without its links: the base layer's class around the same ``Parameter`` objects; the layer is not changed."""
-    plain: LoRALayer = shallow_copy(layer)
-    return plain.strip_()
 
 
 def __getattr__(name: str) -> Any:

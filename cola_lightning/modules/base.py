@@ -3,7 +3,8 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,7 +31,6 @@ from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.checkpoint_io import check_read_by_other
-from cola_lightning.modules.contract import trainer_of
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
@@ -41,7 +41,7 @@ from cola_lightning.modules.optimization import LinkOptimization, OptimizerCalla
 from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.run_state import RunState
+from cola_lightning.modules.run_state import RunState, trainer_of
 from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
@@ -221,16 +221,14 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def adapted(self) -> AdaptedModel:
         """The adapted model and its chain, without Lightning."""
-        if self.lazy_model.adapted is None:
-            self.configure_model()
+        self.lazy_model.ensure()
         assert self.lazy_model.adapted is not None
         return self.lazy_model.adapted
 
     @property
     def trained_state(self) -> TrainedState:
         """The part of this module's state that training changes."""
-        if self.lazy_model.state is None:
-            self.configure_model()
+        self.lazy_model.ensure()
         assert self.lazy_model.state is not None
         return self.lazy_model.state
 
@@ -256,8 +254,6 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @schedule.setter
     def schedule(self, schedule: ChainSchedule) -> None:
-        if not isinstance(schedule, ChainSchedule):
-            raise UserError(f"schedule: expected a ChainSchedule, or another name for an attribute, received {schedule!r}")
         self.run_state.schedule = schedule
 
     @property
@@ -287,6 +283,12 @@ class COLAModule(LightningModule, RecordsArguments):
         return (pending is not None and pending.holds_base) or is_stored
 
     @property
+    def origin(self) -> list[str | int | None]:
+        """The path of ``init_chain``, and how many of its links were requested."""
+        path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
+        return [path, self.init_links]
+
+    @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 or FSDP1 has sharded the model."""
         return self.lazy_model.placement().is_sharded
@@ -305,7 +307,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def __getattr__(self, name: str) -> Any:
         if name == "model" and "lazy_model" in self.__dict__:  # that is, after __init__
             if "model" not in self._modules:
-                self.lazy_model.make() if self.lazy_model.is_being_made else self.lazy_model.ensure()
+                self.lazy_model.make()
             return self._modules["model"]
         return super().__getattr__(name)
 
@@ -313,26 +315,6 @@ class COLAModule(LightningModule, RecordsArguments):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self.lazy_model.ensure()
         return super().named_parameters(*args, **kwargs)
-
-    @override
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
-        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
-        return found
-
-    @override
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
-        return super().named_children()
-
-    @override
-    def children(self) -> Iterator[nn.Module]:
-        return (child for _, child in super().named_children())  # Lightning asks when a Trainer takes the module
-
-    @override
-    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        self.lazy_model.ensure_unless_lightning_asks(self._current_fx_name)
-        return super().apply(fn)
 
     # ------------------------------------------------------------------ links
 
@@ -463,6 +445,8 @@ class COLAModule(LightningModule, RecordsArguments):
         The finished links are stored as torch's extra state, so that :meth:`load_state_dict` gives the same outputs. With full
         fine-tuning there are no links, nor a base to compare a state dict with, and it contains the values alone.
         """
+        if self.lazy_model.state is None:
+            self.configure_model()
         prefix, trained = kwargs.get("prefix", ""), self.trained_state
         if tensors.has_fsdp1(self):
             state = tensors.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))

@@ -1,13 +1,15 @@
 """Seeds for the batches of a run: a resumed run draws what an uninterrupted one would."""
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from cola_lightning.modules.contract import COLAParts
 from cola_lightning.seeding import derive_seed, seeded
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 
 class BatchSeed(Callback):
@@ -20,7 +22,7 @@ class BatchSeed(Callback):
         module: the module of the fit.
     """
 
-    def __init__(self, module: COLAParts) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
         self._batch = ExitStack()  # the scope of the batch's seed
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,16 +12,19 @@ from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, Liv
 from cola_lightning.chain.packed import EXTRA_STATE
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.modules.arguments import plain, readable
-from cola_lightning.modules.contract import COLAParts, origin_of, trainer_of
 from cola_lightning.modules.rewind import rewound_progress
+from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.usage import is_prompt_format
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
 OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
 
 
-def write_state(module: COLAParts, checkpoint: dict[str, Any]) -> None:
+def write_state(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     """Adds the chain's state to the checkpoint that Lightning is about to write.
 
     Raises:
@@ -61,7 +64,7 @@ def _with_plain_numbers(value: Any) -> Any:
     return value
 
 
-def _state_of(module: COLAParts) -> CheckpointState:
+def _state_of(module: "COLAModule") -> CheckpointState:
     adapted, trained, run, trainer = module.adapted, module.trained_state, module.run_state, trainer_of(module)
     plans = [list(module.link_plan.of(link)) for link in range(module.link + 1)]
     live = None
@@ -76,7 +79,7 @@ def _state_of(module: COLAParts) -> CheckpointState:
         link_start=run.link_start,
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
-        origin=origin_of(module),
+        origin=module.origin,
         optimizer=None,
         has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,

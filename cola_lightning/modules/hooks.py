@@ -39,16 +39,11 @@ def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[...,
 
 
 def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
-    """A subclass' ``configure_model`` before ours; reading the model inside does not configure it again."""
+    """A subclass' ``configure_model`` before ours."""
 
     @functools.wraps(own)
     def configure_model(self: Any) -> None:
-        lazy = self.lazy_model
-        before, lazy.is_configuring = lazy.is_configuring, True
-        try:
-            own(self)
-        finally:
-            lazy.is_configuring = before
+        own(self)
         ours(self)
 
     configure_model.runs_ours = True  # type: ignore[attr-defined]

@@ -1,15 +1,18 @@
 """Ties a knot in a run: finishes the link in the model, records its steps and metrics, and makes the next optimizer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
-from cola_lightning.modules.contract import COLAParts, trainer_of
 from cola_lightning.modules.optimization import check_new_optimizers
+from cola_lightning.modules.run_state import trainer_of
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 HOOKS_OF_A_STEP = {
     "training_step",
@@ -25,7 +28,7 @@ HOOKS_OF_A_STEP = {
 }
 
 
-def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
+def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     if module.target_modules is None:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
@@ -45,13 +48,13 @@ def tie_knot(module: COLAParts, rank: int | None, alpha: float | None) -> Link:
     return link
 
 
-def begin_at(module: COLAParts, start: Counters) -> None:
+def begin_at(module: "COLAModule", start: Counters) -> None:
     """Corrects the moment at which the live link begins, before its first step, and its learning-rate schedule."""
     module.run_state.link_start = start
     _make_optimizers(module)
 
 
-def _make_optimizers(module: COLAParts) -> None:
+def _make_optimizers(module: "COLAModule") -> None:
     """Makes the live link's optimizers and learning-rate schedules, in a fit or after it.
 
     After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.
@@ -65,23 +68,20 @@ def _make_optimizers(module: COLAParts) -> None:
         trainer.strategy.setup_optimizers(trainer)
 
 
-def _fitting_trainer(module: COLAParts) -> Trainer | None:
+def _fitting_trainer(module: "COLAModule") -> Trainer | None:
     """The Trainer that fits a module, also in a validation inside of the fit, where ``trainer.training`` is False."""
     trainer = trainer_of(module)
     is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
     return trainer if is_fitting else None
 
 
-def _last_trainer(module: COLAParts) -> Trainer | None:
+def _last_trainer(module: "COLAModule") -> Trainer | None:
     """The Trainer that has fitted a module; None if there is none, or if it has another module now."""
-    fitter = module.run_state.trainer
-    trainer = trainer_of(module) if fitter is None else fitter()  # a module inside another one does not remember it
-    if trainer is None or not isinstance(holder := trainer.lightning_module, LightningModule):  # None before its first run
-        return None
-    return trainer if id(module) in map(id, holder.modules()) else None
+    trainer = module.run_state.trainer() if module.run_state.trainer else None
+    return trainer if trainer is not None and trainer.lightning_module is module else None
 
 
-def _check_between_steps(module: COLAParts) -> None:
+def _check_between_steps(module: "COLAModule") -> None:
     """Refuses a knot while Lightning is inside of an optimizer's step, which would then take the new link's first one.
 
     Lightning stores the hook that it is calling under a private name only.
@@ -95,14 +95,14 @@ def _check_between_steps(module: COLAParts) -> None:
         )
 
 
-def facts_of_live_link(module: COLAParts) -> dict[str, Any]:
+def facts_of_live_link(module: "COLAModule") -> dict[str, Any]:
     """Steps, metrics and values outside of the model, which a module adds to its live link."""
     start = module.run_state.link_start.global_step
     facts = {"metrics": module.link_metrics.of(trainer_of(module), start), "outside": module.trained_state.outside()}
     return {"start_step": start, "end_step": counters_now(module).global_step} | facts
 
 
-def counters_now(module: COLAParts) -> Counters:
+def counters_now(module: "COLAModule") -> Counters:
     """The epoch and optimizer step that a module's fit has reached, also after it: another Trainer may only evaluate."""
     trainer, run = trainer_of(module), module.run_state
     if trainer is not None and trainer.state.fn == "fit":

@@ -1,10 +1,9 @@
 """The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -12,13 +11,16 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.modules.compilation import compile_model
-from cola_lightning.modules.contract import COLAParts, trainer_of
 from cola_lightning.modules.pending import pending_checkpoint
+from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.seed import choose_seed
 from cola_lightning.modules.trained_state import TrainedState
 from cola_lightning.seeding import seeded_build
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import shard_module
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +38,13 @@ class LazyModel:
         state: the part of the module's state that training changes; None before the model is made.
         is_made: whether the model is made.
         is_being_made: whether it is being made.
-        is_configuring: whether a subclass' own ``configure_model`` is running.
     """
 
-    def __init__(self, module: COLAParts) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
         self.adapted: AdaptedModel | None = None
         self.state: TrainedState | None = None
-        self.is_made = self.is_being_made = self.is_configuring = self._is_compiled = self._is_configured = False
+        self.is_made = self.is_being_made = self._is_compiled = self._is_configured = False
 
     # ------------------------------------------------------------------ when
 
@@ -68,7 +69,7 @@ class LazyModel:
         """Makes the model, if there is none.
 
         Raises:
-            UserError: if another one was assigned, ``build_model`` reads it, or a property hides a child of the module.
+            UserError: if another one was assigned, ``build_model`` reads it, or the module is inside another one in a fit.
         """
         if self.is_made:
             return
@@ -78,10 +79,12 @@ class LazyModel:
                 f"{name}: expected a base that build_model() returns, to be adapted, received one that was assigned to "
                 "self.model"
             )
-        for child in _children(self.module):  # torch registers it there, but the property is what one reads
-            own = getattr(type(self.module), child, None)
-            if isinstance(own, property) and own.fget.__module__.startswith("cola_lightning."):
-                raise UserError(f"{name}.{child}: expected another name than a COLAModule's property has, received a module")
+        trainer = trainer_of(self.module)
+        if trainer is not None and trainer.lightning_module not in (None, self.module):
+            raise UserError(
+                f"{name}: expected to be the Trainer's own module, received one inside a "
+                f"{type(trainer.lightning_module).__name__}: AdaptedModel is made for that"
+            )
         if self.is_being_made:
             raise UserError(f"{name}.build_model: expected one that makes the base, received one that reads self.model")
         self.is_being_made = True
@@ -96,27 +99,9 @@ class LazyModel:
             self.is_being_made = False
 
     def ensure(self) -> None:
-        """Makes the model if it is accessed before Lightning configures it, in a run or outside of one."""
-        if self.is_made or self.is_being_made:
-            return
-        if trainer_of(self.module) is None and not self.is_configuring:
-            self.module.configure_model()
-        else:  # configure_model is still to be called, or is running
+        """Makes the model where it is accessed before Lightning configures it; inside of ``build_model`` there is none."""
+        if not self.is_being_made:
             self.make()
-
-    def ensure_unless_lightning_asks(self, hook: str | None) -> None:
-        """Makes the model, unless Lightning iterates over the module: before ``setup``, or after a run that failed before it.
-
-        A callback that iterates over it in its own ``setup`` (such as BaseFinetuning) needs the model. Lightning never
-        configures a module inside another one, which makes its optimizers from what it finds there.
-
-        Args:
-            hook: the hook that Lightning is calling.
-        """
-        trainer = trainer_of(self.module)
-        is_own = trainer is not None and cast(object, trainer.lightning_module) is self.module
-        if trainer is None or not is_own or (hook == "setup" and trainer.state.status == TrainerStatus.RUNNING):
-            self.ensure()
 
     # ------------------------------------------------------------------ how
 
@@ -139,10 +124,7 @@ class LazyModel:
             module.link_plan.begin(adapted)
             _log_memory_of_merge(adapted)
         if module.activation_checkpointing:
-            names = list(adapted.layers)
             module.checkpoint_activations()
-            if list(adapted.layers) != names:
-                raise UserError("checkpoint_activations: expected the names of the model's layers to stay, received others")
         if not module.training:  # eval() came first
             module.model.eval()
 
@@ -153,14 +135,13 @@ class LazyModel:
             self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
 
     def _make_base(self) -> nn.Module:
-        module, registries = self.module, _registries(self.module)
-        before = [registry.copy() for registry in registries]
+        module = self.module
+        before = {name: dict(vars(module)[name]) for name in ("_modules", "_parameters", "_buffers")}
         with seeded_build(self._seed):
             model = module.build_model()
             if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
-                for registry, entries in zip(registries, before, strict=True):
-                    registry.clear()
-                    registry.update(entries)
+                for name, entries in before.items():
+                    vars(module)[name].update(entries)
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
@@ -189,14 +170,14 @@ class LazyModel:
     def placement(self) -> Placement:
         """The placement of the model: in all of a strategy's wrappers, on the training device."""
         trainer, model = trainer_of(self.module), self.module.model
-        is_own = trainer is not None and cast(object, trainer.strategy.lightning_module) is self.module
+        is_own = trainer is not None and trainer.strategy.lightning_module is self.module
         wrapped = trainer.strategy.model if trainer is not None and is_own else None
         device = trainer.strategy.root_device if trainer else self.module.device
         is_sharded = tensors.is_model_sharded(model) or self.module.is_wrapped_by_fsdp1
         return Placement(model if wrapped is None else wrapped, device, is_sharded)
 
 
-def check_own_model(module: COLAParts) -> None:
+def check_own_model(module: "COLAModule") -> None:
     """Refuses another model in the place of the one that was adapted: a checkpoint's links would be those of neither."""
     if module.model is not module.adapted.model and not module.is_wrapped_by_fsdp1:
         raise UserError(
@@ -205,15 +186,10 @@ def check_own_model(module: COLAParts) -> None:
         )
 
 
-def _children(module: COLAParts) -> dict[str, nn.Module | None]:
+def _children(module: "COLAModule") -> dict[str, nn.Module | None]:
     """The children of a module by name, writable: torch's public iterators skip second names."""
-    children: dict[str, nn.Module | None] = _registries(module)[0]
+    children: dict[str, nn.Module | None] = vars(module)["_modules"]
     return children
-
-
-def _registries(module: COLAParts) -> list[Any]:
-    """Where torch registers a module's children, parameters and buffers, writable: there is no public way to restore them."""
-    return [vars(module)[name] for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")]
 
 
 @rank_zero_only

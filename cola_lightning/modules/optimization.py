@@ -168,14 +168,7 @@ class LinkOptimization:
             return 0.0 if self.warmup_steps else 1.0
         if horizon is None and (length := self.run.length_for_trainer()) is not None:
             horizon = self._horizon_in(length)
-        if horizon is None:  # in another module's fit, or in a loop without a Trainer
-            if (received := self._share_of_length) is not None:
-                raise UserError(
-                    "model.lr_schedule: expected constant, with a warm-up in steps, where the run's length is not known, "
-                    f"as for a module inside another one, received {received}"
-                )
-            horizon = math.inf, 0
-        end, rise = horizon
+        end, rise = (math.inf, 0) if horizon is None else horizon  # in a loop without a Trainer there is none
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
         return value * step / rise if step < rise else value
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -36,10 +36,13 @@ from cola_lightning.chain.packed import EXTRA_STATE, unpack
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
-from cola_lightning.modules.contract import COLAParts, origin_of, trainer_of
 from cola_lightning.modules.pending import loading, pending_checkpoint
 from cola_lightning.modules.rewind import resume_from
+from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class WeightsAloneError(UserError, KeyError):
     __str__ = UserError.__str__  # a KeyError's would put it in quotes
 
 
-def restore(module: COLAParts, checkpoint: dict[str, Any]) -> None:
+def restore(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     """Restores a checkpoint's chain in a module, and prepares the next load of its values.
 
     If fewer links are requested (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. With
@@ -166,7 +169,7 @@ def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState
     return values | trained.outside_after(plan.chain)
 
 
-def restore_packed(module: COLAParts, packed: Tensor) -> None:
+def restore_packed(module: "COLAModule", packed: Tensor) -> None:
     """Brings a module to the finished links of a state dict, on a rebuilt base if necessary.
 
     Raises:
@@ -180,7 +183,7 @@ def restore_packed(module: COLAParts, packed: Tensor) -> None:
     module.run_state.link_start = Counters(*facts["link_start"])
 
 
-def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
+def _check_same_choices(module: "COLAModule", checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
@@ -201,7 +204,7 @@ def _check_same_choices(module: COLAParts, checkpoint: Mapping[str, Any], state:
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
     if state.live is not None:
         module.link_plan.check_resumed(dict(enumerate(state.scheduled)), len(state.chain))
-    if (origin := origin_of(module))[0] is not None and origin != state.origin:
+    if (origin := module.origin)[0] is not None and origin != state.origin:
         (had, had_links), (mine, my_links) = state.origin, origin
         raise UserError(
             f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "

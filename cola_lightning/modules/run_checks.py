@@ -8,7 +8,7 @@ import logging
 import math
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -24,13 +24,15 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
-from cola_lightning.modules.contract import COLAParts
 from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.run_state import accumulation_schedulers, run_length
 from cola_lightning.modules.summary import summary
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
+
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class RunChecks(Callback):
         module: the module.
     """
 
-    def __init__(self, module: COLAParts) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
 
     @override
@@ -245,7 +247,7 @@ def _without_gradient(model: nn.Module) -> list[str]:
     ]
 
 
-def _check_frozen(module: COLAParts) -> None:
+def _check_frozen(module: "COLAModule") -> None:
     """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
     if module.run_state.schedule.has_knots and (
         trained := [name for name, layer in module.adapted.layers.items() if layer.weight.requires_grad]

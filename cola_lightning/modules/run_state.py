@@ -5,7 +5,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from cola_lightning.chain.schedule import START, ChainSchedule, Counters, RunLength
@@ -83,3 +83,12 @@ def run_length(trainer: Trainer, origin: Counters) -> RunLength:
 def accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
     """The callbacks by which the number of accumulated batches depends on the epoch."""
     return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to; None if there is none."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # Lightning's way to report none
+        return None
+    return trainer if isinstance(trainer, Trainer) else None  # Fabric's stand-in for one has no counters

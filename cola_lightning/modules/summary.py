@@ -1,12 +1,16 @@
 """The trained parameters of a module, in one line."""
 
+from typing import TYPE_CHECKING
+
 from cola_lightning.lora.inject import lora_layers
 from cola_lightning.lora.linear4bit import is_quantized
-from cola_lightning.modules.contract import COLAParts
 from cola_lightning.sharded import tensors
 
+if TYPE_CHECKING:
+    from cola_lightning.modules.base import COLAModule
 
-def summary(module: COLAParts) -> str:
+
+def summary(module: "COLAModule") -> str:
     """How many of a module's parameters are trained, and where.
 
     Args:
