@@ -38,7 +38,7 @@ from cola_lightning import (
     inject_lora,
 )
 from cola_lightning.callbacks.chain_of_lora import check_strategy
-from cola_lightning.chain.checkpoint import read_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.report import plot
 from cola_lightning.cli.configs import configs
@@ -162,7 +162,7 @@ def last(**arguments):
     ),
 )
 def module(**arguments):
-    toy(**arguments)
+    toy(**arguments).configure_model()
 
 
 @refused(
@@ -1091,11 +1091,11 @@ def tokenizer():
 
 
 @refused(
-    ("nowhere", "checkpoint: expected a checkpoint file, received 'nowhere', which does not exist"),
-    (".", "checkpoint: expected a checkpoint file, received '.', which is a folder"),
+    ("nowhere", "checkpoint: expected a checkpoint file, received 'nowhere', which cannot be read (No such file or directory)"),
+    (".", "checkpoint: expected a checkpoint file, received '.', which cannot be read (Is a directory)"),
 )
 def checkpoint(path):
-    read_checkpoint(path)
+    OpenedCheckpoint.open(path)
 
 
 @refused(
@@ -1109,7 +1109,6 @@ def checkpoint(path):
         "~nobody.ckpt",
         "checkpoint: expected a checkpoint, a chain folder or a PEFT adapter, received '~nobody.ckpt', which does not exist",
     ),
-    ("l" * 300, "checkpoint: expected a checkpoint file, received 'l...l', which cannot be read (...File name too long...)"),
 )
 def chain_of(path):
     Path("file").write_text("no checkpoint")
@@ -1155,10 +1154,6 @@ def adapter(config, *names):
     (
         {"chain.json": "{", "chain.safetensors": ""},
         "chain: expected a whole chain in '.', received a damaged one (JSONDecodeError(...))",
-    ),
-    (
-        {"chain.json": '{"format_version": 1, "sha256": "0"}', "chain.safetensors": ""},
-        "chain: expected the tensors that chain.json describes in '.', received a damaged file",
     ),
     (
         {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},
@@ -1265,7 +1260,7 @@ def export_without_links(format_):
         "temperature: expected do_sample true beside it, for the most probable token is taken without it, received 2.0 alone",
     ),
     (["--seed", "-1"], "seed: expected a whole number from 0 to 2**32 - 1, received -1"),
-    ([], "checkpoint: expected a checkpoint file, received 'nowhere', which does not exist"),
+    ([], "checkpoint: expected a checkpoint file, received 'nowhere', which cannot be read (No such file or directory)"),
 )
 def generated(words):
     generate(["--checkpoint", "nowhere", "--prompt", "It", *words])

@@ -5,7 +5,6 @@ from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.causal_lm import COLACausalLM
 from cola_lightning.modules.digits import COLADigits
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.pending import base_from_checkpoint
 from cola_lightning.modules.sequence_classification import COLASequenceClassifier
 
 __all__ = [
@@ -15,6 +14,5 @@ __all__ = [
     "COLASequenceClassifier",
     "LanguageModule",
     "StepOutput",
-    "base_from_checkpoint",
     "find_class",
 ]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.rules import TrainedFactors
 from cola_lightning.lora.registry import FinishedLinks
 from cola_lightning.modules.link_metrics import LinkMetrics
@@ -35,7 +36,7 @@ class COLAParts(Protocol):
     activation_checkpointing: bool
     init_chain: str | None
     init_links: int | None
-    first_chain: Chain | None
+    pending: OpenedCheckpoint | None
     seed_choice: Seed
     run_state: RunState
     link_plan: LinkPlan
@@ -48,6 +49,8 @@ class COLAParts(Protocol):
     # fmt: off
     @property
     def trainer(self) -> Trainer: ...
+    @property
+    def first_chain(self) -> Chain | None: ...
     @property
     def device(self) -> torch.device: ...
     @property
