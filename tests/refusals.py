@@ -366,36 +366,6 @@ def plain_module(cls):
 
 
 @refused(
-    (torch.zeros(2), "Toy.predict_step: expected a dict of columns, received Tensor"),
-)
-def predictions(prediction):
-    PredictionWriter().write_on_batch_end(trainer(Path()), toy(), prediction, [0, 1], None, 0, 0)
-
-
-class Predicting(Toy):
-    def predict_step(self, batch, batch_idx):
-        return self.columns
-
-
-COLUMNS = "Predicting.predict_step: expected columns of 4 values, one for each row of the batch, received "
-
-
-@refused(
-    ({"prediction": torch.zeros(3)}, COLUMNS + "'prediction' with 3 values"),
-    ({"prediction": torch.zeros(8), "target": torch.zeros(4)}, COLUMNS + "'prediction' with 8 values"),
-    ({"prediction": [0, 1, 2, 3], "loss": torch.zeros(())}, COLUMNS + "'loss' with a float"),
-    (
-        {"prediction": torch.zeros(4, dtype=torch.complex64)},
-        "Predicting.predict_step: expected columns of numbers, texts, lists and dicts, received another value (...complex...)",
-    ),
-)
-def columns(**columns):
-    module = toy(Predicting)
-    module.columns = columns
-    trainer(Path(), PredictionWriter()).predict(module, batches(1))
-
-
-@refused(
     (
         DataLoader([torch.zeros(2)], batch_size=None),
         "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes share its rows, "

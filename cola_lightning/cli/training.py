@@ -273,8 +273,7 @@ class COLACLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if dirpath := getattr(callback, "dirpath", None):
                 check_writable("trainer.callbacks.dirpath", dirpath)
-        if trainer.loggers and trainer.log_dir:
-            self.watch.expect_folder(trainer.log_dir)
+        self.watch.log_dir = trainer.log_dir if trainer.loggers else None
         return trainer
 
     @override
@@ -445,6 +444,6 @@ def train(args: Sequence[str] | None) -> int:
         except Interruption as interruption:
             return interruption.exit_status
         finally:
-            watch.remove_empty_folders()
+            watch.remove_empty_folder()
             processes.leave()
     return 0
