@@ -28,7 +28,6 @@ from .modules.base import COLAModule as COLAModule
 from .modules.causal_lm import COLACausalLM as COLACausalLM
 from .modules.language import LanguageModule as LanguageModule
 from .modules.language import StepOutput as StepOutput
-from .modules.pending import base_from_checkpoint as base_from_checkpoint
 from .modules.sequence_classification import COLASequenceClassifier as COLASequenceClassifier
 
 __version__: str

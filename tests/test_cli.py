@@ -274,13 +274,12 @@ def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitt
     assert "test: this is the base alone" in capfd.readouterr().out
 
 
-def test_a_fast_dev_run_writes_nothing(capfd):
+def test_a_fast_dev_run_writes_nothing():
     assert run("fit", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
     assert not list(Path().rglob("*.*"))
     Path("predictions.jsonl").write_text("mine\n")
     assert run("predict", "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
     assert [path.read_text() for path in Path().rglob("*.*")] == ["mine\n"]
-    assert "no predictions: trainer.fast_dev_run writes none" in capfd.readouterr().out
 
 
 def printed_config(capfd, *words):
@@ -364,8 +363,8 @@ BAD = [
     (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
     (["test", "--config", DIGITS, "--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint file, received 'nope.ckpt'"),
     (["test", "--config", DIGITS, "--ckpt_path", "a_file"], "ckpt_path: expected a checkpoint"),
-    (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which does not exist"),
-    (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which is a folder"),
+    (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which cannot be read (No such file or directory)"),
+    (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which cannot be read (Is a directory)"),
     (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: expected Literal[64, 32, 16] or"),
     (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: "),
     (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
@@ -423,7 +422,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("a_file").touch()
     Path("broken.yaml").write_text("model: [\n")
     Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    parts = "seed_everything: 0\nmodel: {class_path: cola_lightning.COLADigits}\ndata: {class_path: cola_lightning.DigitsDataModule}\n"
+    digits = "cola_lightning.COLADigits"
+    parts = f"seed_everything: 0\nmodel: {{class_path: {digits}}}\ndata: {{class_path: cola_lightning.DigitsDataModule}}\n"
     Path("groups.yaml").write_text(f"{parts}chain: null\n")
     for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
         Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
@@ -432,8 +432,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     beside = [
         "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
         "model: {class_path: cola_lightning.COLADigits, rank: 3}",
-        f"model: {{class_path: cola_lightning.COLADigits, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
-        f"model: {{class_path: cola_lightning.COLADigits, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
+        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
+        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
         "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
     ]
     for k, text in enumerate(beside):

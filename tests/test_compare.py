@@ -523,7 +523,11 @@ def test_processes_that_create_a_databases_tables_at_once_open_it(tmp_path, monk
         ([], {"fit": ["--model.seed", "3"]}, "error: model.seed: expected null"),
         ([], {"fit": ["--model.rang", "2"]}, "error: "),
         ([], {"fit": ["--help"]}, "--help', which prints something else than a run's config"),
-        ([], {"fit": ["--model.help", "cola_lightning.COLADigits"]}, "error: cola fit: expected options of a run, received '--config "),
+        (
+            [],
+            {"fit": ["--model.help", "cola_lightning.COLADigits"]},
+            "error: cola fit: expected options of a run, received '--config ",
+        ),
         ([], {"fit": ["--model.optimizer", "null"]}, "error: model.optimizer: "),
         (
             [],

@@ -4,12 +4,9 @@ import io
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from peft import LoraConfig, get_peft_model
 
 from cola_lightning import Chain, Link, UserError
@@ -103,7 +100,7 @@ READERS = {
     "load_from_checkpoint, an address": lambda path: Predicting.load_from_checkpoint(
         f"file://{path}", target_modules="all-linear", rank=2, alpha=4, seed=0
     ),
-    "init_chain": lambda path: toy(init_chain=str(path)),
+    "init_chain": lambda path: toy(init_chain=str(path)).configure_model(),
 }
 for chain in (None, CHAIN):
     suffix = ", with knots" if chain else ""
@@ -135,42 +132,6 @@ def test_a_checkpoints_name_may_begin_with_a_tilde(checkpoint, tmp_path, monkeyp
     shutil.copy(checkpoint, "~nobody's.ckpt")
     assert len(read_chain("~nobody's.ckpt")) == len(read_chain(checkpoint))
     Predicting.load_from_checkpoint("~nobody's.ckpt")
-
-
-@pytest.mark.parametrize("name", ["is_file", "open"])
-def test_a_file_without_permission_is_one_line(checkpoint, tmp_path, monkeypatch, name):
-    read_chain(checkpoint).save(tmp_path / "chain")
-
-    def fail(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, name, fail)
-        with pytest.raises(UserError, match=r"checkpoint: expected a checkpoint file, .* cannot be read \(.*Permission denied"):
-            Predicting.load_from_checkpoint(checkpoint)
-        with pytest.raises(UserError, match=r"chain: expected a chain folder that can be read, received .*Permission denied"):
-            Chain.load(tmp_path / "chain")
-
-
-class OwnIO(TorchCheckpointIO):
-    """A user's own way to read checkpoints."""
-
-
-@pytest.mark.parametrize("io", [OwnIO, AsyncCheckpointIO])
-@pytest.mark.parametrize("name", ["validate", "test", "fit"])
-def test_a_checkpoint_io_of_the_users_own_takes_no_damaged_one_for_whole(checkpoint, tmp_path, name, io):
-    path = tmp_path / "copy.ckpt"
-    shutil.copy(checkpoint, path)
-    data = [batches(), batches(2)] if name == "fit" else [batches(2)]
-
-    def read():
-        run = trainer(tmp_path, chain=CHAIN, max_epochs=2, plugins=[io()])
-        getattr(run, name)(toy(Predicting), *data, ckpt_path=path)
-
-    read()
-    spoil_a_factor(path)
-    with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*damaged"):
-        read()
 
 
 @pytest.mark.parametrize("format_", ["chain", "merged"])
@@ -290,13 +251,9 @@ def outcomes_of_folder(whole, damages, read):
     return outcomes(whole, damages, read_and_replace)
 
 
-@pytest.mark.parametrize("has_checksum", [True, False])
-def test_a_field_of_another_type_is_refused_or_unharmed(folder, tmp_path, has_checksum):
-    """Without the checksum, as earlier releases wrote it, each type is seen by itself; another number cannot be."""
+def test_a_field_of_another_type_is_refused_or_unharmed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "chain")
     path, description = tmp_path / "chain" / "chain.json", json.loads((folder / "chain.json").read_text())
-    if not has_checksum:
-        del description["sha256_of_json"]
     n_refused = 0
     for place in places(description):
         for value in [..., *WRONG]:

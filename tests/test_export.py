@@ -901,8 +901,8 @@ def checkpoints(tmp_path_factory):
 
 WITHOUT_LINKS = "format: expected merged for a checkpoint without links .*, received"
 MISTAKES = {
-    "none.ckpt merged out": "checkpoint: expected a checkpoint file, received '.*none.ckpt', which does not exist",
-    "chain merged out": "checkpoint: expected a checkpoint file, received '.*chain', which is a folder",
+    "none.ckpt merged out": "checkpoint: expected a checkpoint file, received '.*none.ckpt', which cannot be read",
+    "chain merged out": "checkpoint: expected a checkpoint file, received '.*chain', which cannot be read",
     "file merged out": "checkpoint: expected a checkpoint file, received '.*file', which cannot be read",
     "loss.ckpt merged out": "checkpoint: expected a .*LossToy made with plain arguments, received .* 'loss' is not plain",
     "unknown.ckpt merged out": "checkpoint: expected its module's class to be importable from here, received 'a_script.Toy'",

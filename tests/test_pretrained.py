@@ -117,6 +117,7 @@ def changed_config(folder, **changes):
 
 
 BROKEN = {
+    "other sizes": (lambda folder: changed_config(folder, hidden_size=64), "ignore_mismatched_sizes"),
     "no such activation": (lambda folder: changed_config(folder, hidden_act="nope"), "KeyError 'nope'"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     "no flash attention": (lambda folder: None, "FlashAttention2 has been toggled on"),

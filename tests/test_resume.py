@@ -476,15 +476,6 @@ def test_early_stopping_counts_a_validation_once(tmp_path, window, stops):
     assert validated == 4 + (window > 1)
 
 
-def test_patience_is_what_is_asked_for(tmp_path):
-    from cola_lightning.callbacks import RunWatch
-
-    fit(tmp_path, ("batch_end", 12), callbacks=[EarlyStopping("val_loss", patience=50)])
-    stopping = EarlyStopping("val_loss", patience=7)
-    fit(tmp_path / "resumed", ckpt_path=last(tmp_path), callbacks=[stopping, RunWatch()])
-    assert stopping.patience == 7
-
-
 # ---------------------------------------------------------------------- what goes wrong on the way
 
 

@@ -87,7 +87,7 @@ def test_init_chain_merges_what_the_chain_holds(tmp_path):
         torch.testing.assert_close(module.model(x), first.merged_model(expected)(x))
         assert torch.equal(module.merged_model(0)[0].weight, first.merged_model(0)[0].weight)
     with pytest.raises(UserError, match="links: expected 0 to 3, the length of the chain, received 4"):
-        make(init_chain=str(path), init_links=4)
+        make(init_chain=str(path), init_links=4).configure_model()
 
 
 def test_a_run_from_a_chain_is_checkpointed_and_needs_the_chain_no_more(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from cola_lightning import LastCheckpoint, UserError, base_from_checkpoint, inject_lora, lora_layers, strip_lora
+from cola_lightning import LastCheckpoint, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.lora.registry import adapt_layer, low_rank_delta
 from cola_lightning.lora.stack import Stack
 from tests.toy import ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -435,8 +437,8 @@ def test_links_that_tell_nothing_of_a_head_leave_it_as_it_was(tmp_path, mode):
     assert not torch.equal(module.model[2].weight, base)
     assert torch.equal(module.merged_model(1)[2].weight, base)
     last = tmp_path / "on" / "checkpoints" / "last.ckpt"
-    with base_from_checkpoint(last, 1):
-        trainer(tmp_path, chain={}).validate(module, batches(2), ckpt_path=last, verbose=False)
+    module.pending = replace(OpenedCheckpoint.open(last), links=1)
+    trainer(tmp_path, chain={}).validate(module, batches(2), ckpt_path=last, verbose=False)
     assert torch.equal(module.model[2].weight, base)
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
-from cola_lightning.chain.checkpoint import read_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli import main
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS, template_of
@@ -79,7 +79,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     merged = str(tmp_path / "merged")
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "merged", "--output", merged]) == 0
-    format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
+    format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
     assert format_["kind"] == kind.split()[0].replace("fixed", "options")
     code = code_of((Path(merged) / "README.md").read_text()).replace("path/to/this/folder", merged)
     capfd.readouterr()
@@ -181,7 +181,7 @@ def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "peft", "--output", adapter]) == 0
     assert "trained to choose among options by their log-probabilities, not to generate" in capfd.readouterr().out
     module.tokenizer.save_pretrained(adapter)
-    format_ = read_checkpoint(tmp_path / "last.ckpt")["cola"]["prompt_format"]
+    format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
     _, names = executed(code_of(usage_section(format_, folder=adapter, is_adapter=True)))
     prediction = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     scores = [names["score"](prediction["prompt"], option) for option in names["options"]]

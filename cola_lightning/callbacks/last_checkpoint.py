@@ -16,9 +16,9 @@ from cola_lightning.errors import UserError
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``, the newest state of a fit, from which an interrupted fit resumes.
 
-    It is written after each epoch and each validation, whenever another callback has written a checkpoint, and when the fit
-    ends, is interrupted, or fails; the state of a failed optimizer step is not written. The command line includes it as the
-    group ``last``. (ModelCheckpoint's ``save_last`` writes only together with a checkpoint that its ``monitor`` selects.)
+    It is written after each epoch and each validation, and when the fit is interrupted or fails; the state of a failed
+    optimizer step is not written. The command line includes it as the group ``last``. (ModelCheckpoint's ``save_last`` writes
+    only together with a checkpoint that its ``monitor`` selects, its ``save_on_exception`` also halfway through a step.)
 
     Args:
         every_n_train_steps: also write it after every n optimizer steps.
@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
             raise UserError(f"last.every_n_train_steps: expected a whole number of at least 1, received {every_n_train_steps}")
         super().__init__(filename=self.CHECKPOINT_NAME_LAST, enable_version_counter=False)
         self.every_n_train_steps, self.interval = every_n_train_steps, train_time_interval
-        self._is_in_training = self._is_writing = self._is_outdated = False
+        self._is_in_training = False
         self._stepping_batch: int | None = None
         self._written_at = 0.0
         self._first_step = self._step_written = 0
@@ -41,8 +41,8 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._is_in_training = self._is_writing = self._is_outdated = False
-        # Last, to see the checkpoints that the others write; and so that ckpt_path="best" uses another callback.
+        self._is_in_training = False
+        # Last, so that ckpt_path="best" uses another callback.
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ when
@@ -62,7 +62,7 @@ class LastCheckpoint(ModelCheckpoint):
         is_due = every is not None and step % every == 0 and step != self._step_written
         if self.interval is not None:
             is_due |= bool(trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.interval.total_seconds()))
-        if is_due or self._is_outdated:
+        if is_due:
             self._write(trainer)
 
     @override
@@ -76,27 +76,20 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_outdated:
-            self._write(trainer)
         self._is_in_training = False
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, UserError) and trainer.global_step == self._first_step:  # refused: nothing was trained
-            return
         is_alone = trainer.world_size == 1 or isinstance(exception, Interruption)  # else other processes may not get here
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
-        if not self._is_in_training or is_halfway or self._is_writing or not is_alone:
+        is_refused = isinstance(exception, UserError) and trainer.global_step == self._first_step  # nothing was trained
+        if not self._is_in_training or is_refused or is_halfway or not is_alone:
             return
         try:
             self._write(trainer)
         except Exception as error:  # the first failure is the one to report
             exception.add_note(f"and its last checkpoint could not be written: {error}")
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._is_outdated = not self._is_writing
 
     # ------------------------------------------------------------------ what
 
@@ -104,9 +97,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = str(Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-        self._is_writing = True
         trainer.save_checkpoint(path, weights_only=False)
-        self._is_writing = False  # not in a finally: a failed write is not retried
         self._written_at, self._step_written = time.monotonic(), trainer.global_step
         self.last_model_path = self.best_model_path = path
 

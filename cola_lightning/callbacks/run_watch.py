@@ -1,4 +1,4 @@
-"""What the command line watches during a run: Ctrl-C and SIGTERM, and the folders that the run creates."""
+"""What the command line watches during a run: Ctrl-C and SIGTERM, and whether the run writes anything."""
 
 import contextlib
 import logging
@@ -6,13 +6,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from typing_extensions import override
 
 log = logging.getLogger(__name__)
@@ -29,21 +27,18 @@ class Interruption(BaseException):
 
 
 class RunWatch(Callback):
-    """Stops a fit where it can be resumed exactly, and removes the folders of a run that wrote nothing.
+    """Stops a fit where it can be resumed exactly, and removes the folder of a run that wrote nothing.
 
     After the first Ctrl-C or SIGTERM, a fit finishes the current batch; anything else stops at once. A second signal always
     stops at once, and then nothing more is written.
     """
 
     def __init__(self) -> None:
-        self.folders: list[Path] = []
         self.has_begun = False
+        self.log_dir: str | None = None  # of the run's logger
         self._process = os.getpid()
         self._received: int | None = None
         self._is_waited_for = False
-        self._patience: dict[EarlyStopping, int] = {}
-
-    # ------------------------------------------------------------------ signals
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -86,14 +81,7 @@ class RunWatch(Callback):
             raise Interruption(self._received or signal.SIGTERM)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        self._patience = {callback: callback.patience for callback in stoppers}
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback, patience in self._patience.items():  # EarlyStopping restores the checkpoint's, not the requested one
-            callback.patience = patience
         self.has_begun = self._is_waited_for = True
         is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
         if threading.current_thread() is threading.main_thread() and not is_requeued:
@@ -116,15 +104,8 @@ class RunWatch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_waited_for = False
 
-    # ------------------------------------------------------------------ folders
-
-    def expect_folder(self, folder: str | Path) -> None:
-        """Records a folder that a logger will create, and those of its parents that do not exist yet."""
-        path = Path(folder).absolute()
-        self.folders += [part for part in (path, *path.parents) if not part.exists()]
-
-    def remove_empty_folders(self) -> None:
-        """Removes the recorded folders of a run that wrote nothing; a folder with contents stays."""
-        for folder in sorted(self.folders, key=lambda path: len(path.parts), reverse=True):
+    def remove_empty_folder(self) -> None:
+        """Removes the run's folder, and those around it, if nothing is in them: a run that was refused, for example."""
+        if self.log_dir is not None:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                os.removedirs(self.log_dir)

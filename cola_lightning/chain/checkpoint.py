@@ -6,11 +6,10 @@ These are megabytes where the weights would be gigabytes. This file reads checkp
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -24,44 +23,32 @@ from cola_lightning.errors import UserError
 CHECKPOINT_KEY = "cola"  # holds everything that this package adds to a checkpoint
 
 
-def check_archive(file: str | Path | IO[bytes], field: str = "checkpoint", *, name: str | None = None) -> None:
-    """Refuses a corrupted checkpoint: torch.load itself does not verify checksums.
+def read_archive(file: BinaryIO, name: str, field: str = "checkpoint", *, weights_only: bool = True) -> Any:
+    """Reads onto the CPU what ``torch.save`` wrote, with the checksums verified, which ``torch.load`` does not do.
 
     Args:
-        file: the checkpoint, which is read completely, once.
-        field: its name in messages.
-        name: an open file's path, for messages; None: its repr.
+        file: the open file.
+        name: its path, for messages.
+        field: the path's name in messages.
+        weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
-        UserError: if a part is damaged or missing, or ``torch.save`` did not write the file.
+        UserError: if the file is damaged, or ``torch.save`` did not write it.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             if (part := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"its part {part!r} is damaged")
-    except Exception as error:  # zipfile may raise anything for damaged bytes
-        raise unreadable(name or (str(file) if isinstance(file, str | Path) else repr(file)), field, error) from error
+        file.seek(0)
+        return torch.load(file, weights_only=weights_only, map_location="cpu")
+    except Exception as error:  # zipfile and torch.load may raise anything for damaged bytes
+        holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
+        advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
+        raise _unreadable(field, name, " ".join(str(error).split())[:120] + advice) from error
 
 
-def unreadable(path: str, field: str, error: Exception, advice: str = "") -> UserError:
-    """The error for a file that is not a checkpoint, or is damaged."""
-    reason = " ".join(str(error).split())[:120] + advice
-    return UserError(f"{field}: expected a checkpoint file, received {path!r}, which cannot be read ({reason})")
-
-
-def read_checkpoint(path: str | Path, field: str = "checkpoint") -> dict[str, Any]:
-    """Reads a COLA module's checkpoint, on the CPU and memory-mapped: for inspection, not for training.
-
-    Args:
-        path: the file.
-        field: the path's name in messages.
-
-    Raises:
-        UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
-    """
-    path = _existing(path, field)
-    check_archive(path, field)
-    return _load(path, path, field, weights_only=True)
+def _unreadable(field: str, name: str, reason: str | None) -> UserError:
+    return UserError(f"{field}: expected a checkpoint file, received {name!r}, which cannot be read ({reason})")
 
 
 @dataclass
@@ -70,84 +57,49 @@ class OpenedCheckpoint:
 
     Attributes:
         path: its path.
-        file: the open file.
+        contents: the whole checkpoint, on the CPU; empty after :meth:`take`.
         state: what this package stored in it.
-        contents: the whole checkpoint; empty after :meth:`take`.
+        links: how many of its links to load, the finished ones first and then the live one; None: all.
     """
 
-    path: Path
-    file: BinaryIO
-    state: "CheckpointState"
+    path: str
     contents: dict[str, Any]
+    state: "CheckpointState"
+    links: int | None = None
+
+    @classmethod
+    def open(
+        cls, source: str | Path | BinaryIO, field: str = "checkpoint", *, name: str | None = None, weights_only: bool = True
+    ) -> Self:
+        """Opens the checkpoint of a COLA module, and reads it.
+
+        Args:
+            source: the path, or an open file.
+            field: the path's name in messages.
+            name: the path of an open file.
+            weights_only: see :func:`read_archive`.
+
+        Raises:
+            UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
+        """
+        if isinstance(source, str | Path):
+            path = os.path.expanduser(source)  # pathlib's fails for a name that begins with ~
+            try:
+                with open(path, "rb") as file:
+                    return cls.open(file, field, name=path, weights_only=weights_only)
+            except OSError as error:
+                raise _unreadable(field, path, error.strerror) from error
+        name = name or str(getattr(source, "name", source))
+        contents = read_archive(source, name, field, weights_only=weights_only)
+        if not isinstance(contents, dict) or not isinstance(contents.get(CHECKPOINT_KEY), dict):
+            raise UserError(f"{field}: expected a checkpoint of a COLA module, received {name!r}, which holds no chain")
+        check_version(contents[CHECKPOINT_KEY].get("format_version"), CHECKPOINT, name)
+        return cls(name, contents, CheckpointState.of(contents))
 
     def take(self) -> dict[str, Any]:
-        """Hands the contents to the caller, which may change them, and closes the file; empty on a second call."""
+        """Hands the contents to the caller, which may change them; empty on a second call."""
         contents, self.contents = self.contents, {}
-        self.file.close()  # the run may replace the file
         return contents
-
-
-@contextmanager
-def opened_checkpoint(path: str | Path, field: str = "checkpoint", *, weights_only: bool = True) -> Iterator[OpenedCheckpoint]:
-    """Opens a checkpoint of a COLA module, and reads it onto the CPU.
-
-    Args:
-        path: the file.
-        field: the path's name in messages.
-        weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
-
-    Raises:
-        UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
-    """
-    path = _existing(path, field)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise unreadable(str(path), field, error) from error
-    with file:
-        yield read_opened(file, path, field, weights_only=weights_only)
-
-
-def read_opened(file: BinaryIO, path: Path, field: str, *, weights_only: bool = True) -> OpenedCheckpoint:
-    """Reads the checkpoint in an open file; see :func:`opened_checkpoint`, whose path is here for messages alone."""
-    check_archive(file, field, name=str(path))
-    file.seek(0)
-    contents = _load(file, path, field, weights_only=weights_only)
-    return OpenedCheckpoint(path, file, CheckpointState.of(contents), contents)
-
-
-def is_file(path: Path, field: str) -> bool:
-    """Whether there is a file of this name.
-
-    Raises:
-        UserError: if that cannot be known, for lack of permission for example.
-    """
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise unreadable(str(path), field, error) from error
-
-
-def _existing(path: str | Path, field: str) -> Path:
-    path = Path(os.path.expanduser(path))  # pathlib's fails for a name that begins with ~
-    if not is_file(path, field):
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{field}: expected a checkpoint file, received {str(path)!r}, which {what}")
-    return path
-
-
-def _load(source: Path | BinaryIO, path: Path, field: str, *, weights_only: bool) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(source, weights_only=weights_only, map_location="cpu", mmap=isinstance(source, Path))
-    except Exception as error:  # torch.load may raise anything for damaged bytes
-        holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
-        advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
-        raise unreadable(str(path), field, error, advice) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
-        raise UserError(f"{field}: expected a checkpoint of a COLA module, received {str(path)!r}, which holds no chain")
-    check_version(checkpoint[CHECKPOINT_KEY].get("format_version"), CHECKPOINT, str(path))
-    loaded: dict[str, Any] = checkpoint
-    return loaded
 
 
 @dataclass(frozen=True)
@@ -261,7 +213,7 @@ def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
     """A checkpoint's chain: its finished links, and the live link in its current state.
 
     Args:
-        checkpoint: what :func:`read_checkpoint` returns.
+        checkpoint: its contents.
         links: the number of links, from the first; None: all.
     """
     state = CheckpointState.of(checkpoint)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.checkpoint import chain_of, is_file, read_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
@@ -26,11 +26,11 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
         UserError: if the path is none of these, or the files are damaged.
     """
     path = Path(os.path.expanduser(path))
-    if is_file(path, field):
-        return chain_of(read_checkpoint(path, field), links)
-    if is_file(path / JSON_NAME, field):
+    if path.is_file():
+        return chain_of(OpenedCheckpoint.open(path, field).contents, links)
+    if (path / JSON_NAME).is_file():
         chain = Chain.load(path)
-    elif is_file(path / CONFIG_NAME, field):
+    elif (path / CONFIG_NAME).is_file():
         chain = read_adapter(path)
         if links is not None and links < len(chain) and chain.links[-1].extras:
             what = "an adapter holds the last link's trained modules alone (model.modules_to_save)"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.codec import ADAPTER, base_facts, check_version, describe_link, link_facts, parse_json
+from cola_lightning.chain.codec import ADAPTER, check_version, describe_link, link_facts
 from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.lora.registry import is_linear
@@ -41,7 +41,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, or is not a JSON object.
     """
     try:
-        config = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
@@ -243,7 +243,7 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
         factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
         links.append(Link(**facts, factors=factors, extras=whole.extras if end == whole.rank else {}))
         start = end
-    return Chain(links, base_facts(description["base"]))
+    return Chain(links, dict(description["base"]))
 
 
 def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments, opened_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.errors import UserError
@@ -67,16 +67,16 @@ def export(words: Sequence[str]) -> None:
     asked.check()
     if options.checkpoint.resolve().is_relative_to(output.resolve()):
         raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(output)!r}")
-    with opened_checkpoint(options.checkpoint) as opened:
-        if opened.state.live is None and asked.format != "merged":
-            raise UserError(
-                f"format: expected merged for a checkpoint without links (model.target_modules: null), received {asked.format}"
-            )
-        if asked.format == "chain":
-            lines = _export_chain(opened, options.links, asked)
-        else:
-            lines = _export_model(opened, options.links, asked, trust_remote_code=options.trust_remote_code)
-        print("\n".join(lines))
+    opened = OpenedCheckpoint.open(options.checkpoint)
+    if opened.state.live is None and asked.format != "merged":
+        raise UserError(
+            f"format: expected merged for a checkpoint without links (model.target_modules: null), received {asked.format}"
+        )
+    if asked.format == "chain":
+        lines = _export_chain(opened, options.links, asked)
+    else:
+        lines = _export_model(opened, options.links, asked, trust_remote_code=options.trust_remote_code)
+    print("\n".join(lines))
     print(f"written: {output}")
     if options.push_to_hub is not None:
         from cola_lightning.export import upload
@@ -99,10 +99,9 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
 
     from cola_lightning.modules import COLAModule, find_class
     from cola_lightning.modules.exporting import export_module
-    from cola_lightning.modules.pending import loading
 
     find_class(arguments["class_path"])
     given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument
-    with quiet(), loading(opened, links):
-        module = COLAModule.load_from_checkpoint(opened.path, links=links, **given)
+    with quiet():
+        module = COLAModule.load_from_checkpoint(opened, links=links, **given)
     return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format, opened.state.data)

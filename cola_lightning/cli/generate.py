@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cola_lightning.chain.checkpoint import check_arguments, opened_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments
 from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, TENSORS_NAME, adapter_config
 from cola_lightning.cli.help import command_parser, parsed
@@ -135,18 +135,17 @@ def _loaded(options: Namespace) -> Generator:
 
 
 def _of_checkpoint(path: Path, links: int | None, trust: bool) -> Generator:
-    with opened_checkpoint(path) as opened:
-        arguments, format_ = opened.state.module, opened.state.prompt_format
-        check_arguments(arguments, "generate")
-        from cola_lightning.modules import COLACausalLM, COLAModule, find_class
-        from cola_lightning.modules.pending import loading
+    opened = OpenedCheckpoint.open(path)
+    arguments, format_ = opened.state.module, opened.state.prompt_format
+    check_arguments(arguments, "generate")
+    from cola_lightning.modules import COLACausalLM, COLAModule, find_class
 
-        found = find_class(arguments["class_path"])
-        if not issubclass(found, COLACausalLM):
-            raise _cannot_generate(f"{str(path)!r}, of a {found.__name__}")
-        given = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
-        with quiet(), loading(opened, links):
-            module: Any = COLAModule.load_from_checkpoint(path, links=links, **given)
+    found = find_class(arguments["class_path"])
+    if not issubclass(found, COLACausalLM):
+        raise _cannot_generate(f"{str(path)!r}, of a {found.__name__}")
+    given = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
+    with quiet():
+        module: Any = COLAModule.load_from_checkpoint(opened, links=links, **given)
     device = _device()
     module.to(device).eval()
     return Generator(module.generate, module.tokenizer, device, format_)

@@ -40,12 +40,11 @@ from cola_lightning.callbacks import (
     check_strategy,
     run_folder,
 )
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, opened_checkpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.checkpoint import prompt_format_of
-from cola_lightning.modules.pending import loading
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes
 from cola_lightning.writing import check_writable
@@ -90,8 +89,8 @@ class ConfigSaver(SaveConfigCallback):
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
 
-    def __init__(self, args: Sequence[str] | None, watch: RunWatch, open_files: contextlib.ExitStack | None = None) -> None:
-        self.watch, self.open_files = watch, contextlib.ExitStack() if open_files is None else open_files
+    def __init__(self, args: Sequence[str] | None, watch: RunWatch) -> None:
+        self.watch = watch
         self.words = sys.argv[1:] if args is None else list(args)
         self.opened: OpenedCheckpoint | None = None
         super().__init__(
@@ -185,7 +184,7 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
             is_plain = config.weights_only is not False
-            self.opened = self.open_files.enter_context(opened_checkpoint(config.ckpt_path, "ckpt_path", weights_only=is_plain))
+            self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=is_plain)
 
     def _check_links(self) -> None:
         """Refuses ``links`` without a chain to select them from; passes those of ``init_chain`` on to the module."""
@@ -276,23 +275,21 @@ class COLACLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if dirpath := getattr(callback, "dirpath", None):
                 check_writable("trainer.callbacks.dirpath", dirpath)
-        if trainer.loggers and trainer.log_dir:
-            self.watch.expect_folder(trainer.log_dir)
+        self.watch.log_dir = trainer.log_dir if trainer.loggers else None
         return trainer
-
-    def _loading(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.opened is None else loading(self.opened, self.links)
 
     @override
     def instantiate_classes(self) -> None:
-        with self._loading():
-            super().instantiate_classes()
+        super().instantiate_classes()
+        if self.opened is not None:
+            self.opened.links, self.model.pending = self.links, self.opened
+        else:
+            _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with self._loading():
-                super()._run_subcommand(subcommand)
+            super()._run_subcommand(subcommand)
         except Interruption:
             if subcommand == "fit":
                 self._log_command("resume: %s", "fit")
@@ -460,14 +457,14 @@ def train(args: Sequence[str] | None) -> int:
         The exit status: 0, 130 or 143.
     """
     watch = RunWatch()
-    with watch.listening(), contextlib.ExitStack() as open_files:
+    with watch.listening():
         try:
-            cli = COLACLI(args, watch, open_files)
+            cli = COLACLI(args, watch)
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         except Interruption as interruption:
             return interruption.exit_status
         finally:
-            watch.remove_empty_folders()
+            watch.remove_empty_folder()
             processes.leave()
     return 0

@@ -4,7 +4,6 @@ from cola_lightning.modules.arguments import find_class
 from cola_lightning.modules.base import COLAModule
 from cola_lightning.modules.causal_lm import COLACausalLM
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.pending import base_from_checkpoint
 from cola_lightning.modules.sequence_classification import COLASequenceClassifier
 
 __all__ = [
@@ -13,6 +12,5 @@ __all__ = [
     "COLASequenceClassifier",
     "LanguageModule",
     "StepOutput",
-    "base_from_checkpoint",
     "find_class",
 ]

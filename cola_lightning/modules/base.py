@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.packed import pack
 from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
@@ -30,7 +31,6 @@ from cola_lightning.modules.activation_checkpointing import checkpoint_activatio
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
-from cola_lightning.modules.checkpoint_io import check_read_by_other
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
@@ -38,10 +38,9 @@ from cola_lightning.modules.lazy_model import LazyModel
 from cola_lightning.modules.link_metrics import LinkMetrics
 from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
-from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.run_state import RunState, trainer_of
+from cola_lightning.modules.run_state import RunState
 from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
@@ -161,13 +160,9 @@ class COLAModule(LightningModule, RecordsArguments):
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
-        self.first_chain: Chain | None = None
-        if init_chain is not None and pending_checkpoint() is None:  # here: before any time is lost
-            self.first_chain = read_chain(init_chain, init_links, "model.init_chain")
-            if target_modules is None:
-                raise UserError(
-                    "model.init_chain: expected null without links (model.target_modules is null), received a chain"
-                )
+        if init_chain is not None and target_modules is None:
+            raise UserError("model.init_chain: expected null without links (model.target_modules is null), received a chain")
+        self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
         self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
         self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state, self.dropout, self.init)
         self.link_metrics = LinkMetrics()
@@ -237,6 +232,17 @@ class COLAModule(LightningModule, RecordsArguments):
         """Whether the model is made."""
         return self.lazy_model.is_made
 
+    @functools.cached_property
+    def first_chain(self) -> Chain | None:
+        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a checkpoint is loaded.
+
+        Raises:
+            UserError: if there is no such chain.
+        """
+        if self.init_chain is None or self.pending is not None:
+            return None
+        return read_chain(self.init_chain, self.init_links, "model.init_chain")
+
     @property
     def chain(self) -> Chain:
         """The finished links, without the live one, which :meth:`full_chain` adds; none before the model is made."""
@@ -278,9 +284,9 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        pending, adapted = pending_checkpoint(), self.lazy_model.adapted
-        is_stored = adapted is not None and adapted.base_weights is not None
-        return (pending is not None and pending.holds_base) or is_stored
+        pending, adapted = self.pending, self.lazy_model.adapted
+        is_pending = pending is not None and pending.state.base_weights is not None
+        return is_pending or (adapted is not None and adapted.base_weights is not None)
 
     @property
     def origin(self) -> list[str | int | None]:
@@ -498,9 +504,6 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainer = trainer_of(self)
-        if trainer is not None and trainer.ckpt_path is not None:
-            check_read_by_other(trainer.strategy.checkpoint_io, trainer.ckpt_path)
         restore(self, checkpoint)
 
     @classmethod

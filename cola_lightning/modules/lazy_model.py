@@ -11,7 +11,6 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.modules.compilation import compile_model
-from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.seed import choose_seed
 from cola_lightning.modules.trained_state import TrainedState
@@ -122,7 +121,8 @@ class LazyModel:
             adapted.start_from(module.first_chain)
         if module.target_modules is not None:
             module.link_plan.begin(adapted)
-            _log_memory_of_merge(adapted)
+            if module.pending is None:
+                _log_memory_of_merge(adapted)
         if module.activation_checkpointing:
             module.checkpoint_activations()
         if not module.training:  # eval() came first
@@ -131,8 +131,8 @@ class LazyModel:
     def choose_seed(self) -> None:
         """Chooses the module's seed if none was given."""
         if self.module.seed_choice.value is None:
-            pending = pending_checkpoint()
-            self.module.seed_choice = choose_seed(None if pending is None else pending.opened.state.seed)
+            pending = self.module.pending
+            self.module.seed_choice = choose_seed(None if pending is None else pending.state.seed)
 
     def _make_base(self) -> nn.Module:
         module = self.module
@@ -195,7 +195,7 @@ def _children(module: "COLAModule") -> dict[str, nn.Module | None]:
 @rank_zero_only
 def _log_memory_of_merge(adapted: AdaptedModel) -> None:
     upcast = [layer for layer in adapted.layers.values() if layer.stack is None and layer.source_dtype.endswith("16")]
-    if upcast and pending_checkpoint() is None:
+    if upcast:
         log.info(
             "model.finished_links: merge stores the adapted weights in float32, %.0f MB more than in %s; stack does not",
             sum(layer.weight.numel() for layer in upcast) * 2 / 1e6,

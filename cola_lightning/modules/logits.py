@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.modes import evaluating
-from cola_lightning.modules.pretrained import is_failure
 
 log = logging.getLogger(__name__)
 
@@ -187,20 +185,12 @@ def check_decoder(model: nn.Module) -> None:
     in longer sequences, or with other tokens, is not found.
 
     Raises:
-        UserError: if the model fails on three tokens, if the last one's logits are not those with four tokens of padding
-            before them, or if the logits of the first two change with the last.
+        UserError: if the last token's logits are not those with four tokens of padding before them, or if the logits of the
+            first two change with the last.
     """
     name = type(model).__name__
-    try:
-        with evaluating(model):
-            alone, changed, padded = _logits_of_probes(model)
-    except Exception as error:  # whatever a model raises for its inputs, an encoder-decoder for example
-        if not _is_of_the_inputs(error):
-            raise
-        raise UserError(
-            f"model.model_name: expected a decoder, received {name}, which fails on three tokens: "
-            f"{type(error).__name__}: {one_line(str(error))}"
-        ) from error
+    with evaluating(model):
+        alone, changed, padded = _logits_of_probes(model)
     if not _are_same(model, padded, alone[:, -1:]):
         raise UserError(
             "model.model_name: expected a decoder that can be padded on the left, received "
@@ -211,12 +201,6 @@ def check_decoder(model: nn.Module) -> None:
             "model.model_name: expected a decoder, whose logits follow from a token and those before it, received "
             f"{name}, in which they change with a later token (an encoder, or is_decoder is false in its config.json)"
         )
-
-
-def _is_of_the_inputs(error: Exception) -> bool:
-    """Whether an error means that a model does not accept its inputs, and is not of its own code, of memory, or of ours."""
-    passed = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return "torch.nn.modules.module" in passed and not is_failure(error)  # what calls a model's forward
 
 
 def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,8 +352,6 @@ def takes_mask_of_pairs(model: nn.Module) -> bool:
                 for some in (first, (first - 7) % n)
             )
         except Exception as error:  # whatever a model raises that takes rows x length alone
-            if not _is_of_the_inputs(error):
-                raise
             log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
             return False
     return _are_untouched(behind_other, behind) and _are_same(model, behind, alone)

@@ -171,8 +171,8 @@ def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> 
 
     try:
         yield
-    # Missing and broken files, unknown architectures, attention and activations, and packages that are missing.
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError, StrictDataclassError) as error:
+    # Missing and broken files, unknown architectures, attention and activations, packages that are missing, other shapes.
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if is_failure(error):
             raise
         if "argument `trust_remote_code=True`" in str(error):

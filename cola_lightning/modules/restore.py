@@ -4,18 +4,14 @@
 model, and refuses what cannot be restored; nothing is changed until :func:`apply_restore`.
 """
 
-import io
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,15 +24,13 @@ from cola_lightning.chain.checkpoint import (
     CheckpointState,
     OpenedCheckpoint,
     chain_of,
-    opened_checkpoint,
-    read_opened,
 )
 from cola_lightning.chain.fingerprint import check_same_base
 from cola_lightning.chain.packed import EXTRA_STATE, unpack
 from cola_lightning.chain.schedule import Counters
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
-from cola_lightning.modules.pending import loading, pending_checkpoint
+from cola_lightning.modules.checkpoint_io import opened_file
 from cola_lightning.modules.rewind import resume_from
 from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
@@ -75,14 +69,14 @@ class WeightsAloneError(UserError, KeyError):
 def restore(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     """Restores a checkpoint's chain in a module, and prepares the next load of its values.
 
-    If fewer links are requested (``links`` of :func:`~cola_lightning.base_from_checkpoint`), a link begins after them. With
+    If fewer links are requested (``links`` of the pending checkpoint), a link begins after them. With
     full fine-tuning, a checkpoint of values alone is enough; for a fit, only if it has no loops or optimizer states.
 
     Raises:
         UserError: if the checkpoint has no chain and needs one, its chain was trained on another base, or it is shorter; in a
             fit also for options that differ from the checkpoint's.
     """
-    trainer, pending = trainer_of(module), pending_checkpoint()
+    trainer, pending = trainer_of(module), module.pending
     adapted, trained, run = module.adapted, module.trained_state, module.run_state
     is_fit = trainer is not None and trainer.state.fn == "fit"
     has_progress = bool(checkpoint.get("optimizer_states") or checkpoint.get("loops"))
@@ -243,27 +237,29 @@ def load_module(
         weights_only: False unpickles any object.
         strict: of the module's ``load_state_dict``; None: its ``strict_loading``.
     """
-    with _opened(source, weights_only) as opened, loading(opened, links):
-        checkpoint, recorded = {**opened.contents}, opened.state.module
-        if hparams_file is not None:
-            is_csv = str(hparams_file).endswith(".csv")
-            read = load_hparams_from_tags_csv if is_csv else load_hparams_from_yaml
-            checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = read(hparams_file)
-        made = _class_of(recorded["class_path"], cls)
-        if made is not None and issubclass(made, cls):
-            cls = made
-        if made is None or not issubclass(cls, made):
-            recorded = {}
-        elif cls is not made:  # which may give them itself
-            recorded = recorded | {"defaults": {}}
-        for name in recorded.get("not_plain", ()):
-            if name not in given:
-                log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
-        module = cls(**accepted(cls, stored_arguments(cls, checkpoint, recorded) | given))
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
-        strict = module.strict_loading if strict is None else strict
-        keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)  # which refuses, if it is strict
+    opened = replace(_opened(source, weights_only=weights_only), links=links)
+    checkpoint, recorded = {**opened.contents}, opened.state.module
+    if hparams_file is not None:
+        is_csv = str(hparams_file).endswith(".csv")
+        read = load_hparams_from_tags_csv if is_csv else load_hparams_from_yaml
+        checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = read(hparams_file)
+    made = _class_of(recorded["class_path"], cls)
+    if made is not None and issubclass(made, cls):
+        cls = made
+    if made is None or not issubclass(cls, made):
+        recorded = {}
+    elif cls is not made:  # which may give them itself
+        recorded = recorded | {"defaults": {}}
+    for name in recorded.get("not_plain", ()):
+        if name not in given:
+            log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
+    module = cls(**accepted(cls, stored_arguments(cls, checkpoint, recorded) | given))
+    module.pending = opened
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    strict = module.strict_loading if strict is None else strict
+    keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)  # which refuses, if it is strict
+    module.pending = None
     if keys.missing_keys:
         rank_zero_warn(f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}")
     if keys.unexpected_keys:
@@ -271,19 +267,15 @@ def load_module(
     return module
 
 
-@contextmanager
-def _opened(source: Any, weights_only: bool) -> Iterator[OpenedCheckpoint]:
-    """The checkpoint at a path, at a URL or in an open file; one that is announced is open already."""
-    if not isinstance(source, str | PathLike):
-        yield read_opened(source, Path(str(getattr(source, "name", source))), "checkpoint", weights_only=weights_only)
-    elif "://" in str(source):
-        with get_filesystem(str(source)).open(str(source), "rb") as file:
-            yield read_opened(io.BytesIO(file.read()), Path(str(source)), "checkpoint", weights_only=weights_only)
-    elif (pending := pending_checkpoint()) is not None and pending.opened.path == Path(os.path.expanduser(source)):
-        yield pending.opened
-    else:
-        with opened_checkpoint(str(source), weights_only=weights_only) as opened:
-            yield opened
+def _opened(source: Any, *, weights_only: bool) -> OpenedCheckpoint:
+    """The checkpoint at a path, at a URL or in an open file; one that was opened."""
+    if isinstance(source, OpenedCheckpoint):
+        return source
+    if isinstance(source, str | PathLike) and "://" in str(source):
+        with opened_file(str(source)) as file:
+            return OpenedCheckpoint.open(file, name=str(source), weights_only=weights_only)
+    path = Path(source) if isinstance(source, PathLike) else source
+    return OpenedCheckpoint.open(path, weights_only=weights_only)
 
 
 def _class_of(path: str, requested: type) -> type | None:

@@ -52,7 +52,7 @@ class RunChecks(Callback):
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(self.module.pending)
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False

@@ -14,7 +14,6 @@ from typing_extensions import override
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.pending import pending_checkpoint
 from cola_lightning.modules.pretrained import new_modules
 
 
@@ -68,17 +67,18 @@ class COLASequenceClassifier(LanguageModule):
         self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
         self._label_names = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
-        if self._label_names is None and (known := self._labels_of_chain()) is not None:
-            self._set_labels(known)
 
     # ------------------------------------------------------------------ labels
 
     @property
     def label_names(self) -> list[str] | None:
         """The labels in the order of the model's outputs; None while they are not known."""
-        if self._label_names is None and self.is_made:  # of a state dict that was loaded
+        if self._label_names is not None:
+            return self._label_names
+        if self.is_made:  # of a state dict that was loaded
             return self.adapted.chain.base.get("labels")
-        return self._label_names
+        chain = self.first_chain if self.pending is None else self.pending.state.chain  # which is about to be applied
+        return None if chain is None else chain.base.get("labels")
 
     def settle_labels(self, found: Sequence[str]) -> None:
         """Sets the model's labels to the data's, unless they are known already.
@@ -120,12 +120,6 @@ class COLASequenceClassifier(LanguageModule):
             self.num_labels = num_labels
             self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
 
-    def _labels_of_chain(self) -> list[str] | None:
-        """The labels of the chain that is about to be applied."""
-        pending = pending_checkpoint()
-        chain = self.first_chain if pending is None else pending.opened.state.chain
-        return None if chain is None else chain.base.get("labels")
-
     def _in_models_order(self, found: Sequence[str]) -> Sequence[str]:
         """The same labels in the order of a pretrained head that has them."""
         if self.pretrained.gguf_file is not None:  # GGUF files have none, and a configuration takes seconds
@@ -163,6 +157,8 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def build_model(self) -> Any:
+        if not self.is_made:
+            self._settle_known()
         model: Any = super().build_model()
         if self._label_names is not None:
             self._describe(model.config)
@@ -173,12 +169,12 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
-        pending = pending_checkpoint()
-        if pending is not None and pending.opened.state.modules_to_save:
-            return pending.opened.state.modules_to_save
+        pending = self.pending
+        if pending is not None and pending.state.modules_to_save:
+            return pending.state.modules_to_save
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
-        is_earlier = pending is not None and pending.opened.state.modules_to_save is None  # a release that left all else frozen
+        is_earlier = pending is not None and pending.state.modules_to_save is None  # a release that left all else frozen
         new = [] if is_earlier else new_modules(model, self.new_weights)
         return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
 

@@ -144,7 +144,7 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
             report({"result": recorder.facts() | {"validation": None, "test": None}})
             return 0
         finally:
-            watch.remove_empty_folders()
+            watch.remove_empty_folder()
         module, trainer, facts = cli.model, cli.trainer, recorder.facts()
         assert isinstance(module, COLAModule)
         if module.target_modules is not None:
