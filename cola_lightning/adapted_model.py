@@ -327,9 +327,10 @@ class AdaptedModel:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
+        layers = self.layers
         for link in chain.links:
             for name, (lora_A, lora_B) in link.factors.items():
-                layer = self.layers[name]
+                layer = layers[name]
                 if (lora_A.shape[1], lora_B.shape[0]) != (layer.lora_A.shape[1], layer.lora_B.shape[0]):
                     raise UserError(
                         f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "

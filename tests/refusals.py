@@ -297,14 +297,6 @@ def delta(name):
 @refused(
     ({"chain": {"ranks": [2, 3]}}, "chain.ranks: expected at most 2, which is model.rank, received 3"),
     (
-        {"chain": {"every_n_epochs": 1, "ranks": [2, 1]}},
-        "chain.ranks: expected 3 entries, one for each link of this run, received 2",
-    ),
-    (
-        {"chain": {"every_n_epochs": 1, "alphas": [2.0]}},
-        "chain.alphas: expected 3 entries, one for each link of this run, received 1",
-    ),
-    (
         {"module": {"target_modules": None}, "chain": {"every_n_epochs": 1}},
         "model.target_modules: expected layers to adapt for a chain with knots, received null",
     ),

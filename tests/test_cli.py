@@ -348,7 +348,6 @@ BAD = [
     (["fit", "--config", DIGITS, "--model.target_modules", "['22']"], "received '22'; the nearest that exist: 2"),
     (["fit", "--config", DIGITS, "--model", "Digitz"], "Digitz"),
     (["fit", "--config", DIGITS, "--chain.ranks", "[1, 2]"], "chain.ranks: expected at most 1, which is model.rank"),
-    (["fit", "--config", DIGITS, "--chain.ranks", "[1, 1]"], "chain.ranks: expected 10 entries, one for each link"),
     (["fit", "--config", DIGITS, "--chain.at_steps", "[3]"], "received every_n_epochs and at_steps"),
     (["fit", "--config", DIGITS, "--chain.patience", "3"], "received every_n_epochs and patience"),
     (["fit", "--config", DIGITS, "--chain.monitor", "val_accuracy"], "expected chain.patience beside them, received none"),

@@ -47,8 +47,9 @@ class ChainOfLoRA(Callback):
         every_n_train_steps: a knot after every n optimizer steps.
         at_epochs: knots at the beginning of these epochs: increasing, from 1.
         at_steps: knots before these optimizer steps: increasing, from 1.
-        ranks: each link's rank, the first link's first, at most ``model.rank``. Default: ``model.rank`` for all.
-        alphas: each link's alpha. Default: ``model.alpha`` for all.
+        ranks: each link's rank, the first link's first, at most ``model.rank``; the last entry holds for further links.
+            Default: ``model.rank`` for all.
+        alphas: each link's alpha, likewise. Default: ``model.alpha`` for all.
         patience: a knot after this many validations in a row without improvement of ``monitor``; those of one optimizer step
             count as one. The length of a link is then not known beforehand: a learning rate that decays needs
             ``model.schedule_scope: run``.

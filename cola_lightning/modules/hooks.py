@@ -6,6 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+# The hooks, and whether ours runs before a subclass' own.
+HOOKS = {"on_save_checkpoint": True, "on_load_checkpoint": True, "configure_model": False}
+
 
 def keep_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callback]]) -> None:
     """Runs our hooks beside the overrides of a subclass, or of its mixin.
@@ -17,37 +20,23 @@ def keep_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callbac
         ours: the class that defines our hooks.
         make_callbacks: makes the callbacks of a module.
     """
-    for name in ("on_save_checkpoint", "on_load_checkpoint"):
-        found = getattr(cls, name)
-        if found is not getattr(ours, name) and not hasattr(found, "runs_ours"):
-            setattr(cls, name, _after(getattr(ours, name), found))
-    if cls.configure_model is not ours.configure_model and not hasattr(cls.configure_model, "runs_ours"):
-        cls.configure_model = _before(ours.configure_model, cls.configure_model)
+    for name, is_first in HOOKS.items():
+        own, base = getattr(cls, name), getattr(ours, name)
+        if own is not base and not hasattr(own, "runs_ours"):
+            setattr(cls, name, _both(own, *((base, own) if is_first else (own, base))))
     cls.configure_callbacks = _with_ours(cls.configure_callbacks, make_callbacks)
 
 
-def _after(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
-    """A subclass' hook after ours."""
+def _both(own: Callable[..., None], *hooks: Callable[..., None]) -> Callable[..., None]:
+    """A subclass' hook that runs these one after another."""
 
     @functools.wraps(own)
-    def hook(self: Any, checkpoint: dict[str, Any]) -> None:
-        ours(self, checkpoint)
-        own(self, checkpoint)
+    def hook(*args: Any) -> None:
+        for one in hooks:
+            one(*args)
 
     hook.runs_ours = True  # type: ignore[attr-defined]
     return hook
-
-
-def _before(ours: Callable[..., None], own: Callable[..., None]) -> Callable[..., None]:
-    """A subclass' ``configure_model`` before ours."""
-
-    @functools.wraps(own)
-    def configure_model(self: Any) -> None:
-        own(self)
-        ours(self)
-
-    configure_model.runs_ours = True  # type: ignore[attr-defined]
-    return configure_model
 
 
 def _with_ours(own: Callable[[Any], Any], make: Callable[[Any], list[Callback]]) -> Callable[[Any], list[Callback]]:

@@ -105,34 +105,26 @@ class LinkPlan:
                     f"{link}, {where}, received {mine[0]} and {mine[1]:g}"
                 )
 
-    def check_lengths(self, lengths: list[int], n_finished: int) -> None:
-        """Checks the lists of ranks and alphas against the remaining links of a fit, and warns of lengths that look wrong.
+    def warn_of_lengths(self, lengths: list[int], n_finished: int) -> None:
+        """Warns of lists of ranks and alphas that are too short, and of lengths that look wrong.
 
         Args:
-            lengths: optimizer steps of each link, the live one first.
+            lengths: optimizer steps of each remaining link of a fit, the live one first.
             n_finished: how many links are finished.
-
-        Raises:
-            UserError: if ``ranks`` or ``alphas`` are too short.
         """
-        total, schedule = n_finished + len(lengths), self.run.schedule
-        for field, values in (("ranks", schedule.ranks), ("alphas", schedule.alphas)):
-            if values is not None and len(values) < total:
-                raise UserError(
-                    f"chain.{field}: expected {total} entries, one for each link of this run, received {len(values)}"
-                )
+        self.warn_of_short_lists(n_finished + len(lengths))
         if len(lengths) < 2:
-            if schedule.has_knots and not n_finished:
+            if self.run.schedule.has_knots and not n_finished:
                 log.warning("the run ends before its first knot: it is one link, plain LoRA")
             return
         shortest = min(lengths[:-1])
         if lengths[-1] < shortest / 2:
             log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
 
-    def warn_of_open_ranks(self) -> None:
-        """Warns which rank and alpha links beyond the lists have, if the number of links is not known beforehand."""
+    def warn_of_short_lists(self, n_links: float) -> None:
+        """Warns which rank and alpha links beyond the lists have, in a run of so many links; infinite: not known beforehand."""
         for field, values in (("ranks", self.run.schedule.ranks), ("alphas", self.run.schedule.alphas)):
-            if values is not None:
+            if values is not None and len(values) < n_links:
                 log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
 
     def reserve(self, adapted: AdaptedModel, n_links: int) -> None:

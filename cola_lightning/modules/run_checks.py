@@ -121,11 +121,11 @@ class RunChecks(Callback):
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
         module, run = self.module, self.module.run_state
         if run.schedule.is_open_in(length) or length.end_step == math.inf:
-            module.link_plan.warn_of_open_ranks()
+            module.link_plan.warn_of_short_lists(math.inf)
             module.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
-        module.link_plan.check_lengths(lengths, module.link)
+        module.link_plan.warn_of_lengths(lengths, module.link)
         module.optimization.check_lengths(lengths)
         module.link_plan.reserve(module.adapted, module.link + len(lengths))
 
