@@ -109,26 +109,40 @@ def is_of_transformers(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
+@dataclass(frozen=True)
+class AdapterBase:
+    """The base of an adapter.
+
+    Attributes:
+        model: the plain model without any link; for the comparison, the adapter is loaded into it.
+        name: where PEFT finds it.
+        where: its description in the comparison.
+        saved: names, or dotted name endings, of modules that were fully trained, or are not in the named base.
+        hints: for the user of the adapter, who loads the base.
+        revision: on the hub.
+        tokenizer: the tokenizer to write, too.
+    """
+
+    model: Any
+    name: str
+    where: str = ""
+    saved: Sequence[str] = ()
+    hints: Sequence[str] = ()
+    revision: str | None = None
+    tokenizer: Any = None
+
+
 def export_merged(
-    model: Any,
-    folder: Path,
-    probe: Probe | None = None,
-    *,
-    tokenizer: Any = None,
-    card: Card | None = None,
-    verify: bool = True,
-    overwrite: bool = False,
+    model: Any, options: ExportOptions, probe: Probe | None = None, *, tokenizer: Any = None, card: Card | None = None
 ) -> str:
     """Writes a plain model: a Hugging Face folder with its tokenizer, or else the state dict in ``model.safetensors``.
 
     Args:
         model: the merged model, in the dtype to be written.
-        folder: the output folder.
+        options: the folder, and whether to compare.
         probe: inputs and the logits of the chain's module; None: no input is known, and only weights are compared.
         tokenizer: the tokenizer to write, too.
         card: the model card to write, too, in a Hugging Face folder.
-        verify: load the export, and compare.
-        overwrite: replace a folder that is not empty.
 
     Returns:
         The result of the comparison, as a line.
@@ -142,7 +156,7 @@ def export_merged(
             "format: expected chain for a model whose state is not of tensors alone, received merged, and "
             f"{other[0][0]!r}, a {other[0][1].__name__}"
         )
-    with whole_folder(folder, overwrite=overwrite) as partial, quiet():
+    with whole_folder(options.folder, overwrite=options.overwrite) as partial, quiet():
         if is_of_transformers(model):
             model.save_pretrained(partial)
             if tokenizer is not None:
@@ -155,7 +169,7 @@ def export_merged(
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
             save_file(tensors, partial / STATE_DICT_NAME)
-        return _compare(model, _load_again(model, partial), probe) if verify else "not compared"
+        return _compare(model, _load_again(model, partial), probe) if options.verify else "not compared"
 
 
 def _load_again(model: Any, folder: Path) -> nn.Module:
@@ -181,41 +195,25 @@ def _compare(written: nn.Module, again: nn.Module, probe: Probe | None) -> str:
 
 def export_adapter(
     chain: Chain,
-    base: nn.Module,
-    folder: Path,
+    base: AdapterBase,
+    options: ExportOptions,
     probe: Probe | None = None,
     *,
-    base_name: str,
-    where: str = "",
-    revision: str | None = None,
-    modules_to_save: Sequence[str] = (),
-    max_rank: int | None = None,
-    tokenizer: Any = None,
     card: Card | None = None,
-    verify: bool = True,
-    overwrite: bool = False,
     labels: Sequence[str] | None = None,
 ) -> list[str]:
     """Writes a chain as one ordinary PEFT LoRA, of rank sum(r).
 
     Args:
         chain: the chain, the live link included.
-        base: the plain model without any link; for the comparison, the adapter is loaded into it.
-        folder: the output folder.
+        base: the base on which it is used.
+        options: the folder, the rank, and whether to compare.
         probe: inputs and the logits of the chain's module; None: no input is known, and nothing is compared.
-        base_name: where PEFT finds the base.
-        where: description of the base in the comparison.
-        revision: of the base, on the hub.
-        modules_to_save: names (or dotted name endings) of modules that were fully trained, or are not in the named base.
-        max_rank: recompress each layer's update to this rank, by SVD.
-        tokenizer: the tokenizer to write, too.
         card: the model card to write, too.
-        verify: load the export with peft, and compare.
-        overwrite: replace a folder that is not empty.
         labels: a classifier's labels, written beside the adapter, whose own configuration has no place for them.
 
     Returns:
-        Lines to report: the rank, the errors of recompression, the comparison.
+        Lines to report: the rank, the errors of recompression, the comparison, and how the base is loaded.
 
     Raises:
         UserError: for an empty chain, values that an adapter cannot hold, and a folder that is not empty (no ``overwrite``).
@@ -225,32 +223,34 @@ def export_adapter(
         raise UserError("links: expected at least 1 for an adapter, received 0")
     factors, lines = concatenate(chain), []
     rank = total = sum(link.rank for link in chain.links)
-    if max_rank is not None and max_rank < total:
-        rank = max_rank
+    if options.max_rank is not None and options.max_rank < total:
+        rank = options.max_rank
         for name, pair in factors.items():
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
-    weights = as_peft_weights(base, factors)
-    saved = saved_by_peft(base, factors, modules_to_save)
-    values = _values_saved(chain, base, saved)
-    config = peft_config(base, list(factors), rank, saved, base_name, revision)
+    weights = as_peft_weights(base.model, factors)
+    saved = saved_by_peft(base.model, factors, base.saved)
+    values = _values_saved(chain, base.model, saved)
+    config = peft_config(base.model, list(factors), rank, saved, base.name, base.revision)
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
-    with whole_folder(folder, overwrite=overwrite) as partial, quiet():
+    lines += [f"its base: {'; '.join(base.hints)}"] if base.hints else []
+    with whole_folder(options.folder, overwrite=options.overwrite) as partial, quiet():
         write_adapter(partial, weights, values, config, describe_links(chain) if rank == total else None)
         if labels is not None:  # no config.json: transformers would take the folder for a whole model
             (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
             lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(partial)
         if card is not None:
-            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", _loading_of_adapter(config.task_type, base, labels))
-        if not verify or probe is None:
-            return [*lines, "not compared" + (", for no input is known" if verify else "")]
-        return [
-            *lines,
-            probe.compare(_with_adapter(base, partial), "loaded again with peft", where=where, is_same=rank == total),
-        ]
+            loading = _loading_of_adapter(config.task_type, base.model, labels)
+            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
+        if not options.verify or probe is None:
+            lines.append("not compared" + (", for no input is known" if options.verify else ""))
+        else:
+            loaded = _with_adapter(base.model, partial)
+            lines.append(probe.compare(loaded, "loaded again with peft", where=base.where, is_same=rank == total))
+    return lines
 
 
 def _loading_of_adapter(task: str | None, base: Any, labels: Sequence[str] | None) -> str:
@@ -265,11 +265,11 @@ def _loading_of_adapter(task: str | None, base: Any, labels: Sequence[str] | Non
     return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the model without links'
 
 
-def export_chain(chain: Chain, folder: Path, *, verify: bool = True, overwrite: bool = False) -> list[str]:
-    """Writes a chain folder; arguments and errors are those of :func:`export_merged`."""
-    with whole_folder(folder, overwrite=overwrite) as partial:
+def export_chain(chain: Chain, options: ExportOptions) -> list[str]:
+    """Writes a chain folder; the errors are those of :func:`export_merged`."""
+    with whole_folder(options.folder, overwrite=options.overwrite) as partial:
         write_files(chain.links, chain.base, partial)
-        if not verify:
+        if not options.verify:
             return ["not compared"]
         again = Chain.load(partial)
         if len(again) != len(chain) or not again.is_beginning_of(chain):

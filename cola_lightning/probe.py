@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import ExportError, UserError, one_line
+from cola_lightning.modes import evaluating
 
 log = getLogger(__name__)
 
@@ -113,10 +114,8 @@ def _is_half(model: nn.Module) -> bool:
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
     """A model's first output, its logits, in evaluation mode and float32."""
-    is_training = model.training
-    model.eval()
-    output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    model.train(is_training)
+    with evaluating(model):
+        output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     outputs = output.values() if isinstance(output, Mapping) else output
     logits: Tensor = output if isinstance(output, Tensor) else next(iter(outputs))
     return logits.float()

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from string import Formatter
 from typing import Any
 
 from cola_lightning.conventions import MAX_NEW_TOKENS
@@ -25,7 +24,7 @@ def score(prompt, option):  # the mean log-probability of the option's tokens af
     return sum(logs[k - 1, whole[k]].item() for k in range(len(before), len(whole))) / (len(whole) - len(before))
 
 
-{example}
+prompt, options = "...", ["...", "..."]  # as in training
 print(max(options, key=lambda option: score(prompt, option)))
 """
 PLAIN_TEXTS = 'before, whole = (tokenizer(text.lstrip().rstrip(" "))["input_ids"]{cut} for text in (prompt, prompt + option))'
@@ -33,7 +32,7 @@ CHAT_TEXTS = """turn = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (text, text + option))"""
 GENERATE = """
-{example}
+prompt = "..."  # as in training
 {inputs}
 output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True){cut})
@@ -76,20 +75,22 @@ def usage_section(
     kind, is_chat = prompt_format["kind"], prompt_format["chat_template"]
     plain = "without a chat template: the response directly follows the prompt"
     what = WHAT[kind].format(how="written in the tokenizer's chat template" if is_chat else plain)
-    load = LOAD.format(folder=_quoted(folder))
+    for name in ("prompt", "options"):  # templates of a row's fields
+        if prompt_format.get(name) is not None:
+            what += f" The {name} in training: `{json.dumps(prompt_format[name], ensure_ascii=False)}`."
+    load = LOAD.format(folder=json.dumps(folder, ensure_ascii=False))
     if is_adapter:
         load = load.replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from")
         load = load.replace(
             "from transformers import AutoModelForCausalLM, Auto",
             "from peft import AutoPeftModelForCausalLM\nfrom transformers import Auto",
         )
-    example = "\n".join(_example(kind, prompt_format))
     texts = PLAIN_TEXTS.format(cut=f"[:-{n_appended}]" if n_appended else "")
     variables = prompt_format.get("chat_template_kwargs", {}).items()
     kwargs = "".join(f", {name}={value!r}" for name, value in variables if name.isidentifier())
     inputs = PLAIN_INPUTS + (CUT_INPUTS.format(n=n_appended) if n_appended else "")
     if kind == "options":
-        code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else texts, example=example)
+        code = load + SCORE.format(texts=CHAT_TEXTS if is_chat else texts)
     else:
         is_answer = kind == "answer"
         how = {
@@ -97,46 +98,10 @@ def usage_section(
             "cut": r'.partition("\n")[0].strip()' if is_answer else "",
         }
         code = load.removeprefix("import torch\n") + GENERATE.format(
-            example=example, inputs=CHAT_INPUTS.replace("{kwargs}", kwargs) if is_chat else inputs, **how
+            inputs=CHAT_INPUTS.replace("{kwargs}", kwargs) if is_chat else inputs, **how
         )
     return (
         f"## How to use it\n\n{what}\n\n```python\n{code.strip()}\n```\n\n"
         "Many rows, with the checkpoint and the run's configuration: `cola predict --config config.yaml --ckpt_path FILE "
         "--data.source FOLDER` writes `predictions.jsonl`.\n"
     )
-
-
-def _example(kind: str, prompt_format: Mapping[str, Any]) -> list[str]:
-    """Lines of code that make a row's prompt, and its options if it has any to choose from."""
-    prompt, options = (_known(prompt_format.get(name)) for name in ("prompt", "options"))
-    templates = [text for text in (prompt, *(options if isinstance(options, list) else [])) if text is not None]
-    row = {field: '"..."' for text in templates for field in _fields(text)}
-    if kind == "options" and isinstance(options, str):
-        row[options] = '["...", "..."]'
-    lines = [f"row = {{{', '.join(f'{_quoted(name)}: {value}' for name, value in row.items())}}}"] if row else []
-    lines.append('prompt = "..."  # as in training' if prompt is None else f"prompt = {_filled(prompt)}")
-    if kind != "options":
-        return lines
-    if options is None:
-        return [*lines, 'options = ["...", "..."]  # as in training']
-    code = f"row[{_quoted(options)}]" if isinstance(options, str) else f"[{', '.join(map(_filled, options))}]"
-    return [*lines, f"options = {code}"]
-
-
-def _known(given: Any) -> Any:
-    """A template, several, or a field's name; None if ``str.format`` cannot fill it: a field inside another."""
-    templates = given if isinstance(given, list) else [given]
-    return None if given is None or any("." in field for text in templates for field in _fields(text)) else given
-
-
-def _fields(template: str) -> list[str]:
-    return [field for _, field, *_ in Formatter().parse(template) if field is not None]
-
-
-def _filled(template: str) -> str:
-    """Code for the text that a template makes of a row."""
-    return f"{_quoted(template)}.format(**row)" if _fields(template) else _quoted(template.format())
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -13,15 +13,22 @@ from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.sharded import tensors
 
 
-def deep_copy(model: nn.Module) -> Any:
+def deep_copy(model: nn.Module, *, is_on_cpu: bool = False) -> Any:
     """A deep copy of a model, also if a forward pass has left results in its attributes: these are copied without their graph.
 
     (Torch refuses to copy such a tensor: an auxiliary loss, say, or the weight of an old-style weight norm.)
+
+    Args:
+        model: the model.
+        is_on_cpu: copy tensors to the CPU, one by one, and not first on their device; no gradients.
     """
     memo = {}
     for module in model.modules():
         for value in _parts(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if is_on_cpu and type(value) in (Tensor, nn.Parameter):  # others, in 4 bits for example, copy themselves
+                copied = value.detach().to("cpu", copy=True)
+                memo[id(value)] = nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, export
+from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
 from cola_lightning.chain import Chain
 from cola_lightning.chain import peft as chain_peft
 from cola_lightning.chain.files import read_chain
@@ -224,7 +224,7 @@ def exported(request, tmp_path):
     links = [type(link)(**vars(link) | fact) for link, fact in zip(module.full_chain().links, facts, strict=True)]
     chain = Chain(links, module.chain.base)
     how = {"base_name": module.base_name, "modules_to_save": module.modules_to_save}
-    export.export_adapter(chain, module.merged_model(0), tmp_path / "peft", make_probe(module.model), **how)
+    tiny.export_adapter(chain, module.merged_model(0), tmp_path / "peft", make_probe(module.model), **how)
     return module, chain, tmp_path / "peft"
 
 

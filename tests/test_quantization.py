@@ -20,7 +20,6 @@ from cola_lightning import (
     COLASequenceClassifier,
     EpochDataModule,
     UserError,
-    export,
     inject_lora,
     lora_layers,
     strip_lora,
@@ -502,12 +501,12 @@ def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path):
     probe = make_probe(trained.module.model)
     wrong = Probe(probe.inputs, probe.logits + 1, probe.is_half)
     with pytest.raises(ExportError, match="its logits differ from the module's by at most 1"):
-        export.export_merged(trained.module.merged_model(), tmp_path / "out", wrong)
+        tiny.export_merged(trained.module.merged_model(), tmp_path / "out", wrong)
 
 
 def test_an_adapter_says_that_its_base_was_in_4_bits(trained, tmp_path, capsys):
     assert command("--checkpoint", trained.path, "--format", "peft", "--output", tmp_path / "out", "--no_verify") == 0
-    assert "4-bit weights were de-quantised" in capsys.readouterr().out
+    assert "in 4 bits, and de-quantised" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -590,7 +589,7 @@ def test_the_base_is_transformers_own_and_peft_puts_the_adapter_on_it(tmp_path):
         for layer in lora_layers(module.model).values():
             nn.init.normal_(layer.lora_B, std=0.1)
         module.tie_knot()
-    export.export_adapter(module.chain, module.merged_model(0), tmp_path / "adapter", base_name=folder, verify=False)
+    tiny.export_adapter(module.chain, module.merged_model(0), tmp_path / "adapter", base_name=folder, verify=False)
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=torch.float32)
     for layer in base.modules():

@@ -53,7 +53,8 @@ def code_of(section):
 def executed(code, **replaced):
     """What the code prints, with a row of the data in place of the example's, and what it defines."""
     for line, value in replaced.items():
-        code = re.sub(rf"^{line} = .*$", lambda _, line=line, value=value: f"{line} = {value!r}", code, flags=re.MULTILINE)
+        name = line.replace("_and_", ", ")
+        code = re.sub(rf"^{name} = .*$", lambda _, name=name, value=value: f"{name} = {value!r}", code, flags=re.MULTILINE)
     out, names = io.StringIO(), {}
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), names)
@@ -81,7 +82,9 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "merged", "--output", merged]) == 0
     format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
     assert format_["kind"] == kind.split()[0].replace("fixed", "options")
-    code = code_of((Path(merged) / "README.md").read_text()).replace("path/to/this/folder", merged)
+    card = (Path(merged) / "README.md").read_text()
+    assert all(f"`{json.dumps(format_[name])}`" in card for name in ("prompt", "options") if format_.get(name))
+    code = code_of(card).replace("path/to/this/folder", merged)
     capfd.readouterr()
     n_new = "50" if kind == "answer" else "16"
     assert main(["generate", "--checkpoint", merged, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
@@ -92,16 +95,15 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     code = code.replace("max_new_tokens=256", "max_new_tokens=16")
     executed(code)  # as it stands
     seen = set()
-    for row, prediction in list(zip(rows, predictions, strict=True))[:3]:
-        if isinstance(data, PromptDataModule):  # drawn in another order
-            row = {"sentence": prediction["prompt"].removesuffix(" It was")}
-        given = {"prompt": row.get("prompt", row.get("text"))} if isinstance(data, TextDataModule) else {"row": row}
+    for prediction in predictions[:3]:
+        given = {"prompt": prediction["prompt"]}
+        if "options" in prediction:
+            given = {"prompt_and_options": (prediction["prompt"], prediction["options"])}
         printed, names = executed(code, **given)
         if "options" not in prediction:
             assert printed.strip() == prediction["prediction"]
             seen.add(printed)
             continue
-        assert (names["prompt"], names["options"]) == (prediction["prompt"], prediction["options"])
         assert printed == prediction["options"][prediction["prediction"]] + "\n"
         scores = [names["score"](names["prompt"], option) for option in names["options"]]
         assert scores == pytest.approx(prediction["scores"], abs=1e-5)
@@ -184,7 +186,7 @@ def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
     format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
     _, names = executed(code_of(usage_section(format_, folder=adapter, is_adapter=True)))
     prediction = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
-    scores = [names["score"](prediction["prompt"], option) for option in names["options"]]
+    scores = [names["score"](prediction["prompt"], option) for option in prediction["options"]]
     assert scores == pytest.approx(prediction["scores"], abs=1e-5)
 
 
@@ -193,7 +195,7 @@ def test_an_adapter_is_loaded_on_its_base():
     code = code_of(section)
     assert "from peft import AutoPeftModelForCausalLM\n" in code
     assert "model = AutoTokenizer.from_pretrained(folder), AutoPeftModelForCausalLM.from_pretrained(folder)" in code
-    assert 'prompt = "..."  # as in training' in code
+    assert 'prompt, options = "...", ["...", "..."]  # as in training' in code
     compile(code, "README.md", "exec")
     assert usage_section({}) == ""
 

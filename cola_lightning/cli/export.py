@@ -90,7 +90,7 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
 
     chain = chain_of(opened.contents, links)
     check_no_base(asked.folder, chain.base.get("name", ""))
-    return export_chain(chain, asked.folder, verify=asked.verify, overwrite=asked.overwrite)
+    return export_chain(chain, asked)
 
 
 def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions", *, trust_remote_code: bool) -> list[str]:

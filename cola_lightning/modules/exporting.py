@@ -3,9 +3,8 @@
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from cola_lightning.chain import Chain
 from cola_lightning.errors import UserError
 from cola_lightning.export import (
+    AdapterBase,
     ExportOptions,
     check_named_base,
     check_no_base,
@@ -46,7 +46,7 @@ def export_trained(module: Any, options: ExportOptions) -> list[str]:
             f"format: expected chain for a sharded model, received {options.format}: `cola export`, or "
             "load_from_checkpoint in one process, exports it from a checkpoint"
         )
-    own = module if options.format == "chain" else deep_copy(module).cpu()
+    own = module if options.format == "chain" else deep_copy(module, is_on_cpu=True).cpu()
     trainer = trainer_of(module)
     return export_module(own, module.full_chain(), options, prompt_format_of(trainer), data_of(trainer))
 
@@ -80,7 +80,7 @@ def export_module(
     base_name = module.pretrained.model_name if hasattr(module, "pretrained") else module.base_name
     check_no_base(options.folder, base_name)
     if format == "chain":
-        return export_chain(chain, options.folder, verify=options.verify, overwrite=options.overwrite)
+        return export_chain(chain, options)
     n = n_appended(module.tokenizer) if prompt_format else 0
     usage = usage_section(prompt_format or {}, is_adapter=format == "peft", n_appended=n) or None
     card = Card(base_name, chain, module.constructor_arguments | {"data": dict(data or {})}, options.license, usage)
@@ -113,8 +113,7 @@ def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapp
         if prompt_format.get("chat_template"):
             ends.update(ChatTemplate(tokenizer, prompt_format.get("chat_template_kwargs", {})).stop_tokens)
         model.generation_config.eos_token_id = sorted(ends) or None
-    how = {"verify": options.verify, "overwrite": options.overwrite}
-    lines = [export_merged(model, options.folder, probe, tokenizer=tokenizer, card=card, **how)]
+    lines = [export_merged(model, options, probe, tokenizer=tokenizer, card=card)]
     return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
@@ -131,62 +130,19 @@ def _probe(module: Any) -> Probe | None:
     return make_probe(module.model, module.example_input_array)
 
 
-@dataclass(frozen=True)
-class _Rounding:
-    """What training has rounded a module's base to, which an upcast forgets.
+class _Rounding(NamedTuple):
+    """What training has rounded a module's base to, which an upcast forgets: half precisions, and weights in 4 bits."""
 
-    Attributes:
-        dtypes: names of half precisions.
-        kinds: of 4-bit weights: ``nf4``, ``fp4``.
-        quantized: the names of the weights in 4 bits.
-    """
-
-    dtypes: list[str]
-    kinds: list[str]
-    quantized: list[str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        layers = lora_layers(model).values()
-        dtypes = {str(layer.dtype).removeprefix("torch.") for layer in layers if layer.is_narrowed}
-        kinds = {layer.source_dtype for layer in layers if is_quantized(layer)}
-        quantized = [f"{name}.weight" for name, part in model.named_modules() if is_quantized(part)]
-        return cls(sorted(dtypes), sorted(kinds), quantized)
-
-    def hints(self) -> list[str]:
-        """For the user of an adapter."""
-        hints = [f"its base was rounded to {name} in training: load it in that dtype" for name in self.dtypes]
-        for kind in self.kinds:
-            hints.append(
-                "its base was in 4 bits: 4-bit weights were de-quantised to compare; peft loads the same ones with "
-                f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
-            )
-        return hints
+    dtypes: list[torch.dtype]
+    kinds: list[str]  # nf4, fp4
+    quantized: list[str]  # names of weights
 
 
-@dataclass(frozen=True)
-class _Base:
-    """The base of an adapter.
-
-    Attributes:
-        model: the plain base, with the weights that were trained on.
-        name: where peft finds it.
-        where: the same in words, as the end of a line.
-        saved: names or dotted name endings of the modules that the adapter holds whole.
-        hints: for the user of the adapter.
-        note: one that comes first.
-        revision: on the hub.
-        tokenizer: its tokenizer.
-    """
-
-    model: Any
-    name: str
-    where: str
-    saved: list[str]
-    hints: list[str]
-    note: str | None = None
-    revision: str | None = None
-    tokenizer: Any = None
+def _rounding(model: nn.Module) -> _Rounding:
+    layers = lora_layers(model).values()
+    dtypes = sorted({layer.dtype for layer in layers if layer.is_narrowed}, key=str)
+    kinds = sorted({layer.source_dtype for layer in layers if is_quantized(layer)})
+    return _Rounding(dtypes, kinds, [f"{name}.weight" for name, part in model.named_modules() if is_quantized(part)])
 
 
 def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> list[str]:
@@ -196,97 +152,59 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
             f"base_folder: expected none for a {type(module).__name__}, whose base is not loaded by transformers, received "
             f"{str(options.base_folder)!r}"
         )
-    rounding = _Rounding.of(module.model)
+    rounding = _rounding(module.model)
     # First: it upcasts the module, whose base then is the one that was trained on.
     probe = _probe(module) if options.verify else None
     base = _pretrained_base(module, pretrained, options, probe, rounding) if pretrained else _built_base(module)
-    lines = export_adapter(
-        chain,
-        base.model,
-        options.folder,
-        probe,
-        where=base.where,
-        base_name=base.name,
-        revision=base.revision,
-        modules_to_save=base.saved,
-        max_rank=options.max_rank,
-        tokenizer=base.tokenizer,
-        card=card,
-        labels=module.facts_of_base.get("labels"),
-        verify=options.verify,
-        overwrite=options.overwrite,
-    )
-    lines += base.hints + rounding.hints()
-    return [base.note, *lines] if base.note else lines
+    hints = [f"rounded to {str(dtype).removeprefix('torch.')} in training: load it in that dtype" for dtype in rounding.dtypes]
+    for kind in rounding.kinds:
+        config = f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
+        hints.append(f"in 4 bits, and de-quantised to compare: peft loads the same with {config}")
+    base = replace(base, hints=[*base.hints, *hints])
+    return export_adapter(chain, base, options, probe, card=card, labels=module.facts_of_base.get("labels"))
 
 
-def _built_base(module: Any) -> _Base:
+def _built_base(module: Any) -> AdapterBase:
     """The base that a module's own code builds."""
-    builder = f"{type(module).__module__}.{type(module).__qualname__}"
-    note = None
-    if module.base_name == builder:  # not a name that the user defined
-        note = f"peft cannot find its base by itself, the one that {builder} builds: give it merged_model(0) of the module"
-        note += ", loaded in Python"
-    where = f", on the base that {builder} builds"
-    return _Base(module.merged_model(0), module.base_name, where, list(module.modules_to_save), [], note)
+    builder, model = f"{type(module).__module__}.{type(module).__qualname__}", module.merged_model(0)
+    is_named = module.base_name != builder  # by the user
+    hints = [] if is_named else [f"peft cannot find the one that {builder} builds: give it merged_model(0) of the module"]
+    return AdapterBase(model, module.base_name, f", on the base that {builder} builds", module.modules_to_save, hints)
 
 
 def _pretrained_base(
     module: Any, pretrained: Pretrained, options: ExportOptions, probe: Probe | None, rounding: _Rounding
-) -> _Base:
+) -> AdapterBase:
     """The base that transformers loads, compared with the one that its name gives; written, if a folder for it is given."""
-    model, tokenizer, hints = module.merged_model(0), module.tokenizer, list[str]()
+    model, tokenizer, hints, where = module.merged_model(0), module.tokenizer, list[str](), ""
     saved = [*module.modules_to_save, *new_modules(model, module.new_weights)]
-    if options.base_folder is not None:
-        pretrained, written = _write_base(pretrained, model, options.base_folder, tokenizer)
-        hints += written
-    where = ""
+    if (folder := options.base_folder) is not None:
+        if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
+            written = copy.deepcopy(model)
+            cast_floats(written, getattr(torch, pretrained.dtype))
+            export_merged(written, ExportOptions(folder, "merged"), tokenizer=tokenizer)
+            hints.append(f"written to {folder}")
+        pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
     if options.verify:
-        fields = _fields_to_give(module, pretrained)
-        model, more = _named_base(module, pretrained, model, fields, probe, saved, rounding)
-        hints += more
+        fields = _labels_to_give(module, pretrained)
+        model = _named_base(module, pretrained, model, fields, probe, saved, rounding)
         where = f", on {pretrained.model_name!r}, loaded by its name"
         where += " with " + ", ".join(f"{name}={value!r}" for name, value in fields.items()) if fields else ""
+        hints += _differences(module, pretrained, model, probe, rounding)
     if pretrained.gguf_file or pretrained.model_name.startswith(PACKAGE_PREFIX):
         hints.append(
-            f"peft cannot load its base, {pretrained.model_name!r}, by that name: with base_folder (--base_folder DIR) it is "
-            "written there and that folder named"
+            f"peft cannot load {pretrained.model_name!r} by that name: base_folder (--base_folder DIR) writes one that it can"
         )
     name = os.path.expanduser(pretrained.model_name)
-    return _Base(model, name, where, saved, hints, revision=pretrained.revision, tokenizer=tokenizer)
+    return AdapterBase(model, name, where, saved, hints, pretrained.revision, tokenizer)
 
 
-def _write_base(pretrained: Pretrained, base: Any, folder: Path, tokenizer: Any) -> tuple[Pretrained, list[str]]:
-    """The base as a folder that peft can load: written if the folder is empty; else it must hold the base (_named_base)."""
-    lines = []
-    if not folder.is_dir() or not any(folder.iterdir()):
-        written = copy.deepcopy(base)
-        cast_floats(written, getattr(torch, pretrained.dtype))
-        export_merged(written, folder, tokenizer=tokenizer)
-        lines = [f"base written: {folder}"]
-    where = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
-    return where, lines
-
-
-def _fields_to_give(module: Any, pretrained: Pretrained) -> dict[str, Any]:
-    """Arguments that transformers needs besides a base's name: ``num_labels``, where the files say another.
-
-    Raises:
-        UserError: for any other field of ``model_fields`` that differs in the named configuration: PEFT would not receive it.
-    """
-    fields = module.model_fields()
-    labels = {name: value for name, value in fields.items() if name == "num_labels"}
-    if fields == labels and (not labels or pretrained.gguf_file):  # a configuration from GGUF takes seconds
-        return labels
-    named, requested = (pretrained.config(**given) for given in (labels, fields))
-    for name, value in fields.items():
-        if not hasattr(named, name) or getattr(requested, name) != getattr(named, name):
-            raise UserError(
-                f"format: expected merged, for {type(module).__name__}.model_fields gives {name}={value!r}, which is not what "
-                f"{pretrained.name!r} is configured with, and an adapter is put on the base that it names; received peft"
-            )
-    own = None if pretrained.gguf_file else pretrained.config()
-    return {name: value for name, value in labels.items() if own is None or own.num_labels != value}
+def _labels_to_give(module: Any, pretrained: Pretrained) -> dict[str, Any]:
+    """``num_labels``, if transformers needs it besides a base's name, whose files say another."""
+    labels = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
+    if labels and not pretrained.gguf_file and pretrained.config().num_labels == labels["num_labels"]:
+        return {}
+    return labels
 
 
 def _named_base(
@@ -297,11 +215,11 @@ def _named_base(
     probe: Probe | None,
     saved: list[str],
     rounding: _Rounding,
-) -> tuple[Any, list[str]]:
-    """The base as a user of the adapter loads it, by the name that the adapter gives, and hints for that user.
+) -> Any:
+    """The base as a user of the adapter loads it, by the name that the adapter gives.
 
     Its weights are compared, and then replaced by those that were trained on, which may differ where these were rounded or in 4
-    bits. With them its logits are compared, too.
+    bits. With them its logits are compared, too, without links, so that no recompression hides another function of them.
 
     Args:
         module: the exported module.
@@ -318,33 +236,26 @@ def _named_base(
     """
     import transformers
 
-    hints = []
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved += [name for name in new_modules(named, new_weights) if name not in saved]
     cast_floats(named.eval(), next(base.parameters()).dtype)
-    dtypes = [getattr(torch, dtype) for dtype in rounding.dtypes]
-    check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *rounding.quantized], dtypes)
+    check_named_base(named, base, type(module).__name__, pretrained.name, [*saved, *rounding.quantized], rounding.dtypes)
     named.load_state_dict(base.state_dict())
-    own_pad, pad = (getattr(model.config, "pad_token_id", None) for model in (named, base))
-    if own_pad != pad and probe is not None and (own_pad is not None or not _takes_batches(named, probe)):
-        named.config.pad_token_id = pad
-        hints.append(f"for batches its base needs model.config.pad_token_id = {pad}, as in training")
-    if probe is not None:  # without links, so that no recompression hides another function of the same weights
+    if probe is not None:
+        # A classifier that finds a text's end needs one for several rows.
+        named.config.pad_token_id = getattr(base.config, "pad_token_id", None)
         how = f"{pretrained.name!r} without a link, in place of the base of {type(module).__name__}"
         Probe(probe.inputs, logits_of(base, probe.inputs)).compare(named, how, where=" (expected --format merged)")
-    own = str(getattr(pretrained.config(), "dtype", None)).removeprefix("torch.") if not pretrained.gguf_file else None
-    if own not in (pretrained.dtype, None, "None") and not rounding.dtypes:
-        hints.append(
-            f"its base was loaded in {pretrained.dtype} for training, and is in {own} by itself: load it in that dtype"
-        )
-    return named, hints
+    return named
 
 
-def _takes_batches(base: Any, probe: Probe) -> bool:
-    """Whether a model takes several rows as configured: a classifier that finds a text's end needs a padding token for them."""
-    try:
-        logits_of(base, probe.inputs)
-    except ValueError:
-        return False
-    return True
+def _differences(module: Any, pretrained: Pretrained, base: Any, probe: Probe | None, rounding: _Rounding) -> list[str]:
+    """How the base was loaded otherwise than by its name alone."""
+    hints, config = [], None if pretrained.gguf_file else pretrained.config()
+    pad, own = getattr(base.config, "pad_token_id", None), str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if config is not None and probe is not None and getattr(config, "pad_token_id", None) != pad:
+        hints.append(f"with model.config.pad_token_id = {pad} in training, which batches may need")
+    if own not in (pretrained.dtype, "None") and not rounding.dtypes:
+        hints.append(f"loaded in {pretrained.dtype} for training, and in {own} by itself: load it in that dtype")
+    return hints
