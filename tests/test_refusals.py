@@ -1,7 +1,7 @@
 """What is written wrong is refused in one line, which says which field it is about; ``tests/refusals.py`` is the table.
 
-Refusals that need a longer run, a checkpoint or a command line are in the test files of their subjects. What they look like to a
-user, ``tests/test_cli.py`` holds: one line, status 2, and nothing written.
+Refusals that need a longer run, a checkpoint or a command line are in the test files of their subjects. What they look like to
+a user, ``tests/test_cli.py`` holds: one line, status 2, and nothing written.
 """
 
 import errno
