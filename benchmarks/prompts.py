@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from transformers import OPTConfig
 
 from cola_lightning import Example
+from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.examples import EncodedExample, collate_options, encode_examples
-from cola_lightning.data.sampling import EpochSampler
 from cola_lightning.data.splits import read_rows
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from cola_lightning import COLADigits, DigitsDataModule, UserError
-from cola_lightning.data.sampling import EpochSampler
+from cola_lightning.data.base import EpochSampler
 from tests.toy import assert_bit_equal, trainer, weights
 
 ROOT = Path(__file__).parent.parent

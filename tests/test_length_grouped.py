@@ -14,7 +14,7 @@ from cola_lightning import (
     TextClassificationDataModule,
     TextDataModule,
 )
-from cola_lightning.data.sampling import EpochSampler
+from cola_lightning.data.base import EpochSampler
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer
 
