@@ -172,7 +172,7 @@ def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["cola"]
     torch.save(checkpoint, tmp_path / "plain.ckpt")
-    with pytest.raises(UserError, match="without a chain"):
+    with pytest.raises(UserError, match="which holds no chain"):
         run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
 
 

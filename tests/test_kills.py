@@ -21,7 +21,6 @@ def whole_run(tmp_path_factory):
     [
         ("digits", "inside an accumulation window: after backward", "SIGINT"),
         ("llama", "inside validation", "SIGTERM"),
-        pytest.param("digits", "while a checkpoint is being written", "SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_as_the_run_itself(whole_run, setup, moment, signal):

@@ -427,14 +427,14 @@ def test_where_all_is_trained_a_checkpoint_needs_no_chain(tmp_path):
         trainer(tmp_path).validate(module, batches(1), ckpt_path=tmp_path / name, verbose=False)
         assert_bit_equal(weights(module), weights(plain))
         for other in (toy(ValidatedToy), toy(FrozenBelow, target_modules=None)):
-            with pytest.raises(UserError, match="without a chain"):
+            with pytest.raises(UserError, match="which holds no chain"):
                 trainer(tmp_path).validate(other, batches(1), ckpt_path=tmp_path / name, verbose=False)
     begun, loaded = (toy(target_modules=None) for _ in range(2))
     run.fit(begun, batches(), ckpt_path=tmp_path / "values.ckpt")
     loaded.load_state_dict(plain.state_dict())
     fitted(tmp_path, loaded)
     assert_bit_equal(weights(begun), weights(loaded))
-    with pytest.raises(UserError, match="without a chain"):  # whose rates, draws and place of the data are not known
+    with pytest.raises(UserError, match="which holds no chain"):  # whose rates, draws and place of the data are not known
         trainer(tmp_path, max_epochs=2).fit(toy(target_modules=None), batches(), ckpt_path=tmp_path / "plain.ckpt")
 
 

@@ -91,10 +91,7 @@ class OpenedCheckpoint:
                 raise _unreadable(field, path, error.strerror) from error
         name = name or str(getattr(source, "name", source))
         contents = read_archive(source, name, field, weights_only=weights_only)
-        if not isinstance(contents, dict) or not isinstance(contents.get(CHECKPOINT_KEY), dict):
-            raise UserError(f"{field}: expected a checkpoint of a COLA module, received {name!r}, which holds no chain")
-        check_version(contents[CHECKPOINT_KEY].get("format_version"), CHECKPOINT, name)
-        return cls(name, contents, CheckpointState.of(contents))
+        return cls(name, contents, CheckpointState.of(contents, field, name))
 
     def take(self) -> dict[str, Any]:
         """Hands the contents to the caller, which may change them; empty on a second call."""
@@ -177,16 +174,21 @@ class CheckpointState:
         return {"format_version": CHECKPOINT.version} | plain | written
 
     @classmethod
-    def of(cls, checkpoint: Mapping[str, Any]) -> Self:
+    def of(cls, checkpoint: Mapping[str, Any], field: str = "checkpoint", name: str = "the checkpoint") -> Self:
         """The state stored in a Lightning checkpoint.
+
+        Args:
+            checkpoint: its contents.
+            field: the name of its path in messages.
+            name: its path.
 
         Raises:
             UserError: if the checkpoint holds no chain, or one of an unknown format version.
         """
-        if not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
-            raise UserError("checkpoint: expected one that a COLA module wrote, received one without a chain")
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
+            raise UserError(f"{field}: expected a checkpoint of a COLA module, received {name!r}, which holds no chain")
         given = dict(checkpoint[CHECKPOINT_KEY])
-        check_version(given.pop("format_version", None), CHECKPOINT, "the checkpoint")
+        check_version(given.pop("format_version", None), CHECKPOINT, name)
         live = None if given["live"] is None else LiveLink(**given["live"])
         read = {"chain": Chain.from_state_dict(given["chain"]), "live": live, "link_start": Counters(*given["link_start"])}
         return cls(**given | read)
