@@ -13,11 +13,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli import main
-from cola_lightning.data.rows import Row
-from cola_lightning.data.tasks import TASKS, template_of
 from cola_lightning.usage import usage_section
 from tests import tiny
-from tests.test_tasks import ROWS as TASK_ROWS
 from tests.test_templates import CHAT
 from tests.toy import trainer
 
@@ -198,12 +195,3 @@ def test_an_adapter_is_loaded_on_its_base():
     assert 'prompt, options = "...", ["...", "..."]  # as in training' in code
     compile(code, "README.md", "exec")
     assert usage_section({}) == ""
-
-
-def test_a_tasks_template_is_known_where_it_only_puts_fields_in():
-    rows = [(name, Row(row, "here")) for name, row, *_ in TASK_ROWS]
-    known = {name: template_of(TASKS[name], row) for name, row in rows[::-1]}
-    assert known["SST2"] == "{sentence} It was"
-    assert known["CB"] == 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
-    assert {"RTE", "WIC", "MultiRC", "DROP"} <= {name for name, template in known.items() if template}
-    assert {name for name, template in known.items() if not template} >= {"BoolQ", "COPA", "ReCoRD"}

@@ -10,7 +10,7 @@ from cola_lightning.data.examples import EncodedExample, OptionBatches
 from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import DRAWN_SHARE, SourceDataModule
 from cola_lightning.data.splits import is_file
-from cola_lightning.data.tasks import find_task, template_of
+from cola_lightning.data.tasks import find_task
 from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder per task
@@ -82,7 +82,6 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             **rows,
         )
         self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
-        self._template: str | None = None
 
     def _usual_source(self) -> tuple[str, str | None]:
         name = self.task.name.lower()
@@ -93,12 +92,7 @@ class PromptDataModule(OptionBatches, SourceDataModule):
         return str(Path(folder) / name), None
 
     @override
-    def templates(self) -> tuple[str | None, list[str] | str | None]:
-        return self._template, None
-
-    @override
     def encode(self, rows: Rows) -> list[EncodedExample]:
-        self._template = template_of(self.task, rows[0]) if len(rows) else None
         return self.encode_rows(rows, self.task.example, is_learned=False)
 
     @override

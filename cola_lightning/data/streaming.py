@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from cola_lightning.data.rows import Row, Rows, encode_usable
-from cola_lightning.data.splits import Splits, hub_data, is_on_hub
+from cola_lightning.data.splits import Splits, hub_data
 from cola_lightning.errors import UserError
 from cola_lightning.seeding import derive_seed
 
@@ -72,15 +72,6 @@ class Stream:
         data = self.data.skip(self.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
         return data.map(batch, batched=True, remove_columns=list(columns))
-
-
-def check_streamed(source: str, **sizes: float | None) -> None:
-    """Refuses to stream files, or shares of rows whose number is not known; sizes are given by field name."""
-    if not is_on_hub(source):
-        raise UserError(f"data.streaming: expected false for files on this machine, {source!r}, received true")
-    for field, size in sizes.items():
-        if isinstance(size, float) or (field == "train_size" and size is not None):
-            raise UserError(f"data.{field}: expected no share, and no train_size, of rows that are streamed, received {size}")
 
 
 def stream_splits(source: str, subset: str | None, revision: str | None) -> Splits[Stream]:

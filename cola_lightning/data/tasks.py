@@ -132,35 +132,6 @@ TASKS = {
 }
 
 
-class _Named(Row):
-    """A row whose texts are its field names in braces."""
-
-    def text(self, field: str) -> str:
-        return f"{{{field}}}"
-
-    def label(self, field: str, n_labels: int) -> int:
-        return 0
-
-
-def template_of(task: Task, row: Row) -> str | None:
-    """A task's prompt with a row's fields in braces, for ``str.format``; None if it does more than insert texts.
-
-    Args:
-        task: the task.
-        row: one of its rows, on which the template is tried.
-
-    Example:
-        >>> template_of(TASKS["SST2"], Row({"sentence": "a fine film ", "label": 1}, "line 1"))
-        '{sentence} It was'
-    """
-    try:
-        template, prompt = (task.example(one).prompt for one in (_Named(row, row.place), row))
-        stripped = {name: value.strip() if isinstance(value, str) else value for name, value in row.items()}
-        return template if prompt in (template.format(**row), template.format(**stripped)) else None
-    except (UserError, LookupError, ValueError, AttributeError):
-        return None
-
-
 def find_task(name: str) -> Task:
     """The task of that name, case-insensitive.
 

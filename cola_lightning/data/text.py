@@ -21,8 +21,8 @@ from cola_lightning.data.encoding import (
 )
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
-from cola_lightning.data.splits import Splits, choose_split
-from cola_lightning.data.streaming import Stream, check_streamed, stream_loader, stream_parts, stream_splits
+from cola_lightning.data.splits import Splits, choose_split, is_on_hub
+from cola_lightning.data.streaming import Stream, stream_loader, stream_parts, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.turns import ChatTemplate
@@ -89,8 +89,9 @@ class TextDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         self.streaming = streaming
-        if streaming:
-            check_streamed(source, train_size=self.train_size, val_size=self.val_size, test_size=self.test_size)
+        if streaming and (not is_on_hub(source) or self.train_size is not None):
+            received = "data.train_size" if is_on_hub(source) else repr(source)
+            raise UserError(f"data.streaming: expected a data set on the hub, without data.train_size, received {received}")
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
