@@ -292,7 +292,7 @@ def test_a_configuration_is_a_program(tmp_path, mark, monkeypatch):
     callbacks = [{"class_path": f"{__name__}.Marking", "init_args": {"mark": str(mark)}}]
     parts = {"model": {"class_path": f"{__name__}.Toy"}, "trainer": {"callbacks": callbacks, "accelerator": "no such"}}
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(parts | {"data": {"class_path": "DigitsDataModule"}, "seed_everything": 0}))
+    config.write_text(json.dumps(parts | {"data": {"class_path": "cola_lightning.DigitsDataModule"}, "seed_everything": 0}))
     assert main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)]) == 2
     assert mark.exists()
 
