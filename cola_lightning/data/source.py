@@ -204,10 +204,11 @@ class SourceDataModule(TokenizedDataModule):
         if stage == "predict" and is_file(self.source):
             return {"test": self._train.lacking_targets()}
         sizes, own = {"val": self.val_size, "test": self.test_size}, {part: self._own(part) for part in ("val", "test")}
-        parts = {part: own[part] for part in names if own.get(part) is not None}
-        for part, rows in parts.items():
-            if (size := sizes[part]) is not None:
-                parts |= draw_parts(rows, {part: size}, self.split_seed)
+        parts = {
+            part: own[part] if sizes[part] is None else draw_parts(own[part], {part: sizes[part]}, self.split_seed)[part]
+            for part in names
+            if own.get(part) is not None
+        }
         if len(parts) < len(names):
             drawn = [part for part in PURPOSES if own.get(part) is None]
             parts |= self._drawn(parts, drawn, may_lack_targets=stage == "predict")
