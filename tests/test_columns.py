@@ -105,3 +105,10 @@ def test_roles_and_values_of_sharegpt_are_roles_and_contents(tmp_path):
     turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Old?"}, {"from": "gpt", "value": "No."}]
     as_roles = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
     assert trained(tmp_path, {"conversations": turns}) == trained(tmp_path, {"messages": as_roles})
+
+
+def test_a_prompt_that_is_named_without_its_response_is_predicted_and_not_trained():
+    given, names = {"prompt": "document"}, ["document", "summary"]
+    assert find_columns(names, [], given, has_response=False) == ("prompt", given)
+    with pytest.raises(UserError, match=r"data\.columns: expected .* prompt with its response"):
+        find_columns(names, [], given)

@@ -236,6 +236,24 @@ def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path,
 # ---------------------------------------------------------------------- the parts of one file
 
 
+def test_a_size_beside_a_named_split_is_so_many_rows_of_that_split(tmp_path):
+    for split in ("train", "held", "dev"):
+        write(tmp_path / f"{split}.jsonl", [{"text": f"{split} {k}"} for k in range(20)])
+    data = attach(TextDataModule(str(tmp_path), val_split="held", val_size=5, test_split="dev", test_size=0.5))
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    texts = [
+        [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part] for part in (data.val, data.test)
+    ]
+    assert [len(part) for part in (data.train, data.val, data.test)] == [20, 5, 10]
+    assert {text.partition(" ")[0] for text in texts[0]} == {"held"}
+    assert {text.partition(" ")[0] for text in texts[1]} == {"dev"}
+    data.setup("predict")
+    assert [row.prompt for row in data.test] == sorted(
+        {text.strip() for text in texts[1]}, key=lambda text: int(text.split()[1])
+    )
+
+
 def labelled(n_rows, shares=(0.9, 0.1)):
     labels = [name for name, share in zip(("pos", "neg"), shares, strict=True) for _ in range(round(n_rows * share))]
     return [{"text": f"It was {k}.", "label": label} for k, label in enumerate(labels)]
