@@ -85,15 +85,14 @@ class TextClassificationDataModule(SourceDataModule):
     def _module(self) -> Any:
         return self.trainer and self.trainer.lightning_module
 
-    @property
     @override
-    def needs_train_rows(self) -> bool:
-        return getattr(self._module, "label_names", None) is None
-
-    @override
-    def look_at(self, rows: Rows) -> None:
-        if hasattr(self._module, "settle_labels") and (found := find_labels(rows, self._find(rows.columns)[1])):
-            self._module.settle_labels(found)
+    def setup(self, stage: str) -> None:
+        is_known = getattr(self._module, "label_names", None) is not None
+        if hasattr(self._module, "settle_labels") and (stage == "fit" or (not is_known and self.train_split in self._splits)):
+            rows = self._train
+            if found := find_labels(rows, self._find(rows.columns)[1]):
+                self._module.settle_labels(found)
+        super().setup(stage)
 
     @override
     def groups(self, rows: Rows) -> list[Hashable] | None:
@@ -143,10 +142,6 @@ class TextClassificationDataModule(SourceDataModule):
                 f"{len(rows)} rows"
             )
         return self.encode(rows)
-
-    @override
-    def length(self, row: dict[str, Any]) -> int:
-        return len(row["input_ids"])
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class PromptRow:
     prompt: Any
     target: str | None
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
 
 # ---------------------------------------------------------------------- tokens
 

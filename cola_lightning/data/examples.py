@@ -314,10 +314,6 @@ class OptionBatches(TokenizedDataModule):
         return encoded
 
     @override
-    def length(self, row: EncodedExample) -> int:
-        return len(row)
-
-    @override
     def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
         return collate_options(rows, self.tokenizer.pad_token_id, self.loss, self.metric)
 

@@ -77,6 +77,10 @@ class TokenizedDataModule(EpochDataModule):
             raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
         return cast(Any, module).tokenizer
 
+    @override
+    def length(self, row: Any) -> int:
+        return len(row["input_ids"] if isinstance(row, dict) else row)
+
     @property
     def max_length(self) -> int:
         """The longest sequence, in tokens: the smaller of the requested length and the model's limit."""
@@ -186,8 +190,6 @@ class SourceDataModule(TokenizedDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
-        if stage == "fit" or (self.needs_train_rows and self.train_split in self._splits):
-            self.look_at(self._train)
         parts = self.parts(stage)
         if stage == "predict":
             self.test = self._not_empty(self.encode_predicted(parts["test"]))
@@ -270,14 +272,6 @@ class SourceDataModule(TokenizedDataModule):
             return rows is None or len(self.encode(rows[:1])) > 0
         except UserError:  # it has no label, say
             return False
-
-    @property
-    def needs_train_rows(self) -> bool:
-        """Whether :meth:`look_at` is also called for other stages than fit."""
-        return False
-
-    def look_at(self, rows: Rows) -> None:
-        """Inspects the rows of the train split, before any is drawn or encoded: for their labels."""
 
     def groups(self, rows: Rows) -> Sequence[Hashable] | None:
         """Each row's group, such as its label, of which each drawn part has the same share; None: at random."""

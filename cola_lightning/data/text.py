@@ -186,10 +186,6 @@ class TextDataModule(SourceDataModule):
         return min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
     @override
-    def length(self, row: LanguageRow | PromptRow) -> int:
-        return len(row.prompt_ids if isinstance(row, PromptRow) else row["input_ids"])
-
-    @override
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
         if not isinstance(rows[0], PromptRow):
