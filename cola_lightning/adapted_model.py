@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.fingerprint import (
+from cola_lightning.chain.base import (
+    BaseIdentity,
     check_rebuilt,
     check_same_base,
     check_same_labels,
@@ -286,7 +287,7 @@ class AdaptedModel:
             chain.replay(layers, device, start=self.link)
         self.chain = Chain(list(chain.links), chain.base)
 
-    def forget_links(self, base: dict[str, Any]) -> None:
+    def forget_links(self, base: BaseIdentity) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""
         self.chain = Chain(base=base)
         for layer in self.layers.values():
@@ -307,7 +308,7 @@ class AdaptedModel:
             check_same_base(chain.base, self.chain.base)
         elif weights is not self.base_weights:
             check_same_labels(chain.base, self.chain.base)
-            check_same_layers(chain.base["weight_norms"], self.chain.base["weight_norms"])
+            check_same_layers(chain.base.weight_norms, self.chain.base.weight_norms)
             _check_same_shapes(weights, base_weights(self.model))
 
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
@@ -323,10 +324,10 @@ class AdaptedModel:
         Raises:
             UserError: for a chain of another base, of other layers, or of factors of other sizes.
         """
-        if "fingerprint" in chain.base:
+        if chain.base.fingerprint:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT, whose base is not known
-            check_same_layers(dict.fromkeys(chain.layers), self.chain.base["weight_norms"])
+            check_same_layers(chain.layers, self.chain.base.weight_norms)
         layers = self.layers
         for link in chain.links:
             for name, (lora_A, lora_B) in link.factors.items():

@@ -15,16 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cola_lightning.chain import Chain
-from cola_lightning.chain.folder import write_files
 from cola_lightning.chain.peft import (
     as_peft_weights,
     compress,
     concatenate,
-    describe_links,
     peft_config,
     saved_by_peft,
     write_adapter,
 )
+from cola_lightning.chain.store import describe, write_files
 from cola_lightning.errors import ExportError, OutsideError, UserError, one_line
 from cola_lightning.hub import quiet
 from cola_lightning.lora.inject import lies_in
@@ -236,7 +235,7 @@ def export_adapter(
     lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {_vllm_rank(rank)}")
     lines += [f"its base: {'; '.join(base.hints)}"] if base.hints else []
     with whole_folder(options.folder, overwrite=options.overwrite) as partial, quiet():
-        write_adapter(partial, weights, values, config, describe_links(chain) if rank == total else None)
+        write_adapter(partial, weights, values, config, describe(chain.links, chain.base) if rank == total else None)
         if labels is not None:  # no config.json: transformers would take the folder for a whole model
             (partial / LABELS_NAME).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
             lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")

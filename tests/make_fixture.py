@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cola_lightning import ChainOfLoRA, COLAModule, lora_layers
-from cola_lightning.chain.codec import CHECKPOINT, FOLDER
+from cola_lightning.chain.store import VERSION
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -59,8 +59,8 @@ def main():
         if link < 2:
             module.tie_knot(rank=rank, alpha=alpha)
     chain = module.full_chain()
-    chain.save(FIXTURES / f"chain-{FOLDER.version}", overwrite=True)
-    write_logits(module, FIXTURES / f"chain-{FOLDER.version}.logits.json")
+    chain.save(FIXTURES / f"chain-{VERSION}", overwrite=True)
+    write_logits(module, FIXTURES / f"chain-{VERSION}.logits.json")
     module = Trained(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
     trainer = Trainer(
         max_epochs=3,
@@ -70,8 +70,8 @@ def main():
         enable_checkpointing=False,
     )
     trainer.fit(module, DataLoader(inputs(), batch_size=2))
-    trainer.save_checkpoint(FIXTURES / f"checkpoint-{CHECKPOINT.version}.ckpt")
-    write_logits(module, FIXTURES / f"checkpoint-{CHECKPOINT.version}.logits.json")
+    trainer.save_checkpoint(FIXTURES / f"checkpoint-{VERSION}.ckpt")
+    write_logits(module, FIXTURES / f"checkpoint-{VERSION}.logits.json")
 
 
 def write_logits(module, path):

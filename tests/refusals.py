@@ -37,8 +37,7 @@ from cola_lightning import (
     inject_lora,
 )
 from cola_lightning.callbacks.chain_of_lora import check_strategy
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
 from cola_lightning.chain.report import plot
 from cola_lightning.cli.configs import configs
 from cola_lightning.cli.generate import generate
@@ -1091,27 +1090,27 @@ def adapter(config, *names):
     ),
     (
         {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},
-        "chain: expected format version 2, which this release of cola_lightning reads, received 9 in "
+        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received 9 in "
         "chain.json: a newer release is needed",
     ),
     (
         {"chain.json": '{"format_version": 0}', "chain.safetensors": ""},
-        "chain: expected format version 2, which this release of cola_lightning reads, received 0 in "
+        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received 0 in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": null}', "chain.safetensors": ""},
-        "chain: expected format version 2, which this release of cola_lightning reads, received none in "
+        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received none in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": "1"}', "chain.safetensors": ""},
-        "chain: expected format version 2, which this release of cola_lightning reads, received '1' in "
+        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received '1' in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": true}', "chain.safetensors": ""},
-        "chain: expected format version 2, which this release of cola_lightning reads, received True in "
+        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received True in "
         "chain.json: it is damaged, or another program's",
     ),
 )

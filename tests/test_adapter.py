@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
 from cola_lightning.chain import Chain
 from cola_lightning.chain import peft as chain_peft
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from cola_lightning.cli import main
 from cola_lightning.probe import make_probe
@@ -269,8 +269,8 @@ def test_peft_may_train_it_on_and_then_it_is_one_link(exported):
 def test_a_newer_releases_chain_is_refused(exported):
     _, _, folder = exported
     path = folder / "adapter_model.safetensors"
-    save_file(load_file(path), path, {"cola_chain": json.dumps({"format_version": 3})})
-    with pytest.raises(UserError, match=r"chain: expected format version 2, .* received 3 in .*adapter_model.safetensors"):
+    save_file(load_file(path), path, {"cola_chain": json.dumps({"format_version": 4})})
+    with pytest.raises(UserError, match=r"chain: expected format version 2 or 3, .* received 4 in .*adapter_model.safetensors"):
         read_chain(folder)
 
 

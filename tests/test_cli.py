@@ -49,7 +49,7 @@ def test_fit_ties_knots_at_a_plateau(capfd):
     Path("chain.yaml").write_text(f"chain: {rule}\ntrainer: {{max_epochs: 8}}\n")
     assert run("fit", "--config", DIGITS, "--config", "chain.yaml", "--trainer.enable_progress_bar", "false") == 0
     state = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["cola"]
-    assert 0 < len(state["chain"]["links"]) < 8
+    assert 0 < len(state["chain"]["description"]["links"]) < 8
 
 
 def test_fit_says_how_to_go_on_and_that_works(fitted, capfd):
@@ -70,7 +70,7 @@ def test_validate_and_a_resumed_fit(fitted):
     assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
     (checkpoint,) = Path("runs/version_2/checkpoints").glob("*last.ckpt")
     state = torch.load(checkpoint, weights_only=True)
-    assert len(state["cola"]["chain"]["links"]) == 2
+    assert len(state["cola"]["chain"]["description"]["links"]) == 2
     assert state["epoch"] == 2
 
 
@@ -577,7 +577,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
         time.sleep(0.1)
     os.kill(process.pid, number)
     assert process.finish(timeout=60).returncode == status
-    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 2
+    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 3
     assert not list(checkpoint.parent.glob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]
     assert str(checkpoint.absolute()) in command

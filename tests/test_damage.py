@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from cola_lightning import Chain, Link, UserError
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain import BaseIdentity
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from tests.toy import ValidatedToy, batches, toy, trainer
 
@@ -194,8 +195,8 @@ def folder(tmp_path_factory):
         )
         for k, rank in enumerate((3, 1))
     ]
-    base = {"name": "a model", "fingerprint": "f" * 64, "dtypes": ["float32"], "weight_norms": {"a": 1.5, "b": 2.0}}
-    base["values"] = {"a.weight": "0" * 16, "head": None}
+    values = {"a.weight": "0" * 16, "head": None}
+    base = BaseIdentity("a model", "f" * 64, ["float32"], {"a": 1.5, "b": 2.0}, values)
     Chain(links, base).save(path)
     return path
 
@@ -275,11 +276,11 @@ def check_types(chain):
         ]  # fmt: skip
         assert all(type(value) is float for value in link.metrics.values())
         link.norm()
-    assert isinstance(chain.base.get("name", ""), str)
-    assert isinstance(chain.base.get("fingerprint", ""), str)
-    assert all(isinstance(name, str) for name in chain.base.get("dtypes", []))
-    assert all(type(norm) is float for norm in chain.base.get("weight_norms", {}).values())
-    assert all(isinstance(value, str | None) for value in chain.base.get("values", {}).values())
+    assert isinstance(chain.base.name, str)
+    assert isinstance(chain.base.fingerprint, str)
+    assert all(isinstance(name, str) for name in chain.base.dtypes)
+    assert all(type(norm) is float for norm in chain.base.weight_norms.values())
+    assert all(isinstance(value, str | None) for value in chain.base.values.values())
 
 
 # ---------------------------------------------------------------------- adapters

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cola_lightning import Chain, UserError
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import repeated_blocks, without_trained
 from tests import distributed_run as run
@@ -107,7 +107,8 @@ def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(train
     first, second = (torch.load(trained / f"{name}.rank{rank}.pt") for rank in range(2))
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert distance(first, single) < tolerance
-    ranks = [link["rank"] for link in torch.load(trained / f"{name}.ckpt", weights_only=True)["cola"]["chain"]["links"]]
+    links = torch.load(trained / f"{name}.ckpt", weights_only=True)["cola"]["chain"]["description"]["links"]
+    ranks = [link["rank"] for link in links]
     assert ranks == ([] if "whole" in name else [4, 2, 6])
 
 

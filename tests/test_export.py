@@ -33,7 +33,7 @@ from cola_lightning import (
     lora_layers,
 )
 from cola_lightning.chain import peft as chain_peft
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import ExportError
 from cola_lightning.hub import quiet

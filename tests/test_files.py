@@ -414,7 +414,7 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     labels = json.loads(Path("peft", "labels.json").read_text())
     names = {"id2label": dict(enumerate(labels)), "num_labels": 3}
     assert transformers.AutoModelForSequenceClassification.from_pretrained("peft", **names).config.id2label == expected
-    assert Chain.load("chain").base["labels"] == labels
+    assert Chain.load("chain").base.labels == labels
 
 
 @pytest.mark.usefixtures("_folder")

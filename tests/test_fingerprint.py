@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cola_lightning import Chain, UserError, inject_lora
-from cola_lightning.chain.fingerprint import check_same_base, describe_base
+from cola_lightning.chain.base import check_same_base, describe_base
 from tests.toy import Toy, batches, toy, trainer
 
 
@@ -91,7 +91,7 @@ def test_the_description_does_not_follow_from_dtype_or_mode():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6)).bfloat16()
         inject_lora(model, ["1"], rank=1, alpha=1, finished_links=finished_links)
-        return describe_base(model)["values"]
+        return describe_base(model).values
 
     assert described("merge") == described("stack")
 

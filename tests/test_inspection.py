@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cola_lightning.chain import Chain, Link
+from cola_lightning.chain import BaseIdentity, Chain, Link
 from cola_lightning.chain.report import effective_rank, plot, report, singular_values, table, to_json
 from cola_lightning.errors import DiskError
 
@@ -40,7 +40,7 @@ def chain():
     """Three links of falling rank that adapt different layers; the last one's update is zero."""
     links = [link(0, 4, "wide", "high"), link(1, 2, "wide", "high", "square"), link(2, 1, "square")]
     links[2].factors["square"][1].zero_()
-    return Chain(links, {"weight_norms": {"wide": 20.0, "high": 10.0, "square": 5.0}})
+    return Chain(links, BaseIdentity(weight_norms={"wide": 20.0, "high": 10.0, "square": 5.0}))
 
 
 def text_of(reports, width=120):
@@ -90,7 +90,7 @@ def test_a_report_is_what_the_full_updates_say(chain):
         assert one.layers.keys() == finished.factors.keys()
         assert one.update_norm == pytest.approx(finished.norm(), rel=1e-5)
         norms = {name: float(full_update(finished, name).norm()) for name in finished.factors}
-        relative = {name: norm / chain.base["weight_norms"][name] for name, norm in norms.items()}
+        relative = {name: norm / chain.base.weight_norms[name] for name, norm in norms.items()}
         for name, layer in one.layers.items():
             assert (layer.norm, layer.relative_norm) == pytest.approx((norms[name], relative[name]))
             assert len(layer.singular_values) == finished.rank
@@ -107,7 +107,7 @@ def test_a_zero_update_has_zero_norms_and_effective_rank(chain):
     assert zero.layers["square"].singular_values == [0.0]
 
 
-@pytest.mark.parametrize("base", [{}, {"weight_norms": {}}, {"weight_norms": {"wide": 0.0}}])
+@pytest.mark.parametrize("base", [BaseIdentity(), BaseIdentity(weight_norms={"wide": 0.0})])
 def test_norms_are_none_where_the_bases_are_unknown_or_zero(base):
     (one,) = report(Chain([link(0, 2, "wide")], base))
     assert (one.mean_norm, one.max_norm, one.layers["wide"].relative_norm) == (None, None, None)
@@ -152,7 +152,7 @@ def test_json_is_strict_and_holds_everything(chain):
 def test_a_table_shows_every_number_whole(width):
     metrics = {"val_loss": 0.38912, "val_accuracy": 0.84123}
     chain = Chain(
-        [link(k, 4, "wide", "high", metrics=metrics) for k in range(25)], {"weight_norms": {"wide": 1e6, "high": 1e6}}
+        [link(k, 4, "wide", "high", metrics=metrics) for k in range(25)], BaseIdentity(weight_norms={"wide": 1e6, "high": 1e6})
     )
     text = text_of(report(chain), width)
     assert "…" not in text
@@ -172,7 +172,7 @@ def test_an_empty_chain_is_a_header_alone():
     assert table([]).row_count == 0
 
 
-@pytest.mark.parametrize("base", [{}, {"weight_norms": {"wide": 3.0, "high": 4.0}}])
+@pytest.mark.parametrize("base", [BaseIdentity(), BaseIdentity(weight_norms={"wide": 3.0, "high": 4.0})])
 @pytest.mark.parametrize("n", [1, 3, 25])
 def test_a_picture_of_any_length_is_a_png_and_nothing_is_left_beside_it(n, base, tmp_path):
     plot(report(Chain([link(k, 1 + k % 4, "wide", "high") for k in range(n)], base)), tmp_path / "links.png")

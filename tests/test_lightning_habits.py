@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAModule, LastCheckpoint, PredictionWriter, UserError, lora_layers
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.errors import NonFiniteError
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights

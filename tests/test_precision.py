@@ -104,5 +104,5 @@ def test_a_model_with_half_its_layers_in_half_precision_is_merged_into_layer_by_
 
     module = make("merge", Mixed, target_modules=["2"])
     module.configure_model()
-    assert module.chain.base["dtypes"] == ["bfloat16"]
+    assert module.chain.base.dtypes == ["bfloat16"]
     assert module.model[2].weight.dtype == torch.float32

@@ -241,7 +241,7 @@ def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_me
         body = module.model.model.layers[0]
         assert (body.self_attn.q_proj.weight.dtype, body.self_attn.k_proj.weight.dtype) == (adapted, half)
         assert body.self_attn.q_proj.lora_A.dtype == torch.float32
-        assert module.chain.base["dtypes"] == [dtype]
+        assert module.chain.base.dtypes == [dtype]
     assert f"merge stores the adapted weights in float32, 0 MB more than in {dtype}" in caplog.text
     assert caplog.text.count("merge stores") == 1
     module = COLACausalLM(folder, dtype=dtype, target_modules=None)  # full fine-tuning merges nothing

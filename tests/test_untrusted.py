@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from cola_lightning import COLACausalLM, COLAModule, UserError
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.entry import main
 from tests import tiny
 from tests.toy import ValidatedToy as Toy

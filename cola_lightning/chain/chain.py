@@ -12,11 +12,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.codec import layers_of, link_of_state, link_state
-from cola_lightning.chain.folder import read_folder, write_folder
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.link import Link
+from cola_lightning.chain.store import decode, describe, layers_of, named_tensors, read_files, write_files
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.layer import LoRALayer
+from cola_lightning.writing import whole_folder
 
 
 @dataclass(repr=False)
@@ -25,9 +26,7 @@ class Chain:
 
     Attributes:
         links: the links, ``links[k].index == k``.
-        base: identifies the base: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
-            :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of the frozen values outside the
-            model. The dict is empty if the base is unknown.
+        base: identifies the base; without a fingerprint if it is unknown.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
@@ -37,14 +36,14 @@ class Chain:
     """
 
     links: list[Link] = field(default_factory=list)
-    base: dict[str, Any] = field(default_factory=dict)
+    base: BaseIdentity = field(default_factory=BaseIdentity)
 
     def __len__(self) -> int:
         return len(self.links)
 
     def __repr__(self) -> str:
         """The base's name and a line for each link; tensors are not shown."""
-        lines = [f"Chain of {len(self)} link{'' if len(self) == 1 else 's'} on {self.base.get('name') or 'an unknown base'}"]
+        lines = [f"Chain of {len(self)} link{'' if len(self) == 1 else 's'} on {self.base.name or 'an unknown base'}"]
         return "\n  ".join([*lines, *map(repr, self.links)])
 
     def append(self, link: Link) -> None:
@@ -111,12 +110,12 @@ class Chain:
 
     def state_dict(self) -> dict[str, Any]:
         """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
-        return {"links": [link_state(link) for link in self.links], "base": self.base}
+        return {"description": describe(self.links, self.base), "tensors": named_tensors(self.links)}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any], where: str = "the state dict") -> Self:
         """The chain from its :meth:`state_dict`."""
-        return cls([link_of_state(link) for link in state["links"]], dict(state["base"]))
+        return cls(*decode(state["description"], state["tensors"], where))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the chain as a folder, atomically.
@@ -129,7 +128,8 @@ class Chain:
             UserError: for a folder that is not empty, without ``overwrite``.
             DiskError: if it cannot be written.
         """
-        write_folder(self.links, self.base, Path(folder), overwrite=overwrite)
+        with whole_folder(Path(folder), overwrite=overwrite) as partial:
+            write_files(self.links, self.base, partial)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -138,4 +138,4 @@ class Chain:
         Raises:
             UserError: if the folder holds no chain, a damaged one, or one of an unknown format version.
         """
-        return cls(*read_folder(Path(folder)))
+        return cls(*read_files(Path(folder)))

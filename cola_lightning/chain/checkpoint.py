@@ -1,54 +1,82 @@
 """The chain in a checkpoint: the finished links, the live link, and the state of the run.
 
-These are megabytes where the weights would be gigabytes. This file reads checkpoints without a module or Lightning.
+These are megabytes where the weights would be gigabytes. This file reads checkpoints, and other files that hold a chain,
+without a module or Lightning.
 """
 
+import io
+import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.codec import CHECKPOINT, check_version
 from cola_lightning.chain.link import Link
+from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.store import JSON_NAME, VERSION, check_version
 from cola_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "cola"  # holds everything that this package adds to a checkpoint
 
 
-def read_archive(file: BinaryIO, name: str, field: str = "checkpoint", *, weights_only: bool = True) -> Any:
+@contextmanager
+def opened_file(source: Any) -> Iterator[BinaryIO]:
+    """A file of this machine or at a URL, opened for reading; an open file as it is."""
+    if not isinstance(source, str | PathLike):
+        yield source
+    elif "://" in (path := str(source)):
+        from lightning.fabric.utilities.cloud_io import get_filesystem
+
+        with get_filesystem(path).open(path, "rb") as file:
+            yield io.BytesIO(file.read())
+    else:
+        with open(os.path.expanduser(path), "rb") as file:  # pathlib's fails for a name that begins with ~
+            yield file
+
+
+def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Any:
     """Reads onto the CPU what ``torch.save`` wrote, with the checksums verified, which ``torch.load`` does not do.
 
     Args:
-        file: the open file.
-        name: its path, for messages.
+        source: its path, its URL, or an open file.
         field: the path's name in messages.
         weights_only: False unpickles whatever the file holds, which may run code: for a file that the user trusts.
 
     Raises:
-        UserError: if the file is damaged, or ``torch.save`` did not write it.
+        UserError: if there is no such file, or it is damaged, or ``torch.save`` did not write it.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            if (part := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"its part {part!r} is damaged")
-        file.seek(0)
-        return torch.load(file, weights_only=weights_only, map_location="cpu")
+        with opened_file(source) as file:
+            with zipfile.ZipFile(file) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"its part {part!r} is damaged")
+            file.seek(0)
+            return torch.load(file, weights_only=weights_only, map_location="cpu")
     except Exception as error:  # zipfile and torch.load may raise anything for damaged bytes
-        holds_objects = weights_only and isinstance(error, pickle.UnpicklingError)
-        advice = "; weights_only=False reads one that holds objects, if you trust it" if holds_objects else ""
-        raise _unreadable(field, name, " ".join(str(error).split())[:120] + advice) from error
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
+        if weights_only and isinstance(error, pickle.UnpicklingError):
+            reason += "; weights_only=False reads one that holds objects, if you trust it"
+        raise UserError(
+            f"{field}: expected a checkpoint file, received {name_of(source)!r}, which cannot be read ({reason})"
+        ) from error
 
 
-def _unreadable(field: str, name: str, reason: str | None) -> UserError:
-    return UserError(f"{field}: expected a checkpoint file, received {name!r}, which cannot be read ({reason})")
+def name_of(source: Any) -> str:
+    """The path of a file, open or not, for messages and comparisons."""
+    return os.path.expanduser(str(source if isinstance(source, str | PathLike) else getattr(source, "name", source)))
 
 
 @dataclass
@@ -68,29 +96,18 @@ class OpenedCheckpoint:
     links: int | None = None
 
     @classmethod
-    def open(
-        cls, source: str | Path | BinaryIO, field: str = "checkpoint", *, name: str | None = None, weights_only: bool = True
-    ) -> Self:
+    def open(cls, source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Self:
         """Opens the checkpoint of a COLA module, and reads it.
 
         Args:
-            source: the path, or an open file.
+            source: its path, its URL, or an open file.
             field: the path's name in messages.
-            name: the path of an open file.
             weights_only: see :func:`read_archive`.
 
         Raises:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
-        if isinstance(source, str | Path):
-            path = os.path.expanduser(source)  # pathlib's fails for a name that begins with ~
-            try:
-                with open(path, "rb") as file:
-                    return cls.open(file, field, name=path, weights_only=weights_only)
-            except OSError as error:
-                raise _unreadable(field, path, error.strerror) from error
-        name = name or str(getattr(source, "name", source))
-        contents = read_archive(source, name, field, weights_only=weights_only)
+        contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
         return cls(name, contents, CheckpointState.of(contents, field, name))
 
     def take(self) -> dict[str, Any]:
@@ -106,7 +123,6 @@ class LiveLink:
     Attributes:
         rank: its rank.
         alpha: its update is scaled by ``alpha / rank``.
-        scheduled: the requested rank and alpha.
         metrics: the metrics last logged since it began.
         extras: names, in the model, of fully trained parameters and of buffers.
         outside: names, in the module, of values trained outside the model.
@@ -114,7 +130,6 @@ class LiveLink:
 
     rank: int
     alpha: float
-    scheduled: list[float]
     metrics: dict[str, float]
     extras: list[str]
     outside: list[str]
@@ -133,7 +148,6 @@ class CheckpointState:
         has_knots: whether the run's schedule has knots.
         seed: seed of all random draws.
         origin: path of the chain that the run began from, and the requested number of its links.
-        optimizer: class path of the live link's optimizer.
         has_rate_of_saved: whether fully trained modules had a separate learning rate.
         base_weights: the base's weights, if they are stored (``save_base``).
         callback_metrics: the metrics that the Trainer last logged.
@@ -154,7 +168,6 @@ class CheckpointState:
     has_knots: bool
     seed: int
     origin: list[str | int | None]
-    optimizer: str | None
     has_rate_of_saved: bool
     base_weights: dict[str, Tensor] | None
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -171,7 +184,7 @@ class CheckpointState:
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         live = None if self.live is None else dict(vars(self.live))
         written = {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}
-        return {"format_version": CHECKPOINT.version} | plain | written
+        return {"format_version": VERSION} | plain | written
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], field: str = "checkpoint", name: str = "the checkpoint") -> Self:
@@ -188,10 +201,22 @@ class CheckpointState:
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
             raise UserError(f"{field}: expected a checkpoint of a COLA module, received {name!r}, which holds no chain")
         given = dict(checkpoint[CHECKPOINT_KEY])
-        check_version(given.pop("format_version", None), CHECKPOINT, name)
+        version = given.pop("format_version", None)
+        check_version(version, name)
+        if version == 2:
+            given = _of_version_2(given)
         live = None if given["live"] is None else LiveLink(**given["live"])
-        read = {"chain": Chain.from_state_dict(given["chain"]), "live": live, "link_start": Counters(*given["link_start"])}
-        return cls(**given | read)
+        read = {"chain": Chain.from_state_dict(given["chain"], name), "live": live}
+        return cls(**given | read | {"link_start": Counters(*given["link_start"])})
+
+
+def _of_version_2(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint of version 2 as version 3 has it; to be deleted with the last of them."""
+    chain = Chain([Link(**link) for link in given["chain"]["links"]], BaseIdentity(**given["chain"]["base"]))
+    parts = {"chain": chain.state_dict(), "live": given["live"] and dict(given["live"])}
+    if parts["live"]:
+        del parts["live"]["scheduled"]
+    return {name: value for name, value in given.items() if name != "optimizer"} | parts
 
 
 def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
@@ -222,7 +247,7 @@ def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
     chain, live = state.chain, state.live
     if live is not None:  # None: trained without links
         weights, factors = checkpoint["state_dict"], {}
-        for name in chain.base["weight_norms"]:
+        for name in chain.base.weight_norms:
             lora_A, lora_B = (weights[f"model.{name}.lora_{factor}"] for factor in "AB")
             factors[name] = lora_A[: live.rank].contiguous(), lora_B[:, : live.rank].contiguous()
         link = Link(
@@ -237,4 +262,34 @@ def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
             outside={name: weights[name] for name in live.outside},
         )
         chain = Chain([*chain.links, link], chain.base)
+    return chain if links is None else chain.truncate(links)
+
+
+def read_chain(path: str | Path, links: int | None = None, field: str = "checkpoint") -> Chain:
+    """Reads a chain without its base.
+
+    Args:
+        path: a checkpoint, whose live link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
+            link.
+        links: the number of links, from the first; None: all.
+        field: the path's name in messages.
+
+    Raises:
+        UserError: if the path is none of these, or the files are damaged.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return chain_of(OpenedCheckpoint.open(path, field).contents, links)
+    if (path / JSON_NAME).is_file():
+        chain = Chain.load(path)
+    elif (path / CONFIG_NAME).is_file():
+        chain = read_adapter(path)
+        if links is not None and links < len(chain) and chain.links[-1].extras:
+            what = "an adapter holds the last link's trained modules alone (model.modules_to_save)"
+            log.warning("%s: %s: with %d of its %d links they begin as in the base", field, what, links, len(chain))
+    else:
+        what = "holds none of these" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"{field}: expected a checkpoint, a chain folder or a PEFT adapter, received {str(path)!r}, which {what}"
+        )
     return chain if links is None else chain.truncate(links)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.codec import ADAPTER, check_version, describe_link, link_facts
 from cola_lightning.chain.link import Link, core_of_product
+from cola_lightning.chain.store import check_version, link_fields
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.lora.registry import is_linear
 
@@ -80,8 +81,8 @@ def read_adapter(folder: str | Path) -> Chain:
     try:
         link = _as_link(pairs, extras, config)
         if links is None:
-            return Chain([link], {})
-        check_version(links.get("format_version"), ADAPTER, str(folder / TENSORS_NAME))
+            return Chain([link])
+        check_version(links.get("format_version"), str(folder / TENSORS_NAME))
         return _split(link, links)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:
         if isinstance(error, UserError):
@@ -221,11 +222,6 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
     return *_padded(*smaller, rank), error  # a layer's side may be smaller than the rank
 
 
-def describe_links(chain: Chain) -> dict[str, Any]:
-    """What concatenation loses: which factors belong to which link, and each link's description."""
-    return {"format_version": ADAPTER.version, "base": chain.base, "links": list(map(describe_link, chain.links))}
-
-
 def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
     """Splits concatenated factors into the links of a description.
 
@@ -233,7 +229,7 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
         LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     links, start = [], 0
-    described = [link_facts(facts) for facts in description["links"]]
+    described = [link_fields(facts) for facts in description["links"]]
     if sum(facts["rank"] for facts in described) != whole.rank or [f["index"] for f in described] != list(
         range(len(described))
     ):
@@ -243,7 +239,7 @@ def _split(whole: Link, description: Mapping[str, Any]) -> Chain:
         factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
         links.append(Link(**facts, factors=factors, extras=whole.extras if end == whole.rank else {}))
         start = end
-    return Chain(links, dict(description["base"]))
+    return Chain(links, BaseIdentity(**description["base"]))
 
 
 def saved_by_peft(base: nn.Module, layers: Iterable[str], modules_to_save: Iterable[str]) -> list[str]:
@@ -362,7 +358,7 @@ def write_adapter(
         factors: A and B by layer, with scaling 1, from :func:`as_peft_weights`.
         whole: the fully trained parameters, by name.
         config: the ``LoraConfig``.
-        description: the chain's :func:`describe_links`; None if the factors are not a chain's.
+        description: the chain's :func:`~cola_lightning.chain.store.describe`; None if the factors are not a chain's.
     """
     from safetensors.torch import save_file
 

@@ -109,13 +109,14 @@ def report(chain: Chain) -> list[LinkReport]:
     """Each link's report, in order.
 
     Example:
+        >>> from cola_lightning.chain import BaseIdentity
         >>> factors = {"fc": (torch.eye(2, 4), torch.eye(3, 2))}
         >>> link = Link(0, rank=2, alpha=1.0, start_step=0, end_step=10, factors=factors)
-        >>> (first,) = report(Chain([link], base={"weight_norms": {"fc": 5.0}}))
+        >>> (first,) = report(Chain([link], base=BaseIdentity(weight_norms={"fc": 5.0})))
         >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
         (10, [0.5, 0.5], 2.0)
     """
-    weight_norms = chain.base.get("weight_norms", {})
+    weight_norms = chain.base.weight_norms
     total_ranks = itertools.accumulate(link.rank for link in chain.links)
     return [_report_link(link, rank, weight_norms) for link, rank in zip(chain.links, total_ranks, strict=True)]
 

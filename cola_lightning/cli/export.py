@@ -89,7 +89,7 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     from cola_lightning.export import check_no_base, export_chain
 
     chain = chain_of(opened.contents, links)
-    check_no_base(asked.folder, chain.base.get("name", ""))
+    check_no_base(asked.folder, chain.base.name)
     return export_chain(chain, asked)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments
-from cola_lightning.chain.folder import JSON_NAME
 from cola_lightning.chain.peft import CONFIG_NAME, TENSORS_NAME, adapter_config
+from cola_lightning.chain.store import JSON_NAME
 from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.decoding import Decoding

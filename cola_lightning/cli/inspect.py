@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.chain.files import read_chain
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.help import command_parser, parsed
 
 LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"

@@ -18,11 +18,10 @@ from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.chain.files import read_chain
-from cola_lightning.chain.packed import pack
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
 from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
 from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
+from cola_lightning.chain.store import pack
 from cola_lightning.errors import UserError
 from cola_lightning.export import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors
@@ -207,9 +206,9 @@ class COLAModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
-    def facts_of_base(self) -> dict[str, Any]:
-        """Plain values to store in ``chain.base``, in checkpoints and chain folders, beside the base's identity."""
-        return {}
+    def labels_of_base(self) -> list[str] | None:
+        """A classifier's labels, which are a part of the base's identity; None: not known."""
+        return None
 
     # ------------------------------------------------------------------ its parts
 
@@ -480,7 +479,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """The finished links, their base, and the live link's rank, alpha and start, as a tensor of bytes."""
         if not self.trained_state.is_packing:
             return UNCHANGED
-        return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
+        return pack(self.chain.links, self.chain.base, live=self.adapted.live, link_start=list(self.link_start))
 
     get_extra_state.is_chain = True  # type: ignore[attr-defined]  # and not a subclass' own
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, LiveLink
-from cola_lightning.chain.packed import EXTRA_STATE
+from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.modules.arguments import plain, readable
 from cola_lightning.modules.rewind import rewound_progress
@@ -70,7 +70,7 @@ def _state_of(module: "COLAModule") -> CheckpointState:
     live = None
     if adapted.live is not None:
         metrics = module.link_metrics.of(trainer, run.link_start.global_step)
-        live = LiveLink(*adapted.live, plans[-1], metrics, list(adapted.extras()), list(trained.outside()))
+        live = LiveLink(*adapted.live, metrics, list(adapted.extras()), list(trained.outside()))
     return CheckpointState(
         module=module.constructor_arguments,
         chain=adapted.chain,
@@ -80,7 +80,6 @@ def _state_of(module: "COLAModule") -> CheckpointState:
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
         origin=module.origin,
-        optimizer=None,
         has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},

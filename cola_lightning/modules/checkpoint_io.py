@@ -1,14 +1,10 @@
 """Checkpoints that are written atomically, so that no name refers to half a file, and checked for damage when read."""
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.utils.serialization import config
 from typing_extensions import override
 
@@ -49,13 +45,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if self.opened is not None and self.opened.path == str(path) and (contents := self.opened.take()):
             return contents
-        with opened_file(path) as file:  # Lightning's default unpickles what is at a URL
-            checkpoint: dict[str, Any] = read_archive(file, str(path), weights_only=weights_only is not False)
+        # Lightning's default unpickles what is at a URL
+        checkpoint: dict[str, Any] = read_archive(path, weights_only=weights_only is not False)
         return checkpoint
-
-
-@contextmanager
-def opened_file(path: str | Path) -> Iterator[BinaryIO]:
-    """An open file, of this machine or at a URL."""
-    with get_filesystem(path).open(str(path), "rb") as file:
-        yield io.BytesIO(file.read()) if "://" in str(path) else file

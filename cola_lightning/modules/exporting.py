@@ -97,7 +97,7 @@ def export_module(
 
 
 def _merged(module: Any, card: Card, options: ExportOptions, prompt_format: Mapping[str, Any] | None) -> list[str]:
-    model, dtypes = module.merged_model(), module.adapted.chain.base["dtypes"]
+    model, dtypes = module.merged_model(), module.adapted.chain.base.dtypes
     if not is_of_transformers(model):
         dtypes = sorted({*dtypes, *_dtypes_beside(module.model)})
     if was_quantized := is_quantized_model(module.model):
@@ -161,7 +161,7 @@ def _adapter(module: Any, chain: Chain, card: Card, options: ExportOptions) -> l
         config = f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r})"
         hints.append(f"in 4 bits, and de-quantised to compare: peft loads the same with {config}")
     base = replace(base, hints=[*base.hints, *hints])
-    return export_adapter(chain, base, options, probe, card=card, labels=module.facts_of_base.get("labels"))
+    return export_adapter(chain, base, options, probe, card=card, labels=module.labels_of_base)
 
 
 def _built_base(module: Any) -> AdapterBase:

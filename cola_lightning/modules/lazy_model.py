@@ -1,6 +1,7 @@
 """The model of a module, made once: when Lightning configures the module, or when it is accessed before that."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,8 +115,8 @@ class LazyModel:
         state = self.state = TrainedState(module, adapted)
         self._cast(torch.get_default_dtype())
         state.remember_outside()
-        adapted.chain.base["outside"] = state.frozen_outside()
-        adapted.chain.base |= module.facts_of_base
+        base = adapted.chain.base
+        adapted.chain.base = replace(base, outside=state.frozen_outside(), labels=module.labels_of_base)
         if module.first_chain is not None:
             state.start_from(module.first_chain)
             adapted.start_from(module.first_chain)

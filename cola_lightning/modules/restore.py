@@ -7,8 +7,6 @@ model, and refuses what cannot be restored; nothing is changed until :func:`appl
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +17,17 @@ from torch import Tensor
 
 from cola_lightning.adapted_model import AdaptedModel, check_links
 from cola_lightning.chain import Chain
+from cola_lightning.chain.base import check_same_base
 from cola_lightning.chain.checkpoint import (
     CHECKPOINT_KEY,
     CheckpointState,
     OpenedCheckpoint,
     chain_of,
 )
-from cola_lightning.chain.fingerprint import check_same_base
-from cola_lightning.chain.packed import EXTRA_STATE, unpack
 from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.store import EXTRA_STATE, unpack
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
-from cola_lightning.modules.checkpoint_io import opened_file
 from cola_lightning.modules.rewind import resume_from
 from cola_lightning.modules.run_state import trainer_of
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
@@ -169,12 +166,13 @@ def restore_packed(module: "COLAModule", packed: Tensor) -> None:
     Raises:
         UserError: if the links were trained on another base.
     """
-    chain, facts = unpack(packed)
+    finished, given = unpack(packed)
+    chain = Chain(*finished)
     check_same_base(chain.base, module.adapted.chain.base)
     module.adapted.go_to(chain)
-    if facts["live"] is not None:
-        module.adapted.resume_link(*facts["live"])
-    module.run_state.link_start = Counters(*facts["link_start"])
+    if given["live"] is not None:
+        module.adapted.resume_link(*given["live"])
+    module.run_state.link_start = Counters(*given["link_start"])
 
 
 def _check_same_choices(module: "COLAModule", checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
@@ -237,7 +235,8 @@ def load_module(
         weights_only: False unpickles any object.
         strict: of the module's ``load_state_dict``; None: its ``strict_loading``.
     """
-    opened = replace(_opened(source, weights_only=weights_only), links=links)
+    opened = source if isinstance(source, OpenedCheckpoint) else OpenedCheckpoint.open(source, weights_only=weights_only)
+    opened = replace(opened, links=links)
     checkpoint, recorded = {**opened.contents}, opened.state.module
     if hparams_file is not None:
         is_csv = str(hparams_file).endswith(".csv")
@@ -265,17 +264,6 @@ def load_module(
     if keys.unexpected_keys:
         rank_zero_warn(f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}")
     return module
-
-
-def _opened(source: Any, *, weights_only: bool) -> OpenedCheckpoint:
-    """The checkpoint at a path, at a URL or in an open file; one that was opened."""
-    if isinstance(source, OpenedCheckpoint):
-        return source
-    if isinstance(source, str | PathLike) and "://" in str(source):
-        with opened_file(str(source)) as file:
-            return OpenedCheckpoint.open(file, name=str(source), weights_only=weights_only)
-    path = Path(source) if isinstance(source, PathLike) else source
-    return OpenedCheckpoint.open(path, weights_only=weights_only)
 
 
 def _class_of(path: str, requested: type) -> type | None:

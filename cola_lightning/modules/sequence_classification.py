@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,9 +77,9 @@ class COLASequenceClassifier(LanguageModule):
         if self._label_names is not None:
             return self._label_names
         if self.is_made:  # of a state dict that was loaded
-            return self.adapted.chain.base.get("labels")
+            return self.adapted.chain.base.labels
         chain = self.first_chain if self.pending is None else self.pending.state.chain  # which is about to be applied
-        return None if chain is None else chain.base.get("labels")
+        return None if chain is None else chain.base.labels
 
     def settle_labels(self, found: Sequence[str]) -> None:
         """Sets the model's labels to the data's, unless they are known already.
@@ -113,7 +114,7 @@ class COLASequenceClassifier(LanguageModule):
         self._set_number(len(names))
         if self.is_made:
             self._describe(self.model.config)
-            self.adapted.chain.base |= self.facts_of_base
+            self.adapted.chain.base = replace(self.adapted.chain.base, labels=self._label_names)
 
     def _set_number(self, num_labels: int) -> None:
         if num_labels != self.num_labels:
@@ -133,8 +134,8 @@ class COLASequenceClassifier(LanguageModule):
 
     @property
     @override
-    def facts_of_base(self) -> dict[str, Any]:
-        return {} if self._label_names is None else {"labels": self._label_names}
+    def labels_of_base(self) -> list[str] | None:
+        return self._label_names
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

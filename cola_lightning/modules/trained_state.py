@@ -9,8 +9,8 @@ from torch.nn.parameter import is_lazy
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
-from cola_lightning.chain.fingerprint import check_dense, hash_of
-from cola_lightning.chain.packed import EXTRA_STATE
+from cola_lightning.chain.base import check_dense, hash_of
+from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.sharded import tensors
@@ -126,8 +126,7 @@ class TrainedState:
             UserError: for a chain that was trained beside other frozen parameters outside of its model.
         """
         own = self.frozen_outside()
-        expected: Mapping[str, str] = chain.base.get("outside", {})
-        if different := [name for name, value in expected.items() if own.get(name, value) != value]:
+        if different := [name for name, value in chain.base.outside.items() if own.get(name, value) != value]:
             raise UserError(
                 f"model.init_chain: expected the values that {different[0]!r}, which is frozen and outside of the model, had "
                 "in the chain's run (seed_everything, if they are drawn), received others"

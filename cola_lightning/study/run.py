@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cola_lightning.callbacks import RunWatch
-from cola_lightning.chain.fingerprint import fingerprint_of
+from cola_lightning.chain.base import fingerprint_of
 from cola_lightning.chain.schedule import START
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError

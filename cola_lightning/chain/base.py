@@ -1,8 +1,8 @@
-"""Identifies the base that a chain was trained on: its name, fingerprints of its values, and the checks against them."""
+"""The identity of the base that a chain was trained on: its name, fingerprints of its values, and the checks against them."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,38 @@ from cola_lightning.sharded import tensors
 SAMPLED_VALUES = 64  # per parameter and buffer
 
 
-def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
-    """A description that identifies the base under a model's LoRA layers, before any link is merged.
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What identifies the base under a model's LoRA layers, before any link is merged.
+
+    Attributes:
+        name: the model's name, such as a hub id.
+        fingerprint: a hash of the adapted layers' names, shapes and a sample of their values; empty if the base is unknown.
+        dtypes: their original dtypes (``nf4``, ``fp4``: 4 bits).
+        weight_norms: the Frobenius norm of each adapted weight, by the layer's name.
+        values: a hash of shape and sampled values for each parameter and persistent buffer, by name; None if it is trained.
+        outside: the same for frozen parameters of the module outside of the model.
+        labels: a classifier's labels, in the order of its outputs; None: not known.
+    """
+
+    name: str = ""
+    fingerprint: str = ""
+    dtypes: list[str] = field(default_factory=list)
+    weight_norms: dict[str, float] = field(default_factory=dict)
+    values: dict[str, str | None] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    labels: list[str] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (fingerprint {self.fingerprint[:12]})"
+
+
+def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
+    """The identity of an adapted model's base.
 
     Args:
         model: an adapted model with no link merged into its weights.
-        name: the model's name, such as a hub id.
-
-    Returns:
-        ``name``; ``fingerprint``: a hash of the adapted layers' names, shapes and a sample of their values; ``dtypes``: their
-        original dtypes (``nf4``, ``fp4``: 4 bits); ``weight_norms``: the Frobenius norm of each weight, by name;
-        ``values``: a hash of shape and sampled values for each parameter and persistent buffer, by name, None if it is trained.
+        name: the model's name.
     """
     digest = hashlib.sha256()
     layers = lora_layers(model)
@@ -35,13 +56,7 @@ def describe_base(model: nn.Module, name: str = "") -> dict[str, Any]:
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
-    return {
-        "name": name,
-        "fingerprint": digest.hexdigest(),
-        "dtypes": dtypes,
-        "weight_norms": norms,
-        "values": _hashes(model),
-    }
+    return BaseIdentity(name, digest.hexdigest(), dtypes, norms, _hashes(model))
 
 
 def _hashes(model: nn.Module) -> dict[str, str | None]:
@@ -90,32 +105,27 @@ def _bytes(sample: Tensor) -> bytes:
     return wide.detach().cpu().double().numpy().tobytes()
 
 
-def check_same_base(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     """Refuses a base on which the chain was not trained.
-
-    Args:
-        expected: :func:`describe_base` of the chain's base.
-        received: :func:`describe_base` of this base.
 
     Raises:
         UserError: if the adapted layers, the dtypes, the labels or the values differ.
     """
-    check_same_layers(expected["weight_norms"], received["weight_norms"])
+    check_same_layers(expected.weight_norms, received.weight_norms)
     check_same_labels(expected, received)
-    if expected["dtypes"] != received["dtypes"]:
+    if expected.dtypes != received.dtypes:
         raise UserError(
-            f"base: expected one in {' and '.join(expected['dtypes'])}, in which the chain was trained, "
-            f"received one in {' and '.join(received['dtypes'])}"
+            f"base: expected one in {' and '.join(expected.dtypes)}, in which the chain was trained, "
+            f"received one in {' and '.join(received.dtypes)}"
         )
     if (where := _difference(expected, received)) is not None:
         raise UserError(
-            f"base: expected the one on which the chain was trained, {_named(expected)}, received another, "
-            f"{_named(received)}, {where}: the same model, revision, seed and target_modules are needed, or save_base: true in "
-            "training"
+            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: "
+            "the same model, revision, seed and target_modules are needed, or save_base: true in training"
         )
 
 
-def check_rebuilt(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+def check_rebuilt(expected: BaseIdentity, received: BaseIdentity) -> None:
     """Refuses a base that ``build_model`` rebuilt with different values.
 
     Raises:
@@ -128,44 +138,40 @@ def check_rebuilt(expected: Mapping[str, Any], received: Mapping[str, Any]) -> N
         )
 
 
-def _difference(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str | None:
+def _difference(expected: BaseIdentity, received: BaseIdentity) -> str | None:
     """Where two bases differ; None if everything known of both is equal."""
-    mine, theirs = received["values"], expected["values"]
+    mine, theirs = received.values, expected.values
     if alone := sorted(mine.keys() ^ theirs.keys()):
         return f"{'with' if alone[0] in mine else 'without'} {alone[0]!r}"
     pairs = ((name, value, theirs[name]) for name, value in mine.items())
     if different := [name for name, value, other in pairs if value != other and None not in (value, other)]:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         return f"with other values of {different[0]!r}{more}"
-    return None if expected["fingerprint"] == received["fingerprint"] else "with other values of adapted layers"
+    return None if expected.fingerprint == received.fingerprint else "with other values of adapted layers"
 
 
-def _named(base: Mapping[str, Any]) -> str:
-    return f"{base['name']!r} (fingerprint {base['fingerprint'][:12]})"
-
-
-def check_same_labels(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+def check_same_labels(expected: BaseIdentity, received: BaseIdentity) -> None:
     """Refuses a classifier whose labels differ from those on which the chain was trained, if both are known.
 
     Raises:
         UserError: if the labels or their order differ.
     """
-    theirs, mine = expected.get("labels"), received.get("labels")
+    theirs, mine = expected.labels, received.labels
     if None not in (theirs, mine) and theirs != mine:
         raise UserError(f"model.label_names: expected {theirs}, on which the chain was trained, received {mine}")
 
 
-def check_same_layers(expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
+def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
     """Refuses a model whose adapted layers are not those of the chain.
 
     Args:
-        expected: a mapping whose keys are the names of the chain's layers.
-        received: a mapping whose keys are the names of this model's adapted layers.
+        expected: the names of the chain's layers.
+        received: the names of this model's adapted layers.
 
     Raises:
         UserError: naming a layer that only one of them adapts.
     """
-    if missing := sorted(expected.keys() - received.keys()):
+    if missing := sorted(set(expected) - set(received)):
         raise UserError(f"model.target_modules: expected the chain's layers, with {missing[0]!r}, received none such")
-    if unknown := sorted(received.keys() - expected.keys()):
+    if unknown := sorted(set(received) - set(expected)):
         raise UserError(f"model.target_modules: expected the chain's layers alone, received {unknown[0]!r} too")
