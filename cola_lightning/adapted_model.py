@@ -286,6 +286,13 @@ class AdaptedModel:
             chain.replay(layers, device, start=self.link)
         self.chain = Chain(list(chain.links), chain.base)
 
+    def reserve_stacks(self, ranks: Sequence[int]) -> None:
+        """Allocates the stacks for links of these ranks after the finished ones, at most for a weight's full rank."""
+        total = sum(ranks) + sum(link.rank for link in self.chain.links)
+        for layer in self.layers.values():
+            if layer.stack is not None:
+                layer.stack.reserve(min(total, layer.lora_A.shape[1], layer.lora_B.shape[0]))
+
     def forget_links(self, base: dict[str, Any]) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""
         self.chain = Chain(base=base)

@@ -17,7 +17,7 @@ from torch import Tensor
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.codec import CHECKPOINT, check_version
 from cola_lightning.chain.link import Link
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
 
 CHECKPOINT_KEY = "cola"  # holds everything that this package adds to a checkpoint
@@ -153,7 +153,7 @@ class CheckpointState:
     chain: Chain
     live: LiveLink | None
     dtype: str | None
-    link_start: Counters
+    link_start: FitPosition
     has_knots: bool
     seed: int
     origin: list[str | int | None]
@@ -188,7 +188,7 @@ class CheckpointState:
         given = dict(checkpoint[CHECKPOINT_KEY])
         check_version(given.pop("format_version", None), CHECKPOINT, "the checkpoint")
         live = None if given["live"] is None else LiveLink(**given["live"])
-        read = {"chain": Chain.from_state_dict(given["chain"]), "live": live, "link_start": Counters(*given["link_start"])}
+        read = {"chain": Chain.from_state_dict(given["chain"]), "live": live, "link_start": FitPosition(*given["link_start"])}
         return cls(**given | read)
 
 

@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +23,7 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.files import read_chain
 from cola_lightning.chain.packed import pack
 from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
-from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
 from cola_lightning.errors import UserError
 from cola_lightning.export import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors
@@ -33,15 +34,12 @@ from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.hooks import keep_hooks
-from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
+from cola_lightning.modules.knot import begin_at, facts_of_live_link, tie_knot
 from cola_lightning.modules.lazy_model import LazyModel
-from cola_lightning.modules.link_metrics import LinkMetrics
-from cola_lightning.modules.link_plan import LinkPlan
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.restore import load_module, restore, restore_packed
+from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.run_state import RunState
-from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes, tensors
@@ -142,7 +140,10 @@ class COLAModule(LightningModule, RecordsArguments):
         check_trained_factors(trained_factors)
         if init_links is not None and init_chain is None:
             raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
-        self.run_state = RunState()
+        # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
+        schedule = ChainSchedule(default_rank=int(rank), default_alpha=float(alpha))
+        seed = None if seed is None else int(seed)
+        self.run = Run(schedule, seed, seed)
         self.optimization = LinkOptimization(
             optimizer,
             modules_to_save_lr,
@@ -151,9 +152,8 @@ class COLAModule(LightningModule, RecordsArguments):
             schedule_scope,
             knot_warmup_steps,
             kept_optimizer_state,
-            self.run_state,
+            self.run,
         )
-        # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
         self.finished_links, self.save_base, self.trained_factors = finished_links, save_base, trained_factors
@@ -163,9 +163,8 @@ class COLAModule(LightningModule, RecordsArguments):
         if init_chain is not None and target_modules is None:
             raise UserError("model.init_chain: expected null without links (model.target_modules is null), received a chain")
         self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
-        self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
-        self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state, self.dropout, self.init)
-        self.link_metrics = LinkMetrics()
+        # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
+        self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
         self.lazy_model = LazyModel(self)
         self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
@@ -256,19 +255,20 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def schedule(self) -> ChainSchedule:
         """When knots fall; one link until ChainOfLoRA gives its own."""
-        return self.run_state.schedule
+        return self.run.schedule
 
     @schedule.setter
     def schedule(self, schedule: ChainSchedule) -> None:
-        self.run_state.schedule = schedule
+        own = self.run.schedule
+        self.run.schedule = replace(schedule, default_rank=own.default_rank, default_alpha=own.default_alpha)
 
     @property
-    def link_start(self) -> Counters:
+    def link_start(self) -> FitPosition:
         """Epoch and optimizer step at which the live link began. To set it also renews the link's schedule."""
-        return self.run_state.link_start
+        return self.run.link_start
 
     @link_start.setter
-    def link_start(self, start: Counters) -> None:
+    def link_start(self, start: FitPosition) -> None:
         begin_at(self, start)
 
     @functools.cached_property
@@ -279,7 +279,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""
-        return self.seed_choice.value
+        return self.run.seed
 
     @property
     def is_base_in_checkpoint(self) -> bool:
@@ -436,7 +436,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
         frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
-        return self.optimization.configure(trained, self.modules_to_save, counters_now(self).global_step)
+        return self.optimization.configure(trained, self.modules_to_save, self.run.position(trainer_of(self)).global_step)
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:

@@ -11,8 +11,7 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.modules.compilation import compile_model
-from cola_lightning.modules.run_state import trainer_of
-from cola_lightning.modules.seed import choose_seed
+from cola_lightning.modules.run import trainer_of
 from cola_lightning.modules.trained_state import TrainedState
 from cola_lightning.seeding import seeded_build
 from cola_lightning.sharded import tensors
@@ -58,7 +57,6 @@ class LazyModel:
         if dtype != torch.float32:
             self._cast(dtype)
         if (trainer := trainer_of(self.module)) is not None:
-            self.module.seed_choice.check_shared()
             shard_module(trainer.strategy, self.module)
         if self.module.should_compile and not self._is_compiled:
             compile_model(self.module.model)
@@ -120,7 +118,7 @@ class LazyModel:
             state.start_from(module.first_chain)
             adapted.start_from(module.first_chain)
         if module.target_modules is not None:
-            module.link_plan.begin(adapted)
+            adapted.begin_link(module.schedule.rank(module.link), module.schedule.alpha(module.link))
             if module.pending is None:
                 _log_memory_of_merge(adapted)
         if module.activation_checkpointing:
@@ -130,9 +128,8 @@ class LazyModel:
 
     def choose_seed(self) -> None:
         """Chooses the module's seed if none was given."""
-        if self.module.seed_choice.value is None:
-            pending = self.module.pending
-            self.module.seed_choice = choose_seed(None if pending is None else pending.state.seed)
+        pending = self.module.pending
+        self.module.run.choose_seed(None if pending is None else pending.state.seed)
 
     def _make_base(self) -> nn.Module:
         module = self.module
@@ -145,15 +142,14 @@ class LazyModel:
             if not isinstance(model, nn.Module):
                 raise UserError(f"{type(module).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if (targets := module.target_modules) is not None:
-                plan, saved = module.link_plan, module.modules_to_save
-                numbers = plan.max_rank, plan.alpha, plan.dropout
-                inject_lora(model, targets, *numbers, saved, plan.init, module.finished_links)
+                saved = module.modules_to_save
+                inject_lora(model, targets, modules_to_save=saved, finished_links=module.finished_links, **module.link_options)
         return model
 
     @property
     def _seed(self) -> int:
-        assert self.module.seed_choice.value is not None
-        return self.module.seed_choice.value
+        assert self.module.run.seed is not None
+        return self.module.run.seed
 
     def _forget(self) -> None:
         _children(self.module).pop("model", None)

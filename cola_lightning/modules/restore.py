@@ -27,12 +27,12 @@ from cola_lightning.chain.checkpoint import (
 )
 from cola_lightning.chain.fingerprint import check_same_base
 from cola_lightning.chain.packed import EXTRA_STATE, unpack
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
 from cola_lightning.modules.checkpoint_io import opened_file
 from cola_lightning.modules.rewind import resume_from
-from cola_lightning.modules.run_state import trainer_of
+from cola_lightning.modules.run import trainer_of
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ def restore(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
             fit also for options that differ from the checkpoint's.
     """
     trainer, pending = trainer_of(module), module.pending
-    adapted, trained, run = module.adapted, module.trained_state, module.run_state
+    adapted, trained, run = module.adapted, module.trained_state, module.run
     is_fit = trainer is not None and trainer.state.fn == "fit"
     has_progress = bool(checkpoint.get("optimizer_states") or checkpoint.get("loops"))
     if CHECKPOINT_KEY not in checkpoint and trained.is_all_in_values and not (is_fit and has_progress):
-        module.link_metrics.load({}, {})
+        run.load_metrics({}, {})
         return
     state = CheckpointState.of(checkpoint)
     choices = f"{trainer.precision} and {module.finished_links}" if trainer is not None and is_fit else None
@@ -92,15 +92,15 @@ def restore(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     apply_restore(plan, adapted)
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         module.double()
-    module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
-    run.link_start, run.resumes_knots = state.link_start, state.has_knots
-    run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
+    run.seed = adapted.seed = state.seed
+    run.link_start = state.link_start
+    run.left_at = None if plan.begins_link else FitPosition(checkpoint["epoch"], checkpoint["global_step"])
     trained.first_outside = dict(state.outside)
     if plan.begins_link:
-        module.link_plan.begin(adapted)
-        module.link_metrics.begin_link(trainer)
+        adapted.begin_link(run.schedule.rank(adapted.link), run.schedule.alpha(adapted.link))
+        run.begin_metrics(trainer)
     else:
-        module.link_metrics.load(state.live.metrics if state.live else {}, state.callback_metrics)
+        run.load_metrics(state.live.metrics if state.live else {}, state.callback_metrics)
     trained.values_to_load = values_after(plan, adapted, trained)
 
 
@@ -174,7 +174,7 @@ def restore_packed(module: "COLAModule", packed: Tensor) -> None:
     module.adapted.go_to(chain)
     if facts["live"] is not None:
         module.adapted.resume_link(*facts["live"])
-    module.run_state.link_start = Counters(*facts["link_start"])
+    module.run.link_start = FitPosition(*facts["link_start"])
 
 
 def _check_same_choices(module: "COLAModule", checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
@@ -194,10 +194,17 @@ def _check_same_choices(module: "COLAModule", checkpoint: Mapping[str, Any], sta
             "ckpt_path: expected a run without finished links to resume with averaged weights, received one with "
             f"{len(state.chain)} of them"
         )
-    if (seed := module.seed_choice.given) not in (None, state.seed):
+    if (seed := module.run.given_seed) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if state.live is not None:
-        module.link_plan.check_resumed(dict(enumerate(state.scheduled)), len(state.chain))
+    schedule = module.run.schedule
+    if state.has_knots and not schedule.has_knots:
+        raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+    planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
+    if state.live is not None and planned != state.scheduled:
+        raise UserError(
+            "model.rank, model.alpha, chain.ranks, chain.alphas: expected the ranks and alphas of the checkpoint's run, "
+            f"{state.scheduled}, one pair for each link, received {planned}"
+        )
     if (origin := module.origin)[0] is not None and origin != state.origin:
         (had, had_links), (mine, my_links) = state.origin, origin
         raise UserError(
