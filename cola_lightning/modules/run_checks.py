@@ -23,12 +23,12 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
+from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.run import accumulation_schedulers, run_length
-from cola_lightning.modules.summary import summary
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
 
@@ -101,7 +101,7 @@ class RunChecks(Callback):
         self.module.run.length = length
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
-        log.info("%s", summary(self.module))
+        log.info("%s", _summary(self.module))
 
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
@@ -290,6 +290,23 @@ def _without_gradient(model: nn.Module) -> list[str]:
         for name, layer in lora_layers(model).items()
         if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
     ]
+
+
+def _summary(module: "COLAModule") -> str:
+    """How many of a module's parameters are trained, and where."""
+    text = "model:"
+    if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
+        frozen = {id(factor) for factor in module.adapted.frozen_factors()}
+        parameters = list(module.parameters())
+        n_trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in frozen)
+        packed = [part.get_parameter("weight") for part in module.model.modules() if is_quantized(part)]
+        n_all = sum(p.numel() for p in [*parameters, *packed])  # a packed weight has two values in a byte
+        text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
+    if module.adapted.live is None:
+        return text
+    rank, alpha = module.adapted.live
+    text += f", link {module.link} of rank {rank} and alpha {alpha:g} on {len(module.adapted.layers)} layers"
+    return text + (f", and all of {', '.join(module.modules_to_save)}" if module.modules_to_save else "")
 
 
 def _check_frozen(module: "COLAModule") -> None:
