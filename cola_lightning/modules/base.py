@@ -288,7 +288,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return is_pending or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
-    def origin(self) -> list[str | int | None]:
+    def init_chain_source(self) -> list[str | int | None]:
         """The path of ``init_chain``, and how many of its links were requested."""
         path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
         return [path, self.init_links]

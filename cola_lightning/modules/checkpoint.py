@@ -79,7 +79,7 @@ def _state_of(module: "COLAModule") -> CheckpointState:
         link_start=run.link_start,
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
-        origin=module.origin,
+        origin=module.init_chain_source,
         optimizer=None,
         has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,
