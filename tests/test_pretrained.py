@@ -232,8 +232,7 @@ def test_attention_that_does_not_exist_is_named(folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_merges(folder, dtype, caplog):
-    caplog.set_level("INFO")
+def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_merges(folder, dtype):
     half = getattr(torch, dtype)
     for mode, adapted in (("merge", torch.float32), ("stack", half)):
         module = COLACausalLM(folder, dtype=dtype, finished_links=mode, target_modules=["q_proj"])
@@ -242,8 +241,6 @@ def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_me
         assert (body.self_attn.q_proj.weight.dtype, body.self_attn.k_proj.weight.dtype) == (adapted, half)
         assert body.self_attn.q_proj.lora_A.dtype == torch.float32
         assert module.chain.base.dtypes == [dtype]
-    assert f"merge stores the adapted weights in float32, 0 MB more than in {dtype}" in caplog.text
-    assert caplog.text.count("merge stores") == 1
     module = COLACausalLM(folder, dtype=dtype, target_modules=None)  # full fine-tuning merges nothing
     module.configure_model()
     assert module.model.dtype == half

@@ -12,7 +12,7 @@ from torch import nn
 
 from cola_lightning import Chain, UserError
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength, lr_factor
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
 from tests.test_damage import assert_same
@@ -34,7 +34,7 @@ EPOCHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 def every_step(lengths):
     """The counters before each optimizer step of a run whose epochs have these lengths."""
-    return [Counters(epoch, sum(lengths[:epoch]) + step) for epoch, n in enumerate(lengths) for step in range(n)]
+    return [FitPosition(epoch, sum(lengths[:epoch]) + step) for epoch, n in enumerate(lengths) for step in range(n)]
 
 
 def run_of(lengths, max_steps=math.inf):
@@ -45,26 +45,26 @@ def run_of(lengths, max_steps=math.inf):
 def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_steps):
     schedule = ChainSchedule(**arguments)
     run = run_of(lengths, max_steps)
-    start, sizes = Counters(0, 0), [0]
+    start, sizes = FitPosition(0, 0), [0]
     for now in every_step(lengths)[: int(run.end_step)]:
         if schedule.is_due(start, now):
             assert schedule.link_steps(start, run) == sizes[-1]
             start = now
             sizes.append(0)
         sizes[-1] += 1
-    assert schedule.links(Counters(0, 0), run) == sizes
+    assert schedule.links(FitPosition(0, 0), run) == sizes
 
 
 @given(SCHEDULES, EPOCHS, st.data())
 def test_a_resumed_run_has_the_links_that_were_left(arguments, lengths, data):
     schedule, steps = ChainSchedule(**arguments), every_step(lengths)
     run = run_of(lengths)
-    starts, start = [Counters(0, 0)], Counters(0, 0)
+    starts, start = [FitPosition(0, 0)], FitPosition(0, 0)
     for now in steps:
         if schedule.is_due(start, now):
             starts.append(start := now)
     k = data.draw(st.integers(0, len(starts) - 1))
-    assert schedule.links(starts[k], run) == schedule.links(Counters(0, 0), run)[k:]
+    assert schedule.links(starts[k], run) == schedule.links(FitPosition(0, 0), run)[k:]
 
 
 @given(

@@ -5,7 +5,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
 
 TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 
@@ -29,8 +29,8 @@ def test_the_live_link_follows_from_the_counters(arguments, links):
 
 def test_a_knot_is_due_by_the_counters_at_the_links_start():
     schedule = ChainSchedule(every_n_epochs=2)
-    assert schedule.is_due(Counters(3, 30), Counters(4, 40))
-    assert not schedule.is_due(Counters(4, 40), Counters(5, 50))
+    assert schedule.is_due(FitPosition(3, 30), FitPosition(4, 40))
+    assert not schedule.is_due(FitPosition(4, 40), FitPosition(5, 50))
 
 
 @pytest.mark.parametrize(
@@ -44,36 +44,37 @@ def test_a_knot_is_due_by_the_counters_at_the_links_start():
         ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 5, max_steps=33), [20, 13]),
         ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), [4, 4, 2]),
         ({"every_n_epochs": 1}, RunLength(lambda epoch: epoch + 1, 4, math.inf), [1, 2, 3, 4]),
-        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, origin=Counters(5, 70)), [10, 20, 10]),
-        ({"every_n_epochs": 3}, RunLength(lambda epoch: 10, 9, math.inf, origin=Counters(6, 70)), [30]),
+        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), [10, 20, 10]),
+        ({"every_n_epochs": 3}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(6, 70)), [30]),
     ],
     ids=lambda value: "" if isinstance(value, RunLength) else str(value),
 )
 def test_the_links_of_a_run_fill_it(arguments, run, lengths):
     schedule = ChainSchedule(**arguments)
-    assert schedule.links(run.origin, run) == lengths
-    assert schedule.link_steps(run.origin, run) == lengths[0]
-    assert sum(lengths) == run.end_step - run.origin.global_step
+    assert schedule.links(run.epoch_start, run) == lengths
+    assert schedule.link_steps(run.epoch_start, run) == lengths[0]
+    assert sum(lengths) == run.end_step - run.epoch_start.global_step
 
 
 def test_a_link_that_began_inside_an_epoch_ends_with_its_epoch():
-    assert ChainSchedule(every_n_epochs=2).link_steps(Counters(2, 24), TEN_AN_EPOCH) == 16
-    assert ChainSchedule(every_n_train_steps=15).links(Counters(4, 45), TEN_AN_EPOCH) == [5]
+    assert ChainSchedule(every_n_epochs=2).link_steps(FitPosition(2, 24), TEN_AN_EPOCH) == 16
+    assert ChainSchedule(every_n_train_steps=15).links(FitPosition(4, 45), TEN_AN_EPOCH) == [5]
 
 
 def test_no_length_is_made_up():
     endless = RunLength(lambda epoch: 10, math.inf, math.inf)
-    assert ChainSchedule().link_steps(Counters(0, 0), endless) == math.inf
-    assert ChainSchedule(every_n_epochs=1, is_open=True).link_steps(Counters(0, 0), TEN_AN_EPOCH) == math.inf
+    assert ChainSchedule().link_steps(FitPosition(0, 0), endless) == math.inf
+    assert ChainSchedule(every_n_epochs=1, knots_unknown=True).link_steps(FitPosition(0, 0), TEN_AN_EPOCH) == math.inf
     with pytest.raises(ValueError, match="known length"):
-        ChainSchedule(every_n_epochs=1).links(Counters(0, 0), endless)
+        ChainSchedule(every_n_epochs=1).links(FitPosition(0, 0), endless)
 
 
 def test_ranks_and_alphas_go_link_by_link_and_the_last_holds_on():
     schedule = ChainSchedule(ranks=[8, 4], alphas=[16, 2])
-    assert [schedule.rank(link, 99) for link in range(4)] == [8, 4, 4, 4]
-    assert [schedule.alpha(link, 99) for link in range(4)] == [16, 2, 2, 2]
-    assert (ChainSchedule().rank(3, 7), ChainSchedule().alpha(3, 7)) == (7, 7)
+    assert [schedule.rank(link) for link in range(4)] == [8, 4, 4, 4]
+    assert [schedule.alpha(link) for link in range(4)] == [16, 2, 2, 2]
+    schedule = ChainSchedule(default_rank=7, default_alpha=5)
+    assert (schedule.rank(3), schedule.alpha(3)) == (7, 5)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -100,5 +101,5 @@ def test_a_warm_up_below_one_is_a_share_and_never_longer_than_the_link():
 
 def test_a_period_beyond_the_run_costs_no_time():
     run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
-    assert ChainSchedule(every_n_epochs=10**12).links(Counters(0, 0), run) == [50]
-    assert ChainSchedule(at_epochs=[10**12]).link_steps(Counters(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100
+    assert ChainSchedule(every_n_epochs=10**12).links(FitPosition(0, 0), run) == [50]
+    assert ChainSchedule(at_epochs=[10**12]).link_steps(FitPosition(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from cola_lightning.chain import Link
 from cola_lightning.chain.plateau import Mode, Plateau
-from cola_lightning.chain.schedule import ChainSchedule, Counters
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition
 from cola_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ChainOfLoRA(Callback):
         mode: Mode = "min",
     ) -> None:
         whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
-        self.schedule = ChainSchedule(*whens, ranks, alphas, is_open=self._is_own_rule, patience=patience)
+        self.schedule = ChainSchedule(*whens, ranks, alphas, knots_unknown=self._is_own_rule, patience=patience)
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
@@ -102,7 +102,7 @@ class ChainOfLoRA(Callback):
         if self.plateau is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return self.plateau.is_reached(known)
-        return self.schedule.is_due(start, Counters(epoch, global_step))
+        return self.schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
     def _is_own_rule(self) -> bool:
@@ -122,7 +122,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        now = Counters(trainer.current_epoch, trainer.global_step)
+        now = FitPosition(trainer.current_epoch, trainer.global_step)
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
             if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch

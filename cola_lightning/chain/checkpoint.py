@@ -23,7 +23,7 @@ from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.chain.store import JSON_NAME, VERSION, check_version
 from cola_lightning.errors import UserError
 
@@ -164,7 +164,7 @@ class CheckpointState:
     chain: Chain
     live: LiveLink | None
     dtype: str | None
-    link_start: Counters
+    link_start: FitPosition
     has_knots: bool
     seed: int
     origin: list[str | int | None]
@@ -207,7 +207,7 @@ class CheckpointState:
             given = _of_version_2(given)
         live = None if given["live"] is None else LiveLink(**given["live"])
         read = {"chain": Chain.from_state_dict(given["chain"], name), "live": live}
-        return cls(**given | read | {"link_start": Counters(*given["link_start"])})
+        return cls(**given | read | {"link_start": FitPosition(*given["link_start"])})
 
 
 def _of_version_2(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,14 @@ LRSchedule = Literal["constant", "linear", "cosine"]
 WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
 
 
-class Counters(NamedTuple):
+class FitPosition(NamedTuple):
     """A moment of a run: epochs finished and optimizer steps taken."""
 
     epoch: int
     global_step: int
 
 
-START = Counters(0, 0)
+START = FitPosition(0, 0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunLength:
         steps_in_epoch: optimizer steps in the given epoch, including a shorter last accumulation window.
         max_epochs: the run ends before this epoch.
         max_steps: the run ends before this global step.
-        origin: the beginning of an epoch, from which steps and epochs are counted.
+        epoch_start: the beginning of an epoch, from which steps and epochs are counted.
 
     Example:
         >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
@@ -46,14 +46,14 @@ class RunLength:
     steps_in_epoch: Callable[[int], float]
     max_epochs: float
     max_steps: float
-    origin: Counters = START
+    epoch_start: FitPosition = START
 
     def step_at(self, epoch: float) -> float:
         """The global step at which an epoch begins; for an epoch after ``max_steps``, some step of at least ``max_steps``."""
         if epoch == math.inf:
             return math.inf
-        step: float = self.origin.global_step
-        e = self.origin.epoch
+        step: float = self.epoch_start.global_step
+        e = self.epoch_start.epoch
         while e < epoch and step < self.max_steps:
             step, e = step + self.steps_in_epoch(e), e + 1
         return step
@@ -75,9 +75,11 @@ class ChainSchedule:
         at_steps: knots before these optimizer steps, increasing, from 1 (the first step is step 0).
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
-        is_open: knots are decided while training, so no link's length is known beforehand.
+        knots_unknown: knots are decided while training, so no link's length is known beforehand.
         patience: a knot after this many validations without improvement, see :class:`~cola_lightning.chain.plateau.Plateau`,
-            which decides: the schedule is then open.
+            which decides: ``knots_unknown`` is then true.
+        default_rank: rank of a link without ``ranks``: the module's.
+        default_alpha: alpha of a link without ``alphas``: the module's.
 
     Raises:
         UserError: for more than one "when" and for invalid values.
@@ -86,8 +88,8 @@ class ChainSchedule:
         >>> schedule = ChainSchedule(at_epochs=[3], ranks=[8, 2])
         >>> [schedule.link_at(epoch, 10 * epoch) for epoch in range(5)]
         [0, 0, 0, 1, 1]
-        >>> schedule.rank(1, default=8)
-        2
+        >>> schedule.rank(1), schedule.alpha(1)
+        (2, 16)
     """
 
     every_n_epochs: int | None = None
@@ -96,8 +98,10 @@ class ChainSchedule:
     at_steps: Sequence[int] | None = None
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
-    is_open: bool = False
+    knots_unknown: bool = False
     patience: int | None = None
+    default_rank: int = 8
+    default_alpha: float = 16
 
     def __post_init__(self) -> None:
         whens = {name: getattr(self, name) for name in WHENS}
@@ -113,7 +117,7 @@ class ChainSchedule:
             if knots is not None and any(b <= a for a, b in zip([0, *knots], knots, strict=False)):
                 raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
         if self.patience is not None:
-            object.__setattr__(self, "is_open", True)
+            object.__setattr__(self, "knots_unknown", True)
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
             if values is not None and not values:
                 raise UserError(f"chain.{name}: expected a value for each link, received an empty list")
@@ -125,7 +129,7 @@ class ChainSchedule:
     @property
     def has_knots(self) -> bool:
         """Whether a long enough run has more than one link."""
-        return any(self._when) or self.is_open
+        return any(self._when) or self.knots_unknown
 
     @property
     def _when(self) -> tuple[int | None, Sequence[int]]:
@@ -136,9 +140,9 @@ class ChainSchedule:
     def _counts_epochs(self) -> bool:
         return bool(self.every_n_epochs or self.at_epochs)
 
-    def is_open_in(self, run: RunLength) -> bool:
+    def has_unknown_lengths(self, run: RunLength) -> bool:
         """Whether the links' lengths are not known before the run: also of links of epochs, if an epoch's length is not."""
-        return self.is_open or (self._counts_epochs and run.steps_in_epoch(run.origin.epoch) == math.inf)
+        return self.knots_unknown or (self._counts_epochs and run.steps_in_epoch(run.epoch_start.epoch) == math.inf)
 
     def link_at(self, epoch: int, global_step: int) -> int:
         """The link that is live at the given counters of a run that starts at 0, 0."""
@@ -146,19 +150,19 @@ class ChainSchedule:
         every, knots = self._when
         return now // every if every else bisect_right(knots, now)
 
-    def is_due(self, start: Counters, now: Counters) -> bool:
+    def is_due(self, start: FitPosition, now: FitPosition) -> bool:
         """Whether the link that began at ``start`` ends at ``now``."""
         return self.link_at(*now) > self.link_at(*start)
 
-    def rank(self, link: int, default: int) -> int:
+    def rank(self, link: int) -> int:
         """The rank of a link; the last entry of ``ranks`` holds for all links after it."""
-        return int(self.ranks[min(link, len(self.ranks) - 1)]) if self.ranks else default
+        return int(self.ranks[min(link, len(self.ranks) - 1)]) if self.ranks else self.default_rank
 
-    def alpha(self, link: int, default: float) -> float:
+    def alpha(self, link: int) -> float:
         """The alpha of a link; the last entry of ``alphas`` holds for all links after it."""
-        return float(self.alphas[min(link, len(self.alphas) - 1)]) if self.alphas else default
+        return float(self.alphas[min(link, len(self.alphas) - 1)]) if self.alphas else self.default_alpha
 
-    def next_knot(self, start: Counters) -> float:
+    def next_knot(self, start: FitPosition) -> float:
         """The epoch or global step (whichever the schedule counts) at which the link from ``start`` ends, if the run lasts."""
         now = start.epoch if self._counts_epochs else start.global_step
         every, knots = self._when
@@ -166,15 +170,15 @@ class ChainSchedule:
             return (now // every + 1) * every
         return next((knot for knot in knots if knot > now), math.inf)
 
-    def link_steps(self, start: Counters, run: RunLength) -> float:
+    def link_steps(self, start: FitPosition, run: RunLength) -> float:
         """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""
-        if self.is_open_in(run):
+        if self.has_unknown_lengths(run):
             return math.inf
         knot = self.next_knot(start)
         end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
         return max(0, end - start.global_step)
 
-    def links(self, start: Counters, run: RunLength) -> list[int]:
+    def links(self, start: FitPosition, run: RunLength) -> list[int]:
         """Optimizer steps of each remaining link of a run from ``start``, in order.
 
         Raises:
@@ -182,14 +186,14 @@ class ChainSchedule:
 
         Example:
             >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
-            >>> ChainSchedule(every_n_epochs=2).links(Counters(0, 0), run)
+            >>> ChainSchedule(every_n_epochs=2).links(FitPosition(0, 0), run)
             [20, 20, 10]
         """
         end = run.end_step
-        if self.is_open_in(run) or end == math.inf:
+        if self.has_unknown_lengths(run) or end == math.inf:
             raise ValueError("expected a run and links of known length")
         lengths = []
-        epoch = max(start.epoch, run.origin.epoch)  # the length of earlier epochs is not known
+        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
         epoch_start = run.step_at(epoch)
         while start.global_step < end:
             knot = stop = self.next_knot(start)
@@ -199,7 +203,7 @@ class ChainSchedule:
                 stop = epoch_start
             stop = int(min(stop, end))
             lengths.append(stop - start.global_step)
-            start = Counters(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
+            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
         return lengths
 
 

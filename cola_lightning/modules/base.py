@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,15 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
 from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
-from cola_lightning.chain.schedule import ChainSchedule, Counters, LRSchedule
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
 from cola_lightning.chain.store import pack
 from cola_lightning.errors import UserError
 from cola_lightning.export import ExportOptions, Format
-from cola_lightning.lora.inject import check_factors
+from cola_lightning.lora.inject import check_factors, inject_lora
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
@@ -32,19 +33,15 @@ from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.exporting import export_trained
 from cola_lightning.modules.hooks import keep_hooks
-from cola_lightning.modules.knot import begin_at, counters_now, facts_of_live_link, tie_knot
-from cola_lightning.modules.lazy_model import LazyModel
-from cola_lightning.modules.link_metrics import LinkMetrics
-from cola_lightning.modules.link_plan import LinkPlan
+from cola_lightning.modules.knot import begin_at, facts_of_live_link, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.restore import load_module, restore, restore_packed
+from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.run_state import RunState
-from cola_lightning.modules.seed import Seed
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
-from cola_lightning.seeding import check_seed
+from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import processes, tensors
-from cola_lightning.sharded.strategy import shard_by_blocks
+from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
 from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
@@ -141,7 +138,10 @@ class COLAModule(LightningModule, RecordsArguments):
         check_trained_factors(trained_factors)
         if init_links is not None and init_chain is None:
             raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
-        self.run_state = RunState()
+        # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
+        schedule = ChainSchedule(default_rank=int(rank), default_alpha=float(alpha))
+        seed = None if seed is None else int(seed)
+        self.run = Run(schedule, seed, seed)
         self.optimization = LinkOptimization(
             optimizer,
             modules_to_save_lr,
@@ -150,9 +150,8 @@ class COLAModule(LightningModule, RecordsArguments):
             schedule_scope,
             knot_warmup_steps,
             kept_optimizer_state,
-            self.run_state,
+            self.run,
         )
-        # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
         self.finished_links, self.save_base, self.trained_factors = finished_links, save_base, trained_factors
@@ -162,11 +161,11 @@ class COLAModule(LightningModule, RecordsArguments):
         if init_chain is not None and target_modules is None:
             raise UserError("model.init_chain: expected null without links (model.target_modules is null), received a chain")
         self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
-        self.seed_choice = Seed(None if seed is None else int(seed), None if seed is None else int(seed))
-        self.link_plan = LinkPlan(self.max_rank, self.alpha, self.run_state, self.dropout, self.init)
-        self.link_metrics = LinkMetrics()
-        self.lazy_model = LazyModel(self)
-        self.is_wrapped_by_fsdp1 = False
+        # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
+        self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
+        self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
+        self._trained_state: TrainedState | None = None
+        self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined by a subclass
@@ -215,21 +214,21 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def adapted(self) -> AdaptedModel:
         """The adapted model and its chain, without Lightning."""
-        self.lazy_model.ensure()
-        assert self.lazy_model.adapted is not None
-        return self.lazy_model.adapted
+        self._ensure_model()
+        assert self._adapted is not None
+        return self._adapted
 
     @property
     def trained_state(self) -> TrainedState:
         """The part of this module's state that training changes."""
-        self.lazy_model.ensure()
-        assert self.lazy_model.state is not None
-        return self.lazy_model.state
+        self._ensure_model()
+        assert self._trained_state is not None
+        return self._trained_state
 
     @property
     def is_made(self) -> bool:
         """Whether the model is made."""
-        return self.lazy_model.is_made
+        return self._adapted is not None
 
     @functools.cached_property
     def first_chain(self) -> Chain | None:
@@ -245,7 +244,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def chain(self) -> Chain:
         """The finished links, without the live one, which :meth:`full_chain` adds; none before the model is made."""
-        return Chain() if self.lazy_model.adapted is None else self.lazy_model.adapted.chain
+        return Chain() if self._adapted is None else self._adapted.chain
 
     @property
     def link(self) -> int:
@@ -255,19 +254,20 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def schedule(self) -> ChainSchedule:
         """When knots fall; one link until ChainOfLoRA gives its own."""
-        return self.run_state.schedule
+        return self.run.schedule
 
     @schedule.setter
     def schedule(self, schedule: ChainSchedule) -> None:
-        self.run_state.schedule = schedule
+        own = self.run.schedule
+        self.run.schedule = replace(schedule, default_rank=own.default_rank, default_alpha=own.default_alpha)
 
     @property
-    def link_start(self) -> Counters:
+    def link_start(self) -> FitPosition:
         """Epoch and optimizer step at which the live link began. To set it also renews the link's schedule."""
-        return self.run_state.link_start
+        return self.run.link_start
 
     @link_start.setter
-    def link_start(self, start: Counters) -> None:
+    def link_start(self, start: FitPosition) -> None:
         begin_at(self, start)
 
     @functools.cached_property
@@ -278,17 +278,16 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""
-        return self.seed_choice.value
+        return self.run.seed
 
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        pending, adapted = self.pending, self.lazy_model.adapted
-        is_pending = pending is not None and pending.state.base_weights is not None
-        return is_pending or (adapted is not None and adapted.base_weights is not None)
+        is_pending = self.pending is not None and self.pending.state.base_weights is not None
+        return is_pending or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
-    def origin(self) -> list[str | int | None]:
+    def init_chain_source(self) -> list[str | int | None]:
         """The path of ``init_chain``, and how many of its links were requested."""
         path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
         return [path, self.init_links]
@@ -296,7 +295,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 or FSDP1 has sharded the model."""
-        return self.lazy_model.placement().is_sharded
+        return self._placement().is_sharded
 
     # ------------------------------------------------------------------ the model
 
@@ -306,19 +305,103 @@ class COLAModule(LightningModule, RecordsArguments):
 
         A subclass' ``configure_model`` runs first, and needs no ``super()``.
         """
-        self.lazy_model.configure()
+        self._ensure_model()
+        if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
+            raise UserError(
+                "model: expected what build_model() returned, received another that was assigned to self.model: "
+                f"{type(self.model).__name__} (a wrapper goes into build_model; model.compile: true compiles in place)"
+            )
+        if not self._is_configured:  # a subclass' own configure_model may have frozen more
+            self.adapted.remember_trained()
+        if (dtype := torch.get_default_dtype()) != torch.float32:  # what Lightning's precision will cast the model to
+            self.adapted.cast(dtype)
+        if (trainer := trainer_of(self)) is not None:
+            shard_module(trainer.strategy, self)
+        if self.should_compile and not self._is_configured:
+            self.model.compile(**_compile_options())
+        self._is_configured = True
+
+    def _ensure_model(self) -> None:
+        """Makes the model, unless it is made or is being made: Lightning calls configure_model late, and many read it before.
+
+        Raises:
+            UserError: if the module is inside another one in a fit.
+        """
+        if self._adapted is not None or self._is_making:
+            return
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.lightning_module not in (None, self):
+            raise UserError(
+                f"{type(self).__name__}: expected to be the Trainer's own module, received one inside a "
+                f"{type(trainer.lightning_module).__name__}: AdaptedModel is made for that"
+            )
+        self._is_making = True
+        try:
+            with torch.device("cpu"):
+                self._make_model()
+        except BaseException:  # so that a second call does not take it for ready
+            self._modules.pop("model", None)
+            self._adapted = self._trained_state = None
+            raise
+        finally:
+            self._is_making = False
+
+    def _make_model(self) -> None:
+        """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
+        self.run.choose_seed(None if self.pending is None else self.pending.state.seed)
+        assert self.run.seed is not None
+        adapted = self._adapted = AdaptedModel(self._make_base, self.run.seed, self.base_name, is_saved=self.save_base)
+        if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
+            self.model = adapted.model
+        adapted.placement, adapted.trained_factors = self._placement, self.trained_factors
+        trained = self._trained_state = TrainedState(self, adapted)
+        adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
+        trained.remember_outside()
+        adapted.chain.base = replace(adapted.chain.base, outside=trained.frozen_outside(), labels=self.labels_of_base)
+        if self.first_chain is not None:
+            trained.start_from(self.first_chain)
+            adapted.start_from(self.first_chain)
+        if self.target_modules is not None:
+            adapted.begin_link(self.schedule.rank(self.link), self.schedule.alpha(self.link))
+        if self.activation_checkpointing:
+            self.checkpoint_activations()
+        if not self.training:  # eval() came first
+            self.model.eval()
+
+    def _make_base(self) -> nn.Module:
+        before = {name: dict(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
+        assert self.run.seed is not None
+        with seeded_build(self.run.seed):
+            model = self.build_model()
+            if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
+                for name, entries in before.items():
+                    vars(self)[name].update(entries)
+            if not isinstance(model, nn.Module):
+                raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
+            if self.target_modules is not None:
+                how = self.link_options | {"modules_to_save": self.modules_to_save, "finished_links": self.finished_links}
+                inject_lora(model, self.target_modules, **how)
+        return model
+
+    def _placement(self) -> Placement:
+        """The placement of the model: in all of a strategy's wrappers, on the training device."""
+        trainer = trainer_of(self)
+        root, device = None, self.device
+        if trainer is not None:
+            root = trainer.strategy.model if trainer.strategy.lightning_module is self else None
+            device = trainer.strategy.root_device
+        is_sharded = tensors.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
+        return Placement(self.model if root is None else root, device, is_sharded)
 
     @override
     def __getattr__(self, name: str) -> Any:
-        if name == "model" and "lazy_model" in self.__dict__:  # that is, after __init__
-            if "model" not in self._modules:
-                self.lazy_model.make()
-            return self._modules["model"]
+        if name == "model" and "_is_making" in self.__dict__:  # that is, after __init__
+            self._ensure_model()
         return super().__getattr__(name)
 
     @override
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self.lazy_model.ensure()
+        self._ensure_model()
         return super().named_parameters(*args, **kwargs)
 
     # ------------------------------------------------------------------ links
@@ -435,7 +518,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
         frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
-        return self.optimization.configure(trained, self.modules_to_save, counters_now(self).global_step)
+        return self.optimization.configure(trained, self.modules_to_save, self.run.position(trainer_of(self)).global_step)
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -450,7 +533,7 @@ class COLAModule(LightningModule, RecordsArguments):
         The finished links are stored as torch's extra state, so that :meth:`load_state_dict` gives the same outputs. With full
         fine-tuning there are no links, nor a base to compare a state dict with, and it contains the values alone.
         """
-        if self.lazy_model.state is None:
+        if self._adapted is None:
             self.configure_model()
         prefix, trained = kwargs.get("prefix", ""), self.trained_state
         if tensors.has_fsdp1(self):
@@ -545,7 +628,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Chooses the seed first: spawned processes read the model before they are joined, and need the same one."""
         if not processes.has_processes():
-            self.lazy_model.choose_seed()
+            self.run.choose_seed(None if self.pending is None else self.pending.state.seed)
         return super().__getstate__()
 
     # ------------------------------------------------------------------ subclasses
@@ -554,6 +637,14 @@ class COLAModule(LightningModule, RecordsArguments):
         """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
         keep_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
+
+
+def _compile_options() -> dict[str, Any]:
+    """Options for torch.compile: a model is compiled for each rank of a chain, in training and in evaluation.
+
+    Torch's limit of 8 remains in versions in which it cannot be set for one model.
+    """
+    return {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.

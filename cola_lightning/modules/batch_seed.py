@@ -47,7 +47,7 @@ class BatchSeed(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.module.run_state.is_validating:
+        if self.module.run.is_validating:
             self._begin("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
     @override

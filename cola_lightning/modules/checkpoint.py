@@ -1,6 +1,7 @@
 """The chain's state in Lightning's checkpoints, added when they are written."""
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.modules.arguments import plain, readable
 from cola_lightning.modules.rewind import rewound_progress
-from cola_lightning.modules.run_state import trainer_of
+from cola_lightning.modules.run import trainer_of
 from cola_lightning.usage import is_prompt_format
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def write_state(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
         RuntimeError: after a knot that failed halfway.
         NonFiniteError: for a trained value that is not finite.
     """
-    if module.run_state.is_tying:
+    if module.run.is_tying:
         raise RuntimeError("a knot failed halfway: this checkpoint is not written")
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
@@ -39,9 +40,9 @@ def write_state(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     checkpoint[CHECKPOINT_KEY] = _state_of(module).to_dict()
     checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the chain's state contains the finished links
     checkpoint |= {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
-    trainer, run = trainer_of(module), module.run_state
-    _store_hyperparameters(checkpoint, run.warned_of, module, getattr(trainer, "datamodule", None))
-    fitter = run.trainer() if run.trainer else None  # a test may have followed, by the same Trainer or another
+    run = module.run
+    _store_hyperparameters(checkpoint, module, getattr(trainer_of(module), "datamodule", None))
+    fitter = run.trainer  # a test may have followed, by the same Trainer or another
     if fitter is None or "callbacks" not in checkpoint:  # weights alone, from which no fit resumes
         return
     if (checkpoint["epoch"], checkpoint["global_step"]) != (fitter.current_epoch, fitter.global_step):
@@ -65,12 +66,11 @@ def _with_plain_numbers(value: Any) -> Any:
 
 
 def _state_of(module: "COLAModule") -> CheckpointState:
-    adapted, trained, run, trainer = module.adapted, module.trained_state, module.run_state, trainer_of(module)
-    plans = [list(module.link_plan.of(link)) for link in range(module.link + 1)]
+    adapted, trained, run, trainer = module.adapted, module.trained_state, module.run, trainer_of(module)
+    plans = [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)]
     live = None
     if adapted.live is not None:
-        metrics = module.link_metrics.of(trainer, run.link_start.global_step)
-        live = LiveLink(*adapted.live, metrics, list(adapted.extras()), list(trained.outside()))
+        live = LiveLink(*adapted.live, run.metrics(trainer), list(adapted.extras()), list(trained.outside()))
     return CheckpointState(
         module=module.constructor_arguments,
         chain=adapted.chain,
@@ -79,7 +79,7 @@ def _state_of(module: "COLAModule") -> CheckpointState:
         link_start=run.link_start,
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
-        origin=module.origin,
+        origin=module.init_chain_source,
         has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
@@ -108,7 +108,7 @@ def data_of(trainer: Any) -> dict[str, Any]:
     return {}
 
 
-def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *owners: Any) -> None:
+def _store_hyperparameters(checkpoint: dict[str, Any], *owners: Any) -> None:
     """Stores the hyperparameters of module and data module (``save_hyperparameters``) in plain types, or omits them."""
     checkpoint.pop(LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
     for owner in owners:
@@ -120,7 +120,9 @@ def _store_hyperparameters(checkpoint: dict[str, Any], warned_of: set[str], *own
             try:
                 checkpoint[key][name] = readable(value)
             except TypeError:
-                what = f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}"
-                if what not in warned_of:
-                    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
-                warned_of.add(what)
+                _warn_once(f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}")
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)

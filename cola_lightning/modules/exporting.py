@@ -29,7 +29,7 @@ from cola_lightning.model_card import Card
 from cola_lightning.modules.checkpoint import data_of, prompt_format_of
 from cola_lightning.modules.generation import end_tokens
 from cola_lightning.modules.pretrained import PACKAGE_PREFIX, Pretrained, new_modules
-from cola_lightning.modules.run_state import trainer_of
+from cola_lightning.modules.run import trainer_of
 from cola_lightning.probe import Probe, logits_of, make_probe
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import ChatTemplate, n_appended

@@ -6,10 +6,10 @@ from lightning.pytorch import Trainer
 
 from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
 from cola_lightning.modules.optimization import check_new_optimizers
-from cola_lightning.modules.run_state import trainer_of
+from cola_lightning.modules.run import trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
@@ -35,22 +35,23 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     check_next(rank, alpha, module.max_rank)
     _check_between_steps(module)
     module.configure_model()
-    adapted, run, trainer = module.adapted, module.run_state, trainer_of(module)
-    planned_rank, planned_alpha = module.link_plan.of(module.link + 1)
+    adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
     link = adapted.tie_knot(
-        planned_rank if rank is None else rank, planned_alpha if alpha is None else alpha, **facts_of_live_link(module)
+        run.schedule.rank(module.link + 1) if rank is None else rank,
+        run.schedule.alpha(module.link + 1) if alpha is None else alpha,
+        **facts_of_live_link(module),
     )
-    module.link_metrics.begin_link(trainer)
-    run.link_start = counters_now(module)
+    run.begin_metrics(trainer)
+    run.link_start = run.position(trainer)
     _make_optimizers(module)
     run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
     return link
 
 
-def begin_at(module: "COLAModule", start: Counters) -> None:
+def begin_at(module: "COLAModule", start: FitPosition) -> None:
     """Corrects the moment at which the live link begins, before its first step, and its learning-rate schedule."""
-    module.run_state.link_start = start
+    module.run.link_start = start
     _make_optimizers(module)
 
 
@@ -64,7 +65,7 @@ def _make_optimizers(module: "COLAModule") -> None:
         trainer.strategy.setup_optimizers(trainer)
         check_new_optimizers(before, trainer.optimizers)
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
-    elif (trainer := _last_trainer(module)) is not None and trainer.optimizers:
+    elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)
 
 
@@ -73,12 +74,6 @@ def _fitting_trainer(module: "COLAModule") -> Trainer | None:
     trainer = trainer_of(module)
     is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
     return trainer if is_fitting else None
-
-
-def _last_trainer(module: "COLAModule") -> Trainer | None:
-    """The Trainer that has fitted a module; None if there is none, or if it has another module now."""
-    trainer = module.run_state.trainer() if module.run_state.trainer else None
-    return trainer if trainer is not None and trainer.lightning_module is module else None
 
 
 def _check_between_steps(module: "COLAModule") -> None:
@@ -97,16 +92,6 @@ def _check_between_steps(module: "COLAModule") -> None:
 
 def facts_of_live_link(module: "COLAModule") -> dict[str, Any]:
     """Steps, metrics and values outside of the model, which a module adds to its live link."""
-    start = module.run_state.link_start.global_step
-    facts = {"metrics": module.link_metrics.of(trainer_of(module), start), "outside": module.trained_state.outside()}
-    return {"start_step": start, "end_step": counters_now(module).global_step} | facts
-
-
-def counters_now(module: "COLAModule") -> Counters:
-    """The epoch and optimizer step that a module's fit has reached, also after it: another Trainer may only evaluate."""
-    trainer, run = trainer_of(module), module.run_state
-    if trainer is not None and trainer.state.fn == "fit":
-        return Counters(trainer.current_epoch, trainer.global_step)
-    if run.left_at is None or run.left_at.global_step < run.link_start.global_step:
-        return run.link_start
-    return run.left_at
+    run, trainer = module.run, trainer_of(module)
+    steps = {"start_step": run.link_start.global_step, "end_step": run.position(trainer).global_step}
+    return steps | {"metrics": run.metrics(trainer), "outside": module.trained_state.outside()}

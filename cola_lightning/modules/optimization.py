@@ -20,7 +20,7 @@ from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warm
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in, lora_layers
 from cola_lightning.lora.layer import LoRALayer
-from cola_lightning.modules.run_state import RunState
+from cola_lightning.modules.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class LinkOptimization:
     schedule_scope: Literal["link", "run"]
     knot_warmup_steps: float
     kept_optimizer_state: float
-    run: RunState
+    run: Run
     _optimizer: Optimizer | None = None
     _scheduler: LinkLR | None = None
     _first_step: int | None = None  # at which the schedule's first value was computed
@@ -166,7 +166,7 @@ class LinkOptimization:
         if (horizon := self._horizon) is None and self._first_step in (None, step):
             self._first_step = step  # before training: the first value, or one that a resume replaces
             return 0.0 if self.warmup_steps else 1.0
-        if horizon is None and (length := self.run.length_for_trainer()) is not None:
+        if horizon is None and (length := self.run.known_length()) is not None:
             horizon = self._horizon_in(length)
         end, rise = (math.inf, 0) if horizon is None else horizon  # in a loop without a Trainer there is none
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)

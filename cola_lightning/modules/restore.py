@@ -1,21 +1,15 @@
-"""Restores a module from a checkpoint: decode, plan, apply.
-
-:class:`~cola_lightning.chain.checkpoint.CheckpointState` is the decoded checkpoint. :func:`plan_restore` compares it with the
-model, and refuses what cannot be restored; nothing is changed until :func:`apply_restore`.
-"""
+"""Restores a module from a checkpoint, whose decoded state is :class:`~cola_lightning.chain.checkpoint.CheckpointState`."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cola_lightning.adapted_model import AdaptedModel, check_links
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.chain.base import check_same_base
 from cola_lightning.chain.checkpoint import (
@@ -24,12 +18,12 @@ from cola_lightning.chain.checkpoint import (
     OpenedCheckpoint,
     chain_of,
 )
-from cola_lightning.chain.schedule import Counters
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.chain.store import EXTRA_STATE, unpack
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import accepted, find_class, stored_arguments
 from cola_lightning.modules.rewind import resume_from
-from cola_lightning.modules.run_state import trainer_of
+from cola_lightning.modules.run import trainer_of
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState
 
 if TYPE_CHECKING:
@@ -38,126 +32,62 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RestorePlan:
-    """The changes that restore a module.
-
-    Attributes:
-        chain: its finished links afterwards; the missing ones are replayed, on a rebuilt base if necessary.
-        base_weights: the base's weights, if the checkpoint contains them.
-        dtype: to which adapted layers are cast; None: unchanged.
-        live: rank and alpha of a live link whose factors are about to be loaded; None: there is none.
-        begins_link: whether a new link begins after the finished ones, in place of the checkpoint's live one.
-    """
-
-    chain: Chain
-    base_weights: dict[str, Tensor] | None
-    dtype: torch.dtype | None
-    live: tuple[int, float] | None
-    begins_link: bool
-
-
-class WeightsAloneError(UserError, KeyError):
-    """No state to resume from: a mistake of the user's, and the KeyError that Lightning raises for it, with its message."""
-
-    __str__ = UserError.__str__  # a KeyError's would put it in quotes
-
-
 def restore(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     """Restores a checkpoint's chain in a module, and prepares the next load of its values.
 
-    If fewer links are requested (``links`` of the pending checkpoint), a link begins after them. With
-    full fine-tuning, a checkpoint of values alone is enough; for a fit, only if it has no loops or optimizer states.
+    If fewer links are requested (``links`` of the pending checkpoint), a link begins after them. With full fine-tuning, a
+    checkpoint of values alone is enough; for a fit, only if it has no loops or optimizer states. What cannot be restored is
+    refused before anything is changed.
 
     Raises:
         UserError: if the checkpoint has no chain and needs one, its chain was trained on another base, or it is shorter; in a
-            fit also for options that differ from the checkpoint's.
+            fit also for options that the checkpoint's would override.
     """
-    trainer, pending = trainer_of(module), module.pending
-    adapted, trained, run = module.adapted, module.trained_state, module.run_state
+    trainer, adapted, trained, run = trainer_of(module), module.adapted, module.trained_state, module.run
     is_fit = trainer is not None and trainer.state.fn == "fit"
     has_progress = bool(checkpoint.get("optimizer_states") or checkpoint.get("loops"))
     if CHECKPOINT_KEY not in checkpoint and trained.is_all_in_values and not (is_fit and has_progress):
-        module.link_metrics.load({}, {})
+        run.load_metrics({}, {})
         return
-    state = CheckpointState.of(checkpoint)
-    choices = f"{trainer.precision} and {module.finished_links}" if trainer is not None and is_fit else None
-    plan = plan_restore(checkpoint, state, adapted, None if pending is None else pending.links, choices)
+    state, links = CheckpointState.of(checkpoint), None if module.pending is None else module.pending.links
+    begins_link = links not in (None, len(state.chain) + 1)
+    chain = chain_of(checkpoint, links) if begins_link else state.chain
+    adapted.check_base(chain, state.base_weights)
+    has_dtype = state.dtype is not None and links != 0  # the base alone has none
+    dtype = getattr(torch, str(state.dtype)) if has_dtype else adapted.cast_dtype
     if is_fit:
-        _check_same_choices(module, checkpoint, state)
+        _check_same_choices(module, state, dtype)
         resume_from(checkpoint, state.progress)
-    apply_restore(plan, adapted)
+
+    adapted.take_base(chain, state.base_weights)
+    if dtype != adapted.cast_dtype:
+        adapted.cast(dtype)
+    adapted.go_to(chain)
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         module.double()
-    module.seed_choice, adapted.seed = module.seed_choice._replace(value=state.seed), state.seed
-    run.link_start, run.resumes_knots = state.link_start, state.has_knots
-    run.left_at = None if plan.begins_link else Counters(checkpoint["epoch"], checkpoint["global_step"])
-    trained.first_outside = dict(state.outside)
-    if plan.begins_link:
-        module.link_plan.begin(adapted)
-        module.link_metrics.begin_link(trainer)
-    else:
-        module.link_metrics.load(state.live.metrics if state.live else {}, state.callback_metrics)
-    trained.values_to_load = values_after(plan, adapted, trained)
+    run.seed = adapted.seed = state.seed
+    run.link_start, trained.first_outside = state.link_start, dict(state.outside)
+    trained.values_to_load = {EXTRA_STATE: UNCHANGED}
+    if begins_link:
+        run.left_at = None
+        run.begin_metrics(trainer)
+        adapted.begin_link(run.schedule.rank(adapted.link), run.schedule.alpha(adapted.link))
+        trained.values_to_load |= _values_after(chain, adapted, trained)
+        return
+    run.left_at = FitPosition(checkpoint["epoch"], checkpoint["global_step"])
+    if state.live is not None:
+        adapted.resume_link(state.live.rank, state.live.alpha)
+    run.load_metrics(state.live.metrics if state.live else {}, state.callback_metrics)
 
 
-def plan_restore(
-    checkpoint: Mapping[str, Any], state: CheckpointState, adapted: AdaptedModel, links: int | None, choices_of_fit: str | None
-) -> RestorePlan:
-    """The changes that restore a checkpoint's chain, or its first links, in a model.
+def _values_after(chain: Chain, adapted: AdaptedModel, trained: TrainedState) -> dict[str, Tensor]:
+    """The values that replace a checkpoint's, by name in the module, where a link begins after the first of its links.
 
-    Args:
-        checkpoint: Lightning's checkpoint.
-        state: our state in it, decoded.
-        adapted: the model.
-        links: how many links, the finished ones first and then the live one; None: all.
-        choices_of_fit: precision and finished_links of a fit that resumes, which must cast weights as the checkpoint's run did;
-            None: not a fit.
-
-    Raises:
-        UserError: if the chain was trained on another base, is shorter, or would be cast to another dtype by the fit.
+    The new link has its own factors, and the other trained values are as they were after the last of these links.
     """
-    n_finished = len(state.chain)
-    chain, begins_link = state.chain, links not in (None, n_finished + 1)
-    if links is not None and begins_link:
-        check_links(links, n_finished)
-        chain = chain_of(checkpoint, links)
-    adapted.check_base(chain, state.base_weights)
-    dtype = None if state.dtype is None or links == 0 else getattr(torch, state.dtype)  # the base alone has none
-    if dtype == adapted.cast_dtype:
-        dtype = None
-    if dtype is not None and choices_of_fit is not None:
-        theirs, mine = (str(one).removeprefix("torch.") for one in (dtype, adapted.cast_dtype))
-        raise UserError(
-            "trainer.precision, model.finished_links: expected those that cast adapted weights to "
-            f"{theirs}, as in the checkpoint's run, received {choices_of_fit}, which cast them to {mine}"
-        )
-    live = None if state.live is None or begins_link else (state.live.rank, state.live.alpha)
-    return RestorePlan(chain, state.base_weights, dtype, live, begins_link)
-
-
-def apply_restore(plan: RestorePlan, adapted: AdaptedModel) -> None:
-    """Applies a plan to the weights of a model; the live link's factors are still to be loaded."""
-    adapted.take_base(plan.chain, plan.base_weights)
-    if plan.dtype is not None:
-        adapted.cast(plan.dtype)
-    adapted.go_to(plan.chain)
-    if plan.live is not None:
-        adapted.resume_link(*plan.live)
-
-
-def values_after(plan: RestorePlan, adapted: AdaptedModel, trained: TrainedState) -> dict[str, Tensor]:
-    """The values that replace a checkpoint's, by name in the module, once a plan is applied.
-
-    If the live link is the checkpoint's, nothing is replaced. A link that begins after fewer links has its own factors, and the
-    other trained values are as they were after those links.
-    """
-    values: dict[str, Tensor] = {EXTRA_STATE: UNCHANGED}
-    if not plan.begins_link:
-        return values
-    values |= {name: value.detach() for name, value in trained.values().items() if name.startswith("model.")}
-    values |= {f"model.{name}": value for name, value in adapted.extras_after(plan.chain).items()}
-    return values | trained.outside_after(plan.chain)
+    values = {name: value.detach() for name, value in trained.values().items() if name.startswith("model.")}
+    values |= {f"model.{name}": value for name, value in adapted.extras_after(chain).items()}
+    return values | trained.outside_after(chain)
 
 
 def restore_packed(module: "COLAModule", packed: Tensor) -> None:
@@ -172,41 +102,42 @@ def restore_packed(module: "COLAModule", packed: Tensor) -> None:
     module.adapted.go_to(chain)
     if given["live"] is not None:
         module.adapted.resume_link(*given["live"])
-    module.run_state.link_start = Counters(*given["link_start"])
+    module.run.link_start = FitPosition(*given["link_start"])
 
 
-def _check_same_choices(module: "COLAModule", checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
+def _check_same_choices(module: "COLAModule", state: CheckpointState, dtype: torch.dtype) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
+
+    Args:
+        module: the module of the fit.
+        state: of the checkpoint.
+        dtype: to which the checkpoint's run cast adapted weights.
 
     Raises:
         UserError: for the first that differs.
     """
-    if "optimizer_states" not in checkpoint:
-        raise WeightsAloneError(
-            "ckpt_path: expected a checkpoint with the optimizer's state, received one of weights alone: the checkpoint "
-            "contains only the model, as save_weights_only writes it"
-        )
-    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    if state.chain.links and any(isinstance(c, WeightAveraging) for c in callbacks):  # whose copy would get no finished link
+    mine, schedule = module.adapted.cast_dtype, module.run.schedule
+    if dtype != mine:
+        choices = f"{module.trainer.precision} and {module.finished_links}"
         raise UserError(
-            "ckpt_path: expected a run without finished links to resume with averaged weights, received one with "
-            f"{len(state.chain)} of them"
+            f"trainer.precision, model.finished_links: expected those that cast adapted weights to {state.dtype}, as in the "
+            f"checkpoint's run, received {choices}, which cast them to {str(mine).removeprefix('torch.')}"
         )
-    if (seed := module.seed_choice.given) not in (None, state.seed):
+    if (seed := module.run.given_seed) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if state.live is not None:
-        module.link_plan.check_resumed(dict(enumerate(state.scheduled)), len(state.chain))
-    if (origin := module.origin)[0] is not None and origin != state.origin:
-        (had, had_links), (mine, my_links) = state.origin, origin
+    if module.init_chain is not None and module.init_chain_source != state.origin:
         raise UserError(
-            f"model.init_chain: expected null or what the checkpoint's run began from, {had or 'its base'} "
-            f"(links: {had_links}), received {mine} (links: {my_links})"
+            "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
+            f"{state.origin}, received {module.init_chain_source}"
         )
-    if (had_factors := state.trained_factors) not in (None, module.trained_factors):
-        raise UserError(f"model.trained_factors: expected {had_factors}, the checkpoint's, received {module.trained_factors}")
-    if state.has_rate_of_saved is ((rate := module.optimization.modules_to_save_lr) is None):
-        expected = "a number" if state.has_rate_of_saved else "null"
-        raise UserError(f"model.modules_to_save_lr: expected {expected}, as in the checkpoint's run, received {rate}")
+    if state.has_knots and not schedule.has_knots:
+        raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+    planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
+    if state.live is not None and planned != state.scheduled:
+        raise UserError(
+            "model.rank, model.alpha, chain.ranks, chain.alphas: expected the ranks and alphas of the checkpoint's run, "
+            f"{state.scheduled}, one pair for each link, received {planned}"
+        )
 
 
 # ---------------------------------------------------------------------- a module from a file

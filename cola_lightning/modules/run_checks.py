@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from cola_lightning.chain.schedule import ChainSchedule, Counters, RunLength
+from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
+from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
 from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
-from cola_lightning.modules.run_state import accumulation_schedulers, run_length
-from cola_lightning.modules.summary import summary
+from cola_lightning.modules.run import accumulation_schedulers, run_length
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
 
@@ -56,17 +57,21 @@ class RunChecks(Callback):
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        run = self.module.run_state
+        run = self.module.run
+        if len(seeds := set(processes.gather_objects(run.seed))) > 1:
+            raise UserError(
+                "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
+                f"each of which drew its own; received null and {len(seeds)} processes"
+            )
         if stage == "fit":
             run.length = None  # set again when training starts
-            run.trainer = weakref.ref(trainer)
-            run.resumes_knots = False  # a resumed fit gets it from its checkpoint, later
-            now = Counters(trainer.current_epoch, trainer.global_step)
+            run.trainer_ref = weakref.ref(trainer)
+            now = FitPosition(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
                 run.link_start = now
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            if not any(getattr(callback, "schedule", None) is run.schedule for callback in callbacks):
-                run.schedule = ChainSchedule()  # an earlier fit's
+            if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
+                self.module.schedule = ChainSchedule()  # in place of an earlier fit's
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,67 +90,62 @@ class RunChecks(Callback):
         # Of other tensors in a state dict, such as a metric's own, each process has its part.
         registered = set(tensors.plain_names(dict(pl_module.named_buffers(remove_duplicate=False))))
         self._shared_names = [name for name in self._buffer_names if name.startswith("model.") or name in registered]
-        self.module.run_state.is_validating = False
+        self.module.run.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         first_batch = trainer.fit_loop.epoch_loop.batch_idx + 1  # 0, unless the fit resumes inside an epoch
-        self.module.run_state.window = beginning_window(trainer, first_batch)
+        self.module.run.window = beginning_window(trainer, first_batch)
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
-        now, is_resumed = Counters(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
+        now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
-        self.module.run_state.length = length
+        self.module.run.length = length
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
-        log.info("%s", summary(self.module))
+        log.info("%s", _summary(self.module))
 
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
-        """Resumes the live link's optimizer, or begins the link as the schedule says.
-
-        Raises:
-            UserError: if the checkpoint's run had knots, and this one has none.
-        """
-        module, run = self.module, self.module.run_state
-        self._is_state_unchecked = run.schedule.has_knots or run.schedule.is_open
-        if is_resumed and run.resumes_knots and not run.schedule.has_knots:
-            raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+        """Resumes the current link's optimizer, or begins the link as the schedule says."""
+        module, run = self.module, self.module.run
+        self._is_state_unchecked = run.schedule.has_knots or run.schedule.knots_unknown
         if is_resumed:
-            module.link_metrics.give_to(trainer)
+            run.restore_metrics(trainer)
             module.optimization.resume(trainer)
             return
-        if module.link_plan.apply(module.adapted, module.first_chain):
-            module.link_metrics.begin_link(trainer)
+        if begin_as_scheduled(module.adapted, run.schedule):
+            run.begin_metrics(trainer)
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
-        module, run = self.module, self.module.run_state
-        if run.schedule.is_open_in(length) or length.end_step == math.inf:
-            module.link_plan.warn_of_short_lists(math.inf)
+        module, run = self.module, self.module.run
+        if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
+            _warn_of_short_lists(run.schedule, math.inf)
             module.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
-        module.link_plan.warn_of_lengths(lengths, module.link)
+        _warn_of_lengths(run.schedule, lengths, module.link)
         module.optimization.check_lengths(lengths)
-        module.link_plan.reserve(module.adapted, module.link + len(lengths))
+        ahead = [run.schedule.rank(link) for link in range(module.link, module.link + len(lengths) - 1)]
+        module.adapted.reserve_stacks(ahead)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = self.module.run_state
+        run = self.module.run
         run.window = beginning_window(trainer, 0)
         if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
-            now = Counters(trainer.current_epoch, trainer.global_step)
-            run.length = replace(run.length, origin=now)
+            now = FitPosition(trainer.current_epoch, trainer.global_step)
+            run.length = replace(run.length, epoch_start=now)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        window = self.module.run_state.window
+        window = self.module.run.window
         if window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
             state = self.module.trained_state.values() if self._buffer_names else {}
             buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
-            self.module.run_state.window = replace(window, buffers=buffers, callbacks=states)
+            self.module.run.window = replace(window, buffers=buffers, callbacks=states)
         align_logged_step(trainer)
 
     @override
@@ -156,7 +156,7 @@ class RunChecks(Callback):
             self._is_state_unchecked = False
             self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.module.run_state.window = beginning_window(trainer, batch_idx + 1)
+            self.module.run.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
             state = self.module.trained_state.values()
             tensors.share_(state[name] for name in self._shared_names if name in state)
@@ -164,12 +164,12 @@ class RunChecks(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.module.run_state.is_validating = True
+            self.module.run.is_validating = True
             align_logged_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.run_state.is_validating = False
+        self.module.run.is_validating = False
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,19 +189,19 @@ class RunChecks(Callback):
         # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [c for c in callbacks if not isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
-        run = self.module.run_state
+        run = self.module.run
         if trainer.state.fn == "fit":
-            run.left_at = Counters(trainer.current_epoch, trainer.global_step)
+            run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            self.module.link_metrics.keep(trainer, run.link_start.global_step)
-        fitter = run.trainer() if run.trainer else None
+            run.earlier_metrics = run.metrics(trainer)  # which the Trainer clears when its next run begins
+        fitter = run.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer, pl_module)
-        if self.module.run_state.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
+        if self.module.run.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
@@ -238,6 +238,51 @@ class RunChecks(Callback):
             )
 
 
+def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
+    """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
+
+    Returns:
+        Whether the link was begun again.
+
+    Raises:
+        UserError: if the link has been trained with another rank or alpha.
+    """
+    planned, is_requested = (schedule.rank(adapted.link), schedule.alpha(adapted.link)), schedule.ranks or schedule.alphas
+    if adapted.live in (None, planned):
+        return False
+    if not any(layer.has_begun for layer in adapted.layers.values()) and (is_requested or not adapted.link):
+        adapted.begin_link(*planned)
+        return True
+    if is_requested:
+        raise UserError(
+            "model.rank, model.alpha, chain.ranks, chain.alphas: expected the rank and alpha with which link "
+            f"{adapted.link} has been trained, {adapted.live}, received {planned}"
+        )
+    return False
+
+
+def _warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:
+    """Warns of lists of ranks and alphas that are too short, and of lengths that look wrong.
+
+    Args:
+        schedule: of the fit.
+        lengths: optimizer steps of each remaining link of the fit, the current one first.
+        n_finished: how many links are finished.
+    """
+    _warn_of_short_lists(schedule, n_finished + len(lengths))
+    if len(lengths) == 1 and schedule.has_knots and not n_finished:
+        log.warning("the run ends before its first knot: it is one link, plain LoRA")
+    if len(lengths) > 1 and lengths[-1] < (shortest := min(lengths[:-1])) / 2:
+        log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
+
+
+def _warn_of_short_lists(schedule: ChainSchedule, n_links: float) -> None:
+    """Warns which rank and alpha links beyond the lists have, in a run of so many links; infinite: not known beforehand."""
+    for field, values in (("ranks", schedule.ranks), ("alphas", schedule.alphas)):
+        if values is not None and len(values) < n_links:
+            log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
+
+
 def _without_gradient(model: nn.Module) -> list[str]:
     """Names of the adapted layers whose links are to be trained and have no gradient; a gradient of zeros is one."""
     return [
@@ -247,9 +292,26 @@ def _without_gradient(model: nn.Module) -> list[str]:
     ]
 
 
+def _summary(module: "COLAModule") -> str:
+    """How many of a module's parameters are trained, and where."""
+    text = "model:"
+    if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
+        frozen = {id(factor) for factor in module.adapted.frozen_factors()}
+        parameters = list(module.parameters())
+        n_trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in frozen)
+        packed = [part.get_parameter("weight") for part in module.model.modules() if is_quantized(part)]
+        n_all = sum(p.numel() for p in [*parameters, *packed])  # a packed weight has two values in a byte
+        text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
+    if module.adapted.live is None:
+        return text
+    rank, alpha = module.adapted.live
+    text += f", link {module.link} of rank {rank} and alpha {alpha:g} on {len(module.adapted.layers)} layers"
+    return text + (f", and all of {', '.join(module.modules_to_save)}" if module.modules_to_save else "")
+
+
 def _check_frozen(module: "COLAModule") -> None:
     """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
-    if module.run_state.schedule.has_knots and (
+    if module.run.schedule.has_knots and (
         trained := [name for name, layer in module.adapted.layers.items() if layer.weight.requires_grad]
     ):
         raise UserError(
@@ -273,7 +335,7 @@ def _check_whole_windows(trainer: Trainer) -> None:
         )
 
 
-def _beginning_of_epoch(trainer: Trainer, now: Counters) -> Counters:
+def _beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:
     """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
     window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
-    return Counters(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
+    return FitPosition(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))

@@ -1,6 +1,6 @@
 """The part of a module's state that training changes: the content of its state dict, inside of the model and outside of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from cola_lightning.chain import Chain
 from cola_lightning.chain.base import check_dense, hash_of
 from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.sharded import tensors
 from cola_lightning.weights import load_extras, weight_of
 
@@ -146,50 +145,22 @@ class TrainedState:
             assign: see ``nn.Module.load_state_dict``.
 
         Raises:
-            UserError: if a name is missing or unknown, or a shape differs.
+            StateDictError: if a name is missing or unknown.
         """
         values, self.values_to_load = self.values_to_load, None
         if values is not None and received and EXTRA_STATE not in received:  # a checkpoint's, whose chain is applied by now
             received = {name: values.get(name, value) for name, value in received.items()} | {EXTRA_STATE: UNCHANGED}
         own = self.unpacked()
-        self._check(own, received, strict=strict)
+        missing = own.keys() - received.keys()
+        unexpected = received.keys() - {EXTRA_STATE, *own, *self.frozen_names(), *self.aliases()}
+        if strict and (missing or unexpected):
+            raise StateDictError(
+                f"checkpoint: expected values for all that this module trains, and for nothing else. Missing key(s) in "
+                f"state_dict: {_quoted(missing)}. Unexpected key(s) in state_dict: {_quoted(unexpected)}"
+            )
         result = load(_laid_out(received, own), strict=False, assign=assign)
         result.missing_keys[:] = [name for name in result.missing_keys if name in own]  # what is frozen is not missing
         return result
-
-    def _check(self, own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool) -> None:
-        if strict:
-            self._check_names(own.keys(), received.keys())
-        for name, value in own.items():
-            theirs = None if name == EXTRA_STATE else received.get(name)
-            if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
-                hint = " (is model.rank another?)" if ".lora_" in name else ""
-                raise UserError(
-                    f"checkpoint: expected shape {tuple(value.shape)} for {name!r}, received {tuple(theirs.shape)}{hint}"
-                )
-
-    def _is_factor(self, name: str) -> bool:
-        return name.removeprefix("model.") in names_of_factors(self.adapted.model)
-
-    def _check_names(self, own: Set[str], received: Set[str]) -> None:
-        if missing := [name for name in own if name not in received and name != EXTRA_STATE]:
-            is_whole = missing[0].startswith("model.") and not self._is_factor(missing[0])
-            hint = " (is model.modules_to_save another?)" if is_whole else ""
-            raise StateDictError(
-                f"checkpoint: expected a value for {missing[0]!r}, which this module trains, received none{hint}. "
-                f"Missing key(s) in state_dict: {_quoted(missing)}"
-            )
-        if EXTRA_STATE in own - received:
-            raise UserError(
-                f"state_dict: expected the finished links, under {EXTRA_STATE!r}, received none: state_dict() gives them, and "
-                "load_from_checkpoint loads a checkpoint"
-            )
-        known = {EXTRA_STATE, *own, *self.frozen_names(), *self.aliases()}
-        if unknown := [name for name in received if name not in known]:
-            raise StateDictError(
-                f"checkpoint: expected values that this module trains, received {unknown[0]!r}. "
-                f"Unexpected key(s) in state_dict: {_quoted(unknown)}"
-            )
 
 
 def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,4 +190,4 @@ def _is_frozen(value: Tensor) -> bool:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    return ", ".join(f'"{name}"' for name in sorted(names)) or "none"

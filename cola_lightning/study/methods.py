@@ -150,7 +150,7 @@ def _rank(config: Config) -> int:
 def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE})
+    schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE}, default_rank=_rank(config))
     if not schedule.has_knots:
         raise UserError(
             f"methods: expected a config whose chain has knots, or a number of links, as in {name}-4, received {name!r} and "
@@ -158,17 +158,17 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
         )
     epochs, steps = _length(config)
     unit, limit = ("epochs", epochs) if chain["every_n_epochs"] or chain["at_epochs"] else ("steps", steps)
-    if schedule.is_open or limit is None:  # the number of links is known only after each run
+    if schedule.knots_unknown or limit is None:  # the number of links is known only after each run
         if name == "lora-sum-rank":
             of_run = f"that counts {unit} in a run with another limit than trainer.max_{unit}"
             raise UserError(
                 "methods: expected a number of links, as in lora-sum-rank-4, for a chain "
-                f"{'with a patience' if schedule.is_open else of_run}, received 'lora-sum-rank'"
+                f"{'with a patience' if schedule.knots_unknown else of_run}, received 'lora-sum-rank'"
             )
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
-    return [schedule.rank(link, _rank(config)) for link in range(len(schedule.links(START, run)))], {}
+    return [schedule.rank(link) for link in range(len(schedule.links(START, run)))], {}
 
 
 def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any]]:

@@ -29,7 +29,7 @@ from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import names_of_factors
 from cola_lightning.modules import COLAModule
-from cola_lightning.modules.run_state import run_length
+from cola_lightning.modules.run import run_length
 from cola_lightning.sharded import tensors
 
 log = logging.getLogger(__name__)

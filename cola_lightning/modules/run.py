@@ -1,0 +1,170 @@
+"""The run of a module: its schedule, its position, its seed, and the metrics of its current link."""
+
+import logging
+import math
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
+
+from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
+from cola_lightning.errors import UserError
+from cola_lightning.modules.rewind import Window
+from cola_lightning.sharded import processes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The state of a module's run, over one fit or several; the module, its callbacks and its optimization share it.
+
+    Attributes:
+        schedule: when knots fall, and each link's rank and alpha; one link until ChainOfLoRA gives its own.
+        seed: of every random draw; None until it is given, drawn, or a checkpoint's.
+        given_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
+        link_start: the position at which the current link began.
+        left_at: the position at which the last fit ended, or the checkpoint was written from which the module is; a next fit
+            at the same position continues it.
+        trainer_ref: of the last fit; an evaluation by another Trainer may have followed.
+        length: length of the fit; None while it is not known.
+        window: the accumulation window that has begun, or begins with the next batch; None before a fit.
+        is_validating: whether a validation inside a fit has begun and not ended.
+        is_tying: whether a knot has begun, and has not succeeded.
+        earlier_metrics: the current link's, logged in an earlier run of a Trainer.
+        previous_metrics: logged in this run of a Trainer by the previous link.
+        stored_metrics: all that the Trainer of the loaded checkpoint had logged.
+    """
+
+    schedule: ChainSchedule
+    seed: int | None
+    given_seed: int | None
+    link_start: FitPosition = START
+    left_at: FitPosition | None = None
+    trainer_ref: weakref.ref[Trainer] | None = None
+    length: RunLength | None = None
+    window: Window | None = None
+    is_validating: bool = False
+    is_tying: bool = False
+    earlier_metrics: dict[str, float] = field(default_factory=dict)
+    previous_metrics: dict[str, Tensor] = field(default_factory=dict)
+    stored_metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the length and the Trainer, which belong to a fit, and cannot be pickled."""
+        return vars(self) | {"length": None, "trainer_ref": None}
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer of the last fit, if it still exists."""
+        return None if self.trainer_ref is None else self.trainer_ref()
+
+    def choose_seed(self, stored: int | None) -> None:
+        """Sets the seed, if none was given: a checkpoint's, that of ``seed_everything``, or a drawn one.
+
+        Args:
+            stored: the seed in the checkpoint that is about to be loaded.
+        """
+        if self.seed is not None:
+            return
+        text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
+        self.given_seed = None if text is None else int(text)
+        self.seed = self.given_seed if stored is None else stored
+        if self.seed is None:
+            self.seed = processes.draw_seed()
+            log.info("model.seed: %d was drawn, for none was given", self.seed)
+
+    # ------------------------------------------------------------------ position and length
+
+    def position(self, trainer: Trainer | None) -> FitPosition:
+        """The epoch and optimizer step that the fit has reached, also after it, where a Trainer may only evaluate.
+
+        Args:
+            trainer: the module's Trainer.
+        """
+        if trainer is not None and trainer.state.fn == "fit":
+            return FitPosition(trainer.current_epoch, trainer.global_step)
+        if self.left_at is None or self.left_at.global_step < self.link_start.global_step:
+            return self.link_start
+        return self.left_at
+
+    def known_length(self) -> RunLength | None:
+        """The length of the fit; None if there is none, or its data is not set up.
+
+        Lightning's batch-size finder removes the callbacks, one of which sets the length.
+        """
+        if self.length is not None or (trainer := self.trainer) is None or trainer.train_dataloader is None:
+            return self.length
+        return run_length(trainer, START)
+
+    # ------------------------------------------------------------------ metrics
+
+    def metrics(self, trainer: Trainer | None) -> dict[str, float]:
+        """The values last logged since the current link began, in this run of a Trainer or an earlier one.
+
+        Args:
+            trainer: the Trainer of the present run, if there is one.
+        """
+        if trainer is None or (trainer.training and trainer.global_step == self.link_start.global_step):
+            return dict(self.earlier_metrics)  # no step of this link yet: the logged values are of the previous one
+        logged = trainer.callback_metrics.items()
+        own = {name: float(value) for name, value in logged if value is not self.previous_metrics.get(name)}
+        return self.earlier_metrics | own
+
+    def begin_metrics(self, trainer: Trainer | None) -> None:
+        """Begins a link's metrics: the values logged so far are not its own."""
+        self.earlier_metrics, self.previous_metrics = {}, dict(trainer.callback_metrics) if trainer else {}
+
+    def load_metrics(self, of_link: Mapping[str, float], logged: Mapping[str, Any]) -> None:
+        """Loads the metrics of a checkpoint: the current link's, and all that its Trainer had logged."""
+        self.earlier_metrics, self.previous_metrics, self.stored_metrics = dict(of_link), {}, dict(logged)
+
+    def restore_metrics(self, trainer: Trainer) -> None:
+        """Restores the last logged values in a resumed Trainer: Lightning does not, and a rule by metrics may read them."""
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({name: value.to(device) for name, value in self.stored_metrics.items()})
+        self.previous_metrics = dict(trainer.callback_metrics)
+
+
+def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
+    """The length of the trainer's fit; known once its data is set up.
+
+    Args:
+        trainer: the Trainer of the fit.
+        epoch_start: the beginning of an epoch, from which the lengths of epochs are counted.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
+    schedulers = accumulation_schedulers(trainer)
+
+    def steps_in_epoch(epoch: int) -> float:
+        window = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+        batches = trainer.num_training_batches
+        return batches if batches == math.inf else math.ceil(batches / window)
+
+    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
+    return RunLength(
+        steps_in_epoch,
+        max_epochs=math.inf if max_epochs is None or max_epochs < 0 else max_epochs,
+        max_steps=math.inf if max_steps < 0 else max_steps,
+        epoch_start=epoch_start,
+    )
+
+
+def accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    """The callbacks by which the number of accumulated batches depends on the epoch."""
+    return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to; None if there is none."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # Lightning's way to report none
+        return None
+    return trainer if isinstance(trainer, Trainer) else None  # Fabric's stand-in for one has no counters
