@@ -15,7 +15,7 @@ from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.modes import evaluating
-from cola_lightning.modules.generation import ANSWER, end_tokens, generate, stop_tokens
+from cola_lightning.modules.generation import ANSWER, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import (
     Batch,
@@ -31,6 +31,7 @@ from cola_lightning.modules.logits import (
 )
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.turns import end_tokens
 
 # What a batch may request as its ``metric``, besides accuracy: of chosen options, and of generated answers.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}

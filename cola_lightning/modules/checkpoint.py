@@ -14,7 +14,6 @@ from cola_lightning.errors import NonFiniteError
 from cola_lightning.modules.arguments import plain, readable
 from cola_lightning.modules.rewind import rewound_progress
 from cola_lightning.modules.run_state import trainer_of
-from cola_lightning.usage import is_prompt_format
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
@@ -96,7 +95,7 @@ def prompt_format_of(trainer: Any) -> dict[str, Any]:
     """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
     given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
     with contextlib.suppress(TypeError):  # another attribute of that name
-        return dict(plain(given)) if is_prompt_format(given) else {}
+        return dict(plain(given)) if isinstance(given, dict) and {"kind", "chat_template"} <= given.keys() else {}
     return {}
 
 
