@@ -228,34 +228,6 @@ def tie_knot(module=(), **arguments):
         assert made.link == 0
 
 
-class Sparse(nn.Linear):
-    """With the edges of a graph."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("edges", torch.eye(8).to_sparse())
-
-
-class SparseOutside(Toy):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.register_buffer("edges", torch.eye(8).to_sparse())
-
-
-SPARSE = (
-    "model: expected dense parameters and persistent buffers, received '{}' in torch.sparse_coo: register_buffer(..., "
-    "persistent=False) keeps a constant out of checkpoints"
-)
-
-
-@refused(
-    ({"made": lambda: toy(SparseOutside).configure_model()}, SPARSE.format("edges")),
-    ({"made": lambda: AdaptedModel.of(lambda: nn.Sequential(Sparse(8, 8)), rank=2)}, SPARSE.format("0.edges")),
-)
-def with_sparse_values(made):
-    made()
-
-
 def in_torch(**arguments):
     return AdaptedModel.of(lambda: Toy.build_model(None), **{"rank": 2, "alpha": 4} | arguments)
 
@@ -526,7 +498,10 @@ def inject(make=Model, **arguments):
         "is it installed in this environment?",
     ),
     ({"model_name": "."}, "model.model_name: expected 'config.json' in ., received no model file (name it by gguf_file)"),
-    ({"model_name": ".", "gguf_file": "x.gguf"}, "model.gguf_file: expected 'x.gguf' in ., received no model file"),
+    (
+        {"model_name": ".", "gguf_file": "x.gguf"},
+        "model.gguf_file: expected 'x.gguf' in ., received no model file",
+    ),
     ({"model_name": ".", "revision": "main"}, "model.revision: expected null for files on this machine, received 'main'"),
     ({"quantization": "int8", "finished_links": "stack"}, "model.quantization: expected null or nf4, received 'int8'"),
     (
@@ -538,10 +513,6 @@ def inject(make=Model, **arguments):
         {"quantization": "nf4", "finished_links": "stack", "target_modules": None},
         "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
         "trained, received null",
-    ),
-    (
-        {"quantization": "nf4", "finished_links": "stack", "save_base": True},
-        "model.save_base: expected false beside model.quantization, received true",
     ),
 )
 def language_model(model_name="a/b", **arguments):

@@ -87,7 +87,7 @@ class COLACausalLM(LanguageModule):
 
     @override
     def step(self, batch: Batch) -> StepOutput:
-        self._check_batch(batch)
+        self._check_mask(batch)
         if "option_ids" not in batch:
             return self._language_step(batch)
         router_loss = None
@@ -198,16 +198,6 @@ class COLACausalLM(LanguageModule):
     @functools.cached_property
     def _can_share(self) -> bool:
         return can_share(self.model)
-
-    def _check_batch(self, batch: Any) -> None:
-        if not isinstance(batch, Mapping):
-            received = f"a {type(batch).__name__}"
-            raise UserError(f"batch: expected a dict with input_ids and labels, or an option batch, received {received}")
-        self._check_mask(batch)
-        if "option_ids" not in batch and (missing := {"input_ids", "labels"} - set(batch)):
-            raise UserError(
-                f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
-            )
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")

@@ -133,10 +133,6 @@ class Pretrained:
             raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
         return with_padding(tokenizer)
 
-    def model(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> Any:
-        """The model of :meth:`model_and_new_weights` alone."""
-        return self.model_and_new_weights(auto_class, is_empty=is_empty, **fields)[0]
-
     def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 

@@ -174,8 +174,7 @@ class COLASequenceClassifier(LanguageModule):
             return pending.state.modules_to_save
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
-        is_earlier = pending is not None and pending.state.modules_to_save is None  # a release that left all else frozen
-        new = [] if is_earlier else self.pretrained.new_modules(model, self.new_weights)
+        new = self.pretrained.new_modules(model, self.new_weights)
         return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
 
     @override
