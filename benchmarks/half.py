@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, PromptDataModule
-from cola_lightning.export import quiet
+from cola_lightning.hub import quiet
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sst2_smollm2.yaml"
 FIT = ["--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]

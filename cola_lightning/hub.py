@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from cola_lightning.errors import HubError, causes
+from cola_lightning.errors import HubError, OutsideError, causes, one_line
 
 
 def is_repo_id(name: str) -> bool:
@@ -74,3 +75,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Uploads a folder to a model repository, which is created if necessary; returns its URL.
+
+    Raises:
+        OutsideError: if the hub cannot be reached, or refuses (``hf auth login`` stores a token).
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repo_id, exist_ok=True))
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    except Exception as error:  # of the network, of the hub, of a token
+        message = f"push_to_hub: {repo_id!r} could not be uploaded ({one_line(str(error))}); {folder} is kept"
+        raise OutsideError(message) from error
+    return address

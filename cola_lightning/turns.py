@@ -173,3 +173,9 @@ def end_of_text(tokenizer: Any) -> int | None:
     if tokenizer.eos_token_id is not None or not n_appended(tokenizer):
         return tokenizer.eos_token_id  # type: ignore[no-any-return]
     return int(tokenizer("a")["input_ids"][-1])
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({end_of_text(tokenizer), *(own if isinstance(own, Sequence) else [own])} - {None})

@@ -98,18 +98,17 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
         )
 
 
-def check_writable(field: str, folder: str | Path, *, is_replaced: bool = False) -> None:
+def check_writable(field: str, folder: str | Path) -> None:
     """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked.
 
     Args:
         field: its name in messages.
         folder: the folder.
-        is_replaced: whether it is written as by :func:`whole_folder`, for which the folder that contains it must be writable.
     """
     if "://" in str(folder):
         return
     path = Path(os.path.realpath(folder))
-    existing = next(place for place in (path, *path.parents)[is_replaced:] if place.exists())
+    existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
         raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

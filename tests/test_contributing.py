@@ -115,14 +115,12 @@ def test_a_layer_that_looks_up_indices_computes_in_its_own_dtype(dtype):
 
 
 def test_a_layer_type_that_peft_export_does_not_know_is_refused(tmp_path):
-    from cola_lightning.chain.peft import as_peft_weights
+    from cola_lightning.export.adapter import as_peft_weights
 
     example("A layer type")
     adapted = AdaptedModel.of(lambda: nn.Sequential(nn.Embedding(20, 8)), target_modules=["0"], rank=2, alpha=4)
     link = adapted.tie_knot()
-    with pytest.raises(
-        UserError, match=r"^format: expected merged, for no LoRA of PEFT is known for '0', a Embedding; received peft$"
-    ):
+    with pytest.raises(UserError, match=r"^format: expected merged, for PEFT has no LoRA, or another, for '0', a Embedding"):
         as_peft_weights(adapted.merged_model(0), link.factors)
 
 

@@ -16,7 +16,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWrite
 from cola_lightning.cli import main
 from cola_lightning.cli.streaming import make_streamer
 from cola_lightning.decoding import Decoding
-from cola_lightning.usage import PROMPT_FORMAT
+from cola_lightning.export.card import PROMPT_FORMAT
 from tests import tiny
 from tests.toy import trainer
 

@@ -23,7 +23,8 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.splits import draw, read_rows
-from cola_lightning.modules.generation import end_tokens, stop_tokens
+from cola_lightning.modules.generation import stop_tokens
+from cola_lightning.turns import end_tokens
 from tests import tiny
 from tests.toy import trainer
 

@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
     ["conventions", "errors", "modes", "__init__"],
-    ["writing", "seeding", "decoding", "hub", "turns", "probe"],
+    ["writing", "seeding", "decoding", "hub", "turns"],
     ["sharded/tensors", "sharded/processes", "sharded/__init__"],
     ["lora"],
     ["chain", "weights"],
-    ["adapted_model", "model_card", "usage"],
+    ["adapted_model"],
     ["export", "sharded/strategy"],
     ["callbacks", "data", "modules"],
     ["examples", "cli/help"],

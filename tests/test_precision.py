@@ -7,7 +7,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
-from cola_lightning.probe import logits_of
+from cola_lightning.export.verify import logits_of
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 

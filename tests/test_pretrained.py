@@ -25,17 +25,19 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder_is_loaded_in_training_mode_and_in_the_dtype_asked_for(folder):
-    model = Pretrained(folder).model(AutoModelForCausalLM)
+    model = Pretrained(folder).model_and_new_weights(AutoModelForCausalLM)[0]
     assert isinstance(model, LlamaForCausalLM)
     assert model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    half = Pretrained(folder, dtype="bfloat16", attn_implementation="eager").model(AutoModelForCausalLM)
+    half = Pretrained(folder, dtype="bfloat16", attn_implementation="eager").model_and_new_weights(AutoModelForCausalLM)[0]
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.config._attn_implementation == "eager"
 
 
 def test_an_empty_model_has_the_shapes_alone(folder):
-    whole, empty = (Pretrained(folder).model(AutoModelForCausalLM, is_empty=is_empty) for is_empty in (False, True))
+    whole, empty = (
+        Pretrained(folder).model_and_new_weights(AutoModelForCausalLM, is_empty=is_empty)[0] for is_empty in (False, True)
+    )
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (whole, empty)]
     assert shapes[0] == shapes[1]
     assert not torch.equal(whole.lm_head.weight, empty.lm_head.weight)
@@ -59,7 +61,7 @@ def test_a_package_holds_a_model():
 
 
 def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd):
-    Pretrained(folder).model(AutoModelForCausalLM)
+    Pretrained(folder).model_and_new_weights(AutoModelForCausalLM)[0]
     assert capfd.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
 
@@ -67,7 +69,7 @@ def test_a_model_is_loaded_without_the_bars_of_transformers(folder, capfd):
 def test_bars_that_a_user_turned_off_stay_off(folder):
     logging.disable_progress_bar()
     try:
-        Pretrained(folder).model(AutoModelForCausalLM)
+        Pretrained(folder).model_and_new_weights(AutoModelForCausalLM)[0]
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()

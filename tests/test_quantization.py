@@ -27,9 +27,9 @@ from cola_lightning import (
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
 from cola_lightning.errors import ExportError
+from cola_lightning.export.verify import ReferenceLogits, reference_logits
 from cola_lightning.lora import linear4bit
 from cola_lightning.lora.registry import adapt_layer
-from cola_lightning.probe import Probe, make_probe
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -498,15 +498,15 @@ def test_a_base_is_the_same_however_many_threads_make_it():
 
 
 def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path):
-    probe = make_probe(trained.module.model)
-    wrong = Probe(probe.inputs, probe.logits + 1, probe.is_half)
+    probe = reference_logits(trained.module.model)
+    wrong = ReferenceLogits(probe.inputs, probe.logits + 1, probe.is_half)
     with pytest.raises(ExportError, match="its logits differ from the module's by at most 1"):
         tiny.export_merged(trained.module.merged_model(), tmp_path / "out", wrong)
 
 
 def test_an_adapter_says_that_its_base_was_in_4_bits(trained, tmp_path, capsys):
     assert command("--checkpoint", trained.path, "--format", "peft", "--output", tmp_path / "out", "--no_verify") == 0
-    assert "in 4 bits, and de-quantised" in capsys.readouterr().out
+    assert "bnb_4bit_quant_type='nf4'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -344,16 +344,3 @@ def test_its_checkpoint_trains_the_same_modules_again(tmp_path, data, save_base)
     again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
     assert again.modules_to_save == module.modules_to_save == ["bert.pooler", "classifier"]
     assert_bit_equal(weights(again.model), weights(module.model))
-
-
-def test_a_checkpoint_of_an_earlier_release_has_its_pooler_frozen_as_then(tmp_path, data):
-    module = of_masked_lm(tmp_path, modules_to_save=["classifier"])
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, datamodule=data)
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    del checkpoint["cola"]["modules_to_save"]
-    del checkpoint["cola"]["module"]["init_args"]["modules_to_save"]
-    torch.save(checkpoint, tmp_path / "end.ckpt")
-    again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert_bit_equal(weights(again.model), weights(module.model))

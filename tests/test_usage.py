@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli import main
-from cola_lightning.usage import usage_section
+from cola_lightning.export.card import usage_section
 from tests import tiny
 from tests.test_templates import CHAT
 from tests.toy import trainer
@@ -108,7 +108,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("given", [{}, {"system": "Be brief."}, {"kind": "chat", "chat_template": True}, {"kind": "text"}])
+@pytest.mark.parametrize("given", [{}, {"system": "Be brief."}, {"kind": "chat", "chat_template": True}])
 def test_what_is_no_prompt_format_is_no_section(given):
     assert usage_section(given) == ""
 
@@ -167,7 +167,7 @@ def test_a_template_that_asks_for_a_system_turn_is_predicted_with_and_exported(t
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
-def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
+def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path):
     name = tiny.folder(tmp_path / "model", "llama")
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -178,7 +178,7 @@ def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path, capfd):
     run.predict(module, datamodule=data, return_predictions=False)
     adapter = str(tmp_path / "adapter")
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "peft", "--output", adapter]) == 0
-    assert "trained to choose among options by their log-probabilities, not to generate" in capfd.readouterr().out
+    assert "not trained to generate them: score the options" in Path(adapter, "README.md").read_text()
     module.tokenizer.save_pretrained(adapter)
     format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
     _, names = executed(code_of(usage_section(format_, folder=adapter, is_adapter=True)))

@@ -10,7 +10,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cola_lightning import TemplateDataModule, export, lora_layers
+from cola_lightning import TemplateDataModule, lora_layers
+from cola_lightning.export import adapter, merged
+from cola_lightning.export import module as export_of_module
+from cola_lightning.export.options import ExportOptions
 
 REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 
@@ -182,17 +185,17 @@ def reviews(**arguments):
 def export_options(folder, format_, how):
     """Takes an export's options out of named arguments."""
     given = {name: how.pop(name) for name in ("verify", "overwrite", "max_rank") if name in how}
-    return export.ExportOptions(Path(folder), format_, **given)
+    return ExportOptions(Path(folder), format_, **given)
 
 
 def export_merged(model, folder, probe=None, **how):
-    return export.export_merged(model, export_options(folder, "merged", how), probe, **how)
+    return merged.export_merged(model, export_options(folder, "merged", how), probe, **how)
 
 
 def export_adapter(chain, base, folder, probe=None, *, base_name, modules_to_save=(), **how):
-    base = export.AdapterBase(base, base_name, saved=modules_to_save)
-    return export.export_adapter(chain, base, export_options(folder, "peft", how), probe, **how)
+    base = adapter.AdapterBase(base, base_name, saved=modules_to_save)
+    return adapter.export_adapter(chain, base, export_options(folder, "peft", how), probe, **how)
 
 
 def export_chain(chain, folder, **how):
-    return export.export_chain(chain, export_options(folder, "chain", how))
+    return export_of_module.export_chain(chain, export_options(folder, "chain", how))

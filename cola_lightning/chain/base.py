@@ -62,24 +62,9 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
 def _hashes(model: nn.Module) -> dict[str, str | None]:
     links, state = names_of_factors(model), tensors.state_dict(model)
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in links}
-    check_dense(values)
     named = model.named_parameters(remove_duplicate=False)
     trained = set(tensors.plain_names(name for name, parameter in named if parameter.requires_grad))
     return {name: None if name in trained else hash_of(value) for name, value in values.items()}
-
-
-def check_dense(values: Mapping[str, Tensor]) -> None:
-    """Refuses tensors, by name, of which no part can be read or copied as of a plain one.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for name, value in values.items():
-        if value.layout is not torch.strided:
-            raise UserError(
-                f"model: expected dense parameters and persistent buffers, received {name!r} in {value.layout}: "
-                "register_buffer(..., persistent=False) keeps a constant out of checkpoints"
-            )
 
 
 def fingerprint_of(values: Mapping[str, Tensor]) -> str:

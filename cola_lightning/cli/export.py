@@ -11,7 +11,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet
 
 if TYPE_CHECKING:
-    from cola_lightning.export import ExportOptions
+    from cola_lightning.export.options import ExportOptions
 
 
 def export(words: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def export(words: Sequence[str]) -> None:
     options = parsed(parser, words)
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
-    from cola_lightning.export import ExportOptions
+    from cola_lightning.export.options import ExportOptions
 
     output = options.output
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
@@ -79,17 +79,17 @@ def export(words: Sequence[str]) -> None:
     print("\n".join(lines))
     print(f"written: {output}")
     if options.push_to_hub is not None:
-        from cola_lightning.export import upload
+        from cola_lightning.hub import upload
 
         print(f"uploaded: {upload(output, options.push_to_hub)}")
 
 
 def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
     """Exports a chain folder, without constructing the module."""
-    from cola_lightning.export import check_no_base, export_chain
+    from cola_lightning.export.module import export_chain
 
     chain = chain_of(opened.contents, links)
-    check_no_base(asked.folder, chain.base.name)
+    asked.check(chain.base.name)
     return export_chain(chain, asked)
 
 
@@ -97,8 +97,8 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     arguments = opened.state.module
     check_arguments(arguments, "export")
 
+    from cola_lightning.export.module import export_module
     from cola_lightning.modules import COLAModule, find_class
-    from cola_lightning.modules.exporting import export_module
 
     find_class(arguments["class_path"])
     given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument

@@ -19,9 +19,9 @@ from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.export.card import PROMPT_FORMAT
 from cola_lightning.hub import quiet
 from cola_lightning.seeding import check_seed
-from cola_lightning.usage import PROMPT_FORMAT
 
 PLACE = "prompt"  # names a prompt that the chat template cannot format, in messages
 MARK = "\ufeff"  # of the byte order, which some editors write at the beginning of a file
@@ -230,9 +230,9 @@ def _language_model(pretrained: Any, folder: Path) -> Any:
 
 def _of_plain(model: Any, tokenizer: Any) -> Generator:
     """A generator for a model without this package's layers; tokenizer files from an export contain the prompt format."""
-    from cola_lightning.modules.generation import end_tokens
     from cola_lightning.modules.generation import generate as generate_
     from cola_lightning.modules.pretrained import with_limit
+    from cola_lightning.turns import end_tokens
 
     device, tokenizer = _device(), with_limit(tokenizer, model.config)
     model.to(device).eval()

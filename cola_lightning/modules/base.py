@@ -24,14 +24,14 @@ from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
 from cola_lightning.chain.store import pack
 from cola_lightning.errors import UserError
-from cola_lightning.export import ExportOptions, Format
+from cola_lightning.export.module import export_trained
+from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors, inject_lora
 from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
-from cola_lightning.modules.checkpoint import write_state
-from cola_lightning.modules.exporting import export_trained
+from cola_lightning.modules.checkpoint import data_of, prompt_format_of, write_state
 from cola_lightning.modules.hooks import keep_hooks
 from cola_lightning.modules.knot import begin_at, facts_of_live_link, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
@@ -476,7 +476,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        return export_trained(self, options)
+        return export_trained(self, options, prompt_format_of(trainer_of(self)), data_of(trainer_of(self)))
 
     def merged_model(self, links: int | None = None) -> nn.Module:
         """A plain copy of the model with the chain merged into its weights, without LoRA layers.

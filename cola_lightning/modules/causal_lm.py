@@ -15,7 +15,7 @@ from cola_lightning.conventions import IGNORE_INDEX
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.modes import evaluating
-from cola_lightning.modules.generation import ANSWER, end_tokens, generate, stop_tokens
+from cola_lightning.modules.generation import ANSWER, generate, stop_tokens
 from cola_lightning.modules.language import LanguageModule, StepOutput
 from cola_lightning.modules.logits import (
     Batch,
@@ -31,6 +31,7 @@ from cola_lightning.modules.logits import (
 )
 from cola_lightning.modules.metrics import Accuracy, ExactMatch, MatthewsCorrCoef, OptionF1, TokenF1
 from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.turns import end_tokens
 
 # What a batch may request as its ``metric``, besides accuracy: of chosen options, and of generated answers.
 OPTION_METRICS: dict[str, type[Metric]] = {"f1": OptionF1, "matthews_corrcoef": MatthewsCorrCoef}
@@ -86,7 +87,7 @@ class COLACausalLM(LanguageModule):
 
     @override
     def step(self, batch: Batch) -> StepOutput:
-        self._check_batch(batch)
+        self._check_mask(batch)
         if "option_ids" not in batch:
             return self._language_step(batch)
         router_loss = None
@@ -197,16 +198,6 @@ class COLACausalLM(LanguageModule):
     @functools.cached_property
     def _can_share(self) -> bool:
         return can_share(self.model)
-
-    def _check_batch(self, batch: Any) -> None:
-        if not isinstance(batch, Mapping):
-            received = f"a {type(batch).__name__}"
-            raise UserError(f"batch: expected a dict with input_ids and labels, or an option batch, received {received}")
-        self._check_mask(batch)
-        if "option_ids" not in batch and (missing := {"input_ids", "labels"} - set(batch)):
-            raise UserError(
-                f"batch: expected input_ids and labels, or an option batch, received none of {', '.join(sorted(missing))}"
-            )
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")

@@ -1,21 +1,25 @@
-"""The chain's state in Lightning's checkpoints, added when they are written."""
+"""Lightning's checkpoints: the chain's state in them, and files that are written atomically, and checked when read."""
 
 import contextlib
 import functools
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from torch.utils.serialization import config
+from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, LiveLink
+from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, LiveLink, OpenedCheckpoint, read_archive
 from cola_lightning.chain.store import EXTRA_STATE
-from cola_lightning.errors import NonFiniteError
+from cola_lightning.errors import NonFiniteError, causes
 from cola_lightning.modules.arguments import plain, readable
 from cola_lightning.modules.rewind import rewound_progress
 from cola_lightning.modules.run import trainer_of
-from cola_lightning.usage import is_prompt_format
+from cola_lightning.writing import whole_file
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
@@ -96,7 +100,7 @@ def prompt_format_of(trainer: Any) -> dict[str, Any]:
     """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
     given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
     with contextlib.suppress(TypeError):  # another attribute of that name
-        return dict(plain(given)) if is_prompt_format(given) else {}
+        return dict(plain(given)) if isinstance(given, dict) and {"kind", "chat_template"} <= given.keys() else {}
     return {}
 
 
@@ -126,3 +130,40 @@ def _store_hyperparameters(checkpoint: dict[str, Any], *owners: Any) -> None:
 @functools.cache
 def _warn_once(what: str) -> None:
     log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a local checkpoint to disk beside its destination, then renames it in one step; refuses to read damaged ones.
+
+    Lightning writes to the system's temporary folder first, which is often another file system, so that its move is a copy.
+
+    Args:
+        opened: a checkpoint that was read already, for its path.
+    """
+
+    def __init__(self, opened: OpenedCheckpoint | None = None) -> None:
+        super().__init__()
+        self.opened = opened
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        # Without checksums, which a user may have turned off, it would be refused when read.
+        with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # of torch's config modules
+            if storage_options is not None or "://" in str(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+                return
+            with whole_file(Path(path)) as partial, partial.open("wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # torch's own, for a full disk, too
+                    raise next((cause for cause in causes(error) if isinstance(cause, OSError)), error) from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if self.opened is not None and self.opened.path == str(path) and (contents := self.opened.take()):
+            return contents
+        # Lightning's default unpickles what is at a URL
+        checkpoint: dict[str, Any] = read_archive(path, weights_only=weights_only is not False)
+        return checkpoint

@@ -22,12 +22,6 @@ def stop_tokens(tokenizer: Any) -> list[int]:
     return sorted(ends if end is None else {*ends, end})
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({end_of_text(tokenizer), *(own if isinstance(own, Sequence) else [own])} - {None})
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,

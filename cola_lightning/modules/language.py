@@ -93,8 +93,6 @@ class LanguageModule(COLAModule, ABC):
                 "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
                 "trained, received null"
             )
-        if self.save_base:
-            raise UserError("model.save_base: expected false beside model.quantization, received true")
         check_quantization(quantization)
 
     # ------------------------------------------------------------------ defined or overridden by a subclass

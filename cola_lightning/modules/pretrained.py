@@ -94,6 +94,11 @@ class Pretrained:
             )
         return None
 
+    @property
+    def is_found_by_name(self) -> bool:
+        """Whether transformers and PEFT find the model by its name alone."""
+        return not self.gguf_file and not self.model_name.startswith(PACKAGE_PREFIX)
+
     def load(self, auto_class: Any, **arguments: Any) -> Any:
         """The result of ``auto_class.from_pretrained`` on the files.
 
@@ -128,10 +133,6 @@ class Pretrained:
             raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
         return with_padding(tokenizer)
 
-    def model(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> Any:
-        """The model of :meth:`model_and_new_weights` alone."""
-        return self.model_and_new_weights(auto_class, is_empty=is_empty, **fields)[0]
-
     def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
@@ -154,6 +155,22 @@ class Pretrained:
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         return model, sorted(info["missing_keys"])
+
+    @staticmethod
+    def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
+        """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
+
+        Args:
+            model: the model.
+            new_weights: the names of its newly initialised weights.
+        """
+        new, found = set(new_weights), list[str]()
+        for name, module in model.named_modules():
+            weights = {f"{name}.{key}" for key in module.state_dict()}
+            is_new = weights <= new or not any(True for _ in module.children())
+            if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
+                found.append(name)
+        return found
 
 
 @contextmanager
@@ -200,22 +217,6 @@ def with_limit(tokenizer: Any, config: Any) -> Any:
         positions -= config.pad_token_id + 1  # where their positions begin
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
-
-
-def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
-    """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
-
-    Args:
-        model: the model.
-        new_weights: the names of its newly initialised weights.
-    """
-    new, found = set(new_weights), list[str]()
-    for name, module in model.named_modules():
-        weights = {f"{name}.{key}" for key in module.state_dict()}
-        is_new = weights <= new or not any(True for _ in module.children())
-        if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return found
 
 
 def is_failure(error: Exception) -> bool:

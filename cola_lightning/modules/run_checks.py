@@ -25,7 +25,7 @@ from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names, lora_layers
 from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.modules.batch_seed import BatchSeed
-from cola_lightning.modules.checkpoint_io import AtomicCheckpointIO
+from cola_lightning.modules.checkpoint import AtomicCheckpointIO
 from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window
 from cola_lightning.modules.run import accumulation_schedulers, run_length

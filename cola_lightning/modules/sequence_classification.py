@@ -15,7 +15,6 @@ from typing_extensions import override
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.modules.language import LanguageModule, StepOutput
-from cola_lightning.modules.pretrained import new_modules
 
 
 class COLASequenceClassifier(LanguageModule):
@@ -175,8 +174,7 @@ class COLASequenceClassifier(LanguageModule):
             return pending.state.modules_to_save
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
-        is_earlier = pending is not None and pending.state.modules_to_save is None  # a release that left all else frozen
-        new = [] if is_earlier else new_modules(model, self.new_weights)
+        new = self.pretrained.new_modules(model, self.new_weights)
         return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
 
     @override

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
-from cola_lightning.chain.base import check_dense, hash_of
+from cola_lightning.chain.base import hash_of
 from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import UserError
 from cola_lightning.sharded import tensors
@@ -107,9 +107,7 @@ class TrainedState:
 
     def remember_outside(self) -> None:
         """Stores the trained values outside of the model before training; those already stored are not replaced."""
-        outside = self.values_outside()
-        check_dense(outside)
-        values = outside.items()
+        values = self.values_outside().items()
         self.first_outside = {name: tensors.gather(v) for name, v in values if not _is_frozen(v)} | self.first_outside
 
     def outside_after(self, chain: Chain) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.errors import ExportError, UserError, one_line
+from cola_lightning.errors import ExportError, one_line
 from cola_lightning.modes import evaluating
 
 log = getLogger(__name__)
@@ -19,12 +19,17 @@ TOLERANCE = 1e-4  # of the largest logit
 
 
 @dataclass(frozen=True)
-class Probe:
+class ReferenceLogits:
     """Inputs for a model, the expected logits, and whether these were computed in half precision."""
 
     inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
     is_half: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Self:
+        """A model's own logits for the inputs."""
+        return cls(inputs, logits_of(model, inputs), _is_half(model))
 
     def compare(self, model: nn.Module, how: str, *, where: str = "", is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
@@ -36,13 +41,9 @@ class Probe:
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite;
-                and if there are none.
+            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
         """
-        try:
-            logits = logits_of(model, self.inputs)
-        except Exception as error:  # in a dtype that its code does not expect, say
-            raise ExportError(f"{how}, it has no logits ({one_line(repr(error))}){where}: it is not kept") from error
+        logits = logits_of(model, self.inputs)
         # Infinite logits are those of masked classes.
         difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
@@ -54,43 +55,22 @@ class Probe:
         return line
 
 
-def make_probe(model: nn.Module, example: Any = None) -> Probe | None:
+def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits | None:
     """A few tokens, or an example input, and the model's logits for them; None if no input is known.
 
     Args:
         model: as it was trained, or upcast, on the CPU.
         example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
-
-    Raises:
-        UserError: for an example that the model does not take.
     """
-    parameters = inspect.signature(model.forward).parameters
-    if example is None:
-        return _probe_of_tokens(model) if "input_ids" in parameters else None
-    inputs: Mapping[str, Any] | tuple[Any, ...]
-    if isinstance(example, Mapping):
-        inputs = dict(example)
-    else:
-        inputs = example if isinstance(example, tuple) else (example,)
-        if not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & {p.kind for p in parameters.values()}:
-            inputs = dict(zip(parameters, inputs, strict=False))
-    try:
-        return Probe(inputs, logits_of(model, inputs), _is_half(model))
-    except Exception as error:  # of the model's code
-        raise UserError(
-            f"example_input_array: expected inputs of the model itself, a {type(model).__name__}, to compare its logits, "
-            f"received others ({one_line(repr(error))}): verify=False (--no_verify) compares none"
-        ) from error
-
-
-def _probe_of_tokens(model: nn.Module) -> Probe | None:
-    """None if tokens are not all that the model takes, as for an encoder-decoder, or a model of texts and images."""
+    if example is not None:
+        return ReferenceLogits.of(model, example if isinstance(example, Mapping | tuple) else (example,))
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return None
     config: Any = getattr(model, "config", None)
     try:
         ids = _tokens(config.get_text_config())
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return Probe(inputs, logits_of(model, inputs), _is_half(model))
-    except Exception as error:  # of the model's code, or of a configuration that is not transformers'
+        return ReferenceLogits.of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         log.warning(
             "no logits are compared: %s does not take tokens alone (%s); example_input_array gives other inputs",
             type(model).__name__,
