@@ -26,8 +26,7 @@ class Chain:
     Attributes:
         links: the links, ``links[k].index == k``.
         base: identifies the base: ``name``, ``fingerprint``, ``dtypes``, ``weight_norms`` and ``values``, see
-            :func:`~cola_lightning.chain.fingerprint.describe_base`, and ``outside``: hashes of the frozen values outside the
-            model. The dict is empty if the base is unknown.
+            :func:`~cola_lightning.chain.fingerprint.describe_base`. The dict is empty if the base is unknown.
 
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}

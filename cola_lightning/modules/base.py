@@ -43,7 +43,7 @@ from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_f
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
-from cola_lightning.weights import cast_floats
+from cola_lightning.weights import cast_floats, load_extras
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ class COLAModule(LightningModule, RecordsArguments):
             self.run,
         )
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
-        self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
-        self.finished_links, self.save_base, self.trained_factors = finished_links, save_base, trained_factors
+        self.max_rank, self.finished_links, self.save_base = int(rank), finished_links, save_base
+        self.trained_factors = trained_factors
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
@@ -358,9 +358,10 @@ class COLAModule(LightningModule, RecordsArguments):
         trained = self._trained_state = TrainedState(self, adapted)
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         trained.remember_outside()
-        adapted.chain.base |= {"outside": trained.frozen_outside()} | self.facts_of_base
+        adapted.chain.base |= self.facts_of_base
         if self.first_chain is not None:
-            trained.start_from(self.first_chain)
+            if self.first_chain.links:
+                load_extras(self.first_chain.links[-1].outside, trained.values_outside())
             adapted.start_from(self.first_chain)
         if self.target_modules is not None:
             adapted.begin_link(self.schedule.rank(self.link), self.schedule.alpha(self.link))
@@ -514,12 +515,17 @@ class COLAModule(LightningModule, RecordsArguments):
 
     # ------------------------------------------------------------------ training
 
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters for the optimizer by name: the current link's, fully trained modules', and those outside the model."""
+        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
-        frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
-        return self.optimization.configure(trained, self.modules_to_save, self.run.position(trainer_of(self)).global_step)
+        return self.optimization.configure(
+            self.trained_parameters(), self.modules_to_save, self.run.position(trainer_of(self)).global_step
+        )
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
