@@ -243,17 +243,24 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        before = self.live
-        if before is None:
-            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-        check_next(rank, alpha, min(layer.max_rank for layer in self.layers.values()))
+        self.check_next(rank, alpha)
         link = self.live_link(**facts)
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish()
         self.chain.append(link)
-        self.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
+        self.begin_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
         return link
+
+    def check_next(self, rank: int | None, alpha: float | None) -> None:
+        """Refuses values for the link after a knot that it cannot have (None: not given), and a model without links."""
+        largest = min((layer.max_rank for layer in self.layers.values()), default=0)
+        if not largest:
+            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+        if rank is not None and rank not in range(1, largest + 1):
+            raise UserError(f"rank: expected 1 to {largest}, the largest rank of a link (model.rank), received {rank}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
     # ------------------------------------------------------------------ from one chain to another
 
@@ -367,16 +374,9 @@ class AdaptedModel:
         """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
         Raises:
-            UserError: if the rebuilt base differs, or shares what is trained with the model.
+            UserError: if the rebuilt base differs.
         """
         model = self.make_base()
-        changed = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        changed |= {id(layer.weight) for layer in self.layers.values()}
-        if shared := [name for name, parameter in model.named_parameters() if id(parameter) in changed]:
-            raise UserError(
-                f"base: expected build_model to make new parameters each time, received {shared[0]!r} of the first again, "
-                "which training has changed"
-            )
         if self.base_weights is None:
             check_rebuilt(self.chain.base, describe_base(model))
         else:
@@ -458,7 +458,7 @@ class AdaptedModel:
                 model.load_state_dict(self.extras_after(chain), strict=False)
         else:
             model = self.rebuild_base()
-            self._copy_modes(model)
+            model.train(self.model.training)
             if links == total and layers:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}
@@ -480,13 +480,6 @@ class AdaptedModel:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
 
-    def _copy_modes(self, model: nn.Module) -> None:
-        """Sets the training and evaluation modes of a rebuilt model to those of the present one."""
-        parts = dict(self.model.named_modules())
-        modes = {name: part.training for name, part in zip(tensors.plain_names(parts), parts.values(), strict=True)}
-        for name, part in model.named_modules():
-            part.training = modes.get(name, self.model.training)
-
 
 def _make_base(
     build_model: Callable[[], nn.Module], seed: int, target_modules: str | Sequence[str] | None, *how: Any
@@ -502,14 +495,6 @@ def _make_base(
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
-
-
-def check_next(rank: int | None, alpha: float | None, max_rank: int) -> None:
-    """Refuses values for the link after a knot that it cannot have; None: not given."""
-    if rank is not None and rank not in range(1, max_rank + 1):
-        raise UserError(f"rank: expected 1 to {max_rank}, the largest rank of a link (model.rank), received {rank}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
 
 def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:

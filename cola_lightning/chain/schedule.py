@@ -14,7 +14,7 @@ from cola_lightning.errors import UserError
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
-WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
+KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
 
 
 class FitPosition(NamedTuple):
@@ -104,7 +104,7 @@ class ChainSchedule:
     default_alpha: float = 16
 
     def __post_init__(self) -> None:
-        whens = {name: getattr(self, name) for name in WHENS}
+        whens = {name: getattr(self, name) for name in KNOT_OPTIONS}
         given = [name for name, value in whens.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")

@@ -37,7 +37,7 @@ LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", 
 
 
 # Products of fewer rows or columns use kernels in which a row's rounding depends on its position: seen below 8 on a CPU.
-FEWEST = 16
+MIN_SIDE = 16
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def low_rank_delta(
         rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
         start, stop, _ = part.indices(len(rows))
         # Few rows are computed among their neighbours.
-        first, last = max(0, min(start, stop - FEWEST)), max(stop, start + FEWEST)
-        if columns.shape[1] < FEWEST:
+        first, last = max(0, min(start, stop - MIN_SIDE)), max(stop, start + MIN_SIDE)
+        if columns.shape[1] < MIN_SIDE:
             first, last = 0, len(rows)
         product = rows[first:last].contiguous() @ columns.contiguous()
         return product[start - first : stop - first].mul_(scaling)

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
-from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
@@ -30,11 +29,8 @@ HOOKS_OF_A_STEP = {
 
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
-    if module.target_modules is None:
-        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    check_next(rank, alpha, module.max_rank)
+    module.adapted.check_next(rank, alpha)
     _check_between_steps(module)
-    module.configure_model()
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
     link = adapted.tie_knot(

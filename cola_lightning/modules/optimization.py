@@ -186,10 +186,6 @@ class LinkOptimization:
             return self.lr_schedule
         return f"a warm-up of {self.warmup_steps:g} of it" if 0 < self.warmup_steps < 1 else None
 
-    @property
-    def _needs_horizon(self) -> bool:
-        return self._share_of_length is not None or 0 < self.knot_warmup_steps < 1
-
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
 
