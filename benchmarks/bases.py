@@ -65,7 +65,7 @@ class RandomCausalLM(COLACausalLM):
 
     @torch.no_grad()
     def learn(self) -> None:
-        """Gives the live link something to hold."""
+        """Gives the current link something to hold."""
         for layer in self.adapted.layers.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(self.link)) * 1e-3)
 

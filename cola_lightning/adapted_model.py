@@ -48,7 +48,7 @@ class Placement(NamedTuple):
 class AdaptedModel:
     """A model, adapted in place, and its chain. Not an ``nn.Module`` itself: the training code holds the model.
 
-    The live link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
+    The current link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
 
     Args:
         make_base: makes the adapted base, the same each time: ``build_model`` under :func:`seeded_build`, and then
@@ -138,12 +138,12 @@ class AdaptedModel:
 
     @property
     def link(self) -> int:
-        """Index of the live link: how many are finished."""
+        """Index of the current link: how many are finished."""
         return len(self.chain)
 
     @property
     def live(self) -> tuple[int, float] | None:
-        """Rank and alpha of the live link; None for a model without links."""
+        """Rank and alpha of the current link; None for a model without links."""
         layer = next(iter(self.layers.values()), None)
         return None if layer is None else (layer.rank, layer.alpha)
 
@@ -159,17 +159,17 @@ class AdaptedModel:
         return any(layer.stack is None for layer in self.layers.values())
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters for the optimizer, a new one for each link: the live link's factors and fully trained modules."""
+        """The parameters for the optimizer, a new one for each link: the current link's factors and fully trained modules."""
         frozen = {id(parameter) for parameter in self.frozen_factors()}
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
 
     @property
     def frozen_factor(self) -> Factor | None:
-        """The factor that the live link does not train, ``A`` or ``B``; None if it trains both."""
+        """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
         return frozen_factor(self.trained_factors, self.seed, self.link)
 
     def frozen_factors(self) -> list[nn.Parameter]:
-        """The factors that the live link does not train; they have gradients, but are in no optimizer."""
+        """The factors that the current link does not train; they have gradients, but are in no optimizer."""
         frozen = self.frozen_factor
         return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
@@ -209,12 +209,12 @@ class AdaptedModel:
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
-        """Sets the layers' rank and alpha for a live link whose factors are loaded separately."""
+        """Sets the layers' rank and alpha for a link whose factors are loaded separately."""
         for layer in self.layers.values():
             layer.rank, layer.alpha = int(rank), float(alpha)
 
     def live_link(self, **facts: Any) -> Link:
-        """The live link as it is now: what a knot would record.
+        """The current link as it is now: what a knot would record.
 
         Args:
             **facts: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
@@ -223,12 +223,12 @@ class AdaptedModel:
             UserError: for a model without links.
         """
         if self.live is None:
-            raise UserError("model.target_modules: expected layers to adapt for a live link, received null")
+            raise UserError("model.target_modules: expected layers to adapt for a link, received null")
         facts = {"start_step": 0, "end_step": 0} | facts
         return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **facts: Any) -> Link:
-        """Finishes the live link and begins the next, which needs a new optimizer.
+        """Finishes the current link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
@@ -434,7 +434,7 @@ class AdaptedModel:
         fine-tuning the parameters are gathered: every process must call this.)
 
         Args:
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
 
         Returns:
             The model in float32, whatever it was trained in (in float64 where that was float64); without links, in its own

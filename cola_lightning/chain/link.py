@@ -86,7 +86,7 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
-    """Records the live link of the layers as a finished one; the layers are unchanged.
+    """Records the current link of the layers as a finished one; the layers are unchanged.
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.

@@ -137,12 +137,12 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
 
     Args:
         model: an adapted model.
-        merge: add each live link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
+        merge: add each current link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
         dtype: of the plain layers, to which merged weights are rounded; None: the base's, as it came or as it was cast.
 
     Raises:
-        UserError: if links are not in the weights (a live link has been trained, or links are stacked) and ``merge`` is False.
+        UserError: if links are not in the weights (a link has been trained, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
     if not merge and (lost := [name for name, layer in layers.items() if layer.has_begun or layer.has_finished_links]):

@@ -1,4 +1,4 @@
-"""Linear layers with a live link: ``nn.Linear``, its subclasses with the same ``forward``, and transformers' ``Conv1D``."""
+"""Linear layers with a link: ``nn.Linear``, its subclasses with the same ``forward``, and transformers' ``Conv1D``."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ SAME_FORWARD = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """``nn.Linear`` with a live link.
+    """``nn.Linear`` with a link.
 
     Example:
         >>> linear = nn.Linear(4, 3)
@@ -38,7 +38,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
 @functools.cache
 def lora_subclass(base: Any) -> type[LoRALayer]:
-    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does, with a live link."""
+    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does, with a link."""
 
     class LoRASubclass(LoRALayer, base):  # type: ignore[misc]
         @override
@@ -61,7 +61,7 @@ def lora_conv1d() -> type[LoRALayer]:
     from transformers.pytorch_utils import Conv1D
 
     class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
-        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
+        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a link."""
 
         weight_is_transposed = True
 

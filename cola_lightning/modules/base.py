@@ -244,12 +244,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def chain(self) -> Chain:
-        """The finished links, without the live one, which :meth:`full_chain` adds; none before the model is made."""
+        """The finished links, without the current one, which :meth:`full_chain` adds; none before the model is made."""
         return Chain() if self._adapted is None else self._adapted.chain
 
     @property
     def link(self) -> int:
-        """Index of the live link: how many are finished."""
+        """Index of the current link: how many are finished."""
         return len(self.chain)
 
     @property
@@ -264,7 +264,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def link_start(self) -> FitPosition:
-        """Epoch and optimizer step at which the live link began. To set it also renews the link's schedule."""
+        """Epoch and optimizer step at which the current link began. To set it also renews the link's schedule."""
         return self.run.link_start
 
     @link_start.setter
@@ -409,7 +409,7 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ links
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
-        """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A.
+        """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
         The optimizer and its schedule are created again, with empty state. During training, call it between optimizer steps: in
         ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs after that step's checkpoint is
@@ -430,7 +430,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return tie_knot(self, rank, alpha)
 
     def live_link(self) -> Link:
-        """The live link as it is now: what a knot would record.
+        """The current link as it is now: what a knot would record.
 
         Raises:
             UserError: if the module trains without links.
@@ -438,7 +438,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return self.adapted.live_link(**facts_of_live_link(self))
 
     def full_chain(self) -> Chain:
-        """The finished links and the live one as it is now: all that has been trained; ``chain`` holds the finished ones."""
+        """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
         live = [] if self.adapted.live is None else [self.live_link()]
         return Chain([*self.chain.links, *live], self.chain.base)
 
@@ -488,7 +488,7 @@ class COLAModule(LightningModule, RecordsArguments):
         every process must call this.)
 
         Args:
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
 
         Returns:
             The model in float32, whatever it was trained in (in float64 where that was float64); if ``target_modules`` is
@@ -522,7 +522,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
+        """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
         return self.optimization.configure(
             self.trained_parameters(), self.modules_to_save, self.run.position(trainer_of(self)).global_step
         )
@@ -566,7 +566,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def get_extra_state(self) -> Tensor:
-        """The finished links, their base, and the live link's rank, alpha and start, as a tensor of bytes."""
+        """The finished links, their base, and the current link's rank, alpha and start, as a tensor of bytes."""
         if not self.trained_state.is_packing:
             return UNCHANGED
         return pack(self.chain, live=self.adapted.live, link_start=list(self.link_start))
@@ -620,7 +620,7 @@ class COLAModule(LightningModule, RecordsArguments):
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
             **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
                 optimizer, ``attn_implementation`` or ``trust_remote_code``: what may be executed, no file says.
 

@@ -28,7 +28,7 @@ HOOKS_OF_A_STEP = {
 
 
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
-    """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
+    """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     module.adapted.check_next(rank, alpha)
     _check_between_steps(module)
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
@@ -46,13 +46,13 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
 
 
 def begin_at(module: "COLAModule", start: FitPosition) -> None:
-    """Corrects the moment at which the live link begins, before its first step, and its learning-rate schedule."""
+    """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     module.run.link_start = start
     _make_optimizers(module)
 
 
 def _make_optimizers(module: "COLAModule") -> None:
-    """Makes the live link's optimizers and learning-rate schedules, in a fit or after it.
+    """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
 
     After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.
     """
@@ -87,7 +87,7 @@ def _check_between_steps(module: "COLAModule") -> None:
 
 
 def facts_of_live_link(module: "COLAModule") -> dict[str, Any]:
-    """Steps, metrics and values outside of the model, which a module adds to its live link."""
+    """Steps, metrics and values outside of the model, which a module adds to its current link."""
     run, trainer = module.run, trainer_of(module)
     steps = {"start_step": run.link_start.global_step, "end_step": run.position(trainer).global_step}
     return steps | {"metrics": run.metrics(trainer), "outside": module.trained_state.outside()}
