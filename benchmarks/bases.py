@@ -101,7 +101,7 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
         layer = adapt_layer(model[0], RANK, alpha=RANK, finished_links=finished_links)  # type: ignore[arg-type]
         before = layer.full_weight().clone()
         for A, B in links:
-            layer.absorb(A, B, 1.0)
+            layer.add_finished_link(A, B, 1.0)
         if layer.stack is None:
             update = layer.weight.double() - before.double()
         else:

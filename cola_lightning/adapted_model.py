@@ -213,27 +213,27 @@ class AdaptedModel:
         for layer in self.layers.values():
             layer.rank, layer.alpha = int(rank), float(alpha)
 
-    def live_link(self, **facts: Any) -> Link:
+    def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
 
         Args:
-            **facts: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
+            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
 
         Raises:
             UserError: for a model without links.
         """
         if self.live is None:
             raise UserError("model.target_modules: expected layers to adapt for a link, received null")
-        facts = {"start_step": 0, "end_step": 0} | facts
-        return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
+        metadata = {"start_step": 0, "end_step": 0} | metadata
+        return finish_link(self.layers, index=self.link, extras=self.extras(), **metadata)
 
-    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **facts: Any) -> Link:
+    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
-            **facts: see :meth:`live_link`.
+            **metadata: see :meth:`live_link`.
 
         Returns:
             The finished link.
@@ -244,7 +244,7 @@ class AdaptedModel:
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.check_next(rank, alpha)
-        link = self.live_link(**facts)
+        link = self.live_link(**metadata)
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish()

@@ -151,7 +151,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     stacked = unstack(model) if merge else {}
     for name, layer in lora_layers(model).items():
         if name in stacked:
-            layer.absorb(*stacked[name], 1.0)
+            layer.add_finished_link(*stacked[name], 1.0)
         if merge:
             layer.merge()
         layer.strip_()

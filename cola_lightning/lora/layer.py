@@ -319,10 +319,10 @@ class LoRALayer(nn.Module):
 
     def finish(self) -> None:
         """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
-        self.absorb(*self.factors, self.scaling)
+        self.add_finished_link(*self.factors, self.scaling)
         self._zero_B()
 
-    def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
 
         Shape:

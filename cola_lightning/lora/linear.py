@@ -11,7 +11,7 @@ from typing_extensions import override
 from cola_lightning.lora.layer import LoRALayer
 
 # The output layer of nn.MultiheadAttention, which reads its weight in every mode.
-NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
+NOT_CALLED = (NonDynamicallyQuantizableLinear,)
 
 # Subclasses whose own ``forward`` computes x W^T + b, too.
 SAME_FORWARD = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
@@ -33,7 +33,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         """None for a subclass with a ``forward`` of its own, such as a router's or a masked layer's."""
         own: Any = type_before_parametrizations(layer)
         is_same = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" in SAME_FORWARD
-        return lora_subclass(own) if is_same and not isinstance(layer, NEVER_CALLED) else None
+        return lora_subclass(own) if is_same and not isinstance(layer, NOT_CALLED) else None
 
 
 @functools.cache

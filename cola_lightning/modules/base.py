@@ -33,13 +33,13 @@ from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import write_state
 from cola_lightning.modules.exporting import export_trained
-from cola_lightning.modules.hooks import keep_hooks
-from cola_lightning.modules.knot import begin_at, facts_of_live_link, tie_knot
+from cola_lightning.modules.hooks import combine_hooks
+from cola_lightning.modules.knot import begin_at, metadata_of_link, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
+from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, add_frozen_values
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
@@ -167,7 +167,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._trained_state: TrainedState | None = None
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
-        self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(add_frozen_values)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined by a subclass
 
@@ -435,7 +435,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**facts_of_live_link(self))
+        return self.adapted.live_link(**metadata_of_link(self))
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
@@ -643,7 +643,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
-        keep_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
+        combine_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
 
 
 def _compile_options() -> dict[str, Any]:

@@ -36,7 +36,7 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     link = adapted.tie_knot(
         run.schedule.rank(module.link + 1) if rank is None else rank,
         run.schedule.alpha(module.link + 1) if alpha is None else alpha,
-        **facts_of_live_link(module),
+        **metadata_of_link(module),
     )
     run.begin_metrics(trainer)
     run.link_start = run.position(trainer)
@@ -86,7 +86,7 @@ def _check_between_steps(module: "COLAModule") -> None:
         )
 
 
-def facts_of_live_link(module: "COLAModule") -> dict[str, Any]:
+def metadata_of_link(module: "COLAModule") -> dict[str, Any]:
     """Steps, metrics and values outside of the model, which a module adds to its current link."""
     run, trainer = module.run, trainer_of(module)
     steps = {"start_step": run.link_start.global_step, "end_step": run.position(trainer).global_step}

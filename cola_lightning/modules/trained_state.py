@@ -152,7 +152,7 @@ def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def add_frozen_values(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Adds a nested module's frozen values, which no state dict contains: their absence would be an error there.
 
     Its finished links, if it has any, must be in the state dict. A checkpoint's contains none, and Lightning's weight
