@@ -92,7 +92,7 @@ def _norm(tensors: Any) -> float:
 
 
 def _updates(module: LightningModule) -> list[Tensor]:
-    """What the live link adds to each layer's weight."""
+    """What the current link adds to each layer's weight."""
     with torch.no_grad():
         return [layer.scaling * (layer.lora_B @ layer.lora_A) for layer in module.adapted.layers.values()]
 

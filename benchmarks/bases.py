@@ -65,7 +65,7 @@ class RandomCausalLM(COLACausalLM):
 
     @torch.no_grad()
     def learn(self) -> None:
-        """Gives the live link something to hold."""
+        """Gives the current link something to hold."""
         for layer in self.adapted.layers.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(self.link)) * 1e-3)
 
@@ -101,7 +101,7 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
         layer = adapt_layer(model[0], RANK, alpha=RANK, finished_links=finished_links)  # type: ignore[arg-type]
         before = layer.full_weight().clone()
         for A, B in links:
-            layer.absorb(A, B, 1.0)
+            layer.add_finished_link(A, B, 1.0)
         if layer.stack is None:
             update = layer.weight.double() - before.double()
         else:

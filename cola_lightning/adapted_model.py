@@ -49,7 +49,7 @@ class Placement(NamedTuple):
 class AdaptedModel:
     """A model, adapted in place, and its chain. Not an ``nn.Module`` itself: the training code holds the model.
 
-    The live link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
+    The current link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
 
     Args:
         make_base: makes the adapted base, the same each time: ``build_model`` under :func:`seeded_build`, and then
@@ -139,12 +139,12 @@ class AdaptedModel:
 
     @property
     def link(self) -> int:
-        """Index of the live link: how many are finished."""
+        """Index of the current link: how many are finished."""
         return len(self.chain)
 
     @property
     def live(self) -> tuple[int, float] | None:
-        """Rank and alpha of the live link; None for a model without links."""
+        """Rank and alpha of the current link; None for a model without links."""
         layer = next(iter(self.layers.values()), None)
         return None if layer is None else (layer.rank, layer.alpha)
 
@@ -160,17 +160,17 @@ class AdaptedModel:
         return any(layer.stack is None for layer in self.layers.values())
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters for the optimizer, a new one for each link: the live link's factors and fully trained modules."""
+        """The parameters for the optimizer, a new one for each link: the current link's factors and fully trained modules."""
         frozen = {id(parameter) for parameter in self.frozen_factors()}
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
 
     @property
     def frozen_factor(self) -> Factor | None:
-        """The factor that the live link does not train, ``A`` or ``B``; None if it trains both."""
+        """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
         return frozen_factor(self.trained_factors, self.seed, self.link)
 
     def frozen_factors(self) -> list[nn.Parameter]:
-        """The factors that the live link does not train; they have gradients, but are in no optimizer."""
+        """The factors that the current link does not train; they have gradients, but are in no optimizer."""
         frozen = self.frozen_factor
         return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
@@ -210,31 +210,31 @@ class AdaptedModel:
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
-        """Sets the layers' rank and alpha for a live link whose factors are loaded separately."""
+        """Sets the layers' rank and alpha for a link whose factors are loaded separately."""
         for layer in self.layers.values():
             layer.rank, layer.alpha = int(rank), float(alpha)
 
-    def live_link(self, **facts: Any) -> Link:
-        """The live link as it is now: what a knot would record.
+    def live_link(self, **metadata: Any) -> Link:
+        """The current link as it is now: what a knot would record.
 
         Args:
-            **facts: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
+            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
 
         Raises:
             UserError: for a model without links.
         """
         if self.live is None:
-            raise UserError("model.target_modules: expected layers to adapt for a live link, received null")
-        facts = {"start_step": 0, "end_step": 0} | facts
-        return finish_link(self.layers, index=self.link, extras=self.extras(), **facts)
+            raise UserError("model.target_modules: expected layers to adapt for a link, received null")
+        metadata = {"start_step": 0, "end_step": 0} | metadata
+        return finish_link(self.layers, index=self.link, extras=self.extras(), **metadata)
 
-    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **facts: Any) -> Link:
-        """Finishes the live link and begins the next, which needs a new optimizer.
+    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
+        """Finishes the current link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
-            **facts: see :meth:`live_link`.
+            **metadata: see :meth:`live_link`.
 
         Returns:
             The finished link.
@@ -244,17 +244,24 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        before = self.live
-        if before is None:
-            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-        check_next(rank, alpha, min(layer.max_rank for layer in self.layers.values()))
-        link = self.live_link(**facts)
+        self.check_next(rank, alpha)
+        link = self.live_link(**metadata)
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish()
         self.chain.append(link)
-        self.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
+        self.begin_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
         return link
+
+    def check_next(self, rank: int | None, alpha: float | None) -> None:
+        """Refuses values for the link after a knot that it cannot have (None: not given), and a model without links."""
+        largest = min((layer.max_rank for layer in self.layers.values()), default=0)
+        if not largest:
+            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+        if rank is not None and rank not in range(1, largest + 1):
+            raise UserError(f"rank: expected 1 to {largest}, the largest rank of a link (model.rank), received {rank}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
     # ------------------------------------------------------------------ from one chain to another
 
@@ -368,16 +375,9 @@ class AdaptedModel:
         """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
         Raises:
-            UserError: if the rebuilt base differs, or shares what is trained with the model.
+            UserError: if the rebuilt base differs.
         """
         model = self.make_base()
-        changed = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        changed |= {id(layer.weight) for layer in self.layers.values()}
-        if shared := [name for name, parameter in model.named_parameters() if id(parameter) in changed]:
-            raise UserError(
-                f"base: expected build_model to make new parameters each time, received {shared[0]!r} of the first again, "
-                "which training has changed"
-            )
         if self.base_weights is None:
             check_rebuilt(self.chain.base, describe_base(model))
         else:
@@ -435,7 +435,7 @@ class AdaptedModel:
         fine-tuning the parameters are gathered: every process must call this.)
 
         Args:
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
 
         Returns:
             The model in float32, whatever it was trained in (in float64 where that was float64); without links, in its own
@@ -459,7 +459,7 @@ class AdaptedModel:
                 model.load_state_dict(self.extras_after(chain), strict=False)
         else:
             model = self.rebuild_base()
-            self._copy_modes(model)
+            model.train(self.model.training)
             if links == total and layers:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}
@@ -481,13 +481,6 @@ class AdaptedModel:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
 
-    def _copy_modes(self, model: nn.Module) -> None:
-        """Sets the training and evaluation modes of a rebuilt model to those of the present one."""
-        parts = dict(self.model.named_modules())
-        modes = {name: part.training for name, part in zip(tensors.plain_names(parts), parts.values(), strict=True)}
-        for name, part in model.named_modules():
-            part.training = modes.get(name, self.model.training)
-
 
 def _make_base(
     build_model: Callable[[], nn.Module], seed: int, target_modules: str | Sequence[str] | None, *how: Any
@@ -503,14 +496,6 @@ def _make_base(
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
-
-
-def check_next(rank: int | None, alpha: float | None, max_rank: int) -> None:
-    """Refuses values for the link after a knot that it cannot have; None: not given."""
-    if rank is not None and rank not in range(1, max_rank + 1):
-        raise UserError(f"rank: expected 1 to {max_rank}, the largest rank of a link (model.rank), received {rank}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
 
 def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:

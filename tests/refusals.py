@@ -247,8 +247,8 @@ def tie_knot_in_torch(**arguments):
 
 
 @refused(
-    (toy, "model.target_modules: expected layers to adapt for a live link, received null"),
-    (in_torch, "model.target_modules: expected layers to adapt for a live link, received null"),
+    (toy, "model.target_modules: expected layers to adapt for a link, received null"),
+    (in_torch, "model.target_modules: expected layers to adapt for a link, received null"),
 )
 def live_link(make):
     make(target_modules=None).live_link()

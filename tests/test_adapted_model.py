@@ -88,7 +88,7 @@ def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
     assert (model.link, model.live) == (3, (1, 3))
     assert torch.equal(model.merged_model(0)(x), base)
     assert not any(isinstance(part, LoRALinear) for part in model.merged_model(1).modules())
-    with pytest.raises(UserError, match="links: expected 0 to 4"):
+    with pytest.raises(UserError, match="links: expected 0 to 3"):
         model.merged_model(5)
 
 
@@ -99,13 +99,12 @@ def test_a_merged_model_of_fewer_links_is_where_the_model_is():
 
 
 @pytest.mark.parametrize("finished_links", ["merge", "stack"])
-def test_merged_copies_have_the_modes_of_the_model(finished_links):
+def test_merged_copies_have_the_mode_of_the_model(finished_links):
     model = train(adapted(finished_links=finished_links), links=2)
     for is_training in (False, True):
         model.model.train(is_training)
-        model.model[1].train(not is_training)
-        expected = [is_training, is_training, not is_training, is_training]
-        assert [[part.training for part in model.merged_model(links).modules()] for links in range(4)] == [expected] * 4
+        merged = [part for links in range(4) for part in model.merged_model(links).modules()]
+        assert all(part.training is is_training for part in merged)
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", None])
@@ -186,18 +185,6 @@ def test_a_parameter_of_the_base_may_have_a_factors_name(tmp_path):
     other.start_from(Chain.load(tmp_path / "chain"))
     assert torch.equal(other.model[3].lora_A, last)
     assert "3.lora_A" in base_weights(other.model)
-
-
-@pytest.mark.parametrize("how", [{"target_modules": None}, {"target_modules": ["0"], "modules_to_save": ["2"]}], ids=str)
-def test_a_base_of_the_same_trained_parameters_is_no_base_to_go_back_to(how):
-    head = nn.Linear(12, 6)
-    model = AdaptedModel.of(lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), head), **ARGUMENTS | how)
-    if model.live is not None:
-        train(model, links=2)
-    after = state(model)
-    with pytest.raises(UserError, match=r"make new parameters each time, received '2\.weight' of the first"):
-        model.merged_model(model.link // 2)
-    assert_bit_equal(state(model), after)
 
 
 class Remembering(nn.Module):

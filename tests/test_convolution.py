@@ -1,4 +1,4 @@
-"""Convolutions with a live link: what holds of linear layers, against closed forms, plain torch and peft."""
+"""Convolutions with a link: what holds of linear layers, against closed forms, plain torch and peft."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def base(request):
 
 
 def trained(layer):
-    """The layer with a live link that does something."""
+    """The layer with a link that does something."""
     with torch.no_grad():
         layer.lora_B[:, : layer.rank].normal_()
     return layer

@@ -30,7 +30,7 @@ def base(request, monkeypatch):
 
 
 def trained(layer):
-    """The layer with a live link that does something."""
+    """The layer with a link that does something."""
     with torch.no_grad():
         layer.lora_B[:, : layer.rank].normal_()
     return layer

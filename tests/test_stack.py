@@ -24,7 +24,7 @@ def factors(rank, n_in=6, n_out=5, seed=0):
 
 
 def trained(layer, seed=0):
-    """The layer with a live link that does something."""
+    """The layer with a link that does something."""
     with torch.no_grad():
         layer.lora_B[:, : layer.rank] = factors(layer.rank, seed=seed)[1]
     return layer

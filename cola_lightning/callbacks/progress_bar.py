@@ -11,7 +11,7 @@ WIDE = 100  # columns
 
 
 class ChainProgressBar(RichProgressBar):
-    """Lightning's progress bar with the live link's index, and one bar at a time: validation's replaces training's."""
+    """Lightning's progress bar with the current link's index, and one bar at a time: validation's replaces training's."""
 
     @override
     def configure_columns(self, trainer: Trainer) -> list[Any]:

@@ -106,7 +106,7 @@ class Chain:
             for name, layer in layers.items():
                 if name in link.factors:
                     lora_A, lora_B = link.factors[name]
-                    layer.absorb(lora_A.to(device), lora_B.to(device), link.scaling)
+                    layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""

@@ -85,19 +85,19 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, r @ s.T, p
 
 
-def finish_link(layers: Mapping[str, LoRALayer], **facts: Any) -> Link:
-    """Records the live link of the layers as a finished one; the layers are unchanged.
+def finish_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
+    """Records the current link of the layers as a finished one; the layers are unchanged.
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.
-        **facts: ``index``, ``start_step``, ``end_step`` and optionally ``extras``, ``metrics`` and ``outside``.
+        **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras``, ``metrics`` and ``outside``.
     """
     first = next(iter(layers.values()))
     factors = {}
     for name, layer in layers.items():
         lora_A, lora_B = layer.factors
         factors[name] = tensors.gather(lora_A), tensors.gather(lora_B)
-    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **facts)
+    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **metadata)
 
 
 def begin_link(

@@ -14,7 +14,7 @@ from cola_lightning.errors import UserError
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
-WHENS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
+KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
 
 
 class FitPosition(NamedTuple):
@@ -49,12 +49,12 @@ class RunLength:
     epoch_start: FitPosition = START
 
     def step_at(self, epoch: float) -> float:
-        """The global step at which an epoch begins; for an epoch after ``max_steps``, some step of at least ``max_steps``."""
+        """The global step at which an epoch begins; for one beyond the run, the step at which that ends, or later."""
         if epoch == math.inf:
             return math.inf
         step: float = self.epoch_start.global_step
         e = self.epoch_start.epoch
-        while e < epoch and step < self.max_steps:
+        while e < min(epoch, self.max_epochs) and step < self.max_steps:
             step, e = step + self.steps_in_epoch(e), e + 1
         return step
 
@@ -104,7 +104,7 @@ class ChainSchedule:
     default_alpha: float = 16
 
     def __post_init__(self) -> None:
-        whens = {name: getattr(self, name) for name in WHENS}
+        whens = {name: getattr(self, name) for name in KNOT_OPTIONS}
         given = [name for name, value in whens.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
@@ -189,21 +189,14 @@ class ChainSchedule:
             >>> ChainSchedule(every_n_epochs=2).links(FitPosition(0, 0), run)
             [20, 20, 10]
         """
-        end = run.end_step
+        end, lengths = run.end_step, []
         if self.has_unknown_lengths(run) or end == math.inf:
             raise ValueError("expected a run and links of known length")
-        lengths = []
-        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
-        epoch_start = run.step_at(epoch)
         while start.global_step < end:
-            knot = stop = self.next_knot(start)
-            if self._counts_epochs and knot < math.inf:
-                while epoch < knot and epoch_start < end:
-                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
-                stop = epoch_start
-            stop = int(min(stop, end))
-            lengths.append(stop - start.global_step)
-            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
+            lengths.append(int(self.link_steps(start, run)))
+            knot = self.next_knot(start)
+            epoch = int(knot) if self._counts_epochs and knot < math.inf else start.epoch
+            start = FitPosition(epoch, start.global_step + lengths[-1])
         return lengths
 
 

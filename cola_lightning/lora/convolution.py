@@ -1,4 +1,4 @@
-"""Convolutions with a live link: A is a convolution with ``rank`` output channels, B one of size 1 after it."""
+"""Convolutions with a link: A is a convolution with ``rank`` output channels, B one of size 1 after it."""
 
 import math
 from collections.abc import Callable
@@ -58,13 +58,13 @@ class LoRAConvolution(LoRALayer):
 
 
 class LoRAConv1d(LoRAConvolution, nn.Conv1d):
-    """``nn.Conv1d`` with a live link."""
+    """``nn.Conv1d`` with a link."""
 
     convolve = staticmethod(F.conv1d)
 
 
 class LoRAConv2d(LoRAConvolution, nn.Conv2d):
-    """``nn.Conv2d`` with a live link.
+    """``nn.Conv2d`` with a link.
 
     Example:
         >>> layer = LoRAConv2d.from_layer(nn.Conv2d(3, 8, kernel_size=5), rank=2, alpha=4)

@@ -137,12 +137,12 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
 
     Args:
         model: an adapted model.
-        merge: add each live link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
+        merge: add each current link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
         dtype: of the plain layers, to which merged weights are rounded; None: the base's, as it came or as it was cast.
 
     Raises:
-        UserError: if links are not in the weights (a live link has been trained, or links are stacked) and ``merge`` is False.
+        UserError: if links are not in the weights (a link has been trained, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
     if not merge and (lost := [name for name, layer in layers.items() if layer.has_begun or layer.has_finished_links]):
@@ -151,7 +151,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     stacked = unstack(model) if merge else {}
     for name, layer in lora_layers(model).items():
         if name in stacked:
-            layer.absorb(*stacked[name], 1.0)
+            layer.add_finished_link(*stacked[name], 1.0)
         if merge:
             layer.merge()
         layer.strip_()
@@ -208,8 +208,7 @@ def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
 def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: list[str]) -> list[str]:
     adaptable = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_adaptable(module)]
     if target_modules == ALL_LINEAR:
-        get_output_embeddings = getattr(model, "get_output_embeddings", None)
-        head = get_output_embeddings() if get_output_embeddings is not None else None
+        head = _output_embeddings(model)
         linear = [name for name in adaptable if is_linear(model.get_submodule(name))]
         names = [n for n in linear if model.get_submodule(n) is not head and not is_inside(n, saved)]
         if not names:
@@ -235,6 +234,13 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: 
     return [name for name in adaptable if name in matched]
 
 
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head of a Hugging Face language model."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if getter is None else getter()
+    return head
+
+
 def _warn_of_omitted(model: nn.Module, names: list[str], saved: list[str]) -> None:
     """Warns of matrices that all-linear leaves frozen although they are used as a Linear's are, such as experts'."""
     total = sum(_count(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
@@ -254,8 +260,7 @@ def _omitted(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple
 
     Embeddings (lookup tables, and position embeddings with a first dimension of 1) and convolutions are excluded.
     """
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = get_output_embeddings() if get_output_embeddings is not None else None
+    head = _output_embeddings(model)
     others = [name for name, module in model.named_modules() if module is head or isinstance(module, NO_MATRICES)]
     seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if is_inside(name, [*names, *saved, *others])}
     kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-r"""A layer plus its live link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
+r"""A layer plus its current link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 
 ``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.linear.LoRALinear` *is* the
 original ``nn.Linear``, the same object with another class, and so with the same parameters, buffers, hooks and attributes. It
@@ -37,7 +37,7 @@ LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", 
 
 
 # Products of fewer rows or columns use kernels in which a row's rounding depends on its position: seen below 8 on a CPU.
-FEWEST = 16
+MIN_SIDE = 16
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def low_rank_delta(
         rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
         start, stop, _ = part.indices(len(rows))
         # Few rows are computed among their neighbours.
-        first, last = max(0, min(start, stop - FEWEST)), max(stop, start + FEWEST)
-        if columns.shape[1] < FEWEST:
+        first, last = max(0, min(start, stop - MIN_SIDE)), max(stop, start + MIN_SIDE)
+        if columns.shape[1] < MIN_SIDE:
             first, last = 0, len(rows)
         product = rows[first:last].contiguous() @ columns.contiguous()
         return product[start - first : stop - first].mul_(scaling)
@@ -99,7 +99,7 @@ class LoRALayer(nn.Module):
     Attributes:
         lora_A: max_rank x in, the factor that is drawn at random, except by rules that draw the other.
         lora_B: out x max_rank, the factor that then starts at zero.
-        rank: rank of the live link; the rows of A and columns of B beyond it are zero and unused.
+        rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, if they are not merged; else None.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
@@ -258,12 +258,12 @@ class LoRALayer(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The live link's A (rank x in) and B (out x rank), as views of the parameters."""
+        """The current link's A (rank x in) and B (out x rank), as views of the parameters."""
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
     @property
     def has_begun(self) -> bool:
-        """Whether the live link has been trained: neither of its factors is zero."""
+        """Whether the current link has been trained: neither of its factors is zero."""
         return bool(self.lora_A.any() and self.lora_B.any())
 
     @property
@@ -314,15 +314,15 @@ class LoRALayer(nn.Module):
         return y
 
     def delta_weight(self) -> Tensor:
-        """The live link's update in the weight's own layout (out x in; Conv1D: in x out; Conv2d: out x in x height x width)."""
+        """The link's update in the weight's own layout (out x in; Conv1D: in x out; Conv2d: out x in x height x width)."""
         return self.update(*self.factors, self.scaling, (slice(None),) * self.weight.dim())
 
     def finish(self) -> None:
-        """Makes the live link a finished one and sets B to zero: the layer's function does not change."""
-        self.absorb(*self.factors, self.scaling)
+        """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
+        self.add_finished_link(*self.factors, self.scaling)
         self._zero_B()
 
-    def absorb(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
 
         Shape:
@@ -334,7 +334,7 @@ class LoRALayer(nn.Module):
             self.stack.push(lora_A, lora_B, scaling)
 
     def merge(self) -> None:
-        """Adds the live link to the weight and sets B to zero.
+        """Adds the current link to the weight and sets B to zero.
 
         Raises:
             UserError: if the weight is in half precision, or quantised.

@@ -1,4 +1,4 @@
-"""Linear layers with a live link: ``nn.Linear``, its subclasses with the same ``forward``, and transformers' ``Conv1D``."""
+"""Linear layers with a link: ``nn.Linear``, its subclasses with the same ``forward``, and transformers' ``Conv1D``."""
 
 import functools
 from typing import Any
@@ -11,14 +11,14 @@ from typing_extensions import override
 from cola_lightning.lora.layer import LoRALayer
 
 # The output layer of nn.MultiheadAttention, which reads its weight in every mode.
-NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
+NOT_CALLED = (NonDynamicallyQuantizableLinear,)
 
 # Subclasses whose own ``forward`` computes x W^T + b, too.
 SAME_FORWARD = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """``nn.Linear`` with a live link.
+    """``nn.Linear`` with a link.
 
     Example:
         >>> linear = nn.Linear(4, 3)
@@ -33,12 +33,12 @@ class LoRALinear(LoRALayer, nn.Linear):
         """None for a subclass with a ``forward`` of its own, such as a router's or a masked layer's."""
         own: Any = type_before_parametrizations(layer)
         is_same = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" in SAME_FORWARD
-        return lora_subclass(own) if is_same and not isinstance(layer, NEVER_CALLED) else None
+        return lora_subclass(own) if is_same and not isinstance(layer, NOT_CALLED) else None
 
 
 @functools.cache
 def lora_subclass(base: Any) -> type[LoRALayer]:
-    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does, with a live link."""
+    """The LoRA layer of a subclass of ``nn.Linear`` that computes as its parent does, with a link."""
 
     class LoRASubclass(LoRALayer, base):  # type: ignore[misc]
         @override
@@ -61,7 +61,7 @@ def lora_conv1d() -> type[LoRALayer]:
     from transformers.pytorch_utils import Conv1D
 
     class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
-        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a live link."""
+        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a link."""
 
         weight_is_transposed = True
 

@@ -139,7 +139,7 @@ def lora_linear_4bit() -> type[LoRALayer]:
     from bitsandbytes.nn import Linear4bit
 
     class LoRALinear4bit(LoRALayer, Linear4bit):  # type: ignore[misc]
-        """bitsandbytes' 4-bit linear layer with a live link; finished links are stacked."""
+        """bitsandbytes' 4-bit linear layer with a link; finished links are stacked."""
 
         weight: Any
         compute_dtype: torch.dtype | None

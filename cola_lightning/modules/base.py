@@ -32,17 +32,17 @@ from cola_lightning.modules.activation_checkpointing import checkpoint_activatio
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import data_of, prompt_format_of, write_state
-from cola_lightning.modules.hooks import keep_hooks
-from cola_lightning.modules.knot import begin_at, facts_of_live_link, tie_knot
+from cola_lightning.modules.hooks import combine_hooks
+from cola_lightning.modules.knot import begin_at, metadata_of_link, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, keep_frozen
+from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, add_frozen_values
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
-from cola_lightning.weights import cast_floats
+from cola_lightning.weights import cast_floats, load_extras
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +153,8 @@ class COLAModule(LightningModule, RecordsArguments):
             self.run,
         )
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
-        self.max_rank, self.alpha, self.dropout, self.init = int(rank), float(alpha), float(dropout), init
-        self.finished_links, self.save_base, self.trained_factors = finished_links, save_base, trained_factors
+        self.max_rank, self.finished_links, self.save_base = int(rank), finished_links, save_base
+        self.trained_factors = trained_factors
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
@@ -166,7 +166,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._trained_state: TrainedState | None = None
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
-        self.register_load_state_dict_pre_hook(keep_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(add_frozen_values)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined by a subclass
 
@@ -243,12 +243,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def chain(self) -> Chain:
-        """The finished links, without the live one, which :meth:`full_chain` adds; none before the model is made."""
+        """The finished links, without the current one, which :meth:`full_chain` adds; none before the model is made."""
         return Chain() if self._adapted is None else self._adapted.chain
 
     @property
     def link(self) -> int:
-        """Index of the live link: how many are finished."""
+        """Index of the current link: how many are finished."""
         return len(self.chain)
 
     @property
@@ -263,7 +263,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def link_start(self) -> FitPosition:
-        """Epoch and optimizer step at which the live link began. To set it also renews the link's schedule."""
+        """Epoch and optimizer step at which the current link began. To set it also renews the link's schedule."""
         return self.run.link_start
 
     @link_start.setter
@@ -357,9 +357,10 @@ class COLAModule(LightningModule, RecordsArguments):
         trained = self._trained_state = TrainedState(self, adapted)
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         trained.remember_outside()
-        adapted.chain.base = replace(adapted.chain.base, outside=trained.frozen_outside(), labels=self.labels_of_base)
+        adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         if self.first_chain is not None:
-            trained.start_from(self.first_chain)
+            if self.first_chain.links:
+                load_extras(self.first_chain.links[-1].outside, trained.values_outside())
             adapted.start_from(self.first_chain)
         if self.target_modules is not None:
             adapted.begin_link(self.schedule.rank(self.link), self.schedule.alpha(self.link))
@@ -407,7 +408,7 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ links
 
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
-        """Finishes the live link and begins the next: merges or stacks it, records it, draws a new A.
+        """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
         The optimizer and its schedule are created again, with empty state. During training, call it between optimizer steps: in
         ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs after that step's checkpoint is
@@ -428,15 +429,15 @@ class COLAModule(LightningModule, RecordsArguments):
         return tie_knot(self, rank, alpha)
 
     def live_link(self) -> Link:
-        """The live link as it is now: what a knot would record.
+        """The current link as it is now: what a knot would record.
 
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**facts_of_live_link(self))
+        return self.adapted.live_link(**metadata_of_link(self))
 
     def full_chain(self) -> Chain:
-        """The finished links and the live one as it is now: all that has been trained; ``chain`` holds the finished ones."""
+        """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
         live = [] if self.adapted.live is None else [self.live_link()]
         return Chain([*self.chain.links, *live], self.chain.base)
 
@@ -486,7 +487,7 @@ class COLAModule(LightningModule, RecordsArguments):
         every process must call this.)
 
         Args:
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
 
         Returns:
             The model in float32, whatever it was trained in (in float64 where that was float64); if ``target_modules`` is
@@ -513,12 +514,17 @@ class COLAModule(LightningModule, RecordsArguments):
 
     # ------------------------------------------------------------------ training
 
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters for the optimizer by name: the current link's, fully trained modules', and those outside the model."""
+        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A new optimizer and learning-rate schedule for the live link; called again at each knot."""
-        frozen = {id(parameter) for parameter in self.adapted.frozen_factors()}
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
-        return self.optimization.configure(trained, self.modules_to_save, self.run.position(trainer_of(self)).global_step)
+        """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
+        return self.optimization.configure(
+            self.trained_parameters(), self.modules_to_save, self.run.position(trainer_of(self)).global_step
+        )
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -559,7 +565,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def get_extra_state(self) -> Tensor:
-        """The finished links, their base, and the live link's rank, alpha and start, as a tensor of bytes."""
+        """The finished links, their base, and the current link's rank, alpha and start, as a tensor of bytes."""
         if not self.trained_state.is_packing:
             return UNCHANGED
         return pack(self.chain.links, self.chain.base, live=self.adapted.live, link_start=list(self.link_start))
@@ -613,7 +619,7 @@ class COLAModule(LightningModule, RecordsArguments):
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
-            links: how many links, the finished ones first and then the live one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
             **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
                 optimizer, ``attn_implementation`` or ``trust_remote_code``: what may be executed, no file says.
 
@@ -636,7 +642,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
         super().__init_subclass__(**kwargs)
-        keep_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
+        combine_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
 
 
 def _compile_options() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 HOOKS = {"on_save_checkpoint": True, "on_load_checkpoint": True, "configure_model": False}
 
 
-def keep_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callback]]) -> None:
+def combine_hooks(cls: Any, ours: Any, make_callbacks: Callable[[Any], list[Callback]]) -> None:
     """Runs our hooks beside the overrides of a subclass, or of its mixin.
 
     If an override calls ``super()``, ours run twice, with the same effect as once.

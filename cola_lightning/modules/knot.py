@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
-from cola_lightning.adapted_model import check_next
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
@@ -29,18 +28,15 @@ HOOKS_OF_A_STEP = {
 
 
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
-    """Finishes a module's live link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
-    if module.target_modules is None:
-        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    check_next(rank, alpha, module.max_rank)
+    """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
+    module.adapted.check_next(rank, alpha)
     _check_between_steps(module)
-    module.configure_model()
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
     link = adapted.tie_knot(
         run.schedule.rank(module.link + 1) if rank is None else rank,
         run.schedule.alpha(module.link + 1) if alpha is None else alpha,
-        **facts_of_live_link(module),
+        **metadata_of_link(module),
     )
     run.begin_metrics(trainer)
     run.link_start = run.position(trainer)
@@ -50,13 +46,13 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
 
 
 def begin_at(module: "COLAModule", start: FitPosition) -> None:
-    """Corrects the moment at which the live link begins, before its first step, and its learning-rate schedule."""
+    """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     module.run.link_start = start
     _make_optimizers(module)
 
 
 def _make_optimizers(module: "COLAModule") -> None:
-    """Makes the live link's optimizers and learning-rate schedules, in a fit or after it.
+    """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
 
     After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.
     """
@@ -90,8 +86,8 @@ def _check_between_steps(module: "COLAModule") -> None:
         )
 
 
-def facts_of_live_link(module: "COLAModule") -> dict[str, Any]:
-    """Steps, metrics and values outside of the model, which a module adds to its live link."""
+def metadata_of_link(module: "COLAModule") -> dict[str, Any]:
+    """Steps, metrics and values outside of the model, which a module adds to its current link."""
     run, trainer = module.run, trainer_of(module)
     steps = {"start_step": run.link_start.global_step, "end_step": run.position(trainer).global_step}
     return steps | {"metrics": run.metrics(trainer), "outside": module.trained_state.outside()}

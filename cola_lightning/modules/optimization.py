@@ -1,4 +1,4 @@
-"""Optimization of the live link: an optimizer and a learning-rate schedule for each link."""
+"""Optimization of the current link: an optimizer and a learning-rate schedule for each link."""
 
 import logging
 import math
@@ -186,15 +186,11 @@ class LinkOptimization:
             return self.lr_schedule
         return f"a warm-up of {self.warmup_steps:g} of it" if 0 < self.warmup_steps < 1 else None
 
-    @property
-    def _needs_horizon(self) -> bool:
-        return self._share_of_length is not None or 0 < self.knot_warmup_steps < 1
-
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
 
         Args:
-            lengths: optimizer steps of the remaining links of a fit, the live one first.
+            lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
         warmup = self.warmup_steps if self.schedule_scope == "link" else 0
         if (shortest := min(lengths[:-1], default=math.inf)) < warmup:
@@ -263,7 +259,7 @@ class LinkOptimization:
 
 
 def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
-    """By the id of each factor the entries that the last finished link and the live one both have: those up to their rank."""
+    """By the id of each factor: the entries that the last finished link and the current one share, up to their rank."""
     entries: dict[int, tuple[slice, ...]] = {}
     for layer in adapted.layers.values():
         used = slice(min([layer.rank, *(link.rank for link in adapted.chain.links[-1:])]))

@@ -106,7 +106,7 @@ class RunChecks(Callback):
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
         module, run = self.module, self.module.run
-        self._is_state_unchecked = run.schedule.has_knots or run.schedule.knots_unknown
+        self._is_state_unchecked = run.schedule.has_knots
         if is_resumed:
             run.restore_metrics(trainer)
             module.optimization.resume(trainer)
@@ -296,11 +296,9 @@ def _summary(module: "COLAModule") -> str:
     """How many of a module's parameters are trained, and where."""
     text = "model:"
     if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
-        frozen = {id(factor) for factor in module.adapted.frozen_factors()}
-        parameters = list(module.parameters())
-        n_trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in frozen)
+        n_trained = sum(p.numel() for _, p in module.trained_parameters())
         packed = [part.get_parameter("weight") for part in module.model.modules() if is_quantized(part)]
-        n_all = sum(p.numel() for p in [*parameters, *packed])  # a packed weight has two values in a byte
+        n_all = sum(p.numel() for p in [*module.parameters(), *packed])  # a packed weight has two values in a byte
         text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
     if module.adapted.live is None:
         return text
@@ -321,13 +319,8 @@ def _check_frozen(module: "COLAModule") -> None:
 
 
 def _check_whole_windows(trainer: Trainer) -> None:
-    """Refuses to resume in the middle of what is now an accumulation window, or beyond the epoch's end."""
+    """Refuses to resume in the middle of what is now an accumulation window."""
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
-    if done > trainer.num_training_batches:
-        raise UserError(
-            f"trainer.limit_train_batches: expected at least the {done} batches of its epoch that the checkpoint has "
-            f"completed, received {trainer.num_training_batches}"
-        )
     if done % max(1, window) and done != trainer.num_training_batches:
         raise UserError(
             f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "

@@ -9,11 +9,10 @@ from torch.nn.parameter import is_lazy
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
-from cola_lightning.chain.base import hash_of
 from cola_lightning.chain.store import EXTRA_STATE
 from cola_lightning.errors import UserError
 from cola_lightning.sharded import tensors
-from cola_lightning.weights import load_extras, weight_of
+from cola_lightning.weights import weight_of
 
 UNCHANGED = torch.empty(0, dtype=torch.uint8)  # an extra state that changes nothing
 
@@ -101,10 +100,6 @@ class TrainedState:
         changed = {name: value for name, value in buffers.items() if name not in first or not torch.equal(value, first[name])}
         return trained | changed
 
-    def frozen_outside(self) -> dict[str, str]:
-        """Hashes of the parameters outside of the model that are not trained."""
-        return {name: hash_of(value) for name, value in self.values_outside().items() if _is_frozen(value)}
-
     def remember_outside(self) -> None:
         """Stores the trained values outside of the model before training; those already stored are not replaced."""
         values = self.values_outside().items()
@@ -115,21 +110,6 @@ class TrainedState:
         own = chain.links[-1].outside if chain.links else {}
         trained = {name for name, value in self.values().items() if value.requires_grad}
         return {name: value for name, value in self.first_outside.items() if not chain.links or name not in trained} | own
-
-    def start_from(self, chain: Chain) -> None:
-        """Sets the trained values outside of the model to those of another run's chain.
-
-        Raises:
-            UserError: for a chain that was trained beside other frozen parameters outside of its model.
-        """
-        own = self.frozen_outside()
-        if different := [name for name, value in chain.base.outside.items() if own.get(name, value) != value]:
-            raise UserError(
-                f"model.init_chain: expected the values that {different[0]!r}, which is frozen and outside of the model, had "
-                "in the chain's run (seed_everything, if they are drawn), received others"
-            )
-        if chain.links:
-            load_extras(chain.links[-1].outside, self.values_outside())
 
     # ------------------------------------------------------------------ loading
 
@@ -169,7 +149,7 @@ def _laid_out(received: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def keep_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def add_frozen_values(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Adds a nested module's frozen values, which no state dict contains: their absence would be an error there.
 
     Its finished links, if it has any, must be in the state dict. A checkpoint's contains none, and Lightning's weight

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import START, WHENS, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import KNOT_OPTIONS, START, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 
 Config = Mapping[str, Any]
 
-OF_SCHEDULE = (*WHENS, "ranks", "alphas")
+OF_SCHEDULE = (*KNOT_OPTIONS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ

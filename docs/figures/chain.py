@@ -30,7 +30,7 @@ def weight(axes: Axes, x: float, n_merged: int) -> None:
 
 
 def link(axes: Axes, x: float, index: int) -> None:
-    """The live link: a tall B and a wide A."""
+    """The current link: a tall B and a wide A."""
     axes.text(x - 0.36, SIZE / 2, "+", ha="center", va="center", fontsize=19, color=INK)
     box(axes, x, 0, THIN, SIZE, LINKS[index], f"$B_{index}$")
     box(axes, x + THIN + 0.1, SIZE - THIN, 1.25, THIN, LINKS[index], f"$A_{index}$")
