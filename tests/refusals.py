@@ -45,7 +45,7 @@ from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.examples.corpora import python_sources
 from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
-from cola_lightning.export.options import ExportOptions
+from cola_lightning.export.verify import ExportOptions
 from cola_lightning.study.command import compare
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.methods import method

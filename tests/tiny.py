@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from cola_lightning import TemplateDataModule, lora_layers
 from cola_lightning.export import adapter, merged
 from cola_lightning.export import module as export_of_module
-from cola_lightning.export.options import ExportOptions
+from cola_lightning.export.verify import ExportOptions
 
 REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 

@@ -11,7 +11,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet
 
 if TYPE_CHECKING:
-    from cola_lightning.export.options import ExportOptions
+    from cola_lightning.export.verify import ExportOptions
 
 
 def export(words: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def export(words: Sequence[str]) -> None:
     options = parsed(parser, words)
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
-    from cola_lightning.export.options import ExportOptions
+    from cola_lightning.export.verify import ExportOptions
 
     output = options.output
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}

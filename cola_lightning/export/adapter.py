@@ -17,8 +17,7 @@ from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import Card
-from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.registry import is_linear
 from cola_lightning.writing import whole_folder

@@ -10,8 +10,7 @@ from torch import nn
 
 from cola_lightning.errors import ExportError
 from cola_lightning.export.card import Card
-from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits
 from cola_lightning.hub import quiet
 from cola_lightning.writing import whole_folder
 

@@ -15,8 +15,7 @@ from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import AdapterBase, export_adapter
 from cola_lightning.export.card import PROMPT_FORMAT, Card, usage_section
 from cola_lightning.export.merged import export_merged, is_of_transformers
-from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits, reference_logits
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.inject import lies_in, lora_layers
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
