@@ -10,7 +10,7 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from cola_lightning import AdaptedModel, LoRALinear, UserError
 from cola_lightning.chain.rules import FROZEN_FACTOR, TrainedFactors, frozen_factor, keep_state
-from cola_lightning.lora.initialization import DRAWS
+from cola_lightning.lora.layer import DRAWS
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import METHODS, method
 from tests.test_chain_of_lora import Watch

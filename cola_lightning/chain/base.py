@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ class BaseIdentity:
         dtypes: their original dtypes (``nf4``, ``fp4``: 4 bits).
         weight_norms: the Frobenius norm of each adapted weight, by the layer's name.
         values: a hash of shape and sampled values for each parameter and persistent buffer, by name; None if it is trained.
-        outside: the same for frozen parameters of the module outside of the model.
         labels: a classifier's labels, in the order of its outputs; None: not known.
     """
 
@@ -33,8 +33,12 @@ class BaseIdentity:
     dtypes: list[str] = field(default_factory=list)
     weight_norms: dict[str, float] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
-    outside: dict[str, str] = field(default_factory=dict)
     labels: list[str] | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """The identity that a file holds, without fields of other releases."""
+        return cls(**{one.name: stored[one.name] for one in fields(cls) if one.name in stored})
 
     def __str__(self) -> str:
         return f"{self.name!r} (fingerprint {self.fingerprint[:12]})"

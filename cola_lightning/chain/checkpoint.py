@@ -212,7 +212,7 @@ class CheckpointState:
 
 def _of_version_2(given: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a checkpoint of version 2 as version 3 has it; to be deleted with the last of them."""
-    chain = Chain([Link(**link) for link in given["chain"]["links"]], BaseIdentity(**given["chain"]["base"]))
+    chain = Chain([Link(**link) for link in given["chain"]["links"]], BaseIdentity.of(given["chain"]["base"]))
     parts = {"chain": chain.state_dict(), "live": given["live"] and dict(given["live"])}
     if parts["live"]:
         del parts["live"]["scheduled"]

@@ -154,7 +154,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     check_version(description.get("format_version"), where)
-    described, chain, start = list(map(link_fields, description["links"])), Chain(base=BaseIdentity(**description["base"])), 0
+    described, chain, start = list(map(link_fields, description["links"])), Chain(base=BaseIdentity.of(description["base"])), 0
     if sum(fields["rank"] for fields in described) != whole.rank:
         raise ValueError(f"the links are not those of rank {whole.rank} in all")
     for fields in described:

@@ -94,7 +94,7 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
             for kind in ("extras.", "outside.")
         )
         links.append(Link(**fields, factors=factors, extras=extras, outside=outside))
-    return links, BaseIdentity(**description["base"])
+    return links, BaseIdentity.of(description["base"])
 
 
 def describe_link(link: Link) -> dict[str, Any]:

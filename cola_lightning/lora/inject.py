@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.initialization import DRAWS
+from cola_lightning.lora.layer import DRAWS
 from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
 from cola_lightning.lora.registry import (
     FinishedLinks,

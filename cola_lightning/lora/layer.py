@@ -16,6 +16,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -26,10 +27,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.initialization import DRAWS, Init
 from cola_lightning.lora.stack import Stack
 from cola_lightning.sharded import tensors
 
+Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
 FinishedLinks = Literal["merge", "stack"]
 
 # The attributes that a LoRA layer adds to its base layer's.
@@ -38,6 +39,22 @@ LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", 
 
 # Products of fewer rows or columns use kernels in which a row's rounding depends on its position: seen below 8 on a CPU.
 MIN_SIDE = 16
+
+
+Draw = Callable[[Tensor, torch.Generator | None], None]  # writes the rows of a factor, from a generator
+
+
+def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
+    """Kaiming uniform with a = sqrt(5), PEFT's default: between plus and minus 1 / sqrt(n) for rows of n values."""
+    nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
+
+
+def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
+    """Normal, with a standard deviation of 1 / rank."""
+    nn.init.normal_(rows, std=1 / len(rows), generator=generator)
+
+
+DRAWS: dict[str, Draw] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
 @torch.no_grad()

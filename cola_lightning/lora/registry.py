@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
-from cola_lightning.lora.initialization import Init
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer, cast_, low_rank_delta, shallow_copy
+from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer, cast_, low_rank_delta, shallow_copy
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import lora_linear_4bit
 
