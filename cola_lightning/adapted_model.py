@@ -446,6 +446,8 @@ class AdaptedModel:
         """
         total = self.link + 1
         links = total if links is None else links
+        if not 0 <= links <= total:
+            raise UserError(f"links: expected 0 to {total}, the length of the chain, received {links}")
         chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
         is_stacked = any(layer.stack is not None for layer in layers)

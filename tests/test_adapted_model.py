@@ -88,7 +88,7 @@ def test_a_knot_keeps_the_function_and_merged_copies_have_any_number_of_links():
     assert (model.link, model.live) == (3, (1, 3))
     assert torch.equal(model.merged_model(0)(x), base)
     assert not any(isinstance(part, LoRALinear) for part in model.merged_model(1).modules())
-    with pytest.raises(UserError, match="links: expected 0 to 3"):
+    with pytest.raises(UserError, match="links: expected 0 to 4"):
         model.merged_model(5)
 
 
