@@ -189,14 +189,20 @@ class ChainSchedule:
             >>> ChainSchedule(every_n_epochs=2).links(FitPosition(0, 0), run)
             [20, 20, 10]
         """
-        end, lengths = run.end_step, []
+        end, lengths = run.end_step, list[int]()
         if self.has_unknown_lengths(run) or end == math.inf:
             raise ValueError("expected a run and links of known length")
-        while start.global_step < end:
-            lengths.append(int(self.link_steps(start, run)))
-            knot = self.next_knot(start)
-            epoch = int(knot) if self._counts_epochs and knot < math.inf else start.epoch
-            start = FitPosition(epoch, start.global_step + lengths[-1])
+        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
+        epoch_start = run.step_at(epoch)
+        while start.global_step < end:  # each epoch once: there may be a hundred thousand
+            knot = stop = self.next_knot(start)
+            if self._counts_epochs and knot < math.inf:
+                while epoch < knot and epoch_start < end:
+                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
+                stop = epoch_start
+            stop = int(min(stop, end))
+            lengths.append(stop - start.global_step)
+            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
         return lengths
 
 
