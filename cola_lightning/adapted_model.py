@@ -21,6 +21,7 @@ from cola_lightning.chain.base import (
     check_same_layers,
     describe_base,
 )
+from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
 from cola_lightning.errors import UserError
@@ -446,8 +447,7 @@ class AdaptedModel:
         """
         total = self.link + 1
         links = total if links is None else links
-        if not 0 <= links <= total:
-            raise UserError(f"links: expected 0 to {total}, the length of the chain, received {links}")
+        check_links(links, total)
         chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
         is_stacked = any(layer.stack is not None for layer in layers)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,15 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lora_layers, names_of_factors
 from cola_lightning.sharded import tensors
 
+T = TypeVar("T")
+
 SAMPLED_VALUES = 64  # per parameter and buffer
+
+
+def from_stored(kind: type[T], stored: Mapping[str, Any]) -> T:
+    """A dataclass from the values in a file, without those of other releases."""
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in stored.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,6 @@ class BaseIdentity:
     weight_norms: dict[str, float] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
     labels: list[str] | None = None
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Self:
-        """The identity that a file holds, without fields of other releases."""
-        return cls(**{one.name: stored[one.name] for one in fields(cls) if one.name in stored})
 
     def __str__(self) -> str:
         return f"{self.name!r} (fingerprint {self.fingerprint[:12]})"

@@ -20,6 +20,12 @@ from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.writing import whole_folder
 
 
+def check_links(links: int, total: int) -> None:
+    """Refuses a number of links that a chain of ``total`` links does not have."""
+    if not 0 <= links <= total:
+        raise UserError(f"links: expected 0 to {total}, the length of the chain, received {links}")
+
+
 @dataclass(repr=False)
 class Chain:
     """Finished links in order.
@@ -79,8 +85,7 @@ class Chain:
         Raises:
             UserError: if n is negative or the chain has fewer links.
         """
-        if not 0 <= n <= len(self.links):
-            raise UserError(f"links: expected 0 to {len(self.links)}, the length of the chain, received {n}")
+        check_links(n, len(self.links))
         return Chain(self.links[:n], self.base)
 
     @property

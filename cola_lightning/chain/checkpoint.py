@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.base import BaseIdentity
+from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
@@ -148,7 +148,6 @@ class CheckpointState:
         has_knots: whether the run's schedule has knots.
         seed: seed of all random draws.
         origin: path of the chain that the run began from, and the requested number of its links.
-        has_rate_of_saved: whether fully trained modules had a separate learning rate.
         base_weights: the base's weights, if they are stored (``save_base``).
         callback_metrics: the metrics that the Trainer last logged.
         scheduled: requested rank and alpha of each link up to the live one.
@@ -156,7 +155,6 @@ class CheckpointState:
         outside: values trained outside the model, as they were before the first link.
         progress: Lightning's counters, rewound to the last complete accumulation window.
         prompt_format: the data module's prompt format for a language model; empty if there is none.
-        trained_factors: which factors of a link are trained, whoever chose them; None: not known.
         data: which data the run is on; empty if that is not known.
     """
 
@@ -168,7 +166,6 @@ class CheckpointState:
     has_knots: bool
     seed: int
     origin: list[str | int | None]
-    has_rate_of_saved: bool
     base_weights: dict[str, Tensor] | None
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     scheduled: list[list[float]] = field(default_factory=list)
@@ -176,7 +173,6 @@ class CheckpointState:
     outside: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     prompt_format: dict[str, Any] = field(default_factory=dict)
-    trained_factors: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,19 +200,15 @@ class CheckpointState:
         version = given.pop("format_version", None)
         check_version(version, name)
         if version == 2:
-            given = _of_version_2(given)
-        live = None if given["live"] is None else LiveLink(**given["live"])
+            given["chain"] = _of_version_2(given["chain"])
+        live = None if given["live"] is None else from_stored(LiveLink, given["live"])
         read = {"chain": Chain.from_state_dict(given["chain"], name), "live": live}
-        return cls(**given | read | {"link_start": FitPosition(*given["link_start"])})
+        return from_stored(cls, given | read | {"link_start": FitPosition(*given["link_start"])})
 
 
 def _of_version_2(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a checkpoint of version 2 as version 3 has it; to be deleted with the last of them."""
-    chain = Chain([Link(**link) for link in given["chain"]["links"]], BaseIdentity.of(given["chain"]["base"]))
-    parts = {"chain": chain.state_dict(), "live": given["live"] and dict(given["live"])}
-    if parts["live"]:
-        del parts["live"]["scheduled"]
-    return {name: value for name, value in given.items() if name != "optimizer"} | parts
+    """A chain of version 2 as version 3 has it; to be deleted with the last checkpoint that has one."""
+    return Chain([Link(**link) for link in given["links"]], from_stored(BaseIdentity, given["base"])).state_dict()
 
 
 def check_arguments(arguments: Mapping[str, Any], method: str) -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.base import BaseIdentity
+from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import DAMAGE, check_version, link_fields
@@ -154,7 +154,11 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     check_version(description.get("format_version"), where)
-    described, chain, start = list(map(link_fields, description["links"])), Chain(base=BaseIdentity.of(description["base"])), 0
+    described, chain, start = (
+        list(map(link_fields, description["links"])),
+        Chain(base=from_stored(BaseIdentity, description["base"])),
+        0,
+    )
     if sum(fields["rank"] for fields in described) != whole.rank:
         raise ValueError(f"the links are not those of rank {whole.rank} in all")
     for fields in described:

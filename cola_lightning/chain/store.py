@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from cola_lightning.chain.base import BaseIdentity
+from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError
 
@@ -94,7 +94,7 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
             for kind in ("extras.", "outside.")
         )
         links.append(Link(**fields, factors=factors, extras=extras, outside=outside))
-    return links, BaseIdentity.of(description["base"])
+    return links, from_stored(BaseIdentity, description["base"])
 
 
 def describe_link(link: Link) -> dict[str, Any]:

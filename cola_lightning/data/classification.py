@@ -61,8 +61,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     def _find(self, names: Sequence[str], *, has_label: bool = True) -> tuple[list[str], str]:
         texts, label = find_texts_and_label(names, self.text_fields, self.label_field, has_label=has_label)
-        unused = [name for name in names if name not in (*texts, label)]
-        self._log(f"rows: {', '.join(texts)} -> {label}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        self._log_columns(f"{', '.join(texts)} -> {label}", names, (*texts, label))
         return texts, label
 
     # ------------------------------------------------------------------ labels

@@ -296,12 +296,13 @@ class OptionBatches(TokenizedDataModule):
         Raises:
             UserError: if more than one row in a hundred cannot be used.
         """
+
+        def encode(some: list[Row]) -> list[EncodedExample]:
+            return self.encode_examples([example(row) for row in some], is_learned=is_learned)
+
         encoded, errors = list[EncodedExample](), list[UserError]()
         for start in range(0, len(rows), ENCODED_TOGETHER):
-            some = list(rows[start : start + ENCODED_TOGETHER])
-            found, unusable = encode_usable(
-                lambda some: self.encode_examples([example(row) for row in some], is_learned=is_learned), some, UnusableRow
-            )
+            found, unusable = encode_usable(encode, list(rows[start : start + ENCODED_TOGETHER]), UnusableRow)
             encoded += found
             errors += unusable
         n_unusable, n_rows = len(errors), len(rows)

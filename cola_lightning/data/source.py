@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence, Sized
+from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 from typing_extensions import override
@@ -180,6 +180,10 @@ class SourceDataModule(TokenizedDataModule):
         if text not in self._logged:  # each stage comes here
             log.info("%s", text)
             self._logged.add(text)
+
+    def _log_columns(self, taken: str, names: Sequence[str], used: Collection[str]) -> None:
+        unused = ", ".join(name for name in names if name not in used)
+        self._log(f"rows: {taken}" + (f"; not used: {unused}" if unused else ""))
 
     @override
     def prepare_data(self) -> None:

@@ -31,14 +31,18 @@ WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 # ---------------------------------------------------------------------- a source and its splits
 
 
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # pathlib's fails for a name that begins with ~
+
+
 def is_file(source: str) -> bool:
     """Whether a source is a single file."""
-    return Path(os.path.expanduser(source)).is_file()
+    return _path(source).is_file()
 
 
 def is_on_hub(source: str) -> bool:
     """Whether a source is the id of a data set on the hub."""
-    return not Path(os.path.expanduser(source)).exists()
+    return not _path(source).exists()
 
 
 def check_source(source: str, subset: str | None, revision: str | None = None) -> None:
@@ -63,11 +67,11 @@ def load_splits(source: str, subset: str | None = None, revision: str | None = N
         UserError: if there is no such file, folder, data set or subset, or it cannot be read.
         HubError: if the data set is on the hub, which cannot be reached.
     """
-    path = Path(os.path.expanduser(source))
+    path = _path(source)
     if path.is_file():
-        return {"train": functools.cache(lambda: Rows(_read([path]), source))}
+        return {"train": _reader([path], source)}
     if path.is_dir():
-        return {split: functools.cache(_reader(source, split, files)) for split, files in _files_of(path).items()}
+        return {split: _reader(files, f"{source}, {split}") for split, files in _files_of(path).items()}
     data = hub_data(source, subset, revision)
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
@@ -103,7 +107,7 @@ def identity_of_source(source: str, subset: str | None, revision: str | None) ->
 
 def files_identity(source: str) -> dict[str, Any]:
     """Size and hash of a source's files on this machine, as ``{"files": {name: [size, sha256]}}``; empty for the hub."""
-    path = Path(os.path.expanduser(source))
+    path = _path(source)
     if is_on_hub(source):
         return {}
     files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some]
@@ -138,8 +142,8 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _reader(source: str, split: str, files: list[Path]) -> Callable[[], Rows]:
-    return lambda: Rows(_read(files), f"{source}, {split}")
+def _reader(files: list[Path], place: str) -> Callable[[], Rows]:
+    return functools.cache(lambda: Rows(_read(files), place))
 
 
 def _read(files: list[Path]) -> Any:

@@ -104,10 +104,9 @@ class TextDataModule(SourceDataModule):
     def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
         self._kind, columns = find_columns(rows.columns, rows.lists, self.columns, has_response=has_response)
-        unused = [name for name in rows.columns if name not in columns.values()]
         *before, last = columns.values()
         taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
-        self._log(f"rows: {taken}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+        self._log_columns(taken, rows.columns, columns.values())
         if self._kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: expected null or true for conversations, received false")
         if self._kind != "text" and self.applies_chat_template:

@@ -84,14 +84,12 @@ def _state_of(module: "COLAModule") -> CheckpointState:
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
         origin=module.init_chain_source,
-        has_rate_of_saved=module.optimization.modules_to_save_lr is not None,
         base_weights=adapted.base_weights,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
         scheduled=plans,
         modules_to_save=module.modules_to_save,
         outside=trained.first_outside,
         prompt_format=prompt_format_of(trainer),
-        trained_factors=module.trained_factors,
         data=data_of(trainer),
     )
 
