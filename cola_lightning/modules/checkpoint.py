@@ -96,15 +96,17 @@ def _state_of(module: "COLAModule") -> CheckpointState:
 
 def prompt_format_of(trainer: Any) -> dict[str, Any]:
     """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    given = getattr(getattr(trainer, "datamodule", None), "prompt_format", None)
-    with contextlib.suppress(TypeError):  # another attribute of that name
-        return dict(plain(given)) if isinstance(given, dict) and {"kind", "chat_template"} <= given.keys() else {}
-    return {}
+    given = _of_data_module(trainer, "prompt_format")
+    return given if {"kind", "chat_template"} <= given.keys() else {}
 
 
 def data_of(trainer: Any) -> dict[str, Any]:
     """The ``identity`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    given = getattr(getattr(trainer, "datamodule", None), "identity", None)
+    return _of_data_module(trainer, "identity")
+
+
+def _of_data_module(trainer: Any, name: str) -> dict[str, Any]:
+    given = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(plain(given)) if isinstance(given, dict) else {}
     return {}
