@@ -30,7 +30,7 @@ from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantize
 from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import tensors
-from cola_lightning.weights import base_weights, cast_floats, deep_copy, load_extras
+from cola_lightning.weights import base_values, base_weights, cast_floats, deep_copy, load_extras
 
 
 class Placement(NamedTuple):
@@ -64,6 +64,9 @@ class AdaptedModel:
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
         placement: returns the model's placement; a trainer sets its own.
+        outside: returns what else is trained outside of the model, by names that begin with ``self.``; a Lightning module sets
+            its own, and each link records it as it does the model's fully trained modules.
+        first_values: the values outside of the model before the first link.
         trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; to be set before a link begins.
 
     Example:
@@ -86,6 +89,8 @@ class AdaptedModel:
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
         self.placement: Callable[[], Placement] = self._own_placement
+        self.outside: Callable[[], dict[str, Tensor]] = dict
+        self.first_values: dict[str, Tensor] = {}
         self.trained_factors: TrainedFactors = "both"
 
     @classmethod
@@ -188,9 +193,28 @@ class AdaptedModel:
         named = self.model.named_parameters(remove_duplicate=False)
         return tensors.plain_names(name for name, parameter in named if not parameter.requires_grad)
 
+    def trained_values(self) -> dict[str, Tensor]:
+        """What training changes besides the links: fully trained parameters, and persistent buffers, themselves."""
+        return base_values(self.model, without=set(self.frozen_names())) | self.outside()
+
     def extras(self) -> dict[str, Tensor]:
-        """CPU copies of what training changes besides the links: fully trained parameters, and persistent buffers."""
-        return base_weights(self.model, without=set(self.frozen_names()))
+        """CPU copies of the :meth:`trained_values`, but for buffers outside of the model that have not changed."""
+        values, first = self.trained_values(), self.first_values
+        copies = {name: tensors.gather(value) for name, value in values.items()}
+        is_constant = {
+            n: n in first and not isinstance(values[n], nn.Parameter) and torch.equal(copies[n], first[n]) for n in copies
+        }
+        return {name: value for name, value in copies.items() if not is_constant[name]}
+
+    def write_extras(self, extras: Mapping[str, Tensor]) -> None:
+        """Writes a chain's :meth:`extras` into the present values; names that are unknown here are ignored."""
+        own = tensors.state_dict(self.model) | self.outside()
+        for name in own.keys() & extras.keys():
+            tensors.copy_(own[name], extras[name])
+
+    def remember_first_values(self) -> None:
+        """Stores the values outside of the model, before training; those already stored are not replaced."""
+        self.first_values = {name: tensors.gather(value) for name, value in self.outside().items()} | self.first_values
 
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
@@ -219,7 +243,7 @@ class AdaptedModel:
         """The current link as it is now: what a knot would record.
 
         Args:
-            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and ``outside``.
+            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics``.
 
         Raises:
             UserError: for a model without links.
@@ -280,9 +304,7 @@ class AdaptedModel:
             if self.merges:
                 self._write_base(self.model)
             self.forget_links(chain.base)
-            state = tensors.state_dict(self.model)
-            for name, value in extras.items():
-                tensors.copy_(state[name], value)
+            self.write_extras(extras)
         self.replay(chain)
 
     def replay(self, chain: Chain) -> None:
@@ -352,7 +374,7 @@ class AdaptedModel:
                         f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "
                         f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
                     )
-        links, state, trained = list(chain.links), tensors.state_dict(self.model), self.extras().keys()
+        links, state, trained = list(chain.links), tensors.state_dict(self.model), self.trained_values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
             own = {name for name, value in frozen.items() if _is_equal(tensors.gather(state[name]), value)}
@@ -360,15 +382,15 @@ class AdaptedModel:
             links[-1] = replace(links[-1], extras=extras)
         self.replay(Chain(links, self.chain.base))
         if links:
-            load_extras(links[-1].extras, {name: state[name] for name in trained})
+            load_extras(links[-1].extras, trained)
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
-        names, extras = self.extras().keys(), chain.links[-1].extras if chain.links else {}
+        names, extras = self.trained_values().keys(), self.first_values | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
         weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
-        return {name: weights[name] for name in names} | extras
+        return {name: weights[name] for name in names & weights.keys()} | extras
 
     # ------------------------------------------------------------------ the base
 

@@ -60,14 +60,19 @@ def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False
     model._apply(cast)  # type: ignore[no-untyped-call]
 
 
-def base_weights(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """CPU copies of a model's parameters and persistent buffers by name, without its links and the names in ``without``."""
+def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
     state, factors = tensors.state_dict(model), names_of_factors(model)
     return {
-        name: tensors.gather(value)
+        name: value
         for name, value in state.items()
         if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
     }
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of the :func:`base_values`."""
+    return {name: tensors.gather(value) for name, value in base_values(model).items()}
 
 
 def weight_of(name: str) -> str:

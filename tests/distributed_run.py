@@ -205,8 +205,8 @@ def held(module):
                 A, B = layer.stack.factors
                 delta = (B @ A).T if layer.weight_is_transposed else B @ A
                 found[name] += delta.view(layer.delta_weight().shape)
-    state = {name: tensors.gather(value) for name, value in module.state_dict().items()}
-    return found | {name: value for name, value in state.items() if ".lora_" not in name and name != "_extra_state"}
+    state = {name: tensors.gather(value) for name, value in module.state_dict().items() if name != "cola"}
+    return found | {name: value for name, value in state.items() if ".lora_" not in name}
 
 
 class Sent(TorchDispatchMode):
@@ -316,7 +316,7 @@ def used_again(folder):
         normed = Normed(rank=2, seed=1)
         trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options).fit(normed, datamodule=Data())
         found[f"buffers, {strategy}"] = dict(normed.named_buffers())
-        found[f"extras, {strategy}"] = normed.chain.links[0].extras | normed.chain.links[0].outside
+        found[f"extras, {strategy}"] = normed.chain.links[0].extras
     single = make("mlp", finished_links="stack")
     trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
     refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}

@@ -1057,27 +1057,27 @@ def adapter(config, *names):
     ),
     (
         {"chain.json": '{"format_version": 9}', "chain.safetensors": ""},
-        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received 9 in "
+        "chain: expected format version 2 to 4, which this release of cola_lightning reads, received 9 in "
         "chain.json: a newer release is needed",
     ),
     (
         {"chain.json": '{"format_version": 0}', "chain.safetensors": ""},
-        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received 0 in "
+        "chain: expected format version 2 to 4, which this release of cola_lightning reads, received 0 in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": null}', "chain.safetensors": ""},
-        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received none in "
+        "chain: expected format version 2 to 4, which this release of cola_lightning reads, received none in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": "1"}', "chain.safetensors": ""},
-        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received '1' in "
+        "chain: expected format version 2 to 4, which this release of cola_lightning reads, received '1' in "
         "chain.json: it is damaged, or another program's",
     ),
     (
         {"chain.json": '{"format_version": true}', "chain.safetensors": ""},
-        "chain: expected format version 2 or 3, which this release of cola_lightning reads, received True in "
+        "chain: expected format version 2 to 4, which this release of cola_lightning reads, received True in "
         "chain.json: it is damaged, or another program's",
     ),
 )

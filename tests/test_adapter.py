@@ -268,8 +268,8 @@ def test_peft_may_train_it_on_and_then_it_is_one_link(exported):
 def test_a_newer_releases_chain_is_refused(exported):
     _, _, folder = exported
     path = folder / "adapter_model.safetensors"
-    save_file(load_file(path), path, {"cola_chain": json.dumps({"format_version": 4})})
-    with pytest.raises(UserError, match=r"chain: expected format version 2 or 3, .* received 4 in .*adapter_model.safetensors"):
+    save_file(load_file(path), path, {"cola_chain": json.dumps({"format_version": 5})})
+    with pytest.raises(UserError, match=r"chain: expected format version 2 to 4, .* received 5 in .*adapter_model.safetensors"):
         read_chain(folder)
 
 

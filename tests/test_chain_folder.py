@@ -43,7 +43,7 @@ def test_the_two_files_can_be_read_without_this_package(tmp_path):
         names = sorted(file.keys())
     assert names == ["links.0.a.b.lora_A", "links.0.a.b.lora_B", "links.0.c.lora_A", "links.0.c.lora_B", "links.0.extras.head"]
     description = json.loads((tmp_path / "chain" / "chain.json").read_text(), parse_constant=pytest.fail)
-    assert description["format_version"] == 3
+    assert description["format_version"] == 4
     assert description["targets"] == ["a.b", "c"]
     link = {"index": 0, "rank": 2, "alpha": 4.0, "start_step": 0, "end_step": 10, "layers": 2, "metrics": {}}
     assert description["links"] == [link]
@@ -71,7 +71,7 @@ def test_an_empty_chain_is_a_folder_too(tmp_path):
     assert len(Chain.load(tmp_path / "chain")) == 0
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("links", range(4))
 def test_a_chain_of_any_format_gives_the_logits_that_it_gave(links, version):
     """The folder is that of the release that began this format; it is never written again."""
@@ -83,7 +83,7 @@ def test_a_chain_of_any_format_gives_the_logits_that_it_gave(links, version):
     assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("links", range(4))
 def test_a_checkpoint_of_any_format_gives_the_logits_that_it_gave(links, version):
     expected = json.loads((FIXTURES / f"checkpoint-{version}.logits.json").read_text())[links]
@@ -106,7 +106,7 @@ def test_a_chain_of_another_base_is_refused_by_name():
 
 
 def test_an_older_version_is_told_from_a_newer_one():
-    for version, needed in ((1, "an older"), (4, "a newer")):
+    for version, needed in ((1, "an older"), (5, "a newer")):
         with pytest.raises(UserError, match=f"received {version} in here: {needed} release is needed$"):
             check_version(version, "here")
 

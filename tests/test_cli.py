@@ -48,7 +48,7 @@ def test_fit_ties_knots_at_a_plateau(capfd):
     rule = "{every_n_epochs: null, patience: 1, monitor: val_accuracy, mode: max, min_delta: 0.02}"
     Path("chain.yaml").write_text(f"chain: {rule}\ntrainer: {{max_epochs: 8}}\n")
     assert run("fit", "--config", DIGITS, "--config", "chain.yaml", "--trainer.enable_progress_bar", "false") == 0
-    state = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["cola"]
+    state = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]["cola"]
     assert 0 < len(state["chain"]["description"]["links"]) < 8
 
 
@@ -70,7 +70,7 @@ def test_validate_and_a_resumed_fit(fitted):
     assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
     (checkpoint,) = Path("runs/version_2/checkpoints").glob("*last.ckpt")
     state = torch.load(checkpoint, weights_only=True)
-    assert len(state["cola"]["chain"]["description"]["links"]) == 2
+    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == 2
     assert state["epoch"] == 2
 
 
@@ -577,7 +577,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
         time.sleep(0.1)
     os.kill(process.pid, number)
     assert process.finish(timeout=60).returncode == status
-    assert torch.load(checkpoint, weights_only=True)["cola"]["format_version"] == 3
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]["cola"]["format_version"] == 4
     assert not list(checkpoint.parent.glob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]
     assert str(checkpoint.absolute()) in command

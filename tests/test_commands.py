@@ -107,7 +107,8 @@ def test_links_go_back_from_a_checkpoint_and_from_a_chain(capfd):
 
 def test_a_new_run_from_some_links_saves_a_config_that_tests_it(capfd):
     assert main(["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain", "--links", "1"]) == 0
-    links = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["cola"]["chain"]["description"]["links"]
+    state = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["state_dict"]["cola"]
+    links = state["chain"]["description"]["links"]
     assert len(links) == 1 + 2
     shutil.rmtree("chain")  # the checkpoint holds it
     config = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1/checkpoints/last.ckpt"]
@@ -151,15 +152,15 @@ def rename_targets(path):
 
 def another_version(path):
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cola"]["format_version"] = 4
+    checkpoint["state_dict"]["cola"]["format_version"] = 5
     torch.save(checkpoint, path)
 
 
 def set_base(**facts):
     def change(path):
         checkpoint = torch.load(path, weights_only=True)
-        checkpoint["cola"]["base_weights"] = None
-        checkpoint["cola"]["chain"]["description"]["base"] |= facts
+        checkpoint["state_dict"]["cola"]["base_weights"] = None
+        checkpoint["state_dict"]["cola"]["chain"]["description"]["base"] |= facts
         torch.save(checkpoint, path)
 
     return change
@@ -174,7 +175,7 @@ DAMAGE = [
     (truncate, CHECKPOINT, TEST, "expected a checkpoint file"),
     (truncate, CHECKPOINT, FIT, "expected a checkpoint file"),
     (truncate, CHECKPOINT, ["inspect", "--checkpoint", CHECKPOINT], "expected a checkpoint file"),
-    (another_version, CHECKPOINT, TEST, "expected format version 2 or 3"),
+    (another_version, CHECKPOINT, TEST, "expected format version 2 to 4"),
     (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the one on which the chain was trained, 'cola_lightning.C"),
     (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "expected one in float64"),
     (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers alone, received '2' too"),
@@ -182,12 +183,12 @@ DAMAGE = [
     (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged one"),
     (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "received a damaged one"),
     (truncate, "chain/chain.json", INSPECT, "received a damaged one"),
-    (edit_json(lambda d: d.update(format_version=4)), "chain", INSPECT, "expected format version 2 or 3, which this release"),
+    (edit_json(lambda d: d.update(format_version=5)), "chain", INSPECT, "expected format version 2 to 4, which this release"),
     (
-        edit_json(lambda d: d.update(format_version=4)),
+        edit_json(lambda d: d.update(format_version=5)),
         "chain",
         FROM_CHAIN,
-        "expected format version 2 or 3, which this release",
+        "expected format version 2 to 4, which this release",
     ),
     (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),
     (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "received another"),

@@ -37,7 +37,6 @@ def assert_same(mine, theirs):
         assert one.is_same_update(other)
         assert one.extras.keys() == other.extras.keys()
         assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())
-        assert one.outside.keys() == other.outside.keys()
 
 
 def damaged(data, rng):
@@ -189,8 +188,7 @@ def folder(tmp_path_factory):
             factors={
                 name: (torch.randn(rank, 4, generator=generator), torch.randn(3, rank, generator=generator)) for name in "ab"
             },
-            extras={"head": torch.ones(2)},
-            outside={"scale": torch.ones(1)},
+            extras={"head": torch.ones(2), "self.scale": torch.ones(1)},
             metrics={"val_loss": 0.5, "broken": float("inf")} if k else {},
         )
         for k, rank in enumerate((3, 1))

@@ -39,7 +39,7 @@ from cola_lightning.export.verify import ReferenceLogits, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.weights import deep_copy
 from tests import tiny
-from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -805,7 +805,7 @@ def test_a_module_in_training_is_copied_to_the_cpu_tensor_by_tensor(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(nn.Parameter, "__deepcopy__", fail)
         copied = deep_copy(module, is_on_cpu=True)
-    assert_bit_equal(copied.state_dict(), module.state_dict())
+    assert_bit_equal(weights(copied), weights(module))
     assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in module.parameters()]
     assert not {id(p) for p in copied.parameters()} & {id(p) for p in module.parameters()}
 
@@ -921,7 +921,7 @@ def checkpoints(tmp_path_factory):
         run.fit(module, batches())
         run.save_checkpoint(folder / f"{name}.ckpt")
     checkpoint = torch.load(folder / "plain.ckpt", weights_only=True)
-    checkpoint["cola"]["module"]["class_path"] = "a_script.Toy"
+    checkpoint["state_dict"]["cola"]["module"]["class_path"] = "a_script.Toy"
     torch.save(checkpoint, folder / "unknown.ckpt")
     read_chain(folder / "plain.ckpt").save(folder / "chain")
     (folder / "file").write_text("")
@@ -1224,7 +1224,8 @@ def test_a_resume_with_another_modules_to_save_says_so(tmp_path):
     path = tmp_path / "end.ckpt"
     fit(1, modules_to_save=["classifier"]).save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["cola"]["modules_to_save"], checkpoint["cola"]["module"]["init_args"]["modules_to_save"]
+    state = checkpoint["state_dict"]["cola"]
+    del state["modules_to_save"], state["module"]["init_args"]["modules_to_save"]
     torch.save(checkpoint, path)  # as an earlier release wrote it, without a word of them
     with pytest.raises(UserError, match=r"Missing key\(s\) in state_dict: .*model\.bert\.pooler\.dense"):
         fit(2, path)

@@ -76,7 +76,7 @@ def test_it_prints_what_predict_writes(trained, kind, tmp_path, capfd):
         own = tmp_path / kind
         if not (own / "tokenizer.json").is_file():  # an adapter's, which may lie with its base
             tokenizer = COLACausalLM.load_from_checkpoint(path).tokenizer
-            tokenizer.init_kwargs[PROMPT_FORMAT] = torch.load(path)["cola"]["prompt_format"]
+            tokenizer.init_kwargs[PROMPT_FORMAT] = torch.load(path)["state_dict"]["cola"]["prompt_format"]
             tokenizer.save_pretrained(own)
         path = own
     capfd.readouterr()

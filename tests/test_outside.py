@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cola_lightning import Chain, UserError
-from tests.toy import Toy, batches, toy, trainer
+from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
 
 class Headed(Toy):
@@ -62,9 +62,9 @@ def assert_same_head(module, head):
 def test_each_link_records_it(trained):
     module, heads = trained
     for link, head in zip(module.full_chain().links, heads[1:], strict=True):
-        assert sorted(link.outside) == sorted(NAMES)
+        assert sorted(link.extras) == sorted(f"self.{name}" for name in NAMES)
         for name in NAMES:
-            assert torch.equal(link.outside[name], head[name.removeprefix("head.")])
+            assert torch.equal(link.extras[f"self.{name}"], head[name.removeprefix("head.")])
 
 
 @pytest.mark.parametrize("links", [0, 1, 3, 4, None])
@@ -84,7 +84,7 @@ def test_another_run_begins_with_it(trained, tmp_path, source, links):
     second = toy(Headed, init_chain=str(tmp_path / source), init_links=links)
     second.configure_model()
     assert_same_head(second, heads[links])
-    with pytest.raises(UserError, match=r"what is fully trained here .* received .head\.0\."):
+    with pytest.raises(UserError, match=r"what is fully trained here .* received .self\.head\.0\."):
         toy(init_chain=str(tmp_path / source)).configure_model()
 
 
@@ -92,7 +92,7 @@ def test_a_merged_copy_says_that_it_has_it_not(trained, caplog):
     module, _ = trained
     with caplog.at_level(logging.WARNING):
         module.merged_model()
-    assert "merged_model: head.0.weight and head.0.bias" in caplog.text
+    assert "merged_model: self.head.0.weight and self.head.0.bias" in caplog.text
     assert "trained outside of self.model, and not in the copy" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_a_second_name_for_a_part_of_the_model_is_no_part_outside(tmp_path, plac
     run.save_checkpoint(tmp_path / "run.ckpt")
     module.chain.save(tmp_path / "chain")
     assert len(Chain.load(tmp_path / "chain")) == 2
-    assert [link.outside for link in module.chain.links] == [{}, {}]
+    assert [link.extras for link in module.chain.links] == [{}, {}]
     x = next(iter(batches()))[0]
     for links in (None, 1):
         loaded = Aliased.load_from_checkpoint(tmp_path / "run.ckpt", links=links, **ARGUMENTS)
@@ -122,7 +122,7 @@ def test_a_second_name_for_a_part_of_the_model_is_no_part_outside(tmp_path, plac
     again = toy(Aliased)
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.model(x), module.model(x))
-    assert "outside" not in caplog.text
+    assert "trained outside" not in caplog.text
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4).fit(again, batches(), ckpt_path=tmp_path / "run.ckpt")
 
 
@@ -149,7 +149,7 @@ def test_a_constant_stays_this_runs_own(tmp_path, caplog):
     run.fit(module, batches())
     run.save_checkpoint(tmp_path / "run.ckpt")
     module.merged_model()
-    assert "outside" not in caplog.text
+    assert "trained outside" not in caplog.text
 
     class Weighted(Constant):
         weight = 5.0
@@ -179,20 +179,7 @@ def test_a_head_without_a_size_yet_is_recorded_once_it_has_one(tmp_path):
     module = toy(Lazy)
     module.configure_model()
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
-    assert list(module.chain.links[0].outside) == ["head.weight", "head.bias"]
-
-
-def test_no_knot_and_no_batch_packs_the_chain(tmp_path, monkeypatch):
-    from cola_lightning.modules import base
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the whole chain is packed")
-
-    module = toy(Headed)
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
-    monkeypatch.setattr(base, "pack", refuse)
-    run.fit(module, batches())
-    assert module.link == 2
+    assert list(module.chain.links[0].extras) == ["self.head.weight", "self.head.bias"]
 
 
 def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
@@ -204,4 +191,33 @@ def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
 
     module = toy(Late)
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
-    assert list(module.chain.links[0].outside) == list(module.trained_state.first_outside) == ["head.weight", "head.bias"]
+    assert list(module.chain.links[0].extras) == list(module.adapted.first_values) == ["self.head.weight", "self.head.bias"]
+
+
+def as_version_3(checkpoint):
+    """A checkpoint as the version before wrote it: the state beside the values, and what is outside of the model apart."""
+    values = dict(checkpoint["state_dict"])
+    state = values.pop("cola")
+    live = {name: state["live"][name] for name in ("rank", "alpha", "metrics")}
+    live |= {"extras": [], "outside": [name.removeprefix("self.") for name in state.pop("trained")]}
+    first = {name.removeprefix("self."): value for name, value in state.pop("first_values").items()}
+    chain = state["chain"]
+    chain["tensors"] = {name.replace("extras.self.", "outside."): value for name, value in chain["tensors"].items()}
+    chain["description"]["format_version"] = 3
+    del state["position"]
+    progress = checkpoint["callbacks"].pop("RunChecks")["progress"]
+    old = state | {"format_version": 3, "live": live, "outside": first, "progress": progress}
+    return checkpoint | {"state_dict": values, "cola": old}
+
+
+def test_a_checkpoint_of_the_version_before_resumes_to_the_bit(trained, tmp_path):
+    _, heads = trained
+    new, old = torch.load(tmp_path / "run.ckpt", weights_only=True), tmp_path / "old.ckpt"
+    torch.save(as_version_3(new), old)
+    ends = []
+    for path in (tmp_path / "run.ckpt", old):
+        module = toy(Headed)
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=6).fit(module, batches(), ckpt_path=path)
+        ends.append({name: value for name, value in module.state_dict().items() if name != "cola"})
+        assert_same_head(Headed.load_from_checkpoint(path, links=2, rank=2, alpha=4), heads[2])
+    assert_bit_equal(*ends)

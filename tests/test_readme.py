@@ -207,7 +207,9 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, ca
         out = capsys.readouterr().out
         assert ("loaded again" in out) is (words[0] == "export"), out
     assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
-    links = torch.load("runs/version_3/checkpoints/last.ckpt", weights_only=True)["cola"]["chain"]["description"]["links"]
+    links = torch.load("runs/version_3/checkpoints/last.ckpt", weights_only=True)["state_dict"]["cola"]["chain"]["description"][
+        "links"
+    ]
     assert len(links) == 2 + 2
     assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
     assert len(Chain.load("chain")) == 2

@@ -79,7 +79,7 @@ def fitted(tmp_path, module):
 def changed(path, **init_args):
     """The checkpoint with other stored arguments, as its author may write them."""
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cola"]["module"]["init_args"] |= init_args
+    checkpoint["state_dict"]["cola"]["module"]["init_args"] |= init_args
     checkpoint["hyper_parameters"] = checkpoint.get("hyper_parameters", {}) | init_args
     torch.save(checkpoint, path)
     return path
@@ -89,7 +89,7 @@ def changed(path, **init_args):
 def checkpoint(tmp_path, base, mark):
     """One that names a model with code, and says that its code is to be trusted."""
     path = fitted(tmp_path, COLACausalLM(str(base), target_modules=["q_proj"], trust_remote_code=True))
-    assert "trust_remote_code" not in torch.load(path, weights_only=True)["cola"]["module"]["init_args"]
+    assert "trust_remote_code" not in torch.load(path, weights_only=True)["state_dict"]["cola"]["module"]["init_args"]
     with_code(base, mark)
     return changed(path, trust_remote_code=True)
 
@@ -214,7 +214,7 @@ class Stranger:
 def test_only_a_cola_module_is_made(tmp_path, name):
     path = fitted(tmp_path, toy(Toy))
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cola"]["module"]["class_path"] = f"{__name__}.{name}"
+    checkpoint["state_dict"]["cola"]["module"]["class_path"] = f"{__name__}.{name}"
     checkpoint["hyper_parameters"] = {"_instantiator": f"{__name__}.call", "_class_path": f"{__name__}.{name}"}
     torch.save(checkpoint, path)
     assert type(Toy.load_from_checkpoint(path, rank=2, alpha=4)) is Toy
@@ -230,7 +230,7 @@ def test_its_class_is_imported(tmp_path, mark, monkeypatch):
     (tmp_path / "imported_by_name.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n")
     path = fitted(tmp_path, toy(Toy))
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["cola"]["module"]["class_path"] = "imported_by_name.Own"
+    checkpoint["state_dict"]["cola"]["module"]["class_path"] = "imported_by_name.Own"
     torch.save(checkpoint, path)
     with pytest.raises(UserError):
         COLAModule.load_from_checkpoint(path)

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.chain.store import JSON_NAME, VERSION, check_version
+from cola_lightning.chain.store import JSON_NAME, VERSION, check_version, describe_link, link_fields
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_KEY = "cola"  # holds everything that this package adds to a checkpoint
+STATE_KEY = "cola"  # in a module's state dict: all that is not a trained value, as CheckpointState.to_dict gives it
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
                 if (part := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"its part {part!r} is damaged")
             file.seek(0)
-            return torch.load(file, weights_only=weights_only, map_location="cpu")
+            contents = torch.load(file, weights_only=weights_only, map_location="cpu")
     except Exception as error:  # zipfile and torch.load may raise anything for damaged bytes
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
         if weights_only and isinstance(error, pickle.UnpicklingError):
@@ -72,6 +72,7 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
         raise UserError(
             f"{field}: expected a checkpoint file, received {name_of(source)!r}, which cannot be read ({reason})"
         ) from error
+    return upgraded(contents, name_of(source))
 
 
 def name_of(source: Any) -> str:
@@ -108,7 +109,9 @@ class OpenedCheckpoint:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
         contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
-        return cls(name, contents, CheckpointState.of(contents, field, name))
+        given = contents.get("state_dict") if isinstance(contents, dict) else None
+        state = given.get(STATE_KEY) if isinstance(given, dict) else None
+        return cls(name, contents, CheckpointState.from_dict(state, field, name))
 
     def take(self) -> dict[str, Any]:
         """Hands the contents to the caller, which may change them; empty on a second call."""
@@ -117,98 +120,104 @@ class OpenedCheckpoint:
 
 
 @dataclass(frozen=True)
-class LiveLink:
-    """A checkpoint's live link without its tensors, which are in Lightning's state dict.
-
-    Attributes:
-        rank: its rank.
-        alpha: its update is scaled by ``alpha / rank``.
-        metrics: the metrics last logged since it began.
-        extras: names, in the model, of fully trained parameters and of buffers.
-        outside: names, in the module, of values trained outside the model.
-    """
-
-    rank: int
-    alpha: float
-    metrics: dict[str, float]
-    extras: list[str]
-    outside: list[str]
-
-
-@dataclass(frozen=True)
 class CheckpointState:
-    """Everything that this package stores in a checkpoint; fields with a default are absent from older ones.
+    """The state of a module besides its trained values, with which it is in the module's state dict.
 
     Attributes:
         module: how the module was constructed: ``class_path``, ``init_args``, ``not_plain``.
         chain: the finished links.
-        live: the live link; None if the module trains without links.
-        dtype: the dtype to which the precision plugin cast adapted layers.
+        live: the live link without its tensors, see :func:`~cola_lightning.chain.store.describe_link`; None without links.
+        trained: names of what else is trained, in a link's extras.
+        dtype: the dtype to which the precision plugin cast adapted layers; None without links.
         link_start: epoch and step at which the live link began.
+        position: the present epoch and step.
         has_knots: whether the run's schedule has knots.
         seed: seed of all random draws.
         origin: path of the chain that the run began from, and the requested number of its links.
         base_weights: the base's weights, if they are stored (``save_base``).
+        first_values: values trained outside the model, as they were before the first link.
         callback_metrics: the metrics that the Trainer last logged.
         scheduled: requested rank and alpha of each link up to the live one.
         modules_to_save: names of the fully trained modules; None: not known.
-        outside: values trained outside the model, as they were before the first link.
-        progress: Lightning's counters, rewound to the last complete accumulation window.
         prompt_format: the data module's prompt format for a language model; empty if there is none.
         data: which data the run is on; empty if that is not known.
     """
 
     module: dict[str, Any]
     chain: Chain
-    live: LiveLink | None
+    live: dict[str, Any] | None
+    trained: list[str]
     dtype: str | None
     link_start: FitPosition
+    position: FitPosition
     has_knots: bool
     seed: int
     origin: list[str | int | None]
     base_weights: dict[str, Tensor] | None
+    first_values: dict[str, Tensor] = field(default_factory=dict)
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     scheduled: list[list[float]] = field(default_factory=list)
     modules_to_save: list[str] | None = None
-    outside: dict[str, Tensor] = field(default_factory=dict)
-    progress: dict[str, Any] = field(default_factory=dict)
     prompt_format: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        live = None if self.live is None else dict(vars(self.live))
-        written = {"chain": self.chain.state_dict(), "live": live, "link_start": list(self.link_start)}
+        written = {"chain": self.chain.state_dict(), "link_start": list(self.link_start), "position": list(self.position)}
         return {"format_version": VERSION} | plain | written
 
     @classmethod
-    def of(cls, checkpoint: Mapping[str, Any], field: str = "checkpoint", name: str = "the checkpoint") -> Self:
-        """The state stored in a Lightning checkpoint.
+    def from_dict(cls, given: Any, field: str = "state_dict", name: str = "the state dict") -> Self:
+        """The state from :meth:`to_dict`.
 
         Args:
-            checkpoint: its contents.
-            field: the name of its path in messages.
-            name: its path.
+            given: the value at ``STATE_KEY`` in a state dict.
+            field: what holds it, for messages.
+            name: its name, for messages.
 
         Raises:
-            UserError: if the checkpoint holds no chain, or one of an unknown format version.
+            UserError: if it is of no known format version.
         """
-        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
-            raise UserError(f"{field}: expected a checkpoint of a COLA module, received {name!r}, which holds no chain")
-        given = dict(checkpoint[CHECKPOINT_KEY])
-        version = given.pop("format_version", None)
-        check_version(version, name)
-        if version == 2:
-            given["chain"] = _of_version_2(given["chain"])
-        live = None if given["live"] is None else from_stored(LiveLink, given["live"])
-        read = {"chain": Chain.from_state_dict(given["chain"], name), "live": live}
-        return from_stored(cls, given | read | {"link_start": FitPosition(*given["link_start"])})
+        if not isinstance(given, dict):
+            raise UserError(f"{field}: expected one of a COLA module, received {name!r}, which holds no chain")
+        check_version(given.get("format_version"), name)
+        positions = {key: FitPosition(*given[key]) for key in ("link_start", "position")}
+        return from_stored(cls, given | positions | {"chain": Chain.from_state_dict(given["chain"], name)})
 
 
-def _of_version_2(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A chain of version 2 as version 3 has it; to be deleted with the last checkpoint that has one."""
-    return Chain([Link(**link) for link in given["links"]], from_stored(BaseIdentity, given["base"])).state_dict()
+def upgraded(checkpoint: Any, name: str = "the checkpoint") -> Any:
+    """A checkpoint of an earlier format as this release writes it; to be deleted with the last one that somebody has.
+
+    Raises:
+        UserError: for a format that no release of this package has had.
+    """
+    if not isinstance(checkpoint, dict) or not isinstance(given := checkpoint.get("cola"), dict):
+        return checkpoint
+    check_version(given.get("format_version"), name)
+    state, live = {"trained": [], **given}, given["live"]
+    if given["format_version"] == 2:
+        links = [link | {"extras": link["extras"] | _as_extras(link.get("outside", {}))} for link in given["chain"]["links"]]
+        chain = Chain([from_stored(Link, link) for link in links], from_stored(BaseIdentity, given["chain"]["base"]))
+        state["chain"] = chain.state_dict()
+    start, end = given["link_start"][1], checkpoint["global_step"]
+    if live is not None:
+        link = Link(
+            len(state["chain"]["description"]["links"]), live["rank"], live["alpha"], start, end, {}, {}, live["metrics"]
+        )
+        state["live"] = describe_link(link)
+        state["trained"] = [*live["extras"], *_as_extras(dict.fromkeys(live.get("outside", ())))]
+    state["position"] = [checkpoint["epoch"], end]
+    state["first_values"] = _as_extras(state.pop("outside", {}))
+    callbacks = {"RunChecks": {"progress": progress}} if (progress := state.pop("progress", {})) else {}
+    own = {name: part for name, part in checkpoint.items() if name != "cola"}
+    if "callbacks" in own:
+        own["callbacks"] = own["callbacks"] | callbacks
+    return own | {"state_dict": checkpoint["state_dict"] | {STATE_KEY: state}}
+
+
+def _as_extras(outside: Mapping[str, Any]) -> dict[str, Any]:
+    return {OUTSIDE + name: value for name, value in outside.items()}
 
 
 def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
@@ -228,32 +237,25 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
         )
 
 
-def chain_of(checkpoint: Mapping[str, Any], links: int | None = None) -> Chain:
-    """A checkpoint's chain: its finished links, and the live link in its current state.
+def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int | None = None) -> Chain:
+    """The chain in a module's state dict: its finished links, and the live link in its current state.
 
     Args:
-        checkpoint: its contents.
+        state_dict: the state dict.
+        state: its decoded state.
         links: the number of links, from the first; None: all.
     """
-    state = CheckpointState.of(checkpoint)
     chain, live = state.chain, state.live
     if live is not None:  # None: trained without links
-        weights, factors = checkpoint["state_dict"], {}
+        factors, rank = {}, live["rank"]
         for name in chain.base.weight_norms:
-            lora_A, lora_B = (weights[f"model.{name}.lora_{factor}"] for factor in "AB")
-            factors[name] = lora_A[: live.rank].contiguous(), lora_B[:, : live.rank].contiguous()
-        link = Link(
-            index=len(chain),
-            rank=live.rank,
-            alpha=live.alpha,
-            start_step=state.link_start.global_step,
-            end_step=int(checkpoint["global_step"]),
-            factors=factors,
-            extras={name: weights[f"model.{name}"] for name in live.extras},
-            metrics=dict(live.metrics),
-            outside={name: weights[name] for name in live.outside},
-        )
-        chain = Chain([*chain.links, link], chain.base)
+            lora_A, lora_B = (state_dict[f"model.{name}.lora_{factor}"] for factor in "AB")
+            factors[name] = lora_A[:rank].contiguous(), lora_B[:, :rank].contiguous()
+        extras = {
+            name: state_dict[name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}"]
+            for name in state.trained
+        }
+        chain = Chain([*chain.links, Link(**link_fields(live), factors=factors, extras=extras)], chain.base)
     return chain if links is None else chain.truncate(links)
 
 
@@ -271,7 +273,8 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     """
     path = Path(os.path.expanduser(path))
     if path.is_file():
-        return chain_of(OpenedCheckpoint.open(path, field).contents, links)
+        opened = OpenedCheckpoint.open(path, field)
+        return chain_of(opened.contents["state_dict"], opened.state, links)
     if (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():

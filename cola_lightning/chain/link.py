@@ -12,6 +12,8 @@ from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 from cola_lightning.seeding import derive_seed
 from cola_lightning.sharded import tensors
 
+OUTSIDE = "self."  # begins a name among a link's extras that is no name in the model, but in the Lightning module around it
+
 
 @dataclass(frozen=True, repr=False)
 class Link:
@@ -24,9 +26,9 @@ class Link:
         start_step: global step (optimizer steps of the run) at its initialisation.
         end_step: global step at its knot.
         factors: A (rank x in) and B (out x rank) by the layer's name in the model.
-        extras: what else training changes in the model, with the values at the knot: fully trained parameters, and buffers.
+        extras: what else training changes, with the values at the knot: fully trained parameters, and buffers, by name in the
+            model. Names in a Lightning module, outside of its model, begin with ``self.``.
         metrics: the metrics last logged before the knot.
-        outside: the same as ``extras`` for the Lightning module outside its model, by name in the module.
     """
 
     index: int
@@ -37,7 +39,6 @@ class Link:
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    outside: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line; tensors are not shown."""
@@ -90,7 +91,7 @@ def finish_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.
-        **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras``, ``metrics`` and ``outside``.
+        **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras`` and ``metrics``.
     """
     first = next(iter(layers.values()))
     factors = {}

@@ -6,26 +6,25 @@ The same in a checkpoint, in a chain folder, in a state dict and in the metadata
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity, from_stored
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.errors import UserError
 
-VERSION = 3  # of all that is stored; 2 differs in checkpoints alone
-READABLE = (2, 3)
+VERSION = 4  # of all that is stored; how the earlier ones differ: decode, and chain.checkpoint.upgraded
+READABLE = (2, 3, 4)
 
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields, which contain the tensors'
-EXTRA_STATE = "_extra_state"  # torch's name, in a state dict
 
 DESCRIBED = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields beside its tensors
 DAMAGE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, OSError, SafetensorError)
@@ -45,7 +44,7 @@ def check_version(version: Any, where: str) -> None:
     if type(version) is int and version > 0:
         what = f"{'a newer' if version > VERSION else 'an older'} release is needed"
     raise UserError(
-        f"chain: expected format version {' or '.join(map(str, READABLE))}, which this release of cola_lightning reads, "
+        f"chain: expected format version {READABLE[0]} to {VERSION}, which this release of cola_lightning reads, "
         f"received {'none' if version is None else repr(version)} in {where}: {what}"
     )
 
@@ -64,14 +63,13 @@ def describe(links: Sequence[Link], base: BaseIdentity) -> dict[str, Any]:
 
 
 def named_tensors(links: Sequence[Link]) -> dict[str, Tensor]:
-    """A chain's tensors: ``links.{k}.{layer}.lora_A`` and ``.lora_B``, ``links.{k}.extras.{name}``, the same of ``outside``."""
+    """A chain's tensors: ``links.{k}.{layer}.lora_A`` and ``.lora_B``, ``links.{k}.extras.{name}``."""
     tensors: dict[str, Tensor] = {}
     for link in links:
         start = f"links.{link.index}"
         for name, (lora_A, lora_B) in link.factors.items():
             tensors |= {f"{start}.{name}.lora_A": lora_A, f"{start}.{name}.lora_B": lora_B}
         tensors |= {f"{start}.extras.{name}": value for name, value in link.extras.items()}
-        tensors |= {f"{start}.outside.{name}": value for name, value in link.outside.items()}
     return tensors
 
 
@@ -89,11 +87,9 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
         own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
         targets = [name for name in description["targets"] if f"{name}.lora_A" in own]
         factors = {name: (own.pop(f"{name}.lora_A"), own.pop(f"{name}.lora_B")) for name in targets}
-        extras, outside = (
-            {name.removeprefix(kind): tensor for name, tensor in own.items() if name.startswith(kind)}
-            for kind in ("extras.", "outside.")
-        )
-        links.append(Link(**fields, factors=factors, extras=extras, outside=outside))
+        # Before version 4, extras outside of the model had this other beginning.
+        extras = {re.sub(r"^outside\.", f"extras.{OUTSIDE}", name).removeprefix("extras."): own[name] for name in own}
+        links.append(Link(**fields, factors=factors, extras=extras))
     return links, from_stored(BaseIdentity, description["base"])
 
 
@@ -114,17 +110,14 @@ def layers_of(links: Sequence[Link]) -> list[str]:
     return list(dict.fromkeys(name for link in links for name in link.factors))
 
 
-def _to_write(links: Sequence[Link]) -> dict[str, Tensor]:
-    # Clones: safetensors refuses slices of a larger tensor and tensors that share memory.
-    return {name: value.detach().clone().contiguous() for name, value in named_tensors(links).items()}
-
-
 # ---------------------------------------------------------------------- a folder
 
 
 def write_files(links: Sequence[Link], base: BaseIdentity, folder: Path) -> None:
     """Writes a chain's two files, without pickle: ``chain.safetensors``, and ``chain.json``, which is human-readable."""
-    save_file(_to_write(links), folder / TENSORS_NAME)
+    # Clones: safetensors refuses slices of a larger tensor and tensors that share memory.
+    tensors = {name: value.detach().clone().contiguous() for name, value in named_tensors(links).items()}
+    save_file(tensors, folder / TENSORS_NAME)
     description = describe(links, base) | {"sha256": _sha256(folder / TENSORS_NAME)}
     description[JSON_CHECKSUM] = _sha256_of_json(description)
     text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -155,32 +148,3 @@ def _sha256_of_json(description: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------- a tensor of bytes
-
-
-def pack(links: Sequence[Link], base: BaseIdentity, **values: Any) -> Tensor:
-    """Packs a chain and additional JSON values into a vector of uint8: the bytes of a safetensors file.
-
-    Weight averaging, ``safetensors`` and loops over a state dict's values expect nothing but tensors.
-    """
-    metadata = {"chain": json.dumps(describe(links, base) | {"values": values})}
-    return torch.frombuffer(bytearray(save(_to_write(links), metadata)), dtype=torch.uint8)
-
-
-def unpack(packed: Any) -> tuple[Chained, dict[str, Any]]:
-    """The links with their base, and the additional values, from :func:`pack`.
-
-    Raises:
-        UserError: if the tensor was cast or otherwise changed.
-    """
-    try:
-        data = packed.cpu().numpy().tobytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        description = json.loads(header["__metadata__"]["chain"])
-        return decode(description, load(data), "the state dict"), description["values"]
-    except DAMAGE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"state_dict: expected a chain as state_dict() gives it, received a changed one ({error!r})") from error

@@ -88,7 +88,7 @@ def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     """Exports a chain folder, without constructing the module."""
     from cola_lightning.export.module import export_chain
 
-    chain = chain_of(opened.contents, links)
+    chain = chain_of(opened.contents["state_dict"], opened.state, links)
     asked.check(chain.base.name)
     return export_chain(chain, asked)
 
@@ -104,4 +104,5 @@ def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOpt
     given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument
     with quiet():
         module = COLAModule.load_from_checkpoint(opened, links=links, **given)
-    return export_module(module, chain_of(opened.contents, links), asked, opened.state.prompt_format, opened.state.data)
+    chain = chain_of(opened.contents["state_dict"], opened.state, links)
+    return export_module(module, chain, asked, opened.state.prompt_format, opened.state.data)

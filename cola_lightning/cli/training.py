@@ -44,7 +44,7 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
 from cola_lightning.modules import COLACausalLM, COLAModule
-from cola_lightning.modules.checkpoint import prompt_format_of
+from cola_lightning.modules.state import prompt_format_of
 from cola_lightning.seeding import check_seed
 from cola_lightning.sharded import processes
 from cola_lightning.writing import check_writable

@@ -248,7 +248,9 @@ def _values_saved(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[s
     state, trained = base.state_dict(), chain.links[-1].extras
     starts = tuple(f"{name}." for name in saved)
     values = {name: trained.get(name, value) for name, value in state.items() if name.startswith(starts)}
-    if changed := [name for name, value in trained.items() if name not in values and not torch.equal(state[name], value)]:
+    if changed := [
+        name for name, value in trained.items() if name in state.keys() - values.keys() and not torch.equal(state[name], value)
+    ]:
         raise UserError(
             f"format: expected merged, for training has changed {changed[0]!r}, which an adapter cannot hold; received peft"
         )

@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,17 +12,16 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
+from cola_lightning.chain.checkpoint import STATE_KEY, OpenedCheckpoint, read_chain
 from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
-from cola_lightning.chain.store import pack
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
@@ -31,18 +30,24 @@ from cola_lightning.lora.registry import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
-from cola_lightning.modules.checkpoint import data_of, prompt_format_of, write_state
-from cola_lightning.modules.hooks import combine_hooks
+from cola_lightning.modules.checkpoint import load_module
 from cola_lightning.modules.knot import begin_at, metadata_of_link, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
-from cola_lightning.modules.restore import load_module, restore, restore_packed
 from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, add_frozen_values
+from cola_lightning.modules.state import (
+    data_of,
+    load_state,
+    prompt_format_of,
+    restore_nested,
+    state_of,
+    values_of,
+    values_outside,
+)
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
-from cola_lightning.weights import cast_floats, load_extras
+from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +169,8 @@ class COLAModule(LightningModule, RecordsArguments):
         # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
         self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
-        self._trained_state: TrainedState | None = None
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
-        self.register_load_state_dict_pre_hook(add_frozen_values)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(restore_nested)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined by a subclass
 
@@ -217,13 +221,6 @@ class COLAModule(LightningModule, RecordsArguments):
         self._ensure_model()
         assert self._adapted is not None
         return self._adapted
-
-    @property
-    def trained_state(self) -> TrainedState:
-        """The part of this module's state that training changes."""
-        self._ensure_model()
-        assert self._trained_state is not None
-        return self._trained_state
 
     @property
     def is_made(self) -> bool:
@@ -341,7 +338,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 self._make_model()
         except BaseException:  # so that a second call does not take it for ready
             self._modules.pop("model", None)
-            self._adapted = self._trained_state = None
+            self._adapted = None
             raise
         finally:
             self._is_making = False
@@ -354,13 +351,11 @@ class COLAModule(LightningModule, RecordsArguments):
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.placement, adapted.trained_factors = self._placement, self.trained_factors
-        trained = self._trained_state = TrainedState(self, adapted)
+        adapted.outside = functools.partial(values_outside, self)
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
-        trained.remember_outside()
+        adapted.remember_first_values()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         if self.first_chain is not None:
-            if self.first_chain.links:
-                load_extras(self.first_chain.links[-1].outside, trained.values_outside())
             adapted.start_from(self.first_chain)
         if self.target_modules is not None:
             adapted.begin_link(self.schedule.rank(self.link), self.schedule.alpha(self.link))
@@ -497,7 +492,7 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.configure_model()
-        model, values = self.adapted.merged_model(links), self.trained_state.values_outside()
+        model, values = self.adapted.merged_model(links), self.adapted.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         if self.activation_checkpointing:
@@ -527,26 +522,27 @@ class COLAModule(LightningModule, RecordsArguments):
         )
 
     @override
-    def configure_callbacks(self) -> Sequence[Callback]:
-        return []
+    def configure_callbacks(self) -> list[Callback]:
+        """This module's part in its runs; a subclass' callbacks are added to it, also without ``super()``."""
+        trainer = trainer_of(self)
+        callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+        is_there = any(isinstance(callback, RunChecks) and callback.module is self for callback in callbacks)
+        return [] if is_there else [BatchSeed(self), RunChecks(self)]
 
     # ------------------------------------------------------------------ state
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
-        The finished links are stored as torch's extra state, so that :meth:`load_state_dict` gives the same outputs. With full
-        fine-tuning there are no links, nor a base to compare a state dict with, and it contains the values alone.
+        Its entry ``cola`` holds the finished links and all else with which :meth:`load_state_dict` restores the module, in
+        plain types and tensors: the state dict is the state, and a checkpoint of Lightning's contains it.
         """
         if self._adapted is None:
             self.configure_model()
-        prefix, trained = kwargs.get("prefix", ""), self.trained_state
-        if tensors.has_fsdp1(self):
-            state = tensors.state_dict(self, prefix, keep_vars=kwargs.get("keep_vars", False))
-        else:
-            state = super().state_dict(*args, **kwargs)
-        return trained.without_frozen(state, prefix)
+        state = values_of(self, prefix, keep_vars=keep_vars, into=destination)
+        state[prefix + STATE_KEY] = state_of(self).to_dict()
+        return state
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -561,49 +557,17 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if a name is missing or unknown, a shape differs, or the links were trained on another base.
         """
         self.configure_model()
-        return self.trained_state.load(super().load_state_dict, state_dict, strict=strict, assign=assign)
-
-    @override
-    def get_extra_state(self) -> Tensor:
-        """The finished links, their base, and the current link's rank, alpha and start, as a tensor of bytes."""
-        if not self.trained_state.is_packing:
-            return UNCHANGED
-        return pack(self.chain.links, self.chain.base, live=self.adapted.live, link_start=list(self.link_start))
-
-    get_extra_state.is_chain = True  # type: ignore[attr-defined]  # and not a subclass' own
-
-    @override
-    def set_extra_state(self, state: Tensor) -> None:
-        """Brings the weights to the finished links of a :meth:`state_dict`, on a rebuilt base if necessary.
-
-        Raises:
-            UserError: if the links were trained on another base.
-        """
-        if isinstance(state, Tensor) and not state.numel():
-            return
-        self.configure_model()
-        restore_packed(self, state)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        write_state(self, checkpoint)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore(self, checkpoint)
+        return load_state(self, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     @classmethod
     @override
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # without hparams_file
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
-        hparams_file: Any = None,
+        *,
         strict: bool | None = None,
         weights_only: bool | None = None,
-        *,
         links: int | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -615,7 +579,6 @@ class COLAModule(LightningModule, RecordsArguments):
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
             map_location: a device to move the module to; None: it stays on the CPU.
-            hparams_file: a YAML or CSV file, as Lightning's loggers write it, in place of the checkpoint's hyperparameters.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
@@ -626,8 +589,8 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
-        how = {"hparams_file": hparams_file, "weights_only": weights_only is not False, "strict": strict}
-        module: Self = load_module(cls, checkpoint_path, links, kwargs, **how)
+        is_plain = weights_only is not False
+        module: Self = load_module(cls, checkpoint_path, links, kwargs, weights_only=is_plain, strict=strict)
         return module if map_location is None else module.to(map_location)
 
     @override
@@ -640,9 +603,31 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Preserves model, chain and our callbacks if hooks of a subclass, or of a mixin, do not call ``super()``."""
+        """Runs our part of two hooks also where a subclass, or a mixin of it, overrides them without ``super()``."""
         super().__init_subclass__(**kwargs)
-        combine_hooks(cls, COLAModule, lambda module: [BatchSeed(module), RunChecks(module)])
+        for name, with_ours in (("configure_model", _with_our_model), ("configure_callbacks", _with_our_callbacks)):
+            own = getattr(cls, name)
+            if own is not getattr(COLAModule, name) and not hasattr(own, "runs_ours"):
+                hook = functools.wraps(own)(with_ours(own))
+                hook.runs_ours = True  # type: ignore[attr-defined]
+                setattr(cls, name, hook)
+
+
+def _with_our_model(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    def configure_model(self: COLAModule) -> None:
+        own(self)
+        COLAModule.configure_model(self)  # a second time, if ``own`` has called it: that changes nothing
+
+    return configure_model
+
+
+def _with_our_callbacks(own: Callable[[Any], Any]) -> Callable[[Any], list[Callback]]:
+    def configure_callbacks(self: COLAModule) -> list[Callback]:
+        given = own(self)
+        others = [given] if isinstance(given, Callback) else given
+        return [*COLAModule.configure_callbacks(self), *(one for one in others if not isinstance(one, BatchSeed | RunChecks))]
+
+    return configure_callbacks
 
 
 def _compile_options() -> dict[str, Any]:

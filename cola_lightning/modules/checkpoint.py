@@ -1,135 +1,27 @@
-"""Lightning's checkpoints: the chain's state in them, and files that are written atomically, and checked when read."""
+"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again."""
 
-import contextlib
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.serialization import config
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import CHECKPOINT_KEY, CheckpointState, LiveLink, OpenedCheckpoint, read_archive
-from cola_lightning.chain.store import EXTRA_STATE
-from cola_lightning.errors import NonFiniteError, causes
-from cola_lightning.modules.arguments import plain, readable
-from cola_lightning.modules.rewind import rewound_progress
-from cola_lightning.modules.run import trainer_of
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
+from cola_lightning.errors import UserError, causes
+from cola_lightning.modules.arguments import accepted, find_class, readable, stored_arguments
 from cola_lightning.writing import whole_file
-
-if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
 
 OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
-
-
-def write_state(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
-    """Adds the chain's state to the checkpoint that Lightning is about to write.
-
-    Raises:
-        RuntimeError: after a knot that failed halfway.
-        NonFiniteError: for a trained value that is not finite.
-    """
-    if module.run.is_tying:
-        raise RuntimeError("a knot failed halfway: this checkpoint is not written")
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")
-    checkpoint[CHECKPOINT_KEY] = _state_of(module).to_dict()
-    checkpoint["state_dict"].pop(EXTRA_STATE, None)  # the chain's state contains the finished links
-    checkpoint |= {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
-    run = module.run
-    _store_hyperparameters(checkpoint, module, getattr(trainer_of(module), "datamodule", None))
-    fitter = run.trainer  # a test may have followed, by the same Trainer or another
-    if fitter is None or "callbacks" not in checkpoint:  # weights alone, from which no fit resumes
-        return
-    if (checkpoint["epoch"], checkpoint["global_step"]) != (fitter.current_epoch, fitter.global_step):
-        return  # written by another
-    counters, window = rewound_progress(checkpoint, fitter, run.window, is_validating=run.is_validating)
-    checkpoint[CHECKPOINT_KEY]["progress"] = counters
-    if window is not None:
-        checkpoint["state_dict"] |= window.buffers
-        checkpoint["callbacks"] |= window.callbacks
-
-
-def _with_plain_numbers(value: Any) -> Any:
-    """A state without numpy's numbers, such as a rate of ``np.logspace``: ``torch.load(weights_only=True)`` refuses them."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {key: _with_plain_numbers(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_with_plain_numbers, value))
-    return value
-
-
-def _state_of(module: "COLAModule") -> CheckpointState:
-    adapted, trained, run, trainer = module.adapted, module.trained_state, module.run, trainer_of(module)
-    plans = [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)]
-    live = None
-    if adapted.live is not None:
-        live = LiveLink(*adapted.live, run.metrics(trainer), list(adapted.extras()), list(trained.outside()))
-    return CheckpointState(
-        module=module.constructor_arguments,
-        chain=adapted.chain,
-        live=live,
-        dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
-        link_start=run.link_start,
-        has_knots=run.schedule.has_knots,
-        seed=adapted.seed,
-        origin=module.init_chain_source,
-        base_weights=adapted.base_weights,
-        callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
-        scheduled=plans,
-        modules_to_save=module.modules_to_save,
-        outside=trained.first_outside,
-        prompt_format=prompt_format_of(trainer),
-        data=data_of(trainer),
-    )
-
-
-def prompt_format_of(trainer: Any) -> dict[str, Any]:
-    """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    given = _of_data_module(trainer, "prompt_format")
-    return given if {"kind", "chat_template"} <= given.keys() else {}
-
-
-def data_of(trainer: Any) -> dict[str, Any]:
-    """The ``identity`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    return _of_data_module(trainer, "identity")
-
-
-def _of_data_module(trainer: Any, name: str) -> dict[str, Any]:
-    given = getattr(getattr(trainer, "datamodule", None), name, None)
-    with contextlib.suppress(TypeError):  # another attribute of that name
-        return dict(plain(given)) if isinstance(given, dict) else {}
-    return {}
-
-
-def _store_hyperparameters(checkpoint: dict[str, Any], *owners: Any) -> None:
-    """Stores the hyperparameters of module and data module (``save_hyperparameters``) in plain types, or omits them."""
-    checkpoint.pop(LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
-    for owner in owners:
-        key = getattr(owner, "CHECKPOINT_HYPER_PARAMS_KEY", "")
-        if key not in checkpoint:
-            continue
-        given, checkpoint[key] = checkpoint[key], {}
-        for name, value in given.items():
-            try:
-                checkpoint[key][name] = readable(value)
-            except TypeError:
-                _warn_once(f"{type(owner).__name__}: the hyperparameter {name!r} is of type {type(value).__name__}")
-
-
-@functools.cache
-def _warn_once(what: str) -> None:
-    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -147,6 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        checkpoint = _readable(checkpoint)
         # Without checksums, which a user may have turned off, it would be refused when read.
         with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # of torch's config modules
             if storage_options is not None or "://" in str(path):
@@ -167,3 +60,94 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # Lightning's default unpickles what is at a URL
         checkpoint: dict[str, Any] = read_archive(path, weights_only=weights_only is not False)
         return checkpoint
+
+
+def _readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint that ``torch.load(weights_only=True)`` reads: no numpy numbers, no hyperparameters of other types."""
+    plain = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
+    for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+        for name, value in checkpoint.get(key, {}).items():
+            try:
+                plain.setdefault(key, {})[name] = readable(value)
+            except TypeError:
+                _warn_once(f"the hyperparameter {name!r} ({key}) is of type {type(value).__name__}")
+    types = {LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE}  # classes
+    return {name: value for name, value in checkpoint.items() if name not in types} | plain
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """A state without numpy's numbers, such as a rate of ``np.logspace``."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _with_plain_numbers(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
+
+
+# ---------------------------------------------------------------------- a module from a file
+
+
+def load_module(
+    cls: Any,
+    source: Any,
+    links: int | None,
+    given: dict[str, Any],
+    *,
+    weights_only: bool = True,
+    strict: bool | None = None,
+) -> Any:
+    """A module, on the CPU; see :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
+
+    Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
+
+    Args:
+        cls: the requested class; the module is of the checkpoint's class if that is a subclass.
+        source: a path, a URL, or an open file.
+        links: how many links.
+        given: arguments of the class.
+        weights_only: False unpickles any object.
+        strict: of the module's ``load_state_dict``; None: its ``strict_loading``.
+    """
+    opened = source if isinstance(source, OpenedCheckpoint) else OpenedCheckpoint.open(source, weights_only=weights_only)
+    opened = replace(opened, links=links)
+    checkpoint, recorded = opened.contents, opened.state.module
+    made = _class_of(recorded["class_path"], cls)
+    if made is not None and issubclass(made, cls):
+        cls = made
+    if made is None or not issubclass(cls, made):
+        recorded = {}
+    elif cls is not made:  # which may give them itself
+        recorded = recorded | {"defaults": {}}
+    for name in recorded.get("not_plain", ()):
+        if name not in given:
+            log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
+    module = cls(**accepted(cls, stored_arguments(cls, checkpoint, recorded) | given))
+    module.pending = opened
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    strict = module.strict_loading if strict is None else strict
+    keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    module.pending = None
+    if keys.missing_keys:
+        rank_zero_warn(f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}")
+    if keys.unexpected_keys:
+        rank_zero_warn(f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}")
+    return module
+
+
+def _class_of(path: str, requested: type) -> type | None:
+    """The class of a checkpoint's module; None if it cannot be found, and has another name than the requested class."""
+    try:
+        return find_class(path)
+    except UserError as error:  # it was in a script, say
+        if path.rpartition(".")[2] == requested.__name__:
+            return requested
+        log.warning("%s; it is loaded as %s", error, requested.__name__)
+        return None

@@ -87,7 +87,7 @@ def _check_between_steps(module: "COLAModule") -> None:
 
 
 def metadata_of_link(module: "COLAModule") -> dict[str, Any]:
-    """Steps, metrics and values outside of the model, which a module adds to its current link."""
+    """Steps and metrics, which a module adds to its current link."""
     run, trainer = module.run, trainer_of(module)
     steps = {"start_step": run.link_start.global_step, "end_step": run.position(trainer).global_step}
-    return steps | {"metrics": run.metrics(trainer), "outside": module.trained_state.outside()}
+    return steps | {"metrics": run.metrics(trainer)}

@@ -27,8 +27,9 @@ from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import AtomicCheckpointIO
 from cola_lightning.modules.optimization import warn_of_half_precision
-from cola_lightning.modules.rewind import align_logged_step, beginning_window
+from cola_lightning.modules.rewind import align_logged_step, beginning_window, resume_from, rewound_progress
 from cola_lightning.modules.run import accumulation_schedulers, run_length
+from cola_lightning.modules.state import values_of
 from cola_lightning.sharded import processes, tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
 
@@ -50,6 +51,10 @@ class RunChecks(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if pl_module is not self.module:  # the Trainer's next module: Lightning keeps a module's callbacks
+            ours = [c for c in trainer.callbacks if isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in trainer.callbacks if c not in ours]  # type: ignore[attr-defined]
+            return
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -78,7 +83,7 @@ class RunChecks(Callback):
         warn_of_half_precision(self.module.model)
         _check_frozen(self.module)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
-            self.module.trained_state.remember_outside()
+            self.module.adapted.remember_first_values()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +91,7 @@ class RunChecks(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(self.module.trained_state.values().keys() - set(parameters))
+        self._buffer_names = sorted(_tensors_of(self.module).keys() - set(parameters))
         # Of other tensors in a state dict, such as a metric's own, each process has its part.
         registered = set(tensors.plain_names(dict(pl_module.named_buffers(remove_duplicate=False))))
         self._shared_names = [name for name in self._buffer_names if name.startswith("model.") or name in registered]
@@ -141,7 +146,7 @@ class RunChecks(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         window = self.module.run.window
         if window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            state = self.module.trained_state.values() if self._buffer_names else {}
+            state = _tensors_of(self.module) if self._buffer_names else {}
             buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
@@ -158,7 +163,7 @@ class RunChecks(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.module.run.window = beginning_window(trainer, batch_idx + 1)
         if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
-            state = self.module.trained_state.values()
+            state = _tensors_of(self.module)
             tensors.share_(state[name] for name in self._shared_names if name in state)
 
     @override
@@ -186,9 +191,6 @@ class RunChecks(Callback):
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
-        # Lightning keeps a module's callbacks in the Trainer, whatever runs next.
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [c for c in callbacks if not isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
         run = self.module.run
         if trainer.state.fn == "fit":
             run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
@@ -204,6 +206,34 @@ class RunChecks(Callback):
         if self.module.run.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to write what no run could go on from; stores where a resume begins, if that is not where the run is.
+
+        Raises:
+            RuntimeError: after a knot that failed halfway.
+            NonFiniteError: for a trained value that is not finite.
+        """
+        module, run = self.module, self.module.run
+        if run.is_tying:
+            raise RuntimeError("a knot failed halfway: this checkpoint is not written")
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")
+        if run.trainer is not trainer:  # not of a fit
+            return
+        counters, window = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)
+        checkpoint["callbacks"][self.state_key] = {"progress": counters}
+        if window is not None:
+            checkpoint["state_dict"] |= window.buffers
+            checkpoint["callbacks"] |= window.callbacks
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint["callbacks"].get(self.state_key)
+        if stored is not None and trainer.state.fn == "fit":
+            resume_from(checkpoint, stored["progress"])
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -236,6 +266,10 @@ class RunChecks(Callback):
                 len(lora_layers(self.module.model)),
                 first_names(names),
             )
+
+
+def _tensors_of(module: "COLAModule") -> dict[str, Tensor]:
+    return {name: value for name, value in values_of(module).items() if isinstance(value, Tensor)}
 
 
 def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
