@@ -27,7 +27,7 @@ from transformers import OPTConfig
 
 from cola_lightning import COLACausalLM
 from cola_lightning.lora.linear4bit import quantize
-from cola_lightning.lora.registry import adapt_layer
+from cola_lightning.lora.registry import lora_class
 
 Mode = tuple[str, str]  # base, what becomes of finished links
 MODES: list[Mode] = [
@@ -98,7 +98,7 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
             model[0].weight.add_((B @ A).to(before.dtype))
         update = model[0].weight.double() - before.double()
     else:
-        layer = adapt_layer(model[0], RANK, alpha=RANK, finished_links=finished_links)  # type: ignore[arg-type]
+        layer = lora_class(model[0]).adapt_(model[0], RANK, RANK, finished_links=finished_links)  # type: ignore
         before = layer.full_weight().clone()
         for A, B in links:
             layer.add_finished_link(A, B, 1.0)

@@ -21,8 +21,8 @@ from .examples.digits import DigitsDataModule as DigitsDataModule
 from .lora.inject import inject_lora as inject_lora
 from .lora.inject import lora_layers as lora_layers
 from .lora.inject import strip_lora as strip_lora
-from .lora.registry import LoRALayer as LoRALayer
-from .lora.registry import LoRALinear as LoRALinear
+from .lora.layer import LoRALayer as LoRALayer
+from .lora.linear import LoRALinear as LoRALinear
 from .lora.registry import register_lora_layer as register_lora_layer
 from .modules.base import COLAModule as COLAModule
 from .modules.causal_lm import COLACausalLM as COLACausalLM

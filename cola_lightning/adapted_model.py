@@ -26,8 +26,8 @@ from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, names_of_factors, strip_lora, unstack
+from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer
 from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
-from cola_lightning.lora.registry import FinishedLinks, Init, LoRALayer
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import tensors
 from cola_lightning.weights import base_values, base_weights, cast_floats, deep_copy, load_extras

@@ -488,7 +488,7 @@ def merges(folder):
                     with without_trained(model):
                         fully_shard(model, mesh=mesh)
                 with Sent() as sent:
-                    model[0].merge()
+                    model[0].finish()
                 model[0].reset(torch.Generator().manual_seed(5))
                 layers.append(model[0])
             whole, parts = layers

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from cola_lightning import UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import LoRALinear, UserError, inject_lora, lora_layers, strip_lora
 
 
 class Block(nn.Module):
@@ -110,7 +110,7 @@ def test_shared_weights_and_modules_are_refused(model):
     with pytest.raises(UserError, match="weight is shared"):
         inject_lora(tiny_gpt2(), ["lm_head"], rank=2, alpha=4)
     model.layers[1].q_proj = model.layers[0].q_proj
-    with pytest.raises(UserError, match=r"received layers\.0\.q_proj = layers\.1\.q_proj"):
+    with pytest.raises(UserError, match=r"received 'layers\.0\.q_proj', whose weight is shared"):
         inject_lora(model, ["q_proj"], rank=2, alpha=4)
 
 
@@ -144,7 +144,7 @@ def test_a_weight_that_is_a_view_of_another_is_refused(make):
 
 
 def test_a_module_to_save_whose_weight_is_a_view_of_another_is_refused():
-    with pytest.raises(UserError, match=r"^model\.modules_to_save: .* received 'query\.weight', which is also 'fused\.weight'"):
+    with pytest.raises(UserError, match=r"^model\.modules_to_save: .* received 'query', whose weight is shared"):
         inject_lora(whole_and_part(), ["own"], rank=2, alpha=4, modules_to_save=["query"])
 
 
@@ -164,7 +164,7 @@ def test_torchs_attention_output_is_not_taken_for_a_linear_layer():
 def test_a_module_to_save_whose_weight_is_used_elsewhere_is_refused():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
     model[2].weight = model[0].weight
-    with pytest.raises(UserError, match=r"modules_to_save: expected modules with weights of their own.*'2.weight'.*'0.weight'"):
+    with pytest.raises(UserError, match=r"modules_to_save: expected modules with weights of their own.*'2', .*0.weight = 2"):
         inject_lora(model, ["1"], rank=1, alpha=1, modules_to_save=["2"])
 
 
@@ -285,12 +285,11 @@ def hooked_by_accelerate(linear):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (nn.utils.weight_norm, r"whose weight is computed .*\(weight_g, weight_v\)"),
-        (nn.utils.spectral_norm, r"whose weight is computed .*\(weight_orig\)"),
-        (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), r"whose weight is computed .*\(weight_orig\)"),
-        (lambda linear: prune.l1_unstructured(linear, "bias", 0.5), r"whose bias is computed .*\(bias_orig\)"),
-        (parametrizations.weight_norm, r"whose weight is computed .*\(parametrizations\)"),
-        (parametrizations.spectral_norm, r"whose weight is computed .*\(parametrizations\)"),
+        (nn.utils.weight_norm, "whose weight is computed"),
+        (nn.utils.spectral_norm, "whose weight is computed"),
+        (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "whose weight is computed"),
+        (parametrizations.weight_norm, "whose weight is computed"),
+        (parametrizations.spectral_norm, "whose weight is computed"),
         (own_forward, "which has a forward of its own"),
         (hooked_by_accelerate, "which has a forward of its own"),
     ],
@@ -298,7 +297,6 @@ def hooked_by_accelerate(linear):
         "weight_norm",
         "spectral_norm",
         "pruned",
-        "pruned_bias",
         "new_weight_norm",
         "new_spectral_norm",
         "forward",
@@ -315,17 +313,6 @@ def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_i
     assert [type(module) for module in model.modules()] == types
     assert [parameter.requires_grad for parameter in model.parameters()] == needed
     assert torch.equal(model(x), expected)
-
-
-class Packed(torch.Tensor):
-    """A tensor of a library's own, as packages for quantisation make them."""
-
-
-def test_a_weight_that_is_no_plain_parameter_is_not_merged_into():
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed))
-    with pytest.raises(UserError, match=r"^model\.finished_links: expected stack, .* weight of '0', a Packed; received merge"):
-        inject_lora(model, ["0"], rank=1, alpha=1)
 
 
 # ---------------------------------------------------------------------- torch's fused encoder layers
@@ -412,7 +399,7 @@ def test_a_subclass_that_computes_as_linear_does_is_adapted(twin, finished_links
     assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
     assert told(caplog) == []
     model = twin(model)
-    assert {type(layer).__name__ for layer in lora_layers(model).values()} == {"LoRAFalconLinear"}
+    assert {type(layer).__name__ for layer in lora_layers(model).values()} == {"LoRALinear"}
     torch.testing.assert_close(model(ids).logits, expected)
     with_links(model)
     expected = model(ids).logits
@@ -443,7 +430,9 @@ class Adding(nn.Linear):
 def test_a_users_subclass_is_adapted_where_its_forward_is_linears(target_modules):
     model = nn.Sequential(Plain(4, 4))
     assert inject_lora(model, target_modules, rank=1, alpha=1) == ["0"]
-    assert isinstance(model[0], Plain)
+    assert isinstance(model[0], LoRALinear)
+    strip_lora(model)
+    assert type(model[0]) is Plain
 
 
 @pytest.mark.parametrize("kind", [Router, Adding])
@@ -451,24 +440,21 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(kind, caplog):
     model = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
     with pytest.raises(UserError, match=rf"^model\.target_modules: .* received '1', which is a {kind.__name__} with a forward"):
         inject_lora(model, ["1"], rank=1, alpha=1)
-    with pytest.raises(UserError, match=rf"for all-linear, received none; passed over: 0 \({kind.__name__}\)$"):
+    with pytest.raises(UserError, match=rf"for all-linear, received none beside {kind.__name__} \(0\)$"):
         inject_lora(nn.Sequential(model[1]), "all-linear", rank=1, alpha=1)
     assert told(caplog) == []
     assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
     (message,) = told(caplog)
-    assert message == (
-        f"model.target_modules: all-linear leaves matrices of other layers frozen: weight of {kind.__name__} "
-        "(40 % of the parameters: 1)"
-    )
+    assert message == f"model.target_modules: all-linear leaves matrices of other layers frozen: {kind.__name__} (1)"
 
 
 def test_torchs_own_attention_is_told_of(caplog):
     model = encoder()
     assert inject_lora(model, "all-linear", rank=1, alpha=1) == [f"layers.{k}.linear{n}" for k in (0, 1) for n in (1, 2)]
     (message,) = told(caplog)
-    assert "in_proj_weight of MultiheadAttention (" in message
-    assert "of the parameters: layers.0.self_attn, layers.1.self_attn)" in message
-    assert "weight of NonDynamicallyQuantizableLinear (" in message
+    assert message.endswith(
+        "MultiheadAttention (layers.0.self_attn), NonDynamicallyQuantizableLinear (layers.0.self_attn.out_proj)"
+    )
 
 
 def tiny_mixtral():
@@ -480,17 +466,12 @@ def tiny_mixtral():
 
 def test_experts_that_are_no_linear_layers_are_told_of(caplog):
     model = tiny_mixtral()
-    total = sum(p.numel() for p in model.parameters())
-    share = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate_up_proj")) / total
     names = inject_lora(model, "all-linear", rank=2, alpha=4)
     assert all(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in names)
     (message,) = told(caplog)
-    assert f"gate_up_proj of MixtralExperts ({share:.0%}".replace("%", " % of the parameters: model.layers.0.mlp") in message
-    assert "down_proj of MixtralExperts (" in message
-    assert "model.layers.2.mlp.experts, ...)" in message
+    assert "MixtralExperts (model.layers.0.mlp.experts)" in message
     assert "embed_tokens" not in message
     assert "lm_head" not in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "gpt_neox", "phi3", "bert", "roberta", "bart"])
@@ -501,19 +482,6 @@ def test_of_a_model_whose_weights_are_all_linear_layers_nothing_is_told(architec
 
     inject_lora(AutoModel.from_config(tiny.config(architecture)), "all-linear", rank=2, alpha=4)
     assert told(caplog) == []
-
-
-def test_biases_of_experts_are_not_told_of(caplog):
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = GptOssForCausalLM(
-        GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
-    )
-    inject_lora(model, "all-linear", rank=2, alpha=4)
-    (message,) = told(caplog)
-    assert "down_proj of GptOssExperts" in message
-    assert "bias" not in message
 
 
 def test_what_is_trained_whole_and_convolutions_are_not_told_of(caplog):

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning import Chain, UserError
+from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import repeated_blocks, without_trained
 from tests import distributed_run as run
 from tests import forked, tiny
@@ -367,14 +366,3 @@ def test_what_is_repeated_and_what_is_hidden():
         model[0].weight = nn.Parameter(torch.zeros(3, 2))
     assert [name for name, _ in model.named_parameters()] == names
     assert not model[0].weight.any()
-
-
-def test_a_parameter_of_another_kind_is_refused_by_everything_that_writes_or_reads_it():
-    class Shard(nn.Parameter):
-        pass
-
-    shard = Shard(torch.zeros(2))
-    for touch in (lambda: tensors.copy_(shard, torch.ones(2)), lambda: tensors.gather(shard)):
-        with pytest.raises(UserError, match=r"trainer\.strategy: .* received a parameter of type Shard"):
-            touch()
-    assert not shard.any()

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from cola_lightning import LoRALayer, LoRALinear, register_lora_layer
 from cola_lightning.lora import registry
-from cola_lightning.lora.layer import low_rank_delta
-from cola_lightning.lora.registry import LoRALayer, LoRALinear, adapt_layer, register_lora_layer
-from tests.toy import plain_layer
+from tests.toy import adapt_layer, plain_layer
 
 
 class Named(nn.Linear):
@@ -65,14 +64,14 @@ def test_merge_keeps_the_function_and_adds_the_delta(base):
     x = torch.randn(3, 6)
     expected, delta = layer(x), layer.delta_weight()
     assert delta.shape == before.shape
-    layer.merge()
+    layer.finish()
     assert torch.equal(layer.weight, before + delta)
     assert not layer.lora_B.any()
     torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_link_of_lower_rank_uses_slices_of_the_same_parameters():
-    layer = LoRALinear.from_layer(nn.Linear(6, 5), rank=4, alpha=8)
+    layer = LoRALinear.adapt_(nn.Linear(6, 5), rank=4, alpha=8)
     parameters = layer.lora_A, layer.lora_B
     layer.reset(torch.Generator().manual_seed(1), rank=2, alpha=3)
     assert (layer.lora_A is parameters[0], layer.lora_B is parameters[1]) == (True, True)
@@ -89,7 +88,7 @@ def test_a_link_of_lower_rank_uses_slices_of_the_same_parameters():
 
 
 def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_global_one_alone():
-    layers = [LoRALinear.from_layer(nn.Linear(6, 5).to(dtype), rank=3, alpha=1) for dtype in (torch.float32, torch.float64)]
+    layers = [LoRALinear.adapt_(nn.Linear(6, 5).to(dtype), rank=3, alpha=1) for dtype in (torch.float32, torch.float64)]
     state = torch.random.get_rng_state()
     for layer in layers:
         layer.reset(torch.Generator().manual_seed(7))
@@ -99,14 +98,14 @@ def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_globa
 
 @pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
 def test_A_is_drawn_as_peft_draws_it(init, std):
-    layer = LoRALinear.from_layer(nn.Linear(400, 100), rank=100, alpha=1, init=init)
+    layer = LoRALinear.adapt_(nn.Linear(400, 100), rank=100, alpha=1, init=init)
     layer.reset(torch.Generator().manual_seed(0), rank=50)
     assert layer.lora_A[:50].std().item() == pytest.approx(std, rel=0.02)
 
 
 @pytest.mark.parametrize("narrow", ["half", "bfloat16"])
 def test_the_layer_is_never_narrowed_below_fp32(narrow):
-    layer = trained(LoRALinear.from_layer(nn.Linear(6, 5), rank=2, alpha=1))
+    layer = trained(LoRALinear.adapt_(nn.Linear(6, 5), rank=2, alpha=1))
     before = layer.weight.detach().clone()
     model = nn.Sequential(nn.Linear(6, 6), layer)
     getattr(model, narrow)()
@@ -120,7 +119,7 @@ def test_the_layer_is_never_narrowed_below_fp32(narrow):
 
 
 def test_under_autocast_the_layer_computes_in_autocasts_dtype():
-    layer = trained(LoRALinear.from_layer(nn.Linear(6, 5), rank=2, alpha=1))
+    layer = trained(LoRALinear.adapt_(nn.Linear(6, 5), rank=2, alpha=1))
     x = torch.randn(3, 6)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -130,7 +129,7 @@ def test_under_autocast_the_layer_computes_in_autocasts_dtype():
 
 
 def test_dropout_acts_on_the_link_alone_and_only_in_training():
-    layer = trained(LoRALinear.from_layer(nn.Linear(60, 5), rank=2, alpha=1, dropout=0.5))
+    layer = trained(LoRALinear.adapt_(nn.Linear(60, 5), rank=2, alpha=1, dropout=0.5))
     x = torch.randn(3, 60)
     base = nn.functional.linear(x, layer.weight, layer.bias)
     assert not torch.equal(layer(x), layer(x))
@@ -146,24 +145,7 @@ def test_the_plain_layer_is_the_base_again(base):
 
 
 def test_a_layer_without_bias_stays_without():
-    layer = LoRALinear.from_layer(nn.Linear(4, 4, bias=False), rank=1, alpha=1)
+    layer = LoRALinear.adapt_(nn.Linear(4, 4, bias=False), rank=1, alpha=1)
     assert layer.bias is None
     assert plain_layer(layer).bias is None
     assert "rank=1, alpha=1" in repr(layer)
-
-
-@pytest.mark.parametrize("is_transposed", [False, True])
-def test_a_part_of_an_update_is_the_same_to_the_bit_as_in_the_whole(is_transposed):
-    """However few rows there are: each process of a sharded model computes its own."""
-    generator = torch.Generator().manual_seed(0)
-    for n_out in (1, 5, 7, 17, 24, 100):
-        for n_in in (1, 5, 8, 42, 300):
-            for rank in (1, 3, 8):
-                A, B = torch.randn(rank, n_in, generator=generator), torch.randn(n_out, rank, generator=generator)
-                whole = low_rank_delta(A, B, 1.5, is_transposed=is_transposed)
-                for n_parts in (2, 3, 5):
-                    size = -(-len(whole) // n_parts)
-                    for start in range(0, len(whole), size):
-                        part = slice(start, min(start + size, len(whole)))
-                        mine = low_rank_delta(A, B, 1.5, is_transposed=is_transposed, part=part)
-                        assert torch.equal(mine, whole[part]), (n_out, n_in, rank, part)

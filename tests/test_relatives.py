@@ -35,7 +35,7 @@ def test_each_rule_is_an_option_of_the_module():
 @pytest.mark.parametrize("drawn", ["A", "B"])
 @pytest.mark.parametrize("init", DRAWS)
 def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
-    layer = LoRALinear.from_layer(nn.Linear(5, 7), rank=3, alpha=6, init=init)
+    layer = LoRALinear.adapt_(nn.Linear(5, 7), rank=3, alpha=6, init=init)
     x = torch.randn(4, 5)
     before = layer(x)
     layer.reset(torch.Generator().manual_seed(1), rank=2, drawn=drawn)
@@ -46,7 +46,7 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
     assert not other.any()
     assert drawn_factor[:2].ne(0).all()
     assert not drawn_factor[2:].any()
-    theirs = LoRALinear.from_layer(nn.Linear(drawn_factor.shape[1], 2), rank=3, alpha=6, init=init)
+    theirs = LoRALinear.adapt_(nn.Linear(drawn_factor.shape[1], 2), rank=3, alpha=6, init=init)
     theirs.reset(torch.Generator().manual_seed(1), rank=2)
     assert torch.equal(drawn_factor, theirs.lora_A)  # as the A of the transposed layer would be
 

@@ -13,9 +13,9 @@ from torch.optim import AdamW
 
 from cola_lightning import LastCheckpoint, UserError, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.lora.registry import adapt_layer, low_rank_delta
+from cola_lightning.lora.layer import low_rank_delta
 from cola_lightning.lora.stack import Stack
-from tests.toy import ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import ValidatedToy, adapt_layer, assert_bit_equal, batches, toy, trainer, weights
 
 
 def factors(rank, n_in=6, n_out=5, seed=0):
@@ -153,15 +153,6 @@ def test_a_copy_has_a_stack_of_its_own():
     twin = copy.deepcopy(layer)
     layer.finish()
     assert (layer.stack.rank, twin.stack.rank) == (2, 0)
-
-
-def test_a_half_precision_weight_is_not_merged_into():
-    layer = trained(adapt_layer(nn.Linear(6, 5).bfloat16(), rank=2, alpha=1, finished_links="stack"))
-    before = layer.weight.detach().clone()
-    with pytest.raises(UserError, match=r"a weight in float32 to merge a link into, received one in bfloat16"):
-        layer.merge()
-    assert torch.equal(layer.weight, before)
-    assert layer.lora_B.any()
 
 
 def test_merge_casts_half_precision_targets_to_float32_and_keeps_their_parameters():

@@ -1,5 +1,7 @@
 """A small model, data and trainer that the tests share."""
 
+import copy
+
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule
-from cola_lightning.lora.layer import shallow_copy
+from cola_lightning.lora.registry import lora_class
 
 
 class Toy(COLAModule):
@@ -66,4 +68,16 @@ def assert_bit_equal(mine, theirs):
 
 def plain_layer(layer):
     """The layer without its links: the base layer's class around the same parameters; the layer is not changed."""
-    return shallow_copy(layer).strip_()
+    return _shallow_copy(layer).strip_()
+
+
+def adapt_layer(layer, rank, alpha, dropout=0.0, init="kaiming", finished_links="merge"):
+    """A LoRA layer on the same parameters; the layer is not changed."""
+    return lora_class(layer).adapt_(_shallow_copy(layer), rank, alpha, dropout, init, finished_links)
+
+
+def _shallow_copy(module):
+    """Another module on the same parameters, buffers and hooks."""
+    twin = copy.copy(module)
+    vars(twin).update({name: value.copy() for name, value in vars(twin).items() if isinstance(value, dict | set)})
+    return twin

@@ -18,8 +18,8 @@ from cola_lightning.export.merged import export_merged, is_of_transformers
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.inject import lies_in, lora_layers
+from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.lora.linear4bit import is_quantized, is_quantized_model
-from cola_lightning.lora.registry import LoRALayer
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import ChatTemplate, end_tokens, n_appended
 from cola_lightning.weights import cast_floats, deep_copy

@@ -48,9 +48,8 @@ class LoRAConvolution(LoRALayer):
         return self.convolve(hidden, lora_B[(..., *[None] * len(self.kernel_size))])
 
     @override
-    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float, part: tuple[slice, ...]) -> Tensor:
-        rows, *others = part
-        return self._as_kernel(low_rank_delta(lora_A, lora_B, scaling, part=rows))[:, *others]
+    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        return self._as_kernel(low_rank_delta(lora_A, lora_B, scaling))
 
     def _as_kernel(self, matrix: Tensor) -> Tensor:
         """A matrix as the weight of a convolution, with its rows as output channels: ... x in x kernel."""
@@ -67,7 +66,7 @@ class LoRAConv2d(LoRAConvolution, nn.Conv2d):
     """``nn.Conv2d`` with a link.
 
     Example:
-        >>> layer = LoRAConv2d.from_layer(nn.Conv2d(3, 8, kernel_size=5), rank=2, alpha=4)
+        >>> layer = LoRAConv2d.adapt_(nn.Conv2d(3, 8, kernel_size=5), rank=2, alpha=4)
         >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
         (torch.Size([2, 75]), torch.Size([8, 2]), torch.Size([8, 3, 5, 5]))
     """

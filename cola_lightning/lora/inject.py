@@ -1,7 +1,7 @@
 """Injects LoRA layers into a model, in place, and removes them again.
 
-Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a rank that a layer
-cannot have, a quantised base to be merged into.
+Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a layer that would
+compute something else with a link, a quantised base to be merged into.
 """
 
 import logging
@@ -9,26 +9,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.layer import DRAWS
+from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_
 from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
-from cola_lightning.lora.registry import (
-    FinishedLinks,
-    Init,
-    LoRALayer,
-    adapt_,
-    cast_,
-    is_adaptable,
-    is_linear,
-    layer_types,
-    lora_class,
-    obstacle,
-)
+from cola_lightning.lora.registry import is_linear, layer_types, lora_class, obstacle
 from cola_lightning.sharded import tensors
 
 ALL_LINEAR = "all-linear"
@@ -38,7 +27,6 @@ log = logging.getLogger(__name__)
 # Modules that do not multiply by their weights as a Linear layer does.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
-NEGLIGIBLE = 0.01  # a smaller share of the parameters causes no warning, except in a subclass of nn.Linear
 
 
 def inject_lora(
@@ -61,11 +49,11 @@ def inject_lora(
         target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
             name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) except the output embeddings and
             ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone.
-        rank: largest rank of a link, and the first link's; at most the smaller side of each target.
+        rank: largest rank of a link, and the first link's.
         alpha: updates are scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
         modules_to_save: names or dotted name endings of fully trained modules (a new head).
-        init: how A is drawn, see :meth:`LoRALayer.from_layer`.
+        init: how A is drawn, see :meth:`LoRALayer.adapt_`.
         finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
             are in half precision; ``stack`` stores them beside the weights, which are never modified.
 
@@ -87,24 +75,20 @@ def inject_lora(
     check_factors(rank, alpha, dropout, init, finished_links)
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
-    saved = _matches(model, list(modules_to_save), "model.modules_to_save", [name for name, _ in model.named_modules()])
-    names = _find_targets(model, target_modules, saved)
-    modules = dict(model.named_modules())
-    _check_not_shared(model, names)
-    _check_saved_not_shared(model, saved)
-    for name in names:
-        _check_layer(name, modules[name], rank, finished_links)
+    saved = _matches(model, list(modules_to_save), "model.modules_to_save")
+    names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
+    targets = {name: model.get_submodule(name) for name in names}
+    _check_not_shared(model, names, saved)
+    classes = {name: _class_for(name, layer, finished_links) for name, layer in targets.items()}
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
-    if target_modules == ALL_LINEAR:
-        _warn_of_omitted(model, names, saved)
     model.requires_grad_(False)
-    for module in modules.values():
+    for module in model.modules():
         if is_quantized(module):
             keep_layout(module)
-    for name in names:
-        adapt_(modules[name], rank, alpha, dropout, init, finished_links)
+    for name, layer in targets.items():
+        classes[name].adapt_(layer, rank, alpha, dropout, init, finished_links)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             for layer in lora_layers(module).values():
@@ -153,7 +137,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         if name in stacked:
             layer.add_finished_link(*stacked[name], 1.0)
         if merge:
-            layer.merge()
+            layer.finish()
         layer.strip_()
         for parameter in (layer.weight, getattr(layer, "bias", None)):
             if parameter is not None and parameter.is_floating_point():
@@ -181,127 +165,54 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 def check_factors(rank: int, alpha: float, dropout: float, init: str, finished_links: str) -> None:
     """Refuses values that no link could have, before any model is made."""
-    if rank < 1:
-        raise UserError(f"model.rank: expected a whole number of at least 1, received {rank}")
-    if not 0 < alpha < math.inf:
-        raise UserError(f"model.alpha: expected a number above 0, received {alpha}")
-    if not 0 <= dropout < 1:
-        raise UserError(f"model.dropout: expected a probability from 0 to below 1, received {dropout}")
-    if init not in DRAWS:
-        raise UserError(f"model.init: expected {', '.join(DRAWS)}, received {init!r}")
-    if finished_links not in get_args(FinishedLinks):
-        raise UserError(f"model.finished_links: expected {' or '.join(get_args(FinishedLinks))}, received {finished_links!r}")
+    for name, value, is_valid, expected in (
+        ("rank", rank, rank >= 1, "a whole number of at least 1"),
+        ("alpha", alpha, 0 < alpha < math.inf, "a number above 0"),
+        ("dropout", dropout, 0 <= dropout < 1, "a probability from 0 to below 1"),
+        ("init", init, init in DRAWS, ", ".join(DRAWS)),
+        ("finished_links", finished_links, finished_links in get_args(FinishedLinks), " or ".join(get_args(FinishedLinks))),
+    ):
+        if not is_valid:
+            raise UserError(f"model.{name}: expected {expected}, received {value!r}")
 
 
-def _check_saved_not_shared(model: nn.Module, saved: list[str]) -> None:
-    """Refuses a fully trained module whose weight the model also uses outside of it: that use would be trained, too."""
-    for names in _in_one_memory(model):
-        inside = [name for name in names if is_inside(name, saved)]
-        outside = [name for name in names if name not in inside]
-        if inside and outside:
-            raise UserError(
-                f"model.modules_to_save: expected modules with weights of their own, received {inside[-1]!r}, which is also "
-                f"{outside[0]!r}"
-            )
-
-
-def _find_targets(model: nn.Module, target_modules: str | Sequence[str], saved: list[str]) -> list[str]:
-    adaptable = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_adaptable(module)]
-    if target_modules == ALL_LINEAR:
-        head = _output_embeddings(model)
-        linear = [name for name in adaptable if is_linear(model.get_submodule(name))]
-        names = [n for n in linear if model.get_submodule(n) is not head and not is_inside(n, saved)]
-        if not names:
-            kin = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-            passed_over = f"; passed over: {first_names(kin)}" if kin else ""
-            raise UserError(
-                f"model.target_modules: expected a model with {layer_types(linear_only=True)} layers for all-linear, received "
-                f"none{passed_over}"
-            )
-        return names
-    matched = set(_matches(model, target_modules, "model.target_modules", adaptable))
-    if other := sorted(matched - set(adaptable)):
-        module = model.get_submodule(other[0])
-        kind = type(module).__name__
-        why = (
-            " with a forward of its own, or none that is called: register_lora_layer adds a layer type"
-            if isinstance(module, nn.Linear)
-            else ""
-        )
-        raise UserError(
-            f"model.target_modules: expected layers of type {layer_types()}, received {other[0]!r}, which is a {kind}{why}"
-        )
-    return [name for name in adaptable if name in matched]
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The head of a Hugging Face language model."""
+def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
+    """The targets of all-linear; warns of matrices that stay frozen although they are used as a Linear's are (experts)."""
     getter = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = None if getter is None else getter()
-    return head
+    head = None if getter is None else getter()  # of a Hugging Face language model
+    names: list[str] = []
+    others: dict[str, str] = {}  # the first name of each class
+    for name, module in model.named_modules():
+        if module is head or is_inside(name, saved) or not name:
+            continue
+        if is_linear(module):
+            names.append(name)
+        elif not isinstance(module, NO_MATRICES) and any(p.dim() > 1 and len(p) > 1 for p in module.parameters(recurse=False)):
+            others.setdefault(type(module).__name__, name)
+    passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
+    if not names:
+        beside = f" beside {passed_over}" if passed_over else ""
+        raise UserError(f"model.target_modules: expected a model with linear layers for all-linear, received none{beside}")
+    if passed_over:
+        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s", passed_over)
+    return names
 
 
-def _warn_of_omitted(model: nn.Module, names: list[str], saved: list[str]) -> None:
-    """Warns of matrices that all-linear leaves frozen although they are used as a Linear's are, such as experts'."""
-    total = sum(_count(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    lines, is_worth_it = [], False
-    kinds = _omitted(model, names, saved)
-    for (attribute, cls), places in sorted(kinds.items(), key=lambda kind: -sum(kind[1].values())):
-        share = sum(places.values()) / total
-        is_worth_it |= issubclass(cls, nn.Linear) or share >= NEGLIGIBLE
-        text = f"{share:.0%}".replace("%", " %") if share >= NEGLIGIBLE else f"under {NEGLIGIBLE:.0%}".replace("%", " %")
-        lines.append(f"{attribute} of {cls.__name__} ({text} of the parameters: {first_names(list(places))})")
-    if is_worth_it:
-        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s", "; ".join(lines[:4]))
-
-
-def _omitted(model: nn.Module, names: list[str], saved: list[str]) -> dict[tuple[str, type], dict[str, int]]:
-    """Parameters of one or several matrices that are in no target: their sizes by place, by name and owner's class.
-
-    Embeddings (lookup tables, and position embeddings with a first dimension of 1) and convolutions are excluded.
-    """
-    head = _output_embeddings(model)
-    others = [name for name, module in model.named_modules() if module is head or isinstance(module, NO_MATRICES)]
-    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if is_inside(name, [*names, *saved, *others])}
-    kinds: dict[tuple[str, type], dict[str, int]] = defaultdict(dict)
-    for place, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            is_known = id(parameter) in seen or attribute.endswith("bias")
-            if not is_known and parameter.dim() >= 2 and parameter.shape[0] > 1:
-                kinds[attribute, type(module)][place] = _count(module, parameter)
-    return kinds
-
-
-def _matches(model: nn.Module, patterns: str | Sequence[str], field: str, offered: Iterable[str]) -> list[str]:
-    """Names of the modules that the patterns match; each pattern must match one. ``offered``: what to suggest instead."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:
+    """Names of the modules that the patterns match; each pattern must match one."""
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if isinstance(patterns, str):
-            hits = [name for name in names if _compile(pattern, field).fullmatch(name)]
+            hits = [name for name in named if re.fullmatch(pattern, name)]
         else:
-            hits = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+            hits = [name for name in named if name == pattern or name.endswith(f".{pattern}")]
         if not hits:
-            raise UserError(
-                f"{field}: expected the name of a module of the model, received {pattern!r}{_nearest(pattern, offered)}"
-            )
+            adaptable_first = sorted(named, key=lambda name: lora_class(named[name]) is None)
+            near = nearest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in adaptable_first))
+            raise UserError(f"{field}: expected the name of a module of the model, received {pattern!r}{near}")
         found.update(hits)
-    if not found and field == "model.target_modules":
-        raise UserError(f"{field}: expected at least one name, received none")
-    return [name for name in names if name in found]
-
-
-def _compile(pattern: str, field: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{field}: expected a regular expression, received {pattern!r} ({error})") from error
-
-
-def _nearest(word: str, names: Iterable[str]) -> str:
-    """Suggestions for a name that matches nothing: names and their endings, those that are more than a number first."""
-    ends = dict.fromkeys(end for name in names if name for end in (name.rpartition(".")[2], name))
-    return nearest(word, sorted(ends, key=str.isdigit))
+    return [name for name in named if name in found]
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -314,61 +225,41 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def _count(module: nn.Module, parameter: Tensor) -> int:
-    """How many values a parameter of the module holds: two in each byte of a 4-bit weight."""
-    return parameter.numel() * (2 if is_quantized(module) and not parameter.is_floating_point() else 1)
-
-
 def first_names(names: list[str]) -> str:
     """The first three names."""
     return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
-def _check_not_shared(model: nn.Module, names: list[str]) -> None:
-    """Refuses a target that the model uses in two places: adapting one would change, or miss, the other."""
-    places = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        places[id(module)].append(name)
-    for name in names:
-        module = model.get_submodule(name)
-        if len(places[id(module)]) > 1:
-            raise UserError(
-                "model.target_modules: expected layers that the model uses under one name, received "
-                f"{' = '.join(places[id(module)])}"
-            )
-    for shared in _in_one_memory(model):
-        for name in names:
-            if any(is_inside(one, [name]) for one in shared):
-                raise UserError(
-                    "model.target_modules: expected layers with weights of their own, received "
-                    f"{name!r}, whose weight is shared ({' = '.join(shared)})"
-                )
-
-
-def _in_one_memory(model: nn.Module) -> list[list[str]]:
-    """Names of parameters and buffers that are one tensor, or begin at one place in memory."""
-    groups: dict[Any, list[str]] = defaultdict(list)
+def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) -> None:
+    """Refuses weights that the model also uses elsewhere: adapting or training one would change, or miss, the other."""
+    groups: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        place = tensor.data_ptr() if is_plain else 0  # 0 also without memory: meta, or empty
-        groups[(tensor.device, place) if place else id(tensor)].append(name)
-    return [names for names in groups.values() if len(names) > 1]
+        groups[tensor.data_ptr() or id(tensor)].append(name)  # a view begins where the other does; 0 has no memory: meta, empty
+    for shared in groups.values():
+        adapted, trained = ([name for name in shared if is_inside(name, modules)] for modules in (targets, saved))
+        if len(shared) > 1 and (adapted or 0 < len(trained) < len(shared)):
+            field = "model.target_modules" if adapted else "model.modules_to_save"
+            module = (adapted or trained)[0].rpartition(".")[0]
+            raise UserError(
+                f"{field}: expected modules with weights of their own, received {module!r}, whose weight is shared "
+                f"({' = '.join(shared)})"
+            )
 
 
-def _check_layer(name: str, module: nn.Module, rank: int, finished_links: FinishedLinks) -> None:
-    if (reason := obstacle(module)) is not None:
+def _class_for(name: str, layer: nn.Module, finished_links: FinishedLinks) -> type[LoRALayer]:
+    """The LoRA class for a target, which must be a layer that can have links."""
+    found = lora_class(layer)
+    if found is None:
+        why = " with a forward of its own: register_lora_layer adds a layer type" if isinstance(layer, nn.Linear) else ""
+        raise UserError(
+            f"model.target_modules: expected layers of type {layer_types()}, received {name!r}, which is a "
+            f"{type(layer).__name__}{why}"
+        )
+    if (reason := obstacle(layer)) is not None:
         raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
-    weight = module.get_parameter("weight")
-    if finished_links == "merge" and not (type(weight) is nn.Parameter or tensors.is_sharded(weight)):
+    if finished_links == "merge" and is_quantized(layer):
         raise UserError(
-            f"model.finished_links: expected stack, for links cannot be merged into the weight of {name!r}, a "
-            f"{type(weight).__name__}; received merge"
+            f"model.finished_links: expected stack, for links cannot be merged into the quantised weight of {name!r}, received "
+            "merge"
         )
-    found = lora_class(module)
-    assert found is not None
-    n_in, n_out = found.matrix_sizes(module)
-    if rank > min(n_in, n_out):
-        raise UserError(
-            f"model.rank: expected at most {min(n_in, n_out)}, the smaller side of {name!r} {(n_out, n_in)} (or "
-            f"model.target_modules without it), received {rank}"
-        )
+    return found

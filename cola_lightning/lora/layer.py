@@ -15,7 +15,6 @@ stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning.errors import UserError
 from cola_lightning.lora.stack import Stack
 from cola_lightning.sharded import tensors
 
@@ -34,12 +32,10 @@ Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at z
 FinishedLinks = Literal["merge", "stack"]
 
 # The attributes that a LoRA layer adds to its base layer's.
-LINK_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack", "base_dtype", "source_dtype")
-
-
-# Products of fewer rows or columns use kernels in which a row's rounding depends on its position: seen below 8 on a CPU.
-MIN_SIDE = 16
-
+LINK_ATTRIBUTES = (
+    *("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack"),
+    *("base_class", "base_dtype", "source_dtype"),
+)
 
 Draw = Callable[[Tensor, torch.Generator | None], None]  # writes the rows of a factor, from a generator
 
@@ -58,23 +54,19 @@ DRAWS: dict[str, Draw] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
 @torch.no_grad()
-def low_rank_delta(
-    lora_A: Tensor, lora_B: Tensor, scaling: float, *, is_transposed: bool = False, part: slice = slice(None)
-) -> Tensor:
+def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, is_transposed: bool = False) -> Tensor:
     """The update ``scaling * B A`` of one link, computed the same way at the knot and when a chain is replayed.
 
-    Autocast and TF32 are off, and the factors are made contiguous first: the same factors give the same bits, and a part of the
-    rows has the same bits as in the full result.
+    Autocast and TF32 are off, and the factors are made contiguous first: the same factors give the same bits.
 
     Args:
         lora_A: the first factor.
         lora_B: the second factor.
         scaling: alpha / rank.
         is_transposed: whether the result is in x out.
-        part: the requested rows of the result.
 
     Shape:
-        ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in, or transposed, in x out, or a part of its rows.
+        ``lora_A``: rank x in; ``lora_B``: out x rank; result: out x in, or transposed, in x out.
 
     Example:
         >>> low_rank_delta(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
@@ -83,13 +75,7 @@ def low_rank_delta(
     """
     with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
         rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
-        start, stop, _ = part.indices(len(rows))
-        # Few rows are computed among their neighbours.
-        first, last = max(0, min(start, stop - MIN_SIDE)), max(stop, start + MIN_SIDE)
-        if columns.shape[1] < MIN_SIDE:
-            first, last = 0, len(rows)
-        product = rows[first:last].contiguous() @ columns.contiguous()
-        return product[start - first : stop - first].mul_(scaling)
+        return (rows.contiguous() @ columns.contiguous()).mul_(scaling)
 
 
 @contextmanager
@@ -119,6 +105,7 @@ class LoRALayer(nn.Module):
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, if they are not merged; else None.
+        base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
         source_dtype: the weight's original dtype; ``nf4`` or ``fp4`` for one in 4 bits.
     """
@@ -127,9 +114,12 @@ class LoRALayer(nn.Module):
     bias: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_dropout: nn.Module
+    init: Init
     rank: int
     alpha: float
     stack: Stack | None
+    base_class: Any
     base_dtype: torch.dtype
     source_dtype: str
 
@@ -145,11 +135,6 @@ class LoRALayer(nn.Module):
     @classmethod
     def obstacle(cls, layer: Any) -> str | None:
         """Why a plain layer of this type cannot be adapted ("which ..."); None if it can."""
-        return None
-
-    @classmethod
-    def subclass_for(cls, layer: Any) -> "type[LoRALayer] | None":
-        """The LoRA class for a layer of a subclass of the base layer; None if that may compute something else."""
         return None
 
     def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -168,25 +153,18 @@ class LoRALayer(nn.Module):
         """
         return F.linear(hidden, lora_B)
 
-    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float, part: tuple[slice, ...]) -> Tensor:
-        """A part of ``scaling * B A``, laid out as the weight is.
-
-        Args:
-            lora_A: rank x in.
-            lora_B: out x rank.
-            scaling: alpha / rank.
-            part: the part of the weight, dimension by dimension: of a sharded weight, this process' shard.
+    def update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """``scaling * B A``, laid out as the weight is (out x in; Conv1D: in x out; Conv2d: out x in x height x width).
 
         Shape:
-            result: as the weight, out x in by default, or the part of it.
+            ``lora_A``: rank x in; ``lora_B``: out x rank; result: as the weight.
         """
-        rows, columns = part
-        return low_rank_delta(lora_A, lora_B, scaling, is_transposed=self.weight_is_transposed, part=rows)[:, columns]
+        return low_rank_delta(lora_A, lora_B, scaling, is_transposed=self.weight_is_transposed)
 
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def from_layer(
+    def adapt_(
         cls,
         layer: Any,
         rank: int,
@@ -195,10 +173,10 @@ class LoRALayer(nn.Module):
         init: Init = "kaiming",
         finished_links: FinishedLinks = "merge",
     ) -> Self:
-        """A LoRA layer on the same parameters, buffers and hooks as a layer of the base class, which is not changed itself.
+        """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
-            layer: the layer to adapt.
+            layer: the layer to adapt, of the base class.
             rank: largest rank of a link, and the first link's.
             alpha: the update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
@@ -206,30 +184,29 @@ class LoRALayer(nn.Module):
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 stores them beside it, and never modifies it.
         """
-        return cls.adapt_(shallow_copy(layer), rank, alpha, dropout, init, finished_links)
-
-    @classmethod
-    def adapt_(
-        cls, layer: Any, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks = "merge"
-    ) -> Self:
-        """Makes a layer of the base class a LoRA layer, in place: every reference to it is one to the LoRA layer.
-
-        See :meth:`from_layer` for the arguments.
-        """
         n_in, n_out = cls.matrix_sizes(layer)
-        layer.__class__ = cls
+        layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
-        adapted._add_link(n_in, n_out, rank, alpha, dropout, init, finished_links)
+        dtype, device = adapted._prepare_weight(finished_links), layer.weight.device
+        adapted.base_dtype = dtype
+        adapted.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
+        # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
+        wide = torch.promote_types(dtype, torch.float32)
+        adapted.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=wide, device=device))
+        adapted.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        adapted.init, adapted.rank, adapted.alpha = init, rank, alpha
+        adapted.reset()
         return adapted
 
     def strip_(self) -> nn.Module:
-        """Makes this layer one of its base class again, in place, without its link and its stack."""
+        """Makes this layer a plain one again, in place, without its link and its stack."""
+        base_class = self.base_class
         for name in LINK_ATTRIBUTES:
             delattr(self, name)
         for key in [key for key, hook in self._forward_hooks.items() if hook is _call_forward]:
             del self._forward_hooks[key]  # a handle is the public way, but not in a copy of this layer
-        classes = type(self).__mro__
-        self.__class__ = classes[classes.index(LoRALayer) + 1]
+        self.__class__ = base_class
         return self
 
     def close_fused_paths(self) -> None:
@@ -239,22 +216,6 @@ class LoRALayer(nn.Module):
         with the weights themselves, without the links.
         """
         self.register_forward_hook(_call_forward)
-
-    def _add_link(
-        self, n_in: int, n_out: int, rank: int, alpha: float, dropout: float, init: Init, finished_links: FinishedLinks
-    ) -> None:
-        """Adds the two factors; ``rank`` is the largest of the chain's links."""
-        self.base_dtype = dtype = self._prepare_weight(finished_links)
-        device = self.weight.device
-        self.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
-        # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
-        wide = torch.promote_types(dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=wide, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=wide, device=device))
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.init: Init = init
-        self.rank, self.alpha = rank, alpha
-        self.reset()
 
     def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
         """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
@@ -296,8 +257,7 @@ class LoRALayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The layer's compute dtype without autocast: its weight's; in 4 bits, its stack's."""
-        is_quantized = self.stack is not None and not self.weight.is_floating_point()
-        return self.stack.A.dtype if self.stack is not None and is_quantized else self.weight.dtype
+        return self.weight.dtype if self.stack is None or self.weight.is_floating_point() else self.stack.A.dtype
 
     @override
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
@@ -309,7 +269,7 @@ class LoRALayer(nn.Module):
         """
         (x,) = (*inputs, *named.values())
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        is_index = not (x.is_floating_point() or x.is_complex())  # for a lookup: no cast, no dropout
+        is_index = not x.is_floating_point()  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
         lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
@@ -327,12 +287,12 @@ class LoRALayer(nn.Module):
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The layer's output without any link; ``x`` is in :attr:`dtype`, except under autocast."""
-        y: Tensor = super().forward(x)
+        y: Tensor = self.base_class.forward(self, x)
         return y
 
     def delta_weight(self) -> Tensor:
-        """The link's update in the weight's own layout (out x in; Conv1D: in x out; Conv2d: out x in x height x width)."""
-        return self.update(*self.factors, self.scaling, (slice(None),) * self.weight.dim())
+        """The current link's update in the weight's own layout."""
+        return self.update(*self.factors, self.scaling)
 
     def finish(self) -> None:
         """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
@@ -345,27 +305,10 @@ class LoRALayer(nn.Module):
         Shape:
             ``lora_A``: rank x in; ``lora_B``: out x rank.
         """
-        if self.stack is None:
-            self._add_to_weight(lora_A, lora_B, scaling)
+        if self.stack is None:  # where the weight is sharded, each process adds its part of the same update
+            tensors.add_(self.weight, self.update(lora_A, lora_B, scaling))
         else:
             self.stack.push(lora_A, lora_B, scaling)
-
-    def merge(self) -> None:
-        """Adds the current link to the weight and sets B to zero.
-
-        Raises:
-            UserError: if the weight is in half precision, or quantised.
-        """
-        self._add_to_weight(*self.factors, self.scaling)
-        self._zero_B()
-
-    def _add_to_weight(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        if self.weight.dtype.itemsize < 4:
-            own = str(self.weight.dtype).removeprefix("torch.") if self.weight.is_floating_point() else self.source_dtype
-            raise UserError(f"model.finished_links: expected a weight in float32 to merge a link into, received one in {own}")
-        # Where the weight is sharded, this process' part: computed from its part of the factors, it is the same to the bit.
-        delta = self.update(lora_A, lora_B, scaling, tensors.part(self.weight))
-        tensors.add_part_(self.weight, delta)
 
     def _zero_B(self) -> None:
         tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
@@ -440,15 +383,6 @@ class LoRALayer(nn.Module):
 
 def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
     """A hook that only has to exist; see :meth:`LoRALayer.close_fused_paths`."""
-
-
-def shallow_copy(module: Any) -> Any:
-    """Another module on the same parameters, buffers and children; later additions to one are not in the other."""
-    twin = copy.copy(module)  # which shares the dictionaries in which a module registers parameters, hooks and so on
-    for name, value in list(vars(twin).items()):
-        if isinstance(value, dict | set):
-            setattr(twin, name, value.copy())
-    return twin
 
 
 def _upcast(layer: Any) -> None:

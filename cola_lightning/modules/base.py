@@ -26,7 +26,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors, inject_lora
-from cola_lightning.lora.registry import FinishedLinks, Init
+from cola_lightning.lora.layer import FinishedLinks, Init
 from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed

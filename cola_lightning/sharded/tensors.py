@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Not exported by torch; the only function that says which part of a tensor a process holds, empty and uneven ones included.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-from cola_lightning.errors import UserError
-
 # The parts of module names that FSDP1's wrappers, and its wrappers for activation checkpointing, add.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -35,23 +30,6 @@ def is_model_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def part(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the full tensor this process holds, dimension by dimension: all of it if it is not sharded.
-
-    Raises:
-        UserError: if its layout is not supported.
-    """
-    if isinstance(parameter, DTensor):
-        sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-    if type(parameter) not in (Tensor, nn.Parameter):
-        raise UserError(
-            "trainer.strategy: expected one device, ddp, ModelParallelStrategy (FSDP2) or fsdp, received a parameter of type "
-            f"{type(parameter).__name__}"
-        )
-    return (slice(None),) * parameter.dim()
-
-
 def local(parameter: Tensor) -> Tensor:
     """This process' part of the parameter, to be written in place."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -60,20 +38,18 @@ def local(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_(parameter: Tensor, full: Tensor) -> None:
     """Writes the full tensor into the parameter, in place, in its dtype and on its device, without communication."""
-    where = part(parameter)
-    local(parameter).copy_(full[where])
+    local(parameter).copy_(local(lay_out(full, parameter)))
 
 
 @torch.no_grad()
-def add_part_(parameter: Tensor, delta: Tensor) -> None:
-    """Adds to this process' part of the parameter, in place; ``delta`` is for that :func:`part` alone."""
-    local(parameter).add_(delta.to(parameter.device))
+def add_(parameter: Tensor, full: Tensor) -> None:
+    """Adds a full tensor to the parameter, in place, without communication."""
+    local(parameter).add_(local(lay_out(full, parameter)).to(parameter.device))
 
 
 @torch.no_grad()
 def gather(parameter: Tensor) -> Tensor:
     """A contiguous CPU copy of the full parameter; if that is sharded, all processes must call this."""
-    part(parameter)
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach().to("cpu", copy=True).contiguous()
 
