@@ -141,11 +141,12 @@ def continued(own, prompt, text, **how):
 @given(
     prompts=st.lists(TEXTS, min_size=1, max_size=4),
     responses=st.lists(TEXTS, min_size=4, max_size=4),
-    space=st.sampled_from(["", " "]),
+    between=st.sampled_from(["", " ", "\n", "a\n", "?\n", "<s>\n", "</s>\n\n"]),
     is_whole=st.booleans(),
 )
-def test_a_prompts_tokens_end_where_both_tokenized_say(tokenizer, prompts, responses, space, is_whole):
-    texts = [prompt + space + response for prompt, response in zip(prompts, responses, strict=False)]
+def test_a_prompts_tokens_end_where_both_tokenized_say(tokenizer, prompts, responses, between, is_whole):
+    prompts = [prompt + between for prompt in prompts]
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=False)]
     prompts = [prompt.rstrip(" ") for prompt in prompts]
     found = tokenize_continued(tokenizer, prompts, texts, is_whole=is_whole)
     assert found == [continued(tokenizer, *one, is_whole=is_whole) for one in zip(prompts, texts, strict=True)]
@@ -164,7 +165,7 @@ def test_a_prompt_is_tokenized_alone_only_where_its_end_is_not_seen():
             seen.append(texts)
             return own(texts, **how)
 
-    prompts = ["Is it old?", "Is it old?\n", "It was t"]
-    texts = ["Is it old? Yes", "Is it old?\nYes", "It was terrible"]
+    prompts = ["Is it old?", "Is it old?\n", "Is it old?\n\n", "It was t"]
+    texts = ["Is it old? Yes", "Is it old?\nYes", "Is it old?\n\nYes", "It was terrible"]
     tokenize_continued(Recorder(), prompts, texts, is_whole=True)
-    assert seen == [texts, prompts[1:]]
+    assert seen == [texts, ["\n", "\na"], prompts[2:]]

@@ -86,7 +86,12 @@ def tokenize_continued(
         is_whole: whether the texts already contain all special tokens, as from a chat template.
     """
     tokens, encodings = _tokenize(tokenizer, texts, is_whole=is_whole)
-    found = [_visible_edge(*one) for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)]
+    end, followed = tokenize(tokenizer, ["\n", "\na"], is_whole=True)
+    keeps_line_end = bool(end) and followed[: len(end)] == end
+    found = [
+        _visible_edge(*one, keeps_line_end=keeps_line_end)
+        for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)
+    ]
     unseen = tokenize(tokenizer, [prompt for prompt, n in zip(prompts, found, strict=True) if n is None], is_whole=is_whole)
     others = iter(unseen)
     continued = []
@@ -97,21 +102,33 @@ def tokenize_continued(
     return continued
 
 
-def _visible_edge(prompt: str, text: str, encoding: Any) -> int | None:
-    """How many tokens of a text are its prompt's, where the prompt ends between two tokens, before a space; None elsewhere.
+def _visible_edge(prompt: str, text: str, encoding: Any, *, keeps_line_end: bool) -> int | None:
+    """How many tokens of a text are its prompt's, if the prompt ends between two tokens before a space or after a line break.
 
-    Elsewhere, what follows may change a prompt's last tokens though none spans its end: GPT-2 splits two line breaks before a
-    word, and joins them at the end of a text; others remove white space there, or mark the end of a word.
+    None elsewhere: what follows may then change the prompt's last tokens though none spans its end. GPT-2 splits two line
+    breaks before a word and joins them at the end of a text; others remove white space there, or mark the end of a word.
+
+    Args:
+        prompt: the beginning of the text.
+        text: the text.
+        encoding: the ``tokenizers.Encoding`` of the text; None: a slow tokenizer has none.
+        keeps_line_end: whether a line break at the end of a text has the tokens that it has before a word.
     """
     n = len(prompt)
-    # Printable: no line break, and no mark that Unicode joins to what follows.
-    if encoding is None or not (prompt and prompt[-1].isprintable() and text.startswith(f"{prompt} ")):
+    if encoding is None or not text.startswith(prompt):
         return None
-    place = encoding.char_to_token(n)
+    is_before_space = _is_visible(prompt[-1:]) and text[n : n + 1] == " "
+    is_after_line = _is_visible(prompt[-2:-1]) and prompt[-1:] == "\n" and text[n : n + 1].isalnum() and keeps_line_end
+    place = encoding.char_to_token(n) if is_before_space or is_after_line else None
     if not place or encoding.token_to_chars(place)[0] != n:
         return None
     before = encoding.token_to_chars(place - 1)  # None: of a special token that the tokenizer prepends
     return place if before is not None and before[1] == n else None
+
+
+def _is_visible(character: str) -> bool:
+    """Whether there is a character that is neither white space nor a mark that Unicode joins to what follows."""
+    return bool(character.strip()) and character.isprintable()
 
 
 def identity_of_tokenizer(tokenizer: Any) -> str | None:
