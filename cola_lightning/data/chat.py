@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long, tokenize
+from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long, tokenize_continued
 from cola_lightning.errors import UserError
 from cola_lightning.turns import ChatTemplate, Conversation, Message, text_of
 
@@ -137,14 +137,16 @@ def _encode(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]]
             whole = _continued(prompt, template.render(before, place, is_open=False, **mode), whole, place)
         _check_words(template, turn, whole[n_common(prompt, whole) :], place)
         texts.append((prompt, whole))
-    tokens = tokenize(template.tokenizer, list(itertools.chain.from_iterable(texts)), is_whole=True)
+    prompts, wholes = [prompt for prompt, _ in texts], [whole for _, whole in texts]
     turns = []
-    for (prompt, whole), prompt_ids, ids in zip(texts, tokens[::2], tokens[1::2], strict=True):
-        start = n_common(prompt_ids, ids)
+    for (prompt, whole), tokens in zip(
+        texts, tokenize_continued(template.tokenizer, prompts, wholes, is_whole=True), strict=True
+    ):
+        ids, start = tokens.ids, tokens.n_prompt
         special = [k for k in range(start, len(ids)) if ids[k] in template.special_ids]
         n_after = template.n_after_stop
         end = len(ids) if n_after is None or n_after >= len(special) else special[-1 - n_after] + 1
-        turns.append(Turn(ids, start, end, start == len(prompt_ids), not whole.startswith(prompt)))
+        turns.append(Turn(ids, start, end, tokens.is_edge, not whole.startswith(prompt)))
     return turns
 
 

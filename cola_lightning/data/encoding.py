@@ -46,12 +46,89 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
         texts: the texts.
         is_whole: whether the texts already contain all special tokens, as from a chat template.
     """
+    return _tokenize(tokenizer, texts, is_whole=is_whole)[0]
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool) -> tuple[list[list[int]], Any]:
+    """Tokens, and the ``tokenizers.Encoding`` of each text; None for the latter if the tokenizer is a slow one."""
     if not texts:
-        return []
+        return [], []
     # Without a warning of texts that are too long: they are truncated later.
-    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not is_whole, verbose=False)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=not is_whole, return_attention_mask=False, verbose=False)
     n = 0 if is_whole else n_appended(tokenizer)
-    return [ids[: len(ids) - n] for ids in rows] if n else rows
+    return [ids[: len(ids) - n] for ids in encoded["input_ids"]] if n else encoded["input_ids"], encoded.encodings
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A text that continues a prompt, in tokens.
+
+    Attributes:
+        ids: the tokens of the text.
+        n_prompt: how many of them, from the first, are also the first tokens of the prompt alone.
+        is_edge: whether these are all tokens of the prompt, so that its end is an edge between two tokens of the text.
+    """
+
+    ids: list[int]
+    n_prompt: int
+    is_edge: bool
+
+
+def tokenize_continued(
+    tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], *, is_whole: bool = False
+) -> list[Continued]:
+    """Tokenizes texts that continue prompts; a prompt alone only where the text does not show where its tokens end.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompts: the beginning of each text.
+        texts: the texts.
+        is_whole: whether the texts already contain all special tokens, as from a chat template.
+    """
+    tokens, encodings = _tokenize(tokenizer, texts, is_whole=is_whole)
+    end, followed = tokenize(tokenizer, ["\n", "\na"], is_whole=True)
+    keeps_line_end = bool(end) and followed[: len(end)] == end
+    found = [
+        _visible_edge(*one, keeps_line_end=keeps_line_end)
+        for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)
+    ]
+    unseen = tokenize(tokenizer, [prompt for prompt, n in zip(prompts, found, strict=True) if n is None], is_whole=is_whole)
+    others = iter(unseen)
+    continued = []
+    for ids, n in zip(tokens, found, strict=True):
+        before = next(others) if n is None else ids[:n]
+        n_prompt = n_common(before, ids)
+        continued.append(Continued(ids, n_prompt, n_prompt == len(before)))
+    return continued
+
+
+def _visible_edge(prompt: str, text: str, encoding: Any, *, keeps_line_end: bool) -> int | None:
+    """How many tokens of a text are its prompt's, if the prompt ends between two tokens before a space or after a line break.
+
+    None elsewhere: what follows may then change the prompt's last tokens though none spans its end. GPT-2 splits two line
+    breaks before a word and joins them at the end of a text; others remove white space there, or mark the end of a word.
+
+    Args:
+        prompt: the beginning of the text.
+        text: the text.
+        encoding: the ``tokenizers.Encoding`` of the text; None: a slow tokenizer has none.
+        keeps_line_end: whether a line break at the end of a text has the tokens that it has before a word.
+    """
+    n = len(prompt)
+    if encoding is None or not text.startswith(prompt):
+        return None
+    is_before_space = _is_visible(prompt[-1:]) and text[n : n + 1] == " "
+    is_after_line = _is_visible(prompt[-2:-1]) and prompt[-1:] == "\n" and text[n : n + 1].isalnum() and keeps_line_end
+    place = encoding.char_to_token(n) if is_before_space or is_after_line else None
+    if not place or encoding.token_to_chars(place)[0] != n:
+        return None
+    before = encoding.token_to_chars(place - 1)  # None: of a special token that the tokenizer prepends
+    return place if before is not None and before[1] == n else None
+
+
+def _is_visible(character: str) -> bool:
+    """Whether there is a character that is neither white space nor a mark that Unicode joins to what follows."""
+    return bool(character.strip()) and character.isprintable()
 
 
 def identity_of_tokenizer(tokenizer: Any) -> str | None:
@@ -99,19 +176,17 @@ def encode_responses(
     Raises:
         UserError: if a response alone is too long, or adds nothing to its prompt.
     """
-    befores = tokenize(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
-    texts = tokenize(tokenizer, [prompt + response for prompt, response in pairs])
+    prompts, texts = [prompt.rstrip(" ") for prompt, _ in pairs], [prompt + response for prompt, response in pairs]
     rows, end = [], end_of_text(tokenizer)
-    for before, text, (_, response), place in zip(befores, texts, pairs, places, strict=True):
-        n_prompt = n_common(before, text)
-        if not response or n_prompt == len(text):
+    for text, (_, response), place in zip(tokenize_continued(tokenizer, prompts, texts), pairs, places, strict=True):
+        if not response or text.n_prompt == len(text.ids):
             raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        text = _ended(text, end)
-        n_response = len(text) - n_prompt
+        ids = _ended(text.ids, end)
+        n_response = len(ids) - text.n_prompt
         if n_response >= max_length:
             raise response_too_long(place, n_response, max_length)
-        text = truncate_left(text, max_length, tokenizer.bos_token_id)
-        rows.append({"input_ids": text, "spans": [max(len(text) - n_response, 1), len(text)]})  # a first token is not predicted
+        ids = truncate_left(ids, max_length, tokenizer.bos_token_id)
+        rows.append({"input_ids": ids, "spans": [max(len(ids) - n_response, 1), len(ids)]})  # a first token is not predicted
     return rows
 
 
