@@ -263,7 +263,6 @@ def test_no_stored_argument_names_code(tmp_path):
         init_chain=str(tmp_path / "elsewhere"),
         attn_implementation="owner/kernel",
         compile=True,
-        _instantiator="lightning.pytorch.cli.instantiate_module",
     )
     module = Saving.load_from_checkpoint(path)
     assert (module.init_chain, module.should_compile) == (None, False)

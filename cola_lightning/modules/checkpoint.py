@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
-from cola_lightning.modules.arguments import accepted, find_class, readable, stored_arguments
+from cola_lightning.modules.arguments import find_class, plain, stored_arguments
 from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
@@ -64,15 +64,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint that ``torch.load(weights_only=True)`` reads: no numpy numbers, no hyperparameters of other types."""
-    plain = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
+    readable = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
     for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
         for name, value in checkpoint.get(key, {}).items():
             try:
-                plain.setdefault(key, {})[name] = readable(value)
+                readable.setdefault(key, {})[name] = plain(value)
             except TypeError:
                 _warn_once(f"the hyperparameter {name!r} ({key}) is of type {type(value).__name__}")
     types = {LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE}  # classes
-    return {name: value for name, value in checkpoint.items() if name not in types} | plain
+    return {name: value for name, value in checkpoint.items() if name not in types} | readable
 
 
 def _with_plain_numbers(value: Any) -> Any:
@@ -128,7 +128,7 @@ def load_module(
     for name in recorded.get("not_plain", ()):
         if name not in given:
             log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
-    module = cls(**accepted(cls, stored_arguments(cls, checkpoint, recorded) | given))
+    module = cls(**stored_arguments(cls, recorded) | given)
     module.pending = opened
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
