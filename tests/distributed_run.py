@@ -287,17 +287,6 @@ class Cast(MLP):
         fully_shard(self.model, mesh=mesh, **how)
 
 
-class Normed(MLP):
-    """An MLP whose buffers follow the rows that a process sees, in its model and outside of it."""
-
-    def build_model(self):
-        self.norm = nn.BatchNorm1d(6)
-        return nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 6))
-
-    def loss(self, batch):
-        return F.mse_loss(self.norm(self.model(batch["x"])), batch["y"])
-
-
 def used_again(folder):
     """What a module and its Trainer can be used for after a fit; what cannot be is told in one line."""
     found = {}
@@ -312,11 +301,6 @@ def used_again(folder):
         merged = {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
         made.test(module, datamodule=Data(), ckpt_path=str(folder / f"again-{name}.step6.ckpt"))
         found |= {what: model.state_dict() for what, model in (merged | {f"{name}, back": module.merged_model()}).items()}
-    for strategy in ("ddp", "fsdp2"):
-        normed = Normed(rank=2, seed=1)
-        trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options).fit(normed, datamodule=Data())
-        found[f"buffers, {strategy}"] = dict(normed.named_buffers())
-        found[f"extras, {strategy}"] = normed.chain.links[0].extras
     single = make("mlp", finished_links="stack")
     trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
     refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}
@@ -385,11 +369,6 @@ def refused(folder):
             trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1).fit(module, datamodule=Data())
         except UserError as error:
             found[name] = str(error)
-    try:  # nine rows: two batches on one process, one on the other
-        uneven = DataLoader([{"x": torch.zeros(8), "y": torch.zeros(6)}] * 9, batch_size=4)
-        trainer(folder, devices=world(), strategy=STRATEGIES["fsdp2"]()).predict(make("mlp"), uneven)
-    except UserError as error:
-        found["uneven"] = str(error)
     try:  # each process has rows of its own, and no index of them
         own = trainer(folder, PredictionWriter(), devices=world(), strategy=STRATEGIES["ddp"]())
         own.predict(make("mlp"), DataLoader(Stream(), batch_size=2))

@@ -314,10 +314,6 @@ def test_a_module_is_used_again_after_a_fit(went_on):
         for what, model in expected.items():
             assert_bit_equal(first[what], model.state_dict())
             assert_bit_equal(second[what], model.state_dict())
-    for strategy in ("ddp", "fsdp2"):
-        for kind in ("buffers", "extras"):
-            assert_bit_equal(first[f"{kind}, {strategy}"], second[f"{kind}, {strategy}"])
-    assert distance(first["buffers, ddp"], first["buffers, fsdp2"]) < 1e-5
     assert first["fsdp again"].startswith("trainer.strategy: expected a new module, for FSDP's wrappers stay on one")
     assert first["another precision"].startswith("trainer.precision: expected one that leaves adapted layers in float32")
     assert first["another strategy"].startswith("trainer.strategy: expected ModelParallelStrategy, which has sharded this")
@@ -332,7 +328,6 @@ def test_what_does_not_go_together_is_refused_in_one_line(went_on):
             "fsdp, all trained": "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp for full fine-tuning "
             "(model.target_modules is null)",
             "fsdp, two dtypes": "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes",
-            "uneven": "predict: expected the same number of batches on each process",
             "no index": "predict: expected a loader that batches rows with indices (no IterableDataset) where 2 processes "
             "share its rows",
         }

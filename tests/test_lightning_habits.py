@@ -551,11 +551,6 @@ def test_a_pickled_module_has_no_optimizer_state(tmp_path):
     assert b"exp_avg" not in pickle.dumps(fitted(tmp_path, toy(target_modules=None)))
 
 
-def test_copies_for_processes_that_are_spawned_draw_alike():
-    sent = pickle.dumps(toy(seed=None))
-    assert_bit_equal(*(weights(pickle.loads(sent)) for _ in range(2)))
-
-
 # ---------------------------------------------------------------------- a Trainer's other uses
 
 

@@ -45,7 +45,7 @@ from cola_lightning.modules.state import (
     values_outside,
 )
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.sharded import processes, tensors
+from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
 from cola_lightning.weights import cast_floats
 
@@ -592,13 +592,6 @@ class COLAModule(LightningModule, RecordsArguments):
         is_plain = weights_only is not False
         module: Self = load_module(cls, checkpoint_path, links, kwargs, weights_only=is_plain, strict=strict)
         return module if map_location is None else module.to(map_location)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        """Chooses the seed first: spawned processes read the model before they are joined, and need the same one."""
-        if not processes.has_processes():
-            self.run.choose_seed(None if self.pending is None else self.pending.state.seed)
-        return super().__getstate__()
 
     # ------------------------------------------------------------------ subclasses
 

@@ -92,9 +92,6 @@ class RunChecks(Callback):
         _check_whole_windows(trainer)
         parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(_tensors_of(self.module).keys() - set(parameters))
-        # Of other tensors in a state dict, such as a metric's own, each process has its part.
-        registered = set(tensors.plain_names(dict(pl_module.named_buffers(remove_duplicate=False))))
-        self._shared_names = [name for name in self._buffer_names if name.startswith("model.") or name in registered]
         self.module.run.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
         first_batch = trainer.fit_loop.epoch_loop.batch_idx + 1  # 0, unless the fit resumes inside an epoch
@@ -125,7 +122,6 @@ class RunChecks(Callback):
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
         module, run = self.module, self.module.run
         if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-            _warn_of_short_lists(run.schedule, math.inf)
             module.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
@@ -162,9 +158,6 @@ class RunChecks(Callback):
             self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.module.run.window = beginning_window(trainer, batch_idx + 1)
-        if trainer.world_size > 1 and self._shared_names:  # DDP does so, but not before a knot or a validation
-            state = _tensors_of(self.module)
-            tensors.share_(state[name] for name in self._shared_names if name in state)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,15 +168,6 @@ class RunChecks(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.run.is_validating = False
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = processes.gather_objects(trainer.num_predict_batches) if shards(trainer.strategy) else []
-        if any(count != counts[0] for count in counts):
-            raise UserError(
-                "predict: expected the same number of batches on each process, for a sharded model computes on all of them "
-                f"together (EpochDataModule distributes its rows so), received {' and '.join(map(str, counts))}"
-            )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -296,25 +280,17 @@ def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
 
 
 def _warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:
-    """Warns of lists of ranks and alphas that are too short, and of lengths that look wrong.
+    """Warns of lengths that look wrong.
 
     Args:
         schedule: of the fit.
         lengths: optimizer steps of each remaining link of the fit, the current one first.
         n_finished: how many links are finished.
     """
-    _warn_of_short_lists(schedule, n_finished + len(lengths))
     if len(lengths) == 1 and schedule.has_knots and not n_finished:
         log.warning("the run ends before its first knot: it is one link, plain LoRA")
     if len(lengths) > 1 and lengths[-1] < (shortest := min(lengths[:-1])) / 2:
         log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
-
-
-def _warn_of_short_lists(schedule: ChainSchedule, n_links: float) -> None:
-    """Warns which rank and alpha links beyond the lists have, in a run of so many links; infinite: not known beforehand."""
-    for field, values in (("ranks", schedule.ranks), ("alphas", schedule.alphas)):
-        if values is not None and len(values) < n_links:
-            log.warning("chain.%s: from link %d on its last entry holds, %s", field, len(values) - 1, values[-1])
 
 
 def _without_gradient(model: nn.Module) -> list[str]:

@@ -126,10 +126,3 @@ def plain_names(names: Iterable[str]) -> list[str]:
         ['layers.0.fc']
     """
     return [re.sub("|".join(map(re.escape, WRAPPERS)), "", name) for name in names]
-
-
-@torch.no_grad()
-def share_(tensors: Iterable[Tensor]) -> None:
-    """Writes the first process' values into every other's tensors, in place."""
-    for tensor in tensors:
-        torch.distributed.broadcast(tensor, src=0)
