@@ -27,7 +27,7 @@ def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
     Raises:
         DiskError: if it cannot be written, for lack of space or permission.
     """
-    partial = path.with_name(f".{path.name}{_unique() if is_shared else ''}.partial")
+    partial = path.with_name(f".{path.name}{f'.{uuid4().hex}' if is_shared else ''}.partial")
     with _disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    _flush_replaced(path)
+    _flush(path.parent)
 
 
 @contextmanager
@@ -53,8 +53,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_free(path, overwrite=overwrite)
     path = Path(os.path.realpath(path))  # a link to a folder stays one
-    unique = _unique()
-    partial, old = (path.with_name(f".{path.name}{unique}.{what}") for what in ("partial", "old"))
+    partial, old = (path.with_name(f".{path.name}.{uuid4().hex}.{what}") for what in ("partial", "old"))
     with _disk_errors(path):
         try:
             partial.mkdir(parents=True)
@@ -69,32 +68,25 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 old.rename(path)
             for folder in (partial, old):
                 shutil.rmtree(folder, ignore_errors=True)
-    _flush_replaced(path)
+    _flush(path.parent)
 
 
 def check_free(path: Path, *, overwrite: bool = False, field: str = "output") -> None:
-    """Refuses to write a folder over a file, a folder that is not empty, or the working directory.
+    """Refuses to write a folder over a file or a folder that is not empty.
 
-    With ``overwrite``, over one that contains folders: that would be a mistake.
+    With ``overwrite``, over a folder that contains folders: that would be a mistake.
 
     Args:
         path: the folder.
         overwrite: whether a folder of files is replaced.
         field: its name in messages.
     """
-    try:
-        parts = list(path.iterdir()) if path.exists() else []
-    except OSError as error:  # no permission, a name that is too long, a file
-        what = "which is a file" if isinstance(error, NotADirectoryError) else error.strerror
-        raise UserError(f"{field}: expected a folder that can be written, received {str(path)!r}, {what}") from error
-    if path.exists() and path.samefile(os.curdir):  # it would have to be renamed
-        raise UserError(f"{field}: expected another folder than the working directory, received {str(path)!r}: name one in it")
-    if overwrite and any(part.is_dir() for part in parts):
-        raise UserError(f"{field}: expected a folder of files alone to overwrite, received {str(path)!r}, which holds folders")
-    if not overwrite and parts:
+    parts = list(path.iterdir()) if path.is_dir() else []
+    in_the_way = [part for part in parts if part.is_dir() or not overwrite]
+    if in_the_way or (path.exists() and not path.is_dir()):
         raise UserError(
-            f"{field}: expected a folder that does not exist or is empty, received {str(path)!r}, which is not: "
-            "overwrite replaces it"
+            f"{field}: expected a folder that does not exist or is empty (with overwrite: one without folders in it), received "
+            f"{str(path)!r}"
         )
 
 
@@ -105,20 +97,11 @@ def check_writable(field: str, folder: str | Path) -> None:
         field: its name in messages.
         folder: the folder.
     """
-    if "://" in str(folder):
-        return
     path = Path(os.path.realpath(folder))
     existing = next(place for place in (path, *path.parents) if place.exists())
-    if not existing.is_dir():
-        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{field}: expected a folder that can be written, received {str(folder)!r}: no permission in {existing}"
-        )
-
-
-def _unique() -> str:
-    return f".{uuid4().hex[:8]}"
+    if "://" not in str(folder) and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        why = f"{existing} is a file, or without write permission"
+        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {why}")
 
 
 @contextmanager
@@ -128,14 +111,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DiskError(f"{path} could not be written ({reason}); the old contents are unchanged") from error
-
-
-def _flush_replaced(path: Path) -> None:
-    """Flushes the rename of a file or folder, by which it was replaced."""
-    try:
-        _flush(path.parent)
-    except OSError as error:
-        raise DiskError(f"{path} was written, but a power failure may undo it ({error.strerror or error})") from error
 
 
 def _flush(path: Path) -> None:

@@ -341,13 +341,6 @@ class Quantized(MLP):
         return model
 
 
-class Half(MLP):
-    """An MLP in half precision."""
-
-    def build_model(self):
-        return super().build_model().to(torch.bfloat16)
-
-
 class Stream(IterableDataset):
     """Rows without a length or indices."""
 
@@ -361,7 +354,6 @@ def refused(folder):
         "tensor parallelism": (make("mlp"), ModelParallelStrategy(1, 2)),
         "4 bits": (Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
         "fsdp, all trained": (make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
-        "fsdp, two dtypes": (Half(target_modules=["0"]), STRATEGIES["fsdp1"]()),
     }
     found = {}
     for name, (module, strategy) in cases.items():

@@ -235,7 +235,7 @@ DAMAGE = [
         [*FIT, "--trainer.precision", "64-true"],
         "trainer.precision, model.finished_links: expected",
     ),
-    (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder of files alone to overwrite"),
+    (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder that does not exist or is empty"),
     (
         lambda path: None,
         "",
@@ -246,7 +246,7 @@ DAMAGE = [
         lambda path: Path("deep").mkdir(),
         "",
         [*EXPORT, ".", "--overwrite"],
-        "expected another folder than the working directory, received '.'",
+        "one without folders in it), received '.'",
     ),
     (
         lambda path: None,
@@ -313,7 +313,7 @@ def test_a_chain_folder_is_written_whole_or_not_at_all(function, error):
         with pytest.raises(DiskError, match="No space left on device"):
             chain.save("chain", overwrite=True)
     assert contents() == before
-    with pytest.raises(ValueError, match="expected a folder that does not exist or is empty, received 'chain'"):
+    with pytest.raises(ValueError, match=r"expected a folder that does not exist or is empty .*, received 'chain'"):
         chain.save("chain")
     chain.truncate(1).save("chain", overwrite=True)
     assert len(Chain.load("chain")) == 1

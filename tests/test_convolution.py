@@ -212,7 +212,7 @@ class Standardised(nn.Conv2d):
         (
             Standardised(2, 4, 3),
             2,
-            "expected layers of type Linear, .*Conv1d or Conv2d, received '0', which is a Standardised$",
+            "expected layers of type Linear, .*Conv1d or Conv2d .*, received '0', which is a Standardised$",
         ),
         (nn.ConvTranspose2d(2, 4, 3), 2, "received '0', which is a ConvTranspose2d$"),
     ],

@@ -408,7 +408,7 @@ def test_a_users_own_4_bit_model_is_adapted_and_never_merged_into(quant_type):
     model = nn.Sequential(Linear4bit(64, 96, quant_type=quant_type).to("cpu"), nn.Tanh(), nn.Linear(96, 2))
     x = inputs()
     expected, weight = model(x), model[0].weight
-    with pytest.raises(UserError, match=r"^model.finished_links: expected stack, for .* weight of '0', received"):
+    with pytest.raises(UserError, match=r"^model.finished_links: expected stack for .* weight of '0', received"):
         inject_lora(model, ["0"], rank=2, alpha=4)
     assert type(model[0]) is Linear4bit
     assert inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack") == ["0"]

@@ -48,8 +48,9 @@ def test_a_file_or_folder_that_cannot_be_flushed_leaves_the_old_one(tmp_path, mo
 def test_what_is_said_of_the_old_contents_is_true_once_they_are_replaced(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("old")
     failing_fsync(monkeypatch, of_folders=True)
-    with pytest.raises(DiskError, match=r"out was written, but .* \(Input/output error\)"):
+    with pytest.raises(OSError, match="Input/output error") as caught:
         write_file(tmp_path / "out")
+    assert not isinstance(caught.value, DiskError)  # which says that the old contents are unchanged
     assert contents(tmp_path) == {"out": "new"}
 
 
@@ -67,5 +68,8 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path):
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     write_file(tmp_path / "out")
-    with pytest.raises(UserError, match="which is a file"), whole_folder(tmp_path / "out", overwrite=True):
+    with (
+        pytest.raises(UserError, match="expected a folder that does not exist or is empty"),
+        whole_folder(tmp_path / "out", overwrite=True),
+    ):
         raise AssertionError

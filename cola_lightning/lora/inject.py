@@ -25,8 +25,8 @@ ALL_LINEAR = "all-linear"
 log = logging.getLogger(__name__)
 
 # Modules that do not multiply by their weights as a Linear layer does.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def inject_lora(
@@ -129,7 +129,8 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         UserError: if links are not in the weights (a link has been trained, or links are stacked) and ``merge`` is False.
     """
     layers = lora_layers(model)
-    if not merge and (lost := [name for name, layer in layers.items() if layer.has_begun or layer.has_finished_links]):
+    lost = [name for name, layer in layers.items() if layer.has_begun or (layer.stack and layer.stack.rank)]
+    if lost and not merge:
         raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
     dtypes = {name: dtype or _base_dtype(layer) for name, layer in layers.items()}
     stacked = unstack(model) if merge else {}
@@ -139,8 +140,8 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         if merge:
             layer.finish()
         layer.strip_()
-        for parameter in (layer.weight, getattr(layer, "bias", None)):
-            if parameter is not None and parameter.is_floating_point():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point():
                 cast_(parameter, dtypes[name])
 
 
@@ -183,16 +184,15 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
     names: list[str] = []
     others: dict[str, str] = {}  # the first name of each class
     for name, module in model.named_modules():
-        if module is head or is_inside(name, saved) or not name:
+        if module is head or is_inside(name, saved):
             continue
-        if is_linear(module):
+        if name and is_linear(module):
             names.append(name)
         elif not isinstance(module, NO_MATRICES) and any(p.dim() > 1 and len(p) > 1 for p in module.parameters(recurse=False)):
             others.setdefault(type(module).__name__, name)
     passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
     if not names:
-        beside = f" beside {passed_over}" if passed_over else ""
-        raise UserError(f"model.target_modules: expected a model with linear layers for all-linear, received none{beside}")
+        raise UserError(f"model.target_modules: expected linear layers for all-linear, received {passed_over or 'none'}")
     if passed_over:
         log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s", passed_over)
     return names
@@ -250,16 +250,12 @@ def _class_for(name: str, layer: nn.Module, finished_links: FinishedLinks) -> ty
     """The LoRA class for a target, which must be a layer that can have links."""
     found = lora_class(layer)
     if found is None:
-        why = " with a forward of its own: register_lora_layer adds a layer type" if isinstance(layer, nn.Linear) else ""
         raise UserError(
-            f"model.target_modules: expected layers of type {layer_types()}, received {name!r}, which is a "
-            f"{type(layer).__name__}{why}"
+            f"model.target_modules: expected layers of type {layer_types()} (register_lora_layer adds others), received "
+            f"{name!r}, which is a {type(layer).__name__}"
         )
     if (reason := obstacle(layer)) is not None:
         raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
     if finished_links == "merge" and is_quantized(layer):
-        raise UserError(
-            f"model.finished_links: expected stack, for links cannot be merged into the quantised weight of {name!r}, received "
-            "merge"
-        )
+        raise UserError(f"model.finished_links: expected stack for the quantised weight of {name!r}, received merge")
     return found

@@ -37,8 +37,6 @@ LINK_ATTRIBUTES = (
     *("base_class", "base_dtype", "source_dtype"),
 )
 
-Draw = Callable[[Tensor, torch.Generator | None], None]  # writes the rows of a factor, from a generator
-
 
 def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
     """Kaiming uniform with a = sqrt(5), PEFT's default: between plus and minus 1 / sqrt(n) for rows of n values."""
@@ -50,7 +48,8 @@ def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
     nn.init.normal_(rows, std=1 / len(rows), generator=generator)
 
 
-DRAWS: dict[str, Draw] = {"kaiming": kaiming_, "gaussian": gaussian_}
+# Functions that write the rows of a factor, from a generator.
+DRAWS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
 @torch.no_grad()
@@ -245,11 +244,6 @@ class LoRALayer(nn.Module):
         return bool(self.lora_A.any() and self.lora_B.any())
 
     @property
-    def has_finished_links(self) -> bool:
-        """Whether there are stacked links."""
-        return self.stack is not None and self.stack.rank > 0
-
-    @property
     def is_narrowed(self) -> bool:
         """Whether a precision has rounded the base: half precision does if links are stacked, and so not merged into it."""
         return self.dtype != self.base_dtype and self.dtype.itemsize < 4
@@ -297,7 +291,7 @@ class LoRALayer(nn.Module):
     def finish(self) -> None:
         """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
         self.add_finished_link(*self.factors, self.scaling)
-        self._zero_B()
+        tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
@@ -309,9 +303,6 @@ class LoRALayer(nn.Module):
             tensors.add_(self.weight, self.update(lora_A, lora_B, scaling))
         else:
             self.stack.push(lora_A, lora_B, scaling)
-
-    def _zero_B(self) -> None:
-        tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def unstack(self) -> tuple[Tensor, Tensor]:
         """Makes this stacking layer a merging one: its weight in float32 at least, without finished links.
@@ -347,12 +338,9 @@ class LoRALayer(nn.Module):
         n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
         full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
         DRAWS[self.init](full[: self.rank], generator)
-        if drawn == "A":
-            tensors.copy_(self.lora_A, full)
-            self._zero_B()
-        else:
-            tensors.copy_(self.lora_A, torch.zeros_like(self.lora_A))
-            tensors.copy_(self.lora_B, full.T)
+        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.T)
+        tensors.copy_(self.lora_A, lora_A)
+        tensors.copy_(self.lora_B, lora_B)
         self.lora_A.grad = self.lora_B.grad = None
 
     @override

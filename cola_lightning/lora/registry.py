@@ -12,8 +12,7 @@ from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import lora_linear_4bit
 
-MakesClass = Callable[[], type[LoRALayer]]
-Registered = TypeVar("Registered", bound=type[LoRALayer] | MakesClass)
+Registered = TypeVar("Registered", bound=type[LoRALayer] | Callable[[], type[LoRALayer]])
 
 
 class _Entry(NamedTuple):

@@ -28,7 +28,5 @@ def has_processes() -> bool:
 
 def draw_seed() -> int:
     """A seed that rank 0 draws, not from torch's generators, and every process receives."""
-    drawn: list[int] = [secrets.randbits(31)]
-    if has_processes():
-        torch.distributed.broadcast_object_list(drawn, src=0)
-    return drawn[0]
+    seed: int = gather_objects(secrets.randbits(31))[0]
+    return seed

@@ -5,7 +5,6 @@ applies to its own shard, nor for a checkpoint, which is written and read as on 
 With full fine-tuning (``target_modules: null``), all is sharded, by FSDP2.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -51,27 +50,24 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def without_trained(model: nn.Module) -> Iterator[None]:
     """Removes trained parameters from a model inside the block, so that ``fully_shard`` does not shard them."""
-    befores = [(module, dict(module._parameters)) for module in model.modules()]
-    for module, parameters in befores:
-        for name, parameter in parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                del module._parameters[name]
+    named = [(module, list(module.named_parameters(recurse=False))) for module in model.modules()]
+    trained = [(module, name, parameter) for module, own in named for name, parameter in own if parameter.requires_grad]
+    for module, name, _ in trained:
+        delattr(module, name)
     try:
         yield
     finally:
-        for module, parameters in befores:
-            now = dict(module._parameters)
-            module._parameters.clear()
-            module._parameters.update({name: now.get(name, parameter) for name, parameter in parameters.items()})
+        for module, name, parameter in trained:
+            module.register_parameter(name, parameter)
 
 
 def replicate_trained(strategy: Strategy) -> None:
-    """Makes a strategy that shards parameters one of :func:`with_replicated_trainables`; others do not change.
+    """Adds :class:`ReplicatedTrainables` to the class of a strategy that shards parameters; others do not change.
 
     In place: the user gave it to the Trainer, under Lightning's name and with its own options.
     """
-    if shards(strategy) and not hasattr(strategy, "replicates_trainables"):
-        strategy.__class__ = with_replicated_trainables(type(strategy))
+    if shards(strategy) and not isinstance(strategy, ReplicatedTrainables):
+        strategy.__class__ = type(type(strategy).__name__, (ReplicatedTrainables, type(strategy)), {})
 
 
 def check_sharding(strategy: Strategy, module: Any) -> None:
@@ -80,15 +76,11 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
     Raises:
         UserError: for tensor parallelism, for FSDP1 with full fine-tuning, and for a module laid out for another strategy.
     """
-    if module.is_wrapped_by_fsdp1:
+    is_sharded = module.is_made and tensors.is_model_sharded(module.model)
+    if module.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
         raise UserError(
-            "trainer.strategy: expected a new module, for FSDP's wrappers stay on one and are not made twice: "
-            f"{type(module).__name__}.load_from_checkpoint makes one; received one that was used under fsdp"
-        )
-    if module.is_made and tensors.is_model_sharded(module.model) and not isinstance(strategy, ModelParallelStrategy):
-        raise UserError(
-            "trainer.strategy: expected ModelParallelStrategy, which has sharded this module (load_from_checkpoint makes a new "
-            f"one), received {type(strategy).__name__}"
+            "trainer.strategy: expected a new module, for FSDP's wrappers are not made twice, and FSDP2's shards fit no other "
+            f"strategy: {type(module).__name__}.load_from_checkpoint makes one; received one that a strategy has sharded"
         )
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
     if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
@@ -122,12 +114,11 @@ def shard_module(strategy: Strategy, module: Any) -> None:
         return
     if is_quantized_model(module.model):
         raise UserError(
-            "trainer.strategy: expected ddp, or one device, for a base in 4 bits, which is not sharded; received "
-            f"{type(strategy).__name__}"
+            "trainer.strategy: expected ddp, or one device, for a base in 4 bits, received one that shards its parameters"
         )
     if isinstance(strategy, FSDPStrategy):
         if not module.is_wrapped_by_fsdp1:
-            configure_fsdp1(strategy, module, torch.get_default_dtype())
+            _configure_fsdp1(strategy, module)
         module.is_wrapped_by_fsdp1 = True
     elif not tensors.is_model_sharded(module.model):
         mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
@@ -135,84 +126,55 @@ def shard_module(strategy: Strategy, module: Any) -> None:
             module.shard_model(mesh)
 
 
-@functools.cache
-def with_replicated_trainables(base: Any) -> type[Strategy]:
-    """A subclass of a strategy that shards parameters, in which trained parameters are replicated.
+class ReplicatedTrainables(Strategy):
+    """A mixin for a strategy that shards parameters: trained parameters are replicated.
 
     Gradients are averaged before anything reads them. Checkpoints are written and read as under DDP: one file, the hooks in the
     same order, on any number of processes. Lightning's own way would gather by name, load before the chain is replayed, and
     take a step with a new optimizer.
     """
 
-    class ReplicatedTrainables(base):  # type: ignore[misc]
-        replicates_trainables = True
-        restore_checkpoint_after_setup = False
-        lightning_restore_optimizer = True
-        save_checkpoint = Strategy.save_checkpoint
-        load_checkpoint = Strategy.load_checkpoint
-        load_model_state_dict = Strategy.load_model_state_dict
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
 
-        @override
-        def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-            def closure_and_average() -> Any:
-                loss = closure()
-                _average_gradients(optimizer)
-                return loss
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        def closure_and_average() -> Any:
+            loss = closure()
+            _average_gradients(optimizer)
+            return loss
 
-            return super().optimizer_step(optimizer, closure_and_average, *args, **kwargs)
+        return super().optimizer_step(optimizer, closure_and_average, *args, **kwargs)
 
-        @override
-        def lightning_module_state_dict(self) -> dict[str, Any]:
-            return _gathered(Strategy.lightning_module_state_dict(self), is_writer=self.is_global_zero)
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return _gathered(Strategy.lightning_module_state_dict(self), is_writer=self.is_global_zero)
 
-        @override
-        def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-            state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-            parts = state["state"].items()
-            return state | {"state": {key: _gathered(part, is_writer=self.is_global_zero) for key, part in parts}}
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
+        parts = state["state"].items()
+        return state | {"state": {key: _gathered(part, is_writer=self.is_global_zero) for key, part in parts}}
 
-        @override
-        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-            states = []
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                parts = {key: _laid_out_as(part, parameters[key]) for key, part in state["state"].items()}
-                states.append(state | {"state": parts})
-            Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
-
-    ReplicatedTrainables.__name__, ReplicatedTrainables.__qualname__ = base.__name__, base.__qualname__
-    ReplicatedTrainables.__module__ = base.__module__
-    return ReplicatedTrainables
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = []
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parts = {key: _laid_out_as(part, parameters[key]) for key, part in state["state"].items()}
+            states.append(state | {"state": parts})
+        Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
 
 
-def configure_fsdp1(strategy: FSDPStrategy, module: Any, dtype: torch.dtype) -> None:
-    """Configures FSDP1, which wraps the module later: what not to shard, and where to wrap if the user does not say.
-
-    Args:
-        strategy: the Trainer's strategy.
-        module: the module, with its adapted model.
-        dtype: the dtype to which the precision will cast the module before it is wrapped; float32: no cast.
-
-    Raises:
-        UserError: if frozen parameters will have more than one dtype, which FSDP1's flat parameters cannot have.
-    """
-    layers = lora_layers(module).values()
-    wide = {id(parameter) for layer in layers if layer.stack is None for parameter in (layer.weight, layer.bias)}
-    frozen = {
-        dtype if dtype.itemsize < 4 and id(parameter) not in wide else parameter.dtype
-        for parameter in module.model.parameters()
-        if not parameter.requires_grad
-    }
-    if len(frozen) > 1:
-        received = " and ".join(sorted(str(one).removeprefix("torch.") for one in frozen))
-        raise UserError(
-            "trainer.strategy: expected ModelParallelStrategy (FSDP2) for a base in several dtypes, as model.finished_links: "
-            f"merge makes of one in half precision, received fsdp and {received}"
-        )
+def _configure_fsdp1(strategy: FSDPStrategy, module: Any) -> None:
+    """Configures FSDP1, which wraps the module later: what not to shard, and where to wrap if the user does not say."""
     # Lightning wraps the whole module. As under FSDP2, what is outside of the model is replicated; a checkpoint contains it.
     inside = {id(parameter) for parameter in module.model.parameters()}
     replicated = [p for p in module.parameters() if p.requires_grad or id(p) not in inside]
-    for layer in layers:  # FSDP1 moves only what it shards
+    for layer in lora_layers(module).values():  # FSDP1 moves only what it shards
         if layer.stack is not None:
             layer.stack.apply_(lambda tensor: tensor.to(strategy.root_device))
     for parameter in replicated:
@@ -223,22 +185,17 @@ def configure_fsdp1(strategy: FSDPStrategy, module: Any, dtype: torch.dtype) -> 
 
 
 def _average_gradients(optimizer: Optimizer) -> None:
-    """Averages the gradients of replicated parameters; one that has a gradient on no process has none afterwards, either.
-
-    Only a missing gradient is sent as minus zeros: their sum is minus zero, and with any other number it is that number.
-    """
+    """Averages the gradients of replicated parameters; one that has a gradient on no process has none afterwards, either."""
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 averages the others
-    without = [parameter for parameter in parameters if parameter.grad is None]  # on this process
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.full_like(parameter, -0.0)
-        else:
-            parameter.grad += 0.0  # its own minus zeros are zeros
-    tensors.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
-    for parameter in without:
-        if torch.signbit(cast(Tensor, parameter.grad)).all() and not cast(Tensor, parameter.grad).any():
-            parameter.grad = None
+    if not parameters:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    is_used = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    tensors.average_([*gradients, is_used])
+    for parameter, gradient, used in zip(parameters, gradients, is_used, strict=True):
+        if parameter.grad is None and used:  # on another process
+            parameter.grad = gradient
 
 
 def _gathered(state: Mapping[str, Any], *, is_writer: bool) -> dict[str, Any]:
