@@ -1118,10 +1118,6 @@ def empty_chain(name, *arguments):
     (("merged", "out", None, None, Path("base")), "base_folder: expected --format peft beside it, received merged"),
     (("peft", "out", None, 0, None), "max_rank: expected at least 1, received 0"),
     (
-        ("peft", "out", None, None, Path("out/base")),
-        "base_folder: expected a folder apart from the output, received 'out/base'",
-    ),
-    (
         ("merged", "used", None, None, None),
         "output: expected a folder that does not exist or is empty, received 'used', which is not: overwrite replaces it",
     ),
