@@ -1092,10 +1092,6 @@ NOT_FREE = "output: expected a folder that does not exist or is empty (with over
     (("merged", "out", None, None, Path("base")), "base_folder: expected --format peft beside it, received merged"),
     (("peft", "out", None, 0, None), "max_rank: expected at least 1, received 0"),
     (
-        ("peft", "out", None, None, Path("out/base")),
-        "base_folder: expected a folder apart from the output, received 'out/base'",
-    ),
-    (
         ("merged", "used", None, None, None),
         f"{NOT_FREE} 'used'",
     ),

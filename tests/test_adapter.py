@@ -16,7 +16,8 @@ from cola_lightning.chain import Chain
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from cola_lightning.cli import main
-from cola_lightning.export.verify import reference_logits
+from cola_lightning.export.module import export_module
+from cola_lightning.export.verify import ExportOptions
 from tests import tiny
 from tests.make_fixture import FIXTURES
 from tests.toy import assert_bit_equal, batches, toy, trainer
@@ -222,8 +223,7 @@ def exported(request, tmp_path):
     facts = [{"start_step": 0, "end_step": 7, "metrics": {"val_loss": 0.5}}, {"start_step": 7, "end_step": 9}, {}]
     links = [type(link)(**vars(link) | fact) for link, fact in zip(module.full_chain().links, facts, strict=True)]
     chain = Chain(links, module.chain.base)
-    how = {"base_name": module.base_name, "modules_to_save": module.modules_to_save}
-    tiny.export_adapter(chain, module.merged_model(0), tmp_path / "peft", reference_logits(module.model), **how)
+    export_module(module, chain, ExportOptions(tmp_path / "peft", "peft"), module.adapted)
     return module, chain, tmp_path / "peft"
 
 

@@ -240,7 +240,7 @@ DAMAGE = [
         lambda path: None,
         "",
         [*EXPORT, "runs/version_0/checkpoints", "--overwrite"],
-        "that does not hold the checkpoint",
+        "that does not hold the base or the checkpoint",
     ),
     (
         lambda path: Path("deep").mkdir(),

@@ -27,6 +27,7 @@ from cola_lightning import (
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
 from cola_lightning.errors import ExportError
+from cola_lightning.export import verify
 from cola_lightning.export.verify import ReferenceLogits, reference_logits
 from cola_lightning.lora import linear4bit
 from tests import tiny
@@ -482,11 +483,11 @@ def test_a_base_is_the_same_however_many_threads_make_it():
     assert len(found) == 1
 
 
-def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path):
+def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path, monkeypatch):
     probe = reference_logits(trained.module.model)
-    wrong = ReferenceLogits(probe.inputs, probe.logits + 1, probe.is_half)
+    monkeypatch.setattr(verify, "reference_logits", lambda *_: ReferenceLogits(probe.inputs, probe.logits + 1))
     with pytest.raises(ExportError, match="its logits differ from the module's by at most 1"):
-        tiny.export_merged(trained.module.merged_model(), tmp_path / "out", wrong)
+        trained.module.export(tmp_path / "out")
 
 
 def test_an_adapter_says_that_its_base_was_in_4_bits(trained, tmp_path, capsys):
@@ -574,7 +575,7 @@ def test_the_base_is_transformers_own_and_peft_puts_the_adapter_on_it(tmp_path):
         for layer in lora_layers(module.model).values():
             nn.init.normal_(layer.lora_B, std=0.1)
         module.tie_knot()
-    tiny.export_adapter(module.chain, module.merged_model(0), tmp_path / "adapter", base_name=folder, verify=False)
+    module.export(tmp_path / "adapter", "peft", verify=False)
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=torch.float32)
     for layer in base.modules():

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli import main
-from cola_lightning.export.card import usage_section
 from tests import tiny
 from tests.test_templates import CHAT
 from tests.toy import trainer
@@ -108,11 +107,6 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("given", [{}, {"system": "Be brief."}, {"kind": "chat", "chat_template": True}])
-def test_what_is_no_prompt_format_is_no_section(given):
-    assert usage_section(given) == ""
-
-
 def trained_on(row, base, folder):
     """A module after one step on one row, its data and its Trainer."""
     for split in ("train", "validation", "test"):
@@ -178,20 +172,9 @@ def test_the_lines_of_an_adapter_give_the_librarys_own_scores(tmp_path):
     run.predict(module, datamodule=data, return_predictions=False)
     adapter = str(tmp_path / "adapter")
     assert main(["export", "--checkpoint", str(tmp_path / "last.ckpt"), "--format", "peft", "--output", adapter]) == 0
-    assert "not trained to generate them: score the options" in Path(adapter, "README.md").read_text()
-    module.tokenizer.save_pretrained(adapter)
-    format_ = OpenedCheckpoint.open(tmp_path / "last.ckpt").state.prompt_format
-    _, names = executed(code_of(usage_section(format_, folder=adapter, is_adapter=True)))
+    card = Path(adapter, "README.md").read_text()
+    assert "not trained to generate them: score the options" in card
+    _, names = executed(code_of(card).replace("path/to/this/folder", adapter))
     prediction = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     scores = [names["score"](prediction["prompt"], option) for option in prediction["options"]]
     assert scores == pytest.approx(prediction["scores"], abs=1e-5)
-
-
-def test_an_adapter_is_loaded_on_its_base():
-    section = usage_section({"kind": "options", "chat_template": False, "prompt": None, "options": None}, is_adapter=True)
-    code = code_of(section)
-    assert "from peft import AutoPeftModelForCausalLM\n" in code
-    assert "model = AutoTokenizer.from_pretrained(folder), AutoPeftModelForCausalLM.from_pretrained(folder)" in code
-    assert 'prompt, options = "...", ["...", "..."]  # as in training' in code
-    compile(code, "README.md", "exec")
-    assert usage_section({}) == ""

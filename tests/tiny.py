@@ -11,9 +11,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cola_lightning import TemplateDataModule, lora_layers
-from cola_lightning.export import adapter, merged
-from cola_lightning.export import module as export_of_module
-from cola_lightning.export.verify import ExportOptions
 
 REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 
@@ -180,22 +177,3 @@ def reviews(**arguments):
     """The quickstart's rows, as its config has them."""
     how = {"prompt": "{text} It was", "options": [" terrible", " great"], "max_length": 128, "length_grouped": False}
     return TemplateDataModule(str(REVIEWS), **how | arguments)
-
-
-def export_options(folder, format_, how):
-    """Takes an export's options out of named arguments."""
-    given = {name: how.pop(name) for name in ("verify", "overwrite", "max_rank") if name in how}
-    return ExportOptions(Path(folder), format_, **given)
-
-
-def export_merged(model, folder, probe=None, **how):
-    return merged.export_merged(model, export_options(folder, "merged", how), probe, **how)
-
-
-def export_adapter(chain, base, folder, probe=None, *, base_name, modules_to_save=(), **how):
-    base = adapter.AdapterBase(base, base_name, saved=modules_to_save)
-    return adapter.export_adapter(chain, base, export_options(folder, "peft", how), probe, **how)
-
-
-def export_chain(chain, folder, **how):
-    return export_of_module.export_chain(chain, export_options(folder, "chain", how))

@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
 from cola_lightning.errors import UserError
-from cola_lightning.hub import quiet
-
-if TYPE_CHECKING:
-    from cola_lightning.export.verify import ExportOptions
+from cola_lightning.hub import quiet, upload
 
 
 def export(words: Sequence[str]) -> None:
@@ -38,7 +34,7 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="with merged: dtype (default: the base's, float32 if it has several)",
+        help="with merged: dtype (default: model.dtype)",
     )
     parser.add_argument("--max_rank", type=int | None, metavar="R", help="with peft: recompress to this rank, by SVD")
     parser.add_argument(
@@ -59,50 +55,26 @@ def export(words: Sequence[str]) -> None:
     options = parsed(parser, words)
     if options.format == "chain" and options.license is not None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
-    from cola_lightning.export.verify import ExportOptions
-
-    output = options.output
-    given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
-    asked = ExportOptions(output, options.format, verify=not options.no_verify, **given)
-    asked.check()
-    if options.checkpoint.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"output: expected a folder that does not hold the checkpoint, received {str(output)!r}")
-    opened = OpenedCheckpoint.open(options.checkpoint)
-    if opened.state.live is None and asked.format != "merged":
-        raise UserError(
-            f"format: expected merged for a checkpoint without links (model.target_modules: null), received {asked.format}"
-        )
-    if asked.format == "chain":
-        lines = _export_chain(opened, options.links, asked)
-    else:
-        lines = _export_model(opened, options.links, asked, trust_remote_code=options.trust_remote_code)
-    print("\n".join(lines))
-    print(f"written: {output}")
-    if options.push_to_hub is not None:
-        from cola_lightning.hub import upload
-
-        print(f"uploaded: {upload(output, options.push_to_hub)}")
-
-
-def _export_chain(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions") -> list[str]:
-    """Exports a chain folder, without constructing the module."""
-    from cola_lightning.export.module import export_chain
-
-    chain = chain_of(opened.contents["state_dict"], opened.state, links)
-    asked.check(chain.base.name)
-    return export_chain(chain, asked)
-
-
-def _export_model(opened: OpenedCheckpoint, links: int | None, asked: "ExportOptions", *, trust_remote_code: bool) -> list[str]:
-    arguments = opened.state.module
-    check_arguments(arguments, "export")
-
     from cola_lightning.export.module import export_module
+    from cola_lightning.export.verify import ExportOptions
     from cola_lightning.modules import COLAModule, find_class
 
-    find_class(arguments["class_path"])
-    given = {"trust_remote_code": True} if trust_remote_code else {}  # not every class has the argument
-    with quiet():
-        module = COLAModule.load_from_checkpoint(opened, links=links, **given)
-    chain = chain_of(opened.contents["state_dict"], opened.state, links)
-    return export_module(module, chain, asked, opened.state.prompt_format, opened.state.data)
+    given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
+    asked = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
+    asked.check(options.checkpoint)
+    opened = OpenedCheckpoint.open(options.checkpoint)
+    state = opened.state
+    chain = chain_of(opened.contents["state_dict"], state, options.links)
+    if asked.format == "chain":
+        lines = export_module(None, chain, asked)
+    else:
+        check_arguments(state.module, "export")
+        find_class(state.module["class_path"])
+        trust = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has the argument
+        with quiet():
+            module = COLAModule.load_from_checkpoint(opened, links=options.links, **trust)
+        lines = export_module(module, chain, asked, module.adapted, state.prompt_format, state.data)
+    print("\n".join(lines))
+    print(f"written: {asked.folder}")
+    if options.push_to_hub is not None:
+        print(f"uploaded: {upload(asked.folder, options.push_to_hub)}")

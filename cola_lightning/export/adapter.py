@@ -1,9 +1,11 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names."""
 
+import copy
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,121 +13,189 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.chain.link import core_of_product
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
-from cola_lightning.export.card import Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits
-from cola_lightning.hub import quiet
+from cola_lightning.export.card import FOLDER, Card
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
+from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.linear4bit import is_quantized
 from cola_lightning.lora.registry import is_linear
+from cola_lightning.seeding import derive_seed, seeded
+from cola_lightning.weights import cast_floats
 from cola_lightning.writing import whole_folder
 
 LABELS_NAME = "labels.json"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}  # by the class' name
+TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdapterBase:
     """The base of an adapter.
 
     Attributes:
         model: the plain model without any link; for the comparison, the adapter is loaded into it.
         name: where PEFT finds it.
-        where: its description in the comparison.
         saved: names, or dotted name endings, of modules that were fully trained, or are not in the named base.
-        hints: for the user of the adapter, who loads the base.
+        code: Python code that makes it.
         revision: on the hub.
-        tokenizer: the tokenizer to write, too.
-        labels: a classifier's labels, for which the adapter's own configuration has no place.
+        task: PEFT's name for its task; None: another.
+        notes: what its user must know.
     """
 
     model: Any
     name: str
-    where: str = ""
-    saved: Sequence[str] = ()
-    hints: Sequence[str] = ()
+    saved: Sequence[str]
+    code: str
     revision: str | None = None
-    tokenizer: Any = None
-    labels: Sequence[str] | None = None
+    task: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def export_adapter(
-    chain: Chain,
-    base: AdapterBase,
-    options: ExportOptions,
-    reference: ReferenceLogits | None = None,
-    *,
-    card: Card | None = None,
-) -> list[str]:
+def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card) -> list[str]:
     """Writes a chain as one ordinary PEFT LoRA.
 
     Args:
+        module: the exported module.
+        adapted: its adapted model, which is upcast in place.
         chain: the chain, the live link included.
-        base: the base on which it is used.
         options: the folder, the rank, and whether to compare.
-        reference: the logits of the chain's module; None: no input is known, and nothing is compared.
         card: the model card to write, too.
 
     Returns:
-        Lines to report: the rank, the errors of recompression, the comparison, and how the base is loaded.
+        Lines to report: the errors of recompression, the rank, the base, and the comparison.
 
     Raises:
-        UserError: for an empty chain, values that an adapter cannot hold, and a folder that is not empty (no ``overwrite``).
+        UserError: for an empty chain, values that an adapter cannot hold, a base that is not the one of its name.
         ExportError: if the adapter that is loaded again gives other logits.
     """
+    from peft import PeftModel
+
     if not len(chain):
         raise UserError("links: expected at least 1 for an adapter, received 0")
+    dtype = adapted.cast_dtype
+    reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
+    if hasattr(module, "pretrained"):
+        base = _named_base(module, adapted, options, reference, dtype)
+    else:
+        base = _built_base(module, adapted, options)
     factors, lines = concatenate(chain), []
     rank = total = sum(link.rank for link in chain.links)
     if options.max_rank is not None and options.max_rank < total:
         rank = options.max_rank
         for name, pair in factors.items():
-            *smaller, error = compress(*pair, rank)
-            factors[name] = (smaller[0], smaller[1])
+            lora_A, lora_B, error = compress(*pair, rank)
+            factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
-    saved = saved_by_peft(base.model, base.saved)
-    config = peft_config(base, list(factors), rank, saved)
-    tensors = _values_saved(chain, base.model, saved)
-    for name, pair in as_peft_weights(base.model, factors).items():
-        tensors |= {f"{name}.lora_{factor}.weight": value for factor, value in zip("AB", pair, strict=True)}
+    config = peft_config(base, list(factors), rank)
+    tensors = _values_saved(chain, base.model, config.modules_to_save or ())
+    for name, (lora_A, lora_B) in as_peft_weights(base.model, factors).items():
+        tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
     metadata = {LINKS_KEY: json.dumps(describe(chain.links, chain.base))} if rank == total else {}
-    needed = next((str(offered) for offered in VLLM_RANKS if offered >= rank), f"more than it offers, {VLLM_RANKS[-1]}")
-    lines.append(f"one adapter of rank {rank}: vLLM needs max_lora_rank {needed}")
-    lines += [f"its base: {'; '.join(base.hints)}"] if base.hints else []
-    with whole_folder(options.folder, overwrite=options.overwrite) as partial, quiet():
+    lines += [f"one adapter of rank {rank}", f"its base: {base.code}", *base.notes]
+    with whole_folder(options.folder, overwrite=options.overwrite) as partial:
         config.save_pretrained(str(partial))
         written = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
         save_file(written, partial / TENSORS_NAME, {"format": "pt"} | metadata)
-        if base.labels is not None:  # no config.json: transformers would take the folder for a whole model
-            (partial / LABELS_NAME).write_text(json.dumps(list(base.labels), ensure_ascii=False) + "\n", encoding="utf-8")
-            lines.append(f"its labels are in {LABELS_NAME}, a list: give from_pretrained id2label=dict(enumerate(labels))")
-        if base.tokenizer is not None:
-            base.tokenizer.save_pretrained(partial)
-        if card is not None:
-            card.write(partial, f"PEFT adapter (LoRA of rank {rank})", _loading(config.task_type, base))
-        if options.verify and reference is not None:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(base.model, str(partial))
-            lines.append(reference.compare(loaded, "loaded again with peft", where=base.where, is_same=rank == total))
-        else:
-            lines.append("not compared" + (", for no input is known" if options.verify else ""))
-    return lines
+        if module.labels_of_base is not None:  # no config.json: transformers would take the folder for a whole model
+            labels = json.dumps(module.labels_of_base, ensure_ascii=False)
+            (partial / LABELS_NAME).write_text(f"{labels}\n", encoding="utf-8")
+        loading = f"import transformers\nfrom peft import PeftModel\n\nbase = {base.code}\n"
+        card.write(
+            partial, f"PEFT adapter (LoRA of rank {rank})", f'{loading}model = PeftModel.from_pretrained(base, "{FOLDER}")'
+        )
+        if reference is None:
+            return [*lines, "not compared" + (", for no input is known" if options.verify else "")]
+        loaded = PeftModel.from_pretrained(base.model, str(partial))
+        return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
-def _loading(task: str | None, base: AdapterBase) -> str:
-    """How the user of a folder loads an adapter, in Python."""
-    if task == "CAUSAL_LM":
-        return 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("FOLDER")'
-    if task == "SEQ_CLS":  # the base's own configuration may have others
-        labels = base.labels or [f"LABEL_{k}" for k in range(base.model.config.num_labels)]
-        auto = "AutoPeftModelForSequenceClassification"
-        model = f'model = {auto}.from_pretrained("FOLDER", id2label=dict(enumerate(labels)))'
-        return f"from peft import {auto}\n\nlabels = {list(labels)!r}\n{model}"
-    return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the model without links'
+# ---------------------------------------------------------------------- its base
+
+
+def _built_base(module: Any, adapted: AdaptedModel, options: ExportOptions) -> AdapterBase:
+    """The base that a module's own code builds."""
+    if options.base_folder is not None:
+        what = f"{type(module).__name__}, whose base is not loaded by transformers"
+        raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
+    return AdapterBase(adapted.merged_model(0), module.base_name, module.modules_to_save, "module.merged_model(0)")
+
+
+def _named_base(
+    module: Any, adapted: AdaptedModel, options: ExportOptions, reference: ReferenceLogits | None, dtype: torch.dtype
+) -> AdapterBase:
+    """The base as a user of the adapter loads it, by its name; if a folder for it is given, it is written there.
+
+    Its weights are compared, and then replaced by those that were trained on, which may differ where these were rounded or in 4
+    bits. With them its logits are compared, too, without links, so that no recompression hides another function of them.
+
+    Raises:
+        UserError: if weights differ.
+        ExportError: if logits differ.
+    """
+    import transformers
+
+    base: Any = adapted.merged_model(0)
+    pretrained, notes = module.pretrained, []
+    if (folder := options.base_folder) is not None:
+        if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
+            with whole_folder(folder) as partial:
+                written = copy.deepcopy(base)
+                cast_floats(written, getattr(torch, pretrained.dtype))
+                written.save_pretrained(partial)
+                module.tokenizer.save_pretrained(partial)
+            notes.append(f"its base was written to {folder}")
+        pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+    if not pretrained.is_found_by_name:
+        notes.append("peft cannot load its base by that name: base_folder (--base_folder DIR) writes one that it can")
+    fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
+    if fields and base.config.pad_token_id is not None:  # where a text ends
+        fields["pad_token_id"] = base.config.pad_token_id
+    with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
+        named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
+    cast_floats(named.eval(), next(base.parameters()).dtype)
+    saved = [*module.modules_to_save, *pretrained.new_modules(named, new_weights)]
+    in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
+    if different := _differing(named.state_dict(), base.state_dict(), [*saved, *in_4_bits]):
+        raise UserError(
+            f"format: expected merged, for the base of {type(module).__name__} is not {pretrained.name!r}: {different[0]!r} "
+            "differs, and an adapter is put on the base that it names; received peft"
+        )
+    named.load_state_dict(base.state_dict())
+    if reference is not None:
+        how = f"expected --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
+        ReferenceLogits.of(base, reference.inputs).compare(named, how)
+    given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
+    if module.labels_of_base is not None:
+        given["id2label"] = dict(enumerate(module.labels_of_base))
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    if in_4_bits:  # de-quantised to compare
+        how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'"
+        arguments += f", quantization_config=transformers.BitsAndBytesConfig({how})"
+    name = os.path.expanduser(pretrained.model_name)
+    code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
+    return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class), notes)
+
+
+def _differing(named: Mapping[str, Tensor], base: Mapping[str, Tensor], skipped: Sequence[str]) -> list[str]:
+    """The names of values that are not the same in two bases, even if the first is rounded to half precision.
+
+    Args:
+        named: the state of the base that was loaded by its name.
+        base: the state of the base that the chain was trained on.
+        skipped: names, or dotted name endings, of what is not compared.
+    """
+
+    def is_same(name: str) -> bool:
+        if name not in base or name not in named:
+            return False
+        mine, theirs = base[name], named[name]
+        return any(torch.equal(mine, theirs.to(dtype).to(mine.dtype)) for dtype in (mine.dtype, torch.bfloat16, torch.float16))
+
+    return [name for name in sorted(base.keys() | named.keys()) if not lies_in(name, skipped) and not is_same(name)]
 
 
 # ---------------------------------------------------------------------- its factors
@@ -175,15 +245,13 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 
     Source: ``peft.tuners.lora.layer``, ``_ConvNd.update_layer`` (0.21: it makes A without the layer's dilation).
     """
-    weights, modules = dict(factors), dict(base.named_modules())
+    weights = dict(factors)
     for name, (lora_A, lora_B) in factors.items():
-        layer = modules[name]
+        layer: Any = base.get_submodule(name)
         is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
         if (is_convolution and set(layer.dilation) != {1}) or not (is_convolution or is_linear(layer)):
-            raise UserError(
-                f"format: expected merged, for PEFT has no LoRA, or another, for {name!r}, a {type(layer).__name__}"
-                f"({layer.extra_repr()}); received peft"
-            )
+            what = f"PEFT has no LoRA, or another, for {name!r}, a {layer}"
+            raise UserError(f"format: expected merged, for {what}; received peft")
         if is_convolution:
             size = layer.kernel_size
             weights[name] = lora_A.reshape(-1, layer.in_channels, *size), lora_B[(..., *[None] * len(size))]
@@ -193,50 +261,39 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 # ---------------------------------------------------------------------- its configuration, and other values
 
 
-def peft_config(base: AdapterBase, layers: list[str], rank: int, modules_to_save: list[str]) -> Any:
-    """The ``LoraConfig`` of an adapter whose scaling is 1."""
+def peft_config(base: AdapterBase, layers: list[str], rank: int) -> Any:
+    """The ``LoraConfig`` of an adapter whose scaling is 1.
+
+    ``target_modules`` are the last parts of the layers' names, if these match no other layer, else an expression for the full
+    names.
+    """
     from peft import LoraConfig
 
     modules = dict(base.model.named_modules())
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    found = {name for name in modules if name.rpartition(".")[2] in endings}
     return LoraConfig(
-        task_type=_task(base.model),
+        task_type=base.task,
         base_model_name_or_path=base.name,
         revision=base.revision,
         r=rank,
         lora_alpha=rank,
-        target_modules=_target_modules(layers, list(modules)),
-        modules_to_save=modules_to_save or None,
+        target_modules=endings if found == set(layers) else "|".join(map(re.escape, layers)),
+        modules_to_save=saved_by_peft(base) or None,
         fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
         inference_mode=True,
     )
 
 
-def _task(base: nn.Module) -> str | None:
-    return next((task for ending, task in TASKS.items() if type(base).__name__.endswith(ending)), None)
-
-
-def _target_modules(layers: list[str], modules: list[str]) -> list[str] | str:
-    """``target_modules`` that match exactly these layers in PEFT: last parts of their names, else full names, else a regex."""
-    for names in (sorted({name.rpartition(".")[2] for name in layers}), layers):
-        endings = tuple(f".{name}" for name in names)
-        if {name for name in modules if name in names or name.endswith(endings)} == set(layers):
-            return names
-    return "|".join(map(re.escape, layers))
-
-
-def saved_by_peft(base: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
-    """The modules that PEFT loads whole from an adapter with these ``modules_to_save``: it matches the ends of names.
-
-    Args:
-        base: the plain model.
-        modules_to_save: names or dotted name endings.
+def saved_by_peft(base: AdapterBase) -> list[str]:
+    """The modules that PEFT loads whole from an adapter of this base: it matches the ends of names.
 
     Source: ``peft.utils.other._set_trainable``, and ``PeftModelForSequenceClassification``, which adds two endings.
     """
-    requested = tuple(modules_to_save)
-    names = [name for name, _ in base.named_modules() if name]
-    wanted = tuple(name for name in names if name in requested or name.endswith(tuple(f".{one}" for one in requested)))
-    return [name for name in names if name.endswith((*wanted, *(("classifier", "score") if _task(base) == "SEQ_CLS" else ())))]
+    names = [name for name, _ in base.model.named_modules() if name]
+    wanted = [name for name in names if f".{name}".endswith(tuple(f".{one}" for one in base.saved))]
+    added = ("classifier", "score") if base.task == "SEQ_CLS" else ()
+    return [name for name in names if name.endswith((*wanted, *added))]
 
 
 def _values_saved(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.errors import ExportError, UserError, one_line
 from cola_lightning.modes import evaluating
+from cola_lightning.weights import cast_floats
 from cola_lightning.writing import check_free
 
 log = getLogger(__name__)
@@ -48,11 +50,11 @@ class ExportOptions:
     verify: bool = True
     overwrite: bool = False
 
-    def check(self, base: str = "") -> None:
-        """Refuses incompatible options, and a folder that holds files, before anything is loaded.
+    def check(self, source: str | Path = "") -> None:
+        """Refuses incompatible options, and an output that would replace what must stay.
 
         Args:
-            base: a name that may be the folder of the base, which must not be replaced: no checkpoint could be loaded again.
+            source: the checkpoint, or the base's name, which may be a folder; it must not be in the output folder.
 
         Raises:
             UserError: naming the option.
@@ -65,11 +67,11 @@ class ExportOptions:
         if self.format == "peft" and importlib.util.find_spec("peft") is None:
             raise UserError("format: expected the package peft, received none: pip install peft")
         check_free(self.folder, overwrite=self.overwrite)
-        if self.base_folder is not None and self.base_folder.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"base_folder: expected a folder apart from the output, received {str(self.base_folder)!r}")
-        path = Path(os.path.expanduser(base))
-        if base and path.is_dir() and path.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"output: expected a folder that does not hold the base, received {str(self.folder)!r}")
+        path = Path(os.path.expanduser(source))
+        if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(
+                f"output: expected a folder that does not hold the base or the checkpoint, received {str(self.folder)!r}"
+            )
 
 
 # ---------------------------------------------------------------------- logits
@@ -77,24 +79,22 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Inputs for a model, the expected logits, and whether these were computed in half precision."""
+    """Inputs for a model, and the expected logits."""
 
     inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
-    is_half: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Self:
         """A model's own logits for the inputs."""
-        return cls(inputs, logits_of(model, inputs), _is_half(model))
+        return cls(inputs, logits_of(model, inputs))
 
-    def compare(self, model: nn.Module, how: str, *, where: str = "", is_same: bool = True) -> str:
+    def compare(self, model: nn.Module, how: str, *, is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
 
         Args:
             model: the loaded model.
             how: how it was loaded, as the beginning of the line.
-            where: the base on which it was loaded, as the end of the line.
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
@@ -105,18 +105,27 @@ class ReferenceLogits:
         difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
         line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
-        line += where
-        is_close = is_same and not self.is_half and not _is_half(model)
-        if not (difference <= TOLERANCE * largest if is_close else math.isfinite(difference)):
+        is_half = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in model.parameters())
+        if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
             raise ExportError(f"{line}: it is not kept")
         return line
+
+
+def reference_of(module: Any, adapted: AdaptedModel, options: ExportOptions) -> ReferenceLogits | None:
+    """The logits of a module's adapted model, which is upcast in place; None if nothing is to be compared, or no input known.
+
+    What training has rounded stays rounded; finished links have the precision that they have in the chain.
+    """
+    cast_floats(adapted.model, torch.float32, half_only=True)
+    adapted.upcast_stacks()
+    return reference_logits(adapted.model, module.example_input_array) if options.verify else None
 
 
 def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits | None:
     """A few tokens, or an example input, and the model's logits for them; None if no input is known.
 
     Args:
-        model: as it was trained, or upcast, on the CPU.
+        model: as it was trained, in float32, on the CPU.
         example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
     """
     if example is not None:
@@ -128,11 +137,8 @@ def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits |
         ids = _tokens(config.get_text_config())
         return ReferenceLogits.of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
-        log.warning(
-            "no logits are compared: %s does not take tokens alone (%s); example_input_array gives other inputs",
-            type(model).__name__,
-            one_line(repr(error)),
-        )
+        what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
+        log.warning("no logits are compared: %s; example_input_array gives other inputs", what)
         return None
 
 
@@ -142,10 +148,6 @@ def _tokens(config: Any) -> Tensor:
     rows = torch.stack([row, row.flip(0)])
     end: Any = getattr(config, "eos_token_id", None)
     return torch.cat([rows, torch.full((2, 1), end)], dim=1) if end in range(config.vocab_size) else rows
-
-
-def _is_half(model: nn.Module) -> bool:
-    return any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in model.parameters())
 
 
 @torch.no_grad()

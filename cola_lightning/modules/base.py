@@ -456,7 +456,7 @@ class COLAModule(LightningModule, RecordsArguments):
             folder: a folder that does not exist, or is empty.
             format: ``merged``: a plain Hugging Face model (of another module, its state dict); ``peft``: the chain as one PEFT
                 adapter; ``chain``: a chain folder.
-            dtype: for merged: ``float32``, ``bfloat16`` or ``float16``; None: the base's.
+            dtype: for merged: ``float32``, ``bfloat16`` or ``float16``; None: ``model.dtype``, or float32 for other modules.
             max_rank: for peft: recompress to this rank, by SVD.
             base_folder: for peft: write the base there, and name that folder: for a base that peft cannot load by its name.
             license: for the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
