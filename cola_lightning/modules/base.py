@@ -40,7 +40,7 @@ from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
 from cola_lightning.modules.trained_state import UNCHANGED, TrainedState, add_frozen_values
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.sharded import processes, tensors
+from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
 from cola_lightning.weights import cast_floats, load_extras
 
@@ -633,7 +633,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Chooses the seed first: spawned processes read the model before they are joined, and need the same one."""
-        if not processes.has_processes():
+        if not tensors.has_processes():
             self.run.choose_seed(None if self.pending is None else self.pending.state.seed)
         return super().__getstate__()
 
