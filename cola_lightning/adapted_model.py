@@ -472,15 +472,9 @@ class AdaptedModel:
         check_links(links, total)
         chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
-        is_stacked = any(layer.stack is not None for layer in layers)
-        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
-        is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
+        is_stacked, is_copied = not self.merges, links == total and not placement.is_sharded
         if is_copied:
             model: nn.Module = deep_copy(self.model)
-            if links < total:
-                for layer in lora_layers(model).values():
-                    nn.init.zeros_(layer.lora_B)
-                model.load_state_dict(self.extras_after(chain), strict=False)
         else:
             model = self.rebuild_base()
             model.train(self.model.training)
@@ -488,7 +482,7 @@ class AdaptedModel:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}
             model.load_state_dict(self.extras() if links == total else extras, strict=False)
-            if links and is_narrowed:
+            if links and any(layer.is_narrowed for layer in layers):  # then the base of a stack was rounded
                 cast_floats(model, self.cast_dtype)
         unstack(model)
         dtype = torch.promote_types(self.cast_dtype, torch.float32)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     ["conventions", "errors", "modes", "__init__"],
     ["writing", "seeding", "decoding", "hub", "turns"],
-    ["sharded/tensors", "sharded/processes", "sharded/__init__"],
+    ["sharded/tensors", "sharded/__init__"],
     ["lora"],
     ["chain", "weights"],
     ["adapted_model"],
@@ -34,7 +34,6 @@ TORCH_ONLY = (
     "errors",
     "lora",
     "seeding",
-    "sharded/processes",
     "sharded/tensors",
     "weights",
     "writing",

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import UserError
-from cola_lightning.sharded import processes
+from cola_lightning.sharded import tensors
 from cola_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
-        lines = {key: line for part in processes.gather_objects(self._lines) for key, line in part.items()}
+        lines = {key: line for part in tensors.gather_objects(self._lines) for key, line in part.items()}
         self._lines = {}
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._folder / FILE_NAME

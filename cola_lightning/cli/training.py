@@ -46,7 +46,7 @@ from cola_lightning.errors import UserError, causes, one_line, passes_through_ow
 from cola_lightning.modules import COLACausalLM, COLAModule
 from cola_lightning.modules.state import prompt_format_of
 from cola_lightning.seeding import check_seed
-from cola_lightning.sharded import processes
+from cola_lightning.sharded import tensors
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -466,5 +466,5 @@ def train(args: Sequence[str] | None) -> int:
             return interruption.exit_status
         finally:
             watch.remove_empty_folder()
-            processes.leave()
+            tensors.leave_processes()
     return 0

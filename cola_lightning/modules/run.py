@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.modules.rewind import Window
-from cola_lightning.sharded import processes
+from cola_lightning.sharded import tensors
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Run:
         self.given_seed = None if text is None else int(text)
         self.seed = self.given_seed if stored is None else stored
         if self.seed is None:
-            self.seed = processes.draw_seed()
+            self.seed = tensors.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("model.seed: %d was drawn, for none was given", self.seed)
 
     # ------------------------------------------------------------------ position and length

@@ -30,7 +30,7 @@ from cola_lightning.modules.optimization import warn_of_half_precision
 from cola_lightning.modules.rewind import align_logged_step, beginning_window, resume_from, rewound_progress
 from cola_lightning.modules.run import accumulation_schedulers, run_length
 from cola_lightning.modules.state import values_of
-from cola_lightning.sharded import processes, tensors
+from cola_lightning.sharded import tensors
 from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class RunChecks(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         run = self.module.run
-        if len(seeds := set(processes.gather_objects(run.seed))) > 1:
+        if len(seeds := set(tensors.gather_objects(run.seed))) > 1:
             raise UserError(
                 "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
                 f"each of which drew its own; received null and {len(seeds)} processes"

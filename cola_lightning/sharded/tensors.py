@@ -1,4 +1,4 @@
-"""Reading and writing parameters, however they are laid out over processes.
+"""Reading and writing parameters, however they are laid out over processes, and what these tell each other.
 
 Three layouts: replicated (one device, DDP); sharded along a dimension (DTensor, as FSDP2 makes them), where each process reads
 and writes its own shard of a full tensor without communication; and FSDP1's flat shards, which are not parts of a matrix, and
@@ -103,6 +103,26 @@ def state_dict(module: nn.Module, prefix: str = "", *, keep_vars: bool = False) 
 def has_fsdp1(module: nn.Module) -> bool:
     """Whether FSDP1 has wrapped the module, or a part of it."""
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+def has_processes() -> bool:
+    """Whether the process group is initialized."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def leave_processes() -> None:
+    """Leaves the process group, if there is one; gloo's threads may abort a process that does not."""
+    if has_processes():
+        torch.distributed.destroy_process_group()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of each process, by rank; all processes must call this."""
+    if not has_processes():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()
