@@ -19,9 +19,9 @@ from .errors import UserError as UserError
 from .examples.digits import COLADigits as COLADigits
 from .examples.digits import DigitsDataModule as DigitsDataModule
 from .lora.inject import inject_lora as inject_lora
-from .lora.inject import lora_layers as lora_layers
 from .lora.inject import strip_lora as strip_lora
 from .lora.layer import LoRALayer as LoRALayer
+from .lora.layer import lora_layers as lora_layers
 from .lora.linear import LoRALinear as LoRALinear
 from .lora.registry import register_lora_layer as register_lora_layer
 from .modules.base import COLAModule as COLAModule

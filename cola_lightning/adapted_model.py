@@ -5,7 +5,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,12 +26,20 @@ from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import check_factors, inject_lora, lora_layers, names_of_factors, strip_lora, unstack
-from cola_lightning.lora.layer import FinishedLinks, Init, LoRALayer
-from cola_lightning.lora.linear4bit import dequantize, is_quantized, is_quantized_model
+from cola_lightning.lora.inject import check_factors, inject_lora, strip_lora, unstack
+from cola_lightning.lora.layer import (
+    FinishedLinks,
+    Init,
+    LoRALayer,
+    is_quantized,
+    is_quantized_model,
+    lora_layers,
+    names_of_factors,
+)
+from cola_lightning.lora.linear4bit import dequantize
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.sharded import tensors
-from cola_lightning.weights import base_values, base_weights, cast_floats, deep_copy, load_extras
+from cola_lightning.weights import cast_floats, deep_copy
 
 
 class Placement(NamedTuple):
@@ -486,7 +495,8 @@ class AdaptedModel:
                 cast_floats(model, self.cast_dtype)
         unstack(model)
         dtype = torch.promote_types(self.cast_dtype, torch.float32)
-        dequantize(model, dtype)
+        if is_quantized_model(model):
+            dequantize(model, dtype)
         if layers:
             cast_floats(model, dtype)
         if is_stacked or not is_copied:
@@ -521,3 +531,46 @@ def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Te
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
         if theirs != ours:
             raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
+
+
+def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
+    state, factors = tensors.state_dict(model), names_of_factors(model)
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
+    }
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of the :func:`base_values`."""
+    return {name: tensors.gather(value) for name, value in base_values(model).items()}
+
+
+def weight_of(name: str) -> str:
+    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
+    return re.sub(r"\.weight\..*", ".weight", name)
+
+
+def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Writes a chain's values of fully trained parameters and buffers into the present ones.
+
+    Raises:
+        UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
+    """
+    first: dict[Any, str] = {}
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise UserError(
+                "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
+                f"{name!r} of shape {tuple(value.shape)}"
+            )
+        place = tensors.local(own[name])
+        other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
+        if other != name and not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each alone
+            raise UserError(
+                f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
+            )
+    for name, value in values.items():
+        tensors.copy_(own[name], value)

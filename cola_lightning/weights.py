@@ -1,16 +1,11 @@
-"""A model's parameters and buffers, with or without links: copied, cast, read and written."""
+"""Copies and casts of whole models."""
 
 import copy
-import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import names_of_factors
-from cola_lightning.sharded import tensors
 
 
 def deep_copy(model: nn.Module, *, is_on_cpu: bool = False) -> Any:
@@ -58,46 +53,3 @@ def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False
         return tensor.to(dtype) if is_cast else tensor
 
     model._apply(cast)  # type: ignore[no-untyped-call]
-
-
-def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state, factors = tensors.state_dict(model), names_of_factors(model)
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
-    }
-
-
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of the :func:`base_values`."""
-    return {name: tensors.gather(value) for name, value in base_values(model).items()}
-
-
-def weight_of(name: str) -> str:
-    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
-    return re.sub(r"\.weight\..*", ".weight", name)
-
-
-def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Writes a chain's values of fully trained parameters and buffers into the present ones.
-
-    Raises:
-        UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
-    """
-    first: dict[Any, str] = {}
-    for name, value in values.items():
-        if name not in own or own[name].shape != value.shape:
-            raise UserError(
-                "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
-                f"{name!r} of shape {tuple(value.shape)}"
-            )
-        place = tensors.local(own[name])
-        other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
-        if other != name and not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each alone
-            raise UserError(
-                f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
-            )
-    for name, value in values.items():
-        tensors.copy_(own[name], value)

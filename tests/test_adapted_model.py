@@ -10,8 +10,8 @@ from torch.nn.utils import weight_norm
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRALinear, UserError
+from cola_lightning.adapted_model import base_weights, load_extras
 from cola_lightning.chain.report import report
-from cola_lightning.weights import base_weights, load_extras
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}

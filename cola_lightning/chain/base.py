@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lora_layers, names_of_factors
+from cola_lightning.lora.layer import lora_layers, names_of_factors
 from cola_lightning.sharded import tensors
 
 T = TypeVar("T")

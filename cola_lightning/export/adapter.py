@@ -22,7 +22,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
 from cola_lightning.lora.inject import lies_in
-from cola_lightning.lora.linear4bit import is_quantized
+from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.registry import is_linear
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats

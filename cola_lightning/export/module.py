@@ -16,7 +16,7 @@ from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
 from cola_lightning.hub import quiet
-from cola_lightning.lora.linear4bit import is_quantized_model
+from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.turns import ChatTemplate, end_tokens
 from cola_lightning.weights import cast_floats, deep_copy
 from cola_lightning.writing import whole_folder

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_
-from cola_lightning.lora.linear4bit import dequantize_, is_quantized, keep_layout
+from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_, is_quantized, lora_layers
+from cola_lightning.lora.linear4bit import dequantize_, keep_layout
 from cola_lightning.lora.registry import is_linear, layer_types, lora_class, obstacle
-from cola_lightning.sharded import tensors
 
 ALL_LINEAR = "all-linear"
 
@@ -96,24 +95,6 @@ def inject_lora(
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by name, in the model's order.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 2))
-        >>> _ = inject_lora(model, "all-linear", rank=1, alpha=1)
-        >>> list(lora_layers(model))
-        ['0']
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    return dict(zip(tensors.plain_names(layers), layers.values(), strict=True))
-
-
-def names_of_factors(model: nn.Module) -> set[str]:
-    """The names of the adapted layers' A and B: a parameter of the base may have such an ending, too."""
-    return {f"{name}.lora_{factor}" for name in lora_layers(model) for factor in "AB"}
 
 
 def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:

@@ -384,3 +384,35 @@ def _upcast(layer: Any) -> None:
 def cast_(parameter: Tensor, dtype: torch.dtype) -> None:
     """Casts a parameter in place; the ``Parameter`` object stays."""
     parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
+
+
+# ---------------------------------------------------------------------- the layers of a model
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by name, in the model's order.
+
+    Example:
+        >>> from cola_lightning import inject_lora
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = inject_lora(model, "all-linear", rank=1, alpha=1)
+        >>> list(lora_layers(model))
+        ['0']
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return dict(zip(tensors.plain_names(layers), layers.values(), strict=True))
+
+
+def names_of_factors(model: nn.Module) -> set[str]:
+    """The names of the adapted layers' A and B: a parameter of the base may have such an ending, too."""
+    return {f"{name}.lora_{factor}" for name in lora_layers(model) for factor in "AB"}
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' 4-bit layers, adapted or not."""
+    return any((base.__module__, base.__name__) == ("bitsandbytes.nn.modules", "Linear4bit") for base in type(module).__mro__)
+
+
+def is_quantized_model(model: nn.Module) -> bool:
+    """Whether a model has 4-bit layers."""
+    return any(is_quantized(module) for module in model.modules())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer
+from cola_lightning.lora.layer import FinishedLinks, LoRALayer, is_quantized
 from cola_lightning.lora.linear import LoRALinear
 
 Quantization = Literal["nf4"]
@@ -27,16 +27,6 @@ def check_quantization(quantization: str) -> None:
     if quantization not in get_args(Quantization):
         raise UserError(f"{FIELD}: expected null or {', '.join(get_args(Quantization))}, received {quantization!r}")
     importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of bitsandbytes' 4-bit layers, adapted or not."""
-    return any((base.__module__, base.__name__) == ("bitsandbytes.nn.modules", "Linear4bit") for base in type(module).__mro__)
-
-
-def is_quantized_model(model: nn.Module) -> bool:
-    """Whether a model has 4-bit layers."""
-    return any(is_quantized(module) for module in model.modules())
 
 
 def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -> None:

@@ -18,8 +18,8 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.rules import check_state, keep_state
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lies_in, lora_layers
-from cola_lightning.lora.layer import LoRALayer
+from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.layer import LoRALayer, lora_layers
 from cola_lightning.modules.run import Run
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from typing_extensions import override
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.lora.inject import first_names, lora_layers
-from cola_lightning.lora.linear4bit import is_quantized
+from cola_lightning.lora.inject import first_names
+from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import AtomicCheckpointIO
 from cola_lightning.modules.optimization import warn_of_half_precision

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cola_lightning.adapted_model import weight_of
 from cola_lightning.chain.chain import Chain, check_links
 from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
 from cola_lightning.chain.link import OUTSIDE, Link
@@ -20,7 +21,6 @@ from cola_lightning.modules.arguments import plain
 from cola_lightning.modules.knot import metadata_of_link
 from cola_lightning.modules.run import trainer_of
 from cola_lightning.sharded import tensors
-from cola_lightning.weights import weight_of
 
 if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lora_layers
-from cola_lightning.lora.linear4bit import is_quantized_model
+from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.sharded import tensors
 
 

@@ -27,7 +27,7 @@ from cola_lightning.chain.base import fingerprint_of
 from cola_lightning.chain.schedule import START
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.lora.inject import names_of_factors
+from cola_lightning.lora.layer import names_of_factors
 from cola_lightning.modules import COLAModule
 from cola_lightning.modules.run import run_length
 from cola_lightning.sharded import tensors
