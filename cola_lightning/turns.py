@@ -1,7 +1,6 @@
 """Conversations in a tokenizer's chat template; the tokens with which a turn or a text ends."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,15 +76,6 @@ class ChatTemplate:
         messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
         text: str = self._apply(messages, place, tools=conversation.tools, add_generation_prompt=is_open, **mode)
         return text
-
-    def marked(self, conversation: Conversation, place: str) -> tuple[list[int], list[int]]:
-        """A conversation's tokens, and for each whether it is inside ``{% generation %}``; empty if the template has none."""
-        if not re.search(r"{%-?\s*generation\s*-?%}", str(self.tokenizer.chat_template)):
-            return [], []
-        messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
-        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "tools": conversation.tools}
-        tokens = self._apply(messages, place, **how)
-        return tokens["input_ids"], tokens["assistant_masks"]
 
     def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
         if not self.tokenizer.chat_template:

@@ -370,27 +370,24 @@ def test_null_fields_of_turns_and_calls_are_none():
 def test_words_calls_and_thoughts_that_a_template_does_not_render(caplog):
     own = tokenizer(TURN_OF + "{{ turn.content if turn.role != 'assistant' or turn.content != 'No' }}</s>{% endfor %}" + OPEN)
     with pytest.raises(
-        UserError, match=r"line 1: expected a chat template that renders the assistant's words, .* without 'No'"
+        UserError, match=r"line 1: expected a chat template that renders the assistant's words, 'No' among them"
     ):
         encoded(own, turns("No or yes?", "No"))
-    with pytest.raises(UserError, match="a rendering without 'weather'"):
+    with pytest.raises(UserError, match="the assistant's words, 'weather' among them"):
         encoded(own, CALLED)
     for _ in range(2):
         encoded(own, [TALK[0], {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}])
     assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
 
 
-@pytest.mark.parametrize(("inside", "n_lines"), [("{{ turn.content }}</s>", 0), ("{{ turn.content }}", 1)])
-def test_marks_of_what_is_generated_are_compared_with_the_loss(inside, n_lines, caplog):
-    marked = f"{{% generation %}}{inside}{{% endgeneration %}}" + "</s>" * n_lines
+def test_the_loss_is_on_the_stop_token_also_where_a_template_marks_the_words_alone():
+    marked = "{% generation %}{{ turn.content }}{% endgeneration %}</s>"
     own = tokenizer(
         TURN_OF
         + f"{{% if turn.role == 'assistant' %}}{marked}{{% else %}}{{{{ turn.content }}}}{{% endif %}}{{% endfor %}}"
         + OPEN
     )
-    for _ in range(2):
-        assert trained(own, encoded(own, TALK)) == [["No</s>", "Yes</s>"]]
-    assert len(caplog.messages) == n_lines
+    assert trained(own, encoded(own, TALK)) == [["No</s>", "Yes</s>"]]
 
 
 @pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])

@@ -7,8 +7,8 @@ import pytest
 
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.classification import find_texts_and_label
-from cola_lightning.data.columns import find_columns
 from cola_lightning.data.encoding import labels_of
+from cola_lightning.data.text import find_columns
 from tests import tiny
 
 USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}
@@ -110,5 +110,5 @@ def test_roles_and_values_of_sharegpt_are_roles_and_contents(tmp_path):
 def test_a_prompt_that_is_named_without_its_response_is_predicted_and_not_trained():
     given, names = {"prompt": "document"}, ["document", "summary"]
     assert find_columns(names, [], given, has_response=False) == ("prompt", given)
-    with pytest.raises(UserError, match=r"data\.columns: expected .* prompt with its response"):
+    with pytest.raises(UserError, match=r"data\.columns: expected messages, prompt and response"):
         find_columns(names, [], given)

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.classification import find_labels
-from cola_lightning.data.splits import draw, load_splits, read_rows
+from cola_lightning.data.splits import draw, load_splits
 from tests import tiny
 from tests.test_language_data import attach
 
@@ -55,7 +55,7 @@ NAMES += ["rows.csv.gz", "rows.tsv.gz", "rows.jsonl.gz", "rows.json.gz"]
 def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     write(tmp_path / name.lower(), ROWS)
     (tmp_path / name.lower()).rename(tmp_path / name)
-    rows = list(read_rows(str(tmp_path / name), "train"))
+    rows = list(load_splits(str(tmp_path / name))["train"]())
     is_csv = name.lower().removesuffix(".gz").endswith(("csv", "tsv"))
     assert rows == [{**row, "text": row["text"] or None} if is_csv else row for row in ROWS]
     assert [row.place for row in rows] == [f"{tmp_path / name}, row {k}" for k in range(1, 11)]
@@ -110,7 +110,7 @@ def test_a_label_of_any_length_is_no_traceback(tmp_path):
         classifier.trainer.lightning_module.label_names = ["neg", "pos"]
         with pytest.raises(UserError, match=r"row \d+: expected one of the labels neg, pos .* received '7"):
             classifier.setup(stage)
-    assert find_labels(read_rows(source, "train"), "label") == ["0", long]
+    assert find_labels(load_splits(source)["train"](), "label") == ["0", long]
 
 
 def test_minus_one_may_be_the_answer(tmp_path):
@@ -126,7 +126,7 @@ def test_minus_one_may_be_the_answer(tmp_path):
 def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufefftext,label\r\nfine,pos\r\n\r\nbad,neg\r\n".encode())
     rows = [{"text": "fine", "label": "pos"}, {"text": "bad", "label": "neg"}]
-    assert list(read_rows(str(tmp_path / "rows.csv"), "train")) == rows
+    assert list(load_splits(str(tmp_path / "rows.csv"))["train"]()) == rows
 
 
 @pytest.mark.filterwarnings("default")  # as outside of tests, where a warning is no error
@@ -141,7 +141,7 @@ def test_no_cell_of_a_csv_file_is_dropped_in_silence(tmp_path, text, message):
     """A comma in a text without quotes makes one more cell; of two columns of one name, a row would have the last."""
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_rows(str(tmp_path / "rows.csv"), "train")
+        load_splits(str(tmp_path / "rows.csv"))["train"]()
 
 
 def test_a_split_is_one_file_or_its_numbered_parts(tmp_path):
@@ -154,7 +154,7 @@ def test_a_split_is_one_file_or_its_numbered_parts(tmp_path):
 def test_a_split_that_is_not_asked_for_is_not_read(tmp_path):
     write(tmp_path / "train.csv", ROWS)
     (tmp_path / "notes.json").write_text("no rows")
-    assert len(read_rows(str(tmp_path), "train")) == len(ROWS)
+    assert len(load_splits(str(tmp_path))["train"]()) == len(ROWS)
 
 
 def test_the_process_that_prepares_the_rows_of_many_reads_those_of_its_command(tmp_path):
@@ -172,7 +172,7 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
     for k, name in enumerate(["own-00000-of-00002.jsonl", "own-00001-of-00002.jsonl"]):
         write(tmp_path / name, ROWS[k : k + 1])
     splits = load_splits(str(tmp_path))
-    assert {split: rows()[0]["text"] for split, rows in splits.items()} == {
+    assert {split: next(iter(rows()))["text"] for split, rows in splits.items()} == {
         "train": "It was 0.",
         "dev": "It was 1.",
         "test": "It was 2.",
@@ -202,10 +202,10 @@ def test_test_rows_that_cannot_be_read_are_refused_before_training(tmp_path, nam
 
 def test_a_quote_in_a_tsv_file_does_not_join_rows(tmp_path):
     (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n')
-    with pytest.raises(UserError, match=r"rows.tsv: expected cells without tabs, received one"):
-        read_rows(str(tmp_path / "rows.tsv"), "train")
+    with pytest.raises(UserError, match=r"rows.tsv: expected cells without tabs; one that begins"):
+        load_splits(str(tmp_path / "rows.tsv"))["train"]()
     (tmp_path / "rows.tsv").write_text('label\ttext\n1\t"""I"" loved it.\nYes."\n')
-    assert list(read_rows(str(tmp_path / "rows.tsv"), "train")) == [{"label": "1", "text": '"I" loved it.\nYes.'}]
+    assert list(load_splits(str(tmp_path / "rows.tsv"))["train"]()) == [{"label": "1", "text": '"I" loved it.\nYes.'}]
 
 
 ASKED = {"role": "user", "content": "Is it?"}
@@ -341,7 +341,7 @@ def test_groups_are_spread_evenly_and_no_group_is_chance_alone():
 
 
 BAD_SIZES = [
-    ({"val_size": 0.6, "test_size": 0.6}, r"expected at least 1 \+ 120 \+ 120 = 241 rows, received 200"),
+    ({"val_size": 0.6, "test_size": 0.6}, r"expected at least 241 rows, received 200"),
 ]
 
 
@@ -350,7 +350,7 @@ def test_sizes_that_cannot_be_are_named(tmp_path, arguments, message):
     source = write(tmp_path / "rows.csv", labelled(200))
     with pytest.raises(UserError, match=message):
         parts(template(source, **arguments))
-    with pytest.raises(UserError, match=r"expected at least 1 \+ 1 \+ 1 = 3 rows, received 2"):
+    with pytest.raises(UserError, match=r"expected at least 3 rows, received 2"):
         parts(template(write(tmp_path / "two.csv", labelled(2, (0.5, 0.5)))))
 
 
@@ -420,7 +420,7 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
 @pytest.mark.usefixtures("_folder")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # Lightning's advice about folders that are used again
 def test_what_a_fit_tells_last_fits_a_test_file_without_labels(capfd):
-    rows = read_rows("reviews.csv", "train")
+    rows = list(load_splits("reviews.csv")["train"]())
     write(Path("rows", "train.csv").absolute(), rows)
     write(Path("rows", "test.csv").absolute(), [{"text": row["text"]} for row in rows[:4]])
     assert main(["fit", "--config", "config.yaml", "--data.source", "rows"]) == 0
@@ -451,10 +451,6 @@ BAD = {
         r"row \d: expected text in the field 'text', received 3",
     ),
     "one.csv": (CSV + "fine,pos\n" * 9, "model.num_labels: expected at least 2 labels in the data, received pos"),
-    "unique.csv": (
-        "text,label\n" + "".join(f"a,{k}\n" for k in range(20)),
-        "data.label_field: expected no more labels than rows of training in 'label', received 20 labels and 16 rows",
-    ),
     "more.csv": ("text,label\na,b\na,b,c\n", "data.source: expected rows that can be read, received .*more.csv"),
     "broken.jsonl": ('{"text": "a"}\n{"text\n', "data.source: expected rows that can be read, received .*broken.jsonl"),
     "empty.jsonl": ("", "data.source: expected rows that can be read, received .*empty.jsonl': it is empty"),
@@ -488,8 +484,8 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, name):
 
 
 def test_a_name_that_is_no_file_is_not_asked_for_on_the_hub():
-    with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, .* received 'no_such.csv'"):
-        read_rows("no_such.csv", "train")
+    with pytest.raises(UserError, match=r"data\.source: expected a file, a folder or a data set .* received 'no_such.csv'"):
+        load_splits("no_such.csv")["train"]()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")

@@ -22,7 +22,7 @@ from cola_lightning import (
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
-from cola_lightning.data.splits import draw, read_rows
+from cola_lightning.data.splits import draw, load_splits
 from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.turns import end_tokens
 from tests import tiny
@@ -71,9 +71,7 @@ def test_train_and_validation_are_drawn_together_from_train_and_test_from_valida
     assert ids(parts().train) == ids(data.train) != ids(parts(split_seed=1).train)
     assert ids(parts(val_size=5).train) == ids(data.train)  # validation comes last
     assert set(ids(data.test)) <= {f"film number {k} It was" for k in range(10)}
-    with pytest.raises(
-        UserError, match=r"train_size \+ data.val_size, of .*: expected at least 30 \+ 12 = 42 rows, received 40"
-    ):
+    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: expected at least 42 rows, received 40"):
         parts(train_size=30)
     with pytest.raises(UserError, match=r"data.test_size, of .*: expected at least 11 rows, received 10"):
         parts(test_size=11)
@@ -154,7 +152,7 @@ def test_a_tokenizer_may_have_no_end_of_text():
 
 @pytest.mark.parametrize("test_size", [10, 6])
 def test_drawn_rows_are_predicted_in_the_order_of_the_data(sst2, tmp_path, test_size):
-    own = write(tmp_path / "own", "train", read_rows(sst2, "train"))
+    own = write(tmp_path / "own", "train", load_splits(sst2)["train"]())
     template = TemplateDataModule(own, prompt="{sentence}", options=[" bad", " good"], test_size=test_size)
     for data in (PromptDataModule("SST2", sst2, test_size=test_size), template):
         attach(data).setup("test")
@@ -217,9 +215,9 @@ def test_text_and_instructions_are_read_from_the_splits_that_there_are(tmp_path)
     drawn = attach(TextDataModule(source, train_size=3, val_size=2, test_split="asked"))
     drawn.setup("fit")
     assert (len(drawn.train), len(drawn.val)) == (3, 2)
-    with pytest.raises(UserError, match=r"expected at least 5 \+ 2 = 7 rows, received 6"):
+    with pytest.raises(UserError, match=r"expected at least 7 rows, received 6"):
         attach(TextDataModule(source, train_size=5, val_size=2, test_split="asked")).setup("fit")
-    with pytest.raises(UserError, match="expected a response of 1 to 3 tokens, its end included"):
+    with pytest.raises(UserError, match="expected a response of fewer than 4 tokens"):
         encode_responses(tiny.tokenizer(), [("Is it? ", "It is one of the oldest.")], 4, ["here"])
     assert encode_texts(tiny.tokenizer("gpt2"), [""], 8) == [[]]
 
@@ -244,7 +242,6 @@ def test_labelled_texts_and_pairs_become_a_classifiers_batch(tmp_path):
         ({"text_fields": fields}, 2, "row 3: expected one of the labels 0, 1 in the field 'label', received '2'"),
         ({"text_fields": "sentence"}, 2, columns),
         ({"label_field": "gold"}, 2, "expected one of the columns premise, hypothesis, label, received gold"),
-        ({"text_fields": fields}, None, "model: expected a classifier, with num_labels"),
     ]:
         with pytest.raises(UserError, match=message):
             attach(TextClassificationDataModule(source, **arguments), num_labels=labels).setup("fit")
@@ -315,7 +312,7 @@ def test_reviews_are_prompted_as_sst2_is():
 
 def test_a_blank_line_at_the_end_and_a_byte_order_mark_are_nothing_to_stumble_over(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fine"}\r\n{"text": "good"}\n\n')
-    assert [(row["text"], row.place.rpartition(" ")[2]) for row in read_rows(str(tmp_path), "train")] == [
+    assert [(row["text"], row.place.rpartition(" ")[2]) for row in load_splits(str(tmp_path))["train"]()] == [
         ("fine", "1"),
         ("good", "2"),
     ]
@@ -367,7 +364,7 @@ def test_a_drawn_row_that_cannot_be_used_is_left_out_and_counted(tmp_path, caplo
 
 def test_more_than_one_in_a_hundred_are_an_error(tmp_path):
     data, *_ = drawn(tmp_path, lambda train, val, _: dict.fromkeys(val[:2], TWICE))
-    with pytest.raises(UserError, match=r"row \d+: expected options that differ, .* \(2 of 100 rows cannot be used; up to 1 %"):
+    with pytest.raises(UserError, match=r"row \d+: expected options that differ, .* \(2 of 100 rows cannot be used, more"):
         data.setup("fit")
 
 
@@ -435,7 +432,10 @@ def test_settings_and_rows_that_contradict_each_other_are_named(tmp_path, monkey
         (lambda: TextDataModule(empty, test_split="train"), "data.source: expected rows of at least two tokens, received none"),
         (lambda: TextDataModule(silent, test_split="train"), "row 1: expected a response that adds tokens to its prompt"),
         (lambda: TextDataModule(both, "sub"), "data.subset: expected null for files on this machine, .*both', received 'sub'"),
-        (lambda: PromptDataModule("SST2"), "COLA_DATA_DIR: expected a folder that holds one named sst2, received"),
+        (
+            lambda: PromptDataModule("SST2"),
+            "data.source: expected a file, a folder or a data set .* received .*sst2",
+        ),
         (
             lambda: TextDataModule(f"{both}/train.jsonl", test_split="no"),
             "data.test_split: expected one of the splits .* received 'no'",
@@ -473,14 +473,14 @@ def test_columns_that_are_not_known_are_named(tmp_path):
 
 @pytest.mark.parametrize("source", ["no/such/folder", "./nowhere", "a b", "rows.csv"])
 def test_a_source_that_is_neither_folder_nor_hub_id(source):
-    with pytest.raises(UserError, match=r"data\.source: expected a file or folder that exists, or the id of a data set"):
-        read_rows(source, "train")
+    with pytest.raises(UserError, match=r"data\.source: expected a file, a folder or a data set on the hub"):
+        load_splits(source)["train"]()
 
 
 def test_a_hub_that_cannot_be_reached_is_not_the_users_mistake(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as the variable of this name does
     with pytest.raises(HubError, match=r"data\.source: 'nyu-mll/nothing' is not in the local cache"):
-        read_rows("nyu-mll/nothing", "train", "sst2")
+        load_splits("nyu-mll/nothing", "sst2")
 
 
 def test_processes_take_turns_in_one_order():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.data.examples import collate_options, encode_examples
-from cola_lightning.data.splits import read_rows
+from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from tests import tiny
 
@@ -51,7 +51,7 @@ def test_smollm2s_merged_copy_is_a_plain_model(smollm2, tmp_path):
 
 @torch.no_grad()
 def check_scores(module, task, n_rows, max_length=512):
-    rows = read_rows(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()), "validation")[:n_rows]
+    rows = load_splits(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()))["validation"]()[:n_rows]
     examples = [TASKS[task].example(row) for row in rows]
     encoded = encode_examples(module.tokenizer, examples, max_length)
     for start in range(0, n_rows, 8):
@@ -91,7 +91,8 @@ def test_scores_of_twenty_rows_on_smollm2_are_those_of_one_option_at_a_time(smol
 @pytest.mark.parametrize("task", ["RTE", "MultiRC"])
 def test_a_thousand_rows_take_three_seconds(smollm2, task, tmp_path, monkeypatch):
     """On a core whose tokenizer encodes a thousand passages in 0.6 seconds: measured beside, as cores differ."""
-    passages = [TASKS["MultiRC"].example(row).prompt for row in read_rows(os.environ["COLA_DATA_DIR"] + "/multirc", "train")]
+    splits = load_splits(os.environ["COLA_DATA_DIR"] + "/multirc")
+    passages = [TASKS["MultiRC"].example(row).prompt for row in splits["train"]()]
     passages = passages[:1000]
 
     def cost(work):

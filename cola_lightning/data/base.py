@@ -181,7 +181,6 @@ class EpochDataModule(LightningDataModule, ABC):
         val: validation rows.
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
-        can_be_tested: whether the test rows have labels or answers to be scored with.
 
     Args:
         batch_size: rows per training batch.
@@ -207,15 +206,9 @@ class EpochDataModule(LightningDataModule, ABC):
     test: Any
     length_grouped = False
 
-    @property
-    def can_be_tested(self) -> bool:  # noqa: D102  # an attribute, above
-        return True
-
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
-        if num_workers < 0:
-            raise UserError(f"data.num_workers: expected a whole number of at least 0, received {num_workers}")
         check_seed("data.split_seed", split_seed)
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers

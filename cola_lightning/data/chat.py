@@ -90,10 +90,7 @@ def _ends_of_turns(messages: Sequence[Message], place: str) -> list[int]:
     if roles[0] == "assistant":
         raise UserError(f"{place}: expected a first turn of another role than assistant, received the assistant's")
     if roles[-1] != "assistant":
-        raise UserError(
-            f"{place}: expected the assistant's turn as the last one, for a loss (predict answers another role's), "
-            f"received one of the role {roles[-1]}"
-        )
+        raise UserError(f"{place}: expected the assistant's turn as the last one, for a loss, received the {roles[-1]}'s")
     return [k for k, role in enumerate(roles, start=1) if role == "assistant"]
 
 
@@ -116,14 +113,6 @@ def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]])
             "their loss begins where they depart from it",
             source,
         )
-    for turn, context in zip(turns[:1], contexts, strict=False):
-        ids, marks = template.marked(*context)
-        if turn.ids == ids and not all(marks[turn.start : turn.end]):
-            _warn_once(
-                "the chat template's {% generation %} does not mark all that the assistant must generate, from the generation "
-                "prompt up to the stop token; the loss is on all of it",
-                source,
-            )
     return turns
 
 
@@ -175,9 +164,7 @@ def _check_words(template: ChatTemplate, turn: Message, rendered: str, place: st
     calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
     for words in [*(re.findall(r"\w+", said) or said.split())[-1:], *calls]:
         if words not in rendered:
-            raise UserError(
-                f"{place}: expected a chat template that renders the assistant's words, received a rendering without {words!r}"
-            )
+            raise UserError(f"{place}: expected a chat template that renders the assistant's words, {words!r} among them")
     thoughts = turn.get("reasoning_content") or said.rpartition("</think>")[0].rpartition("<think>")[2]
     if str(thoughts).strip() not in rendered:
         _warn_once("the chat template does not render the thoughts of assistant turns", template.tokenizer.chat_template)
@@ -221,7 +208,5 @@ def _row(turns: Sequence[Turn], max_length: int, place: str, *, keeps_response: 
         raise response_too_long(place, n_response, max_length)
     spans = [(max(turn.start - n_cut, 1), turn.end - n_cut) for turn in turns if turn.end - n_cut > 1]  # a first token is given
     if not spans:
-        raise UserError(
-            f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length), received none"
-        )
+        raise UserError(f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length)")
     return {"input_ids": ids, "spans": [place for span in spans for place in span]}

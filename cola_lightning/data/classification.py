@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -10,13 +10,12 @@ from typing_extensions import override
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
 TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
 TEXTS += [["text"], ["sentence"], ["content"], ["review"]]
 LABELS = ["label", "labels"]
-MOST_LISTED = 20  # labels in a message
 
 
 class TextClassificationDataModule(SourceDataModule):
@@ -68,17 +67,9 @@ class TextClassificationDataModule(SourceDataModule):
 
     @property
     def label_names(self) -> list[str]:
-        """The labels in the order of the model's outputs.
-
-        Raises:
-            UserError: for a module that is not a classifier, or whose labels are not known yet.
-        """
+        """The labels in the order of the model's outputs."""
         names = getattr(self._module, "label_names", None)
-        if names is None and (n_labels := getattr(self._module, "num_labels", None)) is not None:
-            names = [str(place) for place in range(n_labels)]
-        if names is None:
-            raise UserError(f"model: expected a classifier, with num_labels, received {type(self._module).__name__}")
-        return cast(list[str], names)
+        return list(map(str, range(self._module.num_labels))) if names is None else list(names)
 
     @property
     def _module(self) -> Any:
@@ -101,7 +92,7 @@ class TextClassificationDataModule(SourceDataModule):
     # ------------------------------------------------------------------ rows
 
     @override
-    def encode(self, rows: Rows) -> Any:
+    def encode(self, rows: Rows, part: str) -> Any:
         texts, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
         inputs = {name: ["int32"] for name in self.tokenizer("a")}
@@ -131,16 +122,6 @@ class TextClassificationDataModule(SourceDataModule):
             if not ids:
                 raise UserError(f"{row.place}: expected at least one token of text in {' and '.join(texts)}, received none")
         return [{name: values[k] for name, values in encoded.items()} | {"labels": one} for k, one in enumerate(labels)]
-
-    @override
-    def encode_train(self, rows: Rows) -> Any:
-        if (n_labels := len(self.label_names)) > len(rows):
-            _, label = self._find(rows.columns)
-            raise UserError(
-                f"data.label_field: expected no more labels than rows of training in {label!r}, received {n_labels} labels and "
-                f"{len(rows)} rows"
-            )
-        return self.encode(rows)
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,7 +217,6 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given
     is_index = is_number and int(value) in range(len(places)) and not all(map(WHOLE_NUMBER.fullmatch, places))
     if is_index and are_given:
         return int(value)
-    names = [*places]
-    listed = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
+    listed = shortened_text(", ".join(places), 200)
     hint = " (an index needs model.label_names)" if is_index else ""
     raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}{hint}")

@@ -92,8 +92,8 @@ def tokenize_continued(
         _visible_edge(*one, keeps_line_end=keeps_line_end)
         for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)
     ]
-    unseen = tokenize(tokenizer, [prompt for prompt, n in zip(prompts, found, strict=True) if n is None], is_whole=is_whole)
-    others = iter(unseen)
+    unseen = [prompt for prompt, n in zip(prompts, found, strict=True) if n is None]
+    others = iter(tokenize(tokenizer, unseen, is_whole=is_whole))
     continued = []
     for ids, n in zip(tokens, found, strict=True):
         before = next(others) if n is None else ids[:n]
@@ -179,7 +179,7 @@ def encode_responses(
     prompts, texts = [prompt.rstrip(" ") for prompt, _ in pairs], [prompt + response for prompt, response in pairs]
     rows, end = [], end_of_text(tokenizer)
     for text, (_, response), place in zip(tokenize_continued(tokenizer, prompts, texts), pairs, places, strict=True):
-        if not response or text.n_prompt == len(text.ids):
+        if text.n_prompt == len(text.ids):
             raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
         ids = _ended(text.ids, end)
         n_response = len(ids) - text.n_prompt
@@ -207,10 +207,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int, *, i
 
 def response_too_long(place: str, n_response: int, max_length: int) -> UserError:
     """The error for a response that would be truncated."""
-    return UserError(
-        f"{place}: expected a response of 1 to {max_length - 1} tokens, its end included (data.max_length is {max_length}), "
-        f"received one of {n_response}"
-    )
+    return UserError(f"{place}: expected a response of fewer than {max_length} tokens (data.max_length), received {n_response}")
 
 
 def _ended(ids: list[int], end: int | None) -> list[int]:

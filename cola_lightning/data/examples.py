@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
-from cola_lightning.data.rows import Row, encode_usable
+from cola_lightning.data.rows import Row, Rows, encode_usable
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.turns import ChatTemplate, Conversation, user_turn
@@ -36,8 +36,7 @@ class Example:
         references: if the answer is generated: the answers it is compared with.
 
     Raises:
-        UnusableRow: if there is no option, or if two are equal.
-        UserError: if the answer is not the index of an option.
+        UnusableRow: if two options are equal.
 
     Example:
         >>> Example("The film was dull. It was", (" terrible", " great"), answer=0).right().options
@@ -52,17 +51,8 @@ class Example:
     references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.answer is None and not self.options:  # to be generated
-            return
-        if not self.options:
-            raise UnusableRow(f"{self.place}: expected options to choose from, received none")
         if len(set(self.options)) < len(self.options):
-            twice = next(option for option in self.options if self.options.count(option) > 1)
-            raise UnusableRow(f"{self.place}: expected options that differ, received {twice!r} twice")
-        if self.answer is not None and not 0 <= self.answer < len(self.options):
-            raise UserError(
-                f"{self.place}: expected the index of one of {len(self.options)} options as the answer, received {self.answer}"
-            )
+            raise UnusableRow(f"{self.place}: expected options that differ, received {self.options}")
 
     @property
     def is_generated(self) -> bool:
@@ -140,10 +130,7 @@ def encode_examples(
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
     if max_length <= MAX_NEW_TOKENS + 1 and any(example.is_generated for example in examples):
-        raise UserError(
-            f"data.max_length: expected more than {MAX_NEW_TOKENS + 1}, for a generated answer takes up to "
-            f"{MAX_NEW_TOKENS} tokens, received {max_length}"
-        )
+        raise UserError(f"data.max_length: expected over {MAX_NEW_TOKENS + 1} with generated answers, received {max_length}")
     rooms = [max_length - MAX_NEW_TOKENS if example.is_generated else max_length for example in examples]
     if is_learned:
         examples = [example.right() for example in examples]
@@ -281,11 +268,10 @@ class OptionBatches(TokenizedDataModule):
             examples: the examples.
             is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
         """
-        is_learned = is_learned and self.loss == "answer"
-        how = {"is_chat": self.apply_chat_template, "is_learned": is_learned}
+        how = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
         return encode_examples(self.tokenizer, examples, self.max_length, **how)
 
-    def encode_rows(self, rows: Sequence[Row], example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
+    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
         """Converts rows to examples and encodes them; a few unusable rows are omitted, with a warning.
 
         Args:
@@ -307,9 +293,7 @@ class OptionBatches(TokenizedDataModule):
             errors += unusable
         n_unusable, n_rows = len(errors), len(rows)
         if 100 * n_unusable > PERCENT_SKIPPED * n_rows:
-            raise UserError(
-                f"{errors[0]} ({n_unusable} of {n_rows} rows cannot be used; up to {PERCENT_SKIPPED} % would be skipped)"
-            )
+            raise UserError(f"{errors[0]} ({n_unusable} of {n_rows} rows cannot be used, more than {PERCENT_SKIPPED} %)")
         if errors:
             log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_unusable, n_rows, errors[0])
         return encoded

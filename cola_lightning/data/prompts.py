@@ -11,7 +11,6 @@ from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import DRAWN_SHARE, SourceDataModule
 from cola_lightning.data.splits import is_file
 from cola_lightning.data.tasks import find_task
-from cola_lightning.errors import UserError
 
 DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with one folder per task
 
@@ -87,20 +86,10 @@ class PromptDataModule(OptionBatches, SourceDataModule):
         name = self.task.name.lower()
         if not (folder := os.environ.get(DATA_DIR)):
             return self.task.source, self.task.subset
-        if not (Path(folder) / name).is_dir():
-            raise UserError(f"{DATA_DIR}: expected a folder that holds one named {name}, received {folder!r}")
         return str(Path(folder) / name), None
 
     @override
-    def encode(self, rows: Rows) -> list[EncodedExample]:
-        return self.encode_rows(rows, self.task.example, is_learned=False)
-
-    @override
-    def encode_train(self, rows: Rows) -> list[EncodedExample]:
-        return self.encode_rows(rows, self.task.example, is_learned=True)
-
-    @override
-    def encode_predicted(self, rows: Rows) -> list[EncodedExample]:
-        if not is_file(self.source):
-            return self.encode(rows)
-        return self.encode_examples([self.task.example(row) for row in rows])
+    def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
+        if part == "predict" and is_file(self.source):
+            return self.encode_examples([self.task.example(row) for row in rows])
+        return self.encode_rows(rows, self.task.example, is_learned=part == "train")

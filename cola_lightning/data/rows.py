@@ -5,10 +5,9 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
-from typing_extensions import override
 
 from cola_lightning.conventions import WHOLE_NUMBER
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
@@ -151,7 +150,7 @@ def without_null(value: Any) -> Any:
     return [without_null(part) for part in value] if isinstance(value, list) else value
 
 
-class Rows(Sequence[Row]):
+class Rows:
     """Rows of a split.
 
     Args:
@@ -180,22 +179,12 @@ class Rows(Sequence[Row]):
         kinds = (list, datasets.List, datasets.LargeList)
         return [name for name, feature in (self.data.features or {}).items() if isinstance(feature, kinds)]
 
-    @override
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> "Rows": ...
-    @override
-    def __getitem__(self, place: int | slice) -> "Row | Rows":
-        if isinstance(place, slice):
-            return self.of(self.numbers[place])
-        number = int(self.numbers[place])
-        return self._row(self.data[number], number)
+    def __getitem__(self, some: slice) -> "Rows":
+        return self.of(self.numbers[some])
 
-    @override
     def __iter__(self) -> Iterator[Row]:
         for number, fields in zip(self.numbers, self._selected(), strict=True):
             yield self._row(fields, int(number))
@@ -214,17 +203,11 @@ class Rows(Sequence[Row]):
         return Rows(self.data, self.place, numbers, may_lack_targets=self.may_lack_targets)
 
     def lacking_targets(self) -> "Rows":
-        """The same rows; their labels or answers may be missing."""
-        return Rows(self.data, self.place, self.numbers, may_lack_targets=True)
-
-    def sorted(self) -> "Rows":
-        """The same rows in their order in the split."""
-        return self.of(np.sort(self.numbers))
+        """The same rows in their order in the split; their labels or answers may be missing."""
+        return Rows(self.data, self.place, np.sort(self.numbers), may_lack_targets=True)
 
     def values(self, field: str) -> list[Any]:
         """The different values of a field."""
-        if field not in self.columns:
-            self[0][field]  # raises
         return list(self._selected().unique(field))
 
     def mapped(
@@ -260,7 +243,6 @@ class Rows(Sequence[Row]):
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
             for name, kind in features.items()
         }
-        how: dict[str, Any] = {"remove_columns": self.columns, "features": datasets.Features(values)}
         with progress_bar_if(len(self) >= WORTH_A_BAR):
             return self._selected().map(
                 batch,
@@ -269,7 +251,8 @@ class Rows(Sequence[Row]):
                 new_fingerprint=digest.hexdigest()[:32],
                 num_proc=num_proc,
                 desc=f"{self.place}: preparing rows",
-                **how,
+                remove_columns=self.columns,
+                features=datasets.Features(values),
             )
 
 

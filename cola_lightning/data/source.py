@@ -1,7 +1,6 @@
 """Base classes of data modules for language models: rows that are tokenized, from a file, a folder or the hub."""
 
 import functools
-import hashlib
 import json
 import logging
 from abc import abstractmethod
@@ -20,7 +19,7 @@ from cola_lightning.data.splits import (
     check_source,
     choose_split,
     draw_parts,
-    identity_of_source,
+    files_identity,
     is_file,
     load_splits,
 )
@@ -32,6 +31,7 @@ DRAWN_SHARE = 0.1  # of the training rows, for each part that has no split
 ENCODING = 1  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
+PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # that a stage needs; other stages: test
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -72,10 +72,7 @@ class TokenizedDataModule(EpochDataModule):
         """The tokenizer of the module that is trained."""
         if self.trainer is None and self._tokenizer_of_worker is not None:
             return self._tokenizer_of_worker
-        module = self.trainer and self.trainer.lightning_module
-        if "tokenizer" not in dir(module):  # not getattr: an error inside a property of that name must not be hidden
-            raise UserError(f"model: expected a module with a tokenizer, received {type(module).__name__}")
-        return cast(Any, module).tokenizer
+        return cast(Any, self.trainer).lightning_module.tokenizer
 
     @override
     def length(self, row: Any) -> int:
@@ -155,8 +152,9 @@ class SourceDataModule(TokenizedDataModule):
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """See ``EpochDataModule.identity``; the hash of a file is computed once."""
-        return identity_of_source(self.source, self.subset, self.revision)
+        """The source, and its revision on the hub, or the size and hash of its files, which are computed once."""
+        named = {"source": self.source, "subset": self.subset, "revision": self.revision}
+        return {name: value for name, value in named.items() if value} | files_identity(self.source)
 
     @functools.cached_property
     def _splits(self) -> Splits[Any]:
@@ -195,18 +193,15 @@ class SourceDataModule(TokenizedDataModule):
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts = self.parts(stage)
-        if stage == "predict":
-            self.test = self._not_empty(self.encode_predicted(parts["test"]))
-        elif stage == "test":
-            self.test = self._not_empty(self.encode(parts["test"]))
-        else:
-            self.val = self._not_empty(self.encode(parts["val"]))
-            if stage == "fit":
-                self.train = self._not_empty(self.encode_train(parts["train"]))
+        for part in reversed(PARTS.get(stage, ["test"])):
+            encoded = self.encode(parts[part], "predict" if stage == "predict" else part)
+            if isinstance(encoded, Sized) and not len(encoded):
+                raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
+            setattr(self, part, encoded)
 
     def parts(self, stage: str) -> dict[str, Any]:
         """The rows that a stage needs: ``train`` and ``val``, ``val``, or ``test``."""
-        names = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+        names = PARTS.get(stage, ["test"])
         if stage == "predict" and is_file(self.source):
             return {"test": self._train.lacking_targets()}
         sizes, own = {"val": self.val_size, "test": self.test_size}, {part: self._own(part) for part in ("val", "test")}
@@ -219,7 +214,7 @@ class SourceDataModule(TokenizedDataModule):
             drawn = [part for part in PURPOSES if own.get(part) is None]
             parts |= self._drawn(parts, drawn, may_lack_targets=stage == "predict")
         if stage == "predict":
-            parts["test"] = parts["test"].sorted().lacking_targets()
+            parts["test"] = parts["test"].lacking_targets()
         return parts
 
     def _drawn(self, own: Mapping[str, Rows], parts: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
@@ -234,11 +229,6 @@ class SourceDataModule(TokenizedDataModule):
         self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
         return drawn
 
-    def _not_empty(self, encoded: Any) -> Any:
-        if isinstance(encoded, Sized) and not len(encoded):
-            raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
-        return encoded
-
     # ------------------------------------------------------------------ rows in Arrow
 
     def map_rows(self, rows: Rows, features: Mapping[str, Any], *options: Any, encode: Any) -> Any:
@@ -251,10 +241,10 @@ class SourceDataModule(TokenizedDataModule):
             encode: makes dicts of a list of rows.
         """
         tokenizer, kind = identity_of_tokenizer(self.tokenizer), type(self)
-        is_ours = kind.__module__.startswith("cola_lightning.")  # code of another's may change without a sign of it
-        ours = tokenizer, __version__, ENCODING, kind.__name__, self.max_length, options
-        is_known = is_ours and tokenizer is not None
-        identity = hashlib.sha256(json.dumps(ours, sort_keys=True, default=str).encode()).hexdigest() if is_known else None
+        known = tokenizer, __version__, ENCODING, kind.__name__, self.max_length, options
+        identity = None
+        if tokenizer is not None and kind.__module__.startswith("cola_lightning."):  # code of another's may change unseen
+            identity = json.dumps(known, sort_keys=True, default=str)
 
         def with_lengths(some: list[Row]) -> list[dict[str, Any]]:
             return [{**row, "length": len(row["input_ids"])} for row in encode(some)]
@@ -269,11 +259,11 @@ class SourceDataModule(TokenizedDataModule):
     # ------------------------------------------------------------------ defined by a subclass
 
     @property
-    @override
     def can_be_tested(self) -> bool:
+        """Whether the test rows have labels or answers to be scored with."""
         try:
             rows = self._own("test")
-            return rows is None or len(self.encode(rows[:1])) > 0
+            return rows is None or len(self.encode(rows[:1], "test")) > 0
         except UserError:  # it has no label, say
             return False
 
@@ -282,13 +272,11 @@ class SourceDataModule(TokenizedDataModule):
         return None
 
     @abstractmethod
-    def encode(self, rows: Rows) -> Any:
-        """Encodes rows for ``collate``."""
+    def encode(self, rows: Rows, part: str) -> Any:
+        """Encodes rows for ``collate``.
 
-    def encode_train(self, rows: Rows) -> Any:
-        """Encodes training rows."""
-        return self.encode(rows)
-
-    def encode_predicted(self, rows: Rows) -> Any:
-        """Encodes rows to be predicted, none of which may be omitted: a prediction's index is its row's."""
-        return self.encode(rows)
+        Args:
+            rows: the rows.
+            part: what they are for: ``train``, ``val``, ``test``, or ``predict``, where none may be omitted: a prediction's
+                index is its row's.
+        """

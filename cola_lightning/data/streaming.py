@@ -1,9 +1,9 @@
 """Rows of a data set on the hub that are read while a model trains on them: for what fits no disk."""
 
+import contextlib
 import functools
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -26,17 +26,22 @@ class Stream:
     Args:
         data: a ``datasets.IterableDataset``.
         place: names it in messages.
-        n_held_out: how many of its rows, from the first, are others' rows.
     """
 
-    def __init__(self, data: Any, place: str, n_held_out: int = 0) -> None:
-        self.data, self.place, self.n_held_out = data, place, n_held_out
+    def __init__(self, data: Any, place: str) -> None:
+        self.data, self.place = data, place
+        self.n_held_out = 0  # rows, from the first, that are others' rows
 
     def first(self, n_rows: int) -> Rows:
         """Its first rows, read now."""
         import datasets
 
         return Rows(datasets.Dataset.from_list(list(self.data.take(n_rows)), features=self.data.features), self.place)
+
+    def held_out(self, n_rows: float | None) -> Rows:
+        """Its next rows, read now, which are none of its training rows; None: 1,000."""
+        start, self.n_held_out = self.n_held_out, self.n_held_out + int(n_rows or HELD_OUT)
+        return self.first(self.n_held_out)[start:]
 
     def encoded(
         self, encode: Encode, columns: Sequence[str], seed: int | str, n_processes: int, rank: int, n_workers: int
@@ -57,10 +62,7 @@ class Stream:
         from datasets.distributed import split_dataset_by_node
 
         if self.n_held_out and (n_workers or n_processes > 1):
-            raise UserError(
-                "data.streaming: expected one process without data.num_workers where validation or test rows are the first of "
-                f"the train split, received {n_processes} and {n_workers}"
-            )
+            raise UserError("data.streaming: expected validation and test splits beside several processes or workers")
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
@@ -80,32 +82,11 @@ def stream_splits(source: str, subset: str | None, revision: str | None) -> Spli
     return {split: functools.partial(Stream, data, f"{source}, {split}") for split, data in splits.items()}
 
 
-def stream_parts(train: Stream, own: Mapping[str, Stream | None], sizes: Mapping[str, float | None]) -> dict[str, Any]:
-    """The first rows of each part's own split or, if it has none, of the train split; and what is left of that.
-
-    Args:
-        train: the train split.
-        own: the validation and test splits; None: there is none.
-        sizes: the number of rows of each; None: 1,000.
-    """
-    parts: dict[str, Any] = {"train": train}
-    for part, split in own.items():
-        n_rows = int(sizes[part] or HELD_OUT)
-        if split is not None:
-            parts[part] = split.first(n_rows)
-        else:
-            parts[part] = train.first(train.n_held_out + n_rows)[train.n_held_out :]
-            train.n_held_out += n_rows
-    return parts
-
-
 def stream_loader(data: Any, collate: Callable[[list[Any]], Any], batch_size: int, num_workers: int) -> Any:
     """A loader of a stream: torchdata's, which has a state, if that package is installed."""
     kind: Any = DataLoader
-    if importlib.util.find_spec("torchdata") is not None:
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        kind = StatefulDataLoader
+    with contextlib.suppress(ImportError):
+        from torchdata.stateful_dataloader import StatefulDataLoader as kind  # type: ignore[no-redef]
     loader = kind(data, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     loader.sampler.set_epoch = data.set_epoch  # Lightning calls a sampler's
     return loader

@@ -32,11 +32,9 @@ class Template(Formatter):
 
     def __init__(self, text: str, option: str) -> None:
         try:
-            fields = [field for _, field, *_ in self.parse(text) if field is not None]
+            list(self.parse(text))
         except ValueError as error:
             raise UserError(f"{option}: expected text with fields in braces ({{{{ for a brace), received {text!r}") from error
-        if not all(fields):
-            raise UserError(f"{option}: expected field names in braces, received {text!r}")
         self.text = text
 
     def fill(self, row: Row) -> str:
@@ -107,19 +105,14 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         super().__init__(source, subset, max_length=max_length, **rows)
         if (options is None) is (answer is None):
             received = "neither" if options is None else "both"
-            raise UserError(
-                f"data.options, data.answer: expected options to choose from, or the field of an answer, received {received}"
-            )
+            raise UserError(f"data.options, data.answer: expected one of the two, received {received}")
         if loss == "options" and options is None:
             raise UserError("data.loss: expected null or answer where the answer is generated, received options")
-        kind = get_args(AnswerMetric if options is None else OptionMetric)
-        if metric not in (None, *kind):
-            which = "a generated answer" if options is None else "options"
-            raise UserError(f"data.metric: expected {', '.join(kind)} or null for {which}, received {metric!r}")
-        if isinstance(options, str) and metric not in (None, "accuracy"):
-            raise UserError(
-                f"data.metric: expected accuracy or null for options from a field, which differ by row, received {metric!r}"
-            )
+        known = get_args(AnswerMetric if options is None else OptionMetric)
+        if isinstance(options, str):  # they differ by row, and so does what an index means
+            known = ("accuracy",)
+        if metric not in (None, *known):
+            raise UserError(f"data.metric: expected {', '.join(known)} or null for this task, received {metric!r}")
         self.metric = metric
         self.prompt = Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
@@ -132,16 +125,10 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         return self.prompt.text, options
 
     @override
-    def encode(self, rows: Rows) -> list[EncodedExample]:
-        return self.encode_rows(rows, self._example, is_learned=False)
-
-    @override
-    def encode_train(self, rows: Rows) -> list[EncodedExample]:
-        return self.encode_rows(rows, self._example, is_learned=True)
-
-    @override
-    def encode_predicted(self, rows: Rows) -> list[EncodedExample]:
-        return self.encode_examples([self._example(row) for row in rows])
+    def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
+        if part == "predict":
+            return self.encode_examples([self._example(row) for row in rows])
+        return self.encode_rows(rows, self._example, is_learned=part == "train")
 
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)
@@ -174,8 +161,5 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         texts = [option.lower() for option in stripped]  # a CSV file has a number as text: it must not mean another option
         is_text = isinstance(label, int) and field not in inner.class_names and str(label).lower() in texts
         if is_text and (place := texts.index(str(label).lower())) != label:
-            raise UserError(
-                f"{row.place}: expected text in the field {field!r}, for the option {stripped[place]!r} has the index {place}, "
-                f"received {inner[field]!r}"
-            )
+            raise inner.refused(field, f"text, for the option {stripped[place]!r} has the index {place},")
         return inner.label(field, len(options))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.data import PromptDataModule
-from cola_lightning.data.splits import read_rows
+from cola_lightning.data.splits import load_splits
 from cola_lightning.errors import UserError
 
 ENGLISH = {"SQuAD": "context", "DROP": "passage", "BoolQ": "passage"}
@@ -22,8 +22,9 @@ def english_passages() -> Tensor:
     passages: dict[str, None] = {}  # an ordered set
     for task, field in ENGLISH.items():
         data = PromptDataModule(task)
+        splits = load_splits(data.source, data.subset, data.revision)
         for split in ("train", "validation"):
-            passages |= dict.fromkeys(row.text(field) for row in read_rows(data.source, split, data.subset, data.revision))
+            passages |= dict.fromkeys(row.text(field) for row in splits[split]())
     return as_bytes("\n\n".join(passages).encode()[:ENGLISH_BYTES])
 
 
