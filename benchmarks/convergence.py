@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from cola_lightning import AdaptedModel
-from cola_lightning.chain.rules import TrainedFactors
+from cola_lightning.chain.schedule import TrainedFactors
 
 HERE = Path(__file__).parent / "convergence"
 

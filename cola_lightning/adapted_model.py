@@ -24,7 +24,7 @@ from cola_lightning.chain.base import (
 )
 from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import begin_link, finish_link
-from cola_lightning.chain.rules import Factor, TrainedFactors, check_trained_factors, frozen_factor
+from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_factors, inject_lora, strip_lora, unstack
 from cola_lightning.lora.layer import (
@@ -135,7 +135,6 @@ class AdaptedModel:
             UserError: for an invalid model or values.
         """
         check_factors(rank, alpha, dropout, init, finished_links)
-        check_trained_factors(trained_factors)
         check_seed("model.seed", seed)
 
         how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links)

@@ -96,8 +96,7 @@ def refused(*rows: tuple[Any, str]) -> Callable[[Callable[..., object]], Callabl
     ({"every_n_train_steps": -3}, "chain.every_n_train_steps: expected a whole number of at least 1, received -3"),
     ({"at_epochs": [3, 3]}, "chain.at_epochs: expected an increasing list of whole numbers from 1, received [3, 3]"),
     ({"at_steps": [0, 3]}, "chain.at_steps: expected an increasing list of whole numbers from 1, received [0, 3]"),
-    ({"ranks": []}, "chain.ranks: expected a value for each link, received an empty list"),
-    ({"ranks": [4, 0]}, "chain.ranks: expected whole numbers of at least 1, received [4, 0]"),
+    ({"ranks": [4, 0]}, "chain.ranks: expected numbers above 0, received [4, 0]"),
     ({"alphas": [1, -1]}, "chain.alphas: expected numbers above 0, received [1, -1]"),
 )
 def schedule(**chain):
@@ -105,10 +104,7 @@ def schedule(**chain):
 
 
 @refused(
-    ({"patience": 0}, "chain.patience: expected a whole number of validations of at least 1, received 0"),
-    ({"patience": 1, "min_delta": -1}, "chain.min_delta: expected a number of at least 0, received -1"),
-    ({"patience": 1, "min_delta": float("nan")}, "chain.min_delta: expected a number of at least 0, received nan"),
-    ({"patience": 1, "mode": "lower"}, "chain.mode: expected min or max, received 'lower'"),
+    ({"patience": 0}, "chain.patience: expected a whole number of at least 1, received 0"),
     (
         {"monitor": "val_accuracy"},
         "chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none",
@@ -132,21 +128,8 @@ def last(**arguments):
     ({"dropout": 1.0}, "model.dropout: expected a probability from 0 to below 1, received 1.0"),
     ({"seed": -1}, "model.seed: expected a whole number from 0 to 2**32 - 1, received -1"),
     ({"seed": 2**32}, "model.seed: expected a whole number from 0 to 2**32 - 1, received 4294967296"),
-    ({"modules_to_save_lr": -1}, "model.modules_to_save_lr: expected a number of at least 0, received -1"),
     ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
-    ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
-    ({"lr_schedule": None}, "model.lr_schedule: expected constant, linear, cosine, received None"),
     ({"kept_optimizer_state": 2}, "model.kept_optimizer_state: expected a share from 0 to 1, received 2"),
-    ({"warmup_steps": -1}, "model.warmup_steps: expected a number of steps, or a share below 1, received -1"),
-    (
-        {"schedule_scope": "run", "knot_warmup_steps": float("nan")},
-        "model.knot_warmup_steps: expected a number of steps, or a share below 1, received nan",
-    ),
-    (
-        {"knot_warmup_steps": 3},
-        "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each "
-        "link's, received 3",
-    ),
     ({"init": "kaimin"}, "model.init: expected kaiming, gaussian, received 'kaimin'"),
     ({"init_links": 2}, "model.init_links: expected null, or model.init_chain beside it, received 2 alone"),
     (
@@ -163,7 +146,6 @@ def module(**arguments):
 
 
 @refused(
-    ({"trained_factors": "A"}, "model.trained_factors: expected both, B, random, received 'A'"),
     ({"finished_links": "merged"}, "model.finished_links: expected merge or stack, received 'merged'"),
     ({"init": "kaimin", "target_modules": None}, "model.init: expected kaiming, gaussian, received 'kaimin'"),
     ({"seed": -1}, "model.seed: expected a whole number from 0 to 2**32 - 1, received -1"),
@@ -263,26 +245,21 @@ def delta(name):
     ),
     (
         {"module": {"warmup_steps": 11}, "chain": {"every_n_epochs": 1}},
-        "model.warmup_steps: expected at most 10, the steps of the shortest link, received 11",
+        "model.warmup_steps: expected at most 10, the shortest link's steps, received 11",
     ),
     (
         {"module": {"schedule_scope": "run", "knot_warmup_steps": 7}, "chain": {"every_n_train_steps": 6}},
-        "model.knot_warmup_steps: expected at most 6, the steps of the shortest link after a knot, received 7",
+        "model.knot_warmup_steps: expected at most 6, the shortest link's steps, received 7",
     ),
     (
         {"max_epochs": -1, "max_time": {"minutes": 1}},
-        "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
-        "length is not known beforehand (chain.patience, an overridden should_tie, endless data), received linear",
-    ),
-    (
-        {"module": {"lr_schedule": "constant", "warmup_steps": 0.1}, "max_epochs": -1},
-        "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's "
-        "length is not known beforehand (chain.patience, an overridden should_tie, endless data), received a "
-        "warm-up of 0.1 of it",
+        "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, and warm-ups in "
+        "steps, where a link's length is not known beforehand (chain.patience, an overridden should_tie, endless data), "
+        "received linear, warm-ups of 0 and, after knots, 0",
     ),
     (
         {"module": {"modules_to_save_lr": 0.1}},
-        "model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none",
+        "model.modules_to_save_lr: expected modules_to_save beside it, received none",
     ),
     (
         {"module": {"cls": type("Manual", (Toy,), {"automatic_optimization": False})}},

@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.callbacks import check_strategy
 from cola_lightning.chain.link import begin_link
-from cola_lightning.chain.rules import frozen_factor
+from cola_lightning.chain.schedule import frozen_factor
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
@@ -393,25 +393,6 @@ def test_what_configure_optimizers_keeps_in_the_module_is_what_trains(tmp_path):
     trainer(tmp_path, **arguments).fit(toy(Keeping), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt"))
 
 
-@pytest.mark.parametrize("is_resumed", [False, True])
-def test_a_knot_that_would_go_on_with_the_optimizer_of_the_link_before_is_refused(tmp_path, is_resumed):
-    class Same(Toy):
-        def configure_optimizers(self):
-            self.made = getattr(self, "made", None) or SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-            return self.made
-
-        def on_train_batch_end(self, *_):
-            if self.trainer.global_step == 3 and not is_resumed:
-                self.tie_knot()
-
-    how = {"chain": {"every_n_train_steps": 3}} if is_resumed else {}
-    run = trainer(tmp_path, LastCheckpoint(), max_epochs=3, enable_checkpointing=True, **how)
-    with pytest.raises(UserError, match=r"configure_optimizers: expected a new optimizer from each call, .* the same"):
-        run.fit(toy(Same), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt") if is_resumed else None)
-    written = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("last.ckpt")]
-    assert written == [2] * (not is_resumed)  # none has the new link beside the old one's moments
-
-
 @pytest.mark.parametrize("hook", ["training_step", "on_before_zero_grad", "on_after_backward", "optimizer_step"])
 def test_a_knot_inside_an_optimizers_step_is_refused(tmp_path, hook):
     class Inside(Toy):
@@ -583,7 +564,7 @@ def test_links_of_epochs_without_a_length_want_a_constant_rate_or_one_schedule(t
     loader = torch.utils.data.DataLoader(Streamed(), batch_size=4)
     with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, or model\.schedule_scope run"):
         trainer(tmp_path, chain=chain, max_steps=30).fit(toy(), loader)
-    with pytest.raises(UserError, match=r"model\.knot_warmup_steps: expected a number of steps"):
+    with pytest.raises(UserError, match=r"model\.lr_schedule: .* warm-ups in steps"):
         trainer(tmp_path, chain=chain, max_steps=30).fit(toy(schedule_scope="run", knot_warmup_steps=0.5), loader)
     caplog.clear()
     watch, module = rates(), toy(schedule_scope="run", knot_warmup_steps=2, optimizer=lambda p: SGD(p, lr=1.0))

@@ -243,7 +243,6 @@ BAD = [
     (["--model.target_modules", "[q_porj]"], "received 'q_porj'; the nearest that exist: q_proj"),
     (["--model.rnak", "2"], "Option 'rnak' is not accepted"),
     (["--model.attn_implementation", "none_such"], "none_such"),
-    (["--model.modules_to_save_lr", "-1"], "model.modules_to_save_lr: expected a number of at least 0, received -1"),
     (["--model", "COLASequenceClassifer"], "COLASequenceClassifer"),
 ]
 

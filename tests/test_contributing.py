@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import cola_lightning
 from cola_lightning import AdaptedModel, COLAModule, PromptDataModule, UserError, data, inject_lora
-from cola_lightning.chain import rules
+from cola_lightning.chain import schedule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
 from cola_lightning.lora import registry
@@ -26,7 +26,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 def _tables_of_before(monkeypatch):
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    monkeypatch.setattr(rules, "FROZEN_FACTOR", dict(rules.FROZEN_FACTOR))
+    monkeypatch.setattr(schedule, "FROZEN_FACTOR", dict(schedule.FROZEN_FACTOR))
 
 
 def example(heading):

@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError
-from cola_lightning.chain.plateau import Plateau
+from cola_lightning.chain.schedule import Plateau
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
 from tests.test_chain_of_lora import Watch
@@ -181,12 +181,12 @@ def test_a_schedule_over_the_run_needs_no_length_of_a_link(tmp_path):
     ("arguments", "how", "message"),
     [
         ({}, {}, r"model\.lr_schedule: expected constant, or model\.schedule_scope run .* received linear"),
-        ({"lr_schedule": "constant", "warmup_steps": 0.1}, {}, r"model\.lr_schedule: .* received a warm-up of 0\.1 of it"),
+        ({"lr_schedule": "constant", "warmup_steps": 0.1}, {}, r"model\.lr_schedule: .* received constant, warm-ups of 0\.1"),
         ({"schedule_scope": "run"}, {"max_epochs": -1}, r"model\.lr_schedule: expected constant, .* received linear"),
         (
             {"schedule_scope": "run", "knot_warmup_steps": 0.5},
             {},
-            r"model\.knot_warmup_steps: expected a number of steps .* received 0\.5 of it",
+            r"model\.lr_schedule: .* warm-ups in steps, .* after knots, 0\.5",
         ),
     ],
     ids=str,

@@ -5,7 +5,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
 
 TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 
@@ -21,9 +21,12 @@ TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
     ],
     ids=str,
 )
-def test_the_live_link_follows_from_the_counters(arguments, links):
+def test_knots_follow_from_the_counters(arguments, links):
+    """A knot is due between two epochs of ten steps if there is one or more between them."""
     schedule = ChainSchedule(**arguments)
-    assert [schedule.link_at(epoch, 10 * epoch) for epoch in range(8)] == links
+    for start, link in enumerate(links):
+        is_due = [schedule.is_due(FitPosition(start, 10 * start), FitPosition(now, 10 * now)) for now in range(start, 8)]
+        assert is_due == [later > link for later in links[start:]]
     assert schedule.has_knots == bool(arguments)
 
 
@@ -65,8 +68,6 @@ def test_no_length_is_made_up():
     endless = RunLength(lambda epoch: 10, math.inf, math.inf)
     assert ChainSchedule().link_steps(FitPosition(0, 0), endless) == math.inf
     assert ChainSchedule(every_n_epochs=1, knots_unknown=True).link_steps(FitPosition(0, 0), TEN_AN_EPOCH) == math.inf
-    with pytest.raises(ValueError, match="known length"):
-        ChainSchedule(every_n_epochs=1).links(FitPosition(0, 0), endless)
 
 
 def test_ranks_and_alphas_go_link_by_link_and_the_last_holds_on():
@@ -103,10 +104,3 @@ def test_a_period_beyond_the_run_costs_no_time():
     run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
     assert ChainSchedule(every_n_epochs=10**12).links(FitPosition(0, 0), run) == [50]
     assert ChainSchedule(at_epochs=[10**12]).link_steps(FitPosition(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100
-
-
-def test_the_links_of_a_run_of_a_hundred_thousand_epochs_are_known_at_once():
-    asked = []
-    run = RunLength(lambda epoch: asked.append(epoch) or 10, max_epochs=100_000, max_steps=math.inf)
-    assert ChainSchedule(every_n_epochs=1).links(START, run) == [10] * 100_000
-    assert len(asked) < 300_000

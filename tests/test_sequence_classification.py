@@ -113,7 +113,7 @@ def test_settings_and_batches_that_do_not_fit_a_classifier_are_named(tmp_path, d
     with pytest.raises(UserError, match="batch: expected one label a row"):
         trainer(tmp_path, max_steps=1).fit(module, datamodule=tiny.reviews())
     causal = COLACausalLM(tiny.folder(tmp_path / "opt", "opt"), rank=2, modules_to_save_lr=1e-3)
-    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected modules_to_save beside other trained parameters"):
+    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected modules_to_save beside it"):
         trainer(tmp_path, max_steps=1).fit(causal, datamodule=tiny.reviews())
 
 

@@ -19,8 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.plateau import Mode, Plateau
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, Mode, Plateau
 from cola_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class ChainOfLoRA(Callback):
         UserError: for more than one rule for when knots are tied, and for invalid values.
 
     Example:
-        >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.link_at(epoch=5, global_step=100)
-        2
+        >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.rank(1)
+        4
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1: the knot comes before the forward pass of its step.
     """

@@ -1,18 +1,23 @@
-"""When knots are tied, each link's rank, alpha and length, and its learning-rate schedule.
+"""When knots are tied; each link's rank, alpha, trained factors and length; and its learning-rate schedule.
 
-Everything here is a pure function of counters: an epoch and a global step (optimizer steps since the start of the run, as
-Lightning counts them). There is no state between calls, so a resumed run makes the same decisions.
+Everything here is a pure function, of counters (an epoch and a global step: optimizer steps since the start of the run, as
+Lightning counts them), of a metric's values or of a seed. There is no state between calls, so a resumed run makes the same
+decisions.
 """
 
+import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from cola_lightning.errors import UserError
+from cola_lightning.seeding import derive_seed
 
 LRSchedule = Literal["constant", "linear", "cosine"]
+Mode = Literal["min", "max"]
+TrainedFactors = Literal["both", "B", "random"]
+Factor = Literal["A", "B"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
 
@@ -76,8 +81,8 @@ class ChainSchedule:
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         knots_unknown: knots are decided while training, so no link's length is known beforehand.
-        patience: a knot after this many validations without improvement, see :class:`~cola_lightning.chain.plateau.Plateau`,
-            which decides: ``knots_unknown`` is then true.
+        patience: a knot after this many validations without improvement, see :class:`Plateau`, which decides: ``knots_unknown``
+            is then true.
         default_rank: rank of a link without ``ranks``: the module's.
         default_alpha: alpha of a link without ``alphas``: the module's.
 
@@ -86,8 +91,8 @@ class ChainSchedule:
 
     Example:
         >>> schedule = ChainSchedule(at_epochs=[3], ranks=[8, 2])
-        >>> [schedule.link_at(epoch, 10 * epoch) for epoch in range(5)]
-        [0, 0, 0, 1, 1]
+        >>> [schedule.is_due(START, FitPosition(epoch, 10 * epoch)) for epoch in range(5)]
+        [False, False, False, True, True]
         >>> schedule.rank(1), schedule.alpha(1)
         (2, 16)
     """
@@ -108,23 +113,16 @@ class ChainSchedule:
         given = [name for name, value in whens.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
-        for name in ("every_n_epochs", "every_n_train_steps"):
-            value = whens[name]
-            if value is not None and value < 1:
-                raise UserError(f"chain.{name}: expected a whole number of at least 1, received {value}")
-        for name in ("at_epochs", "at_steps"):
-            knots = whens[name]
-            if knots is not None and any(b <= a for a, b in zip([0, *knots], knots, strict=False)):
-                raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+        if any(whens[name] is not None and whens[name] < 1 for name in ("every_n_epochs", "every_n_train_steps", "patience")):
+            raise UserError(f"chain.{given[0]}: expected a whole number of at least 1, received {whens[given[0]]}")
+        knots = self.at_epochs or self.at_steps or ()
+        if any(b <= a for a, b in itertools.pairwise((0, *knots))):
+            raise UserError(f"chain.{given[0]}: expected an increasing list of whole numbers from 1, received {list(knots)}")
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
-            if values is not None and not values:
-                raise UserError(f"chain.{name}: expected a value for each link, received an empty list")
-        if self.ranks is not None and min(self.ranks) < 1:
-            raise UserError(f"chain.ranks: expected whole numbers of at least 1, received {list(self.ranks)}")
-        if self.alphas is not None and not all(0 < alpha < math.inf for alpha in self.alphas):
-            raise UserError(f"chain.alphas: expected numbers above 0, received {list(self.alphas)}")
+            if not all(0 < value < math.inf for value in values or ()):
+                raise UserError(f"chain.{name}: expected numbers above 0, received {values}")
 
     @property
     def has_knots(self) -> bool:
@@ -144,15 +142,9 @@ class ChainSchedule:
         """Whether the links' lengths are not known before the run: also of links of epochs, if an epoch's length is not."""
         return self.knots_unknown or (self._counts_epochs and run.steps_in_epoch(run.epoch_start.epoch) == math.inf)
 
-    def link_at(self, epoch: int, global_step: int) -> int:
-        """The link that is live at the given counters of a run that starts at 0, 0."""
-        now = epoch if self._counts_epochs else global_step
-        every, knots = self._when
-        return now // every if every else bisect_right(knots, now)
-
     def is_due(self, start: FitPosition, now: FitPosition) -> bool:
         """Whether the link that began at ``start`` ends at ``now``."""
-        return self.link_at(*now) > self.link_at(*start)
+        return (now.epoch if self._counts_epochs else now.global_step) >= self.next_knot(start)
 
     def rank(self, link: int) -> int:
         """The rank of a link; the last entry of ``ranks`` holds for all links after it."""
@@ -179,10 +171,7 @@ class ChainSchedule:
         return max(0, end - start.global_step)
 
     def links(self, start: FitPosition, run: RunLength) -> list[int]:
-        """Optimizer steps of each remaining link of a run from ``start``, in order.
-
-        Raises:
-            ValueError: if the run has no end.
+        """Optimizer steps of each remaining link of a run from ``start``, in order; the run and its links have known lengths.
 
         Example:
             >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
@@ -190,20 +179,76 @@ class ChainSchedule:
             [20, 20, 10]
         """
         end, lengths = run.end_step, list[int]()
-        if self.has_unknown_lengths(run) or end == math.inf:
-            raise ValueError("expected a run and links of known length")
-        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
-        epoch_start = run.step_at(epoch)
-        while start.global_step < end:  # each epoch once: there may be a hundred thousand
-            knot = stop = self.next_knot(start)
-            if self._counts_epochs and knot < math.inf:
-                while epoch < knot and epoch_start < end:
-                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
-                stop = epoch_start
-            stop = int(min(stop, end))
-            lengths.append(stop - start.global_step)
-            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
+        while start.global_step < end:
+            knot, steps = self.next_knot(start), int(self.link_steps(start, run))
+            lengths.append(steps)
+            epoch = int(knot) if self._counts_epochs and knot < math.inf else start.epoch
+            start = FitPosition(epoch, start.global_step + steps)
         return lengths
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Finishes a link once a metric has not improved for ``patience`` validations in a row, as EarlyStopping ends a run.
+
+    Args:
+        patience: validations without improvement after which the link is finished.
+        monitor: name of the metric.
+        min_delta: a value is an improvement if it is better than the link's best by more than this.
+        mode: whether a lower (``min``) or a higher (``max``) value is better.
+
+    Example:
+        >>> rule = Plateau(patience=2, min_delta=0.1)
+        >>> [rule.is_reached([1.0, 0.8, 0.75, 0.72][:n]) for n in range(1, 5)]
+        [False, False, False, True]
+    """
+
+    patience: int
+    monitor: str = "val_loss"
+    min_delta: float = 0.0
+    mode: Mode = "min"
+
+    def is_reached(self, values: Iterable[float]) -> bool:
+        """Whether a link with these metric values is finished; its first value is an improvement if it is finite."""
+        best, waited, sign = math.inf, 0, {"min": 1, "max": -1}[self.mode]
+        for value in values:
+            is_better = sign * value < best - self.min_delta  # NaN is no improvement
+            best, waited = (sign * value, 0) if is_better else (best, waited + 1)
+        return waited >= self.patience
+
+
+# A rule's name -> the factor that a link does not train, from the run's seed and the link's index; see frozen_factor.
+FROZEN_FACTOR: dict[str, Callable[[int, int], Factor | None]] = {
+    "both": lambda seed, link: None,
+    "B": lambda seed, link: "A",
+    "random": lambda seed, link: "B" if derive_seed(seed, link, "frozen factor") % 2 else "A",
+}
+
+
+def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
+    """The factor that a link does not train: it is drawn, and the other begins at zero. None if both are trained.
+
+    Args:
+        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``: A stays as drawn; ``random``: a randomly chosen factor.
+        seed: the run's seed.
+        link: the link's index.
+
+    Example:
+        >>> [frozen_factor("random", 0, link) for link in range(5, 11)]
+        ['A', 'B', 'A', 'A', 'B', 'A']
+
+    Source: ``B``: Zhu et al., "Asymmetry in Low-Rank Adapters" (arXiv 2402.16842); ``random``: Malinovsky et al., "Randomized
+        Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
+    """
+    return FROZEN_FACTOR[trained](seed, link)
+
+
+# From the share of the schedule after its warm-up to the factor on the learning rate.
+DECAY: dict[LRSchedule, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: max(0.0, 1.0 - progress),
+    "cosine": lambda progress: max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
+}
 
 
 def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
@@ -221,12 +266,7 @@ def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: flo
     warmup = warmup_length(warmup_steps, horizon)
     if step < warmup:
         return step / max(1, warmup)
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup) / max(1, horizon - warmup)
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return DECAY[schedule]((step - warmup) / max(1, horizon - warmup))
 
 
 def warmup_length(warmup_steps: float, horizon: float) -> int:

@@ -20,8 +20,7 @@ from typing_extensions import override
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.checkpoint import STATE_KEY, OpenedCheckpoint, read_chain
-from cola_lightning.chain.rules import TrainedFactors, check_trained_factors
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
@@ -140,7 +139,6 @@ class COLAModule(LightningModule, RecordsArguments):
         super().__init__()
         check_factors(rank, alpha, dropout, init, finished_links)
         check_seed("model.seed", seed)
-        check_trained_factors(trained_factors)
         if init_links is not None and init_chain is None:
             raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).

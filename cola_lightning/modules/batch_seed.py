@@ -36,28 +36,14 @@ class BatchSeed(Callback):
         self._begin(trainer.global_rank, trainer.current_epoch, batch_idx)
 
     @override
-    def on_train_batch_end(self, *args: Any) -> None:
-        self._batch.close()
-
-    @override
-    def on_train_epoch_end(self, *args: Any) -> None:
-        self._batch.close()  # of an epoch that a hook has cut short
-
-    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.module.run.is_validating:
             self._begin("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
-    @override
-    def on_validation_batch_end(self, *args: Any) -> None:
+    def _end(self, *args: Any, **kwargs: Any) -> None:
         self._batch.close()
 
-    @override
-    def teardown(self, *args: Any, **kwargs: Any) -> None:
-        self._batch.close()
-
-    @override
-    def on_exception(self, *args: Any) -> None:
-        self._batch.close()
+    on_train_batch_end = on_validation_batch_end = teardown = on_exception = _end
+    on_train_epoch_end = _end  # of an epoch that a hook has cut short

@@ -7,7 +7,6 @@ from lightning.pytorch import Trainer
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
-from cola_lightning.modules.optimization import check_new_optimizers
 from cola_lightning.modules.run import trainer_of
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def _make_optimizers(module: "COLAModule") -> None:
     if (trainer := _fitting_trainer(module)) is not None:
         before = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
-        check_new_optimizers(before, trainer.optimizers)
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
     elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)

@@ -1,10 +1,11 @@
 """Optimization of the current link: an optimizer and a learning-rate schedule for each link."""
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,11 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.rules import check_state, keep_state
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
-from cola_lightning.lora.layer import LoRALayer, lora_layers
 from cola_lightning.modules.run import Run
 
 log = logging.getLogger(__name__)
@@ -81,27 +80,12 @@ class LinkOptimization:
     run: Run
     _optimizer: Optimizer | None = None
     _scheduler: LinkLR | None = None
-    _first_step: int | None = None  # at which the schedule's first value was computed
     _horizon: tuple[float, float] | None = None
     _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __post_init__(self) -> None:
-        if self.modules_to_save_lr is not None and not 0 <= self.modules_to_save_lr < math.inf:
-            raise UserError(f"model.modules_to_save_lr: expected a number of at least 0, received {self.modules_to_save_lr}")
-        if self.lr_schedule not in (names := get_args(LRSchedule)):
-            raise UserError(f"model.lr_schedule: expected {', '.join(names)}, received {self.lr_schedule}")
-        for name, steps in (("warmup_steps", self.warmup_steps), ("knot_warmup_steps", self.knot_warmup_steps)):
-            if not 0 <= steps < math.inf:
-                raise UserError(f"model.{name}: expected a number of steps, or a share below 1, received {steps}")
-        if self.knot_warmup_steps and self.schedule_scope == "link":
-            raise UserError(
-                "model.knot_warmup_steps: expected 0 with model.schedule_scope link, where model.warmup_steps is each link's, "
-                f"received {self.knot_warmup_steps}"
-            )
         if not 0 <= self.kept_optimizer_state <= 1:
             raise UserError(f"model.kept_optimizer_state: expected a share from 0 to 1, received {self.kept_optimizer_state}")
-        self.warmup_steps, self.knot_warmup_steps = float(self.warmup_steps), float(self.knot_warmup_steps)
-        self.kept_optimizer_state = float(self.kept_optimizer_state)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit."""
@@ -118,16 +102,14 @@ class LinkOptimization:
             step: step of the run at which the schedule continues.
 
         Raises:
-            UserError: for values that the optimizer does not accept, or that are incompatible with it.
+            UserError: for a learning rate of fully trained modules where there are none.
         """
-        groups = self._parameter_groups(trained, modules_to_save)
-        try:
-            optimizer = self.make_optimizer(groups)
-        except (TypeError, ValueError) as error:  # an optimizer's own message for an invalid value
-            raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
-        for group in optimizer.param_groups:  # a schedule modifies a tensor rate in place: the next link's, too
-            group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-        self._groups = [_without_parameters(group) for group in optimizer.param_groups]
+        optimizer = self.make_optimizer(self._parameter_groups(trained, modules_to_save))
+        # Copies: a schedule modifies a rate that is a tensor in place.
+        for group in optimizer.param_groups:
+            group["lr"] = copy.deepcopy(group["lr"])
+        given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        self._groups = copy.deepcopy(given)
         self._optimizer, self._scheduler = optimizer, self._make_scheduler(optimizer, step)
         if self._scheduler is None:
             return optimizer
@@ -139,8 +121,8 @@ class LinkOptimization:
             return [p for _, p in trained]
         is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
         others, saved = ([p for name, p in trained if is_saved[name] is wanted] for wanted in (False, True))
-        if not others or not saved:
-            raise UserError("model.modules_to_save_lr: expected modules_to_save beside other trained parameters, received none")
+        if not saved:
+            raise UserError("model.modules_to_save_lr: expected modules_to_save beside it, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _make_scheduler(self, optimizer: Optimizer, step: int) -> LinkLR | None:
@@ -148,27 +130,25 @@ class LinkOptimization:
         if self.lr_schedule == "constant" and any(group["lr"] is None for group in optimizer.param_groups):
             return None
         for group in optimizer.param_groups:
-            rate = group["lr"]
-            group["initial_lr"] = rate.clone() if isinstance(rate, Tensor) else rate
-        self._first_step = self._horizon = None
+            group["initial_lr"] = copy.deepcopy(group["lr"])
+        self._horizon = None
         done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
         return LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
 
     def _lr_factor(self, step: int) -> float:
-        """The learning-rate factor at the link's k-th step. It determines its horizon when that is first needed.
+        """The learning-rate factor at the link's k-th step.
 
-        At step 0 of a run the data is not set up yet, and reading its length from Lightning there would make a resumed loader
-        start over.
+        The horizon is determined when it is first needed: before a fit the length of its data is not known, and in a loop
+        without a Trainer never.
         """
-        is_run, start = self.schedule_scope == "run", self.run.link_start
-        if self._horizon is None and self.run.length is not None:
-            self._horizon = self._horizon_in(self.run.length)
-        if (horizon := self._horizon) is None and self._first_step in (None, step):
-            self._first_step = step  # before training: the first value, or one that a resume replaces
-            return 0.0 if self.warmup_steps else 1.0
-        if horizon is None and (length := self.run.known_length()) is not None:
+        horizon, length = self._horizon, self.run.known_length()
+        if horizon is None and length is not None:
             horizon = self._horizon_in(length)
-        end, rise = (math.inf, 0) if horizon is None else horizon  # in a loop without a Trainer there is none
+            self._horizon = horizon if length is self.run.length else None
+        if horizon is None and step == 0:  # whatever the length is
+            return 0.0 if self.warmup_steps else 1.0
+        end, rise = horizon or (math.inf, 0)
+        is_run, start = self.schedule_scope == "run", self.run.link_start
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
         return value * step / rise if step < rise else value
 
@@ -179,29 +159,18 @@ class LinkOptimization:
         rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self.schedule_scope == "run" else link_steps, rise
 
-    @property
-    def _share_of_length(self) -> str | None:
-        """What the schedule computes from a length, in words; None for a constant rate with a warm-up in steps."""
-        if self.lr_schedule != "constant":
-            return self.lr_schedule
-        return f"a warm-up of {self.warmup_steps:g} of it" if 0 < self.warmup_steps < 1 else None
-
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
 
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        warmup = self.warmup_steps if self.schedule_scope == "link" else 0
-        if (shortest := min(lengths[:-1], default=math.inf)) < warmup:
-            raise UserError(
-                f"model.warmup_steps: expected at most {shortest}, the steps of the shortest link, received {warmup:g}"
-            )
-        if (shortest := min(lengths[1:-1], default=math.inf)) < self.knot_warmup_steps:
-            raise UserError(
-                f"model.knot_warmup_steps: expected at most {shortest}, the steps of the shortest link after a knot, "
-                f"received {self.knot_warmup_steps:g}"
-            )
+        of_link = self.warmup_steps if self.schedule_scope == "link" else 0
+        of_knot = self.knot_warmup_steps
+        for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
+            shortest = min(links, default=math.inf)
+            if shortest < steps:
+                raise UserError(f"model.{name}: expected at most {shortest}, the shortest link's steps, received {steps:g}")
 
     def check_without_horizon(self, run: RunLength) -> None:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
@@ -209,19 +178,14 @@ class LinkOptimization:
         Args:
             run: length of the fit, if it has an end; the lengths of its links are decided during training.
         """
-        if self._scheduler is None:  # an overridden configure_optimizers may have none
-            return
         is_known = self.schedule_scope == "run" and run.end_step < math.inf
-        if not is_known and (received := self._share_of_length) is not None:
+        of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+        if self._scheduler is not None and ((of_length and not is_known) or 0 < self.knot_warmup_steps < 1):
             raise UserError(
-                "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, where a link's"
-                " length is not known beforehand (chain.patience, an overridden should_tie, endless data), received "
-                f"{received}"
-            )
-        if 0 < self.knot_warmup_steps < 1:
-            raise UserError(
-                "model.knot_warmup_steps: expected a number of steps where a link's length is not known beforehand, received "
-                f"{self.knot_warmup_steps:g} of it"
+                "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, and warm-ups "
+                "in steps, where a link's length is not known beforehand (chain.patience, an overridden should_tie, endless "
+                f"data), received {self.lr_schedule}, warm-ups of {self.warmup_steps:g} and, after knots, "
+                f"{self.knot_warmup_steps:g}"
             )
 
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
@@ -233,7 +197,7 @@ class LinkOptimization:
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
         for optimizer in optimizers:
-            check_state(optimizer, self.kept_optimizer_state, _factors(adapted.layers))
+            check_state(optimizer, self.kept_optimizer_state, _used_entries(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -247,7 +211,7 @@ class LinkOptimization:
         groups = zip(trainer.optimizers[0].param_groups, self._groups, strict=False)  # a callback may have added others
         for k, (group, wanted) in enumerate(groups):
             before = group | {"lr": group.get("initial_lr", group["lr"])}
-            if changed := {name: value for name, value in wanted.items() if not _is_same(before.get(name), value)}:
+            if changed := {name: value for name, value in wanted.items() if before.get(name) != value}:
                 changes = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
                 log.info("model.optimizer: from here on %s", changes)
             if scheduler is None:
@@ -267,41 +231,74 @@ def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
     return entries
 
 
-def _factors(layers: Mapping[str, LoRALayer]) -> set[int]:
-    return {id(factor) for layer in layers.values() for factor in (layer.lora_A, layer.lora_B)}
+@torch.no_grad()
+def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[slice, ...]]) -> None:
+    """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
+    Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
+    would be divided by zero, as A's gradient is 0 while the new B is. Step counts are copied too.
 
-def check_new_optimizers(before: Sequence[Optimizer], now: Sequence[Optimizer]) -> None:
-    """Refuses an overridden ``configure_optimizers`` that returns an optimizer again: a link begins with a new one.
+    Args:
+        old: the previous link's optimizer.
+        new: the next link's optimizer, on the same parameters.
+        share: the share of entries that the factors' moments retain, above 0.
+        factors: by the id of each factor, the entries that both links use: a factor has those of the largest rank.
 
-    LightningCLI's ``--optimizer`` overrides it so.
+    Raises:
+        UserError: for a state of which no part can be retained; see :func:`check_state`.
+
+    Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
     """
-    if any(new is old for new in now for old in before):
-        raise UserError(
-            "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
-            "LightningCLI's --optimizer there is one: --model.optimizer makes as many as there are links)"
-        )
+    check_state(old, share, factors)
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            state = old.state.get(parameter)
+            if state:
+                used = factors.get(id(parameter))
+                new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
+
+
+def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
+    """Refuses to retain a part of a state that is not a number for each entry of a factor: 8-bit codes, or sums over rows.
+
+    Args:
+        optimizer: a link's, after a step.
+        share: the share that a knot retains; 0 and 1 suit any state.
+        factors: the ids of the links' factors.
+    """
+    if share in (0, 1):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items() if id(parameter) in factors else ():
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if value.shape != parameter.shape or not value.is_floating_point():
+                raise UserError(
+                    f"model.kept_optimizer_state: expected 0 or 1 with {type(optimizer).__name__}, whose {name} has other "
+                    f"values than a number for each entry of a factor, received {share:g}"
+                )
+
+
+def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[slice, ...]) -> dict[str, Any]:
+    """A state whose moments are 0 but for the used entries with the largest first moments; what is no moment unchanged."""
+    is_used = torch.zeros_like(parameter, dtype=torch.bool)
+    is_used[used] = True
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    moments = [name for name, value in tensors.items() if value.shape == parameter.shape]
+    if not moments or (share == 1 and is_used.all()):
+        return {**state}
+    sizes = state[moments[0]].abs()  # the first moment, in torch's optimizers
+    n_kept = max(1, round(share * int(is_used.sum())))
+    is_kept = is_used & (sizes >= sizes[is_used].topk(n_kept).values[-1])
+    return {name: torch.where(is_kept, value, 0) if name in moments else value for name, value in state.items()}
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
-    """Warns of fully trained parameters in half precision."""
-    factors = _factors(lora_layers(model))
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in factors}
+    """Warns of fully trained parameters in half precision; links are always in float32."""
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if half := sorted(str(dtype).removeprefix("torch.") for dtype in dtypes & {torch.bfloat16, torch.float16}):
         log.warning(
             "fully trained parameters are in %s, which rounds small steps away: model.dtype float32 with trainer.precision "
             "bf16-mixed keeps them in float32",
             half[0],
         )
-
-
-def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's hyperparameters, with tensors cloned: a tensor rate is modified in place later."""
-    copies = ((name, value.clone() if isinstance(value, Tensor) else value) for name, value in group.items())
-    return {name: value for name, value in copies if name != "params"}
-
-
-def _is_same(mine: Any, theirs: Any) -> bool:
-    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        return torch.equal(mine, theirs)
-    return bool(mine == theirs)
