@@ -105,9 +105,8 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
             labels = json.dumps(module.labels_of_base, ensure_ascii=False)
             (partial / "labels.json").write_text(f"{labels}\n", encoding="utf-8")
         loading = f'base = {base.code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
-        card.write(
-            partial, f"PEFT adapter (LoRA of rank {rank})", f"import transformers\nfrom peft import PeftModel\n\n{loading}"
-        )
+        loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
+        card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", for no input is known" if options.verify else "")]
         loaded = PeftModel.from_pretrained(base.model, str(partial))
@@ -159,11 +158,11 @@ def _named_base(
         how = f"expected --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
         ReferenceLogits.of(base, reference.inputs).compare(named, how)
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
-    if module.labels_of_base is not None:
-        given["id2label"] = dict(enumerate(module.labels_of_base))
+    given |= {"revision": pretrained.revision} if pretrained.revision else {}
+    given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
     if in_4_bits:  # de-quantised to compare
-        how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'"
+        how = f"load_in_4bit=True, bnb_4bit_quant_type={module.quantization!r}"
         arguments += f", quantization_config=transformers.BitsAndBytesConfig({how})"
     name = os.path.expanduser(pretrained.model_name)
     code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
