@@ -276,13 +276,13 @@ def test_a_newer_releases_chain_is_refused(exported):
 # ---------------------------------------------------------------------- what is refused
 
 OTHERS = {
-    "use_dora": {"use_dora": True},
-    "bias all": {"bias": "all"},
-    "bias lora_only": {"bias": "lora_only"},
-    "init_lora_weights pissa": {"init_lora_weights": "pissa"},
-    "init_lora_weights olora": {"init_lora_weights": "olora"},
-    "lora_bias": {"lora_bias": True},
-    "trainable_token_indices": {"trainable_token_indices": [3, 4]},
+    "use_dora True": {"use_dora": True},
+    "bias 'all'": {"bias": "all"},
+    "bias 'lora_only'": {"bias": "lora_only"},
+    "init_lora_weights 'pissa'": {"init_lora_weights": "pissa"},
+    "init_lora_weights 'olora'": {"init_lora_weights": "olora"},
+    "lora_bias True": {"lora_bias": True},
+    r"trainable_token_indices \[3, 4\]": {"trainable_token_indices": [3, 4]},
 }
 
 
@@ -300,7 +300,7 @@ def test_what_is_more_than_a_lora_is_named(tmp_path, reason):
 def test_another_method_of_pefts_is_named(tmp_path, config, kind):
     fields = {"feedforward_modules": []} if config is IA3Config else {}
     with_adapter(base_of(tmp_path, "llama"), tmp_path / "peft", config, target_modules=["q_proj"], **fields)
-    with pytest.raises(UserError, match=rf"received one with peft_type {kind}$"):
+    with pytest.raises(UserError, match=rf"received one with peft_type '{kind}'$"):
         read_adapter(tmp_path / "peft")
 
 
@@ -360,7 +360,7 @@ DAMAGES = {
     "no configuration": (drop("adapter_config.json"), "received a file that cannot be read .*No such file"),
     "no tensors": (drop("adapter_model.safetensors"), "received a damaged one .*No such file"),
     "no json": (write("adapter_config.json", "{"), "received a file that cannot be read .*Expecting property name"),
-    "a list": (write("adapter_config.json", "[]"), "received a file that cannot be read .*not an object"),
+    "a list": (write("adapter_config.json", "[]"), "received a file that cannot be read .*not a mapping"),
     "no adapter": (write("adapter_config.json", "{}"), "received one with peft_type None"),
     "truncated": (truncate, "received a damaged one"),
     "a factor alone": (
@@ -423,7 +423,7 @@ def test_a_field_of_a_later_peft_that_is_set_is_named_and_one_that_is_not_is_no_
         assert read_adapter(tmp_path / "peft").links[0].is_same_update(whole.links[0])
     for value in (True, 1, "x", {"a": 1}):
         path.write_text(json.dumps(config | {"use_something": value}))
-        with pytest.raises(UserError, match=r"received one with use_something$"):
+        with pytest.raises(UserError, match=r"received one with use_something "):
             read_adapter(tmp_path / "peft")
 
 
@@ -433,7 +433,7 @@ def test_without_peft_an_adapter_is_read_too(tmp_path, monkeypatch):
     assert len(read_adapter(tmp_path / "peft")) == 1
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"velora_config": {"rank": 1}}))
-    with pytest.raises(UserError, match=r"received one with velora_config$"):
+    with pytest.raises(UserError, match=r"received one with velora_config "):
         read_adapter(tmp_path / "peft")
 
 

@@ -452,7 +452,7 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     assert json.loads(path.read_text())["target"] == "Yes"
     assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
-    assert "return_dict=True, enable_thinking=False)" in code
+    assert "add_generation_prompt=True, enable_thinking=False)" in code
     exec(code.replace("path/to/this/folder", "merged"), {})
     capfd.readouterr()
     for own in (checkpoint, "merged"):

@@ -752,24 +752,6 @@ def test_a_classifier_that_reads_where_a_text_ends_is_compared_too(tmp_path):
     module.export(tmp_path / "peft", "peft")
 
 
-def test_a_probe_leaves_each_modules_mode_also_where_the_model_fails():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.frozen, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            return self.norm(self.frozen(x))
-
-    model = Model().train()
-    model.norm.eval()
-    assert reference_logits(model, torch.ones(2, 3)) is not None
-    assert (model.training, model.frozen.training, model.norm.training) == (True, True, False)
-    with pytest.raises(RuntimeError):
-        reference_logits(model, torch.ones(2, 4))
-    assert (model.training, model.frozen.training, model.norm.training) == (True, True, False)
-
-
 def test_a_module_in_training_is_copied_to_the_cpu_tensor_by_tensor(tmp_path, monkeypatch):
     """And not first on its device, whose memory may not hold it twice."""
     module = tiny.three_links(module_of(tmp_path / "base", "opt"))  # with tied weights

@@ -88,8 +88,11 @@ def test_another_run_begins_with_it(trained, tmp_path, source, links):
         toy(init_chain=str(tmp_path / source)).configure_model()
 
 
-def test_a_merged_copy_says_that_it_has_it_not(trained, caplog):
+def test_a_merged_copy_and_an_export_say_that_they_have_it_not(trained, tmp_path, caplog):
     module, _ = trained
+    for format_ in ("merged", "peft"):
+        told = module.export(tmp_path / format_, format_)[-1]
+        assert told == "not in it, for it was trained outside of self.model: head.0.weight, head.0.bias, head.1.weight"
     with caplog.at_level(logging.WARNING):
         module.merged_model()
     assert "merged_model: self.head.0.weight and self.head.0.bias" in caplog.text
@@ -123,6 +126,7 @@ def test_a_second_name_for_a_part_of_the_model_is_no_part_outside(tmp_path, plac
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.model(x), module.model(x))
     assert "trained outside" not in caplog.text
+    assert "outside" not in " ".join(module.export(tmp_path / "merged"))
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4).fit(again, batches(), ckpt_path=tmp_path / "run.ckpt")
 
 

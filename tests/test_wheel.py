@@ -27,7 +27,7 @@ def test_it_holds_the_package_and_its_configs(installed):
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cola_lightning").rglob("*.py*") if path.suffix != ".pyc"}
     configs = {f"cola_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
     ours = {name for name in files if ".dist-info/" not in name}
-    assert ours == package | configs | {"cola_lightning/py.typed"}
+    assert ours == package | configs | {"cola_lightning/py.typed", "cola_lightning/export/card.md"}
     assert len(configs) == 9 + 3  # and the quickstart's rows
     (scripts,) = (path.read_text() for path in installed.rglob("entry_points.txt"))
     assert "cola = cola_lightning.__main__:entry_point" in scripts

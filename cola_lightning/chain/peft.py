@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,20 @@ PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # in the name of an adapted layer's own weight, which PEFT writes for embeddings and heads
 LINKS_KEY = "cola_chain"  # in the safetensors metadata: the links whose factors are concatenated
 
-# The fields of PEFT's configuration that are read here ...
-READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+# The values of an ordinary LoRA; the initialisations are those that leave the base unchanged: a modified one is not available.
+ORDINARY = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Any other field of PEFT's configuration that is set may change what an adapter computes, but for those that are read here ...
+HARMLESS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 # ... those that say which layers the tensors belong to, which the tensors' names also say ...
-WITHOUT_MEANING = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
-WITHOUT_MEANING |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-# ... and those of training, of memory, of initialisations (see INITS), and those that have an effect only beside a field that
-# is refused. Any other field that is set may change what an adapter computes.
-WITHOUT_MEANING |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
-WITHOUT_MEANING |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
-# Initialisations that leave the base unchanged; the others modify it, and the modified base is not available here.
-INITS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
+HARMLESS |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
+HARMLESS |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+# ... and those of training, of memory, of initialisations, and those that have an effect only beside a field that is refused.
+HARMLESS |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
+HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -42,15 +45,10 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, or is not a JSON object.
     """
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"adapter: expected {CONFIG_NAME} of PEFT in {str(folder)!r}, received a file that cannot be read "
-            f"({one_line(str(error))})"
-        ) from error
-    return config
+        return {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        what = f"a file that cannot be read ({one_line(str(error))})"
+        raise UserError(f"adapter: expected {CONFIG_NAME} of PEFT in {str(folder)!r}, received {what}") from error
 
 
 def read_adapter(folder: str | Path) -> Chain:
@@ -63,8 +61,9 @@ def read_adapter(folder: str | Path) -> Chain:
     """
     folder = Path(folder)
     config = adapter_config(folder)
-    if (kind := _other_kind(config)) is not None:
-        raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {kind}")
+    for name, value in config.items():
+        if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
+            raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {name} {value!r}")
     try:
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
@@ -79,18 +78,6 @@ def read_adapter(folder: str | Path) -> Chain:
         ) from error
 
 
-def _other_kind(config: dict[str, Any]) -> str | None:
-    """The setting that makes an adapter something other than an ordinary LoRA; None for an ordinary one."""
-    if config.get("peft_type") != "LORA":
-        return f"peft_type {config.get('peft_type')}"
-    if config.get("bias", "none") != "none":
-        return f"bias {config['bias']}"
-    init = config.get("init_lora_weights")
-    if (init.lower() if isinstance(init, str) else init) not in INITS:
-        return f"init_lora_weights {init}"
-    return next((name for name, value in config.items() if value and name not in READ | WITHOUT_MEANING), None)
-
-
 def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> Link:
     """The factors as one link with the scaling folded into B; what else the adapter holds are fully trained values.
 
@@ -101,7 +88,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     pairs = {name: (tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")) for name in layers}
     unknown = [name for name in tensors if ".lora_" in name]
-    unknown += [name for name, pair in pairs.items() if not _are_factors(*pair)]
+    unknown += [name for name, (lora_A, lora_B) in pairs.items() if len(lora_A) != lora_B.shape[1]]  # of groups
     if not pairs or unknown:
         raise UserError(
             f"adapter: expected the factors of linear layers and convolutions in {where}, received {(unknown or ['none'])[0]!r}"
@@ -112,19 +99,11 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         missing = rank - len(lora_A)
         lora_B = lora_B * _scaling(config, name, len(lora_A))
         factors[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
-    extras = {_plain(name, pairs): value for name, value in tensors.items()}
+    extras = {}
+    for name, value in tensors.items():
+        layer, _, rest = name.rpartition(BASE_LAYER)
+        extras[f"{layer}.{rest}" if layer in pairs else name] = value
     return Link(index=0, rank=rank, alpha=float(rank), start_step=0, end_step=0, factors=factors, extras=extras)
-
-
-def _plain(name: str, adapted: Collection[str]) -> str:
-    """A value's name without PEFT's part in that of an adapted layer's own weight."""
-    layer, _, rest = name.rpartition(BASE_LAYER)
-    return f"{layer}.{rest}" if layer in adapted else name
-
-
-def _are_factors(lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether these are two matrices of equal rank, or the kernels of two convolutions, the second of size 1."""
-    return 2 <= lora_A.dim() == lora_B.dim() and len(lora_A) == lora_B.shape[1] and set(lora_B.shape[2:]) <= {1}
 
 
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
@@ -154,13 +133,10 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     check_version(description.get("format_version"), where)
-    described, chain, start = (
-        list(map(link_fields, description["links"])),
-        Chain(base=from_stored(BaseIdentity, description["base"])),
-        0,
-    )
+    chain, described = Chain(base=from_stored(BaseIdentity, description["base"])), list(map(link_fields, description["links"]))
     if sum(fields["rank"] for fields in described) != whole.rank:
         raise ValueError(f"the links are not those of rank {whole.rank} in all")
+    start = 0
     for fields in described:
         end, scaling = start + fields["rank"], fields["alpha"] / fields["rank"]
         factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}

@@ -1,11 +1,10 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names."""
 
-import copy
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import whole_folder
 
-LABELS_NAME = "labels.json"
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
 
 
@@ -43,7 +41,6 @@ class AdapterBase:
         code: Python code that makes it.
         revision: on the hub.
         task: PEFT's name for its task; None: another.
-        notes: what its user must know.
     """
 
     model: Any
@@ -52,7 +49,6 @@ class AdapterBase:
     code: str
     revision: str | None = None
     task: str | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card) -> list[str]:
@@ -80,8 +76,11 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
     if hasattr(module, "pretrained"):
         base = _named_base(module, adapted, options, reference, dtype)
+    elif options.base_folder is None:
+        base = AdapterBase(adapted.merged_model(0), module.base_name, module.modules_to_save, "module.merged_model(0)")
     else:
-        base = _built_base(module, adapted, options)
+        what = f"{type(module).__name__}, whose base is not loaded by transformers"
+        raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
     factors, lines = concatenate(chain), []
     rank = total = sum(link.rank for link in chain.links)
     if options.max_rank is not None and options.max_rank < total:
@@ -95,18 +94,19 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     for name, (lora_A, lora_B) in as_peft_weights(base.model, factors).items():
         tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
     metadata = {LINKS_KEY: json.dumps(describe(chain.links, chain.base))} if rank == total else {}
-    lines += [f"one adapter of rank {rank}", f"its base: {base.code}", *base.notes]
+    lines += [f"one adapter of rank {rank}", f"its base: {base.code}"]
+    if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
+        lines.append("peft cannot load its base by that name: base_folder (--base_folder DIR) writes one that it can")
     with whole_folder(options.folder, overwrite=options.overwrite) as partial:
         config.save_pretrained(str(partial))
         written = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
         save_file(written, partial / TENSORS_NAME, {"format": "pt"} | metadata)
         if module.labels_of_base is not None:  # no config.json: transformers would take the folder for a whole model
             labels = json.dumps(module.labels_of_base, ensure_ascii=False)
-            (partial / LABELS_NAME).write_text(f"{labels}\n", encoding="utf-8")
-        loading = f"import transformers\nfrom peft import PeftModel\n\nbase = {base.code}\n"
-        card.write(
-            partial, f"PEFT adapter (LoRA of rank {rank})", f'{loading}model = PeftModel.from_pretrained(base, "{FOLDER}")'
-        )
+            (partial / "labels.json").write_text(f"{labels}\n", encoding="utf-8")
+        loading = f'base = {base.code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
+        loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
+        card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", for no input is known" if options.verify else "")]
         loaded = PeftModel.from_pretrained(base.model, str(partial))
@@ -114,14 +114,6 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
 
 
 # ---------------------------------------------------------------------- its base
-
-
-def _built_base(module: Any, adapted: AdaptedModel, options: ExportOptions) -> AdapterBase:
-    """The base that a module's own code builds."""
-    if options.base_folder is not None:
-        what = f"{type(module).__name__}, whose base is not loaded by transformers"
-        raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
-    return AdapterBase(adapted.merged_model(0), module.base_name, module.modules_to_save, "module.merged_model(0)")
 
 
 def _named_base(
@@ -139,18 +131,15 @@ def _named_base(
     import transformers
 
     base: Any = adapted.merged_model(0)
-    pretrained, notes = module.pretrained, []
+    pretrained = module.pretrained
     if (folder := options.base_folder) is not None:
         if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
             with whole_folder(folder) as partial:
-                written = copy.deepcopy(base)
+                written: Any = adapted.merged_model(0)
                 cast_floats(written, getattr(torch, pretrained.dtype))
                 written.save_pretrained(partial)
                 module.tokenizer.save_pretrained(partial)
-            notes.append(f"its base was written to {folder}")
         pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
-    if not pretrained.is_found_by_name:
-        notes.append("peft cannot load its base by that name: base_folder (--base_folder DIR) writes one that it can")
     fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
     if fields and base.config.pad_token_id is not None:  # where a text ends
         fields["pad_token_id"] = base.config.pad_token_id
@@ -169,15 +158,15 @@ def _named_base(
         how = f"expected --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
         ReferenceLogits.of(base, reference.inputs).compare(named, how)
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
-    if module.labels_of_base is not None:
-        given["id2label"] = dict(enumerate(module.labels_of_base))
+    given |= {"revision": pretrained.revision} if pretrained.revision else {}
+    given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
     if in_4_bits:  # de-quantised to compare
-        how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'"
+        how = f"load_in_4bit=True, bnb_4bit_quant_type={module.quantization!r}"
         arguments += f", quantization_config=transformers.BitsAndBytesConfig({how})"
     name = os.path.expanduser(pretrained.model_name)
     code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
-    return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class), notes)
+    return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class))
 
 
 def _differing(named: Mapping[str, Tensor], base: Mapping[str, Tensor], skipped: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What lies beside an export's weights: its tokenizer, and its model card, ``README.md``, with the hub's metadata."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from cola_lightning import __version__
 from cola_lightning.chain import Chain
 from cola_lightning.conventions import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
+from cola_lightning.hub import is_repo_id
 from cola_lightning.turns import n_appended
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
 FOLDER = "path/to/this/folder"  # in the card's code
 PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration, for `cola generate`
-PROMPTED = ("options", "answer", "response", "text")  # the kinds of prompt formats that have code of their own
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,15 @@ class Card:
 
         if self.prompt_format:
             self.tokenizer.init_kwargs[PROMPT_FORMAT] = self.prompt_format
-        if self.tokenizer is not None:
+        if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
-        pretrained, is_adapter = getattr(self.module, "pretrained", None), kind.startswith("PEFT")
+        pretrained = getattr(self.module, "pretrained", None)
         base = self.module.base_name if pretrained is None else pretrained.model_name
-        trained_for = self.prompt_format.get("kind") if self.prompt_format.get("kind") in PROMPTED else None
-        variables = self.prompt_format.get("chat_template_kwargs", {}).items()
-        shown = {name: self.module.constructor_arguments[name] for name in ("class_path", "init_args")}
-        if self.data:
-            shown["data"] = self.data
+        told = self.module.constructor_arguments | {"data": self.data}
+        told = {name: told[name] for name in ("class_path", "init_args", "data") if told[name]}
         data = ModelCardData(
-            base_model=base if pretrained is not None and pretrained.folder is None else None,  # of the hub
-            library_name="peft" if is_adapter else "transformers",
+            base_model=base if pretrained is not None and is_repo_id(base) and not os.path.isdir(base) else None,
+            library_name="peft" if kind.startswith("PEFT") else "transformers",
             license=self.license,
             tags=["lora", "chain-of-lora", "cola_lightning"],
         )
@@ -71,23 +69,15 @@ class Card:
             data,
             str(TEMPLATE),
             base=base,
-            name=base.rstrip("/").rpartition("/")[2].removeprefix("package:"),
             kind=kind,
             version=__version__,
             loading=loading,
-            auto_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
-            trained_for=trained_for,
-            is_chat=self.prompt_format.get("chat_template"),
-            templates={  # of a row's fields
-                name: json.dumps(self.prompt_format[name], ensure_ascii=False)
-                for name in ("prompt", "options")
-                if self.prompt_format.get(name) is not None
-            },
-            chat_variables="".join(f", {name}={value!r}" for name, value in variables if name.isidentifier()),
-            n_appended=n_appended(self.tokenizer) if trained_for else 0,
-            max_new_tokens=MAX_NEW_TOKENS if trained_for == "answer" else Decoding.max_new_tokens,
+            prompt_format={"chat_template_kwargs": {}} | self.prompt_format,
+            n_appended=n_appended(self.tokenizer) if self.prompt_format else 0,
+            max_new_tokens=MAX_NEW_TOKENS if self.prompt_format.get("kind") == "answer" else Decoding.max_new_tokens,
+            dumps=lambda value: json.dumps(value, ensure_ascii=False),
             links=self.chain.links,
             metrics=list(dict.fromkeys(name for link in self.chain.links for name in link.metrics)),
-            arguments=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),
+            arguments=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip(),
         )
         card.save(folder / CARD_NAME)

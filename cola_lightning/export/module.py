@@ -77,8 +77,8 @@ def export_module(
     export = _export_merged if options.format == "merged" else export_adapter
     with quiet():
         lines = export(module, adapted, chain, options, card)
-    named = module.named_parameters()
-    if outside := [name for name, value in named if value.requires_grad and not name.startswith("model.")]:
+    inside = set(module.model.parameters())
+    if outside := [name for name, value in module.named_parameters() if value.requires_grad and value not in inside]:
         lines.append(f"not in it, for it was trained outside of self.model: {', '.join(outside)}")
     return lines
 
@@ -135,9 +135,8 @@ def _export_merged(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
 def _compare(written: nn.Module, again: nn.Module, reference: ReferenceLogits | None) -> str:
     """Compares the loaded model with the written one, to the bit, and with the module's logits."""
     ours = again.state_dict()
-    for name, value in written.state_dict().items():
-        if not torch.equal(ours[name], value):
-            raise ExportError(f"{name!r} was loaded again with another value than was written")
+    if different := [name for name, value in written.state_dict().items() if not torch.equal(ours[name], value)]:
+        raise ExportError(f"{different[0]!r} was loaded again with another value than was written")
     if reference is None:
         return "loaded again, the weights are the same to the bit; no logits were compared, for no input is known"
     return reference.compare(again, "loaded again")

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.errors import ExportError, UserError, one_line
-from cola_lightning.modes import evaluating
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import check_free
 
@@ -121,8 +120,10 @@ def reference_of(module: Any, adapted: AdaptedModel, options: ExportOptions) -> 
     return reference_logits(adapted.model, module.example_input_array) if options.verify else None
 
 
-def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits | None:
-    """A few tokens, or an example input, and the model's logits for them; None if no input is known.
+def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
+    """The model's logits for an example input, or for a few tokens; None if no input is known.
+
+    The tokens are two random rows, each with equally many ends of text, one at its end: some classifiers read only there.
 
     Args:
         model: as it was trained, in float32, on the CPU.
@@ -132,9 +133,13 @@ def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits |
         return ReferenceLogits.of(model, example if isinstance(example, Mapping | tuple) else (example,))
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
-    config: Any = getattr(model, "config", None)
     try:
-        ids = _tokens(config.get_text_config())
+        config = model.config.get_text_config()
+        row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
+        ids = torch.stack([row, row.flip(0)])
+        end: Any = getattr(config, "eos_token_id", None)
+        if end in range(config.vocab_size):
+            ids = torch.cat([ids, torch.full((2, 1), end)], dim=1)
         return ReferenceLogits.of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
@@ -142,19 +147,11 @@ def reference_logits(model: nn.Module, example: Any = None) -> ReferenceLogits |
         return None
 
 
-def _tokens(config: Any) -> Tensor:
-    """Two rows of random tokens, each with equally many ends of text, one at its end: some classifiers read only there."""
-    row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
-    rows = torch.stack([row, row.flip(0)])
-    end: Any = getattr(config, "eos_token_id", None)
-    return torch.cat([rows, torch.full((2, 1), end)], dim=1) if end in range(config.vocab_size) else rows
-
-
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
-    """A model's first output, its logits, in evaluation mode and float32."""
-    with evaluating(model):
-        output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    outputs = output.values() if isinstance(output, Mapping) else output
-    logits: Tensor = output if isinstance(output, Tensor) else next(iter(outputs))
-    return logits.float()
+    """A model's first output, its logits, in float32; the model is in evaluation mode from then on."""
+    model.eval()
+    output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    if not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return cast(Tensor, output).float()
