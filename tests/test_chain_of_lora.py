@@ -393,23 +393,6 @@ def test_what_configure_optimizers_keeps_in_the_module_is_what_trains(tmp_path):
     trainer(tmp_path, **arguments).fit(toy(Keeping), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt"))
 
 
-@pytest.mark.parametrize("hook", ["training_step", "on_before_zero_grad", "on_after_backward", "optimizer_step"])
-def test_a_knot_inside_an_optimizers_step_is_refused(tmp_path, hook):
-    class Inside(Toy):
-        pass
-
-    def tie(self, *args, **kwargs):
-        if self.trainer.global_step == 3:
-            self.tie_knot()
-        return getattr(super(Inside, self), hook)(*args, **kwargs)
-
-    setattr(Inside, hook, tie)
-    module = toy(Inside, lr_schedule="constant")
-    with pytest.raises(UserError, match=rf"tie_knot: expected a call between optimizer steps, .* received one in {hook}"):
-        trainer(tmp_path, max_epochs=1).fit(module, batches())
-    assert module.link == 0
-
-
 @pytest.mark.parametrize("factors", ["B", "random"])
 def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_path, factors):
     class Own(Toy):

@@ -30,7 +30,7 @@ from cola_lightning.modules.activation_checkpointing import checkpoint_activatio
 from cola_lightning.modules.arguments import RecordsArguments, class_path
 from cola_lightning.modules.batch_seed import BatchSeed
 from cola_lightning.modules.checkpoint import load_module
-from cola_lightning.modules.knot import begin_at, metadata_of_link, tie_knot
+from cola_lightning.modules.knot import begin_at, tie_knot
 from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.modules.run import Run, trainer_of
 from cola_lightning.modules.run_checks import RunChecks
@@ -415,7 +415,7 @@ class COLAModule(LightningModule, RecordsArguments):
             The finished link.
 
         Raises:
-            UserError: if the module trains without links, the rank is above ``self.max_rank``, or an optimizer step has begun.
+            UserError: if the module trains without links, or the rank is above ``self.max_rank``.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
@@ -427,7 +427,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**metadata_of_link(self))
+        return self.adapted.live_link(**self.run.metadata(trainer_of(self)))
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""

@@ -117,6 +117,11 @@ class Run:
         own = {name: float(value) for name, value in logged if value is not self.previous_metrics.get(name)}
         return self.earlier_metrics | own
 
+    def metadata(self, trainer: Trainer | None) -> dict[str, Any]:
+        """Steps and metrics of the current link, for its record."""
+        steps = {"start_step": self.link_start.global_step, "end_step": self.position(trainer).global_step}
+        return steps | {"metrics": self.metrics(trainer)}
+
     def begin_metrics(self, trainer: Trainer | None) -> None:
         """Begins a link's metrics: the values logged so far are not its own."""
         self.earlier_metrics, self.previous_metrics = {}, dict(trainer.callback_metrics) if trainer else {}

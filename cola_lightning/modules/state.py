@@ -18,7 +18,6 @@ from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import UserError
 from cola_lightning.modules.arguments import plain
-from cola_lightning.modules.knot import metadata_of_link
 from cola_lightning.modules.run import trainer_of
 from cola_lightning.sharded import tensors
 
@@ -87,7 +86,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
     live = None
     if adapted.live is not None:
         rank, alpha = adapted.live
-        live = describe_link(Link(module.link, rank, alpha, factors={}, **metadata_of_link(module)))
+        live = describe_link(Link(module.link, rank, alpha, factors={}, **run.metadata(trainer)))
     return CheckpointState(
         module=module.constructor_arguments,
         trained=list(adapted.extras()) if live else [],
