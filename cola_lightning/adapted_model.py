@@ -4,7 +4,6 @@
 """
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -256,8 +255,7 @@ class AdaptedModel:
         Raises:
             UserError: for a model without links.
         """
-        if self.live is None:
-            raise UserError("model.target_modules: expected layers to adapt for a link, received null")
+        self.check_next(None)
         metadata = {"start_step": 0, "end_step": 0} | metadata
         return finish_link(self.layers, index=self.link, extras=self.extras(), **metadata)
 
@@ -277,7 +275,7 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        self.check_next(rank, alpha)
+        self.check_next(rank)
         link = self.live_link(**metadata)
         for layers in self.by_unit():
             for layer in layers.values():
@@ -286,15 +284,13 @@ class AdaptedModel:
         self.begin_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
         return link
 
-    def check_next(self, rank: int | None, alpha: float | None) -> None:
-        """Refuses values for the link after a knot that it cannot have (None: not given), and a model without links."""
-        largest = min((layer.max_rank for layer in self.layers.values()), default=0)
-        if not largest:
-            raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+    def check_next(self, rank: int | None) -> None:
+        """Refuses a model without links, and a rank for the next link that is above theirs (None: not given)."""
+        if not self.layers:
+            raise UserError("model.target_modules: expected layers to adapt for a link, received null")
+        largest = min(layer.max_rank for layer in self.layers.values())
         if rank is not None and rank not in range(1, largest + 1):
             raise UserError(f"rank: expected 1 to {largest}, the largest rank of a link (model.rank), received {rank}")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise UserError(f"alpha: expected a number above 0, received {alpha}")
 
     # ------------------------------------------------------------------ from one chain to another
 
@@ -367,21 +363,12 @@ class AdaptedModel:
         """Replays another run's chain on a base without links, and loads its fully trained modules.
 
         Raises:
-            UserError: for a chain of another base, of other layers, or of factors of other sizes.
+            UserError: for a chain of another base, or of other layers.
         """
         if chain.base.fingerprint:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(chain.layers, self.chain.base.weight_norms)
-        layers = self.layers
-        for link in chain.links:
-            for name, (lora_A, lora_B) in link.factors.items():
-                layer = layers[name]
-                if (lora_A.shape[1], lora_B.shape[0]) != (layer.lora_A.shape[1], layer.lora_B.shape[0]):
-                    raise UserError(
-                        f"model.init_chain: expected factors of {layer.lora_A.shape[1]} inputs and {layer.lora_B.shape[0]} "
-                        f"outputs for {name!r}, received {lora_A.shape[1]} and {lora_B.shape[0]}"
-                    )
         links, state, trained = list(chain.links), tensors.state_dict(self.model), self.trained_values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
@@ -558,16 +545,15 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
     Raises:
         UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
     """
-    first: dict[Any, str] = {}
+    first: dict[int, str] = {}
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(
                 "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
-        place = tensors.local(own[name])
-        other = first.setdefault((place.data_ptr(), place.shape, place.stride()), name) if place.numel() else name
-        if other != name and not torch.equal(value.to(place.dtype), values[other].to(place.dtype)):  # peft trains each alone
+        other = first.setdefault(tensors.local(own[name]).data_ptr() or id(value), name)
+        if other != name and not torch.equal(value, values[other].to(value.dtype)):  # peft trains each alone
             raise UserError(
                 f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
             )

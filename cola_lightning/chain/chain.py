@@ -53,24 +53,16 @@ class Chain:
         return "\n  ".join([*lines, *map(repr, self.links)])
 
     def append(self, link: Link) -> None:
-        """Adds the next finished link.
-
-        Raises:
-            ValueError: if the link's index is not the chain's length.
-        """
-        if link.index != len(self.links):
-            raise ValueError(f"expected link {len(self.links)}, received link {link.index}")
+        """Adds the next finished link, whose index is the chain's length."""
+        assert link.index == len(self.links), "links are appended in order"
         self.links.append(link)
 
     def delta(self, name: str) -> Tensor:
         """The whole chain's update of one layer: the sum of its links' updates (out x in).
 
         Raises:
-            ValueError: for an empty chain.
             UserError: for a layer that no link has.
         """
-        if not self.links:
-            raise ValueError("expected a chain with links, received an empty one")
         if name not in self.layers:
             raise UserError(f"name: expected a layer of the chain, received {name!r}{nearest(name, self.layers)}")
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)

@@ -161,8 +161,6 @@ class COLAModule(LightningModule, RecordsArguments):
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
-        if init_chain is not None and target_modules is None:
-            raise UserError("model.init_chain: expected null without links (model.target_modules is null), received a chain")
         self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
         # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
         self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
@@ -370,8 +368,6 @@ class COLAModule(LightningModule, RecordsArguments):
             if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
                 for name, entries in before.items():
                     vars(self)[name].update(entries)
-            if not isinstance(model, nn.Module):
-                raise UserError(f"{type(self).__name__}.build_model: expected an nn.Module, received {type(model).__name__}")
             if self.target_modules is not None:
                 how = self.link_options | {"modules_to_save": self.modules_to_save, "finished_links": self.finished_links}
                 inject_lora(model, self.target_modules, **how)

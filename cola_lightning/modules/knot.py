@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
-    module.adapted.check_next(rank, alpha)
+    module.adapted.check_next(rank)
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
     link = adapted.tie_knot(

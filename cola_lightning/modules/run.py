@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
-from cola_lightning.errors import UserError
 from cola_lightning.modules.rewind import Window
 from cola_lightning.sharded import tensors
 
@@ -144,8 +143,6 @@ def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
         trainer: the Trainer of the fit.
         epoch_start: the beginning of an epoch, from which the lengths of epochs are counted.
     """
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches: expected at least 1, received {trainer.accumulate_grad_batches}")
     schedulers = accumulation_schedulers(trainer)
 
     def steps_in_epoch(epoch: int) -> float:
