@@ -209,6 +209,7 @@ def as_version_3(checkpoint):
     chain["tensors"] = {name.replace("extras.self.", "outside."): value for name, value in chain["tensors"].items()}
     chain["description"]["format_version"] = 3
     del state["position"]
+    state["origin"] = state.pop("init_chain_source")
     progress = checkpoint["callbacks"].pop("RunChecks")["progress"]
     old = state | {"format_version": 3, "live": live, "outside": first, "progress": progress}
     return checkpoint | {"state_dict": values, "cola": old}

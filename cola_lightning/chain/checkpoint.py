@@ -1,4 +1,4 @@
-"""The chain in a checkpoint: the finished links, the live link, and the state of the run.
+"""The chain in a checkpoint: the finished links, the current link, and the state of the run.
 
 These are megabytes where the weights would be gigabytes. This file reads checkpoints, and other files that hold a chain,
 without a module or Lightning.
@@ -126,14 +126,14 @@ class CheckpointState:
     Attributes:
         module: how the module was constructed: ``class_path``, ``init_args``, ``not_plain``.
         chain: the finished links.
-        live: the live link without its tensors, see :func:`~cola_lightning.chain.store.describe_link`; None without links.
+        live: the current link without its tensors, see :func:`~cola_lightning.chain.store.describe_link`; None without links.
         trained: names of what else is trained, in a link's extras.
         dtype: the dtype to which the precision plugin cast adapted layers; None without links.
-        link_start: epoch and step at which the live link began.
+        link_start: epoch and step at which the current link began.
         position: the present epoch and step.
         has_knots: whether the run's schedule has knots.
         seed: seed of all random draws.
-        origin: path of the chain that the run began from, and the requested number of its links.
+        init_chain_source: path of the chain that the run began from, and the requested number of its links.
         base_weights: the base's weights, if they are stored (``save_base``).
         first_values: values trained outside the model, as they were before the first link.
         callback_metrics: the metrics that the Trainer last logged.
@@ -152,7 +152,7 @@ class CheckpointState:
     position: FitPosition
     has_knots: bool
     seed: int
-    origin: list[str | int | None]
+    init_chain_source: list[str | int | None]
     base_weights: dict[str, Tensor] | None
     first_values: dict[str, Tensor] = field(default_factory=dict)
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def upgraded(checkpoint: Any, name: str = "the checkpoint") -> Any:
         )
         state["live"] = describe_link(link)
         state["trained"] = [*live["extras"], *_as_extras(dict.fromkeys(live.get("outside", ())))]
-    state["position"] = [checkpoint["epoch"], end]
+    state["position"], state["init_chain_source"] = [checkpoint["epoch"], end], state.pop("origin")
     state["first_values"] = _as_extras(state.pop("outside", {}))
     callbacks = {"RunChecks": {"progress": progress}} if (progress := state.pop("progress", {})) else {}
     own = {name: part for name, part in checkpoint.items() if name != "cola"}
@@ -238,7 +238,7 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
 
 
 def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int | None = None) -> Chain:
-    """The chain in a module's state dict: its finished links, and the live link in its current state.
+    """The chain in a module's state dict: its finished links, and the current link in its current state.
 
     Args:
         state_dict: the state dict.
@@ -263,7 +263,7 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     """Reads a chain without its base.
 
     Args:
-        path: a checkpoint, whose live link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
+        path: a checkpoint, whose current link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
             link.
         links: the number of links, from the first; None: all.
         field: the path's name in messages.

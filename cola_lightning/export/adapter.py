@@ -57,7 +57,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     Args:
         module: the exported module.
         adapted: its adapted model, which is upcast in place.
-        chain: the chain, the live link included.
+        chain: the chain, the current link included.
         options: the folder, the rank, and whether to compare.
         card: the model card to write, too.
 

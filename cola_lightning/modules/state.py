@@ -97,7 +97,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
         position=run.position(trainer),
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
-        origin=module.init_chain_source,
+        init_chain_source=module.init_chain_source,
         base_weights=adapted.base_weights,
         first_values=adapted.first_values,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
@@ -256,10 +256,10 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
         )
     if (seed := module.run.given_seed) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if module.init_chain is not None and module.init_chain_source != state.origin:
+    if module.init_chain is not None and module.init_chain_source != state.init_chain_source:
         raise UserError(
             "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
-            f"{state.origin}, received {module.init_chain_source}"
+            f"{state.init_chain_source}, received {module.init_chain_source}"
         )
     if state.has_knots and not schedule.has_knots:
         raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
