@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.base import (
     BaseIdentity,
-    check_rebuilt,
     check_same_base,
     check_same_labels,
     check_same_layers,
@@ -397,7 +396,7 @@ class AdaptedModel:
         """
         model = self.make_base()
         if self.base_weights is None:
-            check_rebuilt(self.chain.base, describe_base(model))
+            check_same_base(self.chain.base, describe_base(model, self.chain.base.name))
         else:
             self._write_base(model)
         return model
@@ -481,7 +480,7 @@ class AdaptedModel:
                 cast_floats(model, self.cast_dtype)
         unstack(model)
         dtype = torch.promote_types(self.cast_dtype, torch.float32)
-        if is_quantized_model(model):
+        if is_quantized_model(self.model):
             dequantize(model, dtype)
         if layers:
             cast_floats(model, dtype)

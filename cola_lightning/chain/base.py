@@ -98,35 +98,21 @@ def _bytes(sample: Tensor) -> bytes:
 
 
 def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
-    """Refuses a base on which the chain was not trained.
+    """Refuses a base on which the chain was not trained, or that ``build_model`` made again with other values.
 
     Raises:
         UserError: if the adapted layers, the dtypes, the labels or the values differ.
     """
     check_same_layers(expected.weight_norms, received.weight_norms)
     check_same_labels(expected, received)
+    where = _difference(expected, received)
     if expected.dtypes != received.dtypes:
+        where = f"in {' and '.join(received.dtypes)} and not in {' and '.join(expected.dtypes)}"
+    if where is not None:
         raise UserError(
-            f"base: expected one in {' and '.join(expected.dtypes)}, in which the chain was trained, "
-            f"received one in {' and '.join(received.dtypes)}"
-        )
-    if (where := _difference(expected, received)) is not None:
-        raise UserError(
-            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: "
-            "the same model, revision, seed and target_modules are needed, or save_base: true in training"
-        )
-
-
-def check_rebuilt(expected: BaseIdentity, received: BaseIdentity) -> None:
-    """Refuses a base that ``build_model`` rebuilt with different values.
-
-    Raises:
-        UserError: if a value differs.
-    """
-    if (where := _difference(expected, received)) is not None:
-        raise UserError(
-            f"base: expected build_model to make the same base again, received another, {where}: it may draw from the global "
-            "generators of Python, numpy and torch, which are seeded for it, or save_base: true stores the first"
+            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: the "
+            "same model, revision, seed and target_modules are needed, and a build_model that makes the same base each time (it "
+            "may draw from the global generators, which are seeded for it); or save_base: true in training"
         )
 
 

@@ -263,8 +263,8 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     """Reads a chain without its base.
 
     Args:
-        path: a checkpoint, whose current link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is one
-            link.
+        path: a checkpoint, whose current link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is
+            one link.
         links: the number of links, from the first; None: all.
         field: the path's name in messages.
 
