@@ -110,9 +110,9 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
         where = f"in {' and '.join(received.dtypes)} and not in {' and '.join(expected.dtypes)}"
     if where is not None:
         raise UserError(
-            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: the "
-            "same model, revision, seed and target_modules are needed, and a build_model that makes the same base each time (it "
-            "may draw from the global generators, which are seeded for it); or save_base: true in training"
+            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: "
+            "the same model, revision, seed and target_modules are needed, and a build_model that makes the same base each time "
+            "(it may draw from the global generators, which are seeded for it); or save_base: true in training"
         )
 
 
