@@ -23,7 +23,7 @@ from typing import Any
 from lines import Lines, show
 from transformers import AutoModelForCausalLM
 
-from cola_lightning.data.splits import read_rows
+from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained
 
@@ -47,7 +47,8 @@ TRAINER = [
 
 def write_rows(task: str, n_rows: int, folder: Path) -> Path:
     """The first rows of a task as instructions: the file to train on, with a validation split beside it, which is not read."""
-    examples = [TASKS[task].example(row) for row in read_rows(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()), "train")]
+    splits = load_splits(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()))
+    examples = [TASKS[task].example(row) for row in splits["train"]()]
     rows = [{"prompt": one.prompt, "response": one.options[one.answer]} for one in examples[:n_rows]]  # type: ignore[index]
     for name, some in {"train": rows, "validation": rows[:1]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))

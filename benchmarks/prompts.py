@@ -37,7 +37,7 @@ from transformers import OPTConfig
 from cola_lightning import Example
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.examples import EncodedExample, collate_options, encode_examples
-from cola_lightning.data.splits import read_rows
+from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.modules.pretrained import Pretrained
 
@@ -54,7 +54,8 @@ def tokenizer() -> Any:
 
 def examples(task: str, split: str) -> list[Example]:
     """A task's rows as prompts."""
-    return [TASKS[task].example(row) for row in read_rows(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()), split)]
+    splits = load_splits(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()))
+    return [TASKS[task].example(row) for row in splits[split]()]
 
 
 def encoded(task: str, split: str, config: OPTConfig) -> list[EncodedExample]:
