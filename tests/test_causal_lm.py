@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import json
 
 import pytest
@@ -79,7 +78,7 @@ def test_options_share_the_computation_of_a_long_prompt(module, monkeypatch):
     batch = collate_options(encoded, module.tokenizer.pad_token_id)
     module.model.eval()
     with torch.no_grad():
-        module.option_scores(batch)  # whether the model can share is tried out once
+        module.option_scores(batch)  # whether the model takes a mask of pairs is tried out once
     tokens = []
     forward = module.model.forward
     monkeypatch.setattr(
@@ -115,29 +114,6 @@ def test_scores_are_plain_ones_where_attention_depends_on_how_far_a_token_lies_b
     with_live_link(module).eval()
     batch = collate_options(encode_examples(module.tokenizer, MANY, max_length=64), module.tokenizer.pad_token_id)
     for mine, example in zip(module.option_scores(batch), MANY, strict=True):
-        theirs = plain_scores(module, example)
-        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
-
-
-@pytest.mark.parametrize("mistake", ["forgets", "crashes"])
-@torch.no_grad()
-def test_a_model_that_does_not_take_up_its_keys_and_values_computes_each_option_alone(tmp_path, monkeypatch, mistake):
-    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model"), rank=2, alpha=4, seed=0)).eval()
-    forward = module.model.forward
-
-    def wrong(**given):
-        name = next(name for name in ("cache", "past_key_values") if name in inspect.signature(forward).parameters)
-        if given.get(name) is not None:
-            if mistake == "crashes":
-                raise AttributeError(name)
-            given |= {name: None, "attention_mask": given["attention_mask"][:, -given["input_ids"].shape[1] :]}
-        return forward(**given)
-
-    monkeypatch.setattr(module.model, "forward", functools.wraps(forward)(wrong))
-    batch = collate_options(encode_examples(module.tokenizer, MANY, max_length=64), module.tokenizer.pad_token_id)
-    scores = module.option_scores(batch)
-    monkeypatch.setattr(module.model, "forward", forward)
-    for mine, example in zip(scores, MANY, strict=True):
         theirs = plain_scores(module, example)
         assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
 
@@ -250,7 +226,7 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, mo
     module = COLACausalLM(tiny.folder(tmp_path / "model", architecture, scale=scale), target_modules=None, seed=0)
     module.configure_model()
     packed, _ = packed_texts(module)
-    message = r"batch: expected attention_mask of rows x length for \w+, .* received one of shape \(1, 1, \d+, \d+\)"
+    message = r"batch: expected attention_mask of rows x length for \w+, .* received torch.bool of shape \(1, 1, \d+, \d+\)"
     for _ in range(2):
         with pytest.raises(UserError, match=message) as caught:
             module.step(packed)
@@ -281,19 +257,10 @@ def test_packed_sequences_are_taken_in_half_precision(tmp_path, monkeypatch, arc
     assert torch.isfinite(module.step(packed).loss)
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (
-            torch.ones(1, 1, 9, 9),
-            r"attention_mask of four dimensions with booleans, or with numbers .* received numbers up to 1$",
-        ),
-        (torch.ones(1, 9, 9), r"attention_mask of rows x length, or rows x 1 x length x length, received .* \(1, 9, 9\)"),
-    ],
-)
-def test_a_mask_that_could_mean_anything_is_refused(module, mask, message):
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 9, 9), torch.ones(1, 9, 9)], ids=["numbers to be added", "no heads"])
+def test_a_mask_that_could_mean_anything_is_refused(module, mask):
     ids = torch.full((1, 9), 5)
-    with pytest.raises(UserError, match=f"batch: expected {message}"):
+    with pytest.raises(UserError, match=r"batch: expected attention_mask of rows x length .* received torch.float32 of shape"):
         module.step({"input_ids": ids, "labels": ids, "attention_mask": mask})
 
 
@@ -301,9 +268,6 @@ EXPERTS = {
     "mixtral": lambda: transformers.MixtralConfig(**tiny.SIZES, **tiny.BODY, num_key_value_heads=2, num_local_experts=4),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **tiny.SIZES, **tiny.BODY, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
-    ),
-    "jetmoe": lambda: transformers.JetMoeConfig(
-        **tiny.SIZES, hidden_size=32, num_hidden_layers=2, num_key_value_heads=4, kv_channels=8, intermediate_size=48
     ),
 }
 
@@ -317,7 +281,7 @@ def with_experts(tmp_path, monkeypatch, architecture, **changes):
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("architecture", EXPERTS)
 def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_path, monkeypatch, architecture, is_training):
-    coef = "aux_loss_coef" if architecture == "jetmoe" else "router_aux_loss_coef"
+    coef = "router_aux_loss_coef"
     losses = []
     for changes in ({}, {"output_router_logits": True, coef: 0.5}, {"output_router_logits": True, coef: 0.0}):
         module = with_experts(tmp_path, monkeypatch, architecture, **changes).train(is_training)
@@ -331,38 +295,6 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
             assert_close(gradients(module, losses[-1]), gradients(module, theirs), 1e-3)
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
     assert losses[2].item() == pytest.approx(losses[0].item(), abs=1e-6)
-
-
-def test_dbrx_keeps_its_routers_weight_elsewhere(tmp_path, monkeypatch):
-    def dbrx():
-        made = transformers.DbrxConfig(
-            d_model=32,
-            n_heads=4,
-            n_layers=2,
-            max_seq_len=64,
-            vocab_size=400,
-            attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.5},
-        )
-        made.output_router_logits = True
-        return made
-
-    monkeypatch.setitem(tiny.CONFIGS, "dbrx", dbrx)
-    module = with_live_link(COLACausalLM(tiny.folder(tmp_path / "model", "dbrx"), target_modules=["Wqkv"], rank=2, seed=0))
-    batch = collate_language([row for (row,) in encode_texts(module.tokenizer, ["The town is old.", "It was"], 64)], 1)
-    theirs = module.model(**batch)
-    assert theirs.aux_loss > 0.5
-    assert module.step(batch).loss.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
-
-
-def test_a_routers_weight_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
-    module = with_experts(tmp_path, monkeypatch, "mixtral", output_router_logits=True)
-    batch = collate_language([row for (row,) in encode_texts(module.tokenizer, ["The town is old.", "It was"], 64)], 1)
-    del module.model.router_aux_loss_coef
-    del module.model.config.router_aux_loss_coef
-    monkeypatch.delattr(transformers.MixtralConfig, "router_aux_loss_coef")
-    with pytest.raises(UserError, match=r"model\.model_name: expected a weight of the router's loss .* MixtralForCausalLM"):
-        module.step(batch)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -394,12 +326,10 @@ def test_a_hugging_face_collators_batch_works_as_it_is(module):
     assert module.step(batch).loss.item() == pytest.approx(module.model(**batch).loss.item(), abs=1e-5)
 
 
-def test_a_batch_without_any_loss_or_without_labels(module):
+def test_a_batch_without_any_loss(module):
     ids = torch.tensor([module.tokenizer(tiny.TEXT[0])["input_ids"]])
     output = module.step({"input_ids": ids, "labels": torch.full_like(ids, -100)})
     assert (output.loss.item(), output.size) == (0, 0)
-    with pytest.raises(UserError, match="predict: expected rows with options"):
-        module.predict_step({"input_ids": ids, "labels": ids}, 0)
 
 
 def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(module):
@@ -488,7 +418,7 @@ def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path
 
 @pytest.mark.parametrize("architecture", ["roberta", "bart"])
 def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path, architecture):
-    with pytest.raises(UserError, match=r"model\.model_name: expected a decoder that can be padded on the left, received"):
+    with pytest.raises(UserError, match=r"model\.model_name: expected a decoder that .* whose logits change with that padding"):
         COLACausalLM(tiny.folder(tmp_path / "model", architecture), seed=0).configure_model()
 
 
@@ -504,7 +434,9 @@ ENCODERS = {
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path, monkeypatch, architecture, scale, dtype):
     monkeypatch.setitem(tiny.CONFIGS, architecture, ENCODERS.get(architecture, tiny.CONFIGS["bert"]))
     name = tiny.folder(tmp_path / "model", architecture, scale=scale)
-    with pytest.raises(UserError, match=r"model\.model_name: expected a decoder, whose logits follow from a token and those"):
+    with pytest.raises(
+        UserError, match=r"model\.model_name: expected a decoder that .* whose logits change with a later token"
+    ):
         COLACausalLM(name, seed=0, dtype=dtype).configure_model()
     name = tiny.folder(tmp_path / "decoder", architecture, scale=scale, is_decoder=True)
     COLACausalLM(name, seed=0, dtype=dtype).configure_model()

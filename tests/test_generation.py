@@ -13,9 +13,8 @@ from cola_lightning.cli.streaming import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.decoding import Decoding
-from cola_lightning.modules.generation import stop_tokens
-from cola_lightning.modules.logits import can_share, takes_mask_of_pairs
-from cola_lightning.modules.metrics import ExactMatch, TokenF1
+from cola_lightning.modules.logits import takes_mask_of_pairs
+from cola_lightning.modules.metrics import ANSWER_METRICS
 from cola_lightning.turns import ChatTemplate
 from tests import tiny
 from tests.toy import trainer
@@ -82,7 +81,6 @@ def test_a_batchs_answers_are_those_of_a_plain_greedy_loop(module):
 def test_an_answer_ends_at_a_lines_end_or_the_texts(module, end):
     module.tokenizer.add_tokens(["town\nhall"])
     (token,) = module.tokenizer(end, add_special_tokens=False)["input_ids"]
-    assert token in stop_tokens(module.tokenizer)
     batch = batch_of(module, [written(prompt, "x") for prompt in PROMPTS])
     with ending_by_chance(module, token) as asked:
         texts, lengths = zip(*(plain_answer(module, prompt) for prompt in PROMPTS), strict=True)
@@ -90,16 +88,6 @@ def test_an_answer_ends_at_a_lines_end_or_the_texts(module, end):
         asked.clear()
         assert module.generate(batch) == list(texts)
         assert len(asked) == max(lengths)
-
-
-def test_stop_tokens_are_the_end_of_text_and_all_that_hold_a_newline():
-    tokenizer = tiny.tokenizer()
-    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert stop_tokens(tokenizer) == [1, newline]
-    tokenizer.add_tokens(["town\nhall", "\n\n", "town\thall"])
-    assert stop_tokens(tokenizer) == [1, newline, len(tokenizer) - 3, len(tokenizer) - 2]
-    tokenizer.eos_token = None
-    assert 1 not in stop_tokens(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +248,15 @@ MEASURED = [  # what is written, what should be, F1, exact match
 
 @pytest.mark.parametrize(("text", "references", "f1", "exact"), MEASURED)
 def test_answers_are_measured_as_by_hand(text, references, f1, exact):
-    for metric, expected in ((TokenF1(), f1), (ExactMatch(), exact)):
+    for name, expected in (("f1", f1), ("exact_match", exact)):
+        metric = ANSWER_METRICS[name]()
         metric.update([text], [references])
         assert metric.compute().item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sizes", [[14], [9, 5], [1] * 14])
 def test_measures_are_means_over_rows_whatever_the_batches(sizes):
-    metrics, rows = [TokenF1(), ExactMatch()], iter(MEASURED)
+    metrics, rows = [make() for make in ANSWER_METRICS.values()], iter(MEASURED)
     for size in sizes:
         texts, references, *_ = zip(*(next(rows) for _ in range(size)), strict=True)
         for metric in metrics:
@@ -293,7 +282,6 @@ def test_scores_of_options_whose_number_differs_are_those_of_plain_forwards(modu
 def test_a_model_of_few_tokens_is_tried_out_within_them():
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=5, **tiny.BODY, num_key_value_heads=2))
-    assert can_share(model)
     assert takes_mask_of_pairs(model)
 
 

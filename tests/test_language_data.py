@@ -23,7 +23,6 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.splits import draw, load_splits
-from cola_lightning.modules.generation import stop_tokens
 from cola_lightning.turns import end_tokens
 from tests import tiny
 from tests.toy import trainer
@@ -140,7 +139,6 @@ def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option(end):
     assert encode_texts(ending, ["It was"], 8) == encode_texts(plain, ["It was"], 8)
     told = "It was</s>"  # what the text itself says stays
     assert encode_texts(ending, [told], 8)[0][0]["input_ids"] == plain(told)["input_ids"]
-    assert stop_tokens(ending) == stop_tokens(plain)
     assert end_tokens(None, ending) == [1]
 
 

@@ -59,13 +59,12 @@ def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [None, [3, 90, 4, 80, 3]])
-def test_a_part_has_its_rows_without_padding(given):
+def test_a_part_has_its_rows_without_padding():
     lengths = [3, 90, 4, 80, 3]
     ids = torch.arange(5 * 90).view(5, 90)
     mask = torch.stack([F.pad(torch.ones(n, dtype=torch.long), (90 - n, 0)) for n in lengths])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": -ids, "answer": torch.arange(5)}
-    parts = split_by_length(batch, given)
+    parts = split_by_length(batch)
     assert [rows.tolist() for rows, _ in parts] == [[1, 3], [2, 0, 4]]
     for rows, part in parts:
         assert part.keys() == {"input_ids", "attention_mask", "labels"}
@@ -111,17 +110,6 @@ def test_cuts_are_the_cheapest_that_there_are():
 def test_a_pass_costs_more_where_more_is_computed_at_once():
     assert logits.pass_cost(torch.device("cpu")) == 16 * torch.get_num_threads()
     assert logits.pass_cost(torch.device("cuda")) > 1000
-
-
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_a_model_that_rotates_by_the_longest_row_takes_a_batch_in_one_pass(tmp_path, monkeypatch, kind):
-    module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    module.configure_model()
-    monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
-    batch = next(batches(module))
-    assert len(lengths_seen(module, batch, monkeypatch)[0]) > 1
-    module.model.config.rope_parameters = {"rope_type": kind}
-    assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1
 
 
 def test_a_compiled_model_takes_a_batch_in_one_pass(module, monkeypatch):

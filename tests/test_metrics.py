@@ -6,7 +6,7 @@ import warnings
 import pytest
 import sklearn.metrics
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from cola_lightning import (
@@ -18,7 +18,7 @@ from cola_lightning import (
 )
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.modules.language import StepOutput
-from cola_lightning.modules.metrics import MatthewsCorrCoef, OptionF1
+from cola_lightning.modules.metrics import OPTION_METRICS
 from tests import tiny
 from tests.toy import trainer
 
@@ -33,9 +33,9 @@ def rows(n_options, seed, n=30):
 def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
     predictions, targets = rows(n_options, n_options)
     f1 = sklearn.metrics.f1_score(targets, predictions, average="binary" if n_options == 2 else "macro")
-    expected = {OptionF1: f1, MatthewsCorrCoef: sklearn.metrics.matthews_corrcoef(targets, predictions)}
-    for kind, value in expected.items():
-        metric = kind()
+    expected = {"f1": f1, "matthews_corrcoef": sklearn.metrics.matthews_corrcoef(targets, predictions)}
+    for name, value in expected.items():
+        metric = OPTION_METRICS[name]()
         for some in zip(predictions.split(sizes), targets.split(sizes), strict=True):
             metric.update(*some, n_options)
         assert metric.compute().item() == pytest.approx(value, abs=1e-6)
@@ -43,7 +43,7 @@ def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
 
 @pytest.mark.parametrize(("predictions", "targets"), [([1, 1], [1, 1]), ([0, 0], [1, 1]), ([0, 1], [1, 1]), ([1, 1], [0, 1])])
 def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions, targets):
-    metric = MatthewsCorrCoef()
+    metric = OPTION_METRICS["matthews_corrcoef"]()
     metric.update(torch.tensor(predictions), torch.tensor(targets), 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A single label was found")
@@ -52,46 +52,49 @@ def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions
 
 def test_an_option_that_no_row_has_changes_nothing_and_three_options_are_no_two():
     predictions, targets = rows(2, 0)
-    metric = OptionF1()
+    metric = OPTION_METRICS["f1"]()
     metric.update(predictions, targets, 3)
     assert metric.compute().item() == pytest.approx(sklearn.metrics.f1_score(targets, predictions, average="macro"))
     assert metric.compute().item() != pytest.approx(sklearn.metrics.f1_score(targets, predictions))
 
 
-@pytest.mark.parametrize(("asked", "logged"), [(None, "val_accuracy"), ("f1", "val_f1"), ("accuracy", "val_accuracy")])
-def test_a_batch_says_what_is_measured(tmp_path, monkeypatch, asked, logged):
+@pytest.mark.parametrize(("asked", "name"), [(None, "accuracy"), ("f1", "f1"), ("accuracy", "accuracy")])
+def test_a_batch_says_what_is_measured(tmp_path, asked, name):
     module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    names = []
-    monkeypatch.setattr(module, "log", lambda name, value, **_: names.append(name))
     examples = [Example("It was", (" great", " terrible", "."), k) for k in range(3)]
     batch = collate_options(encode_examples(module.tokenizer, examples, 64), 1, metric=asked)
     output = StepOutput(torch.tensor(0.0), 3, torch.tensor([0, 1, 0]), batch["answer"])
-    module.measure(batch, output, "val", module.val_metric)
-    assert names == [logged]
-    metric = module.option_metrics["val_f1"] if asked == "f1" else module.val_metric
+    ((received, (make, values)),) = module.measured(batch, output).items()
+    metric = make()
+    metric.update(*values)
+    assert received == name
     assert metric.compute().item() == pytest.approx((2 / 3 + 1 + 0) / 3 if asked == "f1" else 2 / 3)
 
 
-@pytest.mark.parametrize("stage", ["val", "test"])
-def test_what_an_interrupted_evaluation_has_left_goes_before_the_next(tmp_path, stage):
-    module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    metrics = module.metrics_of(stage)
-    assert len(metrics) == 5
-    one = torch.ones(1, dtype=torch.long)
-    for metric, values in ((metrics[0], (one, one)), (metrics[1], (one, one, 2)), (metrics[3], (["a"], [["a"]]))):
-        metric.update(*values)
-    assert [metric.update_called for metric in metrics] == [True, True, False, True, False]
-    {"val": module.on_validation_start, "test": module.on_test_start}[stage]()
-    assert not any(metric.update_called for metric in metrics)
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_what_an_interrupted_evaluation_has_left_goes_before_the_next(tmp_path, sources, stage):
+    class Interrupt(Callback):
+        def on_validation_batch_end(self, *_):
+            raise InterruptedError
+
+        on_test_batch_end = on_validation_batch_end
+
+    module = COLACausalLM(
+        tiny.folder(tmp_path / "model", max_position_embeddings=128), target_modules=["q_proj"], rank=2, seed=0
+    )
+    often, seldom = (TemplateDataModule(source, batch_size=8, **CHOSEN | {"metric": "f1"}) for source in sources)
+    evaluate = {"validate": Trainer.validate, "test": Trainer.test}[stage]
+    expected = evaluate(trainer(tmp_path), module, often, verbose=False)
+    with pytest.raises(InterruptedError):
+        evaluate(trainer(tmp_path, Interrupt()), module, seldom, verbose=False)
+    assert any(metric.update_called for metric in module.evaluation_metrics.values())
+    assert evaluate(trainer(tmp_path), module, often, verbose=False) == expected
 
 
-def test_a_batch_of_ones_own_is_measured_as_step_says(tmp_path, monkeypatch):
+def test_a_batch_of_ones_own_is_measured_as_step_says(tmp_path):
     module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    names = []
-    monkeypatch.setattr(module, "log", lambda name, value, **_: names.append(name))
     output = StepOutput(torch.tensor(0.0), 2, torch.tensor([0, 1]), torch.tensor([0, 1]))
-    module.measure([torch.ones(2, 3), torch.ones(2)], output, "val", module.val_metric)
-    assert names == ["val_accuracy"]
+    assert module.measured([torch.ones(2, 3), torch.ones(2)], output).keys() == {"accuracy"}
 
 
 @pytest.fixture

@@ -512,17 +512,6 @@ def test_a_model_without_a_layer_to_quantise_is_refused(tmp_path):
         module.configure_model()
 
 
-def test_layers_of_which_a_model_reads_the_dtype_are_not_quantised(tmp_path):
-    sizes = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "num_labels": 3}
-    config = transformers.T5Config(**sizes, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
-    transformers.T5ForSequenceClassification(config).save_pretrained(tmp_path / "t5")
-    tiny.tokenizer("opt").save_pretrained(tmp_path / "t5")
-    how = {"num_labels": 3, "target_modules": ["q", "v"], "modules_to_save": ["classification_head"]}
-    module = make(str(tmp_path / "t5"), COLASequenceClassifier, **how)
-    module.configure_model()
-    assert torch.isfinite(module.model(input_ids=torch.tensor([[5, 6, 7, 1]])).logits).all()
-
-
 class OwnToy(ValidatedToy):
     """A user's toy with two layers in 4 bits; the weights are others each time."""
 

@@ -166,7 +166,6 @@ def _of_adapter(folder: Path, trust: bool) -> Generator:
         PACKAGE_PREFIX,
         Pretrained,
         broken_files_refused,
-        is_failure,
         package_folder,
         with_padding,
     )
@@ -193,8 +192,6 @@ def _of_adapter(folder: Path, trust: bool) -> Generator:
         with quiet():
             adapted = PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if is_failure(error):
-            raise
         raise UserError(
             f"adapter: expected a LoRA of PEFT for {name!r} in {str(folder)!r}, received one that peft cannot load "
             f"({one_line(str(error))})"
@@ -239,8 +236,7 @@ def _of_plain(model: Any, tokenizer: Any) -> Generator:
     ends = end_tokens(model, tokenizer)  # before generation replaces the model's own generation config
 
     def write(batch: dict[str, Any], streamer: Any) -> list[str]:
-        decoding = Decoding(**batch["decoding"])
-        return generate_(model, tokenizer, batch, [*ends, *batch["end_tokens"]], decoding, streamer=streamer)
+        return generate_(model, tokenizer, batch, ends, streamer=streamer)
 
     unknown = {"chat_template": tokenizer.chat_template is not None}
     return Generator(write, tokenizer, device, tokenizer.init_kwargs.get(PROMPT_FORMAT, unknown))

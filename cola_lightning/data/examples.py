@@ -220,7 +220,6 @@ def collate_options(
     return batch | {
         "input_ids": pad_left(prefixes, pad),
         "attention_mask": pad_left([[1] * len(prefix) for prefix in prefixes], 0),
-        "sequence_lengths": [len(prefix) for prefix in prefixes],
         "option_ids": option_ids,
         "option_rows": option_rows,
         "answer": torch.tensor([IGNORE_INDEX if row.example.answer is None else row.example.answer for row in rows]),

@@ -2,6 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -32,6 +33,10 @@ class StepOutput:
     size: int
     predictions: Tensor | None = None
     targets: Tensor | None = None
+
+
+# By its name: how a metric is made, and what its ``update`` takes.
+Measured = dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]]
 
 
 class LanguageModule(COLAModule, ABC):
@@ -76,24 +81,14 @@ class LanguageModule(COLAModule, ABC):
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
         self.quantization = quantization
         if quantization is not None:
-            self._check_quantization(quantization)
+            check_quantization(quantization)
+            if self.target_modules is None:
+                raise UserError(
+                    "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
+                    "trained, received null"
+                )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
-        self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
-        self.metrics_of_loaders = nn.ModuleDict()  # of dataloaders after the first, made when needed
-        self._dataloader_idx = 0  # of the batch that is evaluated
-
-    def _check_quantization(self, quantization: str) -> None:
-        if self.finished_links == "merge":
-            raise UserError(
-                "model.finished_links: expected stack beside model.quantization, for links cannot be merged into 4-bit weights "
-                "(or model.quantization null), received merge"
-            )
-        if self.target_modules is None:
-            raise UserError(
-                "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
-                "trained, received null"
-            )
-        check_quantization(quantization)
+        self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
 
@@ -104,6 +99,12 @@ class LanguageModule(COLAModule, ABC):
     @abstractmethod
     def make_metric(self) -> Metric:
         """A metric that takes the predictions and targets of a :class:`StepOutput`; logged as ``val_{metric_name}``."""
+
+    def measured(self, batch: Any, output: StepOutput) -> Measured:
+        """The metrics of a batch, logged as ``val_...`` and ``test_...``: that of its predictions, if any."""
+        if output.predictions is None:
+            return {}
+        return {self.metric_name: (self.make_metric, (output.predictions, output.targets))}
 
     def model_fields(self) -> dict[str, Any]:
         """More fields of the model's configuration, such as ``num_labels``."""
@@ -139,47 +140,34 @@ class LanguageModule(COLAModule, ABC):
             self.new_weights = new_weights
         if not self.modules_to_save:
             self.modules_to_save = self.choose_modules_to_save(model)
-        n_embeddings, tokenizer = model.get_input_embeddings().num_embeddings, self.tokenizer
-        if tokenizer.vocab_size > n_embeddings:
-            raise UserError(
-                f"model.model_name: expected a tokenizer of at most {n_embeddings} tokens, which the model knows, "
-                f"received {tokenizer.vocab_size}"
-            )
-        if tokenizer.pad_token_id >= n_embeddings:  # added to the tokenizer alone
-            tokenizer.pad_token = tokenizer.eos_token
+        if self.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # added to the tokenizer alone
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.quantization is not None:
             self._quantize(model)
         return cast(nn.Module, model)
 
     def _quantize(self, model: Any) -> None:
-        """Quantises pretrained layers: no head, be it new or the language model's, and no fully trained module.
-
-        Nor those that transformers keeps in float32: a model may read such a weight's dtype.
-        """
+        """Quantises the pretrained body but for fully trained modules: no head, be it new or the language model's."""
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
-        body, head = names[model.base_model], model.get_output_embeddings()
-        wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        skip = [names[head]] if head is not None else []
-        skip += [name for name in names.values() if lies_in(name, wide)]
-        skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
+        body = names[model.base_model]  # "" where it is the model itself
+        inside = f"{body}." if body else ""
+        skip = [name for name in names.values() if lies_in(name, self.modules_to_save) or not name.startswith(inside)]
         quantize(model, getattr(torch, self.pretrained.dtype), skip)
 
     # ------------------------------------------------------------------ the steps
 
-    def metrics_of(self, stage: str) -> list[Metric]:
-        """The metrics of ``val`` or ``test``, to be reset before each evaluation: an interrupted one leaves values in them."""
-        others = [cast(Metric, metric) for name, metric in self.metrics_of_loaders.items() if name.startswith(stage)]
-        return [self.val_metric if stage == "val" else self.test_metric, *others]
-
     @override
     def on_validation_start(self) -> None:
-        for metric in self.metrics_of("val"):
-            metric.reset()
+        self._reset_metrics()
 
     @override
     def on_test_start(self) -> None:
-        for metric in self.metrics_of("test"):
-            metric.reset()
+        self._reset_metrics()
+
+    def _reset_metrics(self) -> None:
+        """An evaluation that was interrupted leaves values in them."""
+        for metric in self.evaluation_metrics.values():
+            cast(Metric, metric).reset()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -189,38 +177,20 @@ class LanguageModule(COLAModule, ABC):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val", self.val_metric, dataloader_idx)
+        self._evaluate(batch, "val", dataloader_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", self.test_metric, dataloader_idx)
+        self._evaluate(batch, "test", dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, metric: Metric, dataloader_idx: int) -> None:
-        self._dataloader_idx = dataloader_idx
+    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
-        self.measure(batch, output, stage, metric)
-
-    def measure(self, batch: Any, output: StepOutput, stage: str, metric: Metric) -> None:
-        """Updates the metric of the ``stage`` (``val``, ``test``) with a batch's predictions, if any, and logs it."""
-        if output.predictions is not None:
-            self.update_metric(f"{stage}_{self.metric_name}", metric, output.size, output.predictions, output.targets)
-
-    def update_metric(self, name: str, metric: Metric, size: int, *values: Any) -> None:
-        """Updates a metric with a batch's values, and logs it; each of several loaders has its own metric.
-
-        Args:
-            name: the metric's name in the log.
-            metric: the first loader's.
-            size: size of the batch.
-            *values: what the metric's ``update`` takes.
-        """
-        attribute = None  # Lightning finds the first loader's by itself
-        if self._dataloader_idx:
-            key = f"{name}_{self._dataloader_idx}"
-            if key not in self.metrics_of_loaders:
-                self.metrics_of_loaders[key] = copy = metric.clone().train()  # as all else is when training begins
-                copy.reset()
-            metric, attribute = cast(Metric, self.metrics_of_loaders[key]), f"metrics_of_loaders.{key}"
-        metric.update(*values)
-        self.log(name, metric, batch_size=size, prog_bar=True, metric_attribute=attribute)
+        for name, (make, values) in self.measured(batch, output).items():
+            key = f"{stage}_{name}_{dataloader_idx}"
+            if key not in self.evaluation_metrics:
+                self.evaluation_metrics[key] = make().to(self.device)
+            metric = cast(Metric, self.evaluation_metrics[key])
+            metric.update(*values)
+            where = f"evaluation_metrics.{key}"
+            self.log(f"{stage}_{name}", metric, batch_size=output.size, prog_bar=True, metric_attribute=where)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
-# Options share their prompt where that leaves less than half of the tokens to be computed: a row then takes two passes.
+# Options share their prompt where that leaves less than half of the tokens to be computed: attention is over all of them.
 WORTH_SHARING = 2
 
 # The cost of one more forward pass, in tokens. On a CPU it reads the weights once more: 14 to 20 per thread were measured (135
@@ -39,78 +39,53 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
 
     Shape:
         result: rows x positions x vocabulary.
-
-    Raises:
-        UserError: for any other mask.
     """
     return logits_and_router_loss(model, batch, keep)[0]
 
 
-def logits_and_router_loss(model: nn.Module, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | None]:
-    """The logits of :func:`logits_of`, and what Hugging Face adds to the tokens' loss, if :func:`has_router_loss`."""
-    taken_by_name = inspect.signature(model.forward).parameters
-    mask = batch.get("attention_mask")
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
+    """The logits of :func:`logits_of`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
+    taken = inspect.signature(model.forward).parameters
+    inputs = {name: batch[name] for name in BY_TOKEN - {"labels"} if name in batch}
+    mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:  # a row begins at position 0, after padding on the left, too
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     elif mask is not None:
         inputs["attention_mask"] = _additive(mask, model)
-    inputs |= {name: batch[name] for name in ("position_ids", "token_type_ids") if name in batch}
-    taken = {name: value for name, value in inputs.items() if name in taken_by_name}
-    output = model(**taken)
+    inputs |= {"use_cache": False, "logits_to_keep": keep}
+    output = model(**{name: value for name, value in inputs.items() if name in taken})
     logits: Tensor = output.logits
     if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
         logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
     router_loss = getattr(output, "aux_loss", None) if has_router_loss(model) else None  # a model without experts has none
-    return logits.float(), None if router_loss is None else router_loss * _router_loss_weight(model)
+    return logits.float(), 0.0 if router_loss is None else router_loss * model.router_aux_loss_coef
 
 
 def _additive(mask: Tensor, model: Any) -> Tensor:
     """A mask of pairs of tokens that any attention takes: eager attention adds booleans, sdpa refuses another dtype."""
-    if mask.dim() != 4:
-        raise UserError(
-            "batch: expected attention_mask of rows x length, or rows x 1 x length x length, received one of shape "
-            f"{tuple(mask.shape)}"
-        )
     device = mask.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     lowest = torch.finfo(dtype).min  # not -inf: a row without any true value would become NaN
-    if not mask.is_floating_point():
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, lowest)
-    if (mask > 0).any():
-        raise UserError(
-            "batch: expected attention_mask of four dimensions with booleans, or with numbers to be added (0, or far below), "
-            f"received numbers up to {mask.max():g}"
-        )
-    return mask.float().clamp(min=lowest).to(dtype)
+    if mask.is_floating_point():
+        return mask.float().clamp(min=lowest).to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, lowest)
 
 
-def has_router_loss(model: nn.Module) -> bool:
+def has_router_loss(model: Any) -> bool:
     """Whether the load-balancing loss of a mixture of experts is used: ``output_router_logits`` of its configuration."""
-    config: Any = model.config
-    return bool(getattr(config.get_text_config(), "output_router_logits", False))
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
-def _router_loss_weight(model: Any) -> float:
-    """The weight of the router's loss in Hugging Face's loss: most models have it in their configuration, under either name."""
-    names = ("router_aux_loss_coef", "aux_loss_coef")  # the latter is JetMoE's
-    for holder, name in ((holder, name) for holder in (model, model.config.get_text_config()) for name in names):
-        if (weight := getattr(holder, name, None)) is not None:
-            return float(weight)
-    raise UserError(
-        f"model.model_name: expected a weight of the router's loss ({' or '.join(names)}) beside output_router_logits in "
-        f"config.json, received none for {type(model).__name__}; output_router_logits false trains without that loss"
-    )
+# ---------------------------------------------------------------------- rows of similar length
 
 
-def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[Tensor, Batch]]:
+def split_by_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
     """Splits a batch into parts of rows of similar length, without the padding that only longer rows of other parts need.
 
     Each part is a separate forward pass, so there are only as many as save time.
 
     Args:
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and other values per token.
-        lengths: of the rows; None: read from the mask, which waits for the device.
 
     Returns:
         the row indices and the batch of each part. A batch without padding on the left is one part, itself.
@@ -118,10 +93,9 @@ def split_by_length(batch: Batch, lengths: Sequence[int] | None = None) -> list[
     ids = batch["input_ids"]
     whole = [(torch.arange(len(ids), device=ids.device), batch)]
     by_token = {name: batch[name] for name in BY_TOKEN & batch.keys() if batch[name] is not None}
-    if "attention_mask" not in by_token or len(ids) == 1 or any(some.shape != ids.shape for some in by_token.values()):
+    if "attention_mask" not in by_token or any(some.shape != ids.shape for some in by_token.values()):
         return whole
-    if lengths is None:
-        lengths = (ids.shape[1] - batch["attention_mask"].bool().int().argmax(1)).tolist()
+    lengths = (ids.shape[1] - batch["attention_mask"].bool().int().argmax(1)).tolist()
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     cuts = cut_by_length([lengths[row] for row in order], pass_cost(ids.device))
     if len(cuts) == 1:
@@ -163,66 +137,25 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
     return cuts[::-1]
 
 
-def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+def logits_by_length(model: nn.Module, batch: Batch, n_positions: int) -> Tensor:
+    """The logits at the last positions of a batch's rows, in the parts of :func:`split_by_length`."""
+    rows, parts = zip(*split_by_length(batch), strict=True)
+    logits = [logits_of(model, part, n_positions) for part in parts]
+    return logits[0] if len(logits) == 1 else _joined(logits, n_positions)[torch.cat(rows).argsort()]
 
 
-def _are_same(model: Any, logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits computed in different ways are equal up to rounding, of which half precision has more."""
-    return _are_near(logits, expected, 1e-2 if model.dtype.itemsize >= 4 else 1e-1)
+def _joined(parts: list[Tensor], n_positions: int) -> Tensor:
+    return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in parts])  # a part's rows may be shorter
 
 
-def _are_untouched(logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits computed in the same way, beside other tokens, are equal: hardly any rounding, in any dtype."""
-    return _are_near(logits, expected, 1e-3)
+# ---------------------------------------------------------------------- sequences in one row
 
 
-@torch.no_grad()
-def check_decoder(model: nn.Module) -> None:
-    """Refuses a model that, on three tokens, is not a decoder or gives other logits after padding on the left.
-
-    The latter are models that count positions without taking ``position_ids``. Only three tokens are tried: what appears only
-    in longer sequences, or with other tokens, is not found.
-
-    Raises:
-        UserError: if the last token's logits are not those with four tokens of padding before them, or if the logits of the
-            first two change with the last.
-    """
-    name = type(model).__name__
-    with evaluating(model):
-        alone, changed, padded = _logits_of_probes(model)
-    if not _are_same(model, padded, alone[:, -1:]):
-        raise UserError(
-            "model.model_name: expected a decoder that can be padded on the left, received "
-            f"{name}, which then gives other logits"
-        )
-    if not _are_untouched(changed[:, :-1], alone[:, :-1]):
-        raise UserError(
-            "model.model_name: expected a decoder, whose logits follow from a token and those before it, received "
-            f"{name}, in which they change with a later token (an encoder, or is_decoder is false in its config.json)"
-        )
-
-
-def _logits_of_probes(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of three tokens, at the model's own positions; with another last token; and, padded, of the last token."""
-    tokens = torch.arange(3).unsqueeze(0) + model.config.get_text_config().vocab_size // 2
-    mask = torch.ones_like(tokens)
-    alone, changed = (
-        model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
-    )
-    padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    return alone, changed, padded
-
-
-@torch.no_grad()
-def shared_logits(model: Any, batch: Batch, n_positions: int) -> Tensor:
+def shared_logits(model: nn.Module, batch: Batch, n_positions: int) -> Tensor:
     """The logits at the last positions of an option batch's sequences, with each row's shared prefix computed once.
 
-    The prefix has its own forward pass, and the rest of each option uses its keys and values. Rows are computed one by one:
-    the keys and values of all would take as much memory as a batch of that many sequences in training.
-
     Args:
-        model: a Hugging Face model that :func:`can_share`.
+        model: a Hugging Face model that :func:`takes_mask_of_pairs`.
         batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left), row by row;
             ``n_sequences`` and ``n_shared`` (rows): the number of a row's sequences, and of the tokens in their shared prefix,
             without those at the requested positions.
@@ -234,124 +167,108 @@ def shared_logits(model: Any, batch: Batch, n_positions: int) -> Tensor:
     logits: list[Tensor] = []
     first = 0
     for n_sequences, n_shared in zip(batch["n_sequences"].tolist(), batch["n_shared"].tolist(), strict=True):
-        row = slice(first, first + n_sequences)
-        ids, mask = batch["input_ids"][row], batch["attention_mask"][row]
-        lengths = mask.sum(1)
-        longest = int(lengths.max())
-        ids, mask = ids[:, -longest:], mask[:, -longest:]
+        ids, mask = (batch[name][first : first + n_sequences] for name in ("input_ids", "attention_mask"))
         first += n_sequences
-        if n_sequences * longest < WORTH_SHARING * (n_shared + n_sequences * (longest - n_shared)):
-            logits.append(logits_of(model, {"input_ids": ids, "attention_mask": mask}, n_positions))
+        lengths = mask.sum(1).tolist()
+        longest = max(lengths)
+        if n_sequences * longest < WORTH_SHARING * (n_shared + sum(lengths) - n_sequences * n_shared):
+            own = {"input_ids": ids[:, -longest:], "attention_mask": mask[:, -longest:]}
+            logits.append(logits_of(model, own, n_positions))
         else:
-            logits.append(_logits_after_prefix(model, ids, lengths, n_shared, n_positions))
-    return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits])  # a row's own may be fewer
+            sequences = [row[-length:] for row, length in zip(ids, lengths, strict=True)]
+            logits.append(_logits_in_one_row(model, sequences, n_shared, n_positions))
+    return _joined(logits, n_positions)
 
 
-def _logits_after_prefix(model: Any, ids: Tensor, lengths: Tensor, n_shared: int, n_positions: int) -> Tensor:
-    """The logits at the last positions of sequences, padded on the left, whose shared prefix is computed once.
+def _logits_in_one_row(model: nn.Module, sequences: Sequence[Tensor], n_shared: int, n_positions: int) -> Tensor:
+    """The logits at the last positions of sequences: their shared prefix and the rest of each are one row, in one forward pass.
 
-    They are padded on the right here: with padding between the prefix and the rest, a model that uses distances between tokens
-    (a window of local attention, a bias by distance) would count the padding, too.
+    By the mask, a token sees the prefix and what precedes it in its own sequence; its position is that in its sequence. What is
+    returned at a position of the prefix is not meaningful.
     """
-    n_sequences, longest = ids.shape
-    rows, places = torch.arange(n_sequences, device=ids.device).unsqueeze(1), torch.arange(longest, device=ids.device)
-    ids = ids[rows, (places + longest - lengths.unsqueeze(1)) % longest]
-    name = str(_name_of_cache(model))
-    prefix = model(input_ids=ids[:1, :n_shared], use_cache=True, logits_to_keep=1)[name]
-    prefix.batch_repeat_interleave(n_sequences)
-    starts = lengths - n_positions  # of the requested positions; those before the rest are of no option's token
-    start = max(int(starts.min()), n_shared)
-    rest: dict[str, Any] = {
-        "input_ids": ids[:, n_shared:],
-        "attention_mask": (places < lengths.unsqueeze(1)).long(),
-        "position_ids": places[n_shared:].expand(n_sequences, -1),
-    }
-    rest |= {name: prefix, "use_cache": True, "logits_to_keep": longest - start}
-    logits: Tensor = model(**rest).logits
-    requested = torch.arange(n_positions, device=ids.device) + (starts - start).unsqueeze(1)
-    return logits[rows, requested.clamp(min=0)].float()
-
-
-def _name_of_cache(model: nn.Module) -> str | None:
-    """The name that a model's ``forward`` gives its key-value cache: the newer one, or that of older models."""
-    taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
-
-
-def is_free_of_length(model: nn.Module) -> bool:
-    """Whether a token's position means the same in a batch of any length: some rotary embeddings depend on the longest row."""
-    config: Any = model.config
-    rotation = str(getattr(config.get_text_config(), "rope_parameters", None))
-    return not any(kind in rotation for kind in ("longrope", "dynamic"))
+    device, rests = sequences[0].device, [sequence[n_shared:] for sequence in sequences]
+    lengths = torch.tensor([n_shared, *map(len, rests)], device=device)
+    ids = torch.cat([sequences[0][:n_shared], *rests])
+    part = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)  # 0: the prefix
+    places = torch.arange(len(ids), device=device)
+    positions = torch.cat([places[:n_shared], *(places[n_shared : len(sequence)] for sequence in sequences)])
+    pairs = ((part == 0) | (part[:, None] == part)) & (places[:, None] >= places)
+    batch = {"input_ids": ids[None], "attention_mask": pairs[None, None], "position_ids": positions[None]}
+    last = lengths.cumsum(0)[1:, None] - n_positions + torch.arange(n_positions, device=device)
+    return logits_of(model, batch, last.clamp(min=0).flatten())[0].view(*last.shape, -1)
 
 
 @torch.no_grad()
-def can_share(model: nn.Module) -> bool:
-    """Whether options can share the computation of their prompt: tried out on a few tokens, in three forward passes.
+def takes_mask_of_pairs(model: Any) -> bool:
+    """Whether a mask of pairs of tokens keeps sequences in one row apart: tried out on eleven tokens, in three forward passes.
 
-    A model must cache plain keys and values of all tokens, and give the same logits with them.
-    """
-    if not _caches_all(model):
-        return False
-    config: Any = model.config
-    ids, mask = torch.arange(48, device=next(model.parameters()).device).view(4, 12) // 2, torch.ones(4, 12, dtype=torch.long)
-    ids %= config.get_text_config().vocab_size
-    for row in range(4):  # of 12, 11, 10 and 9 tokens, of which the first 8 are the same
-        ids[row, row : row + 8], mask[row, :row] = ids[0, :8], 0
-    batch = {"input_ids": ids, "attention_mask": mask.to(ids.device)}
-    batch |= {"n_sequences": torch.tensor([4]), "n_shared": torch.tensor([8])}
-    with evaluating(model):
-        expected = logits_of(model, batch, 1)
-        try:
-            received = shared_logits(model, batch, 1)
-        except Exception as error:  # whatever a model raises that cannot use its cache: prompts are not shared then
-            log.info("Options do not share their prompt's computation, for %s fails to: %s", type(model).__name__, error)
-            return False
-    return _are_same(model, received, expected)
-
-
-def _caches_all(model: nn.Module) -> bool:
-    """Whether a model, by its configuration, caches keys and values of all tokens."""
-    taken = inspect.signature(model.forward).parameters
-    return (
-        {"position_ids", "logits_to_keep"} <= taken.keys() and _name_of_cache(model) is not None and _is_full_attention(model)
-    )
-
-
-def _is_full_attention(model: nn.Module) -> bool:
-    """Whether all layers attend to all tokens, by a model's configuration: a window is longer than what can be tried."""
-    config: Any = model.config
-    parts = (config, config.get_text_config())
-    kinds = {kind for part in parts for kind in getattr(part, "layer_types", None) or ()}
-    has_window = any(getattr(part, "sliding_window", None) for part in parts)  # None or, of Qwen2-MoE, 0: none
-    return kinds <= {"full_attention"} and not has_window
-
-
-@torch.no_grad()
-def takes_mask_of_pairs(model: nn.Module) -> bool:
-    """Whether a mask of pairs of tokens keeps packed sequences apart: tried out on nine tokens, in three forward passes.
-
-    A window, which would need its own masks, a recurrent or convolutional state, and a mask that is ignored let a sequence see
-    those before it. The logits of the second of two must not change with the first, and must equal those of it alone.
+    A window, which would need its own masks, a recurrent or convolutional state, positions that are counted along the row, and
+    a mask that is ignored change what a sequence sees. The logits of the second of two sequences behind a shared prefix must
+    not change with the first, and must equal those of it alone.
     """
     if not _is_full_attention(model):
         return False
-    config: Any = model.config
-    device = next(model.parameters()).device
-    n = config.get_text_config().vocab_size
-    first, second = ((torch.arange(9, device=device).unsqueeze(0) + n // 2) % n).split([5, 4], dim=1)
-    places = torch.arange(9, device=device)
-    is_second = places >= 5
-    pairs = (is_second[:, None] == is_second) & (places[:, None] >= places)
-    packed = {"attention_mask": pairs[None, None], "position_ids": (places - 5 * is_second).unsqueeze(0)}
+    n, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    prefix, first, second = ((torch.arange(11, device=device) + n // 2) % n).split([2, 5, 4])
+    sequence = torch.cat([prefix, second])
     with evaluating(model), torch.autocast(device.type, enabled=False):
-        alone = logits_of(model, {"input_ids": second, "attention_mask": torch.ones_like(second)}, 4)
+        alone = logits_of(model, {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence)[None]}, 4)
         try:
             behind, behind_other = (
-                logits_of(model, packed | {"input_ids": torch.cat([some, second], dim=1)}, 4)
-                for some in (first, (first - 7) % n)
+                _logits_in_one_row(model, [torch.cat([prefix, some]), sequence], 2, 4)[1:] for some in (first, (first - 7) % n)
             )
         except Exception as error:  # whatever a model raises that takes rows x length alone
             log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
             return False
-    return _are_untouched(behind_other, behind) and _are_same(model, behind, alone)
+    return _are_near(behind_other, behind, UNTOUCHED) and _are_near(behind, alone, _rounding(model))
+
+
+def _is_full_attention(model: Any) -> bool:
+    """Whether all layers attend to all tokens, by a model's configuration: a window is longer than what can be tried."""
+    parts = (model.config, model.config.get_text_config())
+    names = ("layer_types", "attention_layers")  # the latter are GPT-Neo's, every other one local
+    kinds = {kind for part in parts for name in names for kind in getattr(part, name, None) or ()}
+    has_window = any(getattr(part, "sliding_window", None) for part in parts)  # None or, of Qwen2-MoE, 0: none
+    return kinds <= {"full_attention", "global"} and not has_window
+
+
+# ---------------------------------------------------------------------- what a model must be
+
+
+@torch.no_grad()
+def check_decoder(model: Any) -> None:
+    """Refuses a model that, on three tokens, is not a decoder or gives other logits after padding on the left.
+
+    The latter are models that count positions without taking ``position_ids``. Only three tokens are tried: what appears only
+    in longer sequences, or with other tokens, is not found.
+
+    Raises:
+        UserError: if the last token's logits are not those with four tokens of padding before them, or if the logits of the
+            first two change with the last.
+    """
+    tokens = torch.arange(3)[None] + model.config.get_text_config().vocab_size // 2
+    mask = torch.ones_like(tokens)
+    with evaluating(model):  # at the model's own positions, but for the padded tokens
+        alone, changed = (
+            model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
+        )
+        padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
+    is_padded = _are_near(padded, alone[:, -1:], _rounding(model))
+    if not is_padded or not _are_near(changed[:, :-1], alone[:, :-1], UNTOUCHED):
+        raise UserError(
+            "model.model_name: expected a decoder that can be padded on the left, received "
+            f"{type(model).__name__}, whose logits change with {'a later token' if is_padded else 'that padding'} (an encoder, "
+            "or is_decoder is false in its config.json)"
+        )
+
+
+UNTOUCHED = 1e-3  # the tolerance for logits computed in the same way, beside other tokens: hardly any rounding, in any dtype
+
+
+def _rounding(model: Any) -> float:
+    """The tolerance for logits computed in different ways: rounding alone, of which half precision has more."""
+    return 1e-2 if model.dtype.itemsize >= 4 else 1e-1
+
+
+def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())

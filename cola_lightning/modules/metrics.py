@@ -1,6 +1,7 @@
 """Metrics of chosen options and of generated answers."""
 
-from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,20 @@ class Accuracy(MeanMetric):
         super().update((predictions == targets).float())
 
 
-class _OfAllRows(Metric):
-    """A metric that is not a mean over rows, and stores them all. Batches give the number of options."""
+class OfAllRows(Metric):
+    """A metric that is not a mean over rows, and stores them all.
+
+    Args:
+        value: the metric of predictions, targets and the largest number of options.
+    """
 
     predictions: list[Tensor]
     targets: list[Tensor]
     n_options: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, value: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         super().__init__()
+        self.value = value
         self.add_state("n_options", torch.tensor(2), dist_reduce_fx="max")
         self.add_state("predictions", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
@@ -43,35 +49,32 @@ class _OfAllRows(Metric):
     def compute(self) -> Tensor:
         return self.value(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
 
-    @abstractmethod
-    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-        """The metric over all rows."""
 
-
-class OptionF1(_OfAllRows):
+def option_f1(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
     """The F1 of the second of two options; of more options, the mean of their F1."""
-
-    @override
-    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-        if n_options == 2:
-            return binary_f1_score(predictions, targets)
-        return multiclass_f1_score(predictions, targets, n_options, average="macro")
+    if n_options == 2:
+        return binary_f1_score(predictions, targets)
+    return multiclass_f1_score(predictions, targets, n_options, average="macro")
 
 
-class MatthewsCorrCoef(_OfAllRows):
+def matthews_corrcoef(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
     """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
-
-    @override
-    def value(self, predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-        if bool((predictions == predictions[0]).all() | (targets == targets[0]).all()):
-            return torch.zeros((), device=predictions.device)
-        return multiclass_matthews_corrcoef(predictions, targets, n_options)
+    if bool((predictions == predictions[0]).all() | (targets == targets[0]).all()):
+        return torch.zeros((), device=predictions.device)
+    return multiclass_matthews_corrcoef(predictions, targets, n_options)
 
 
-class _SQuADShare(SQuAD):
-    """One of SQuAD's two metrics of answers, from 0 to 1."""
+class OfAnswers(SQuAD):
+    """One of SQuAD's two metrics of answers, from 0 to 1.
 
-    name: str
+    ``f1`` is the mean over rows of an answer's F1 in words, without case, punctuation and articles; ``exact_match`` the share
+    of answers that are right but for these and blanks. Where neither an answer nor a reference has a word left ("the" and "A"),
+    both are 1, as in SQuAD's evaluation since version 2; the protocol's code, like that of version 1, has an F1 of 0 there.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
     @override
     def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
@@ -86,17 +89,6 @@ class _SQuADShare(SQuAD):
         return super().compute()[self.name] / 100
 
 
-class TokenF1(_SQuADShare):
-    """The mean over rows of an answer's F1 in words, without case, punctuation and articles.
-
-    Where neither an answer nor a reference has a word left ("the" and "A"), it is 1, as the exact match is, and as in SQuAD's
-    evaluation since version 2; the protocol's code, like that of version 1, has 0 there, beside an exact match of 1.
-    """
-
-    name = "f1"
-
-
-class ExactMatch(_SQuADShare):
-    """The share of answers that are right but for case, punctuation, articles and blanks."""
-
-    name = "exact_match"
+# What a batch may request as its ``metric``, besides accuracy: of chosen options, and of generated answers.
+OPTION_METRICS = {"f1": partial(OfAllRows, option_f1), "matthews_corrcoef": partial(OfAllRows, matthews_corrcoef)}
+ANSWER_METRICS = {name: partial(OfAnswers, name) for name in ("f1", "exact_match")}

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from cola_lightning import hub
-from cola_lightning.errors import UserError, one_line, passes_through_own_code
+from cola_lightning.errors import UserError, one_line
 
 PACKAGE_PREFIX = "package:"
 
@@ -36,7 +35,7 @@ def package_folder(model_name: str) -> Path:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The files of a pretrained model. Making one checks what can be checked without reading a weight.
+    """The files of a pretrained model.
 
     Args:
         model_name: a hub id (``facebook/opt-125m``), a folder, or ``package:NAME``: the folder of the installed Python package
@@ -46,9 +45,6 @@ class Pretrained:
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises.
-
-    Raises:
-        UserError: for a name that is none of the three, and for missing files.
     """
 
     model_name: str
@@ -58,41 +54,21 @@ class Pretrained:
     trust_remote_code: bool = False
     gguf_file: str | None = None
 
-    def __post_init__(self) -> None:
-        if (folder := self.folder) is None:
-            return
-        if self.revision is not None:
-            raise UserError(f"model.revision: expected null for files on this machine, received {self.revision!r}")
-        expected = self.gguf_file or "config.json"
-        if not (folder / expected).is_file():
-            there = sorted(path.name for path in folder.iterdir() if path.suffix in {".gguf", ".json", ".safetensors"})
-            raise UserError(
-                f"model.{'gguf_file' if self.gguf_file else 'model_name'}: expected {expected!r} in {folder}, "
-                f"received {', '.join(there) or 'no model file'}" + (" (name it by gguf_file)" if not self.gguf_file else "")
-            )
-
     @property
     def name(self) -> str:
         """The name, and the revision if one is requested."""
         return self.model_name + (f"@{self.revision}" if self.revision else "")
 
     @property
-    def folder(self) -> Path | None:
-        """Where the files lie on this machine; None for a hub id.
+    def place(self) -> str:
+        """What transformers finds the files by: a folder, or a hub id.
 
         Raises:
-            UserError: if the name is no hub id, and there is no such folder or package.
+            UserError: if there is no such package.
         """
         if self.model_name.startswith(PACKAGE_PREFIX):
-            return package_folder(self.model_name)
-        if self.model_name and (folder := Path(os.path.expanduser(self.model_name))).is_dir():
-            return folder
-        if not hub.is_repo_id(self.model_name):
-            raise UserError(
-                "model.model_name: expected a hub id (owner/name), a folder that exists, or package:NAME, "
-                f"received {self.model_name!r}"
-            )
-        return None
+            return str(package_folder(self.model_name))
+        return os.path.expanduser(self.model_name)
 
     @property
     def is_found_by_name(self) -> bool:
@@ -107,15 +83,13 @@ class Pretrained:
             **arguments: for ``from_pretrained``, besides those that say where the files are.
 
         Raises:
-            UserError: if the files, or the packages that they need, are not what the class needs.
-            HubError: if the files are on the hub only, and the hub cannot be reached.
+            UserError: if there are no such files, or the class cannot load them.
         """
         where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
         where |= {"revision": self.revision} if self.revision else {}
-        field, place = "model.model_name", str(self.folder or self.model_name)
-        refused = broken_files_refused(field, "a model", auto_class, self.model_name)
-        with refused, hub.needed_for(f"{field}: {self.model_name!r}"), hub.quiet_loading():
+        place = self.place
+        with broken_files_refused("model.model_name", "a model", auto_class, self.model_name):
             return auto_class.from_pretrained(place, **where, **arguments)
 
     def config(self, **fields: Any) -> Any:
@@ -183,24 +157,11 @@ def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> 
         auto_class: by which of transformers' Auto classes.
         place: a folder, or a hub id.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
-    # Missing and broken files, unknown architectures, attention and activations, packages that are missing, other shapes.
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        if is_failure(error):
-            raise
-        if "argument `trust_remote_code=True`" in str(error):
-            raise UserError(
-                f"model.trust_remote_code: expected true for {place!r}, which comes with Python files that are run to load it "
-                "(no checkpoint or adapter says so for you: --trust_remote_code true), received false"
-            ) from error
-        name = "KeyError " if isinstance(error, KeyError) else ""  # whose message is the key alone
-        raise UserError(
-            f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {name}{one_line(str(error))}"
-        ) from error
+    except (OSError, ValueError) as error:
+        message = f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {one_line(str(error))}"
+        raise UserError(message) from error
 
 
 def with_padding(tokenizer: Any) -> Any:
@@ -213,12 +174,5 @@ def with_padding(tokenizer: Any) -> Any:
 def with_limit(tokenizer: Any, config: Any) -> Any:
     """The tokenizer, with the length of the model's longest sequence, of which not every tokenizer's files know."""
     positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if "roberta" in config.model_type or config.model_type == "camembert":
-        positions -= config.pad_token_id + 1  # where their positions begin
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
-
-
-def is_failure(error: Exception) -> bool:
-    """Whether an error is of a model's own code (``trust_remote_code``), or of insufficient memory: not a user's mistake."""
-    return passes_through_own_code(error) or isinstance(error, MemoryError) or "allocate" in str(error)

@@ -55,15 +55,14 @@ class COLASequenceClassifier(LanguageModule):
         metric: Literal["accuracy", "f1", "matthews_corrcoef"] = "accuracy",
         **pretrained: Any,
     ) -> None:
-        if num_labels is not None and num_labels < 2:
-            raise UserError(f"model.num_labels: expected at least 2, received {num_labels}")
-        if label_names is not None and (len(set(label_names)) < len(label_names) or len(label_names) < 2):
-            raise UserError(f"model.label_names: expected at least 2 names that differ, received {label_names}")
-        if num_labels is not None and label_names is not None and num_labels != len(label_names):
+        counts = set() if num_labels is None else {num_labels}
+        counts |= set() if label_names is None else {len(label_names), len(set(label_names))}
+        if len(counts) > 1 or min(counts, default=2) < 2:
             raise UserError(
-                f"model.num_labels: expected {len(label_names)} or null beside model.label_names, received {num_labels}"
+                "model.num_labels, model.label_names: expected at least 2 labels that differ, their number or as many of both, "
+                f"received {num_labels} and {label_names}"
             )
-        self.num_labels, self.metric_name = int(num_labels or len(label_names or ()) or 2), metric
+        self.num_labels, self.metric_name = int(max(counts, default=2)), metric
         self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
         self._label_names = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
@@ -75,8 +74,8 @@ class COLASequenceClassifier(LanguageModule):
         """The labels in the order of the model's outputs; None while they are not known."""
         if self._label_names is not None:
             return self._label_names
-        if self.is_made:  # of a state dict that was loaded
-            return self.adapted.chain.base.labels
+        if self.is_made:
+            return self.chain.base.labels
         chain = self.first_chain if self.pending is None else self.pending.state.chain  # which is about to be applied
         return None if chain is None else chain.base.labels
 
@@ -89,41 +88,26 @@ class COLASequenceClassifier(LanguageModule):
         Raises:
             UserError: if the module was given another number of labels, or the model was made with one.
         """
-        self._settle_known()
-        if self._label_names is not None:
+        if self.label_names is not None:
+            self._set_labels(self.label_names)
             return
-        are_places = set(found) <= set(map(str, range(self.num_labels)))
-        if self._is_number_given and are_places:
-            found = [str(place) for place in range(self.num_labels)]
-        if len(found) < 2:
-            raise UserError(f"model.num_labels: expected at least 2 labels in the data, received {', '.join(found) or 'none'}")
-        if (self._is_number_given or self.is_made) and len(found) != self.num_labels:
+        places = [str(place) for place in range(self.num_labels)]
+        if self._is_number_given and set(found) <= set(places):
+            found = places
+        if len(found) < 2 or ((self._is_number_given or self.is_made) and len(found) != self.num_labels):
             raise UserError(
                 f"model.num_labels: expected {len(found)}, the data's labels {', '.join(found)}, received {self.num_labels}"
             )
         self._set_labels(self._in_models_order(found))
 
-    def _settle_known(self) -> None:
-        """Sets the model's labels to those of a loaded chain."""
-        if self._label_names is None and (known := self.label_names) is not None:
-            self._set_labels(known)
-
     def _set_labels(self, names: Sequence[str]) -> None:
-        self._label_names = list(names)
-        self._set_number(len(names))
+        self._label_names, self.num_labels = list(names), len(names)
         if self.is_made:
             self._describe(self.model.config)
             self.adapted.chain.base = replace(self.adapted.chain.base, labels=self._label_names)
 
-    def _set_number(self, num_labels: int) -> None:
-        if num_labels != self.num_labels:
-            self.num_labels = num_labels
-            self.val_metric, self.test_metric = self.make_metric(), self.make_metric()
-
     def _in_models_order(self, found: Sequence[str]) -> Sequence[str]:
         """The same labels in the order of a pretrained head that has them."""
-        if self.pretrained.gguf_file is not None:  # GGUF files have none, and a configuration takes seconds
-            return found
         own = [name for _, name in sorted(self.pretrained.config().id2label.items())]
         return own if sorted(own) == sorted(found) else found
 
@@ -137,9 +121,11 @@ class COLASequenceClassifier(LanguageModule):
         return self._label_names
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._settle_known()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        result = super().load_state_dict(state_dict, strict, assign)
+        if self.label_names is not None:
+            self._set_labels(self.label_names)
+        return result
 
     # ------------------------------------------------------------------ model and steps
 
@@ -157,12 +143,12 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def build_model(self) -> Any:
-        if not self.is_made:
-            self._settle_known()
+        if not self.is_made and self.label_names is not None:
+            self._set_labels(self.label_names)
         model: Any = super().build_model()
         if self._label_names is not None:
             self._describe(model.config)
-        self._set_number(int(model.config.num_labels))
+        self.num_labels = int(model.config.num_labels)
         model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
         return model
 
@@ -179,16 +165,8 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
-        labels, logits = self._labels(batch), self._logits(batch)
+        labels, logits = batch["labels"], self._logits(batch)
         return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
-
-    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
-        labels: Tensor | None = batch.get("labels")
-        if labels is None or labels.dim() != 1:
-            raise UserError(
-                "batch: expected one label a row, as TextClassificationDataModule makes them, received others or none"
-            )
-        return labels
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
