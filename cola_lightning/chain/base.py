@@ -111,7 +111,7 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     if where is not None:
         raise UserError(
             f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: "
-            "the same model, revision, seed and target_modules are needed, and a build_model that makes the same base each time "
+            "the same model, revision, seed and target_modules are needed, and a build_model that makes the same base again "
             "(it may draw from the global generators, which are seeded for it); or save_base: true in training"
         )
 
