@@ -157,19 +157,6 @@ class LanguageModule(COLAModule, ABC):
     # ------------------------------------------------------------------ the steps
 
     @override
-    def on_validation_start(self) -> None:
-        self._reset_metrics()
-
-    @override
-    def on_test_start(self) -> None:
-        self._reset_metrics()
-
-    def _reset_metrics(self) -> None:
-        """An evaluation that was interrupted leaves values in them."""
-        for metric in self.evaluation_metrics.values():
-            cast(Metric, metric).reset()
-
-    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
         self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
@@ -177,13 +164,13 @@ class LanguageModule(COLAModule, ABC):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val", dataloader_idx)
+        self._evaluate(batch, "val", batch_idx, dataloader_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", dataloader_idx)
+        self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
         for name, (make, values) in self.measured(batch, output).items():
@@ -191,6 +178,8 @@ class LanguageModule(COLAModule, ABC):
             if key not in self.evaluation_metrics:
                 self.evaluation_metrics[key] = make().to(self.device)
             metric = cast(Metric, self.evaluation_metrics[key])
+            if batch_idx == 0:  # an evaluation that was interrupted has left values
+                metric.reset()
             metric.update(*values)
             where = f"evaluation_metrics.{key}"
             self.log(f"{stage}_{name}", metric, batch_size=output.size, prog_bar=True, metric_attribute=where)
