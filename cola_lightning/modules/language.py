@@ -15,6 +15,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.modules.base import COLAModule
+from cola_lightning.modules.metrics import Accuracy
 from cola_lightning.modules.pretrained import Dtype, Pretrained, with_limit
 
 
@@ -61,7 +62,6 @@ class LanguageModule(COLAModule, ABC):
     """
 
     auto_class: ClassVar[str]
-    metric_name: str = "accuracy"
 
     # **chain, against our rule for constructors: jsonargparse and --help follow it into COLAModule, where each argument is
     # defined, typed and documented once.
@@ -96,15 +96,9 @@ class LanguageModule(COLAModule, ABC):
     def step(self, batch: Any) -> StepOutput:
         """The loss of a batch, and the inputs of its metric: override it to define your own loss."""
 
-    @abstractmethod
-    def make_metric(self) -> Metric:
-        """A metric that takes the predictions and targets of a :class:`StepOutput`; logged as ``val_{metric_name}``."""
-
     def measured(self, batch: Any, output: StepOutput) -> Measured:
-        """The metrics of a batch, logged as ``val_...`` and ``test_...``: that of its predictions, if any."""
-        if output.predictions is None:
-            return {}
-        return {self.metric_name: (self.make_metric, (output.predictions, output.targets))}
+        """The metrics of a batch, logged as ``val_...`` and ``test_...``: the accuracy of its predictions, if any."""
+        return {} if output.predictions is None else {"accuracy": (Accuracy, (output.predictions, output.targets))}
 
     def model_fields(self) -> dict[str, Any]:
         """More fields of the model's configuration, such as ``num_labels``."""
