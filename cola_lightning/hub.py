@@ -37,38 +37,31 @@ def needed_for(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Inside the block, transformers shows no progress bar; downloads do."""
+def quiet() -> Iterator[None]:
+    """Inside the block: neither progress bars nor warnings of transformers and peft; downloads have their bars."""
     from huggingface_hub import utils as hub  # documented there, but not in its __all__
     from transformers.utils import logging
 
-    had_bars, had_downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    verbosity, had_bars, had_downloads = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not hub.are_progress_bars_disabled(),  # type: ignore[attr-defined]
+    )
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
     if had_downloads:
         hub.enable_progress_bars()  # type: ignore[attr-defined]
     try:
-        yield
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        if not had_downloads:
-            hub.disable_progress_bars()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block: neither progress bars nor warnings of transformers and peft."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings(), quiet_loading():
+        with warnings.catch_warnings():
             # peft 0.21 reads it from each model (PeftModel.__init__); transformers 5.24 deprecates it, and 6 drops it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not had_downloads:
+            hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def upload(folder: Path, repo_id: str) -> str:

@@ -166,7 +166,7 @@ def injected(**arguments):
     ),
     (
         {"activation_checkpointing": True},
-        "model.activation_checkpointing: expected a Hugging Face model that supports it, or a module that overrides "
+        "model.activation_checkpointing: expected a Hugging Face model, or a module that overrides "
         "checkpoint_activations, received a Sequential",
     ),
     (

@@ -18,7 +18,7 @@ from cola_lightning import (
 )
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.modules.language import StepOutput
-from cola_lightning.modules.metrics import OPTION_METRICS
+from cola_lightning.modules.metrics import METRICS
 from tests import tiny
 from tests.toy import trainer
 
@@ -35,7 +35,7 @@ def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
     f1 = sklearn.metrics.f1_score(targets, predictions, average="binary" if n_options == 2 else "macro")
     expected = {"f1": f1, "matthews_corrcoef": sklearn.metrics.matthews_corrcoef(targets, predictions)}
     for name, value in expected.items():
-        metric = OPTION_METRICS[name]()
+        metric = METRICS[name]()
         for some in zip(predictions.split(sizes), targets.split(sizes), strict=True):
             metric.update(*some, n_options)
         assert metric.compute().item() == pytest.approx(value, abs=1e-6)
@@ -43,7 +43,7 @@ def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
 
 @pytest.mark.parametrize(("predictions", "targets"), [([1, 1], [1, 1]), ([0, 0], [1, 1]), ([0, 1], [1, 1]), ([1, 1], [0, 1])])
 def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions, targets):
-    metric = OPTION_METRICS["matthews_corrcoef"]()
+    metric = METRICS["matthews_corrcoef"]()
     metric.update(torch.tensor(predictions), torch.tensor(targets), 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A single label was found")
@@ -52,7 +52,7 @@ def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions
 
 def test_an_option_that_no_row_has_changes_nothing_and_three_options_are_no_two():
     predictions, targets = rows(2, 0)
-    metric = OPTION_METRICS["f1"]()
+    metric = METRICS["f1"]()
     metric.update(predictions, targets, 3)
     assert metric.compute().item() == pytest.approx(sklearn.metrics.f1_score(targets, predictions, average="macro"))
     assert metric.compute().item() != pytest.approx(sklearn.metrics.f1_score(targets, predictions))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from cola_lightning import (
     COLACausalLM,
     COLASequenceClassifier,
+    StepOutput,
     TextClassificationDataModule,
     UserError,
 )
@@ -89,8 +90,12 @@ def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_pa
 )
 def test_metrics_against_values_by_hand(tmp_path, metric, n_labels, value):
     # Predicted 1 0 0 0, true 1 1 0 0: accuracy 3/4; F1 of label 1 = 2 * 1 * 0.5 / 1.5; with label 0's, 4/5, the mean is 11/15.
-    made = classifier(tmp_path, metric=metric, num_labels=n_labels).make_metric()
-    made.update(torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
+    module = classifier(tmp_path, metric=metric, num_labels=n_labels)
+    output = StepOutput(torch.tensor(0.0), 4, torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
+    ((name, (make, values)),) = module.measured({}, output).items()
+    made = make()
+    made.update(*values)
+    assert name == metric
     assert made.compute().item() == pytest.approx(value, abs=1e-4)
 
 

@@ -9,12 +9,12 @@ def checkpoint_activations(model: Any) -> None:
     """Has a Hugging Face model store only the inputs of its blocks while training, and recompute their activations.
 
     Raises:
-        UserError: if the model does not support it.
+        UserError: for another model.
     """
     enable = _method(model, "enable")
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+    if enable is None:
         raise UserError(
-            "model.activation_checkpointing: expected a Hugging Face model that supports it, or a module that overrides "
+            "model.activation_checkpointing: expected a Hugging Face model, or a module that overrides "
             f"checkpoint_activations, received a {type(model).__name__}"
         )
     enable({"use_reentrant": False})

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX
@@ -26,7 +25,7 @@ from cola_lightning.modules.logits import (
     split_by_length,
     takes_mask_of_pairs,
 )
-from cola_lightning.modules.metrics import ANSWER_METRICS, OPTION_METRICS, Accuracy
+from cola_lightning.modules.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.turns import end_tokens
 
@@ -61,10 +60,6 @@ class COLACausalLM(LanguageModule):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
     @override
-    def make_metric(self) -> Metric:
-        return Accuracy()
-
-    @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
         check_decoder(model)
@@ -93,16 +88,16 @@ class COLACausalLM(LanguageModule):
 
     @override
     def measured(self, batch: Any, output: StepOutput) -> Measured:
-        batch = batch if isinstance(batch, Mapping) else {}
-        requested = batch.get("metric")
-        if "references" in batch:
+        named: Batch = batch if isinstance(batch, Mapping) else {}
+        requested = named.get("metric")
+        if "references" in named:
             if self.trainer.state.fn == "fit":
                 return {}
             values = self.generate(batch), batch["references"]
             return {name: (ANSWER_METRICS[name], values) for name in ([requested] if requested else ANSWER_METRICS)}
-        if requested in (None, "accuracy") or output.predictions is None:
+        if requested is None or output.predictions is None:
             return super().measured(batch, output)
-        return {requested: (OPTION_METRICS[requested], (output.predictions, output.targets, batch["option_ids"].shape[1]))}
+        return {requested: (METRICS[requested], (output.predictions, output.targets, named["option_ids"].shape[1]))}
 
     def generate(self, batch: Batch, streamer: Any = None) -> list[str]:
         """The text that the model generates after each prompt of a batch, without surrounding white space.

@@ -15,6 +15,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.modules.base import COLAModule
+from cola_lightning.modules.metrics import Accuracy
 from cola_lightning.modules.pretrained import Dtype, Pretrained, with_limit
 
 
@@ -61,7 +62,6 @@ class LanguageModule(COLAModule, ABC):
     """
 
     auto_class: ClassVar[str]
-    metric_name: str = "accuracy"
 
     # **chain, against our rule for constructors: jsonargparse and --help follow it into COLAModule, where each argument is
     # defined, typed and documented once.
@@ -96,15 +96,9 @@ class LanguageModule(COLAModule, ABC):
     def step(self, batch: Any) -> StepOutput:
         """The loss of a batch, and the inputs of its metric: override it to define your own loss."""
 
-    @abstractmethod
-    def make_metric(self) -> Metric:
-        """A metric that takes the predictions and targets of a :class:`StepOutput`; logged as ``val_{metric_name}``."""
-
     def measured(self, batch: Any, output: StepOutput) -> Measured:
-        """The metrics of a batch, logged as ``val_...`` and ``test_...``: that of its predictions, if any."""
-        if output.predictions is None:
-            return {}
-        return {self.metric_name: (self.make_metric, (output.predictions, output.targets))}
+        """The metrics of a batch, logged as ``val_...`` and ``test_...``: the accuracy of its predictions, if any."""
+        return {} if output.predictions is None else {"accuracy": (Accuracy, (output.predictions, output.targets))}
 
     def model_fields(self) -> dict[str, Any]:
         """More fields of the model's configuration, such as ``num_labels``."""
@@ -157,19 +151,6 @@ class LanguageModule(COLAModule, ABC):
     # ------------------------------------------------------------------ the steps
 
     @override
-    def on_validation_start(self) -> None:
-        self._reset_metrics()
-
-    @override
-    def on_test_start(self) -> None:
-        self._reset_metrics()
-
-    def _reset_metrics(self) -> None:
-        """An evaluation that was interrupted leaves values in them."""
-        for metric in self.evaluation_metrics.values():
-            cast(Metric, metric).reset()
-
-    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
         self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
@@ -177,13 +158,13 @@ class LanguageModule(COLAModule, ABC):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val", dataloader_idx)
+        self._evaluate(batch, "val", batch_idx, dataloader_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", dataloader_idx)
+        self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
-    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
         for name, (make, values) in self.measured(batch, output).items():
@@ -191,6 +172,8 @@ class LanguageModule(COLAModule, ABC):
             if key not in self.evaluation_metrics:
                 self.evaluation_metrics[key] = make().to(self.device)
             metric = cast(Metric, self.evaluation_metrics[key])
+            if batch_idx == 0:  # an evaluation that was interrupted has left values
+                metric.reset()
             metric.update(*values)
             where = f"evaluation_metrics.{key}"
             self.log(f"{stage}_{name}", metric, batch_size=output.size, prog_bar=True, metric_attribute=where)

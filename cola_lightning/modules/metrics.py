@@ -1,4 +1,4 @@
-"""Metrics of chosen options and of generated answers."""
+"""Metrics of labels or options that are chosen, and of answers that are generated."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ class Accuracy(MeanMetric):
     """The share of predictions that equal their targets."""
 
     @override
-    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+    def update(self, predictions: Tensor, targets: Tensor, n_options: int = 0) -> None:  # type: ignore[override]
         super().update((predictions == targets).float())
 
 
@@ -50,7 +50,7 @@ class OfAllRows(Metric):
         return self.value(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
 
 
-def option_f1(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
+def f1(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
     """The F1 of the second of two options; of more options, the mean of their F1."""
     if n_options == 2:
         return binary_f1_score(predictions, targets)
@@ -89,6 +89,10 @@ class OfAnswers(SQuAD):
         return super().compute()[self.name] / 100
 
 
-# What a batch may request as its ``metric``, besides accuracy: of chosen options, and of generated answers.
-OPTION_METRICS = {"f1": partial(OfAllRows, option_f1), "matthews_corrcoef": partial(OfAllRows, matthews_corrcoef)}
+# By their names: of predictions, targets and the number of options, and of generated answers and their references.
+METRICS: dict[str, Callable[[], Metric]] = {
+    "accuracy": Accuracy,
+    "f1": partial(OfAllRows, f1),
+    "matthews_corrcoef": partial(OfAllRows, matthews_corrcoef),
+}
 ANSWER_METRICS = {name: partial(OfAnswers, name) for name in ("f1", "exact_match")}

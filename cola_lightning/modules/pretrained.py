@@ -85,12 +85,10 @@ class Pretrained:
         Raises:
             UserError: if there are no such files, or the class cannot load them.
         """
-        where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        where |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        where |= {"revision": self.revision} if self.revision else {}
+        how = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
         place = self.place
         with broken_files_refused("model.model_name", "a model", auto_class, self.model_name):
-            return auto_class.from_pretrained(place, **where, **arguments)
+            return auto_class.from_pretrained(place, **how, **arguments)
 
     def config(self, **fields: Any) -> Any:
         """The model's configuration, with some of its fields given."""
@@ -118,9 +116,7 @@ class Pretrained:
         Returns:
             The model, and the names of the newly initialised weights, which the files do not contain; none if ``is_empty``.
         """
-        how: dict[str, Any] = {"dtype": self.dtype}
-        if self.attn_implementation:
-            how["attn_implementation"] = self.attn_implementation
+        how: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         if is_empty:
             return auto_class.from_config(self.config(**fields), trust_remote_code=self.trust_remote_code, **how).train(), []
         model, info = self.load(auto_class, output_loading_info=True, **how, **fields)

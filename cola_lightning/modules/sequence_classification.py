@@ -8,13 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from typing_extensions import override
 
 from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.modules.language import LanguageModule, StepOutput
+from cola_lightning.modules.language import LanguageModule, Measured, StepOutput
+from cola_lightning.modules.metrics import METRICS
 
 
 class COLASequenceClassifier(LanguageModule):
@@ -62,7 +61,7 @@ class COLASequenceClassifier(LanguageModule):
                 "model.num_labels, model.label_names: expected at least 2 labels that differ, their number or as many of both, "
                 f"received {num_labels} and {label_names}"
             )
-        self.num_labels, self.metric_name = int(max(counts, default=2)), metric
+        self.num_labels, self.metric = int(max(counts, default=2)), metric
         self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
         self._label_names = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
@@ -130,12 +129,8 @@ class COLASequenceClassifier(LanguageModule):
     # ------------------------------------------------------------------ model and steps
 
     @override
-    def make_metric(self) -> Metric:
-        if self.metric_name == "accuracy":
-            return MulticlassAccuracy(self.num_labels, average="micro")
-        if self.metric_name == "f1":
-            return MulticlassF1Score(self.num_labels, average="macro") if self.num_labels > 2 else BinaryF1Score()
-        return MulticlassMatthewsCorrCoef(self.num_labels)
+    def measured(self, batch: Any, output: StepOutput) -> Measured:
+        return {self.metric: (METRICS[self.metric], (output.predictions, output.targets, self.num_labels))}
 
     @override
     def model_fields(self) -> dict[str, Any]:
