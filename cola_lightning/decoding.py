@@ -29,15 +29,11 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def check(self, group: str = "") -> None:
-        """Refuses invalid values.
+        """Refuses values that would count for nothing; transformers refuses other invalid ones.
 
         Args:
             group: prefix of the fields' names in messages: ``data.``.
         """
-        if self.max_new_tokens < 1:
-            raise UserError(f"{group}max_new_tokens: expected a whole number of at least 1, received {self.max_new_tokens}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"{group}temperature: expected a number above 0, received {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"{group}top_p: expected a probability above 0, 1 at most, received {self.top_p}")
         changed = [name for name in ("temperature", "top_p") if getattr(self, name) != getattr(Decoding, name)]

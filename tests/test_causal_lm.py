@@ -215,6 +215,7 @@ NOT_FOR_PAIRS = {
     "falcon": lambda: transformers.FalconConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
+    "mpt": lambda: transformers.MptConfig(vocab_size=400, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
     "openai-gpt": lambda: transformers.OpenAIGPTConfig(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4),
 }
 

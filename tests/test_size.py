@@ -34,7 +34,7 @@ def test_three_links_of_opt_125m_with_adams_state_take_less_than_8_mb(tmp_path, 
     path = tmp_path / "run.ckpt"
     run.save_checkpoint(path, weights_only=False)
     state = torch.load(path, weights_only=True)
-    assert len(state["cola"]["chain"]["description"]["links"]) == links - 1
+    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == links - 1
     assert len(state["optimizer_states"][0]["state"]) == 2 * 24
     weights = sum(parameter.numel() for parameter in module.model.parameters()) * 4
     assert weights > 500e6
