@@ -179,11 +179,17 @@ class ChainSchedule:
             [20, 20, 10]
         """
         end, lengths = run.end_step, list[int]()
-        while start.global_step < end:
-            knot, steps = self.next_knot(start), int(self.link_steps(start, run))
-            lengths.append(steps)
-            epoch = int(knot) if self._counts_epochs and knot < math.inf else start.epoch
-            start = FitPosition(epoch, start.global_step + steps)
+        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
+        epoch_start = run.step_at(epoch)
+        while start.global_step < end:  # each epoch once: there may be a hundred thousand
+            knot = stop = self.next_knot(start)
+            if self._counts_epochs and knot < math.inf:
+                while epoch < knot and epoch_start < end:
+                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
+                stop = epoch_start
+            stop = int(min(stop, end))
+            lengths.append(stop - start.global_step)
+            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
         return lengths
 
 
