@@ -563,8 +563,8 @@ def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
     from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
     from lightning.pytorch.tuner import Tuner
 
-    for callback in (LearningRateFinder(), EMAWeightAveraging(), ChainOfLoRA()):
-        with pytest.raises(UserError, match=rf"trainer\.callbacks: .* {type(callback).__name__}|received several"):
+    for callback in (LearningRateFinder(), EMAWeightAveraging()):
+        with pytest.raises(UserError, match=rf"trainer\.callbacks: .* {type(callback).__name__}"):
             trainer(tmp_path, callback, chain={}, max_epochs=1).fit(toy(), batches())
     with pytest.raises(UserError, match="LearningRateFinder"):
         Tuner(trainer(tmp_path, chain={}, max_epochs=1)).lr_find(toy(), batches())
@@ -572,7 +572,7 @@ def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
     class Manual(Toy):
         automatic_optimization = False
 
-    with pytest.raises(UserError, match="the trained chain would stay in the child"):
+    with pytest.raises(UserError, match="forked or spawned the chain does not return"):
         check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
     with pytest.raises(UserError, match="automatic optimization"):
         trainer(tmp_path, chain={}, max_epochs=1).fit(Manual(target_modules="all-linear"), batches())

@@ -352,7 +352,6 @@ BAD = [
     (["fit", "--config", DIGITS, "--chain.monitor", "val_accuracy"], "expected chain.patience beside them, received none"),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "deepspeed"], "received deepspeed, whose engine owns the optimizer"),
     (["fit", "--config", DIGITS, "--config", FSDP2, "--trainer.devices", "3"], "expected data_parallel_size: 3, the number of"),
     (["fit", "--config", DIGITS, "--trainer.strategy", "ModelParallelStrategy"], "expected a class and its sizes, as --config"),
     (["fit", "--config", DIGITS, "--trainer.strategy.class_path", FSDP2_CLASS], "size: 1, received auto and auto"),

@@ -122,22 +122,11 @@ def test_metrics_are_validations_or_else_all():
     assert [one.metrics for one in reports] == [{"val_loss": 0.5}, {"train_loss": 0.25}, {}]
 
 
-def test_a_diverged_link_is_nan_in_the_report_and_null_in_json(chain, tmp_path):
-    chain.links[1].factors["wide"][0][0, 0] = math.nan
+def test_a_metric_that_is_nan_is_null_in_json(chain):
     chain.links[1].metrics["val_loss"] = math.nan
     reports = report(chain)
-    diverged = reports[1]
-    for value in (diverged.mean_norm, diverged.max_norm, diverged.update_norm, diverged.effective_rank):
-        assert math.isnan(value)
-    assert diverged.layers["high"].norm > 0
-    row = to_json(reports)[1]
-    assert (row["mean_norm"], row["metrics"], row["layers"]["wide"]["singular_values"]) == (
-        None,
-        {"val_loss": None},
-        [None] * 2,
-    )
+    assert to_json(reports)[1]["metrics"] == {"val_loss": None}
     assert "val_loss nan" in text_of(reports)
-    plot(reports, tmp_path / "links.png")
 
 
 def test_json_is_strict_and_holds_everything(chain):

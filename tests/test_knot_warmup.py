@@ -10,7 +10,7 @@ from tests.toy import assert_bit_equal, batches, toy, trainer, weights
 
 def rates(tmp_path, chain, **arguments):
     watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-    module = toy(schedule_scope="run", optimizer=lambda p: SGD(p, lr=1.0), **arguments)
+    module = toy(**{"schedule_scope": "run", "optimizer": lambda p: SGD(p, lr=1.0)} | arguments)
     trainer(tmp_path, watch, chain=chain, max_epochs=2).fit(module, batches())
     return watch.seen
 
@@ -27,6 +27,11 @@ def test_the_rate_rises_again_after_each_knot_onto_the_schedule_of_the_run(tmp_p
 def test_links_of_other_lengths_warm_up_over_a_share_of_their_own(tmp_path):
     seen = rates(tmp_path, {"at_steps": [4, 14]}, lr_schedule="constant", knot_warmup_steps=0.2)
     assert seen == pytest.approx([1] * 4 + [0, 0.5] + [1] * 8 + [0, 0.5] + [1] * 4)
+
+
+def test_links_with_a_schedule_each_warm_up_after_knots_alone(tmp_path):
+    seen = rates(tmp_path, {"every_n_train_steps": 10}, schedule_scope="link", knot_warmup_steps=4)
+    assert seen == pytest.approx([1 - k / 10 for k in range(10)] + [(1 - k / 10) * min(1, k / 4) for k in range(10)])
 
 
 def test_no_warm_up_after_knots_is_the_schedule_as_it_was(tmp_path):

@@ -893,17 +893,18 @@ class Sized(LightningDataModule):
 SCHEDULES = [{}, {"lr_schedule": "cosine"}, {"schedule_scope": "run"}, {"lr_schedule": "constant", "warmup_steps": 0.5}]
 
 
+@pytest.mark.parametrize("chain", [None, {"every_n_train_steps": 4}])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path, schedule):
-    run, module, data = trainer(tmp_path, max_epochs=1), toy(**schedule), Sized()
+def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path, schedule, chain):
+    run, module, data = trainer(tmp_path, max_epochs=1, chain=chain), toy(**schedule), Sized()
     assert Tuner(run).scale_batch_size(module, datamodule=data, max_trials=2) == 4
     expected, fixed = toy(**schedule), Sized()
     fixed.batch_size = 4
-    trainer(tmp_path, max_epochs=1).fit(expected, datamodule=fixed)
+    trainer(tmp_path, max_epochs=1, chain=chain).fit(expected, datamodule=fixed)
     run.fit(module, datamodule=data)
     assert_bit_equal(weights(module), weights(expected))
     module, data = toy(**schedule), Sized()
-    trainer(tmp_path, BatchSizeFinder(max_trials=2), max_epochs=1).fit(module, datamodule=data)
+    trainer(tmp_path, BatchSizeFinder(max_trials=2), max_epochs=1, chain=chain).fit(module, datamodule=data)
     assert data.batch_size == 4
     assert_bit_equal(weights(module), weights(expected))
 

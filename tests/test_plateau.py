@@ -144,15 +144,6 @@ def test_a_run_that_goes_on_with_another_metric_waits_for_its_values(tmp_path):
     assert fit(12, {"patience": 3, "monitor": "val_accuracy"}, tmp_path / "own.ckpt") == [110]
 
 
-def test_a_run_that_is_never_validated_says_so(tmp_path, caplog):
-    module = toy(Scripted, lr_schedule="constant")
-    trainer(tmp_path, chain={"patience": 1}, max_epochs=3, check_val_every_n_epoch=5).fit(module, batches(), batches(1))
-    assert "chain.patience: the run ended without a validation" in caplog.text
-    caplog.clear()
-    trainer(tmp_path, chain={"patience": 1}, max_epochs=1).fit(module, batches(), batches(1))
-    assert "chain.patience" not in caplog.text
-
-
 def test_a_checkpoint_holds_the_values_of_the_live_link_alone(tmp_path):
     module = toy(Scripted, lr_schedule="constant")
     run = trainer(tmp_path, chain={"patience": 3}, max_epochs=1, val_check_interval=2)

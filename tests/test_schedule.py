@@ -5,7 +5,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
 
 TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 
@@ -104,3 +104,10 @@ def test_a_period_beyond_the_run_costs_no_time():
     run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
     assert ChainSchedule(every_n_epochs=10**12).links(FitPosition(0, 0), run) == [50]
     assert ChainSchedule(at_epochs=[10**12]).link_steps(FitPosition(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100
+
+
+def test_the_links_of_a_run_of_a_hundred_thousand_epochs_are_known_at_once():
+    asked = []
+    run = RunLength(lambda epoch: asked.append(epoch) or 10, max_epochs=100_000, max_steps=math.inf)
+    assert ChainSchedule(every_n_epochs=1).links(START, run) == [10] * 100_000
+    assert len(asked) < 300_000

@@ -476,7 +476,7 @@ def test_a_module_that_could_not_be_made_is_not_taken_for_ready():
 @pytest.mark.parametrize("how", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
 def test_what_an_optimizer_trains_badly_is_told(tmp_path, caplog, how):
     trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**how), batches())
-    assert caplog.text.count("fully trained parameters are in bfloat16") == 1
+    assert caplog.text.count("fully trained parameters are in half precision") == 1
 
 
 def test_a_run_in_float64_with_a_head_resumes_to_the_bit(tmp_path):

@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
@@ -26,12 +21,6 @@ if TYPE_CHECKING:
     from cola_lightning.modules.base import COLAModule
 
 log = logging.getLogger(__name__)
-
-
-NO_DEEPSPEED = (
-    "trainer.strategy: expected ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), fsdp or ddp, received deepspeed, "
-    "whose engine owns the optimizer that a knot must replace"
-)
 
 
 class ChainOfLoRA(Callback):
@@ -170,26 +159,22 @@ class ChainOfLoRA(Callback):
             known_at = trainer.global_step + is_inside_window
             self._values[known_at] = float(trainer.strategy.reduce(value, reduce_op="mean"))
 
-    # Not by state_dict: for two callbacks of one class with a state_dict, Lightning fails before ``setup`` can say why.
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The current link's values of the monitored metric; nothing before a run has begun."""
+        if not self._values:
+            return {}
+        start = self.module.link_start.global_step
+        values = {step: value for step, value in self._values.items() if step > start}
+        return {"values": values, "monitor": self.plateau and self.plateau.monitor}
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._values:  # a run has begun
-            start = self.module.link_start.global_step
-            state: dict[str, Any] = {"values": {step: value for step, value in self._values.items() if step > start}}
-            state["monitor"] = self.plateau and self.plateau.monitor
-            checkpoint["callbacks"].setdefault(self.state_key, {}).update(state)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["callbacks"].get(self.state_key, {})
-        monitor = self.plateau and self.plateau.monitor
-        self._values = dict(state.get("values", {})) if state.get("monitor", monitor) == monitor else {}  # another metric's
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        is_same = state_dict["monitor"] == (self.plateau and self.plateau.monitor)
+        self._values = state_dict["values"] if is_same else {}  # of another metric
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plateau is not None and not self._values:
-            log.warning("chain.patience: the run ended without a validation, by which a link could have been finished")
         if self.module.target_modules is not None:
             self._report(self.module.live_link(), trainer, "live at the end")
 
@@ -217,35 +202,25 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         UserError: for a strategy that owns the optimizer, or that starts its processes by fork or spawn.
     """
-    if isinstance(strategy, DeepSpeedStrategy):
-        raise UserError(NO_DEEPSPEED)
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if isinstance(strategy, DeepSpeedStrategy) or isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
-            "trainer.strategy: expected ddp, which starts programs, received one that forks or spawns this one: "
-            "the trained chain would stay in the child"
+            "trainer.strategy: expected ddp, fsdp or ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), received "
+            f"{type(strategy).__name__}: DeepSpeed's engine owns the optimizer that a knot must replace, and from processes "
+            "that are forked or spawned the chain does not return"
         )
 
 
 def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
     """Refuses, before training, a trainer or module with which a chain would be wrong."""
-    if not hasattr(module, "tie_knot"):
-        raise UserError(f"model: expected a COLAModule, received {type(module).__name__}")
     check_strategy(trainer.strategy)
-    refused = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, refused):
+        if isinstance(callback, LearningRateFinder | StochasticWeightAveraging | WeightAveraging):
             raise UserError(
-                "trainer.callbacks: expected none that trains by itself or averages weights across knots (runs can be averaged "
-                f"as merged models, after them), received {type(callback).__name__}"
+                "trainer.callbacks: expected none that sets one link's rate or averages weights across knots (runs can be "
+                f"averaged as merged models, after them), received {type(callback).__name__}"
             )
-    if sum(isinstance(callback, ChainOfLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-        raise UserError(
-            "trainer.callbacks: expected one ChainOfLoRA, received several (on the command line, the group chain is one)"
-        )
     if not module.automatic_optimization:
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
-    if module.target_modules is None and schedule.has_knots:
-        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
     largest = cast(int, module.max_rank)
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")

@@ -1,6 +1,5 @@
 """The newest state of a fit, always under the same name."""
 
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,61 +21,33 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: also write it after every n optimizer steps.
-        train_time_interval: also write it when this much time has passed since the last write: ``0:10:00`` is ten minutes.
-
-    Raises:
-        UserError: for invalid values.
+        train_time_interval: or whenever this much time has passed: ``0:10:00`` is ten minutes.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None) -> None:
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise UserError(f"last.every_n_train_steps: expected a whole number of at least 1, received {every_n_train_steps}")
-        super().__init__(filename=self.CHECKPOINT_NAME_LAST, enable_version_counter=False)
-        self.every_n_train_steps, self.interval = every_n_train_steps, train_time_interval
-        self._is_in_training = False
+        when: dict[str, Any] = {"every_n_train_steps": every_n_train_steps, "train_time_interval": train_time_interval}
+        super().__init__(filename=self.CHECKPOINT_NAME_LAST, enable_version_counter=False, **when)
+        self._first_step: int | None = None  # of the training that has begun
         self._stepping_batch: int | None = None
-        self._written_at = 0.0
-        self._first_step = self._step_written = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._is_in_training = False
-        # Last, so that ckpt_path="best" uses another callback.
+        self._first_step = self._stepping_batch = None
+        # Last, so that ckpt_path="best" uses another callback, whose state is stored as it is after the same validation.
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ when
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_in_training, self._stepping_batch = True, None
-        self._written_at, self._first_step = time.monotonic(), trainer.global_step
-        self._step_written = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._first_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:  # noqa: D102
         self._stepping_batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        step, every = trainer.global_step, self.every_n_train_steps
-        is_due = every is not None and step % every == 0 and step != self._step_written
-        if self.interval is not None:
-            is_due |= bool(trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.interval.total_seconds()))
-        if is_due:
-            self._write(trainer)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._write(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer)
-
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_in_training = False
+        self._first_step = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -84,27 +55,23 @@ class LastCheckpoint(ModelCheckpoint):
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
         is_refused = isinstance(exception, UserError) and trainer.global_step == self._first_step  # nothing was trained
-        if not self._is_in_training or is_refused or is_halfway or not is_alone:
+        if self._first_step is None or is_refused or is_halfway or not is_alone:
             return
         try:
             self._write(trainer)
         except Exception as error:  # the first failure is the one to report
             exception.add_note(f"and its last checkpoint could not be written: {error}")
 
-    # ------------------------------------------------------------------ what
-
-    def _write(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def _write(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.fast_dev_run or trainer.state.fn != "fit" or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
         path = str(Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         trainer.save_checkpoint(path, weights_only=False)
-        self._written_at, self._step_written = time.monotonic(), trainer.global_step
         self.last_model_path = self.best_model_path = path
+
+    on_validation_end = on_train_epoch_end = _write
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Nothing: the previous run's paths are not this run's."""
         return {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load: the previous run's paths are not this run's."""

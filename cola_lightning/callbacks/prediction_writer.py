@@ -2,20 +2,17 @@
 
 import json
 import logging
-import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import UserError
 from cola_lightning.sharded import tensors
 from cola_lightning.writing import whole_file
@@ -24,6 +21,19 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "predictions.jsonl"
 PARTIAL_NAME = "predictions.partial.jsonl"
+
+
+def run_folder(trainer: Trainer) -> str:
+    """The folder that holds the run's ``checkpoints``, derived from the first logger as in ModelCheckpoint.
+
+    With most loggers, such as WandbLogger, ``trainer.log_dir`` is the same for all runs. Must be called on all processes (the
+    result is the first one's), once the loggers are initialised: from ``setup`` on.
+    """
+    folder = trainer.default_root_dir
+    if (logger := trainer.logger) is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = os.path.join(folder if logger.save_dir is None else logger.save_dir, str(logger.name), version)
+    return trainer.strategy.broadcast(folder)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -60,10 +70,12 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        columns = {name: _plain(values) for name, values in prediction.items()}
+        # In plain types: numbers and lists of tensors and arrays, and None where JSON has no such number.
+        text = json.dumps(prediction, default=lambda value: value.tolist())
+        columns = json.loads(text, parse_constant=lambda name: None)
         if not _has_indices(trainer, dataloader_idx):
             batch_indices = None  # not those of the last batch that had any, which Lightning gives here
-            if trainer.world_size > 1:
+            if trainer.world_size > 1:  # each process would count its own rows from 0, and replace another's
                 raise UserError(
                     "predict: expected a loader that batches rows with indices (no IterableDataset) where "
                     f"{trainer.world_size} processes share its rows, received another; trainer.devices 1 takes any"
@@ -78,36 +90,22 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
-        lines = {key: line for part in tensors.gather_objects(self._lines) for key, line in part.items()}
-        self._lines = {}
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = self._folder / FILE_NAME
-            _write(lines, path)
-            log.info("%d predictions: %s", len(lines), path)
+        parts = tensors.gather_objects(self._lines)
+        self._lines = {key: line for part in parts for key, line in part.items()}
+        self._write(trainer, FILE_NAME, "%d predictions: %s")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._lines:
+            self._write(trainer, PARTIAL_NAME, "stopped after %d predictions: %s")
+
+    def _write(self, trainer: Trainer, name: str, message: str) -> None:
         lines, self._lines = self._lines, {}
-        if lines and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = self._folder / PARTIAL_NAME
-            _write(lines, path)
-            log.info("stopped after %d predictions: %s", len(lines), path)
-
-
-def _write(lines: dict[tuple[int, int], str], path: Path) -> None:
-    with whole_file(path) as partial:
-        partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """A value of tensors and arrays in plain types; None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = self._folder / name
+            with whole_file(path) as partial:
+                partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
+            log.info(message, len(lines), path)
 
 
 def _has_indices(trainer: Trainer, dataloader_idx: int) -> bool:

@@ -1,15 +1,14 @@
-"""What the command line watches during a run: Ctrl-C and SIGTERM, and whether the run writes anything."""
+"""Ctrl-C and SIGTERM: a fit stops where it can be resumed exactly."""
 
 import contextlib
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -18,19 +17,15 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption(BaseException):
-    """A signal asked the run to stop. Not a KeyboardInterrupt: after that, Lightning ignores a second Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
+class Interruption(SystemExit):
+    """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
 
 
 class RunWatch(Callback):
-    """Stops a fit where it can be resumed exactly, and removes the folder of a run that wrote nothing.
+    """Handles signals: after the first, a fit finishes the current batch; anything else stops at once.
 
-    After the first Ctrl-C or SIGTERM, a fit finishes the current batch; anything else stops at once. A second signal always
-    stops at once, and then nothing more is written.
+    A second signal always stops at once, and then nothing more is written. (After Lightning's own handling a fit ends with
+    status 0, Ctrl-C may come in the middle of an optimizer step, and processes may stop at different batches.)
     """
 
     def __init__(self) -> None:
@@ -42,10 +37,7 @@ class RunWatch(Callback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals inside the block."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-            yield
-            return
+        """Handles the signals inside the block; only the main thread may."""
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
@@ -58,47 +50,32 @@ class RunWatch(Callback):
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if self._received is not None:
-            self._stop_at_once(number)
+        if self._received is not None:  # a file that is being written retains its previous content
+            rich.get_console().show_cursor()
+            os._exit(128 + number)
         self._received = number
         if not self._is_waited_for:
-            raise Interruption(number)
+            raise Interruption(128 + number)
         log.warning("%s: stopping after this batch; once more stops at once", signal.Signals(number).name)
-
-    def _stop_at_once(self, number: int) -> None:
-        """Ends the process, whatever it is doing: a file that is being written retains its previous content."""
-        import rich
-
-        rich.get_console().show_cursor()
-        os._exit(128 + number)
-
-    def _stop_if_asked(self, trainer: Trainer, *, everywhere: bool = True) -> None:
-        is_asked = self._received is not None
-        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
-            is_asked = everywhere and trainer.strategy.reduce_boolean_decision(is_asked, all=False)
-        if is_asked:
-            self._is_waited_for = False
-            raise Interruption(self._received or signal.SIGTERM)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = self._is_waited_for = True
-        is_requeued = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
-        if threading.current_thread() is threading.main_thread() and not is_requeued:
-            # Replaces Lightning's handler, after which a fit ends with status 0; Lightning restores ours after the fit.
-            signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
 
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._stop_if_asked(trainer)
+    def _stop_if_asked(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        is_asked = self._received is not None
+        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
+            is_asked = trainer.strategy.reduce_boolean_decision(is_asked, all=False)
+        if is_asked:
+            raise Interruption(128 + (self._received or signal.SIGTERM))
+
+    on_train_batch_end = on_train_epoch_end = _stop_if_asked
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._stop_if_asked(trainer, everywhere=False)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_asked(trainer)
+        if trainer.world_size == 1:  # processes may have different numbers of these batches
+            self._stop_if_asked(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -30,7 +30,6 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__
 from cola_lightning.callbacks import (
-    NO_DEEPSPEED,
     ChainOfLoRA,
     ChainProgressBar,
     Interruption,
@@ -222,8 +221,6 @@ class COLACLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         strategy = self._get(self.config, "trainer").strategy
-        if "deepspeed" in str(strategy).lower():  # before Lightning requires its package
-            raise UserError(NO_DEEPSPEED)
         if isinstance(strategy, str) and strategy.lower().endswith(("modelparallelstrategy", "fsdp2")):
             raise UserError(
                 "trainer.strategy: expected a class and its sizes, as --config configs/overlays/fsdp2.yaml gives them, "
@@ -454,7 +451,10 @@ def train(args: Sequence[str] | None) -> int:
         args: the arguments of ``cola``; None: the process's.
 
     Returns:
-        The exit status: 0, 130 or 143.
+        The exit status, 0.
+
+    Raises:
+        Interruption: after Ctrl-C or SIGTERM, with their exit status.
     """
     watch = RunWatch()
     with watch.listening():
@@ -462,8 +462,6 @@ def train(args: Sequence[str] | None) -> int:
             cli = COLACLI(args, watch)
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
-        except Interruption as interruption:
-            return interruption.exit_status
         finally:
             watch.remove_empty_folder()
             tensors.leave_processes()

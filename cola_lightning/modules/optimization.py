@@ -105,14 +105,17 @@ class LinkOptimization:
             UserError: for a learning rate of fully trained modules where there are none.
         """
         optimizer = self.make_optimizer(self._parameter_groups(trained, modules_to_save))
-        # Copies: a schedule modifies a rate that is a tensor in place.
-        for group in optimizer.param_groups:
+        self._optimizer, self._scheduler, self._horizon = optimizer, None, None
+        for group in optimizer.param_groups:  # a copy: a schedule modifies a rate that is a tensor in place
             group["lr"] = copy.deepcopy(group["lr"])
         given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(given)
-        self._optimizer, self._scheduler = optimizer, self._make_scheduler(optimizer, step)
-        if self._scheduler is None:
+        if self.lr_schedule == "constant" and any(group["lr"] is None for group in given):  # it sets its own rates
             return optimizer
+        for group in optimizer.param_groups:
+            group["initial_lr"] = copy.deepcopy(group["lr"])
+        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
+        self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _parameter_groups(self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str]) -> list[Any]:
@@ -124,16 +127,6 @@ class LinkOptimization:
         if not saved:
             raise UserError("model.modules_to_save_lr: expected modules_to_save beside it, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
-
-    def _make_scheduler(self, optimizer: Optimizer, step: int) -> LinkLR | None:
-        """The learning-rate schedule from a step of the run on; None for an optimizer that sets its own rates."""
-        if self.lr_schedule == "constant" and any(group["lr"] is None for group in optimizer.param_groups):
-            return None
-        for group in optimizer.param_groups:
-            group["initial_lr"] = copy.deepcopy(group["lr"])
-        self._horizon = None
-        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
-        return LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
 
     def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the link's k-th step.
@@ -214,12 +207,10 @@ class LinkOptimization:
             if changed := {name: value for name, value in wanted.items() if before.get(name) != value}:
                 changes = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
                 log.info("model.optimizer: from here on %s", changes)
-            if scheduler is None:
-                group |= wanted
-                continue
-            rate = wanted["lr"]
-            group |= wanted | {"initial_lr": rate, "lr": rate * self._lr_factor(scheduler.last_epoch)}
-            scheduler.base_lrs[k] = rate
+            group |= wanted
+            if scheduler is not None:
+                rate = scheduler.base_lrs[k] = group["initial_lr"] = wanted["lr"]
+                group["lr"] = rate * self._lr_factor(scheduler.last_epoch)
 
 
 def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
@@ -295,10 +286,8 @@ def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[sl
 
 def warn_of_half_precision(model: nn.Module) -> None:
     """Warns of fully trained parameters in half precision; links are always in float32."""
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if half := sorted(str(dtype).removeprefix("torch.") for dtype in dtypes & {torch.bfloat16, torch.float16}):
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         log.warning(
-            "fully trained parameters are in %s, which rounds small steps away: model.dtype float32 with trainer.precision "
-            "bf16-mixed keeps them in float32",
-            half[0],
+            "fully trained parameters are in half precision, which rounds small steps away: model.dtype float32 with "
+            "trainer.precision bf16-mixed keeps them in float32"
         )

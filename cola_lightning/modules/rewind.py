@@ -8,7 +8,6 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; onl
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +61,7 @@ def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
 def rewound_progress(
     checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
 ) -> tuple[Progress, Window | None]:
-    """The counters of a fit that its resume needs, by Lightning's names; those of validation if they differ.
+    """The counters of a fit that its resume needs, by Lightning's names.
 
     Args:
         checkpoint: the checkpoint that Lightning is about to write.
@@ -77,8 +76,6 @@ def rewound_progress(
     given = checkpoint["loops"]["fit_loop"]
     counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
     batch_idx = _rewind(counters, trainer, is_validating=is_validating)
-    if counters[VALIDATION] == given[VALIDATION]:
-        del counters[VALIDATION]
     if window is None or (trainer.current_epoch, batch_idx) != (window.epoch, window.batch_idx):
         return counters, None
     if any(given["state_dict"].get(LOADERS, ())):
@@ -106,13 +103,15 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
         The batch of the epoch at which the run will resume, if that batch had begun; else None.
     """
     epochs, batches, validation = counters[EPOCHS], counters[BATCHES], counters[VALIDATION]
-    done, is_whole = _batches_done(batches, trainer)
-    is_pending = is_validating or (_is_at_batch_end(batches) and _is_validation_due(trainer))
+    done = batches["current"]["processed"]  # batches of the epoch, and whether these are all
+    is_whole = (batches["is_last_batch"] and batches["current"]["ready"] == done) or 0 < done == trainer.num_training_batches
+    is_at_batch_end = done > batches["current"]["completed"]  # the hooks at the end of a batch are being called
+    is_pending = is_validating or (is_at_batch_end and _is_validation_due(trainer))
     has_ended = epochs["current"]["processed"] == epochs["current"]["ready"]
     if has_ended and done == 0:  # between two epochs, or before the first
         return None
     is_beginning = epochs["current"]["started"] < epochs["current"]["ready"]  # its hooks; the batches are the last epoch's
-    if is_beginning or (is_whole and (has_ended or (_is_at_batch_end(batches) and not is_pending))):
+    if is_beginning or (is_whole and (has_ended or (is_at_batch_end and not is_pending))):
         _set_all(epochs, *(epochs[part]["ready"] - is_beginning for part in ("current", "total")))
         _set_all(batches, 0, batches["total"]["ready"])
         batches["is_last_batch"] = False
@@ -142,19 +141,6 @@ def align_logged_step(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     is_before_its_count = trainer.validating and not loop._should_accumulate()
     loop._batches_that_stepped = trainer.global_step - is_before_its_count
-
-
-def _batches_done(batches: Progress, trainer: Trainer) -> tuple[int, bool]:
-    """How many batches of the epoch were trained on, and whether these are all."""
-    current = batches["current"]
-    done = current["processed"]
-    is_last = batches["is_last_batch"] and current["ready"] == done
-    return done, is_last or (done > 0 and done == trainer.num_training_batches < math.inf)
-
-
-def _is_at_batch_end(batches: Progress) -> bool:
-    """Whether the hooks at the end of a batch are being called: it is processed, and not completed."""
-    return bool(batches["current"]["processed"] > batches["current"]["completed"])
 
 
 def _is_validation_due(trainer: Trainer) -> bool:
