@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 
 class Lines:
@@ -35,7 +35,7 @@ class Lines:
     def add(self, result: Mapping[str, Any]) -> None:
         """Adds a line."""
         self.results.append(dict(result))
-        with whole_file(self.path) as partial:
+        with atomic_file(self.path) as partial:
             partial.write_text("".join(json.dumps(one) + "\n" for one in self.results))
 
 

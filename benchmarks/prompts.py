@@ -39,7 +39,7 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.examples import EncodedExample, collate_options, encode_examples
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
-from cola_lightning.modules.pretrained import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 
 LIMITS = {("peft", "RTE"): 0.65, ("peft", "BoolQ"): 0.55, ("protocol", "RTE"): 0.35, ("protocol", "BoolQ"): 0.35}
 EVALUATION_LIMIT = 0.35

@@ -36,8 +36,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from cola_lightning import inject_lora, lora_layers
-from cola_lightning.modules.activation_checkpointing import checkpoint_activations
-from cola_lightning.modules.logits import logits_of
+from cola_lightning.hf.logits import logits_of
+from cola_lightning.module.activation_checkpointing import checkpoint_activations
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]
 PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}

@@ -18,16 +18,16 @@ from .errors import HubError as HubError
 from .errors import UserError as UserError
 from .examples.digits import COLADigits as COLADigits
 from .examples.digits import DigitsDataModule as DigitsDataModule
+from .hf.causal_lm import COLACausalLM as COLACausalLM
+from .hf.classifier import COLASequenceClassifier as COLASequenceClassifier
+from .hf.language import LanguageModule as LanguageModule
+from .hf.language import StepOutput as StepOutput
 from .lora.inject import inject_lora as inject_lora
 from .lora.inject import strip_lora as strip_lora
 from .lora.layer import LoRALayer as LoRALayer
 from .lora.layer import lora_layers as lora_layers
 from .lora.linear import LoRALinear as LoRALinear
 from .lora.registry import register_lora_layer as register_lora_layer
-from .modules.base import COLAModule as COLAModule
-from .modules.causal_lm import COLACausalLM as COLACausalLM
-from .modules.language import LanguageModule as LanguageModule
-from .modules.language import StepOutput as StepOutput
-from .modules.sequence_classification import COLASequenceClassifier as COLASequenceClassifier
+from .module.module import COLAModule as COLAModule
 
 __version__: str

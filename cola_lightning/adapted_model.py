@@ -1,6 +1,6 @@
 """A base model with its LoRA layers and its chain of finished links: the method in plain torch, without Lightning.
 
-:class:`~cola_lightning.modules.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
+:class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cola_lightning import layout
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.base import (
     BaseIdentity,
@@ -36,7 +37,6 @@ from cola_lightning.lora.layer import (
 )
 from cola_lightning.lora.linear4bit import dequantize
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.sharded import tensors
 from cola_lightning.weights import cast_floats, deep_copy
 
 
@@ -146,7 +146,7 @@ class AdaptedModel:
     @property
     def layers(self) -> dict[str, LoRALayer]:
         """The adapted layers by name, in the model's order."""
-        tensors.reshard(self.model)  # a gathered weight may be in another dtype
+        layout.reshard(self.model)  # a gathered weight may be in another dtype
         return lora_layers(self.model)
 
     @property
@@ -188,7 +188,7 @@ class AdaptedModel:
 
     def remember_trained(self) -> None:
         """Has the parameters that require gradients now count as trained from here on, also while they are frozen."""
-        names = tensors.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        names = layout.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
         self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
 
     def frozen_names(self) -> list[str]:
@@ -197,7 +197,7 @@ class AdaptedModel:
 
     def _frozen_now(self) -> list[str]:
         named = self.model.named_parameters(remove_duplicate=False)
-        return tensors.plain_names(name for name, parameter in named if not parameter.requires_grad)
+        return layout.plain_names(name for name, parameter in named if not parameter.requires_grad)
 
     def trained_values(self) -> dict[str, Tensor]:
         """What training changes besides the links: fully trained parameters, and persistent buffers, themselves."""
@@ -206,7 +206,7 @@ class AdaptedModel:
     def extras(self) -> dict[str, Tensor]:
         """CPU copies of the :meth:`trained_values`, but for buffers outside of the model that have not changed."""
         values, first = self.trained_values(), self.first_values
-        copies = {name: tensors.gather(value) for name, value in values.items()}
+        copies = {name: layout.gather(value) for name, value in values.items()}
         is_constant = {
             n: n in first and not isinstance(values[n], nn.Parameter) and torch.equal(copies[n], first[n]) for n in copies
         }
@@ -214,24 +214,24 @@ class AdaptedModel:
 
     def write_extras(self, extras: Mapping[str, Tensor]) -> None:
         """Writes a chain's :meth:`extras` into the present values; names that are unknown here are ignored."""
-        own = tensors.state_dict(self.model) | self.outside()
+        own = layout.state_dict(self.model) | self.outside()
         for name in own.keys() & extras.keys():
-            tensors.copy_(own[name], extras[name])
+            layout.copy_(own[name], extras[name])
 
     def remember_first_values(self) -> None:
         """Stores the values outside of the model, before training; those already stored are not replaced."""
-        self.first_values = {name: tensors.gather(value) for name, value in self.outside().items()} | self.first_values
+        self.first_values = {name: layout.gather(value) for name, value in self.outside().items()} | self.first_values
 
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
         names = {id(layer): name for name, layer in self.layers.items()}
-        for modules in tensors.units(self.placement().root):
+        for modules in layout.units(self.placement().root):
             found = [module for module in modules if isinstance(module, LoRALayer) and id(module) in names]  # none of a copy
             yield {names[id(module)]: module for module in found}
 
     def _own_placement(self) -> Placement:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        return Placement(self.model, device, tensors.is_model_sharded(self.model))
+        return Placement(self.model, device, layout.is_model_sharded(self.model))
 
     # ------------------------------------------------------------------ links
 
@@ -368,10 +368,10 @@ class AdaptedModel:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(chain.layers, self.chain.base.weight_norms)
-        links, state, trained = list(chain.links), tensors.state_dict(self.model), self.trained_values()
+        links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained_values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
-            own = {name for name, value in frozen.items() if _is_equal(tensors.gather(state[name]), value)}
+            own = {name for name, value in frozen.items() if _is_equal(layout.gather(state[name]), value)}
             extras = {name: value for name, value in links[-1].extras.items() if name not in own}
             links[-1] = replace(links[-1], extras=extras)
         self.replay(Chain(links, self.chain.base))
@@ -408,7 +408,7 @@ class AdaptedModel:
             weights = base_weights(self.rebuild_base() if made is None else made)
         state = model.state_dict()
         for name, value in weights.items():
-            tensors.copy_(state[name], value)
+            layout.copy_(state[name], value)
 
     # ------------------------------------------------------------------ dtypes
 
@@ -420,7 +420,7 @@ class AdaptedModel:
         Raises:
             UserError: if sharded layers would have to be cast.
         """
-        is_sharded = tensors.is_model_sharded(self.model)
+        is_sharded = layout.is_model_sharded(self.model)
         for layer in self.layers.values():
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
                 if layer.dtype != dtype and is_sharded:
@@ -520,7 +520,7 @@ def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Te
 
 def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
     """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state, factors = tensors.state_dict(model), names_of_factors(model)
+    state, factors = layout.state_dict(model), names_of_factors(model)
     return {
         name: value
         for name, value in state.items()
@@ -530,7 +530,7 @@ def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """CPU copies of the :func:`base_values`."""
-    return {name: tensors.gather(value) for name, value in base_values(model).items()}
+    return {name: layout.gather(value) for name, value in base_values(model).items()}
 
 
 def weight_of(name: str) -> str:
@@ -551,10 +551,10 @@ def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
                 "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
                 f"{name!r} of shape {tuple(value.shape)}"
             )
-        other = first.setdefault(tensors.local(own[name]).data_ptr() or id(value), name)
+        other = first.setdefault(layout.local(own[name]).data_ptr() or id(value), name)
         if other != name and not torch.equal(value, values[other].to(value.dtype)):  # peft trains each alone
             raise UserError(
                 f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
             )
     for name, value in values.items():
-        tensors.copy_(own[name], value)
+        layout.copy_(own[name], value)

@@ -17,7 +17,7 @@ from cola_lightning.errors import DiskError, UserError
 
 
 @contextmanager
-def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
+def atomic_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
     """Yields a path to write to, which becomes the file at the end of the block.
 
     Args:
@@ -40,7 +40,7 @@ def whole_file(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes the requested folder at the end of the block.
 
     Args:

@@ -29,12 +29,12 @@ from cola_lightning import (
     TemplateDataModule,
     UserError,
     inject_lora,
+    layout,
     lora_layers,
 )
 from cola_lightning.chain.link import begin_link, finish_link
 from cola_lightning.lora.registry import LoRALayer
-from cola_lightning.sharded import tensors
-from cola_lightning.sharded.strategy import without_trained
+from cola_lightning.module.fsdp import without_trained
 from tests import tiny
 from tests.toy import trainer
 
@@ -200,12 +200,12 @@ def held(module):
     found = {}
     for layers in module.adapted.by_unit():
         for name, layer in layers.items():
-            found[name] = tensors.gather(layer.weight) + layer.delta_weight()
+            found[name] = layout.gather(layer.weight) + layer.delta_weight()
             if layer.stack is not None:
                 A, B = layer.stack.factors
                 delta = (B @ A).T if layer.weight_is_transposed else B @ A
                 found[name] += delta.view(layer.delta_weight().shape)
-    state = {name: tensors.gather(value) for name, value in module.state_dict().items() if name != "cola"}
+    state = {name: layout.gather(value) for name, value in module.state_dict().items() if name != "cola"}
     return found | {name: value for name, value in state.items() if ".lora_" not in name}
 
 
@@ -465,7 +465,7 @@ def merges(folder):
             whole, parts = layers
             name = f"{type(whole).__name__} {n_in} x {n_out}"
             rows = parts.weight.to_local().shape[0]
-            gathered = tensors.gather(parts.weight)
+            gathered = layout.gather(parts.weight)
             found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
     torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
 
@@ -489,16 +489,16 @@ def by_hand(wrap):
             optimizer.zero_grad()
             loss.backward()
             if world() > 1:
-                tensors.average_([parameter.grad for parameter in trained])
+                layout.average_([parameter.grad for parameter in trained])
             optimizer.step()
         links.append(finish_link(layers, index=index, start_step=0, end_step=4))
-        for modules in tensors.units(wrapped):
+        for modules in layout.units(wrapped):
             for layer in modules:
                 if isinstance(layer, LoRALayer):
                     layer.finish()
     weights = {}
-    for modules in tensors.units(wrapped):
-        weights |= {name: tensors.gather(layer.weight) for name, layer in layers.items() if layer in modules}
+    for modules in layout.units(wrapped):
+        weights |= {name: layout.gather(layer.weight) for name, layer in layers.items() if layer in modules}
     return weights | {f"{k}.{name}": link.delta(name) for k, link in enumerate(links) for name in layers}
 
 

@@ -44,7 +44,7 @@ from cola_lightning.export.verify import ExportOptions
 from cola_lightning.study.command import compare
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.methods import method
-from cola_lightning.writing import whole_folder
+from cola_lightning.writing import atomic_folder
 from tests import tiny
 from tests.toy import Toy, batches, toy, trainer
 
@@ -998,7 +998,7 @@ def generated_by_adapter(config):
 )
 def overwrite(path):
     Path("folders", "inside").mkdir(parents=True)
-    with whole_folder(Path(path), overwrite=True):
+    with atomic_folder(Path(path), overwrite=True):
         raise AssertionError
 
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from cola_lightning import TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import labels_of
 from cola_lightning.data.rows import Row
-from cola_lightning.turns import ChatTemplate, Conversation
 from tests import tiny
 
 CHAT = tiny.CHAT

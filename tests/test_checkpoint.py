@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from cola_lightning import Chain, ChainOfLoRA, COLAModule, EpochDataModule, UserError, lora_layers
 from cola_lightning.errors import DiskError
-from cola_lightning.modules.checkpoint import AtomicCheckpointIO
+from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}

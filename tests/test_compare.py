@@ -31,7 +31,7 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.run import _peak_memory
 from cola_lightning.study.table import summarize
 from cola_lightning.study.trials import Trials
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
@@ -212,9 +212,9 @@ def test_an_edited_line_that_is_no_result_is_refused(tmp_path, edited):
 
 
 def test_several_processes_write_one_file(tmp_path):
-    with whole_file(tmp_path / "file", is_shared=True) as mine:
-        other = "import sys, pathlib\nfrom cola_lightning.writing import whole_file\n"
-        other += "with whole_file(pathlib.Path(sys.argv[1]), is_shared=True) as path: path.write_text('theirs')"
+    with atomic_file(tmp_path / "file", is_shared=True) as mine:
+        other = "import sys, pathlib\nfrom cola_lightning.writing import atomic_file\n"
+        other += "with atomic_file(pathlib.Path(sys.argv[1]), is_shared=True) as path: path.write_text('theirs')"
         forked.run("-c", other, tmp_path / "file", check=True)
         assert (tmp_path / "file").read_text() == "theirs"
         mine.write_text("mine")

@@ -16,7 +16,7 @@ from torch import nn
 
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.sharded.strategy import repeated_blocks, without_trained
+from cola_lightning.module.fsdp import repeated_blocks, without_trained
 from tests import distributed_run as run
 from tests import forked, tiny
 from tests.toy import assert_bit_equal

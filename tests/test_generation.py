@@ -9,13 +9,13 @@ import transformers
 from tokenizers import AddedToken
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.streaming import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.decoding import Decoding
-from cola_lightning.modules.logits import takes_mask_of_pairs
-from cola_lightning.modules.metrics import ANSWER_METRICS
-from cola_lightning.turns import ChatTemplate
+from cola_lightning.hf.logits import takes_mask_of_pairs
+from cola_lightning.hf.metrics import ANSWER_METRICS
 from tests import tiny
 from tests.toy import trainer
 

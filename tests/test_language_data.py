@@ -19,11 +19,11 @@ from cola_lightning import (
     TextDataModule,
     UserError,
 )
+from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from cola_lightning.data.splits import draw, load_splits
-from cola_lightning.turns import end_tokens
 from tests import tiny
 from tests.toy import trainer
 

@@ -12,14 +12,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
-    ["conventions", "errors", "modes", "__init__"],
-    ["writing", "seeding", "decoding", "hub", "turns"],
-    ["sharded/tensors", "sharded/__init__"],
+    ["constants", "errors", "modes", "__init__"],
+    ["writing", "seeding", "decoding", "hub", "chat_template"],
+    ["layout"],
     ["lora"],
     ["chain", "weights"],
     ["adapted_model"],
-    ["export", "sharded/strategy"],
-    ["callbacks", "data", "modules"],
+    ["export"],
+    ["module"],
+    ["callbacks", "data", "hf"],
     ["examples", "cli/help"],
     ["cli/training"],
     ["study"],
@@ -32,9 +33,9 @@ TORCH_ONLY = (
     "adapted_model",
     "chain",
     "errors",
+    "layout",
     "lora",
     "seeding",
-    "sharded/tensors",
     "weights",
     "writing",
 )

@@ -114,7 +114,7 @@ def test_nothing_is_built_for_a_run_that_fails_before_its_model_is_due(tmp_path)
 def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
     module = toy(seed=None)
     assert list(module.parameters())
-    monkeypatch.setattr("cola_lightning.sharded.tensors.gather_objects", lambda value: [value, value + 1])
+    monkeypatch.setattr("cola_lightning.layout.gather_objects", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"model\.seed: expected a number, .* received null and 2 processes"):
         fitted(tmp_path, module)
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from cola_lightning import COLACausalLM, Example
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.examples import collate_options, encode_examples
-from cola_lightning.modules import logits
-from cola_lightning.modules.logits import cut_by_length, split_by_length
+from cola_lightning.hf import logits
+from cola_lightning.hf.logits import cut_by_length, split_by_length
 from tests import tiny
 
 TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was great", "A"]

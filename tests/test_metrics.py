@@ -17,8 +17,8 @@ from cola_lightning import (
     TextClassificationDataModule,
 )
 from cola_lightning.data.examples import collate_options, encode_examples
-from cola_lightning.modules.language import StepOutput
-from cola_lightning.modules.metrics import METRICS
+from cola_lightning.hf.language import StepOutput
+from cola_lightning.hf.metrics import METRICS
 from tests import tiny
 from tests.toy import trainer
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from cola_lightning import COLACausalLM, UserError
-from cola_lightning.modules.pretrained import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 GGUF = tiny.SMOLLM2["gguf_file"]

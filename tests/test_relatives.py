@@ -11,7 +11,7 @@ from torch.optim import SGD, Adafactor, AdamW
 from cola_lightning import AdaptedModel, LoRALinear, UserError
 from cola_lightning.chain.schedule import FROZEN_FACTOR, TrainedFactors, frozen_factor
 from cola_lightning.lora.layer import DRAWS
-from cola_lightning.modules.optimization import keep_state
+from cola_lightning.module.optimization import keep_state
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import METHODS, method
 from tests.test_chain_of_lora import Watch

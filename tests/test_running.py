@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, COLAModule, LastCheckpoint, UserError
-from cola_lightning.modules.logits import logits_of
+from cola_lightning.hf.logits import logits_of
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 

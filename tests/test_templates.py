@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from cola_lightning import TemplateDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.encoding import labels_of
-from cola_lightning.modules.pretrained import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 CHAT = tiny.CHAT

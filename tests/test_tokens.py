@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from cola_lightning.data.encoding import Continued, n_common, tokenize, tokenize_continued
-from cola_lightning.modules.pretrained import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine

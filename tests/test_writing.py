@@ -6,16 +6,16 @@ import stat
 import pytest
 
 from cola_lightning.errors import DiskError, UserError
-from cola_lightning.writing import whole_file, whole_folder
+from cola_lightning.writing import atomic_file, atomic_folder
 
 
 def write_file(path):
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("new")
 
 
 def write_folder(path):
-    with whole_folder(path, overwrite=True) as partial:
+    with atomic_folder(path, overwrite=True) as partial:
         (partial / "file").write_text("new")
 
 
@@ -56,8 +56,8 @@ def test_what_is_said_of_the_old_contents_is_true_once_they_are_replaced(tmp_pat
 
 def test_two_writers_of_one_folder_do_not_mix(tmp_path):
     def write_late():
-        with whole_folder(tmp_path / "out") as late:
-            with whole_folder(tmp_path / "out") as early:
+        with atomic_folder(tmp_path / "out") as late:
+            with atomic_folder(tmp_path / "out") as early:
                 (early / "early").write_text("early")
             (late / "late").write_text("late")
 
@@ -70,6 +70,6 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     write_file(tmp_path / "out")
     with (
         pytest.raises(UserError, match="expected a folder that does not exist or is empty"),
-        whole_folder(tmp_path / "out", overwrite=True),
+        atomic_folder(tmp_path / "out", overwrite=True),
     ):
         raise AssertionError

@@ -18,7 +18,7 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, Mode, Plat
 from cola_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 

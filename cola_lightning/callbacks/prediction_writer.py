@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.errors import UserError
-from cola_lightning.sharded import tensors
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
-        parts = tensors.gather_objects(self._lines)
+        parts = layout.gather_objects(self._lines)
         self._lines = {key: line for part in parts for key, line in part.items()}
         self._write(trainer, FILE_NAME, "%d predictions: %s")
 
@@ -103,7 +103,7 @@ class PredictionWriter(BasePredictionWriter):
         lines, self._lines = self._lines, {}
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._folder / name
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
             log.info(message, len(lines), path)
 

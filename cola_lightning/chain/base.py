@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cola_lightning import layout
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import lora_layers, names_of_factors
-from cola_lightning.sharded import tensors
 
 T = TypeVar("T")
 
@@ -67,10 +67,10 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
 
 
 def _hashes(model: nn.Module) -> dict[str, str | None]:
-    links, state = names_of_factors(model), tensors.state_dict(model)
+    links, state = names_of_factors(model), layout.state_dict(model)
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in links}
     named = model.named_parameters(remove_duplicate=False)
-    trained = set(tensors.plain_names(name for name, parameter in named if parameter.requires_grad))
+    trained = set(layout.plain_names(name for name, parameter in named if parameter.requires_grad))
     return {name: None if name in trained else hash_of(value) for name, value in values.items()}
 
 

@@ -17,7 +17,7 @@ from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import decode, describe, layers_of, named_tensors, read_files, write_files
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.layer import LoRALayer
-from cola_lightning.writing import whole_folder
+from cola_lightning.writing import atomic_folder
 
 
 def check_links(links: int, total: int) -> None:
@@ -125,7 +125,7 @@ class Chain:
             UserError: for a folder that is not empty, without ``overwrite``.
             DiskError: if it cannot be written.
         """
-        with whole_folder(Path(folder), overwrite=overwrite) as partial:
+        with atomic_folder(Path(folder), overwrite=overwrite) as partial:
             write_files(self.links, self.base, partial)
 
     @classmethod

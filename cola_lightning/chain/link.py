@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cola_lightning import layout
 from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 from cola_lightning.seeding import derive_seed
-from cola_lightning.sharded import tensors
 
 OUTSIDE = "self."  # begins a name among a link's extras that is no name in the model, but in the Lightning module around it
 
@@ -97,7 +97,7 @@ def finish_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
     factors = {}
     for name, layer in layers.items():
         lora_A, lora_B = layer.factors
-        factors[name] = tensors.gather(lora_A), tensors.gather(lora_B)
+        factors[name] = layout.gather(lora_A), layout.gather(lora_B)
     return Link(rank=first.rank, alpha=first.alpha, factors=factors, **metadata)
 
 

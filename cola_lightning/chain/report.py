@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +187,7 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
         axes.set_xlim(reports[0].index - 0.5, reports[-1].index + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cola_lightning.cli.help import WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.writing import check_writable, whole_file
+from cola_lightning.writing import atomic_file, check_writable
 
 PACKAGE = Path(__file__).parent.parent
 # In a wheel the configurations are in the package, in a clone beside it.
@@ -47,7 +47,7 @@ def configs(words: Sequence[str]) -> None:
     for target in targets.values():
         check_writable("output", target.parent)
     for path, target in targets.items():
-        with whole_file(target, is_shared=True) as partial:
+        with atomic_file(target, is_shared=True) as partial:
             partial.write_bytes(path.read_bytes())
         print(f"written: {target}")
 

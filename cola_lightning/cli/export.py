@@ -57,7 +57,7 @@ def export(words: Sequence[str]) -> None:
         raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
     from cola_lightning.export.module import export_module
     from cola_lightning.export.verify import ExportOptions
-    from cola_lightning.modules import COLAModule, find_class
+    from cola_lightning.module import COLAModule, find_class
 
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
     asked = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)

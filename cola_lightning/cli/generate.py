@@ -138,7 +138,8 @@ def _of_checkpoint(path: Path, links: int | None, trust: bool) -> Generator:
     opened = OpenedCheckpoint.open(path)
     arguments, format_ = opened.state.module, opened.state.prompt_format
     check_arguments(arguments, "generate")
-    from cola_lightning.modules import COLACausalLM, COLAModule, find_class
+    from cola_lightning.hf import COLACausalLM
+    from cola_lightning.module import COLAModule, find_class
 
     found = find_class(arguments["class_path"])
     if not issubclass(found, COLACausalLM):
@@ -152,7 +153,7 @@ def _of_checkpoint(path: Path, links: int | None, trust: bool) -> Generator:
 
 
 def _of_model(folder: Path, trust: bool) -> Generator:
-    from cola_lightning.modules.pretrained import Pretrained
+    from cola_lightning.hf.pretrained import Pretrained
 
     pretrained = Pretrained(str(folder), trust_remote_code=trust)
     model = _language_model(pretrained, folder)
@@ -162,7 +163,7 @@ def _of_model(folder: Path, trust: bool) -> Generator:
 def _of_adapter(folder: Path, trust: bool) -> Generator:
     from transformers import AutoTokenizer
 
-    from cola_lightning.modules.pretrained import (
+    from cola_lightning.hf.pretrained import (
         PACKAGE_PREFIX,
         Pretrained,
         broken_files_refused,
@@ -227,9 +228,9 @@ def _language_model(pretrained: Any, folder: Path) -> Any:
 
 def _of_plain(model: Any, tokenizer: Any) -> Generator:
     """A generator for a model without this package's layers; tokenizer files from an export contain the prompt format."""
-    from cola_lightning.modules.generation import generate as generate_
-    from cola_lightning.modules.pretrained import with_limit
-    from cola_lightning.turns import end_tokens
+    from cola_lightning.chat_template import end_tokens
+    from cola_lightning.hf.generation import generate as generate_
+    from cola_lightning.hf.pretrained import with_limit
 
     device, tokenizer = _device(), with_limit(tokenizer, model.config)
     model.to(device).eval()
@@ -260,7 +261,7 @@ def _device() -> Any:
 def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str | None) -> None:
     import torch
 
-    from cola_lightning.turns import assistant_turn, user_turn
+    from cola_lightning.chat_template import assistant_turn, user_turn
 
     kind, was_chat = model.prompt_format.get("kind"), bool(model.prompt_format.get("chat_template"))
     is_chat = was_chat if options.chat_template is None else options.chat_template
@@ -309,9 +310,9 @@ def _turns(first: str | None) -> Iterator[str]:
 
 def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, Any]]) -> str:
     """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
+    from cola_lightning.chat_template import ChatTemplate, Conversation
     from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompts
-    from cola_lightning.turns import ChatTemplate, Conversation
 
     tokenizer, is_chat = model.tokenizer, not isinstance(prompt, str)
     template = ChatTemplate(tokenizer, model.prompt_format.get("chat_template_kwargs", {}))

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
-from cola_lightning import __version__
+from cola_lightning import __version__, layout
 from cola_lightning.callbacks import (
     ChainOfLoRA,
     ChainProgressBar,
@@ -42,10 +42,10 @@ from cola_lightning.callbacks import (
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import DESCRIPTION, SUBCOMMANDS, TITLES, usage
 from cola_lightning.errors import UserError, causes, one_line, passes_through_own_code
-from cola_lightning.modules import COLACausalLM, COLAModule
-from cola_lightning.modules.state import prompt_format_of
+from cola_lightning.hf import COLACausalLM
+from cola_lightning.module import COLAModule
+from cola_lightning.module.state import prompt_format_of
 from cola_lightning.seeding import check_seed
-from cola_lightning.sharded import tensors
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -464,5 +464,5 @@ def train(args: Sequence[str] | None) -> int:
                 cli.trainer.strategy.barrier()
         finally:
             watch.remove_empty_folder()
-            tensors.leave_processes()
+            layout.leave_processes()
     return 0

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
 from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long, tokenize_continued
 from cola_lightning.errors import UserError
-from cola_lightning.turns import ChatTemplate, Conversation, Message, text_of
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
+from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import UserError, shortened_text

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.chat_template import end_of_text, n_appended
+from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.turns import end_of_text, n_appended
 
 # input_ids, and spans: where each stretch of tokens with a loss begins and ends, one number after the other.
 LanguageRow = dict[str, list[int]]

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
-from cola_lightning.conventions import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
+from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
 from cola_lightning.data.rows import Row, Rows, encode_usable
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
-from cola_lightning.turns import ChatTemplate, Conversation, user_turn
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cola_lightning.conventions import WHOLE_NUMBER
+from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 T = TypeVar("T")

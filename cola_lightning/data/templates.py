@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.conventions import WHOLE_NUMBER
+from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
 from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule

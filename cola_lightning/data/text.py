@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
+from cola_lightning.chat_template import ChatTemplate, Conversation, Message, assistant_turn, text_of, user_turn
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import (
     LanguageRow,
@@ -25,7 +26,6 @@ from cola_lightning.data.splits import Splits, choose_split, is_on_hub
 from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.turns import ChatTemplate, Conversation, Message, assistant_turn, text_of, user_turn
 
 Kind = Literal["messages", "prompt", "text"]
 Columns = dict[str, str]  # by part of a row

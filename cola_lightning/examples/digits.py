@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule
-from cola_lightning.modules.base import COLAModule
+from cola_lightning.module.module import COLAModule
 
 PIXEL_MEAN = 0.305  # of all images, scaled to 0 to 1
 

@@ -23,9 +23,9 @@ from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.errors import UserError
 from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
 from cola_lightning.examples.corpora import english_passages, python_sources
-from cola_lightning.modules import COLAModule
+from cola_lightning.module import COLAModule
 from cola_lightning.seeding import seeded
-from cola_lightning.writing import check_writable, whole_file
+from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def pretrained(steps: int, **sizes: int) -> ByteGPT:
             log.info("pre-training on %.1f MB of English, once: %s", len(text) / 1e6, path)
             _pretrain(model, windows(text, sizes["context"]), steps)
             if not path.exists():  # another process may have been first
-                with whole_file(path, is_shared=True) as partial:
+                with atomic_file(path, is_shared=True) as partial:
                     save_file(model.state_dict(), partial)
     model.load_state_dict(load_file(path))
     return model

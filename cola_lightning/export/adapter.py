@@ -25,7 +25,7 @@ from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.registry import is_linear
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
-from cola_lightning.writing import whole_folder
+from cola_lightning.writing import atomic_folder
 
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
 
@@ -97,7 +97,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     lines += [f"one adapter of rank {rank}", f"its base: {base.code}"]
     if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
         lines.append("peft cannot load its base by that name: base_folder (--base_folder DIR) writes one that it can")
-    with whole_folder(options.folder, overwrite=options.overwrite) as partial:
+    with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         config.save_pretrained(str(partial))
         written = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
         save_file(written, partial / TENSORS_NAME, {"format": "pt"} | metadata)
@@ -134,7 +134,7 @@ def _named_base(
     pretrained = module.pretrained
     if (folder := options.base_folder) is not None:
         if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
-            with whole_folder(folder) as partial:
+            with atomic_folder(folder) as partial:
                 written: Any = adapted.merged_model(0)
                 cast_floats(written, getattr(torch, pretrained.dtype))
                 written.save_pretrained(partial)

@@ -10,10 +10,10 @@ import yaml
 
 from cola_lightning import __version__
 from cola_lightning.chain import Chain
-from cola_lightning.conventions import MAX_NEW_TOKENS
+from cola_lightning.chat_template import n_appended
+from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 from cola_lightning.hub import is_repo_id
-from cola_lightning.turns import n_appended
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja

@@ -11,15 +11,15 @@ from torch import nn
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain
 from cola_lightning.chain.store import write_files
+from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
-from cola_lightning.turns import ChatTemplate, end_tokens
 from cola_lightning.weights import cast_floats, deep_copy
-from cola_lightning.writing import whole_folder
+from cola_lightning.writing import atomic_folder
 
 STATE_DICT_NAME = "model.safetensors"
 
@@ -84,7 +84,7 @@ def export_module(
 
 
 def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
-    with whole_folder(options.folder, overwrite=options.overwrite) as partial:
+    with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_files(chain.links, chain.base, partial)
         if not options.verify:
             return ["not compared"]
@@ -111,7 +111,7 @@ def _export_merged(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         model.generation_config.eos_token_id = sorted(ends) or None
     reference = reference_of(module, adapted, options)
     is_of_transformers = isinstance(model, PreTrainedModel)  # other libraries' save_pretrained has arguments of its own
-    with whole_folder(options.folder, overwrite=options.overwrite) as partial:
+    with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         if is_of_transformers:
             model.save_pretrained(partial)
             name = type(model).__name__

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.lora.stack import Stack
-from cola_lightning.sharded import tensors
 
 Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
 FinishedLinks = Literal["merge", "stack"]
@@ -291,7 +291,7 @@ class LoRALayer(nn.Module):
     def finish(self) -> None:
         """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
         self.add_finished_link(*self.factors, self.scaling)
-        tensors.copy_(self.lora_B, torch.zeros_like(self.lora_B))
+        layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
@@ -300,7 +300,7 @@ class LoRALayer(nn.Module):
             ``lora_A``: rank x in; ``lora_B``: out x rank.
         """
         if self.stack is None:  # where the weight is sharded, each process adds its part of the same update
-            tensors.add_(self.weight, self.update(lora_A, lora_B, scaling))
+            layout.add_(self.weight, self.update(lora_A, lora_B, scaling))
         else:
             self.stack.push(lora_A, lora_B, scaling)
 
@@ -339,8 +339,8 @@ class LoRALayer(nn.Module):
         full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
         DRAWS[self.init](full[: self.rank], generator)
         lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.T)
-        tensors.copy_(self.lora_A, lora_A)
-        tensors.copy_(self.lora_B, lora_B)
+        layout.copy_(self.lora_A, lora_A)
+        layout.copy_(self.lora_B, lora_B)
         self.lora_A.grad = self.lora_B.grad = None
 
     @override
@@ -400,7 +400,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
         ['0']
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    return dict(zip(tensors.plain_names(layers), layers.values(), strict=True))
+    return dict(zip(layout.plain_names(layers), layers.values(), strict=True))
 
 
 def names_of_factors(model: nn.Module) -> set[str]:

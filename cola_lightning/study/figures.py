@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_lightning.study.results import Result
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 Results = Mapping[str, Sequence[Result]]
 
@@ -114,5 +114,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with whole_file(path, is_shared=True) as partial:
+    with atomic_file(path, is_shared=True) as partial:
         figure.savefig(partial, format="png", dpi=130)

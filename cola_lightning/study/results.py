@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cola_lightning.errors import UserError
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 Mode = Literal["min", "max"]
 
@@ -84,7 +84,7 @@ class Result:
 
 def write(results: Iterable[Result], path: Path) -> None:
     """Writes the results as JSON, one line each, atomically."""
-    with whole_file(path, is_shared=True) as partial:
+    with atomic_file(path, is_shared=True) as partial:
         partial.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results), encoding="utf-8")
 
 

@@ -22,15 +22,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.callbacks import RunWatch
 from cola_lightning.chain.base import fingerprint_of
 from cola_lightning.chain.schedule import START
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.layer import names_of_factors
-from cola_lightning.modules import COLAModule
-from cola_lightning.modules.run import run_length
-from cola_lightning.sharded import tensors
+from cola_lightning.module import COLAModule
+from cola_lightning.module.run import run_length
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _fingerprint(module: LightningModule) -> str | None:
     """That of the weights without the first link's; None if they are sharded."""
     if not isinstance(module, COLAModule) or module.is_sharded:
         return None
-    state, factors = tensors.state_dict(module.model), names_of_factors(module.model)
+    state, factors = layout.state_dict(module.model), names_of_factors(module.model)
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in factors}
     return fingerprint_of(values)
 

@@ -24,7 +24,7 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.storage import answering
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.study.trials import ALIVE_EVERY, Trials
-from cola_lightning.writing import whole_file
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Study:
                 f"output: expected a folder without a config.yaml of another kind, as a study saves its own there, received "
                 f"{asked.output!r}"
             )
-        with whole_file(path, is_shared=True) as partial:
+        with atomic_file(path, is_shared=True) as partial:
             partial.write_text(mine, encoding="utf-8")
         self.trials.config = mine
         return mine
@@ -204,7 +204,7 @@ class Study:
         chosen = at_best_rates(results, self.asked.better, self.asked.tuned_by)
         table, warning = summarize(chosen), warning_about(chosen)
         for name, text in {"table.md": as_markdown(table, self.asked.metric, warning), "table.csv": as_csv(table)}.items():
-            with whole_file(self.output / name, is_shared=True) as partial:
+            with atomic_file(self.output / name, is_shared=True) as partial:
                 partial.write_text(text, encoding="utf-8")
         if results:
             draw_curves(chosen, self.asked.metric, self.output / "curves.png")

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
+from cola_lightning import layout
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
-from cola_lightning.modules.rewind import Window
-from cola_lightning.sharded import tensors
+from cola_lightning.module.rewind import Window
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Run:
         self.given_seed = None if text is None else int(text)
         self.seed = self.given_seed if stored is None else stored
         if self.seed is None:
-            self.seed = tensors.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
+            self.seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("model.seed: %d was drawn, for none was given", self.seed)
 
     # ------------------------------------------------------------------ position and length

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning.conventions import IGNORE_INDEX, WHOLE_NUMBER
+from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.modules.language import LanguageModule, Measured, StepOutput
-from cola_lightning.modules.metrics import METRICS
+from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
+from cola_lightning.hf.metrics import METRICS
 
 
 class COLASequenceClassifier(LanguageModule):
@@ -35,11 +35,11 @@ class COLASequenceClassifier(LanguageModule):
             ``null``: those of the data, in sorted order.
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
-        **pretrained: the arguments of :class:`~cola_lightning.modules.COLACausalLM` and
-            :class:`~cola_lightning.modules.COLAModule`; ``modules_to_save_lr`` is the head's learning rate.
+        **pretrained: the arguments of :class:`~cola_lightning.COLACausalLM` and
+            :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the head's learning rate.
 
     Raises:
-        UserError: as for :class:`~cola_lightning.modules.COLACausalLM`.
+        UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"

@@ -12,11 +12,11 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.hf.metrics import Accuracy
+from cola_lightning.hf.pretrained import Dtype, Pretrained, with_limit
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
-from cola_lightning.modules.base import COLAModule
-from cola_lightning.modules.metrics import Accuracy
-from cola_lightning.modules.pretrained import Dtype, Pretrained, with_limit
+from cola_lightning.module.module import COLAModule
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LanguageModule(COLAModule, ABC):
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``.
-        **chain: the other arguments of :class:`~cola_lightning.modules.COLAModule`.
+        **chain: the other arguments of :class:`~cola_lightning.COLAModule`.
 
     Raises:
         UserError: for a model that cannot be found, missing files, and invalid values.

@@ -19,7 +19,7 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
-from cola_lightning.modules.run import Run
+from cola_lightning.module.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class LinkOptimization:
     Attributes:
         make_optimizer: makes an optimizer from parameters, or from parameter groups.
         modules_to_save_lr: the initial learning rate of fully trained modules; None: the links'.
-        lr_schedule: see :class:`~cola_lightning.modules.COLAModule`, as for the next two.
+        lr_schedule: see :class:`~cola_lightning.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.

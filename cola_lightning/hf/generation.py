@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.conventions import MAX_NEW_TOKENS
+from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references

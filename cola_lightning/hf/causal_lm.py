@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning.conventions import IGNORE_INDEX
+from cola_lightning.chat_template import end_tokens
+from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
-from cola_lightning.modes import evaluating
-from cola_lightning.modules.generation import generate
-from cola_lightning.modules.language import LanguageModule, Measured, StepOutput
-from cola_lightning.modules.logits import (
+from cola_lightning.hf.generation import generate
+from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
+from cola_lightning.hf.logits import (
     Batch,
     check_decoder,
     has_router_loss,
@@ -25,9 +25,9 @@ from cola_lightning.modules.logits import (
     split_by_length,
     takes_mask_of_pairs,
 )
-from cola_lightning.modules.metrics import ANSWER_METRICS, METRICS
+from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
+from cola_lightning.modes import evaluating
 from cola_lightning.seeding import derive_seed, seeded
-from cola_lightning.turns import end_tokens
 
 
 class COLACausalLM(LanguageModule):
@@ -120,7 +120,7 @@ class COLACausalLM(LanguageModule):
                 option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of each
                 option's sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's
                 tokens. Where options of several tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
-                :func:`~cola_lightning.modules.logits.shared_logits`: without gradients the prompt is then computed once.
+                :func:`~cola_lightning.hf.logits.shared_logits`: without gradients the prompt is then computed once.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.modules.run import trainer_of
+from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:

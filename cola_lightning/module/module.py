@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.checkpoint import STATE_KEY, OpenedCheckpoint, read_chain
@@ -26,15 +27,16 @@ from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors, inject_lora
 from cola_lightning.lora.layer import FinishedLinks, Init
-from cola_lightning.modules.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
-from cola_lightning.modules.arguments import RecordsArguments, class_path
-from cola_lightning.modules.batch_seed import BatchSeed
-from cola_lightning.modules.checkpoint import load_module
-from cola_lightning.modules.knot import begin_at, tie_knot
-from cola_lightning.modules.optimization import LinkOptimization, OptimizerCallable
-from cola_lightning.modules.run import Run, trainer_of
-from cola_lightning.modules.run_checks import RunChecks
-from cola_lightning.modules.state import (
+from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
+from cola_lightning.module.arguments import RecordsArguments, class_path
+from cola_lightning.module.batch_seed import BatchSeed
+from cola_lightning.module.checkpoint import load_module
+from cola_lightning.module.fsdp import shard_by_blocks, shard_module
+from cola_lightning.module.knot import begin_at, tie_knot
+from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
+from cola_lightning.module.run import Run, trainer_of
+from cola_lightning.module.run_checks import RunChecks
+from cola_lightning.module.state import (
     data_of,
     load_state,
     prompt_format_of,
@@ -44,8 +46,6 @@ from cola_lightning.modules.state import (
     values_outside,
 )
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.sharded import tensors
-from cola_lightning.sharded.strategy import shard_by_blocks, shard_module
 from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if trainer is not None:
             root = trainer.strategy.model if trainer.strategy.lightning_module is self else None
             device = trainer.strategy.root_device
-        is_sharded = tensors.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
+        is_sharded = layout.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
         return Placement(self.model if root is None else root, device, is_sharded)
 
     @override

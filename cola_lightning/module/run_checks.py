@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.inject import first_names
 from cola_lightning.lora.layer import is_quantized, lora_layers
-from cola_lightning.modules.batch_seed import BatchSeed
-from cola_lightning.modules.checkpoint import AtomicCheckpointIO
-from cola_lightning.modules.optimization import warn_of_half_precision
-from cola_lightning.modules.rewind import align_logged_step, beginning_window, resume_from, rewound_progress
-from cola_lightning.modules.run import accumulation_schedulers, run_length
-from cola_lightning.modules.state import values_of
-from cola_lightning.sharded import tensors
-from cola_lightning.sharded.strategy import check_sharding, replicate_trained, shards
+from cola_lightning.module.batch_seed import BatchSeed
+from cola_lightning.module.checkpoint import AtomicCheckpointIO
+from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
+from cola_lightning.module.optimization import warn_of_half_precision
+from cola_lightning.module.rewind import align_logged_step, beginning_window, resume_from, rewound_progress
+from cola_lightning.module.run import accumulation_schedulers, run_length
+from cola_lightning.module.state import values_of
 
 if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class RunChecks(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         run = self.module.run
-        if len(seeds := set(tensors.gather_objects(run.seed))) > 1:
+        if len(seeds := set(layout.gather_objects(run.seed))) > 1:
             raise UserError(
                 "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
                 f"each of which drew its own; received null and {len(seeds)} processes"
@@ -90,7 +90,7 @@ class RunChecks(Callback):
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
-        parameters = tensors.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
+        parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(_tensors_of(self.module).keys() - set(parameters))
         self.module.run.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
@@ -143,7 +143,7 @@ class RunChecks(Callback):
         window = self.module.run.window
         if window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
             state = _tensors_of(self.module) if self._buffer_names else {}
-            buffers = {name: tensors.gather(state[name]) for name in self._buffer_names if name in state}
+            buffers = {name: layout.gather(state[name]) for name in self._buffer_names if name in state}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self.module.run.window = replace(window, buffers=buffers, callbacks=states)
@@ -305,7 +305,7 @@ def _without_gradient(model: nn.Module) -> list[str]:
 def _summary(module: "COLAModule") -> str:
     """How many of a module's parameters are trained, and where."""
     text = "model:"
-    if not tensors.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
+    if not layout.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
         n_trained = sum(p.numel() for _, p in module.trained_parameters())
         packed = [part.get_parameter("weight") for part in module.model.modules() if is_quantized(part)]
         n_all = sum(p.numel() for p in [*module.parameters(), *packed])  # a packed weight has two values in a byte

@@ -18,9 +18,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
-from cola_lightning.sharded import tensors
 
 
 def shard_by_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -75,7 +75,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
     Raises:
         UserError: for tensor parallelism, for FSDP1 with full fine-tuning, and for a module laid out for another strategy.
     """
-    is_sharded = module.is_made and tensors.is_model_sharded(module.model)
+    is_sharded = module.is_made and layout.is_model_sharded(module.model)
     if module.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
         raise UserError(
             "trainer.strategy: expected a new module, for FSDP's wrappers are not made twice, and FSDP2's shards fit no other "
@@ -104,7 +104,7 @@ def shard_module(strategy: Strategy, module: Any) -> None:
 
     Args:
         strategy: the Trainer's strategy.
-        module: a :class:`~cola_lightning.modules.COLAModule` with its model.
+        module: a :class:`~cola_lightning.COLAModule` with its model.
 
     Raises:
         UserError: for a base that cannot be sharded.
@@ -119,7 +119,7 @@ def shard_module(strategy: Strategy, module: Any) -> None:
         if not module.is_wrapped_by_fsdp1:
             _configure_fsdp1(strategy, module)
         module.is_wrapped_by_fsdp1 = True
-    elif not tensors.is_model_sharded(module.model):
+    elif not layout.is_model_sharded(module.model):
         mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
         with without_trained(module.model) if module.target_modules is not None else nullcontext():
             module.shard_model(mesh)
@@ -186,12 +186,12 @@ def _configure_fsdp1(strategy: FSDPStrategy, module: Any) -> None:
 def _average_gradients(optimizer: Optimizer) -> None:
     """Averages the gradients of replicated parameters; one that has a gradient on no process has none afterwards, either."""
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters = [parameter for parameter in everything if not tensors.is_sharded(parameter)]  # FSDP2 averages the others
+    parameters = [parameter for parameter in everything if not layout.is_sharded(parameter)]  # FSDP2 averages the others
     if not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     is_used = gradients[0].new_tensor([p.grad is not None for p in parameters])
-    tensors.average_([*gradients, is_used])
+    layout.average_([*gradients, is_used])
     for parameter, gradient, used in zip(parameters, gradients, is_used, strict=True):
         if parameter.grad is None and used:  # on another process
             parameter.grad = gradient
@@ -201,8 +201,8 @@ def _gathered(state: Mapping[str, Any], *, is_writer: bool) -> dict[str, Any]:
     """The values by name, with sharded ones gathered, and retained only by the process that writes them."""
     whole = {}
     for name, value in state.items():
-        is_sharded = isinstance(value, Tensor) and tensors.is_sharded(value)
-        found = tensors.gather(value) if is_sharded else value
+        is_sharded = isinstance(value, Tensor) and layout.is_sharded(value)
+        found = layout.gather(value) if is_sharded else value
         if is_writer or not is_sharded:
             whole[name] = found
     return whole
@@ -211,6 +211,6 @@ def _gathered(state: Mapping[str, Any], *, is_writer: bool) -> dict[str, Any]:
 def _laid_out_as(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """An optimizer's state of a parameter, with tensors of the parameter's shape in its layout."""
     return {
-        name: tensors.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        name: layout.lay_out(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for name, value in state.items()
     }

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cola_lightning import layout
 from cola_lightning.adapted_model import weight_of
 from cola_lightning.chain.chain import Chain, check_links
 from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
 from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import UserError
-from cola_lightning.modules.arguments import plain
-from cola_lightning.modules.run import trainer_of
-from cola_lightning.sharded import tensors
+from cola_lightning.module.arguments import plain
+from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 
 class StateDictError(UserError, RuntimeError):
@@ -41,8 +41,8 @@ def values_of(module: "COLAModule", prefix: str = "", *, keep_vars: bool = True,
         keep_vars: see ``nn.Module.state_dict``.
         into: a state dict to add them to; None: a new one.
     """
-    if tensors.has_fsdp1(module):
-        state = tensors.state_dict(module, prefix, keep_vars=keep_vars)
+    if layout.has_fsdp1(module):
+        state = layout.state_dict(module, prefix, keep_vars=keep_vars)
     else:
         state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
     omitted = {*_frozen_names(module), *_aliases(module)}
@@ -74,7 +74,7 @@ def _aliases(module: "COLAModule") -> list[str]:
     inside = {id(value) for value in (*model.parameters(), *model.buffers())}
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     names = [name for name, value in named if id(value) in inside]
-    return [name for name in tensors.plain_names(names) if not name.startswith("model.")]
+    return [name for name in layout.plain_names(names) if not name.startswith("model.")]
 
 
 # ---------------------------------------------------------------------- the rest of the state
@@ -273,7 +273,7 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
 
 def _laid_out(value: Any, own: Any) -> Any:
     """A value in the layout of the module's own."""
-    return tensors.lay_out(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
+    return layout.lay_out(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
 def _is_frozen(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
-    from cola_lightning.modules.base import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 
 class BatchSeed(Callback):

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
-from cola_lightning.modules.arguments import find_class, plain, stored_arguments
-from cola_lightning.writing import whole_file
+from cola_lightning.module.arguments import find_class, plain, stored_arguments
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if storage_options is not None or "://" in str(path):
                 super().save_checkpoint(checkpoint, path, storage_options)
                 return
-            with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            with atomic_file(Path(path)) as partial, partial.open("wb") as file:
                 try:
                     torch.save(checkpoint, file)
                 except RuntimeError as error:  # torch's own, for a full disk, too
@@ -103,7 +103,7 @@ def load_module(
     weights_only: bool = True,
     strict: bool | None = None,
 ) -> Any:
-    """A module, on the CPU; see :meth:`~cola_lightning.modules.COLAModule.load_from_checkpoint`.
+    """A module, on the CPU; see :meth:`~cola_lightning.COLAModule.load_from_checkpoint`.
 
     Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
 

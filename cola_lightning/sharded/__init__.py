@@ -1,1 +1,0 @@
-"""Parameters and processes of distributed runs."""
