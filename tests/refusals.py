@@ -39,7 +39,7 @@ from cola_lightning.cli.generate import generate
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.examples.corpora import python_sources
-from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
+from cola_lightning.examples.domain_shift import PythonSourceDataModule
 from cola_lightning.export.verify import ExportOptions
 from cola_lightning.study.command import compare
 from cola_lightning.study.comparison import Comparison
@@ -416,15 +416,6 @@ def language_model(model_name="a/b", **arguments):
 )
 def classifier(**arguments):
     COLASequenceClassifier("a/b", target_modules=["query"], **arguments)
-
-
-@refused(
-    ({"depth": 0}, "model.depth: expected a whole number of at least 1, received 0"),
-    ({"heads": 3}, "model.heads: expected a divisor of model.width, 128, received 3"),
-    ({"pretrain_steps": -1}, "model.pretrain_steps: expected a whole number of at least 0, received -1"),
-)
-def byte_gpt(**arguments):
-    COLAByteGPT(**arguments)
 
 
 @refused(
@@ -1079,11 +1070,6 @@ def method_of(name, chain=(), trainer=(), model=(("rank", 4), ("alpha", 8.0))):
 # ---------------------------------------------------------------------- what is not installed
 
 
-def adapter_to_generate():
-    Path("adapter_config.json").write_text("{}")
-    generate(["--checkpoint", ".", "--prompt", "It"])
-
-
 def study():
     Path("some.yaml").touch()
     compare(["--config", "some.yaml", "--output", "out", "--methods", "[lora]"])
@@ -1094,7 +1080,6 @@ def study():
         lambda: ExportOptions(Path("out"), "peft").check(),
         "format: expected the package peft, received none: pip install peft",
     ),
-    (adapter_to_generate, "checkpoint: expected the package peft beside an adapter, received none: pip install peft"),
     (study, "cola compare: expected optuna and scipy, received none: pip install optuna scipy"),
 )
 def without_packages(do):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
-from cola_lightning.cli.streaming import make_streamer
+from cola_lightning.cli.generate import make_streamer
 from cola_lightning.decoding import Decoding
 from cola_lightning.export.card import PROMPT_FORMAT
 from tests import tiny

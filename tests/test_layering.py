@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports from rows below its own, and from its own row where that is one folder.
 ROWS = [
-    ["constants", "errors", "modes", "__init__"],
+    ["constants", "errors", "__init__"],
     ["writing", "seeding", "decoding", "hub", "chat_template"],
     ["layout"],
     ["lora"],

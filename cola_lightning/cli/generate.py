@@ -1,7 +1,6 @@
 """``cola generate``: generates text with a checkpoint or an export, from a prompt or in a conversation."""
 
 import contextlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,6 +160,8 @@ def _of_model(folder: Path, trust: bool) -> Generator:
 
 
 def _of_adapter(folder: Path, trust: bool) -> Generator:
+    from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     from cola_lightning.hf.pretrained import (
@@ -171,17 +172,10 @@ def _of_adapter(folder: Path, trust: bool) -> Generator:
         with_padding,
     )
 
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("checkpoint: expected the package peft beside an adapter, received none: pip install peft")
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
     config = adapter_config(folder)
     if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
         raise _cannot_generate(f"{str(folder)!r}, an adapter of the task {task}")
-    name, gguf_file = config.get("base_model_name_or_path"), None
-    if not isinstance(name, str):
-        raise UserError(f"adapter: expected the base's name, base_model_name_or_path, in {CONFIG_NAME}, received none")
+    name, gguf_file = config["base_model_name_or_path"], None
     if not any((folder / file).is_file() for file in (TENSORS_NAME, "adapter_model.bin")):  # or peft would ask the hub
         raise UserError(f"adapter: expected {TENSORS_NAME} beside {CONFIG_NAME} in {str(folder)!r}, received none")
     if name.startswith(PACKAGE_PREFIX):  # an adapter's config does not name the package's file with its base
@@ -311,7 +305,6 @@ def _turns(first: str | None) -> Iterator[str]:
 def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, Any]]) -> str:
     """Generates the continuation of a text, or the next turn of a conversation, and streams it."""
     from cola_lightning.chat_template import ChatTemplate, Conversation
-    from cola_lightning.cli.streaming import make_streamer
     from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompts
 
     tokenizer, is_chat = model.tokenizer, not isinstance(prompt, str)
@@ -330,3 +323,24 @@ def _answer(model: Generator, decoding: Decoding, prompt: str | list[dict[str, A
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
+
+
+def make_streamer(tokenizer: Any, decoding: Decoding) -> Any:
+    """A transformers ``TextStreamer`` that prints up to a stop text, and withholds what may be the beginning of one.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        decoding: the stop texts.
+    """
+    from transformers import TextStreamer
+
+    class StoppingStreamer(TextStreamer):  # here: transformers is imported only on first use
+        text, n_printed = "", 0
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text = (self.text + text).lstrip()  # as in predictions files
+            sure, _ = decoding.cut(self.text, is_open=not stream_end)
+            print(sure[self.n_printed :], end="\n" if stream_end else "", flush=True)
+            self.n_printed = max(len(sure), self.n_printed)
+
+    return StoppingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

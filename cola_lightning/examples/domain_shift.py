@@ -56,13 +56,6 @@ class COLAByteGPT(COLAModule):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        for name, value in {"depth": depth, "width": width, "heads": heads, "context": context}.items():
-            if value < 1:
-                raise UserError(f"model.{name}: expected a whole number of at least 1, received {value}")
-        if pretrain_steps < 0:
-            raise UserError(f"model.pretrain_steps: expected a whole number of at least 0, received {pretrain_steps}")
-        if width % heads:
-            raise UserError(f"model.heads: expected a divisor of model.width, {width}, received {heads}")
         self.sizes = {"depth": int(depth), "width": int(width), "heads": int(heads), "context": int(context)}
         self.pretrain_steps = int(pretrain_steps)
 

@@ -18,6 +18,7 @@ from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     Batch,
     check_decoder,
+    evaluating,
     has_router_loss,
     logits_and_router_loss,
     logits_by_length,
@@ -26,7 +27,6 @@ from cola_lightning.hf.logits import (
     takes_mask_of_pairs,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
-from cola_lightning.modes import evaluating
 from cola_lightning.seeding import derive_seed, seeded
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.modes import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -273,3 +273,15 @@ def _rounding(model: Any) -> float:
 
 def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each module's mode is restored."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in before.items():
+            module.training = is_training

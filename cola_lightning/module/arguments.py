@@ -145,10 +145,7 @@ def find_class(path: str) -> type:
     Raises:
         UserError: if it cannot be imported.
     """
-    try:
-        found = pydoc.locate(path)
-    except pydoc.ErrorDuringImport as error:  # raised by the code of its module
-        raise error.value or error from None
+    found = pydoc.locate(path)
     if isinstance(found, type):
         return found
     raise UserError(f"checkpoint: expected its module's class to be importable from here, received {path!r}, which is not")
