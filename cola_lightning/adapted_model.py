@@ -22,7 +22,7 @@ from cola_lightning.chain.base import (
     describe_base,
 )
 from cola_lightning.chain.chain import check_links
-from cola_lightning.chain.link import begin_link, finish_link
+from cola_lightning.chain.link import begin_link, record_link
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_factors, inject_lora, strip_lora, unstack
@@ -256,7 +256,7 @@ class AdaptedModel:
         """
         self.check_next(None)
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return finish_link(self.layers, index=self.link, extras=self.extras(), **metadata)
+        return record_link(self.layers, index=self.link, extras=self.extras(), **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
@@ -466,9 +466,15 @@ class AdaptedModel:
         check_links(links, total)
         chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
         placement = self.placement()
-        is_stacked, is_copied = not self.merges, links == total and not placement.is_sharded
+        is_stacked = any(layer.stack is not None for layer in layers)
+        is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
+        is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         if is_copied:
             model: nn.Module = deep_copy(self.model)
+            if links < total:
+                for layer in lora_layers(model).values():
+                    nn.init.zeros_(layer.lora_B)
+                model.load_state_dict(self.extras_after(chain), strict=False)
         else:
             model = self.rebuild_base()
             model.train(self.model.training)
@@ -476,7 +482,7 @@ class AdaptedModel:
                 chain = Chain([*chain.links, self.live_link()])
             extras = chain.links[-1].extras if chain.links else {}
             model.load_state_dict(self.extras() if links == total else extras, strict=False)
-            if links and any(layer.is_narrowed for layer in layers):  # then the base of a stack was rounded
+            if links and is_narrowed:
                 cast_floats(model, self.cast_dtype)
         unstack(model)
         dtype = torch.promote_types(self.cast_dtype, torch.float32)

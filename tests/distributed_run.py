@@ -32,7 +32,7 @@ from cola_lightning import (
     layout,
     lora_layers,
 )
-from cola_lightning.chain.link import begin_link, finish_link
+from cola_lightning.chain.link import begin_link, record_link
 from cola_lightning.lora.registry import LoRALayer
 from cola_lightning.module.fsdp import without_trained
 from tests import tiny
@@ -491,7 +491,7 @@ def by_hand(wrap):
             if world() > 1:
                 layout.average_([parameter.grad for parameter in trained])
             optimizer.step()
-        links.append(finish_link(layers, index=index, start_step=0, end_step=4))
+        links.append(record_link(layers, index=index, start_step=0, end_step=4))
         for modules in layout.units(wrapped):
             for layer in modules:
                 if isinstance(layer, LoRALayer):

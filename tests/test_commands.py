@@ -177,7 +177,7 @@ DAMAGE = [
     (truncate, CHECKPOINT, ["inspect", "--checkpoint", CHECKPOINT], "expected a checkpoint file"),
     (another_version, CHECKPOINT, TEST, "expected format version 2 to 4"),
     (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the one on which the chain was trained, 'cola_lightning.C"),
-    (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "expected one in float64"),
+    (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "in float32 and not in float64"),
     (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers alone, received '2' too"),
     (truncate, "chain/chain.safetensors", INSPECT, "received a damaged one"),
     (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged one"),

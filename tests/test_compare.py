@@ -904,8 +904,8 @@ def test_a_runs_peak_memory_is_not_that_of_the_process_which_began_it(monkeypatc
 
 @pytest.mark.usefixtures("forked_runs")
 def test_what_a_run_refuses_and_what_diverges(tmp_path, capsys):
-    assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.rank", "2000"]) == 2
-    assert "error: model.rank: expected at most" in capsys.readouterr().err
+    assert compare(tmp_path / "refused", methods="[lora]", fit=[*SHORT, "--model.target_modules", "[nosuch]"]) == 2
+    assert "error: model.target_modules: expected the name of a module" in capsys.readouterr().err
     assert compare(tmp_path / "metric", "--metric", "val_acuracy", "--mode", "max", methods="[lora]", seeds=1, fit=SHORT) == 2
     said = capsys.readouterr()
     assert said.out.count("metric: a validation logged no val_acuracy; is val_accuracy meant?") == 1

@@ -92,7 +92,10 @@ def test_a_merged_copy_and_an_export_say_that_they_have_it_not(trained, tmp_path
     module, _ = trained
     for format_ in ("merged", "peft"):
         told = module.export(tmp_path / format_, format_)[-1]
-        assert told == "not in it, for it was trained outside of self.model: head.0.weight, head.0.bias, head.1.weight"
+        assert (
+            told
+            == "not in it, for it was trained outside of self.model: self.head.0.weight, self.head.0.bias, self.head.1.weight"
+        )
     with caplog.at_level(logging.WARNING):
         module.merged_model()
     assert "merged_model: self.head.0.weight and self.head.0.bias" in caplog.text

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adafactor, AdamW
 from cola_lightning import AdaptedModel, LoRALinear, UserError
 from cola_lightning.chain.schedule import FROZEN_FACTOR, TrainedFactors, frozen_factor
 from cola_lightning.lora.layer import DRAWS
-from cola_lightning.module.optimization import keep_state
+from cola_lightning.module.optimization import copy_state
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import METHODS, method
 from tests.test_chain_of_lora import Watch
@@ -176,7 +176,7 @@ def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
         for parameter in parameters:
             parameter.grad = torch.arange(20.0).reshape(4, 5) - 9 + k
         old.step()
-    keep_state(old, new, 0.1, {id(parameters[0]): (slice(4),)})
+    copy_state(old, new, 0.1, {id(parameters[0]): (slice(4),)})
     factor, whole = (new.state[parameter] for parameter in parameters)
     for name in ("exp_avg", "exp_avg_sq"):
         was = old.state[parameters[0]][name]
@@ -194,7 +194,7 @@ def test_the_moments_keep_the_same_entries():
     for sign in (1, -1, 1, -1):
         parameter.grad = torch.tensor([10.0 * sign, 3.0, 1.0])  # the largest second moment, the largest first, and neither
         old.step()
-    keep_state(old, new, 1 / 3, {id(parameter): (slice(3),)})
+    copy_state(old, new, 1 / 3, {id(parameter): (slice(3),)})
     kept = new.state[parameter]
     assert kept["exp_avg"].nonzero().tolist() == kept["exp_avg_sq"].nonzero().tolist() == [[1]]
     before, parameter.grad = parameter.detach().clone(), torch.zeros(3)
@@ -270,9 +270,9 @@ def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, ma
     old, new = make([parameter]), make([parameter])
     parameter.grad = torch.ones(4, 5)
     old.step()
-    keep_state(old, new, 0.25, {})  # a factor's alone is kept in part
+    copy_state(old, new, 0.25, {})  # a factor's alone is kept in part
     with pytest.raises(UserError, match=refused(0.25, name)):
-        keep_state(old, new, 0.25, {id(parameter): (slice(4),)})
+        copy_state(old, new, 0.25, {id(parameter): (slice(4),)})
 
 
 @pytest.mark.parametrize(

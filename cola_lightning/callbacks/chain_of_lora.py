@@ -16,6 +16,7 @@ from typing_extensions import override
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, Mode, Plateau
 from cola_lightning.errors import UserError
+from cola_lightning.module.knot import begin_at
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -114,7 +115,7 @@ class ChainOfLoRA(Callback):
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
             if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
-                self.module.link_start = now
+                begin_at(self.module, now)
             return
         if now.global_step == self._asked_at:  # inside an accumulation window
             return

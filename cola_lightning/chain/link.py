@@ -86,8 +86,8 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, r @ s.T, p
 
 
-def finish_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
-    """Records the current link of the layers as a finished one; the layers are unchanged.
+def record_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
+    """The record of the layers' current link, finished or not; the layers are unchanged.
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.

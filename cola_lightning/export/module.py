@@ -77,8 +77,7 @@ def export_module(
     export = _export_merged if options.format == "merged" else export_adapter
     with quiet():
         lines = export(module, adapted, chain, options, card)
-    inside = set(module.model.parameters())
-    if outside := [name for name, value in module.named_parameters() if value.requires_grad and value not in inside]:
+    if outside := [name for name, value in module.adapted.outside().items() if value.requires_grad]:
         lines.append(f"not in it, for it was trained outside of self.model: {', '.join(outside)}")
     return lines
 

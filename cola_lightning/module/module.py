@@ -32,7 +32,7 @@ from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.batch_seed import BatchSeed
 from cola_lightning.module.checkpoint import load_module
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
-from cola_lightning.module.knot import begin_at, tie_knot
+from cola_lightning.module.knot import tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.module.run_checks import RunChecks
@@ -256,12 +256,8 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def link_start(self) -> FitPosition:
-        """Epoch and optimizer step at which the current link began. To set it also renews the link's schedule."""
+        """Epoch and optimizer step at which the current link began."""
         return self.run.link_start
-
-    @link_start.setter
-    def link_start(self, start: FitPosition) -> None:
-        begin_at(self, start)
 
     @functools.cached_property
     def rank(self) -> int:

@@ -185,12 +185,12 @@ class LinkOptimization:
         """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
         if self.kept_optimizer_state:
             for old, new in zip(before, now, strict=True):
-                keep_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
+                copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
 
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
         for optimizer in optimizers:
-            check_state(optimizer, self.kept_optimizer_state, _used_entries(adapted))
+            refuse_state(optimizer, self.kept_optimizer_state, _used_entries(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -223,7 +223,7 @@ def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
 
 
 @torch.no_grad()
-def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[slice, ...]]) -> None:
+def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[slice, ...]]) -> None:
     """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
     Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
@@ -236,11 +236,11 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
         factors: by the id of each factor, the entries that both links use: a factor has those of the largest rank.
 
     Raises:
-        UserError: for a state of which no part can be retained; see :func:`check_state`.
+        UserError: for a state of which no part can be retained; see :func:`refuse_state`.
 
     Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
     """
-    check_state(old, share, factors)
+    refuse_state(old, share, factors)
     for group in new.param_groups:
         for parameter in group["params"]:
             state = old.state.get(parameter)
@@ -249,7 +249,7 @@ def keep_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
                 new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
 
 
-def check_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
+def refuse_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
     """Refuses to retain a part of a state that is not a number for each entry of a factor: 8-bit codes, or sums over rows.
 
     Args:

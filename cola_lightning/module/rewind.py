@@ -1,8 +1,9 @@
 """The progress of a run in a checkpoint: the end of its last finished accumulation window, whenever the checkpoint is written.
 
-Lightning stores no gradients, so a checkpoint from inside a window can only be resumed exactly from the window's start. And it
-takes a validation that was interrupted, or had not begun, for done. Both are corrected in a copy of the counters that Lightning
-stores, which replaces them in a resumed fit, so that Lightning's own way of resuming is correct.
+Lightning stores no gradients, so a checkpoint from inside a window can only be resumed exactly from the window's start, since
+which no step has changed weights, optimizer or chain. And it takes a validation that was interrupted, or had not begun, for
+done. Both are corrected in a copy of the counters that Lightning stores, which replaces them in a resumed fit, so that
+Lightning's own way of resuming is correct.
 
 The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; only this file depends on it.
 """

@@ -98,8 +98,11 @@ class Run:
 
         Lightning's batch-size finder removes the callbacks, one of which sets the length.
         """
-        if self.length is not None or (trainer := self.trainer) is None or trainer.train_dataloader is None:
+        trainer = self.trainer
+        if self.length is not None:
             return self.length
+        if trainer is None or trainer.train_dataloader is None:
+            return None
         return run_length(trainer, START)
 
     # ------------------------------------------------------------------ metrics

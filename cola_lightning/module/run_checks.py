@@ -1,6 +1,8 @@
-"""The callback that begins a module's fits, and checks what would go wrong in them without an error.
+"""The callback by which a module takes part in a Trainer's runs.
 
-A callback, and not the module's hooks, which a subclass could override without ``super()``.
+It begins a fit (schedule, position, length, learning rates), stores where an accumulation window began, puts that into
+checkpoints and takes it from them, and checks what would go wrong without an error. A callback, and not the module's hooks,
+which a subclass could override without ``super()``.
 """
 
 import copy
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class RunChecks(Callback):
-    """Begins the fits of one module, and checks its runs.
+    """Begins the fits of one module, has them resume exactly, and checks its runs.
 
     Args:
         module: the module.
