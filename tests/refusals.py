@@ -38,7 +38,6 @@ from cola_lightning.cli.configs import configs
 from cola_lightning.cli.generate import generate
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS
-from cola_lightning.examples.corpora import python_sources
 from cola_lightning.examples.domain_shift import PythonSourceDataModule
 from cola_lightning.export.verify import ExportOptions
 from cola_lightning.study.command import compare
@@ -243,6 +242,10 @@ def delta(name):
     (
         {"module": {"cls": type("Manual", (Toy,), {"automatic_optimization": False})}},
         "model: expected automatic optimization, received automatic_optimization = False",
+    ),
+    (
+        {"module": {"target_modules": None}, "chain": {"every_n_epochs": 1}},
+        "model.target_modules: expected layers to adapt for a chain with knots, received null",
     ),
 )
 def fit(module=(), chain=(), **arguments):
@@ -1085,14 +1088,6 @@ def study():
 def without_packages(do):
     with mock.patch.object(importlib.util, "find_spec", return_value=None):
         do()
-
-
-@refused(
-    (".", "data: expected the standard library's source in '.', received no file ending in .py"),
-)
-def standard_library(folder):
-    with mock.patch("sysconfig.get_path", return_value=folder):
-        python_sources()
 
 
 REFUSALS = [Refusal(do, given, message) for do, rows in SECTIONS.items() for given, message in rows]

@@ -222,6 +222,8 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
             )
     if not module.automatic_optimization:
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
+    if module.target_modules is None and schedule.has_knots:
+        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
     largest = cast(int, module.max_rank)
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
