@@ -83,7 +83,8 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
     """
     parts = list(path.iterdir()) if path.is_dir() else []
     in_the_way = [part for part in parts if part.is_dir() or not overwrite]
-    if in_the_way or (path.exists() and not path.is_dir()):
+    is_here = path.is_dir() and path.samefile(os.curdir)  # the folder of the shell would be replaced
+    if in_the_way or is_here or (path.exists() and not path.is_dir()):
         raise UserError(
             f"{field}: expected a folder that does not exist or is empty (with overwrite: one without folders in it), received "
             f"{str(path)!r}"

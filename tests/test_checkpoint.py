@@ -1,15 +1,17 @@
 """What a checkpoint holds, and that a run that resumes or replays is the run itself, to the bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import Chain, ChainOfLoRA, COLAModule, EpochDataModule, UserError, lora_layers
-from cola_lightning.errors import DiskError
+from cola_lightning import Chain, ChainOfLoRA, COLAModule, EpochDataModule, LastCheckpoint, UserError, lora_layers
+from cola_lightning.errors import DiskError, NonFiniteError
 from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -70,6 +72,63 @@ def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_pa
     whole = averaged(tmp_path, make())
     resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
+
+
+class Described(LightningDataModule):
+    prompt_format = {"kind": "response", "chat_template": True}  # noqa: RUF012
+    identity = {"source": "here"}  # noqa: RUF012
+
+    def train_dataloader(self):
+        return batches()
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_a_checkpoint_of_averaged_weights_is_of_the_run_and_not_of_the_copy(tmp_path):
+    saver = SaveEachStep(tmp_path)
+    trainer(tmp_path, EMAWeightAveraging(decay=0.5), saver, max_epochs=1).fit(make(), datamodule=Described())
+    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]["cola"]
+    assert (state["prompt_format"], state["data"]) == (Described.prompt_format, Described.identity)
+    assert (state["position"], state["live"]["end_step"]) == ([0, 5], 5)
+
+
+class Poisoned(Callback):
+    """Writes a checkpoint once a trained value is not finite."""
+
+    def __init__(self, path, *, weights_only):
+        self.path, self.weights_only = path, weights_only
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        next(p for p in pl_module.parameters() if p.requires_grad).detach().fill_(torch.nan)
+        trainer.save_checkpoint(self.path, weights_only=self.weights_only)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_no_checkpoint_holds_values_that_are_not_finite(tmp_path, weights_only):
+    path = tmp_path / "nan.ckpt"
+    with pytest.raises(NonFiniteError, match="is no longer finite, in link 0: this checkpoint is not written"):
+        trainer(tmp_path, Poisoned(path, weights_only=weights_only), max_epochs=1).fit(make(), batches())
+    assert not path.exists()
+
+
+class There(Callback):
+    """Whether a file is there as each batch begins."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, []
+
+    def on_train_batch_start(self, *_):
+        self.seen.append(self.path.exists())
+
+
+@pytest.mark.parametrize("folder", [".", "./runs", "/{}//runs"])
+def test_the_last_checkpoint_stays_however_its_folder_is_spelled(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    folder = folder.format(str(tmp_path).lstrip("/"))
+    there = There(Path(folder) / "checkpoints" / "last.ckpt")
+    last = LastCheckpoint(every_n_train_steps=2)
+    options = {"max_epochs": 2, "enable_checkpointing": True, "val_check_interval": 3}
+    trainer(folder, there, last, **options).fit(toy(ValidatedToy), batches(), batches(1))
+    assert all(there.seen[there.seen.index(True) :])
 
 
 def test_load_from_checkpoint_replays_without_a_trainer(tmp_path):

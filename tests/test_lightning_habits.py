@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -489,6 +490,15 @@ def test_hyperparameters_are_stored_plain_and_arguments_come_back_by_their_own_r
     assert (loaded.where, loaded.colour) == (str(tmp_path), Colour.RED)
     assert loaded.hparams.sizes["b"].equal(sizes["b"])
     assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_they_are_plain_whoever_writes_the_file(tmp_path):
+    run = trainer(tmp_path, max_epochs=1, plugins=[AsyncCheckpointIO()])
+    run.fit(Saving(tmp_path), batches())
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    run.strategy.teardown()  # which waits for the file
+    stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored["where"] == str(tmp_path)
 
 
 def test_sequences_of_a_configuration_library_are_stored_as_lists(tmp_path):

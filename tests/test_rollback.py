@@ -160,9 +160,9 @@ def test_a_seed_that_was_drawn_is_the_checkpoints(tmp_path, monkeypatch):
 class Many(Toy):
     """Takes its arguments in every way that there is."""
 
-    def __init__(self, first, *, cls="x", shape=(8, 12), function=len, **chain):
+    def __init__(self, first, /, *sizes, cls="x", shape=(8, 12), function=len, **chain):
         super().__init__(**chain)
-        self.first, self.cls, self.shape, self.function = first, cls, shape, function
+        self.first, self.sizes, self.cls, self.shape, self.function = first, sizes, cls, shape, function
         shape_of_chain = chain["target_modules"]
         if isinstance(shape_of_chain, list):
             shape_of_chain.append("2")  # what a careless class may do
@@ -170,11 +170,11 @@ class Many(Toy):
 
 def test_a_recipe_holds_the_arguments_as_they_were_given():
     given = {"target_modules": ["0"], "rank": 2, "seed": 0}
-    module = Many(1, cls="y", shape=(1, 2), function=max, optimizer=lambda p: None, **given)
+    module = Many(1, 2, 3, cls="y", shape=(1, 2), function=max, optimizer=lambda p: None, **given)
     recipe = module.constructor_arguments
     assert recipe["class_path"] == f"{Many.__module__}.Many"
-    assert recipe["init_args"] == {"first": 1, "cls": "y", "shape": (1, 2), "target_modules": ["0"], "rank": 2, "seed": 0}
-    assert recipe["not_plain"] == ["function"]
+    assert recipe["init_args"] == {"cls": "y", "shape": (1, 2), "target_modules": ["0"], "rank": 2, "seed": 0}
+    assert sorted(recipe["not_plain"]) == ["first", "function", "sizes"]
 
 
 def test_what_is_not_plain_is_told_when_it_is_not_given(tmp_path, caplog):

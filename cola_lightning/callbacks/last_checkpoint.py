@@ -1,7 +1,6 @@
 """The newest state of a fit, always under the same name."""
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -65,7 +64,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _write(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.fast_dev_run or trainer.state.fn != "fit" or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
-        path = str(Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        path = self.format_checkpoint_name({})  # spelled as ModelCheckpoint does: it removes what it takes for an older file
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = self.best_model_path = path
 

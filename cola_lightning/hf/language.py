@@ -141,11 +141,15 @@ class LanguageModule(COLAModule, ABC):
         return cast(nn.Module, model)
 
     def _quantize(self, model: Any) -> None:
-        """Quantises the pretrained body but for fully trained modules: no head, be it new or the language model's."""
+        """Quantises the pretrained body: no head, be it new or the language model's, and no fully trained module.
+
+        Nor those that transformers keeps in float32: a model may read such a weight's dtype.
+        """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
-        body = names[model.base_model]  # "" where it is the model itself
-        inside = f"{body}." if body else ""
-        skip = [name for name in names.values() if lies_in(name, self.modules_to_save) or not name.startswith(inside)]
+        body, head = names[model.base_model], model.get_output_embeddings()  # the body is "" where it is the model itself
+        wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        skip = [name for module, name in names.items() if module is head or lies_in(name, wide)]
+        skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), skip)
 
     # ------------------------------------------------------------------ the steps

@@ -185,7 +185,10 @@ def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "mode
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if isinstance(patterns, str):
-            hits = [name for name in named if re.fullmatch(pattern, name)]
+            try:
+                hits = [name for name in named if re.fullmatch(pattern, name)]
+            except re.error as error:
+                raise UserError(f"{field}: expected a regular expression, received {pattern!r}: {error}") from error
         else:
             hits = [name for name in named if name == pattern or name.endswith(f".{pattern}")]
         if not hits:

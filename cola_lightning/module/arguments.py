@@ -48,6 +48,8 @@ class RecordsArguments:
             for parameter in parameters:
                 if parameter.kind is parameter.VAR_KEYWORD:
                     given |= given.pop(parameter.name, {})
+                if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and parameter.name in given:
+                    given[parameter.name] = object()  # not plain: it has no name by which it could be given again
             for name in [name for name in given if name not in NOT_RECORDED]:
                 try:
                     recorded["init_args"][name] = plain(given[name])

@@ -39,7 +39,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        checkpoint = _readable(checkpoint)
         # Without checksums, which a user may have turned off, it would be refused when read.
         with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # of torch's config modules
             if storage_options is not None or "://" in str(path):
@@ -62,17 +61,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def _readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint that ``torch.load(weights_only=True)`` reads: no numpy numbers, no hyperparameters of other types."""
-    readable = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
-    for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
-        for name, value in checkpoint.get(key, {}).items():
+def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a checkpoint as ``torch.load(weights_only=True)`` reads them: no numpy numbers, only plain hyperparameters.
+
+    Classes of hyperparameters are removed from the checkpoint.
+    """
+    entries = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
+    for owner in (LightningModule, LightningDataModule):
+        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+        for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
+            found = entries.setdefault(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
             try:
-                readable.setdefault(key, {})[name] = plain(value)
+                found[name] = plain(value)
             except TypeError:
-                _warn_once(f"the hyperparameter {name!r} ({key}) is of type {type(value).__name__}")
-    types = {LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE}  # classes
-    return {name: value for name, value in checkpoint.items() if name not in types} | readable
+                kind = type(value).__name__
+                _warn_once(f"the hyperparameter {name!r} ({owner.CHECKPOINT_HYPER_PARAMS_KEY}) is of type {kind}")
+    return entries
 
 
 def _with_plain_numbers(value: Any) -> Any:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
+from cola_lightning.errors import UserError
 from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def _make_optimizers(module: "COLAModule") -> None:
     if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":  # in a validation of it, too
         before = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
+        if any(new is old for new in trainer.optimizers for old in before):  # whose moments would outlive the link
+            raise UserError(
+                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+                "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
+            )
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
     elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)

@@ -30,13 +30,14 @@ from cola_lightning.lora.layer import FinishedLinks, Init
 from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.batch_seed import BatchSeed
-from cola_lightning.module.checkpoint import load_module
+from cola_lightning.module.checkpoint import load_module, readable
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.knot import tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.module.run_checks import RunChecks
 from cola_lightning.module.state import (
+    check_writable_state,
     data_of,
     load_state,
     prompt_format_of,
@@ -549,6 +550,17 @@ class COLAModule(LightningModule, RecordsArguments):
         self.configure_model()
         return load_state(self, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to write what no run could go on from; a subclass' own hook runs after this one, also without ``super()``.
+
+        Raises:
+            NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
+        """
+        check_writable_state(self)
+        checkpoint["state_dict"][STATE_KEY] = state_of(self).to_dict()  # weight averaging has put a copy's there
+        checkpoint |= readable(checkpoint)
+
     @classmethod
     @override
     def load_from_checkpoint(  # type: ignore[override]  # without hparams_file
@@ -586,9 +598,9 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ subclasses
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Runs our part of two hooks also where a subclass, or a mixin of it, overrides them without ``super()``."""
+        """Runs our part of three hooks also where a subclass, or a mixin of it, overrides them without ``super()``."""
         super().__init_subclass__(**kwargs)
-        for name, with_ours in (("configure_model", _with_our_model), ("configure_callbacks", _with_our_callbacks)):
+        for name, with_ours in WITH_OURS.items():
             own = getattr(cls, name)
             if own is not getattr(COLAModule, name) and not hasattr(own, "runs_ours"):
                 hook = functools.wraps(own)(with_ours(own))
@@ -611,6 +623,21 @@ def _with_our_callbacks(own: Callable[[Any], Any]) -> Callable[[Any], list[Callb
         return [*COLAModule.configure_callbacks(self), *(one for one in others if not isinstance(one, BatchSeed | RunChecks))]
 
     return configure_callbacks
+
+
+def _with_our_checks(own: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+    def on_save_checkpoint(self: COLAModule, checkpoint: dict[str, Any]) -> None:
+        COLAModule.on_save_checkpoint(self, checkpoint)
+        own(self, checkpoint)
+
+    return on_save_checkpoint
+
+
+WITH_OURS: dict[str, Callable[[Any], Any]] = {
+    "configure_model": _with_our_model,
+    "configure_callbacks": _with_our_callbacks,
+    "on_save_checkpoint": _with_our_checks,
+}
 
 
 def _compile_options() -> dict[str, Any]:

@@ -104,7 +104,11 @@ class LinkOptimization:
         Raises:
             UserError: for a learning rate of fully trained modules where there are none.
         """
-        optimizer = self.make_optimizer(self._parameter_groups(trained, modules_to_save))
+        groups = self._parameter_groups(trained, modules_to_save)
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ValueError as error:  # an optimizer's own message for a mistyped value
+            raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
         for group in optimizer.param_groups:  # a copy: a schedule modifies a rate that is a tensor in place
             group["lr"] = copy.deepcopy(group["lr"])

@@ -195,18 +195,8 @@ class RunChecks(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to write what no run could go on from; stores where a resume begins, if that is not where the run is.
-
-        Raises:
-            RuntimeError: after a knot that failed halfway.
-            NonFiniteError: for a trained value that is not finite.
-        """
-        module, run = self.module, self.module.run
-        if run.is_tying:
-            raise RuntimeError("a knot failed halfway: this checkpoint is not written")
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise NonFiniteError(f"{name!r} is no longer finite, in link {module.link}: this checkpoint is not written")
+        """Stores where a resume begins, which may be before where the run is."""
+        run = self.module.run
         if run.trainer is not trainer:  # not of a fit
             return
         counters, window = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)

@@ -17,7 +17,7 @@ from cola_lightning.chain.chain import Chain, check_links
 from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
 from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
-from cola_lightning.errors import UserError
+from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.arguments import plain
 from cola_lightning.module.run import trainer_of
 
@@ -106,6 +106,20 @@ def state_of(module: "COLAModule") -> CheckpointState:
         prompt_format=prompt_format_of(trainer),
         data=data_of(trainer),
     )
+
+
+def check_writable_state(module: "COLAModule") -> None:
+    """Refuses a state from which no run could go on.
+
+    Raises:
+        NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
+    """
+    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
+    if module.run.is_tying:
+        reason = "a knot failed halfway"
+    if reason is not None:
+        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
 
 
 def prompt_format_of(trainer: Any) -> dict[str, Any]:
