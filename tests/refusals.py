@@ -485,14 +485,6 @@ def prompt_data(**arguments):
     PromptDataModule(**arguments)
 
 
-@refused(
-    ({"text_fields": []}, "data.text_fields: expected the name of a column, or of two, received []"),
-    ({"text_fields": ["a", "b", "c"]}, "data.text_fields: expected the name of a column, or of two, received ['a', 'b', 'c']"),
-)
-def classification_data(**arguments):
-    TextClassificationDataModule("a/b", **arguments)
-
-
 FIXED = {"options": [" no", " yes"]}
 
 

@@ -1,6 +1,5 @@
 """``cola generate``: generates text with a checkpoint or an export, from a prompt or in a conversation."""
 
-import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +39,7 @@ def generate(words: Sequence[str]) -> None:
     decoding = Decoding(**how, stop=tuple(options.stop))
     decoding.check()
     check_seed("seed", options.seed)
-    with _in_utf8("stop"):
-        "".join(options.stop).encode()
-    with _in_utf8("prompt"):
-        prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
-        (prompt or "").encode()
+    prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: expected text, by --prompt or on standard input, received none")
     logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
@@ -92,15 +87,6 @@ def _standard_input() -> str:
         print("prompt, up to Ctrl-D:", file=sys.stderr)
     text = sys.stdin.read()
     return text.removeprefix(MARK).removesuffix("\n")
-
-
-@contextlib.contextmanager
-def _in_utf8(field: str) -> Iterator[None]:
-    """Refuses other bytes, which cannot be decoded where they are read, or are surrogates, which cannot be encoded."""
-    try:
-        yield
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise UserError(f"{field}: expected text in UTF-8, received other bytes ({error.reason})") from error
 
 
 # ---------------------------------------------------------------------- the model
@@ -291,9 +277,7 @@ def _turns(first: str | None) -> Iterator[str]:
         _note("an empty line or Ctrl-D ends the conversation")
     while True:
         try:
-            with _in_utf8("prompt"):
-                line = input("> " if sys.stdin.isatty() else "").removeprefix(MARK)
-                line.encode()
+            line = input("> " if sys.stdin.isatty() else "").removeprefix(MARK)
         except EOFError:
             print() if sys.stdin.isatty() else None  # ends the prompt's line
             return

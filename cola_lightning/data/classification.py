@@ -55,8 +55,6 @@ class TextClassificationDataModule(SourceDataModule):
         super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
         self.text_fields = [text_fields] if isinstance(text_fields, str) else text_fields
         self.label_field = label_field
-        if self.text_fields is not None and len(self.text_fields) not in (1, 2):
-            raise UserError(f"data.text_fields: expected the name of a column, or of two, received {self.text_fields}")
 
     def _find(self, names: Sequence[str], *, has_label: bool = True) -> tuple[list[str], str]:
         texts, label = find_texts_and_label(names, self.text_fields, self.label_field, has_label=has_label)
@@ -154,7 +152,7 @@ def find_texts_and_label(
     """
     listed = ", ".join(names)
     found = texts or next((pair for pair in TEXTS if {*pair} <= {*names}), None)
-    if found is None or not {*found} <= {*names}:
+    if found is None or len(found) > 2 or not {*found} <= {*names}:
         received = "none" if found is None else ", ".join(found)
         raise UserError(f"data.text_fields: expected one or two of the columns {listed}, received {received}")
     label = label or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
