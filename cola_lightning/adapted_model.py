@@ -203,14 +203,16 @@ class AdaptedModel:
         """What training changes besides the links: fully trained parameters, and persistent buffers, themselves."""
         return base_values(self.model, without=set(self.frozen_names())) | self.outside()
 
-    def extras(self) -> dict[str, Tensor]:
-        """CPU copies of the :meth:`trained_values`, but for buffers outside of the model that have not changed."""
+    def recorded_values(self) -> dict[str, Tensor]:
+        """The :meth:`trained_values` that a link records: all but buffers outside of the model that have not changed."""
         values, first = self.trained_values(), self.first_values
-        copies = {name: layout.gather(value) for name, value in values.items()}
-        is_constant = {
-            n: n in first and not isinstance(values[n], nn.Parameter) and torch.equal(copies[n], first[n]) for n in copies
-        }
-        return {name: value for name, value in copies.items() if not is_constant[name]}
+        buffers = [name for name in values.keys() & first.keys() if not isinstance(values[name], nn.Parameter)]
+        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), first[name])}
+        return {name: value for name, value in values.items() if name not in constant}
+
+    def extras(self) -> dict[str, Tensor]:
+        """CPU copies of the :meth:`recorded_values`."""
+        return {name: layout.gather(value) for name, value in self.recorded_values().items()}
 
     def write_extras(self, extras: Mapping[str, Tensor]) -> None:
         """Writes a chain's :meth:`extras` into the present values; names that are unknown here are ignored."""
@@ -401,11 +403,9 @@ class AdaptedModel:
             self._write_base(model)
         return model
 
-    def _write_base(self, model: nn.Module, made: nn.Module | None = None) -> None:
+    def _write_base(self, model: nn.Module) -> None:
         """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
-        weights = self.base_weights
-        if weights is None:
-            weights = base_weights(self.rebuild_base() if made is None else made)
+        weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
         state = model.state_dict()
         for name, value in weights.items():
             layout.copy_(state[name], value)
@@ -433,8 +433,12 @@ class AdaptedModel:
         if dtype == torch.float64 and not is_sharded:
             self.model.double()
 
-    def upcast_stacks(self) -> None:
-        """Has 4-bit layers compute in float32, and restores stacked links from the chain, after a cast to that dtype."""
+    def upcast(self) -> None:
+        """Casts half-precision tensors to float32, has 4-bit layers compute in it, and restores stacked links from the chain.
+
+        What training has rounded stays rounded; finished links have the precision that they have in the chain.
+        """
+        cast_floats(self.model, torch.float32, half_only=True)
         quantized: list[Any] = [part for part in self.model.modules() if is_quantized(part)]
         for layer in quantized:
             layer.compute_dtype = torch.float32

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.errors import ExportError, UserError, one_line
-from cola_lightning.weights import cast_floats
 from cola_lightning.writing import check_free
 
 log = getLogger(__name__)
@@ -111,12 +110,8 @@ class ReferenceLogits:
 
 
 def reference_of(module: Any, adapted: AdaptedModel, options: ExportOptions) -> ReferenceLogits | None:
-    """The logits of a module's adapted model, which is upcast in place; None if nothing is to be compared, or no input known.
-
-    What training has rounded stays rounded; finished links have the precision that they have in the chain.
-    """
-    cast_floats(adapted.model, torch.float32, half_only=True)
-    adapted.upcast_stacks()
+    """The logits of a module's adapted model, which is upcast in place; None if none are to be compared, or no input known."""
+    adapted.upcast()
     return reference_logits(adapted.model, module.example_input_array) if options.verify else None
 
 

@@ -496,7 +496,7 @@ class COLAModule(LightningModule, RecordsArguments):
         For inference, not for further training: rounded weights stay rounded.
         """
         cast_floats(self, torch.float32, half_only=True)
-        self.adapted.upcast_stacks()
+        self.adapted.upcast()
 
     # ------------------------------------------------------------------ training
 

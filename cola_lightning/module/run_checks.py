@@ -54,8 +54,8 @@ class RunChecks(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if pl_module is not self.module:  # the Trainer's next module: Lightning keeps a module's callbacks
-            ours = [c for c in trainer.callbacks if isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
-            trainer.callbacks = [c for c in trainer.callbacks if c not in ours]  # type: ignore[attr-defined]
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in callbacks if not isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)

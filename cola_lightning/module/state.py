@@ -89,7 +89,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
         live = describe_link(Link(module.link, rank, alpha, factors={}, **run.metadata(trainer)))
     return CheckpointState(
         module=module.constructor_arguments,
-        trained=list(adapted.extras()) if live else [],
+        trained=list(adapted.recorded_values()) if live else [],
         chain=adapted.chain,
         live=live,
         dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
