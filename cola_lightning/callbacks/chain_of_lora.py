@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, Mode, Plateau
+from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, Plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module.knot import begin_at
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 class ChainOfLoRA(Callback):
     """Ties each knot at the first batch of the optimizer step at which it is due, before that batch's forward pass.
 
-    At most one of ``every_n_epochs``, ``every_n_train_steps``, ``at_epochs``, ``at_steps`` and ``patience``; with none of them
-    the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run. A checkpoint written at a knot
-    contains the unfinished link, and resuming it ties the knot. The patience of EarlyStopping continues across knots.
+    At most one of ``every_n_epochs``, ``every_n_train_steps``, ``at_epochs``, ``at_steps``, ``knots`` and ``patience``; with
+    none of them the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run. A checkpoint written at
+    a knot contains the unfinished link, and resuming it ties the knot. The patience of EarlyStopping continues across knots.
 
     Args:
         every_n_epochs: a knot after every n epochs.
@@ -45,6 +45,11 @@ class ChainOfLoRA(Callback):
         monitor: with ``patience``: the metric, logged in validation.
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
+        knots: this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
+        until: with ``knots``: the share of the run at whose end the last of them is tied; the last quarter is then one link.
+        refresh_rank: a rolling chain: a knot finishes only this many components (a row of A with its column of B), the oldest
+            ones, as a link of this rank, and draws them anew. The other components go on, and their optimizer state with them.
+            Default: the whole link, which is COLA.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -68,9 +73,15 @@ class ChainOfLoRA(Callback):
         monitor: str = "val_loss",
         min_delta: float = 0.0,
         mode: Mode = "min",
+        knots: int | None = None,
+        until: float = UNTIL,
+        refresh_rank: int | None = None,
     ) -> None:
-        whens = every_n_epochs, every_n_train_steps, at_epochs, at_steps
-        self.schedule = ChainSchedule(*whens, ranks, alphas, knots_unknown=self._is_own_rule, patience=patience)
+        self.schedule = ChainSchedule(
+            *(every_n_epochs, every_n_train_steps, at_epochs, at_steps, knots, until, refresh_rank, ranks, alphas),
+            knots_unknown=self._is_own_rule,
+            patience=patience,
+        )
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
@@ -91,7 +102,7 @@ class ChainOfLoRA(Callback):
         if self.plateau is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return self.plateau.is_reached(known)
-        return self.schedule.is_due(start, FitPosition(epoch, global_step))
+        return self.module.schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
     def _is_own_rule(self) -> bool:
@@ -225,5 +236,12 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     if module.target_modules is None and schedule.has_knots:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
     largest = cast(int, module.max_rank)
-    if schedule.ranks and max(schedule.ranks) > largest:
-        raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
+    for name, rank in (("ranks", max(schedule.ranks or [0])), ("refresh_rank", schedule.refresh_rank or 0)):
+        if rank > largest:
+            raise UserError(f"chain.{name}: expected at most {largest}, which is model.rank, received {rank}")
+    optimization = cast("COLAModule", module).optimization
+    if schedule.refresh_rank and (module.trained_factors == "random" or optimization.kept_optimizer_state):
+        raise UserError(
+            "chain.refresh_rank: expected null with model.trained_factors random or model.kept_optimizer_state, which are of "
+            f"whole links, received {schedule.refresh_rank}"
+        )

@@ -8,7 +8,7 @@ decisions.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from cola_lightning.errors import UserError
@@ -19,7 +19,8 @@ Mode = Literal["min", "max"]
 TrainedFactors = Literal["both", "B", "random"]
 Factor = Literal["A", "B"]
 
-KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "patience")
+KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
+UNTIL = 0.75  # of a run: the share over which ``knots`` are spread, if none is given
 
 
 class FitPosition(NamedTuple):
@@ -71,13 +72,16 @@ class RunLength:
 
 @dataclass(frozen=True)
 class ChainSchedule:
-    """When the knots of a chain are tied. At most one of the five "when" arguments is given; without one: one link, plain LoRA.
+    """When the knots of a chain are tied. At most one of the six "when" arguments is given; without one: one link, plain LoRA.
 
     Args:
         every_n_epochs: a knot after every n epochs.
         every_n_train_steps: a knot after every n optimizer steps.
         at_epochs: knots at the beginning of these epochs, increasing, from 1.
         at_steps: knots before these optimizer steps, increasing, from 1 (the first step is step 0).
+        knots: this many knots, evenly over the share ``until`` of a run, at whose start :meth:`in_run` gives their steps.
+        until: with ``knots``: the share of the run at whose end the last of them is tied.
+        refresh_rank: how many components, the oldest ones, a knot finishes, as a link of this rank; None: the whole link.
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         knots_unknown: knots are decided while training, so no link's length is known beforehand.
@@ -101,6 +105,9 @@ class ChainSchedule:
     every_n_train_steps: int | None = None
     at_epochs: Sequence[int] | None = None
     at_steps: Sequence[int] | None = None
+    knots: int | None = None
+    until: float = UNTIL
+    refresh_rank: int | None = None
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
     knots_unknown: bool = False
@@ -113,11 +120,19 @@ class ChainSchedule:
         given = [name for name, value in whens.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
-        if any(whens[name] is not None and whens[name] < 1 for name in ("every_n_epochs", "every_n_train_steps", "patience")):
+        counts = ("every_n_epochs", "every_n_train_steps", "knots", "patience")
+        if any(whens[name] is not None and whens[name] < 1 for name in counts):
             raise UserError(f"chain.{given[0]}: expected a whole number of at least 1, received {whens[given[0]]}")
         knots = self.at_epochs or self.at_steps or ()
         if any(b <= a for a, b in itertools.pairwise((0, *knots))):
             raise UserError(f"chain.{given[0]}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+        if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
+            raise UserError(f"chain.until: expected a share between 0 and 1, beside chain.knots, received {self.until:g}")
+        if self.refresh_rank is not None and (self.refresh_rank < 1 or self.ranks or self.alphas):
+            raise UserError(
+                "chain.refresh_rank: expected a whole number of at least 1, without chain.ranks and chain.alphas, received "
+                f"{self.refresh_rank}{' and one of them' if self.ranks or self.alphas else ''}"
+            )
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
@@ -127,7 +142,7 @@ class ChainSchedule:
     @property
     def has_knots(self) -> bool:
         """Whether a long enough run has more than one link."""
-        return any(self._when) or self.knots_unknown
+        return any(self._when) or self.knots is not None or self.knots_unknown
 
     @property
     def _when(self) -> tuple[int | None, Sequence[int]]:
@@ -162,11 +177,32 @@ class ChainSchedule:
             return (now // every + 1) * every
         return next((knot for knot in knots if knot > now), math.inf)
 
+    def in_run(self, run: RunLength) -> "ChainSchedule":
+        """This schedule with the steps of its ``knots``, which the length of the run decides.
+
+        Raises:
+            UserError: if the run has no known end.
+
+        Example:
+            >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
+            >>> ChainSchedule(knots=3, until=0.6).in_run(run).at_steps
+            [10, 20, 30]
+        """
+        if self.knots is None:
+            return self
+        if run.end_step == math.inf:
+            raise UserError("chain.knots: expected a run of known length (trainer.max_steps), received one without an end")
+        knots = [round(self.until * run.end_step * k / self.knots) for k in range(1, self.knots + 1)]
+        return replace(self, knots=None, until=UNTIL, at_steps=knots)
+
     def link_steps(self, start: FitPosition, run: RunLength) -> float:
-        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""
+        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known.
+
+        With a ``refresh_rank`` nothing but the run's end does: a knot finishes a part of it.
+        """
         if self.has_unknown_lengths(run):
             return math.inf
-        knot = self.next_knot(start)
+        knot = math.inf if self.refresh_rank else self.next_knot(start)
         end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
         return max(0, end - start.global_step)
 

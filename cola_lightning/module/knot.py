@@ -16,15 +16,30 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     module.adapted.check_next(rank)
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
-    link = adapted.tie_knot(
-        run.schedule.rank(module.link + 1) if rank is None else rank,
-        run.schedule.alpha(module.link + 1) if alpha is None else alpha,
-        **run.metadata(trainer),
-    )
+    if run.schedule.refresh_rank is not None and rank is None and alpha is None:
+        link = _refresh(module, run.schedule.refresh_rank)
+    else:
+        rank = run.schedule.rank(module.link + 1) if rank is None else rank
+        alpha = run.schedule.alpha(module.link + 1) if alpha is None else alpha
+        link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
+        run.link_start, run.components = run.position(trainer), []
+        _make_optimizers(module)
     run.begin_metrics(trainer)
-    run.link_start = run.position(trainer)
-    _make_optimizers(module)
     run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
+    return link
+
+
+def _refresh(module: "COLAModule", rank: int) -> Link:
+    """Finishes the oldest components of a module's current link, as a link of this rank; the others go on."""
+    adapted, run, trainer = module.adapted, module.run, trainer_of(module)
+    if not run.components:
+        run.components = [(row, run.link_start.global_step) for row in range(next(iter(adapted.layers.values())).rank)]
+    oldest = [row for row, _ in run.components[:rank]]
+    link = adapted.tie_knot(components=oldest, **run.metadata(trainer))
+    run.link_start = run.position(trainer)
+    run.components = run.components[rank:] + [(row, run.link_start.global_step) for row in oldest]
+    if run.trainer is not None:
+        module.optimization.renew(run.trainer.optimizers, adapted, oldest)
     return link
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import START, FitPosition, LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.module.run import Run
@@ -118,7 +118,7 @@ class LinkOptimization:
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
-        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
+        done = max(0, step - self._start.global_step)  # by an earlier fit of the same Trainer
         self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -131,6 +131,11 @@ class LinkOptimization:
         if not saved:
             raise UserError("model.modules_to_save_lr: expected modules_to_save beside it, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
+
+    @property
+    def _start(self) -> FitPosition:
+        """Where the optimizer and its learning-rate schedule began: with the link, or, in a rolling chain, with the run."""
+        return START if self.run.schedule.refresh_rank else self.run.link_start
 
     def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the link's k-th step.
@@ -145,13 +150,13 @@ class LinkOptimization:
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if self.warmup_steps else 1.0
         end, rise = horizon or (math.inf, 0)
-        is_run, start = self.schedule_scope == "run", self.run.link_start
+        is_run, start = self.schedule_scope == "run", self._start
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
-        start = self.run.link_start
+        start = self._start
         link_steps = self.run.schedule.link_steps(start, length)
         rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self.schedule_scope == "run" else link_steps, rise
@@ -162,7 +167,8 @@ class LinkOptimization:
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        of_link = self.warmup_steps if self.schedule_scope == "link" else 0
+        is_rolling = self.run.schedule.refresh_rank is not None
+        of_link = self.warmup_steps if self.schedule_scope == "link" and not is_rolling else 0
         of_knot = self.knot_warmup_steps
         for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
             shortest = min(links, default=math.inf)
@@ -191,10 +197,27 @@ class LinkOptimization:
             for old, new in zip(before, now, strict=True):
                 copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
 
-    def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
-        """Refuses optimizers of whose state a knot cannot retain the requested share, after their first step."""
+    @torch.no_grad()
+    def renew(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel, components: list[int]) -> None:
+        """Clears the state of components that begin anew, in place; the others', and step counts, are kept.
+
+        Args:
+            optimizers: of the run.
+            adapted: the model.
+            components: the rows of A and columns of B that begin.
+        """
         for optimizer in optimizers:
-            refuse_state(optimizer, self.kept_optimizer_state, _used_entries(adapted))
+            for layer in adapted.layers.values():
+                for factor, entries in ((layer.lora_A, (components,)), (layer.lora_B, (slice(None), components))):
+                    for value in optimizer.state.get(factor, {}).values():
+                        if isinstance(value, Tensor) and value.shape == factor.shape:
+                            value[entries] = 0
+
+    def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
+        """Refuses optimizers of whose state a knot cannot retain a part, where it is to, after their first step."""
+        if self.run.schedule.refresh_rank or 0 < self.kept_optimizer_state < 1:
+            for optimizer in optimizers:
+                refuse_state(optimizer, _used_entries(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -244,7 +267,8 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
 
     Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
     """
-    refuse_state(old, share, factors)
+    if share < 1:
+        refuse_state(old, factors)
     for group in new.param_groups:
         for parameter in group["params"]:
             state = old.state.get(parameter)
@@ -253,24 +277,21 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
                 new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
 
 
-def refuse_state(optimizer: Optimizer, share: float, factors: Container[int]) -> None:
+def refuse_state(optimizer: Optimizer, factors: Container[int]) -> None:
     """Refuses to retain a part of a state that is not a number for each entry of a factor: 8-bit codes, or sums over rows.
 
     Args:
         optimizer: a link's, after a step.
-        share: the share that a knot retains; 0 and 1 suit any state.
         factors: the ids of the links' factors.
     """
-    if share in (0, 1):
-        return
     for parameter, state in optimizer.state.items():
         for name, value in state.items() if id(parameter) in factors else ():
             if not isinstance(value, Tensor) or value.numel() == 1:
                 continue
             if value.shape != parameter.shape or not value.is_floating_point():
                 raise UserError(
-                    f"model.kept_optimizer_state: expected 0 or 1 with {type(optimizer).__name__}, whose {name} has other "
-                    f"values than a number for each entry of a factor, received {share:g}"
+                    "model.kept_optimizer_state, chain.refresh_rank: expected 0 or 1, and null, with "
+                    f"{type(optimizer).__name__}, whose {name} has other values than a number for each entry of a factor"
                 )
 
 

@@ -28,7 +28,9 @@ class Run:
         schedule: when knots fall, and each link's rank and alpha; one link until ChainOfLoRA gives its own.
         seed: of every random draw; None until it is given, drawn, or a checkpoint's.
         given_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
-        link_start: the position at which the current link began.
+        link_start: the position at which the current link began: in a rolling chain, of the last knot.
+        components: in a rolling chain, after a knot: the current link's components (rows of A), from the oldest to the newest,
+            each with the step at which it began; empty: all began with the link.
         left_at: the position at which the last fit ended, or the checkpoint was written from which the module is; a next fit
             at the same position continues it.
         trainer_ref: of the last fit; an evaluation by another Trainer may have followed.
@@ -45,6 +47,7 @@ class Run:
     seed: int | None
     given_seed: int | None
     link_start: FitPosition = START
+    components: list[tuple[int, int]] = field(default_factory=list)
     left_at: FitPosition | None = None
     trainer_ref: weakref.ref[Trainer] | None = None
     length: RunLength | None = None
@@ -121,7 +124,8 @@ class Run:
 
     def metadata(self, trainer: Trainer | None) -> dict[str, Any]:
         """Steps and metrics of the current link, for its record."""
-        steps = {"start_step": self.link_start.global_step, "end_step": self.position(trainer).global_step}
+        start = self.components[0][1] if self.components else self.link_start.global_step
+        steps = {"start_step": start, "end_step": self.position(trainer).global_step}
         return steps | {"metrics": self.metrics(trainer)}
 
     def begin_metrics(self, trainer: Trainer | None) -> None:

@@ -75,7 +75,7 @@ class RunChecks(Callback):
             run.trainer_ref = weakref.ref(trainer)
             now = FitPosition(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
-                run.link_start = now
+                run.link_start, run.components = now, []
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
                 self.module.schedule = ChainSchedule()  # in place of an earlier fit's
@@ -103,6 +103,7 @@ class RunChecks(Callback):
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
         self.module.run.length = length
+        self.module.run.schedule = self.module.run.schedule.in_run(length)
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
         log.info("%s", _summary(self.module))
@@ -129,7 +130,8 @@ class RunChecks(Callback):
         lengths = run.schedule.links(run.link_start, length)
         _warn_of_lengths(run.schedule, lengths, module.link)
         module.optimization.check_lengths(lengths)
-        ahead = [run.schedule.rank(link) for link in range(module.link, module.link + len(lengths) - 1)]
+        links = range(module.link, module.link + len(lengths) - 1)
+        ahead = [run.schedule.refresh_rank or run.schedule.rank(link) for link in links]
         module.adapted.reserve_stacks(ahead)
 
     @override

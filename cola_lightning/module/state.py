@@ -94,6 +94,8 @@ def state_of(module: "COLAModule") -> CheckpointState:
         live=live,
         dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
         link_start=run.link_start,
+        components=[list(component) for component in run.components],
+        refresh_rank=run.schedule.refresh_rank,
         position=run.position(trainer),
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
@@ -221,6 +223,7 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
         module.double()
     run.seed = adapted.seed = state.seed
     run.link_start, adapted.first_values = state.link_start, dict(state.first_values)
+    run.components = [(row, step) for row, step in state.components] if has_current else []
     if not has_current:
         adapted.write_extras(adapted.extras_after(chain))
         run.left_at = None
@@ -277,6 +280,10 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
         )
     if state.has_knots and not schedule.has_knots:
         raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+    if state.refresh_rank != schedule.refresh_rank:
+        raise UserError(
+            f"chain.refresh_rank: expected {state.refresh_rank}, as in the checkpoint's run, received {schedule.refresh_rank}"
+        )
     planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
     if state.live is not None and planned != state.scheduled:
         raise UserError(

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import KNOT_OPTIONS, START, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import KNOT_OPTIONS, START, UNTIL, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 
 Config = Mapping[str, Any]
 
-OF_SCHEDULE = (*KNOT_OPTIONS, "ranks", "alphas")
+OF_SCHEDULE = (*KNOT_OPTIONS, "refresh_rank", "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
-NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min"}
+NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -39,7 +39,7 @@ def method(name: str, config: Config) -> Method:
 
     Args:
         name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links, as equal as whole epochs or steps
-            allow, instead of the config's chain.
+            allow, instead of the config's chain; ``roll-N`` has N knots.
         config: the complete configuration of ``cola fit``.
 
     Raises:
@@ -52,6 +52,8 @@ def method(name: str, config: Config) -> Method:
         return METHODS[kind](name, config, _own_chain)
     if kind in WITHOUT_CHAIN or int(n_links) < 1:
         raise UserError(f"methods: expected {kind if kind in WITHOUT_CHAIN else f'{kind}-1 or more'}, received {name!r}")
+    if kind == "roll":
+        return METHODS[kind](name, config, lambda name, config: _rolling_chain(config, int(n_links)))
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
         return METHODS[kind](name, config, lambda name, config: ([_rank(config)] * int(n_links), {}))
     return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
@@ -116,6 +118,7 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
+    "roll": _cola,
     "full": _full,
     "rac": _rac,
     "relora": _relora,
@@ -150,7 +153,8 @@ def _rank(config: Config) -> int:
 def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    schedule = ChainSchedule(**{option: chain.get(option) for option in OF_SCHEDULE}, default_rank=_rank(config))
+    options = {option: chain.get(option) for option in OF_SCHEDULE}
+    schedule = ChainSchedule(**options, until=chain.get("until", UNTIL), default_rank=_rank(config))
     if not schedule.has_knots:
         raise UserError(
             f"methods: expected a config whose chain has knots, or a number of links, as in {name}-4, received {name!r} and "
@@ -168,7 +172,10 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
-    return [schedule.rank(link) for link in range(len(schedule.links(START, run)))], {}
+    n_links = schedule.knots + 1 if schedule.knots else len(schedule.links(START, run))
+    if schedule.refresh_rank:
+        return [schedule.refresh_rank] * (n_links - 1) + [_rank(config)], {}
+    return [schedule.rank(link) for link in range(n_links)], {}
 
 
 def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any]]:
@@ -182,6 +189,14 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
         raise UserError(f"methods: expected at most {total} links, one per epoch or step of a run, received {n_links}")
     ranks = [_rank(config)] * n_links
     return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
+
+
+def _rolling_chain(config: Config, n_knots: int) -> tuple[list[int], dict[str, Any]]:
+    """The ranks of a chain whose knots each finish the config's ``refresh_rank``, or else a quarter of the link."""
+    rank, chain = _rank(config), config["chain"]
+    refreshed = chain["refresh_rank"] or max(1, rank // 4)
+    options = {"chain.knots": n_knots, "chain.until": chain["until"], "chain.refresh_rank": refreshed}
+    return [refreshed] * n_knots + [rank], NO_CHAIN | options
 
 
 def _length(config: Config) -> tuple[int | None, int | None]:
