@@ -20,9 +20,8 @@ from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
-from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.inject import is_linear, lies_in
 from cola_lightning.lora.layer import is_quantized
-from cola_lightning.lora.registry import is_linear
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import atomic_folder
