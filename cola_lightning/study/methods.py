@@ -45,13 +45,11 @@ def method(name: str, config: Config) -> Method:
     Raises:
         UserError: for an unknown name, and for a config that lacks what the method needs.
     """
-    kind, n_links = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()  # type: ignore[union-attr]
-    if kind not in METHODS:
+    kind, n_links = re.fullmatch(r"(.*?)(?:-([1-9]\d*))?", name).groups()  # type: ignore[union-attr]
+    if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
         raise UserError(f"methods: expected {', '.join(METHODS)}, received {name!r}{nearest(name, METHODS)}")
     if n_links is None:
         return METHODS[kind](name, config, _own_chain)
-    if kind in WITHOUT_CHAIN or int(n_links) < 1:
-        raise UserError(f"methods: expected {kind if kind in WITHOUT_CHAIN else f'{kind}-1 or more'}, received {name!r}")
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
         return METHODS[kind](name, config, lambda name, config: ([_rank(config)] * int(n_links), {}))
     return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
