@@ -74,8 +74,8 @@ class ExactResume(Callback):
         parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(self._tensors().keys() - set(parameters))
         self.module.run.is_validating = False
-        first_batch = trainer.fit_loop.epoch_loop.batch_idx + 1  # 0, unless the fit resumes inside an epoch
-        self._window = beginning_window(trainer, first_batch)
+        # Batch 0, unless the fit resumes inside an epoch.
+        self._window = beginning_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -128,8 +128,7 @@ class RunChecks(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self.module.run
         if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
-            now = FitPosition(trainer.current_epoch, trainer.global_step)
-            run.length = replace(run.length, epoch_start=now)
+            run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
 
     @override
     def on_train_batch_end(
