@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from cola_lightning import COLACausalLM
+from cola_lightning.lora.inject import lora_class
 from cola_lightning.lora.linear4bit import quantize
-from cola_lightning.lora.registry import lora_class
 
 Mode = tuple[str, str]  # base, what becomes of finished links
 MODES: list[Mode] = [

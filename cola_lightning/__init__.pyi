@@ -23,11 +23,11 @@ from .hf.classifier import COLASequenceClassifier as COLASequenceClassifier
 from .hf.language import LanguageModule as LanguageModule
 from .hf.language import StepOutput as StepOutput
 from .lora.inject import inject_lora as inject_lora
+from .lora.inject import register_lora_layer as register_lora_layer
 from .lora.inject import strip_lora as strip_lora
 from .lora.layer import LoRALayer as LoRALayer
 from .lora.layer import lora_layers as lora_layers
 from .lora.linear import LoRALinear as LoRALinear
-from .lora.registry import register_lora_layer as register_lora_layer
 from .module.module import COLAModule as COLAModule
 
 __version__: str

@@ -33,7 +33,7 @@ from cola_lightning import (
     lora_layers,
 )
 from cola_lightning.chain.link import begin_link, record_link
-from cola_lightning.lora.registry import LoRALayer
+from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.module.fsdp import without_trained
 from tests import tiny
 from tests.toy import trainer

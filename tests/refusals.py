@@ -948,8 +948,8 @@ def export(format_, folder, *options):
 
 
 @refused(
-    ("peft", "format: expected merged for a module without links (model.target_modules: null), received peft"),
-    ("chain", "format: expected merged for a module without links (model.target_modules: null), received chain"),
+    ("peft", "format: expected merged without links (model.target_modules: null, or links: 0), received peft"),
+    ("chain", "format: expected merged without links (model.target_modules: null, or links: 0), received chain"),
 )
 def export_without_links(format_):
     toy(target_modules=None).export("out", format_)
@@ -1023,8 +1023,16 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
         "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lore'; the "
         "nearest that exist: lora, relora",
     ),
-    (("lora-3",), "methods: expected lora, received 'lora-3'"),
-    (("cola-0",), "methods: expected cola-1 or more, received 'cola-0'"),
+    (
+        ("lora-3",),
+        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lora-3'; the "
+        "nearest that exist: lora, relora",
+    ),
+    (
+        ("cola-0",),
+        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'cola-0'; the "
+        "nearest that exist: cola",
+    ),
     (
         ("cola", {}, {"max_epochs": 3}),
         "methods: expected a config whose chain has knots, or a number of links, as in cola-4, received 'cola' and none",

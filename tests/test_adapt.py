@@ -74,7 +74,7 @@ def test_only_links_and_saved_modules_train(model):
 
 
 def test_gpt2s_conv1d_is_adapted_and_its_tied_head_is_not():
-    from cola_lightning.lora.registry import LoRAConv1D
+    from cola_lightning.lora.inject import LoRAConv1D
 
     model = tiny_gpt2()
     assert inject_lora(model, "all-linear", rank=2, alpha=4) == [

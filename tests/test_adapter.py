@@ -387,10 +387,14 @@ MISFITS = {
     "fewer layers": (
         {"target_modules": ["q_proj"]},
         {},
-        "expected the chain's layers, with 'model.*v_proj', received none",
+        "expected the chain's layers, received others, without 'model.*v_proj'",
     ),
-    "more layers": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, {}, "expected the chain's layers alone, received"),
-    "no links": ({"target_modules": None}, {}, "expected the chain's layers, with"),
+    "more layers": (
+        {"target_modules": ["q_proj", "v_proj", "k_proj"]},
+        {},
+        "expected the chain's layers, received others, with 'model.*k_proj'",
+    ),
+    "no links": ({"target_modules": None}, {}, "expected the chain's layers, received others, without"),
     "a head": ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*\(model\.modules_to_save\), received 'lm_head"),
 }
 

@@ -217,7 +217,7 @@ def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
         run(tmp_path, make(Double), ckpt_path=path)
     with pytest.raises(RuntimeError, match=r"size mismatch for model\.0\.lora_A"):
         toy(rank=2).load_from_checkpoint(path, target_modules="all-linear", rank=2, alpha=4, seed=0)
-    with pytest.raises(UserError, match=r"model\.target_modules: expected the chain's layers, with '0'"):
+    with pytest.raises(UserError, match=r"model\.target_modules: expected the chain's layers, received others, without '0'"):
         toy().load_from_checkpoint(path, target_modules=["2"], rank=6, seed=0)
     with pytest.raises(UserError, match="expected a chain with knots"):
         run(tmp_path, make(), ckpt_path=path, chain={})
@@ -332,7 +332,7 @@ def test_a_saved_base_is_whole(tmp_path, target_modules):
     loaded = Trained.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules=target_modules, rank=2, alpha=4, seed=0)
     assert torch.equal(loaded.merged_model(0).eval()(x), base)
     if target_modules is None:
-        with pytest.raises(UserError, match=r"model\.target_modules: .* received '0' too"):
+        with pytest.raises(UserError, match=r"model\.target_modules: .* received others, with '0'"):
             run(tmp_path, toy(Trained), ckpt_path=tmp_path / "step=30.ckpt", chain={})
 
 
@@ -404,7 +404,7 @@ def test_a_saved_base_of_another_shape_and_other_choices_on_resume_are_refused(t
 
     with pytest.raises(UserError, match=r"with '0\.bias' of shape \(12,\), received \(14,\)"):
         run(tmp_path, make(Wider), ckpt_path=path)
-    with pytest.raises(UserError, match=r"target_modules: expected the chain's layers, with '0'"):
+    with pytest.raises(UserError, match=r"target_modules: expected the chain's layers, received others, without '0'"):
         run(tmp_path, make(target_modules=["2"]), ckpt_path=path)
     with pytest.raises(UserError, match=r"model\.seed, or seed_everything: expected 0, the checkpoint's, received 7"):
         run(tmp_path, make(seed=7), ckpt_path=path)

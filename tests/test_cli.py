@@ -16,8 +16,6 @@ from cola_lightning.cli import main
 from tests import forked
 
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
-FSDP2_CLASS = "lightning.pytorch.strategies.ModelParallelStrategy"
-FSDP2 = str(Path(__file__).parent.parent / "configs" / "overlays" / "fsdp2.yaml")
 pytestmark = [
     # Lightning's advice about folders that are used again.
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -352,9 +350,7 @@ BAD = [
     (["fit", "--config", DIGITS, "--chain.monitor", "val_accuracy"], "expected chain.patience beside them, received none"),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
     (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
-    (["fit", "--config", DIGITS, "--config", FSDP2, "--trainer.devices", "3"], "expected data_parallel_size: 3, the number of"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "ModelParallelStrategy"], "expected a class and its sizes, as --config"),
-    (["fit", "--config", DIGITS, "--trainer.strategy.class_path", FSDP2_CLASS], "size: 1, received auto and auto"),
+    (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp2"], "`strategy='fsdp2'`"),
     (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "requires a GPU accelerator"),
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a_file/sub"], "a_file is a file"),
     (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
@@ -389,7 +385,6 @@ BAD = [
     (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
     (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
     (["test", "--config", "last_list.yaml"], "last: expected options, each with its value, received [1]"),
-    (["fit", "--config", "bytes.yaml"], "config: expected a text file in UTF-8"),
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
     (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
@@ -403,10 +398,6 @@ BAD = [
         "configs, export, received 'fti'; the nearest that exist: fit",
     ),
     (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
-    (
-        ["fit", "--config", DIGITS, "--trainer.enable_checkpointing", "false", "--last.every_n_train_steps", "3"],
-        "last.every_n_train_steps: expected null with trainer.enable_checkpointing: false",
-    ),
 ]
 
 
@@ -437,7 +428,6 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     template = "data: {{class_path: TemplateDataModule, init_args: {{source: {}, prompt: '{{a}}', options: [{}]}}}}\n"
     Path("no.yaml").write_text(template.format("x", "no, yes"))
     Path("3.yaml").write_text(template.format(3, "a, b"))
-    Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     before = sorted(Path().rglob("*"))
     assert run(*args) == 2
     err = capfd.readouterr().err

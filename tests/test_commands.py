@@ -178,7 +178,7 @@ DAMAGE = [
     (another_version, CHECKPOINT, TEST, "expected format version 2 to 4"),
     (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the one on which the chain was trained, 'cola_lightning.C"),
     (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "in float32 and not in float64"),
-    (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers alone, received '2' too"),
+    (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers, received others, with '2'"),
     (truncate, "chain/chain.safetensors", INSPECT, "received a damaged one"),
     (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged one"),
     (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "received a damaged one"),
@@ -192,7 +192,7 @@ DAMAGE = [
     ),
     (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),
     (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "received another"),
-    (rename_targets, "chain", FROM_CHAIN, "expected the chain's layers, with '9', received none such"),
+    (rename_targets, "chain", FROM_CHAIN, "expected the chain's layers, received others, with '0'"),
     (shutil.rmtree, "chain", INSPECT, "received 'chain', which does not exist"),
     (lambda path: Path(path, "chain.json").unlink(), "chain", INSPECT, "received 'chain', which holds none of these"),
     (
@@ -216,7 +216,7 @@ DAMAGE = [
     (lambda path: None, "", [*TEST, "--links", "-1"], "links: expected 0 to 3"),
     (lambda path: None, "", [*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
     (lambda path: None, "", [*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3, the length of the chain, received 7"),
-    (lambda path: None, "", [*FROM_CHAIN, "--model.target_modules", "['0']"], "expected the chain's layers, with '2'"),
+    (lambda path: None, "", [*FROM_CHAIN, "--model.target_modules", "['0']"], "received others, without '2'"),
     (
         lambda path: None,
         "",

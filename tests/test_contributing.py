@@ -13,7 +13,7 @@ from cola_lightning import AdaptedModel, COLAModule, PromptDataModule, UserError
 from cola_lightning.chain import schedule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
-from cola_lightning.lora import registry
+from cola_lightning.lora import inject
 from tests import tiny
 from tests.test_layering import ROWS
 from tests.toy import assert_bit_equal, trainer, weights
@@ -24,7 +24,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 @pytest.fixture(autouse=True)
 def _tables_of_before(monkeypatch):
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(inject, "_entries", dict(inject._entries))
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     monkeypatch.setattr(schedule, "FROZEN_FACTOR", dict(schedule.FROZEN_FACTOR))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cola_lightning import LoRALayer, LoRALinear, register_lora_layer
-from cola_lightning.lora import registry
+from cola_lightning.lora import inject
 from tests.toy import adapt_layer, plain_layer
 
 
@@ -18,7 +18,7 @@ class Named(nn.Linear):
 
 @pytest.fixture(params=["linear", "subclass", "conv1d"])
 def base(request, monkeypatch):
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(inject, "_entries", dict(inject._entries))
     register_lora_layer(Named, is_linear=True)(type("LoRANamed", (LoRALayer, Named), {}))
     torch.manual_seed(0)
     if request.param != "conv1d":

@@ -206,5 +206,5 @@ def test_a_hub_that_refuses_leaves_the_export(checkpoint, hub, monkeypatch):
 
 def test_a_chain_folder_has_no_license(checkpoint, capsys):
     assert export(checkpoint, "--format", "chain", "--license", "mit") == 2
-    assert "license: expected none beside --format chain" in capsys.readouterr().err
+    assert "license: expected --format merged or peft beside it, received chain" in capsys.readouterr().err
     assert not Path(checkpoint.parent / "out").exists()

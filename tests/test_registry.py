@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 import cola_lightning
 from cola_lightning import AdaptedModel, LoRALayer, UserError, inject_lora, lora_layers, register_lora_layer
-from cola_lightning.lora import registry
+from cola_lightning.lora import inject
 
 
 @pytest.fixture(autouse=True)
 def _table_of_before(monkeypatch):
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(inject, "_entries", dict(inject._entries))
 
 
 class Scaled(nn.Linear):
@@ -126,11 +126,11 @@ def test_a_class_that_takes_a_subclass_for_its_own_is_asked_before_its_parents()
         pass
 
     register_lora_layer(Grid)(LoRAGrid)
-    assert registry.lora_class(Kin()) is None  # it may compute something else
+    assert inject.lora_class(Kin()) is None  # it may compute something else
     register_lora_layer(Kin)(LoRAGrid)
-    assert registry.lora_class(Kin()) is LoRAGrid
+    assert inject.lora_class(Kin()) is LoRAGrid
 
 
 def test_no_other_package_is_imported_for_the_table():
-    code = "import sys, cola_lightning.lora.registry as r; assert not {'transformers', 'bitsandbytes'} & sys.modules.keys()"
+    code = "import sys, cola_lightning.lora.inject; assert not {'transformers', 'bitsandbytes'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

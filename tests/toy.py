@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule
-from cola_lightning.lora.registry import lora_class
+from cola_lightning.lora.inject import lora_class
 
 
 class Toy(COLAModule):

@@ -236,9 +236,13 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     if module.target_modules is None and schedule.has_knots:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
     largest = cast(int, module.max_rank)
-    for name, rank in (("ranks", max(schedule.ranks or [0])), ("refresh_rank", schedule.refresh_rank or 0)):
-        if rank > largest:
-            raise UserError(f"chain.{name}: expected at most {largest}, which is model.rank, received {rank}")
+    if schedule.ranks and max(schedule.ranks) > largest:
+        raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
+    if schedule.refresh_rank and schedule.refresh_rank >= largest:
+        raise UserError(
+            f"chain.refresh_rank: expected less than {largest}, which is model.rank (null: the whole link), received "
+            f"{schedule.refresh_rank}"
+        )
     optimization = cast("COLAModule", module).optimization
     if schedule.refresh_rank and (module.trained_factors == "random" or optimization.kept_optimizer_state):
         raise UserError(

@@ -149,7 +149,6 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
     Raises:
         UserError: naming a layer that only one of them adapts.
     """
-    if missing := sorted(set(expected) - set(received)):
-        raise UserError(f"model.target_modules: expected the chain's layers, with {missing[0]!r}, received none such")
-    if unknown := sorted(set(received) - set(expected)):
-        raise UserError(f"model.target_modules: expected the chain's layers alone, received {unknown[0]!r} too")
+    if alone := sorted(set(expected) ^ set(received)):
+        how = "with" if alone[0] in received else "without"
+        raise UserError(f"model.target_modules: expected the chain's layers, received others, {how} {alone[0]!r}")

@@ -69,12 +69,12 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if words in (["-h"], ["--help"]):
         print(overview())
         return 0
-    if not words:
-        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received none (cola --help describes them)")
-    if not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
-        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {words[0]!r}{nearest(words[0], SUBCOMMANDS)}")
-    if words[0] in COMMANDS:
-        command: Callable[[Sequence[str]], int | None] = getattr(importlib.import_module(COMMANDS[words[0]]), words[0])
+    first = words[0] if words else ""
+    if not first.startswith("-") and first not in SUBCOMMANDS:
+        received = f"{first!r}{nearest(first, SUBCOMMANDS)}" if words else "none"
+        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {received} (cola --help describes them)")
+    if first in COMMANDS:
+        command: Callable[[Sequence[str]], int | None] = getattr(importlib.import_module(COMMANDS[first]), first)
         return command(words[1:]) or 0
     from cola_lightning.cli.training import train
 

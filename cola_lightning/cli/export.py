@@ -6,7 +6,6 @@ from pathlib import Path
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
 from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
 from cola_lightning.cli.inspect import LINKS, TRUST
-from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet, upload
 
 
@@ -53,8 +52,6 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
     options = parsed(parser, words)
-    if options.format == "chain" and options.license is not None:
-        raise UserError(f"license: expected none beside --format chain, which has no model card, received {options.license!r}")
     from cola_lightning.export.module import export_module
     from cola_lightning.export.verify import ExportOptions
     from cola_lightning.module import COLAModule, find_class

@@ -23,7 +23,6 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -140,10 +139,7 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(as_texts(self.words))
-        except UnicodeDecodeError as error:
-            raise UserError(f"config: expected a text file in UTF-8, received other bytes ({error.reason})") from error
+        self.config = parser.parse_args(as_texts(self.words))
         self.subcommand = self.config["subcommand"]
         check_groups(self.config[self.subcommand])
         self._expand_home()
@@ -220,12 +216,6 @@ class COLACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        strategy = self._get(self.config, "trainer").strategy
-        if isinstance(strategy, str) and strategy.lower().endswith(("modelparallelstrategy", "fsdp2")):
-            raise UserError(
-                "trainer.strategy: expected a class and its sizes, as --config configs/overlays/fsdp2.yaml gives them, "
-                f"received {strategy}"
-            )
         if self.subcommand == "predict" and not self.config.predict.trainer.callbacks:
             self.config.predict.return_predictions = False  # unused: they are written to a file
 
@@ -245,8 +235,6 @@ class COLACLI(LightningCLI):
             callbacks.append(ChainProgressBar())
         if config.enable_checkpointing is not False and not config.barebones:
             callbacks.append(self._get(self.config_init, "last"))
-        elif given := [name for name, value in vars(self._get(self.config, "last")).items() if value is not None]:
-            raise UserError(f"last.{given[0]}: expected null with trainer.enable_checkpointing: false, received a value")
         try:
             with warnings.catch_warnings():  # refused below
                 warnings.filterwarnings("ignore", r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`")
@@ -260,8 +248,6 @@ class COLACLI(LightningCLI):
                 "trainer.precision: expected bf16-mixed, bf16-true or 32-true on a CPU, where Lightning replaces 16-mixed by "
                 f"bf16-mixed; received {config.precision}"
             )
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            _check_sizes(self._get(self.config, "trainer").strategy, trainer.num_devices * trainer.num_nodes)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         if self.subcommand == "fit":
             field = "trainer.default_root_dir" if trainer.logger is None else "trainer.logger"
@@ -398,17 +384,6 @@ def _inside_init_args(option: re.Match[str]) -> str:
         return option[0]
     text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
     return f"--{option['group']}.init_args={text.strip()}"
-
-
-def _check_sizes(strategy: Any, n_processes: int) -> None:
-    """Refuses sizes of FSDP2's device mesh that do not match the number of processes."""
-    sizes = strategy.get("init_args", {}) if isinstance(strategy, Namespace) else {}
-    data, tensor = (sizes.get(f"{kind}_parallel_size") for kind in ("data", "tensor"))
-    if (data, tensor) != (n_processes, 1):
-        raise UserError(
-            f"trainer.strategy: expected data_parallel_size: {n_processes}, the number of processes (trainer.devices x "
-            f"trainer.num_nodes), and tensor_parallel_size: 1, received {data} and {tensor}"
-        )
 
 
 def _check_config_of_run(field: str, path: Path) -> None:

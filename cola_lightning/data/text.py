@@ -277,14 +277,19 @@ def find_columns(
     if not has_response:  # the same columns as in training, if there are those
         with contextlib.suppress(UserError):
             return find_columns(names, lists, None)
+    received = "none"
     for rank in CONVENTIONS:
         fits = [(kind, found) for kind, parts in rank if (found := _fit(kind, parts, names, lists, has_response))]
         if len(fits) == 1 and not any(len(columns) > 1 for columns in fits[0][1].values()):
             return fits[0][0], {part: columns[0] for part, columns in fits[0][1].items()}
         if fits:
             both = " and ".join(dict.fromkeys(name for _, found in fits for columns in found.values() for name in columns))
-            raise _unclear(names, f"{both}, of which each could be meant")
-    raise _unclear(names, "none")
+            received = f"{both}, of which each could be meant"
+            break
+    raise UserError(
+        "data.columns: expected a conversation (messages), a prompt with its response, or text among the columns "
+        f"{', '.join(names)}, received {received}: name them by --data.columns '{{prompt: {names[0]}, response: {names[-1]}}}'"
+    )
 
 
 def _fit(
@@ -309,13 +314,6 @@ def _given_columns(names: Sequence[str], given: Mapping[str, str], *, has_respon
     if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in given):
         raise UserError(f"data.columns: expected messages, prompt and response, or text, received {', '.join(given) or 'none'}")
     return kinds[0], dict(given)
-
-
-def _unclear(names: Sequence[str], received: str) -> UserError:
-    return UserError(
-        "data.columns: expected a conversation (messages), a prompt with its response, or text among the columns "
-        f"{', '.join(names)}, received {received}: name them by --data.columns '{{prompt: {names[0]}, response: {names[-1]}}}'"
-    )
 
 
 # ---------------------------------------------------------------------- what they hold

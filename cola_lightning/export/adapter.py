@@ -20,9 +20,8 @@ from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
-from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.inject import is_linear, lies_in
 from cola_lightning.lora.layer import is_quantized
-from cola_lightning.lora.registry import is_linear
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import atomic_folder
@@ -65,13 +64,11 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         Lines to report: the errors of recompression, the rank, the base, and the comparison.
 
     Raises:
-        UserError: for an empty chain, values that an adapter cannot hold, a base that is not the one of its name.
+        UserError: for values that an adapter cannot hold, a base that is not the one of its name.
         ExportError: if the adapter that is loaded again gives other logits.
     """
     from peft import PeftModel
 
-    if not len(chain):
-        raise UserError("links: expected at least 1 for an adapter, received 0")
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
     if hasattr(module, "pretrained"):

@@ -66,9 +66,9 @@ def export_module(
         ExportError: for an export that differs from the module; it is removed.
     """
     options.check(module.pretrained.model_name if hasattr(module, "pretrained") else chain.base.name)
-    if options.format != "merged" and not chain.base.weight_norms:
+    if (options.format == "peft" and not chain.links) or (options.format == "chain" and not chain.base.weight_norms):
         raise UserError(
-            f"format: expected merged for a module without links (model.target_modules: null), received {options.format}"
+            f"format: expected merged without links (model.target_modules: null, or links: 0), received {options.format}"
         )
     if adapted is None:
         return _export_chain(chain, options)

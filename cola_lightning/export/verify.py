@@ -34,7 +34,7 @@ class ExportOptions:
         dtype: for merged.
         max_rank: for peft.
         base_folder: for peft: the folder for its base.
-        license: for the model card.
+        license: for the model card, which a chain folder does not have.
         verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
     """
@@ -57,9 +57,10 @@ class ExportOptions:
         Raises:
             UserError: naming the option.
         """
-        for option, its in (("dtype", "merged"), ("max_rank", "peft"), ("base_folder", "peft")):
-            if getattr(self, option) is not None and self.format != its:
-                raise UserError(f"{option}: expected --format {its} beside it, received {self.format}")
+        of_formats = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
+        for option, formats in of_formats.items():
+            if getattr(self, option) is not None and self.format not in formats:
+                raise UserError(f"{option}: expected --format {' or '.join(formats)} beside it, received {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise UserError(f"max_rank: expected at least 1, received {self.max_rank}")
         if self.format == "peft" and importlib.util.find_spec("peft") is None:

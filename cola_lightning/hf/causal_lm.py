@@ -62,7 +62,8 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        check_decoder(model)
+        if self.pending is None and not self.is_made:  # else the base of a chain, which was checked when the chain began
+            check_decoder(model)
         return model
 
     @override

@@ -1,23 +1,27 @@
-"""Injects LoRA layers into a model, in place, and removes them again.
+"""Which layers can be adapted, and a model's: LoRA layers are injected into it, in place, and removed again.
 
-Every reason to refuse a model is here: a target that matches nothing, a weight that two layers share, a layer that would
-compute something else with a link, a quantised base to be merged into.
+Layer types and their LoRA classes are one table, to which users may add. Every reason to refuse a model is here: a target that
+matches nothing, a weight that two layers share, a layer that would compute something else with a link, a quantised base to be
+merged into.
 """
 
 import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from cola_lightning.errors import UserError, nearest
+from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_, is_quantized, lora_layers
-from cola_lightning.lora.linear4bit import dequantize_, keep_layout
-from cola_lightning.lora.registry import is_linear, layer_types, lora_class, obstacle
+from cola_lightning.lora.linear import LoRALinear, lora_conv1d
+from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
 
 ALL_LINEAR = "all-linear"
 
@@ -26,6 +30,100 @@ log = logging.getLogger(__name__)
 # Modules that do not multiply by their weights as a Linear layer does.
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+# ---------------------------------------------------------------------- layer types
+
+Registered = TypeVar("Registered", bound=type[LoRALayer] | Callable[[], type[LoRALayer]])
+
+
+class _Entry(NamedTuple):
+    lora_class: Any  # the class, or a function that makes it on first use
+    is_linear: bool
+
+
+# Layer type -> its LoRA class. Another package's type is given by name; its LoRA class is made once a model has such a layer.
+_entries: dict[type | str, _Entry] = {
+    nn.Linear: _Entry(LoRALinear, is_linear=True),
+    "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
+    "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # it, too, is x W^T + b
+    "bitsandbytes.nn.modules.Linear4bit": _Entry(lora_linear_4bit, is_linear=True),
+    nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
+    nn.Conv2d: _Entry(LoRAConv2d, is_linear=False),
+}
+
+
+def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = False) -> Callable[[Registered], Registered]:
+    """Registers a LoRA class for a layer type, in place of any other for that type.
+
+    A decorator for the class (``class LoRAMine(LoRALayer, Mine)``), or for a function without arguments that returns it and is
+    called once a model has such a layer. The class must be registered wherever a chain is trained or loaded.
+
+    Args:
+        layer_type: the plain layer's class, itself and no subclass, or its dotted name (``"package.module.Class"``), so that
+            the package need not be imported.
+        is_linear: whether ``all-linear`` includes these layers.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> @register_lora_layer(Scaled)
+        ... class LoRAScaled(LoRALayer, Scaled):
+        ...     def project_up(self, hidden, lora_B):
+        ...         return 2 * super().project_up(hidden, lora_B)
+        >>> lora_class(Scaled(4, 3)).__name__
+        'LoRAScaled'
+    """
+
+    def register(lora_class: Registered) -> Registered:
+        _entries[layer_type] = _Entry(lora_class, is_linear)
+        return lora_class
+
+    return register
+
+
+def _find(module: nn.Module) -> _Entry | None:
+    """The entry of a module's class; a subclass of a linear layer that inherits its ``forward`` has the entry of that layer."""
+    own: Any = type_before_parametrizations(module)
+    if own is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention, which reads its weight and never calls it
+        return None
+    for base in own.__mro__:
+        entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
+        if entry is not None:
+            return entry if base is own or (entry.is_linear and own.forward is base.forward) else None
+    return None
+
+
+def lora_class(module: nn.Module) -> type[LoRALayer] | None:
+    """The LoRA class for a plain layer; None where there is none.
+
+    Example:
+        >>> lora_class(nn.Linear(2, 2)).__name__, lora_class(nn.LayerNorm(2))
+        ('LoRALinear', None)
+    """
+    entry = _find(module)
+    if entry is None:
+        return None
+    found: type[LoRALayer] = entry.lora_class if isinstance(entry.lora_class, type) else entry.lora_class()
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a layer that ``all-linear`` includes."""
+    entry = _find(module)
+    return entry is not None and entry.is_linear
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that are made on first use, for pickle, which finds a class by its module and name."""
+    if name == "LoRAConv1D":
+        return lora_conv1d()
+    if name == "LoRALinear4bit":
+        return lora_linear_4bit()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ---------------------------------------------------------------------- into a model, and out again
 
 
 def inject_lora(
@@ -234,12 +332,29 @@ def _class_for(name: str, layer: nn.Module, finished_links: FinishedLinks) -> ty
     """The LoRA class for a target, which must be a layer that can have links."""
     found = lora_class(layer)
     if found is None:
+        kinds = [key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in _entries]
         raise UserError(
-            f"model.target_modules: expected layers of type {layer_types()} (register_lora_layer adds others), received "
-            f"{name!r}, which is a {type(layer).__name__}"
+            f"model.target_modules: expected layers of type {', '.join(kinds[:-1])} or {kinds[-1]} (register_lora_layer adds "
+            f"others), received {name!r}, which is a {type(layer).__name__}"
         )
-    if (reason := obstacle(layer)) is not None:
+    if (reason := _obstacle(layer) or found.obstacle(layer)) is not None:
         raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
     if finished_links == "merge" and is_quantized(layer):
         raise UserError(f"model.finished_links: expected stack for the quantised weight of {name!r}, received merge")
     return found
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of a registered type cannot have a link, with the remedy; None if it can.
+
+    A weight that is recomputed at each forward pass (pruning, weight and spectral norm) cannot be merged into, and an
+    instance's own ``forward`` would never reach the link.
+    """
+    if "forward" in vars(layer):
+        return "which has a forward of its own (accelerate's hooks set one: remove_hook_from_submodules removes it)"
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return (
+            "whose weight is computed at each forward pass: torch.nn.utils (parametrize.remove_parametrizations, "
+            "remove_weight_norm, prune.remove, ...) makes it a parameter"
+        )
+    return None

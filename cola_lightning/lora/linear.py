@@ -35,5 +35,5 @@ def lora_conv1d() -> type[LoRALayer]:
             return layer.nx, layer.nf
 
     # Where pickle finds it.
-    LoRAConv1D.__module__, LoRAConv1D.__qualname__ = "cola_lightning.lora.registry", "LoRAConv1D"
+    LoRAConv1D.__module__, LoRAConv1D.__qualname__ = "cola_lightning.lora.inject", "LoRAConv1D"
     return LoRAConv1D

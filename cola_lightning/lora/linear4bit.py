@@ -141,5 +141,5 @@ def lora_linear_4bit() -> type[LoRALayer]:
             return dequantized_weight(self)
 
     # Where pickle finds it.
-    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.lora.registry", "LoRALinear4bit"
+    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.lora.inject", "LoRALinear4bit"
     return LoRALinear4bit

@@ -1,27 +1,46 @@
-"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again."""
+"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again.
+
+A module is made again from its class and plain constructor arguments, which are recorded, so that the file alone is enough.
+"""
 
 import functools
+import inspect
 import logging
+import pydoc
+import re
+from collections import UserString
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.serialization import config
 from typing_extensions import override
 
+import cola_lightning
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
-from cola_lightning.module.arguments import find_class, plain, stored_arguments
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
 OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
+
+# Neither written to a checkpoint nor taken from one: arguments of the training, of which inference needs none, and those by
+# which another person's file could have code executed.
+NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
+NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # the latter may name a kernel of the hub
+
+CONFIG = "_omegaconf_"  # the key under which a configuration's resolved values are stored
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -93,6 +112,137 @@ def _with_plain_numbers(value: Any) -> Any:
 @functools.cache
 def _warn_once(what: str) -> None:
     log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
+
+
+# ---------------------------------------------------------------------- a module's class and arguments
+
+
+class RecordsArguments:
+    """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
+
+    (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
+
+    Attributes:
+        constructor_arguments: ``class_path``; the plain ``init_args``; ``defaults`` of others, which may change later; and
+            ``not_plain``: names of arguments without a plain value.
+    """
+
+    constructor_arguments: dict[str, Any]
+
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
+        """Records the arguments, by name, as they are before ``__init__`` may change them."""
+        self = super().__new__(cls)
+        recorded: dict[str, Any] = {"class_path": class_path(cls), "init_args": {}, "not_plain": [], "defaults": {}}
+        with suppress(TypeError):  # __init__ will raise it
+            bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+            parameters = list(bound.signature.parameters.values())[1:]  # without self
+            given = dict(list(bound.arguments.items())[1:])
+            for parameter in parameters:
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    given |= given.pop(parameter.name, {})
+                if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and parameter.name in given:
+                    given[parameter.name] = object()  # not plain: it has no name by which it could be given again
+            for name in [name for name in given if name not in NOT_RECORDED]:
+                try:
+                    recorded["init_args"][name] = plain(given[name])
+                except TypeError:
+                    recorded["not_plain"].append(name)
+            recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in given}
+        self.__dict__["constructor_arguments"] = recorded
+        return self
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The plain defaults of a class' arguments; of this package's classes also those of the base's, which they pass on."""
+    defaults: dict[str, Any] = {}
+    for owner in (one for one in cls.__mro__ if "__init__" in vars(one)):
+        for parameter in inspect.signature(owner.__init__).parameters.values():  # type: ignore[misc]
+            if parameter.name not in NOT_RECORDED and parameter.default is not parameter.empty:
+                with suppress(TypeError):
+                    defaults.setdefault(parameter.name, plain(parameter.default))
+        if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
+            break
+    return defaults
+
+
+def class_path(cls: type) -> str:
+    """The import path of a class: the public one for this package's classes, whose files may move."""
+    if cls.__module__.startswith("cola_lightning.") and getattr(cola_lightning, cls.__name__, None) is cls:
+        return f"cola_lightning.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def plain(value: Any) -> Any:
+    """The value in types that ``torch.load(weights_only=True)`` reads: built-in ones, tensors, dtypes, devices and sizes.
+
+    Raises:
+        TypeError: if it cannot be expressed in them.
+    """
+    if value is None or type(value) in (bool, Tensor, torch.dtype, torch.device, torch.Size):
+        return value
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
+        if isinstance(value, kind) and not isinstance(value, Enum):  # which would not be one of its class when it comes back
+            return kind(value)
+    if isinstance(value, PathLike):
+        return str(value)
+    if type(value).__module__.startswith("omegaconf."):
+        from omegaconf import OmegaConf
+
+        return {CONFIG: plain(OmegaConf.to_container(value, resolve=True))}
+    # A list, a tuple, or another library's equivalent.
+    if isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview):
+        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    raise TypeError(f"expected plain values, received {type(value).__name__}")
+
+
+def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments that a checkpoint holds, as far as a class takes them.
+
+    Args:
+        cls: the class to be made.
+        recorded: the ``constructor_arguments`` of the checkpoint's module.
+    """
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    stored = recorded.get("defaults", {}) | recorded.get("init_args", {})  # an older checkpoint has no defaults
+    own = {name for name in stored.keys() - NOT_RECORDED if takes_any or name in parameters}
+    return {name: _with_configs(stored[name]) for name in own}
+
+
+def _with_configs(value: Any) -> Any:
+    """A plain value with OmegaConf's configurations in place of what :func:`plain` writes for them."""
+    if isinstance(value, Mapping) and value.keys() == {CONFIG}:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.create(_literal(value[CONFIG]))
+    if isinstance(value, Mapping):
+        return {key: _with_configs(part) for key, part in value.items()}
+    return type(value)(map(_with_configs, value)) if type(value) in (list, tuple) else value
+
+
+def _literal(value: Any) -> Any:
+    """Resolved values of a configuration: an interpolation in a file, which may call a resolver, is text."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: _literal(part) for key, part in value.items()}
+    return [_literal(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def find_class(path: str) -> type:
+    """The class at an import path; it may be nested in another.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    found = pydoc.locate(path)
+    if isinstance(found, type):
+        return found
+    raise UserError(f"checkpoint: expected its module's class to be importable from here, received {path!r}, which is not")
 
 
 # ---------------------------------------------------------------------- a module from a file

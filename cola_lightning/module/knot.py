@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
+from cola_lightning.module.rolling import refresh, scale_steps
 from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
     if run.schedule.refresh_rank is not None and rank is None and alpha is None:
-        link = _refresh(module, run.schedule.refresh_rank)
+        link = refresh(module, run.schedule.refresh_rank)
     else:
         rank = run.schedule.rank(module.link + 1) if rank is None else rank
         alpha = run.schedule.alpha(module.link + 1) if alpha is None else alpha
@@ -29,24 +30,11 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     return link
 
 
-def _refresh(module: "COLAModule", rank: int) -> Link:
-    """Finishes the oldest components of a module's current link, as a link of this rank; the others go on."""
-    adapted, run, trainer = module.adapted, module.run, trainer_of(module)
-    if not run.components:
-        run.components = [(row, run.link_start.global_step) for row in range(next(iter(adapted.layers.values())).rank)]
-    oldest = [row for row, _ in run.components[:rank]]
-    link = adapted.tie_knot(components=oldest, **run.metadata(trainer))
-    run.link_start = run.position(trainer)
-    run.components = run.components[rank:] + [(row, run.link_start.global_step) for row in oldest]
-    if run.trainer is not None:
-        module.optimization.renew(run.trainer.optimizers, adapted, oldest)
-    return link
-
-
 def begin_at(module: "COLAModule", start: FitPosition) -> None:
     """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     module.run.link_start = start
-    _make_optimizers(module)
+    if module.run.schedule.refresh_rank is None:  # else it goes on over knots
+        _make_optimizers(module)
 
 
 def _make_optimizers(module: "COLAModule") -> None:
@@ -64,5 +52,6 @@ def _make_optimizers(module: "COLAModule") -> None:
                 "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
             )
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
+        scale_steps(module, trainer.optimizers)
     elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)

@@ -28,12 +28,12 @@ from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.inject import check_factors, inject_lora
 from cola_lightning.lora.layer import FinishedLinks, Init
 from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
-from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.batch_seed import BatchSeed
-from cola_lightning.module.checkpoint import load_module, readable
+from cola_lightning.module.checkpoint import RecordsArguments, class_path, load_module, readable
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.knot import tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
+from cola_lightning.module.rewind import ExactResume
 from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.module.run_checks import RunChecks
 from cola_lightning.module.state import (
@@ -518,7 +518,7 @@ class COLAModule(LightningModule, RecordsArguments):
         trainer = trainer_of(self)
         callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         is_there = any(isinstance(callback, RunChecks) and callback.module is self for callback in callbacks)
-        return [] if is_there else [BatchSeed(self), RunChecks(self)]
+        return [] if is_there else [BatchSeed(self), RunChecks(self), ExactResume(self)]
 
     # ------------------------------------------------------------------ state
 
@@ -620,7 +620,8 @@ def _with_our_callbacks(own: Callable[[Any], Any]) -> Callable[[Any], list[Callb
     def configure_callbacks(self: COLAModule) -> list[Callback]:
         given = own(self)
         others = [given] if isinstance(given, Callback) else given
-        return [*COLAModule.configure_callbacks(self), *(one for one in others if not isinstance(one, BatchSeed | RunChecks))]
+        others = [one for one in others if not isinstance(one, BatchSeed | RunChecks | ExactResume)]
+        return [*COLAModule.configure_callbacks(self), *others]
 
     return configure_callbacks
 

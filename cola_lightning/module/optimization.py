@@ -197,22 +197,6 @@ class LinkOptimization:
             for old, new in zip(before, now, strict=True):
                 copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
 
-    @torch.no_grad()
-    def renew(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel, components: list[int]) -> None:
-        """Clears the state of components that begin anew, in place; the others', and step counts, are kept.
-
-        Args:
-            optimizers: of the run.
-            adapted: the model.
-            components: the rows of A and columns of B that begin.
-        """
-        for optimizer in optimizers:
-            for layer in adapted.layers.values():
-                for factor, entries in ((layer.lora_A, (components,)), (layer.lora_B, (slice(None), components))):
-                    for value in optimizer.state.get(factor, {}).values():
-                        if isinstance(value, Tensor) and value.shape == factor.shape:
-                            value[entries] = 0
-
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain a part, where it is to, after their first step."""
         if self.run.schedule.refresh_rank or 0 < self.kept_optimizer_state < 1:

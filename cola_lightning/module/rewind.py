@@ -1,4 +1,4 @@
-"""The progress of a run in a checkpoint: the end of its last finished accumulation window, whenever the checkpoint is written.
+"""Exact resumes: a checkpoint resumes from the end of its run's last finished accumulation window, whenever it is written.
 
 Lightning stores no gradients, so a checkpoint from inside a window can only be resumed exactly from the window's start, since
 which no step has changed weights, optimizer or chain. And it takes a validation that was interrupted, or had not begun, for
@@ -10,13 +10,21 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; onl
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
+from typing_extensions import override
+
+from cola_lightning import layout
+from cola_lightning.module.state import values_of
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 Progress = dict[str, Any]
 
@@ -42,6 +50,83 @@ class Window:
     loaders: list[dict[str, Any]]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ExactResume(Callback):
+    """Has each checkpoint of a fit say where the run resumes, which may be before where the run is.
+
+    Args:
+        module: the module of the fit.
+    """
+
+    def __init__(self, module: "COLAModule") -> None:
+        self.module = module
+        self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The name of its state in checkpoints, also in those that another class has written."""
+        return "RunChecks"
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
+        self._buffer_names = sorted(self._tensors().keys() - set(parameters))
+        self.module.run.is_validating = False
+        # Batch 0, unless the fit resumes inside an epoch.
+        self._window = beginning_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window = beginning_window(trainer, 0)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            state = self._tensors() if self._buffer_names else {}
+            buffers = {name: layout.gather(state[name]) for name in self._buffer_names if name in state}
+            counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+            states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
+            self._window = replace(self._window, buffers=buffers, callbacks=states)
+        align_logged_step(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._window = beginning_window(trainer, batch_idx + 1)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.module.run.is_validating = True
+            align_logged_step(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.module.run.is_validating = False
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        run = self.module.run
+        if run.trainer is not trainer:  # not of a fit
+            return
+        counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=run.is_validating)
+        checkpoint["callbacks"][self.state_key] = {"progress": counters}
+        if window is not None:
+            checkpoint["state_dict"] |= window.buffers
+            checkpoint["callbacks"] |= window.callbacks
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint["callbacks"].get(self.state_key)
+        if stored is not None and trainer.state.fn == "fit":
+            resume_from(checkpoint, stored["progress"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in values_of(self.module).items() if isinstance(value, Tensor)}
 
 
 def beginning_window(trainer: Trainer, batch_idx: int) -> Window:

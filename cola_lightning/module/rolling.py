@@ -1,14 +1,15 @@
 """A rolling chain: a knot finishes the oldest components of a link, and the rest of the link goes on.
 
-A component is a row of A with its column of B. Those that a knot finishes become a link of their number, and are drawn anew. The
-optimizer goes on, without their moments. It counts steps, and has a rate, for a factor as a whole: so each of its steps is scaled,
-component by component, to what it would be in an optimizer that began with the component, after a warm-up of its own.
+A component is a row of A with its column of B. Those that a knot finishes become a link of their number, and are drawn anew.
+The optimizer goes on without their moments. It counts steps, and has a rate, for a factor as a whole; so each of its steps is
+scaled, component by component, to that of an optimizer that began with the component, in the component's own warm-up.
 
-Source: SwitchLoRA (arXiv 2406.06564) and SRLoRA (arXiv 2505.12433) exchange a few dimensions of a LoRA at a time.
+Source: SwitchLoRA (arXiv 2406.06564) and SRLoRA (arXiv 2505.12433) exchange a few components of a LoRA at a time.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Link
-from cola_lightning.module.run import Run, trainer_of
+from cola_lightning.chain.schedule import warmup_length
+from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -33,19 +35,9 @@ def refresh(module: "COLAModule", rank: int) -> Link:
     link = adapted.tie_knot(components=oldest, **run.metadata(trainer))
     run.link_start = run.position(trainer)
     run.components = [*run.components[rank:], *((row, run.link_start.global_step) for row in oldest)]
-    if run.trainer is not None:
-        for optimizer in run.trainer.optimizers:
-            clear_state(optimizer, adapted, oldest)
+    for optimizer in [] if run.trainer is None else run.trainer.optimizers:
+        clear_state(optimizer, adapted, oldest)
     return link
-
-
-@torch.no_grad()
-def clear_state(optimizer: Optimizer, adapted: AdaptedModel, components: list[int]) -> None:
-    """Zeroes an optimizer's moments of some components, in place; other state, and step counts, do not change."""
-    for factor, dim in factors_of(adapted):
-        for value in optimizer.state.get(factor, {}).values():
-            if isinstance(value, Tensor) and value.shape == factor.shape:
-                value.index_fill_(dim, torch.tensor(components, device=value.device), 0)
 
 
 def factors_of(adapted: AdaptedModel) -> Iterator[tuple[Tensor, int]]:
@@ -55,16 +47,20 @@ def factors_of(adapted: AdaptedModel) -> Iterator[tuple[Tensor, int]]:
         yield layer.lora_B, 1
 
 
-def scale_steps(optimizer: Optimizer, adapted: AdaptedModel, run: Run, warmup_steps: Callable[[int], float]) -> None:
-    """Has an optimizer step with each component as it would if it had begun with it.
+@torch.no_grad()
+def clear_state(optimizer: Optimizer, adapted: AdaptedModel, components: list[int]) -> None:
+    """Zeroes an optimizer's moments of some components, in place; other state, and its counts of steps, do not change."""
+    for factor, dim in factors_of(adapted):
+        for value in optimizer.state.get(factor, {}).values():
+            if isinstance(value, Tensor) and value.shape == factor.shape:
+                value.index_fill_(dim, torch.tensor(components, device=value.device), 0)
 
-    Args:
-        optimizer: of the run.
-        adapted: the model.
-        run: knows when each component began.
-        warmup_steps: of a component that began at a step.
-    """
-    before: list[Tensor] = []
+
+def scale_steps(module: "COLAModule", optimizers: Sequence[Optimizer]) -> None:
+    """Has optimizers of a rolling chain step with each component as they would if they had begun with it."""
+    adapted, run, before = module.adapted, module.run, list[Tensor]()
+    if run.schedule.refresh_rank is None:
+        return
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
@@ -73,25 +69,48 @@ def scale_steps(optimizer: Optimizer, adapted: AdaptedModel, run: Run, warmup_st
     @torch.no_grad()
     def scale(optimizer: Optimizer, *_: Any) -> None:
         assert run.trainer is not None
-        counts = {row: run.trainer.global_step + 1 - start for row, start in run.components}
-        rises = {row: warmup_steps(start) if start else 0 for row, start in run.components}
+        done, rises = run.trainer.global_step, warmups(run.components, module.optimization.knot_warmup_steps)
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for (factor, dim), old in zip(factors_of(adapted), before, strict=False):
+        for (factor, dim), old in zip(factors_of(adapted), before, strict=False):  # none before the first knot
+            if (group := groups.get(id(factor))) is None:
+                continue
             weights = torch.ones(factor.shape[dim])
-            for row, count in counts.items():
-                warm = min(1, (count - 1) / rises[row]) if rises[row] else 1
-                weights[row] = warm * _correction(groups[id(factor)], optimizer.state[factor], count)
+            for row, start in run.components:
+                age, rise = done - start, rises[start]
+                rising = age / rise if age < rise else 1.0
+                weights[row] = rising * _correction(group, optimizer.state.get(factor, {}), age + 1)
             shape = (-1, 1) if dim == 0 else (1, -1)
-            factor.copy_(old.lerp_(factor, weights.to(factor).view(shape)))
+            factor.copy_(old.lerp(factor, weights.to(factor).view(shape)))
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(scale)
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(scale)
 
 
-def _correction(group: Mapping[str, Any], state: Mapping[str, Any], count: int) -> float:
-    """Adam's bias correction after so many steps, divided by that after all steps that the state counts; else 1."""
+def warmups(components: Sequence[tuple[int, int]], knot_warmup_steps: float) -> dict[int, int]:
+    """The warm-up of each component by the step at which it began; none for the oldest ones, whose warm-up is over.
+
+    Args:
+        components: rows of A, from the oldest to the newest, and the step at which each began.
+        knot_warmup_steps: a number of steps; below 1, a share of a component's life if the knots go on at this distance.
+
+    Example:
+        >>> warmups([(2, 0), (3, 0), (0, 100), (1, 100)], 0.25)
+        {0: 0, 100: 50}
+    """
+    starts = dict.fromkeys(start for _, start in components)
+    rises = dict.fromkeys(starts, 0)
+    for previous, start in itertools.pairwise(starts):
+        n_begun = sum(begun == start for _, begun in components)
+        rises[start] = warmup_length(knot_warmup_steps, (start - previous) * len(components) / n_begun)
+    return rises
+
+
+def _correction(group: Mapping[str, Any], state: Mapping[str, Any], n_steps: int) -> float:
+    """Adam's bias correction after so many steps over that after all that its state counts; 1 for optimizers without."""
     if "exp_avg_sq" not in state:
         return 1.0
-    (beta1, beta2), total = group["betas"], float(state["step"])
-    own, common = (math.sqrt(1 - beta2**n) / (1 - beta1**n) for n in (min(count, total), total))
+    beta1, beta2 = map(float, group["betas"])
+    total = float(state["step"])
+    own, common = (math.sqrt(1 - beta2**n) / (1 - beta1**n) for n in (min(n_steps, total), total))
     return own / common

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cola_lightning import layout
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
-from cola_lightning.module.rewind import Window
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ class Run:
             at the same position continues it.
         trainer_ref: of the last fit; an evaluation by another Trainer may have followed.
         length: length of the fit; None while it is not known.
-        window: the accumulation window that has begun, or begins with the next batch; None before a fit.
         is_validating: whether a validation inside a fit has begun and not ended.
         is_tying: whether a knot has begun, and has not succeeded.
         earlier_metrics: the current link's, logged in an earlier run of a Trainer.
@@ -51,7 +49,6 @@ class Run:
     left_at: FitPosition | None = None
     trainer_ref: weakref.ref[Trainer] | None = None
     length: RunLength | None = None
-    window: Window | None = None
     is_validating: bool = False
     is_tying: bool = False
     earlier_metrics: dict[str, float] = field(default_factory=dict)

@@ -1,11 +1,9 @@
-"""The callback by which a module takes part in a Trainer's runs.
+"""The callback that begins a module's fits (schedule, position, length, learning rates) and checks its runs.
 
-It begins a fit (schedule, position, length, learning rates), stores where an accumulation window began, puts that into
-checkpoints and takes it from them, and checks what would go wrong without an error. A callback, and not the module's hooks,
-which a subclass could override without ``super()``.
+It checks what would go wrong without an error. A callback, and not the module's hooks, which a subclass could override without
+``super()``.
 """
 
-import copy
 import logging
 import math
 import weakref
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,9 +28,9 @@ from cola_lightning.module.batch_seed import BatchSeed
 from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
-from cola_lightning.module.rewind import align_logged_step, beginning_window, resume_from, rewound_progress
+from cola_lightning.module.rewind import ExactResume
+from cola_lightning.module.rolling import scale_steps
 from cola_lightning.module.run import accumulation_schedulers, run_length
-from cola_lightning.module.state import values_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -42,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class RunChecks(Callback):
-    """Begins the fits of one module, has them resume exactly, and checks its runs.
+    """Begins the fits of one module, and checks its runs.
 
     Args:
         module: the module.
@@ -55,7 +52,8 @@ class RunChecks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if pl_module is not self.module:  # the Trainer's next module: Lightning keeps a module's callbacks
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            trainer.callbacks = [c for c in callbacks if not isinstance(c, RunChecks | BatchSeed)]  # type: ignore[attr-defined]
+            others = [one for one in callbacks if not isinstance(one, BatchSeed | RunChecks | ExactResume)]
+            trainer.callbacks = others  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)
@@ -92,12 +90,7 @@ class RunChecks(Callback):
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
-        parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(_tensors_of(self.module).keys() - set(parameters))
-        self.module.run.is_validating = False
         self._modes = [(part, part.training) for part in pl_module.modules()]
-        first_batch = trainer.fit_loop.epoch_loop.batch_idx + 1  # 0, unless the fit resumes inside an epoch
-        self.module.run.window = beginning_window(trainer, first_batch)
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
@@ -105,6 +98,7 @@ class RunChecks(Callback):
         self.module.run.length = length
         self.module.run.schedule = self.module.run.schedule.in_run(length)
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
+        scale_steps(self.module, trainer.optimizers)
         self._check_links(length)
         log.info("%s", _summary(self.module))
 
@@ -137,21 +131,8 @@ class RunChecks(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self.module.run
-        run.window = beginning_window(trainer, 0)
         if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
-            now = FitPosition(trainer.current_epoch, trainer.global_step)
-            run.length = replace(run.length, epoch_start=now)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        window = self.module.run.window
-        if window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            state = _tensors_of(self.module) if self._buffer_names else {}
-            buffers = {name: layout.gather(state[name]) for name in self._buffer_names if name in state}
-            counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-            states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
-            self.module.run.window = replace(window, buffers=buffers, callbacks=states)
-        align_logged_step(trainer)
+            run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
 
     @override
     def on_train_batch_end(
@@ -160,18 +141,6 @@ class RunChecks(Callback):
         if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
             self._is_state_unchecked = False
             self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.module.run.window = beginning_window(trainer, batch_idx + 1)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.module.run.is_validating = True
-            align_logged_step(trainer)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.run.is_validating = False
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,24 +163,6 @@ class RunChecks(Callback):
         if self.module.run.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stores where a resume begins, which may be before where the run is."""
-        run = self.module.run
-        if run.trainer is not trainer:  # not of a fit
-            return
-        counters, window = rewound_progress(checkpoint, trainer, run.window, is_validating=run.is_validating)
-        checkpoint["callbacks"][self.state_key] = {"progress": counters}
-        if window is not None:
-            checkpoint["state_dict"] |= window.buffers
-            checkpoint["callbacks"] |= window.callbacks
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        stored = checkpoint["callbacks"].get(self.state_key)
-        if stored is not None and trainer.state.fn == "fit":
-            resume_from(checkpoint, stored["progress"])
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -244,10 +195,6 @@ class RunChecks(Callback):
                 len(lora_layers(self.module.model)),
                 first_names(names),
             )
-
-
-def _tensors_of(module: "COLAModule") -> dict[str, Tensor]:
-    return {name: value for name, value in values_of(module).items() if isinstance(value, Tensor)}
 
 
 def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:

@@ -18,7 +18,7 @@ from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
 from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.module.arguments import plain
+from cola_lightning.module.checkpoint import plain
 from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:

@@ -59,8 +59,6 @@ class Comparison:
                 object.__setattr__(self, name, os.path.expanduser(path))
         if not Path(self.config).is_file():
             raise UserError(f"config: expected a file, received {self.config!r}")
-        if Path(self.output).exists() and not Path(self.output).is_dir():
-            raise UserError(f"output: expected a folder, received {self.output!r}, which is a file")
         check_writable("output", self.output)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError(f"methods: expected a list of names, each once, received {self.methods}")

@@ -39,21 +39,19 @@ def method(name: str, config: Config) -> Method:
 
     Args:
         name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links, as equal as whole epochs or steps
-            allow, instead of the config's chain; ``roll-N`` has N knots.
+            allow, instead of the config's chain; ``roll-N`` has N knots, and ``roll`` the config's ``chain.knots``, or 12.
         config: the complete configuration of ``cola fit``.
 
     Raises:
         UserError: for an unknown name, and for a config that lacks what the method needs.
     """
-    kind, n_links = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()  # type: ignore[union-attr]
-    if kind not in METHODS:
+    kind, n_links = re.fullmatch(r"(.*?)(?:-([1-9]\d*))?", name).groups()  # type: ignore[union-attr]
+    if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
         raise UserError(f"methods: expected {', '.join(METHODS)}, received {name!r}{nearest(name, METHODS)}")
+    if kind == "roll":
+        return METHODS[kind](name, config, lambda name, config: _rolling_chain(config, n_links))
     if n_links is None:
         return METHODS[kind](name, config, _own_chain)
-    if kind in WITHOUT_CHAIN or int(n_links) < 1:
-        raise UserError(f"methods: expected {kind if kind in WITHOUT_CHAIN else f'{kind}-1 or more'}, received {name!r}")
-    if kind == "roll":
-        return METHODS[kind](name, config, lambda name, config: _rolling_chain(config, int(n_links)))
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
         return METHODS[kind](name, config, lambda name, config: ([_rank(config)] * int(n_links), {}))
     return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
@@ -191,9 +189,10 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
     return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
 
 
-def _rolling_chain(config: Config, n_knots: int) -> tuple[list[int], dict[str, Any]]:
+def _rolling_chain(config: Config, knots: str | None) -> tuple[list[int], dict[str, Any]]:
     """The ranks of a chain whose knots each finish the config's ``refresh_rank``, or else a quarter of the link."""
     rank, chain = _rank(config), config["chain"]
+    n_knots = int(knots or chain["knots"] or 12)
     refreshed = chain["refresh_rank"] or max(1, rank // 4)
     options = {"chain.knots": n_knots, "chain.until": chain["until"], "chain.refresh_rank": refreshed}
     return [refreshed] * n_knots + [rank], NO_CHAIN | options

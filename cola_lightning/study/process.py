@@ -9,9 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from cola_lightning.errors import DiskError, UserError
+from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ def execute(
 
     Raises:
         UserError: if the run reports a user error, which ends the study: it is the config, or one of its methods.
-        DiskError: if its log cannot be written.
     """
-    output = _new_log(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a process that a dead study has left may still write into it
+    output = (folder / LOG).open("w")
     reading, writing = os.pipe()
     asked = json.dumps({"words": list(words), "metric": metric, "report": writing})
     reports: dict[str, Any] = {}
@@ -56,16 +57,6 @@ def execute(
     if status == 2:
         raise UserError(_last_error(folder / LOG))
     return reports.get("result") if status == 0 else None
-
-
-def _new_log(folder: Path) -> IO[str]:
-    """Empties a run's folder, and opens its log."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # a process that a dead study has left may still write into it
-        return (folder / LOG).open("w")
-    except OSError as error:
-        raise DiskError(f"{folder / LOG} could not be written ({error.strerror})") from error
 
 
 def _reports(reading: int, at_least_every: float) -> Iterator[dict[str, Any]]:

@@ -97,26 +97,11 @@ def read(path: Path) -> list[Result]:
     results = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
-            results.append(_of_line(line))
+            results.append(Result(**json.loads(line)))
         except (TypeError, ValueError) as error:
             received = line[:60].decode(errors="replace")
             raise UserError(f"output: expected a run's result in {path}, line {number}, received {received!r}") from error
     return results
-
-
-def _of_line(line: bytes) -> Result:
-    """The result of a line, which someone may have edited.
-
-    Raises:
-        TypeError, ValueError: for another line.
-    """
-    result = Result(**json.loads(line))
-    counts = [result.seed, result.links, result.steps, result.trainable_parameters]
-    is_result = isinstance(result.method, str) and all(isinstance(count, int) and count >= 0 for count in counts)
-    is_result = is_result and 1e-12 <= result.learning_rate <= 1e6 and result.seconds >= 0 and result.peak_memory >= 0
-    if not is_result or not all(step >= 0 and isinstance(value, int | float) for step, value in result.curve):
-        raise ValueError("a value that no run has")
-    return result
 
 
 def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:
