@@ -20,7 +20,6 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 from studies import compare, run
 
@@ -44,8 +43,8 @@ class Stage:
         rates: those of each method.
         tuning_seeds: by how many seeds rates are compared.
         variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``;
-            ``knot-at-a-quarter``, with one knot, after a quarter of the steps; or ``one-base``, the same runs anew, from one
-            pre-training of the base.
+            ``knot-at-a-quarter``, with one knot, after a quarter of the steps; ``one-base``, the same runs anew, from one
+            pre-training of the base; ``rolling``, from another one; or ``rolling-until-0.5``, whose knots end at half of the run.
     """
 
     rank: int
@@ -53,7 +52,7 @@ class Stage:
     seeds: int
     rates: dict[str, list[float]] = field(hash=False)
     tuning_seeds: int = 1
-    variant: Literal["", "decay-in-each-link", "knot-at-a-quarter", "one-base"] = ""
+    variant: str = ""
 
     @property
     def folder(self) -> Path:
@@ -77,6 +76,9 @@ class Stage:
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
         if self.variant == "knot-at-a-quarter":
             of_fit |= {"chain.every_n_train_steps": "null", "chain.at_steps": f"[{self.steps // 4}]"}
+        if "until" in self.variant:
+            until = float(self.variant.removeprefix("rolling-until-"))
+            of_fit |= {"chain.every_n_train_steps": "null", "chain.knots": 12, "chain.until": until}
         return compare(options, of_fit)
 
     def best(self) -> dict[str, list[Result]]:
@@ -86,9 +88,11 @@ class Stage:
 
 NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 NAMES |= {"lora-sum-rank-4": "LoRA, four times the rank", "full": "full fine-tuning", "cola": "one knot, after a quarter"}
+NAMES |= {f"roll-{n}": f"rolling, {n} knots" for n in (6, 8, 12, 24)}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
 RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8", "cola-16")}
+ROLL_8 = {name: [1e-2] for name in ("lora", "cola-4", "roll-12")}
 LINK_1 = {name: [2e-2] for name in ("cola-4", "cola-16")}
 LINK_8 = {name: [1e-2] for name in ("cola-4", "cola-8")}
 FULL, SUM = {"full": [2e-3]}, {"lora-sum-rank-4": [1e-2]}
@@ -116,6 +120,16 @@ STAGES = [
     Stage(8, 800, 5, RANK_8),
     Stage(1, 3200, 5, RANK_1),
     Stage(8, 3200, 3, {"lora": [1e-2], "cola-16": [1e-2]}, variant="one-base"),
+    Stage(8, 3200, 1, ROLL_8, variant="rolling"),
+    Stage(8, 800, 3, ROLL_8, variant="rolling"),
+    Stage(8, 3200, 2, ROLL_8, variant="rolling"),
+    Stage(8, 800, 3, {"roll-8": [1e-2]}, variant="rolling-until-0.5"),
+    Stage(8, 3200, 3, ROLL_8, variant="rolling"),
+    Stage(8, 800, 5, ROLL_8 | SUM, variant="rolling"),
+    Stage(8, 3200, 3, {"roll-8": [1e-2]}, variant="rolling-until-0.5"),
+    Stage(8, 3200, 5, ROLL_8 | SUM, variant="rolling"),
+    Stage(8, 3200, 3, {"roll-12": [1e-2]}, variant="rolling-until-0.9"),
+    Stage(8, 3200, 5, ROLL_8 | SUM | {"roll-6": [1e-2], "roll-24": [1e-2]}, variant="rolling"),
 ]
 
 

@@ -112,5 +112,5 @@ def _correction(group: Mapping[str, Any], state: Mapping[str, Any], n_steps: int
         return 1.0
     beta1, beta2 = map(float, group["betas"])
     total = float(state["step"])
-    own, common = (math.sqrt(1 - beta2**n) / (1 - beta1**n) for n in (min(n_steps, total), total))
+    own, common = (math.sqrt(1 - math.pow(beta2, n)) / (1 - math.pow(beta1, n)) for n in (min(n_steps, total), total))
     return own / common
