@@ -44,7 +44,7 @@ class Stage:
         tuning_seeds: by how many seeds rates are compared.
         variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``;
             ``knot-at-a-quarter``, with one knot, after a quarter of the steps; ``one-base``, the same runs anew, from one
-            pre-training of the base; ``rolling``, from another one; or ``rolling-until-0.5``, whose knots end at half of the run.
+            pre-training of the base; ``rolling``, from another one; ``rolling-until-0.5``, whose knots end at half of the run.
     """
 
     rank: int

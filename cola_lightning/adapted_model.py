@@ -294,7 +294,7 @@ class AdaptedModel:
         link = self.live_link(components, **metadata)
         for layers in self.by_unit():
             for layer in layers.values():
-                layer.finish(link.scaling, components)
+                layer.finish(components, link.scaling)
         self.chain.append(link)
         self.begin_link(rank, alpha, components)
         return link

@@ -39,6 +39,7 @@ from tests import tiny
 from tests.toy import trainer
 
 RANKS = [4, 2, 6, 3]
+ROLLING = {"chain": {"every_n_train_steps": 4, "refresh_rank": 2}}
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
 TIMEOUT = timedelta(seconds=60)
 
@@ -253,6 +254,9 @@ def same(folder):
     fit(folder, "mlp-ddp", strategy="ddp", **double)
     fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
     fit(folder, "llama-ddp", "llama", "ddp", **double)
+    fit(folder, "rolling-ddp", strategy="ddp", **ROLLING, **double)
+    fit(folder, "rolling-fsdp2", strategy="fsdp2", arguments={"finished_links": "stack"}, **ROLLING)
+    fit(folder, "rolling-fsdp1", strategy="fsdp1", gradient_clip_val=None, **ROLLING)
     fit(folder, "cnn-ddp", "cnn", "ddp", **double)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
     for model in ("mlp", "cnn", "opt", "llama", "gpt2"):

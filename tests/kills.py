@@ -77,7 +77,10 @@ trainer:
   enable_model_summary: false
 """
 
-SETUPS = {"digits": DIGITS, "llama": LLAMA}
+# The same knots, each of which finishes one of two components.
+ROLLING = DIGITS.replace("ranks: [2, 1, 2]", "refresh_rank: 1")
+
+SETUPS = {"digits": DIGITS, "rolling": ROLLING, "llama": LLAMA}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class Kill:
     hook: str
     digits: tuple[int, int]
     llama: tuple[int, int]
+
+    @property
+    def rolling(self):
+        return self.digits
 
     def __str__(self):
         return f"{self.moment}, {self.signal}"

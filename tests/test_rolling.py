@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, RMSprop
+from torch.utils.data import DataLoader
 
-from cola_lightning import AdaptedModel, ChainOfLoRA, UserError, lora_layers
+from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, COLACausalLM, UserError, lora_layers
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module.rolling import warmups
 from cola_lightning.seeding import derive_seed
+from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.methods import method
+from tests import tiny
 from tests.test_chain_of_lora import Watch
+from tests.test_compare import DIGITS
 from tests.test_resume import ARGUMENTS, FEW, Normed, fit, last
 from tests.toy import assert_bit_equal, batches, toy, trainer, weights
 
@@ -187,6 +192,31 @@ def test_a_checkpoint_replays_to_the_bit_and_goes_back(tmp_path, finished_links)
     assert torch.equal(back.merged_model()[0].weight, module.merged_model(2)[0].weight)
 
 
+@pytest.mark.parametrize(
+    "base",
+    [{}, {"dtype": "bfloat16", "finished_links": "stack"}, {"quantization": "nf4", "finished_links": "stack"}],
+    ids=["merged", "half precision", "4 bits"],
+)
+def test_a_language_model_is_loaded_and_exported_as_with_whole_links(tmp_path, base):
+    """An export is verified: it is loaded, and its logits are compared with the module's."""
+    if "quantization" in base:
+        pytest.importorskip("bitsandbytes")
+    arguments = {"rank": 4, "alpha": 6, "seed": 0, "optimizer": lambda p: AdamW(p, lr=1e-2)} | base
+    module = COLACausalLM(tiny.folder(tmp_path / "llama"), target_modules=["q_proj", "v_proj"], **arguments)
+    ids = torch.randint(2, 400, (6, 2, 8), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch} for batch in ids]
+    run = trainer(tmp_path, chain={"every_n_train_steps": 2, "refresh_rank": 1}, max_epochs=1)
+    run.fit(module, *(DataLoader(part, batch_size=None) for part in (rows, rows[:1])))
+    assert [link.rank for link in module.chain.links] == [1, 1]
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = COLACausalLM.load_from_checkpoint(tmp_path / "a.ckpt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval().model(ids[0]).logits, module.eval().model(ids[0]).logits)
+    for format in ("merged", "peft", "chain"):
+        loaded.export(tmp_path / format, format)
+    assert [link.rank for link in Chain.load(tmp_path / "chain").links] == [1, 1, 4]
+
+
 def test_a_knot_needs_no_trainer():
     def base():
         return torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -239,6 +269,14 @@ def test_a_schedule_that_cannot_be_is_refused(chain, field):
         ChainOfLoRA(**chain)
 
 
+def test_an_optimizer_without_a_moment_for_each_entry_is_refused(tmp_path):
+    def optimizer(parameters):
+        return torch.optim.Adafactor(parameters, lr=1e-3)
+
+    with pytest.raises(UserError, match=r"chain\.refresh_rank.* Adafactor"):
+        trainer(tmp_path, chain=ROLLING, max_epochs=1).fit(toy(rank=RANK, optimizer=optimizer), batches())
+
+
 @pytest.mark.parametrize(
     ("options", "refreshed"), [({}, 6), ({"trained_factors": "random"}, 2), ({"kept_optimizer_state": 0.1}, 2)]
 )
@@ -256,3 +294,23 @@ def test_a_rolling_run_is_not_resumed_as_another(tmp_path):
         trainer(tmp_path, chain={"every_n_train_steps": 5}, max_epochs=2).fit(
             toy(rank=RANK), batches(), ckpt_path=tmp_path / "a.ckpt"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "knots", "refreshed"),
+    [
+        ("roll-7", [], 7, 2),
+        ("roll", [], 12, 2),
+        ("roll", ["--chain.every_n_epochs", "null", "--chain.knots", "5", "--chain.refresh_rank", "3"], 5, 3),
+    ],
+)
+def test_a_rolling_chain_is_a_method_of_a_study(name, words, knots, refreshed):
+    words = ["--config", DIGITS, "--model.rank", "8", *words]
+    found = method(name, resolved(words))
+    assert (found.links, found.rank) == (knots + 1, 8)
+    chain = resolved([*words, *as_words(found.options)])["chain"]
+    assert (chain["knots"], chain["refresh_rank"], chain["until"]) == (knots, refreshed, 0.75)
+    assert method("cola", resolved([*words, *as_words(found.options)])).links == knots + 1
+    sum_rank = method("lora-sum-rank", resolved([*words, *as_words(found.options)]))
+    assert sum_rank.rank == knots * refreshed + 8
+    assert resolved([*words, *as_words(sum_rank.options)])["chain"]["refresh_rank"] is None

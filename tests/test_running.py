@@ -63,6 +63,13 @@ def make(**arguments):
 
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_a_knot_of_a_rolling_chain_compiles_nothing(tmp_path, graphs, mode):
+    chain = {"every_n_epochs": 1, "refresh_rank": 1}
+    module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
+    assert (module.link, len(graphs)) == (4, 2)
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
 def test_each_rank_is_compiled_once_for_training_and_once_for_validation(tmp_path, graphs, mode):
     chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)

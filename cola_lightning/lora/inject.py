@@ -217,7 +217,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         if name in stacked:
             layer.add_finished_link(*stacked[name], 1.0)
         if merge:
-            layer.finish(layer.scaling)
+            layer.finish()
         layer.strip_()
         for parameter in layer.parameters(recurse=False):
             if parameter.is_floating_point():

@@ -292,17 +292,17 @@ class LoRALayer(nn.Module):
         return self.update(*self.factors, self.scaling)
 
     @torch.no_grad()
-    def finish(self, scaling: float, components: Components = ALL) -> None:
+    def finish(self, components: Components = ALL, scaling: float | None = None) -> None:
         """Makes the current link, or some of its components, a finished one and sets their B to zero.
 
         The layer's function does not change.
 
         Args:
-            scaling: the finished link's, for a replay computes with it.
             components: the rows of A and columns of B that are finished.
+            scaling: the finished link's, with which a replay computes; None: the layer's.
         """
         lora_A, lora_B = self.factors
-        self.add_finished_link(lora_A[components], lora_B[:, components], scaling)
+        self.add_finished_link(lora_A[components], lora_B[:, components], self.scaling if scaling is None else scaling)
         self.lora_B[:, components] = 0
 
     def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

@@ -160,7 +160,7 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
         )
     epochs, steps = _length(config)
     unit, limit = ("epochs", epochs) if chain["every_n_epochs"] or chain["at_epochs"] else ("steps", steps)
-    if schedule.knots_unknown or limit is None:  # the number of links is known only after each run
+    if schedule.knots_unknown or (limit is None and schedule.knots is None):  # the number of links is known only after each run
         if name == "lora-sum-rank":
             of_run = f"that counts {unit} in a run with another limit than trainer.max_{unit}"
             raise UserError(
