@@ -245,8 +245,8 @@ def eight_bit(parameters):
     return pytest.importorskip("bitsandbytes.optim").AdamW8bit(parameters, lr=1e-3, min_8bit_size=1)
 
 
-def refused(share, optimizer):
-    return rf"model\.kept_optimizer_state: expected 0 or 1 with {optimizer}, whose .* received {share}"
+def refused(optimizer):
+    return rf"model\.kept_optimizer_state, .* with {optimizer}, whose"
 
 
 @pytest.mark.parametrize(("make", "name"), [(eight_bit, "AdamW8bit"), (Adafactor, "Adafactor")])
@@ -260,7 +260,7 @@ def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, ma
             steps.append(len(watch.seen))
 
     steps = []
-    with pytest.raises(UserError, match=refused(0.25, name)):
+    with pytest.raises(UserError, match=refused(name)):
         fit(0.25, {"every_n_train_steps": 5})
     fit(0.25, {})  # without a knot nothing is kept
     for kept in (0, 1):
@@ -271,7 +271,7 @@ def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, ma
     parameter.grad = torch.ones(4, 5)
     old.step()
     copy_state(old, new, 0.25, {})  # a factor's alone is kept in part
-    with pytest.raises(UserError, match=refused(0.25, name)):
+    with pytest.raises(UserError, match=refused(name)):
         copy_state(old, new, 0.25, {id(parameter): (slice(4),)})
 
 

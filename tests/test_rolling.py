@@ -256,7 +256,7 @@ def test_the_warm_up_is_a_share_of_a_component_s_life():
 @pytest.mark.parametrize(
     ("chain", "field"),
     [
-        ({"refresh_rank": 2, "ranks": [4]}, r"chain\.refresh_rank"),
+        ({"refresh_rank": 2, "ranks": [4]}, r"refresh_rank and ranks"),
         ({"refresh_rank": 0}, r"chain\.refresh_rank"),
         ({"knots": 3, "until": 1.5}, r"chain\.until"),
         ({"every_n_epochs": 3, "until": 0.5}, r"chain\.until"),
@@ -290,7 +290,7 @@ def test_a_rolling_run_is_not_resumed_as_another(tmp_path):
     run = trainer(tmp_path, chain=ROLLING, max_epochs=1)
     run.fit(toy(rank=RANK), batches())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"chain\.refresh_rank"):
+    with pytest.raises(UserError, match=r"refresh_rank 2, received refresh_rank null"):
         trainer(tmp_path, chain={"every_n_train_steps": 5}, max_epochs=2).fit(
             toy(rank=RANK), batches(), ckpt_path=tmp_path / "a.ckpt"
         )

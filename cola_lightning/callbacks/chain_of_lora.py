@@ -238,14 +238,10 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     largest = cast(int, module.max_rank)
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
-    if schedule.refresh_rank and schedule.refresh_rank >= largest:
-        raise UserError(
-            f"chain.refresh_rank: expected less than {largest}, which is model.rank (null: the whole link), received "
-            f"{schedule.refresh_rank}"
-        )
     optimization = cast("COLAModule", module).optimization
-    if schedule.refresh_rank and (module.trained_factors == "random" or optimization.kept_optimizer_state):
+    is_of_whole_links = module.trained_factors == "random" or optimization.kept_optimizer_state
+    if schedule.refresh_rank and (schedule.refresh_rank >= largest or is_of_whole_links):
         raise UserError(
-            "chain.refresh_rank: expected null with model.trained_factors random or model.kept_optimizer_state, which are of "
-            f"whole links, received {schedule.refresh_rank}"
+            f"chain.refresh_rank: expected less than model.rank, {largest}, without model.trained_factors random and "
+            f"model.kept_optimizer_state, which are of whole links, received {schedule.refresh_rank}"
         )

@@ -116,23 +116,18 @@ class ChainSchedule:
     default_alpha: float = 16
 
     def __post_init__(self) -> None:
-        whens = {name: getattr(self, name) for name in KNOT_OPTIONS}
-        given = [name for name, value in whens.items() if value is not None]
-        if len(given) > 1:
-            raise UserError(f"chain: expected at most one of {', '.join(whens)}, received {' and '.join(given)}")
-        counts = ("every_n_epochs", "every_n_train_steps", "knots", "patience")
-        if any(whens[name] is not None and whens[name] < 1 for name in counts):
-            raise UserError(f"chain.{given[0]}: expected a whole number of at least 1, received {whens[given[0]]}")
-        knots = self.at_epochs or self.at_steps or ()
+        for names in (KNOT_OPTIONS, ("refresh_rank", "ranks"), ("refresh_rank", "alphas")):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise UserError(f"chain: expected at most one of {', '.join(names)}, received {' and '.join(given)}")
+        for name in ("every_n_epochs", "every_n_train_steps", "knots", "patience", "refresh_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"chain.{name}: expected a whole number of at least 1, received {getattr(self, name)}")
+        knots, name = self.at_epochs or self.at_steps or (), "at_epochs" if self.at_epochs else "at_steps"
         if any(b <= a for a, b in itertools.pairwise((0, *knots))):
-            raise UserError(f"chain.{given[0]}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+            raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
         if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
             raise UserError(f"chain.until: expected a share between 0 and 1, beside chain.knots, received {self.until:g}")
-        if self.refresh_rank is not None and (self.refresh_rank < 1 or self.ranks or self.alphas):
-            raise UserError(
-                "chain.refresh_rank: expected a whole number of at least 1, without chain.ranks and chain.alphas, received "
-                f"{self.refresh_rank}{' and one of them' if self.ranks or self.alphas else ''}"
-            )
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):

@@ -245,12 +245,11 @@ def _run(model: Generator, options: Namespace, decoding: Decoding, prompt: str |
 
     kind, was_chat = model.prompt_format.get("kind"), bool(model.prompt_format.get("chat_template"))
     is_chat = was_chat if options.chat_template is None else options.chat_template
-    if options.chat and options.chat_template is False:
-        raise UserError("chat: expected --chat_template true or null beside it, received false")
-    if (options.chat or is_chat) and not model.tokenizer.chat_template:
-        raise UserError(
-            f"{'chat' if options.chat else 'chat_template'}: expected a tokenizer with a chat template, received one without"
-        )
+    has_template = bool(model.tokenizer.chat_template) and options.chat_template is not False
+    if (options.chat or is_chat) and not has_template:
+        received = "--chat_template false" if options.chat_template is False else "one without"
+        field = "chat" if options.chat else "chat_template"
+        raise UserError(f"{field}: expected a tokenizer with a chat template, received {received}")
     if kind == "options":
         _note("it was trained to choose among options, not to generate: `cola predict` chooses")
     elif options.chat and not was_chat:

@@ -278,11 +278,11 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
             "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
             f"{state.init_chain_source}, received {module.init_chain_source}"
         )
-    if state.has_knots and not schedule.has_knots:
-        raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
-    if state.refresh_rank != schedule.refresh_rank:
+    if (state.has_knots and not schedule.has_knots) or state.refresh_rank != schedule.refresh_rank:
+        received = f"refresh_rank {schedule.refresh_rank or 'null'}" if schedule.has_knots else "none"
         raise UserError(
-            f"chain.refresh_rank: expected {state.refresh_rank}, as in the checkpoint's run, received {schedule.refresh_rank}"
+            "chain: expected a chain with knots, as the run that wrote the checkpoint had, and its refresh_rank "
+            f"{state.refresh_rank or 'null'}, received {received}"
         )
     planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
     if state.live is not None and planned != state.scheduled:
