@@ -84,7 +84,7 @@ def refused(*rows: tuple[Any, str]) -> Callable[[Callable[..., object]], Callabl
 @refused(
     (
         {"every_n_epochs": 1, "at_steps": [2]},
-        "chain: expected at most one of every_n_epochs, every_n_train_steps, at_epochs, at_steps, patience, "
+        "chain: expected at most one of every_n_epochs, every_n_train_steps, at_epochs, at_steps, knots, patience, "
         "received every_n_epochs and at_steps",
     ),
     ({"every_n_epochs": 0}, "chain.every_n_epochs: expected a whole number of at least 1, received 0"),
@@ -1020,17 +1020,17 @@ def comparison(config="some.yaml", methods=("lora", "cola"), **options):
 @refused(
     (
         ("lore",),
-        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lore'; the "
+        "methods: expected lora, lora-sum-rank, cola, roll, full, rac, relora, asymmetric, received 'lore'; the "
         "nearest that exist: lora, relora",
     ),
     (
         ("lora-3",),
-        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'lora-3'; the "
+        "methods: expected lora, lora-sum-rank, cola, roll, full, rac, relora, asymmetric, received 'lora-3'; the "
         "nearest that exist: lora, relora",
     ),
     (
         ("cola-0",),
-        "methods: expected lora, lora-sum-rank, cola, full, rac, relora, asymmetric, received 'cola-0'; the "
+        "methods: expected lora, lora-sum-rank, cola, roll, full, rac, relora, asymmetric, received 'cola-0'; the "
         "nearest that exist: cola",
     ),
     (
