@@ -52,6 +52,7 @@ def _make_optimizers(module: "COLAModule") -> None:
                 "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
             )
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
-        scale_steps(module, trainer.optimizers)
+        if module.run.schedule.refresh_rank is not None:  # a whole link was finished by hand
+            scale_steps(module, trainer.optimizers)
     elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)

@@ -59,8 +59,6 @@ def clear_state(optimizer: Optimizer, adapted: AdaptedModel, components: list[in
 def scale_steps(module: "COLAModule", optimizers: Sequence[Optimizer]) -> None:
     """Has optimizers of a rolling chain step with each component as they would if they had begun with it."""
     adapted, run, before = module.adapted, module.run, list[Tensor]()
-    if run.schedule.refresh_rank is None:
-        return
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
@@ -68,23 +66,30 @@ def scale_steps(module: "COLAModule", optimizers: Sequence[Optimizer]) -> None:
 
     @torch.no_grad()
     def scale(optimizer: Optimizer, *_: Any) -> None:
-        assert run.trainer is not None
-        done, rises = run.trainer.global_step, warmups(run.components, module.optimization.knot_warmup_steps)
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        vectors: dict[tuple[Any, ...], Tensor] = {}  # few: factors that had as many steps share one
         for (factor, dim), old in zip(factors_of(adapted), before, strict=False):  # none before the first knot
             if (group := groups.get(id(factor))) is None:
                 continue
-            weights = torch.ones(factor.shape[dim])
-            for row, start in run.components:
-                age, rise = done - start, rises[start]
-                rising = age / rise if age < rise else 1.0
-                weights[row] = rising * _correction(group, optimizer.state.get(factor, {}), age + 1)
-            shape = (-1, 1) if dim == 0 else (1, -1)
-            factor.copy_(old.lerp(factor, weights.to(factor).view(shape)))
+            state = optimizer.state.get(factor, {})
+            key = id(group), float(state.get("step", 0)), factor.dtype, factor.device
+            if key not in vectors:
+                scales = {row: rising * _correction(group, state, age + 1) for row, (age, rising) in _ages(module).items()}
+                vectors[key] = torch.tensor([scales.get(row, 1.0) for row in range(factor.shape[dim])]).to(factor)
+            factor.copy_(old.lerp(factor, vectors[key].view((-1, 1) if dim == 0 else (1, -1))))
 
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(remember)
         optimizer.register_step_post_hook(scale)
+
+
+def _ages(module: "COLAModule") -> dict[int, tuple[int, float]]:
+    """The steps that each component has taken, and where it is in its warm-up: a factor from 0 to 1."""
+    run = module.run
+    assert run.trainer is not None
+    rises = warmups(run.components, module.optimization.knot_warmup_steps)
+    ages = {row: (run.trainer.global_step - start, rises[start]) for row, start in run.components}
+    return {row: (age, age / rise if age < rise else 1.0) for row, (age, rise) in ages.items()}
 
 
 def warmups(components: Sequence[tuple[int, int]], knot_warmup_steps: float) -> dict[int, int]:

@@ -98,7 +98,8 @@ class RunChecks(Callback):
         self.module.run.length = length
         self.module.run.schedule = self.module.run.schedule.in_run(length)
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
-        scale_steps(self.module, trainer.optimizers)
+        if self.module.run.schedule.refresh_rank is not None:
+            scale_steps(self.module, trainer.optimizers)
         self._check_links(length)
         log.info("%s", _summary(self.module))
 
