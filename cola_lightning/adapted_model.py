@@ -278,8 +278,9 @@ class AdaptedModel:
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
-            components: rows of A and columns of B: these alone are finished, as a link of their number, and begin anew. The
-                others go on, and with them rank and alpha; an optimizer keeps the others' state and clears that of these.
+            components: rows of A and columns of B, by index: these alone are finished, as a link of their number, and begin
+                anew. The others go on, and with them rank and alpha, which are then ignored. An optimizer should forget the
+                moments of these alone.
             **metadata: see :meth:`live_link`.
 
         Returns:
@@ -291,12 +292,17 @@ class AdaptedModel:
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.check_next(rank)
+        if not isinstance(components, slice):  # each once, and none that counts from the end of the largest rank
+            components = sorted({range(next(iter(self.layers.values())).rank)[row] for row in components})
         link = self.live_link(components, **metadata)
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish(components, link.scaling)
         self.chain.append(link)
-        self.begin_link(rank, alpha, components)
+        if components is ALL:
+            self.begin_link(rank, alpha)
+        else:
+            self.begin_link(components=components)
         return link
 
     def check_next(self, rank: int | None) -> None:

@@ -1,5 +1,6 @@
 """A rolling chain: a knot finishes the oldest components of a link, and the others go on."""
 
+import functools
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, COLACausalLM, UserError, lora_layers
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.module.rolling import warmups
 from cola_lightning.seeding import derive_seed
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
@@ -18,7 +18,7 @@ from tests import tiny
 from tests.test_chain_of_lora import Watch
 from tests.test_compare import DIGITS
 from tests.test_resume import ARGUMENTS, FEW, Normed, fit, last
-from tests.toy import assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 ROLLING = {"every_n_train_steps": 5, "refresh_rank": 2}
 RANK, ALPHA = 6, 9
@@ -231,6 +231,9 @@ def test_a_knot_needs_no_trainer():
     assert torch.allclose(adapted.model(x), y, atol=1e-6)
     assert torch.allclose(layer.delta_weight() + layer.weight, before, atol=1e-6)
     assert torch.equal(layer.lora_A[1], kept)
+    again = adapted.tie_knot(components=[-1, 2], rank=1)  # one component, and no other rank for those that go on
+    assert (again.rank, layer.rank) == (1, 3)
+    assert torch.allclose(adapted.model(x), y, atol=1e-6)
 
 
 def test_so_many_knots_are_spread_over_a_share_of_the_run(tmp_path):
@@ -247,10 +250,57 @@ def test_so_many_knots_are_spread_over_a_share_of_the_run(tmp_path):
     assert not ChainSchedule(knots=3).is_due(FitPosition(0, 0), FitPosition(9, 90))  # its steps are not known
 
 
-def test_the_warm_up_is_a_share_of_a_component_s_life():
-    assert warmups([(0, 0), (1, 0)], 0.5) == {0: 0}
-    assert warmups([(1, 0), (0, 10)], 4) == {0: 0, 10: 4}
-    assert warmups([(1, 20), (0, 30)], 0.5) == {20: 0, 30: 10}
+@pytest.mark.parametrize(("warmup", "expected"), [(0.5, [8, 8, 6]), (7, [7, 7, 7]), (0, [0, 0, 0])])
+def test_a_component_keeps_the_warm_up_with_which_it_began(tmp_path, warmup, expected):
+    """A number of steps, or a share of its life if the knots go on at this distance."""
+    module = toy(rank=4, schedule_scope="run", knot_warmup_steps=warmup)
+    trainer(tmp_path, chain={"at_steps": [8, 16, 22], "refresh_rank": 2}, max_steps=24).fit(module, batches())
+    rises = {start: rise for _, start, rise in module.run.components}
+    assert rises == dict(zip([16, 22], expected[1:], strict=True))
+
+
+def test_a_rate_may_decay_over_a_run_whose_knots_are_not_known(tmp_path):
+    chain = {"patience": 1, "refresh_rank": 1}
+    module = toy(ValidatedToy, knot_warmup_steps=0.5, optimizer=lambda p: AdamW(p, lr=1e-1))
+    trainer(tmp_path, chain=chain, max_epochs=4, num_sanity_val_steps=0).fit(module, batches(), batches(3))
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0
+
+
+def test_an_optimizer_of_two_fits_is_scaled_once(tmp_path):
+    class Cached(Toy):
+        @functools.cached_property
+        def optimizer(self):
+            return AdamW([p for _, p in self.trained_parameters()], lr=1e-2)
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+    found = []
+    for epochs in [(2,), (1, 2)]:
+        module = toy(Cached, rank=RANK)
+        run = trainer(tmp_path, chain=ROLLING, max_epochs=0)
+        for n_epochs in epochs:
+            run.fit_loop.max_epochs = n_epochs
+            run.fit(module, batches())
+        found.append(weights(module))
+    assert_bit_equal(*found)
+
+
+def test_bitsandbytes_adam_has_a_bias_correction_of_its_own_too(tmp_path):
+    optim = pytest.importorskip("bitsandbytes.optim")
+
+    def moved(optimizer):
+        module = toy(rank=RANK, optimizer=lambda p: optimizer(p, lr=1e-3, weight_decay=0), lr_schedule="constant")
+        trainer(tmp_path, chain=ROLLING | {"every_n_train_steps": 30}, max_steps=33).fit(module, batches())
+        return module.adapted.layers["0"].delta_weight()
+
+    assert torch.allclose(moved(optim.AdamW), moved(AdamW), atol=1e-6)
+
+
+def test_a_short_trial_run_has_fewer_knots(tmp_path):
+    module = toy(rank=2)
+    trainer(tmp_path, chain={"knots": 12}, max_steps=4).fit(module, batches())
+    assert [link.end_step for link in module.chain.links] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +308,7 @@ def test_the_warm_up_is_a_share_of_a_component_s_life():
     [
         ({"refresh_rank": 2, "ranks": [4]}, r"refresh_rank and ranks"),
         ({"refresh_rank": 0}, r"chain\.refresh_rank"),
+        ({"refresh_rank": 2}, r"chain\.refresh_rank"),
         ({"knots": 3, "until": 1.5}, r"chain\.until"),
         ({"every_n_epochs": 3, "until": 0.5}, r"chain\.until"),
         ({"knots": 0}, r"chain\.knots"),

@@ -113,7 +113,8 @@ class ChainOfLoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule)
         self.module = cast("COLAModule", pl_module)
-        self.module.schedule = self.schedule
+        if stage == "fit":
+            self.module.schedule = self.schedule
         self._asked_at = self._last_step = None
         if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}

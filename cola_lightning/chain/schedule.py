@@ -126,10 +126,15 @@ class ChainSchedule:
         knots, name = self.at_epochs or self.at_steps or (), "at_epochs" if self.at_epochs else "at_steps"
         if any(b <= a for a, b in itertools.pairwise((0, *knots))):
             raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
-        if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
-            raise UserError(f"chain.until: expected a share between 0 and 1, beside chain.knots, received {self.until:g}")
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
+        has_wrong_until = not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL)
+        if has_wrong_until or (self.refresh_rank and not self.has_knots):
+            raise UserError(
+                f"chain.{'until' if has_wrong_until else 'refresh_rank'}: expected chain.until between 0 and 1 and with "
+                "chain.knots, and chain.refresh_rank with one of the options that say when knots are tied, received "
+                f"{f'until {self.until:g}' if has_wrong_until else 'none of these'}"
+            )
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
             if not all(0 < value < math.inf for value in values or ()):
                 raise UserError(f"chain.{name}: expected numbers above 0, received {values}")
@@ -187,17 +192,19 @@ class ChainSchedule:
             return self
         if run.end_step == math.inf:
             raise UserError("chain.knots: expected a run of known length (trainer.max_steps), received one without an end")
-        knots = [round(self.until * run.end_step * k / self.knots) for k in range(1, self.knots + 1)]
-        return replace(self, knots=None, until=UNTIL, at_steps=knots)
+        knots = {round(self.until * run.end_step * k / self.knots) for k in range(1, self.knots + 1)}
+        return replace(self, knots=None, until=UNTIL, at_steps=sorted(knots - {0}))  # fewer, in a short trial run
 
     def link_steps(self, start: FitPosition, run: RunLength) -> float:
         """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known.
 
         With a ``refresh_rank`` nothing but the run's end does: a knot finishes a part of it.
         """
+        if self.refresh_rank:
+            return max(0, run.end_step - start.global_step)
         if self.has_unknown_lengths(run):
             return math.inf
-        knot = math.inf if self.refresh_rank else self.next_knot(start)
+        knot = self.next_knot(start)
         end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
         return max(0, end - start.global_step)
 

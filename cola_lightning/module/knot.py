@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
-from cola_lightning.module.rolling import refresh, scale_steps
+from cola_lightning.module.rolling import refresh
 from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,5 @@ def _make_optimizers(module: "COLAModule") -> None:
                 "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
             )
         module.optimization.keep_state(before, trainer.optimizers, module.adapted)
-        if module.run.schedule.refresh_rank is not None:  # a whole link was finished by hand
-            scale_steps(module, trainer.optimizers)
     elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
         trainer.strategy.setup_optimizers(trainer)

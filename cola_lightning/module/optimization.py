@@ -167,8 +167,9 @@ class LinkOptimization:
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        is_rolling = self.run.schedule.refresh_rank is not None
-        of_link = self.warmup_steps if self.schedule_scope == "link" and not is_rolling else 0
+        if self.run.schedule.refresh_rank:  # one schedule for all, and warm-ups of components that live for several knots
+            return
+        of_link = self.warmup_steps if self.schedule_scope == "link" else 0
         of_knot = self.knot_warmup_steps
         for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
             shortest = min(links, default=math.inf)
@@ -181,9 +182,12 @@ class LinkOptimization:
         Args:
             run: length of the fit, if it has an end; the lengths of its links are decided during training.
         """
-        is_known = self.schedule_scope == "run" and run.end_step < math.inf
+        is_rolling = self.run.schedule.refresh_rank is not None
+        is_known = (self.schedule_scope == "run" or is_rolling) and run.end_step < math.inf
         of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-        if self._scheduler is not None and ((of_length and not is_known) or 0 < self.knot_warmup_steps < 1):
+        if self._scheduler is not None and (
+            (of_length and not is_known) or (0 < self.knot_warmup_steps < 1 and not is_rolling)
+        ):
             raise UserError(
                 "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, and warm-ups "
                 "in steps, where a link's length is not known beforehand (chain.patience, an overridden should_tie, endless "

@@ -19,7 +19,7 @@ from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.checkpoint import plain
-from cola_lightning.module.run import trainer_of
+from cola_lightning.module.run import Component, trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -223,7 +223,7 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
         module.double()
     run.seed = adapted.seed = state.seed
     run.link_start, adapted.first_values = state.link_start, dict(state.first_values)
-    run.components = [(row, step) for row, step in state.components] if has_current else []
+    run.components = [Component(*component) for component in state.components] if has_current else []
     if not has_current:
         adapted.write_extras(adapted.extras_after(chain))
         run.left_at = None

@@ -71,6 +71,12 @@ def _cola(name: str, config: Config, chain: ChainOf) -> Method:
     return Method(name, len(ranks), max(ranks), options)
 
 
+def _roll(name: str, config: Config, chain: ChainOf) -> Method:
+    """A rolling chain: each knot finishes a part of the link."""
+    found = _cola(name, config, chain)
+    return replace(found, options={**found.options, **_without_rules(config)})
+
+
 def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain(name, config)
@@ -88,7 +94,8 @@ def _full(name: str, config: Config, chain: ChainOf) -> Method:
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
     """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
     found = _cola(name, config, chain)
-    return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
+    own = {"chain.refresh_rank": None, "model.trained_factors": "random"}
+    return replace(found, options={**found.options, **_without_rules(config), **own})
 
 
 def _relora(name: str, config: Config, chain: ChainOf) -> Method:
@@ -98,6 +105,7 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
     """
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
+    jagged["chain.refresh_rank"] = None
     rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
     if found.options == {} and config["chain"].get("patience") and rise < 1:
         raise UserError(
@@ -116,7 +124,7 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
-    "roll": _cola,
+    "roll": _roll,
     "full": _full,
     "rac": _rac,
     "relora": _relora,
