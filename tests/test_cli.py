@@ -321,7 +321,7 @@ FILES = {
     "last_3.yaml": f"{PARTS}last: 3\n",
     "beside.yaml": "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
     "beside_alone.yaml": "model: {class_path: cola_lightning.COLADigits, rank: 3}",
-    "beside_optimizer.yaml": "model: {class_path: cola_lightning.COLADigits, init_args: {optimizer: {class_path: Adam, lr: 0.1}}}",
+    "beside_optimizer.yaml": "model: {init_args: {optimizer: {class_path: torch.optim.Adam, lr: 0.1}}}",
     "beside_logger.yaml": "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
     "rows.yaml": "data: rows.csv\n",
     "no.yaml": TEMPLATE % ("x", "no, yes"),
