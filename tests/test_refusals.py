@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from cola_lightning import (
     AdaptedModel,
@@ -91,16 +90,6 @@ def adapted():
     return model
 
 
-def shared():
-    model = network()
-    model["body"]["k_proj"].weight = model["body"]["q_proj"].weight
-    return model
-
-
-def normalised():
-    return nn.ModuleDict({"q_proj": parametrizations.weight_norm(nn.Linear(8, 8))})
-
-
 def not_stacked():
     linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
     return nn.ModuleDict({"q_proj": linear4bit(8, 8, compute_dtype=torch.float32)})
@@ -139,17 +128,8 @@ def set_up(data, row, chat=None, stage="fit", **module):
 
 
 def template_row(prompt="Is it?", **arguments):
-    row = {
-        "label": 1,
-        "text": "It was {old}.",
-        "size": 3,
-        "share": 0.5,
-        "by": {"name": "Al"},
-        "gold": "blue",
-        "empty": "",
-        "none": None,
-    }
-    set_up(TemplateDataModule("rows.jsonl", prompt=prompt, **arguments), row | {"answers": {"text": ["blue"]}})
+    row = {"label": 1, "text": "It was {old}.", "size": 3, "gold": "blue", "empty": "", "none": None}
+    set_up(TemplateDataModule("rows.jsonl", prompt=prompt, **arguments), row)
 
 
 def text_row(chat=None, stage="fit", chat_template=None, **row):
@@ -267,9 +247,7 @@ REFUSALS = {
         ({"target_modules": "all-linear", "make": nn.ModuleDict}, r"model\.target_modules: all-linear"),
         ({"modules_to_save": ["haed"]}, r"model\.modules_to_save: the nearest that exist: head"),
         ({"modules_to_save": ["body"]}, r"model\.modules_to_save: 'body\.q_proj'"),
-        ({"make": shared}, r"model\.target_modules: shared \(body\.q_proj\.weight = body\.k_proj\.weight\)"),
         ({"make": adapted}, "model: adapted already"),
-        ({"make": normalised}, r"model\.target_modules: 'q_proj'"),
         ({"make": not_stacked}, r"model\.finished_links: 'q_proj'"),
     ],
     language_model: [
