@@ -263,6 +263,8 @@ REFUSALS = {
     ],
     tiny.reviews: [
         ({"max_length": 1}, r"data\.max_length"),
+        ({"batch_size": 0}, r"data\.batch_size"),
+        ({"eval_batch_size": 0}, r"data\.eval_batch_size"),
         ({"split_seed": -1}, r"data\.split_seed"),
     ],
     TextDataModule: [
@@ -356,6 +358,8 @@ REFUSALS = {
     comparison: [
         ({"methods": []}, "methods"),
         ({"methods": ["lora", "lora"]}, "methods"),
+        ({"seeds": 0}, "seeds"),
+        ({"tuning_seeds": 4}, "tuning_seeds"),
         ({"config": "nowhere.yaml"}, "config"),
         ({"metric": "accuracy"}, "metric"),
         ({"metric": "val_mse"}, "mode"),
