@@ -1,9 +1,6 @@
 import atexit
 import collections
-import functools
 import gc
-import importlib.util
-import inspect
 import os
 import shutil
 import tempfile
@@ -17,15 +14,6 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 import pytest
-from lightning.fabric.utilities import registry
-
-# Slow, and of no use here: each Trainer reads the metadata of all installed packages, for callbacks of theirs, and each
-# load_from_checkpoint the source lines of the whole call stack, of which it needs the files' names.
-registry.entry_points = functools.cache(registry.entry_points)
-inspect.stack = functools.partial(inspect.stack, 0)
-if importlib.util.find_spec("gguf"):  # transformers parses a file's vocabulary thrice to load a tokenizer and a model
-    gguf = importlib.import_module("gguf")
-    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 

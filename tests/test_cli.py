@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,15 +64,6 @@ def test_fit_says_how_to_go_on_and_that_works(fitted, capfd):
     assert {"train_loss", "val_loss", "val_accuracy", "link", "link_update_norm"} <= set(header)
 
 
-def test_validate_and_a_resumed_fit(fitted):
-    assert run("validate", *fitted) == 0
-    assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
-    (checkpoint,) = Path("runs/version_2/checkpoints").glob("*last.ckpt")
-    state = torch.load(checkpoint, weights_only=True)
-    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == 2
-    assert state["epoch"] == 2
-
-
 def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert run("fit", "--config", DIGITS, *FAST, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
     assert "ckpt_path: " in capfd.readouterr().out
@@ -93,9 +85,9 @@ def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(m
     assert run("test", "--config", "config.yaml") == 0
     assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
     assert run("fit", "--config", "config.yaml", "--links", "2") == 2
-    assert "error: links: expected ckpt_path or model.init_chain beside it, received 2 alone" in capfd.readouterr().err
+    assert "error: links: " in capfd.readouterr().err
     assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
-    assert "error: model: expected a class that takes optimizer, which a study sets, received" in capfd.readouterr().err
+    assert "error: model: expected a class that takes optimizer" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,43 +140,42 @@ def test_a_predict_that_is_stopped_leaves_its_rows_so_far(fitted, monkeypatch, c
     assert run("predict", *fitted, *given) == 130
     path = Path("runs/version_1/predictions.partial.jsonl")
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == list(range(60))
-    assert f"stopped after 60 predictions: {path.absolute()}" in capfd.readouterr().out
+    assert str(path.absolute()) in capfd.readouterr().out
     assert not path.with_name("predictions.jsonl").exists()
-
-
-def test_a_predict_of_no_batch_says_so(fitted, capfd):
     assert run("predict", *fitted, "--trainer.limit_predict_batches", "0") == 0
-    assert "no predictions: trainer.limit_predict_batches 0 leaves no batch" in capfd.readouterr().out
+    assert "no predictions: trainer.limit_predict_batches 0" in capfd.readouterr().out
 
 
 def test_without_a_logger_everything_goes_to_the_root_folder():
     arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
-    for _ in range(2):
-        assert run("fit", "--config", DIGITS, *FAST, *arguments) == 0
-    assert (Path("out") / "config.yaml").exists()
+    assert run("fit", "--config", DIGITS, *FAST, *arguments) == 0
+    before = Path("out/config.yaml").read_text()
     assert run("predict", "--config", DIGITS, *arguments) == 0
     assert (Path("out") / "predictions.jsonl").exists()
+    assert run("test", "--config", "out/config.yaml", "--ckpt_path", "out/checkpoints/last.ckpt", "--links", "1") == 0
+    assert Path("out/config.yaml").read_text() == before
+    assert run("fit", "--config", DIGITS, *FAST, *arguments, "--model.alpha", "3") == 0
+    assert Path("out/config.yaml").read_text() != before
 
 
-def test_without_a_logger_no_config_of_the_users_is_replaced(capfd):
-    Path("config.yaml").write_text(own := "# mine\n" + Path(DIGITS).read_text())
-    assert run("fit", "--config", "config.yaml", *FAST, "--trainer.logger", "false") == 2
-    assert "error: trainer.default_root_dir: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
-    assert Path("config.yaml").read_text() == own
-    assert {path.name for path in Path().iterdir()} == {"config.yaml"}
+LOGGER = "trainer:\n  logger: {class_path: CSVLogger, init_args: {save_dir: '', name: a, version: b}}\n"
 
 
-def test_a_config_of_the_users_is_not_replaced_in_a_loggers_folder(capfd):
-    own = f"# mine\n{Path(DIGITS).read_text()}"
-    own = own.replace(
-        "trainer:\n", "trainer:\n  logger: {class_path: CSVLogger, init_args: {save_dir: '', name: a, version: b}}\n"
-    )
-    path = Path("a/b/config.yaml")
-    path.parent.mkdir(parents=True)
-    path.write_text(own)
-    assert run("fit", "--config", str(path), *FAST) == 2
-    assert "error: trainer.logger: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("place", "text", "given", "field"),
+    [
+        ("config.yaml", "", ["--trainer.logger", "false"], "trainer.default_root_dir"),
+        ("a/b/config.yaml", LOGGER, [], "trainer.logger"),
+    ],
+)
+def test_no_config_of_the_users_is_replaced(capfd, place, text, given, field):
+    path = Path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(own := "# mine\n" + Path(DIGITS).read_text().replace("trainer:\n", text or "trainer:\n"))
+    assert run("fit", "--config", place, *FAST, *given) == 2
+    assert f"error: {field}: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
     assert path.read_text() == own
+    assert [path for path in Path().rglob("*") if path.is_file()] == [path]
 
 
 SHARED = """
@@ -244,16 +235,6 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
     assert f"ckpt_path: {configs[1].parent / 'checkpoints' / 'last.ckpt'}" in capfd.readouterr().out
 
 
-def test_a_test_leaves_the_fits_configuration_where_both_have_one_folder(capfd):
-    arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
-    assert run("fit", "--config", DIGITS, *FAST, *arguments) == 0
-    before = Path("out/config.yaml").read_text()
-    assert run("test", "--config", "out/config.yaml", "--ckpt_path", "out/checkpoints/last.ckpt", "--links", "1") == 0
-    assert Path("out/config.yaml").read_text() == before
-    assert run("fit", "--config", DIGITS, *FAST, *arguments, "--model.alpha", "3") == 0
-    assert Path("out/config.yaml").read_text() != before
-
-
 def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
     assert run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain") == 0
     for more, what in (([], "the base alone"), (["--model.init_chain", "chain", "--links", "1"], "chain")):
@@ -265,6 +246,9 @@ def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
 
 def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitted, capfd):
     assert run("fit", *fitted, "--trainer.max_epochs", "3") == 0
+    state = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == 2
+    assert state["epoch"] == 2
     saved = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
     assert saved["ckpt_path"] is saved["links"] is None
     capfd.readouterr()
@@ -299,19 +283,12 @@ def test_what_is_no_text_is_read_as_yaml(capfd):
     given = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
     given += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=x", "--data.train_size=0.5"]
     config = printed_config(capfd, *given)
+    assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
+    assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
     expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
     assert config["model"]["init_args"].items() >= expected.items()
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
     assert config["data"]["init_args"]["train_size"] == 0.5
-
-
-def test_classes_have_defaults_and_a_config_names_others(capfd):
-    config = printed_config(capfd, "--model.model_name", "x", "--data.source", "y")
-    assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
-    assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
-    config = printed_config(capfd, "--config", DIGITS, "--model.rank", "2")
-    assert config["model"]["class_path"].endswith("COLADigits")
-    assert config["data"]["class_path"].endswith("DigitsDataModule")
 
 
 @pytest.mark.parametrize("place", ["config", "words"])
@@ -334,106 +311,87 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs, capfd):
     assert ("trainer.max_epochs: 3, for none of" in capfd.readouterr().out) == (not limit)
 
 
+PARTS = "seed_everything: 0\nmodel: {class_path: cola_lightning.COLADigits}\ndata: {class_path: DigitsDataModule}\n"
+TEMPLATE = "data: {class_path: TemplateDataModule, init_args: {source: %s, prompt: '{a}', options: [%s]}}"
+FILES = {
+    "a_file": "",
+    "broken.yaml": "model: [\n",
+    "typo.yaml": "trainer:\n  max_epoch: 3\n",
+    "groups.yaml": f"{PARTS}chain: null\n",
+    "last_3.yaml": f"{PARTS}last: 3\n",
+    "beside.yaml": "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
+    "beside_alone.yaml": "model: {class_path: cola_lightning.COLADigits, rank: 3}",
+    "beside_optimizer.yaml": "model: {init_args: {optimizer: {class_path: torch.optim.Adam, lr: 0.1}}}",
+    "beside_logger.yaml": "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
+    "rows.yaml": "data: rows.csv\n",
+    "no.yaml": TEMPLATE % ("x", "no, yes"),
+}
 BAD = [
-    (["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"], "unrecognized arguments: --chain.every_n_epoch 5"),
-    (["fit", "--config", DIGITS, "--model.rnak", "3"], "Option 'rnak' is not accepted"),
-    (["fit", "--config", DIGITS, "--model.rank", "two"], "model.rank: expected int, received 'two'"),
-    (["fit", "--config", DIGITS, "--model.rank", "0"], "model.rank: expected a whole number of at least 1, received 0"),
-    (["fit", "--config", DIGITS, "--model.optimizer", "Adamx"], "model.optimizer: "),
-    (["fit", "--config", DIGITS, "--model.optimizer.lr", "x"], "model.optimizer.lr: "),
-    (["fit", "--config", DIGITS, "--model.lr_schedule", "flat"], "model.lr_schedule: expected Literal['constant', 'linear'"),
-    (["fit", "--config", DIGITS, "--model.target_modules", "['22']"], "received '22'; the nearest that exist: 2"),
-    (["fit", "--config", DIGITS, "--model", "Digitz"], "Digitz"),
-    (["fit", "--config", DIGITS, "--chain.ranks", "[1, 2]"], "chain.ranks: expected at most 1, which is model.rank"),
-    (["fit", "--config", DIGITS, "--chain.at_steps", "[3]"], "received every_n_epochs and at_steps"),
-    (["fit", "--config", DIGITS, "--chain.patience", "3"], "received every_n_epochs and patience"),
-    (["fit", "--config", DIGITS, "--chain.monitor", "val_accuracy"], "expected chain.patience beside them, received none"),
-    (["fit", "--config", DIGITS, "--model.lr_schedule", "linear", "--trainer.max_epochs", "-1"], "received linear"),
-    (["fit", "--config", DIGITS, "--trainer.callbacks+=LearningRateFinder"], "received LearningRateFinder"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp2"], "`strategy='fsdp2'`"),
-    (["fit", "--config", DIGITS, "--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "requires a GPU accelerator"),
-    (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a_file/sub"], "a_file is a file"),
-    (["fit", "--config", DIGITS, "--trainer.accelerator", "tpux"], "tpux"),
-    (["test", "--config", DIGITS, "--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint file, received 'nope.ckpt'"),
-    (["test", "--config", DIGITS, "--ckpt_path", "a_file"], "ckpt_path: expected a checkpoint"),
-    (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which cannot be read (No such file or directory)"),
-    (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which cannot be read (Is a directory)"),
-    (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: expected Literal[64, 32, 16] or"),
-    (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: "),
-    (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
-    (["fit", "--config", DIGITS, *(2 * ["--trainer.callbacks+=ModelCheckpoint"])], "Found more than one stateful callback"),
-    (["fit", "--config", DIGITS, "--trainer.callbacks+=LastCheckpoint"], "Found more than one stateful callback"),
-    (["fit", "--config", DIGITS, "--links", "2"], "links: expected ckpt_path or model.init_chain beside it, received 2 alone"),
-    (["test", "--config", DIGITS, "--links", "2"], "links: expected ckpt_path or model.init_chain beside it, received 2 alone"),
-    (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a/b", "--model.target_modules", "['22']"], "received '22'"),
-    (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "subclass of COLAModule"),
-    (["fit", "--config", DIGITS, "--model", "mine.My"], "class_path 'mine.My': No module named 'mine'"),
-    (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
-    (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received 'None'"),
-    (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected Literal['constant', 'linear'"),
-    (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: "),
-    (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received 'None'"),
-    (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_3.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_4.yaml"], "trainer.logger: expected 'save_dir' inside init_args, received it beside"),
-    (["fit", "--config", "rows.yaml"], "data: "),
-    (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
-    (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'; in quotes, yes, no and numbers are text"),
-    (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
-    (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
-    (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
-    (["test", "--config", "last_list.yaml"], "last: expected options, each with its value, received [1]"),
-    (["fit", "--config", "nope.yaml"], "File does not exist"),
-    (["fit", "--config", "broken.yaml"], "Problems parsing config"),
-    (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
-    (["fit"], "the following arguments are required: model_name"),
-    (["fit", "--model.model_name", "x"], "the following arguments are required: source"),
-    (["fit", "--model.model_name"], "expected one argument"),
-    (["fit", "--config", DIGITS, "--model.init_chain", "--model.rank", "2"], "expected one argument"),
-    ([], "export, received none (cola --help describes them)"),
-    (
-        ["fti"],
-        "configs, export, received 'fti'; the nearest that exist: fit",
-    ),
-    (["fit", "--config", DIGITS, "--ckpt_path", "last"], "ckpt_path: expected the last.ckpt of an earlier run in"),
+    ("--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5"),
+    ("--model.rnak 3", ".*'rnak' is not accepted"),
+    ("--model.rank two", "model.rank: expected int, received 'two'"),
+    ("--model.rank 0", "model.rank: "),
+    ("--model.rank null", "model.rank: expected int"),
+    ("--model.optimizer Adamx", "model.optimizer: "),
+    ("--model.optimizer null", "model.optimizer: "),
+    ("--model.optimizer.lr x", "model.optimizer.lr: "),
+    ("--model.lr_schedule flat", "model.lr_schedule: expected Literal"),
+    ("--model.target_modules ['22']", "model.target_modules: .* the nearest that exist: 2"),
+    ("--model Digitz", ".*Digitz"),
+    ("--model torch.nn.Linear", ".*subclass of COLAModule"),
+    ("--model mine.My", ".*'mine.My': No module named 'mine'"),
+    ("--model.init_chain --model.rank 2", ".*expected one argument"),
+    ("--chain.patience 3", "chain: .*every_n_epochs and patience"),
+    ("--chain.ranks [1,2]", "chain.ranks: "),
+    ("--model.lr_schedule linear --trainer.max_epochs -1", "model.lr_schedule: "),
+    ("--trainer.callbacks+=LearningRateFinder", ".*received LearningRateFinder"),
+    ("--trainer.callbacks+=LastCheckpoint", ".*more than one stateful callback"),
+    ("--trainer.strategy fsdp2", ".*'fsdp2'"),
+    ("--trainer.strategy fsdp --trainer.accelerator cpu", ".*requires a GPU accelerator"),
+    ("--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
+    ("--trainer.logger CSVLogger --trainer.logger.save_dir a_file", "trainer.logger.save_dir: "),
+    ("--trainer.accelerator tpux", ".*tpux"),
+    ("--trainer.precision 12", "trainer.precision: "),
+    ("--trainer.logger Nope", "trainer.logger: "),
+    ("--trainer.val_check_interval 1000", ".*val_check_interval"),
+    ("--links 2", "links: "),
+    ("--ckpt_path last", "ckpt_path: "),
+    ("--seed_everything -4", "seed_everything: "),
+    ("--data.batch_size null", "data.batch_size: expected int"),
+    ("--config beside.yaml", "model: expected 'rank' inside init_args"),
+    ("--config beside_alone.yaml", "model: expected 'rank' inside init_args"),
+    ("--config beside_optimizer.yaml", "model.optimizer: expected 'lr' inside init_args"),
+    ("--config beside_logger.yaml", "trainer.logger: expected 'save_dir' inside init_args"),
+    ("--config rows.yaml", "data: "),
+    ("--config nope.yaml", ".*File does not exist"),
+    ("--config broken.yaml", ".*Problems parsing config"),
+    ("--config typo.yaml", ".*'trainer.max_epoch'"),
+    ("test --ckpt_path nope.ckpt", "ckpt_path: .*'nope.ckpt'"),
+    ("test --ckpt_path a_file", "ckpt_path: "),
+    ("test --ckpt_path .", r"ckpt_path: .*'\.'"),
+    ("alone fit --config no.yaml", "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
+    ("alone fit --config groups.yaml", "chain: expected options, each with its value, received None"),
+    ("alone fit --config last_3.yaml", "last: expected options, each with its value, received 3"),
+    ("alone fit", ".*the following arguments are required: model_name"),
+    ("alone fit --model.model_name x", ".*the following arguments are required: source"),
+    ("alone", "cola: expected .*received none"),
+    ("alone fti", "cola: .*received 'fti'; the nearest that exist: fit"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"), BAD, ids=lambda value: " ".join(value[3:] or value) if isinstance(value, list) else ""
-)
-def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message, capfd):
-    Path("a_file").touch()
-    Path("broken.yaml").write_text("model: [\n")
-    Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    digits = "cola_lightning.COLADigits"
-    parts = f"seed_everything: 0\nmodel: {{class_path: {digits}}}\ndata: {{class_path: cola_lightning.DigitsDataModule}}\n"
-    Path("groups.yaml").write_text(f"{parts}chain: null\n")
-    for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
-        Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
-    adamw = "class_path: torch.optim.AdamW"
-    beside = [
-        "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
-        "model: {class_path: cola_lightning.COLADigits, rank: 3}",
-        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
-        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
-        "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
-    ]
-    for k, text in enumerate(beside):
-        Path(f"beside_{k}.yaml").write_text(text)
-    Path("rows.csv").write_text("a,b\n1,2\n")
-    Path("rows.yaml").write_text("data: rows.csv\n")
-    template = "data: {{class_path: TemplateDataModule, init_args: {{source: {}, prompt: '{{a}}', options: [{}]}}}}\n"
-    Path("no.yaml").write_text(template.format("x", "no, yes"))
-    Path("3.yaml").write_text(template.format(3, "a, b"))
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(words, message, capfd):
+    for name, text in FILES.items():
+        Path(name).write_text(text)
     before = sorted(Path().rglob("*"))
-    assert run(*args) == 2
+    first, *rest = words.split() or [""]
+    if first == "alone":
+        command = rest
+    else:
+        command = [first, "--config", DIGITS, *rest] if first == "test" else ["fit", "--config", DIGITS, first, *rest]
+    assert run(*command) == 2
     err = capfd.readouterr().err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
+    assert re.match(f"error: {message}", err.strip().splitlines()[-1]), err
     assert "Traceback" not in err
     assert sorted(Path().rglob("*")) == before
 
@@ -450,11 +408,6 @@ OWN = """
 from lightning.pytorch import Callback
 
 from cola_lightning import COLADigits, UserError
-
-
-class Logs(COLADigits):
-    def training_step(self, batch, batch_idx):
-        self.log("a", "text")  # refused by Lightning
 
 
 class Opens(COLADigits):
@@ -480,14 +433,6 @@ class Handles(COLADigits):
             {}["another"]
 
 
-class Suppresses(COLADigits):
-    def training_step(self, batch, batch_idx):
-        try:
-            COLADigits(rank=0)
-        except UserError:
-            raise RuntimeError("another") from None
-
-
 class Wraps(COLADigits):
     def training_step(self, batch, batch_idx):
         try:
@@ -509,11 +454,9 @@ class Sets(Callback):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (["--model", "own_errors.Logs"], "ValueError: `self.log(a, text)` was called"),
         (["--model", "own_errors.Opens"], "PermissionError: [Errno 13] not yours: 'somewhere'"),
         (["--model", "own_errors.Constructs"], "TypeError: of its own"),
         (["--model", "own_errors.Handles"], "KeyError: 'another'"),
-        (["--model", "own_errors.Suppresses"], "RuntimeError: another"),
         (["--model", "own_errors.Wraps"], "RuntimeError: another"),
         (["--trainer.callbacks+=own_errors.Sets", "--trainer.callbacks+=own_errors.Sets"], "ValueError: of a callback"),
         (["--model", "own_broken.Any"], "ModuleNotFoundError: No module named 'nothing_such'"),
@@ -530,17 +473,14 @@ def test_an_error_of_ones_own_code_keeps_its_traceback(given, line):
     assert not any(one.startswith("error: ") for one in said)
 
 
-def test_a_failure_of_the_package_keeps_its_traceback():
-    Path("null.yaml").write_text("model: {init_args: {rank: null}}\n")
-    with pytest.raises(ValueError, match="NoneType"):
-        run("fit", "--config", DIGITS, "--config", "null.yaml")
-
-
-def test_a_wrong_value_from_ones_own_class_is_one_line(capfd, monkeypatch):
+def test_a_wrong_value_from_ones_own_class_is_one_line_and_a_failure_of_the_package_keeps_its_traceback(capfd, monkeypatch):
     Path("own_refused.py").write_text(OWN)
     monkeypatch.syspath_prepend(".")
     assert run("fit", "--config", DIGITS, *FAST, "--model", "own_refused.Refused") == 2
-    assert capfd.readouterr().err == "error: model.rank: expected a whole number of at least 1, received 0\n"
+    assert capfd.readouterr().err.startswith("error: model.rank: ")
+    Path("null.yaml").write_text("model: {init_args: {rank: null}}\n")
+    with pytest.raises(ValueError, match="NoneType"):
+        run("fit", "--config", DIGITS, "--config", "null.yaml")
 
 
 @pytest.mark.parametrize(("code", "status", "said"), [("'no rows'", 1, "no rows"), (3, 3, ""), ("", 0, "")])
@@ -605,12 +545,6 @@ def test_help_of_a_fit_leaves_heavy_libraries_alone():
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["configs"]], ids=" ".join)
 def test_what_needs_no_model_is_answered_without_torch(words):
     assert not imported_by(*words) & {"torch", "lightning", "transformers"}
-
-
-def test_a_file_where_the_runs_should_be_is_one_line(capfd):
-    Path("runs").touch()
-    assert run("fit", "--config", DIGITS, *FAST) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: trainer.logger.save_dir: expected a folder")
 
 
 def test_a_users_own_module_beside_the_config_is_found():
