@@ -42,8 +42,8 @@ TOUCH_EVERY, DEAD_AFTER = 1.0, 600.0  # seconds
 def claim_run(folder: Path) -> Path | None:
     """Claims a run for this process; returns the claim, a file, or None if it is finished or another process executes it.
 
-    One process alone can create the claim of the next number. An abandoned claim stays: of two processes that replace it, the
-    second would remove the new claim of the first.
+    Only one process can create the file of the next number. An abandoned claim stays: if it had to be removed first, the slower
+    of two processes would remove the new claim of the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     claims = list(folder.glob("claim.*"))
@@ -55,7 +55,7 @@ def claim_run(folder: Path) -> Path | None:
             file.write(f"{socket.gethostname()} {os.getpid()}")
     except FileExistsError:
         return None
-    if (folder / RESULT).exists():  # of a process that has just removed its claim
+    if (folder / RESULT).exists():  # its process has removed its claim
         claim.unlink()
         return None
     return claim
@@ -108,7 +108,7 @@ def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
 
 
 class Recorder(RunWatch):
-    """Watches a fit as `cola fit` does, records what a study needs of it, and ends it if the study is gone.
+    """Watches a fit as ``cola fit`` does, records what a study needs of it, and ends it if the study is gone.
 
     Args:
         metric: the validation metric's name.
