@@ -44,10 +44,6 @@ class DiskError(OutsideError):
     """A file cannot be written: the disk is full, say."""
 
 
-class StorageError(OutsideError):
-    """A study's database no longer answers."""
-
-
 class NonFiniteError(RuntimeError):
     """The training loss or a weight became NaN or infinite; nothing of it was written."""
 

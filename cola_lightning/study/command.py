@@ -1,21 +1,69 @@
 """``cola compare``: its options."""
 
-import contextlib
-import importlib.util
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from types import FrameType
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.errors import UserError
-from cola_lightning.study.comparison import Comparison
+from cola_lightning.study.results import Mode
 
 DESCRIPTION = (
     "Compares methods on one config, at equal numbers of optimizer steps. Finished runs are not repeated: the same command "
     "continues a study that was stopped, and several processes with the same command share the runs. Options after `--` are "
     "options of `cola fit` for every run: `cola compare --config configs/digits.yaml ... -- --model.rank 2`."
 )
+# The metrics whose direction is known by their name.
+BETTER: dict[str, Mode] = {"val_loss": "min", "val_perplexity": "min"}
+BETTER |= {
+    f"val_{name}": "max" for name in ("accuracy", "auroc", "exact_match", "f1", "matthews_corrcoef", "precision", "recall")
+}
+
+
+@dataclass
+class Comparison:
+    """A comparison of methods.
+
+    Args:
+        config: config file of ``cola fit``; each run overrides its seed, its learning rate and the method's options.
+        output: folder for ``results.jsonl``, ``table.md``, ``table.csv``, the figures, and a folder for each run.
+        methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link of the chain's summed rank),
+            ``full`` (all parameters), and COLA's relatives: ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link
+            that trains B only). ``cola-4`` is a chain of four links, as equal as whole epochs (or steps) allow, and so on.
+        seeds: number of runs of each method, with the seeds 0, 1, ...
+        learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
+            The best on validation is reported. Default: the config's.
+        tuning_seeds: number of seeds by which rates are compared; the others run only at the best rate. Default: all.
+        metric: the validation metric, by which rates are chosen; the test metric has the same name with ``test_``.
+        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for ``val_loss`` and
+            ``val_perplexity``; higher for ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``,
+            ``val_precision``, ``val_recall`` and ``val_auroc``; for another metric it is needed.
+        also_seeded: further options of ``cola fit`` that are set to each run's seed: ``[data.split_seed]``, say.
+        keep_checkpoints: keep the runs' checkpoints, in their folders; ``false``: delete them at each run's end.
+    """
+
+    config: str
+    output: str
+    methods: list[str]
+    seeds: int = 3
+    learning_rates: list[float] | dict[str, list[float]] | None = None
+    tuning_seeds: int | None = None
+    metric: str = "val_loss"
+    mode: Mode | None = None
+    also_seeded: list[str] = field(default_factory=list)
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
+        if isinstance(self.learning_rates, dict) and self.learning_rates.keys() != set(self.methods):
+            received = ", ".join(self.learning_rates) or "none"
+            raise UserError(f"learning_rates: expected a list for each of {', '.join(self.methods)}, received {received}")
+        quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
+        if self.mode is None and quantity not in BETTER:
+            expected = f"min or max beside a metric that is none of {', '.join(BETTER)}"
+            raise UserError(f"mode: expected {expected}, received none for {self.metric}")
+        self.better = self.mode or BETTER[quantity]
+        self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
 
 
 def compare(words: Sequence[str]) -> int:
@@ -31,34 +79,15 @@ def compare(words: Sequence[str]) -> int:
         UserError: for invalid arguments.
     """
     if words and words[0] == "--run":  # the process of one run
-        from cola_lightning.study.run import main
+        from cola_lightning.study.run import run
 
-        return main(words[1])
+        return run(words[1])
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
     asked = Comparison(**parsed(parser, words[:cut]).as_dict())
-    if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"cola compare: expected {' and '.join(missing)}, received none: pip install {' '.join(missing)}")
-    from cola_lightning.study.storage import answering
+    from cola_lightning.callbacks import RunWatch
     from cola_lightning.study.study import Study
 
-    with _stopping_on_sigterm(), answering():
+    with RunWatch().listening():
         return Study(asked, words[cut + 1 :]).run()
-
-
-@contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM end the study as Ctrl-C does, with the right exit status."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

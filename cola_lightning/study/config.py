@@ -1,9 +1,8 @@
-"""The config that a study's runs share: resolved, overridden by options, and saved beside the results."""
+"""The config that a study's runs share: resolved, overridden by options, and compared with that of earlier runs."""
 
 import contextlib
 import io
 import json
-import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,13 +24,7 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
         COLACLI(["fit", *words, "--print_config"], RunWatch())
-    try:
-        config = yaml.safe_load(printed.getvalue())
-    except yaml.YAMLError:
-        config = None
-    if not isinstance(config, dict):
-        received = f"{shlex.join(words)!r}, which prints something else than a run's config"
-        raise UserError(f"cola fit: expected options of a run, received {received}")
+    config: dict[str, Any] = yaml.safe_load(printed.getvalue())
     check_groups(config)
     return config
 
@@ -47,49 +40,29 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values for word in (f"--{name}", value)]
 
 
-def as_text(config: Mapping[str, Any]) -> str:
-    """What a study's runs share, as YAML: all but the seed."""
-    shared = {name: value for name, value in config.items() if name != "seed_everything"}
-    text: str = yaml.safe_dump(shared, sort_keys=False)
-    return text
-
-
-def is_of_study(text: bytes) -> bool:
-    """Whether a file's text is a study's configuration, which has more than a run's."""
-    try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(config, dict) and {"also_seeded", "metric", "mode"} <= config.keys()
-
-
-def check_same(config: str, known: str, where: str) -> None:
+def check_same(mine: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     """Refuses another config than that of the finished runs, which would not be comparable.
 
     Args:
-        config: this command's, by :func:`as_text`.
+        mine: this command's.
         known: theirs.
         where: where it was found, for the message.
 
     Raises:
         UserError: if they differ.
     """
-    for name, mine, theirs in _differences(yaml.safe_load(config), yaml.safe_load(known)):
-        raise UserError(
-            f"config: expected {name}: {theirs!r}, as in {where}, received {mine!r}; a different study needs another output "
-            "and, in a shared storage, another study_name"
-        )
+    for name, received, expected in _differences(mine, known):
+        same = f"{name}: {expected!r}, as in {where}"
+        raise UserError(f"config: expected {same}, received {received!r}; a different study needs another output")
 
 
 def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
 
-    A switch that no longer exists was off, if it is not to differ. Arguments of a class that it does not name, its
-    ``dict_kwargs``, have no default: they differ if one side has none.
+    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
     """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
         for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
-            if key in mine or theirs[key] is not False:
-                yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
-    elif mine != theirs:
+            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
+    elif mine != theirs and not (mine is None and theirs is False):  # a switch that no longer exists was off
         yield name, mine, theirs

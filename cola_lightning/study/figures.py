@@ -1,12 +1,14 @@
 """The figures of a study."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cola_lightning.study.results import Result
-from cola_lightning.writing import atomic_file
 
 Results = Mapping[str, Sequence[Result]]
 
@@ -23,13 +25,13 @@ def draw_curves(results: Results, metric: str, path: Path) -> None:
         metric: the metric's name.
         path: a PNG file.
     """
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = _figure(4.2)
     plot_curves(axes, results)
     axes.set_xlabel("optimizer steps (dots: knots)")
     axes.set_ylabel(f"{metric}, mean over seeds")
     if axes.get_legend_handles_labels()[0]:  # a run without validation has no curve
         axes.legend(frameon=False)
-    _save(figure, path)
+    figure.savefig(path, dpi=130)
 
 
 def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[str, str] | None = None) -> None:
@@ -42,24 +44,20 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
         names: the methods' names in the legend, in an order that gives each its color in every figure; None: their names,
             ranks and numbers of links, with colors in the order of the results.
     """
-    order = list(results if names is None else names)
+    colors = dict(zip(results if names is None else names, itertools.cycle(COLORS), strict=False))
     for name, of_method in results.items():
-        place = order.index(name)
         curve = mean_curve(of_method)
-        curve = {step: value for step, value in curve.items() if step >= skip * max(curve)}
-        if not curve:
-            continue
-        color = COLORS[place % len(COLORS)]
-        if name == "full":
-            end = list(curve.values())[-1]
-            axes.axhline(end, color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end")
-            continue
-        first = of_method[0]
-        links = f", {first.links} links" if first.links > 1 else ""
-        label = f"{name}, rank {first.rank}{links}" if names is None else names[name]
-        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.6, label=label, **_alone(curve, place))
-        knots = [knot for knot in first.knots if knot >= min(curve)]
-        axes.plot(knots, [_at(curve, knot) for knot in knots], "o", color=color, markersize=4)
+        steps = [step for step in curve if step >= skip * max(curve)]
+        values = [curve[step] for step in steps]
+        if name == "full" and values:
+            axes.axhline(values[-1], color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end")
+        elif values:
+            first = of_method[0]
+            label = f"{name}, rank {first.rank}" + (f", {first.links} links" if first.links > 1 else "")
+            style = {"color": colors[name], "linewidth": 1.6, "marker": "D" if len(steps) == 1 else ""}  # which has no line
+            axes.plot(steps, values, label=label if names is None else names[name], **style)
+            knots = [knot for knot in first.knots if knot >= steps[0]]
+            axes.plot(knots, np.interp(knots, steps, values), "o", color=colors[name], markersize=4)
 
 
 def mean_curve(results: Sequence[Result]) -> dict[int, float]:
@@ -77,7 +75,7 @@ def draw_points(results: Results, metric: str, path: Path) -> None:
         metric: the validation metric's name.
         path: a PNG file.
     """
-    figure, axes = _figure(6.4, 1.0 + 0.45 * len(results))
+    figure, axes = _figure(1.0 + 0.45 * len(results))
     for place, of_method in enumerate(results.values()):
         color = COLORS[place % len(COLORS)]
         if values := [result.test for result in of_method if result.test is not None]:
@@ -86,33 +84,13 @@ def draw_points(results: Results, metric: str, path: Path) -> None:
     axes.set_yticks(range(len(results)), list(results))
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_xlabel(f"test_{metric.removeprefix('val_')} (a seed a point, their mean a line)")
-    _save(figure, path)
+    figure.savefig(path, dpi=130)
 
 
-def _alone(curve: Mapping[int, float], place: int) -> dict[str, Any]:
-    """The marker of a curve of one point, as of a run with one validation, which has no line; in sizes, for equal values."""
-    return {"marker": "D", "markerfacecolor": "none", "markersize": 6 + 3 * place} if len(curve) == 1 else {}
-
-
-def _at(curve: Mapping[int, float], step: int) -> float:
-    """The curve's value at a step, on the line between its neighbours."""
-    before = max((s for s in curve if s <= step), default=min(curve))
-    after = min((s for s in curve if s >= step), default=max(curve))
-    share = (step - before) / (after - before) if after > before else 0.0
-    return curve[before] + share * (curve[after] - curve[before])
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _figure(height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's: that would set the backend globally
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(6.4, height), layout="constrained")  # not pyplot's: that would set the backend globally
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_file(path, is_shared=True) as partial:
-        figure.savefig(partial, format="png", dpi=130)

@@ -107,11 +107,6 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
     jagged["chain.refresh_rank"] = None
     rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
-    if found.options == {} and config["chain"].get("patience") and rise < 1:
-        raise UserError(
-            "methods: expected model.knot_warmup_steps as a number of steps for relora and chain.patience, where a link's "
-            f"length is not known beforehand, received {rise:g} of it"
-        )
     return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
 
@@ -167,14 +162,11 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
             "none"
         )
     epochs, steps = _length(config)
-    unit, limit = ("epochs", epochs) if chain["every_n_epochs"] or chain["at_epochs"] else ("steps", steps)
+    limit = epochs if chain["every_n_epochs"] or chain["at_epochs"] else steps
     if schedule.knots_unknown or (limit is None and schedule.knots is None):  # the number of links is known only after each run
         if name == "lora-sum-rank":
-            of_run = f"that counts {unit} in a run with another limit than trainer.max_{unit}"
-            raise UserError(
-                "methods: expected a number of links, as in lora-sum-rank-4, for a chain "
-                f"{'with a patience' if schedule.knots_unknown else of_run}, received 'lora-sum-rank'"
-            )
+            unknown = "a chain whose number of links is known only after a run"
+            raise UserError(f"methods: expected a number of links, as in {name}-4, for {unknown}, received {name!r}")
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))

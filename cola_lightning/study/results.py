@@ -3,20 +3,24 @@
 import json
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from cola_lightning.errors import UserError
 from cola_lightning.writing import atomic_file
 
 Mode = Literal["min", "max"]
 
+# What the runs of a seed should have in common.
+UNEQUAL = {
+    "base": "begin from the same weights: a difference there is not the method's alone",
+    "steps": "take the same number of optimizer steps, as where an EarlyStopping or trainer.max_time ends them",
+}
 
-@dataclass(frozen=True)
-class Run:
+
+class Run(NamedTuple):
     """The parameters of a run, which identify it in its study.
 
     Attributes:
@@ -89,22 +93,12 @@ def write(results: Iterable[Result], path: Path) -> None:
 
 
 def read(path: Path) -> list[Result]:
-    """Reads the results that :func:`write` wrote; empty if there is no file.
-
-    Raises:
-        UserError: for a line that is not a result.
-    """
-    results = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            results.append(Result(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            received = line[:60].decode(errors="replace")
-            raise UserError(f"output: expected a run's result in {path}, line {number}, received {received!r}") from error
-    return results
+    """Reads the results that :func:`write` wrote; empty if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Result(**json.loads(line)) for line in lines]
 
 
-def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:
+def best_rates(results: Iterable[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:
     """Each method's learning rate with the best mean validation metric, over the seeds with results for all its rates.
 
     A rate at which a run diverged is chosen only if this holds for all rates.
@@ -114,54 +108,33 @@ def best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int
         mode: whether a lower or a higher metric is better.
         tuning_seeds: the seeds by which rates are compared.
     """
+    by_method: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        if result.seed in tuning_seeds:
+            by_method[result.method][result.learning_rate][result.seed] = result.value(mode)
     best = {}
-    for method in dict.fromkeys(result.method for result in results):
-        by_rate: dict[float, dict[int, float]] = {}
-        for result in results:
-            if result.method == method and result.seed in tuning_seeds:
-                by_rate.setdefault(result.learning_rate, {})[result.seed] = result.value(mode)
-        if not by_rate:
-            continue
-        shared = set.intersection(*(set(values) for values in by_rate.values())) or set(tuning_seeds)
-        means = {
-            rate: statistics.fmean(compared)
-            for rate, values in by_rate.items()
-            if (compared := [value for seed, value in values.items() if seed in shared])
-        }
+    for method, by_rate in by_method.items():
+        shared = set.intersection(*(set(values) for values in by_rate.values()))
+        means = {rate: statistics.fmean(values[seed] for seed in shared or values) for rate, values in by_rate.items()}
         best[method] = (min if mode == "min" else max)(means, key=lambda rate: means[rate])
     return best
 
 
-def warning_about(results: Mapping[str, Sequence[Result]]) -> str:
-    """What keeps a difference between methods from being theirs alone, in a sentence each; empty if nothing is known to."""
-    by_seed: dict[int, list[Result]] = {}
-    for result in sorted(chain.from_iterable(results.values()), key=lambda result: result.seed):
-        by_seed.setdefault(result.seed, []).append(result)
-    bases = {seed: {result.base for result in of_seed} - {None} for seed, of_seed in by_seed.items()}
-    steps = {seed: {r.steps for r in of_seed if r.validation is not None} for seed, of_seed in by_seed.items()}
-    sentences = []
-    if which := _seeds_with_several(bases):
-        sentences.append(
-            f"The runs of {which} did not begin from the same weights: a difference there is not the method's alone."
-        )
-    if which := _seeds_with_several(steps):
-        sentences.append(
-            f"The runs of {which} did not take the same number of optimizer steps, as where an EarlyStopping or "
-            "trainer.max_time ends them."
-        )
-    return " ".join(sentences)
-
-
-def _seeds_with_several(found: Mapping[int, Collection[object]]) -> str:
-    seeds = [str(seed) for seed, values in found.items() if len(values) > 1]
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
-
-
 def at_best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, list[Result]]:
     """The results of each method at its best rate, by method, in the order of their seeds."""
-    best = best_rates(results, mode, tuning_seeds)
-    chosen: dict[str, list[Result]] = {method: [] for method in best}
-    for result in sorted(results, key=lambda result: result.seed):
-        if best.get(result.method) == result.learning_rate:
-            chosen[result.method].append(result)
-    return chosen
+    ordered = sorted(results, key=lambda result: result.seed)
+    return {
+        method: [result for result in ordered if (result.method, result.learning_rate) == (method, rate)]
+        for method, rate in best_rates(results, mode, tuning_seeds).items()
+    }
+
+
+def warning_about(results: Mapping[str, Sequence[Result]]) -> str:
+    """What keeps a difference between methods from being theirs alone, in a sentence each; empty if nothing is known to."""
+    runs = [result for of_method in results.values() for result in of_method if result.validation is not None]
+    sentences = []
+    for name, text in UNEQUAL.items():
+        seeds = [seed for seed, value in {(result.seed, getattr(result, name)) for result in runs} if value is not None]
+        if several := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            sentences.append(f"The runs of seed {', '.join(map(str, several))} did not {text}.")
+    return " ".join(sentences)

@@ -1,131 +1,166 @@
-"""One run of a study: an ordinary fit, then validation and test of the final model.
+"""One run of a study: its folder, which process executes it, and what that does: a fit, then validation and test.
 
-It has a process of its own, so that its peak memory is its own, and so that a run that is killed does not end the study.
+The folders are all that processes know of each other, on one machine or on several with a shared disk. A run is finished
+if its folder has a ``result.json``, executed if it has the claim of a living process, and otherwise free.
 """
 
-import difflib
+import contextlib
 import json
 import logging
 import os
+import re
 import resource
+import shutil
+import socket
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning import layout
 from cola_lightning.callbacks import RunWatch
 from cola_lightning.chain.base import fingerprint_of
-from cola_lightning.chain.schedule import START
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.layer import names_of_factors
 from cola_lightning.module import COLAModule
-from cola_lightning.module.run import run_length
+from cola_lightning.study.results import Result, write
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[dict[str, Any]], None]
+ASKED, LOG, RESULT = "run.json", "log.txt", "result.json"
+TOUCH_EVERY, DEAD_AFTER = 1.0, 600.0  # seconds
 
-REPORT_EVERY = 0.5  # seconds
+
+def claim_run(folder: Path) -> Path | None:
+    """Claims a run for this process; returns the claim, a file, or None if it is finished or another process executes it.
+
+    Only one process can create the file of the next number. An abandoned claim stays: if it had to be removed first, the slower
+    of two processes would remove the new claim of the other.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    claims = list(folder.glob("claim.*"))
+    if any(map(_is_alive, claims)):
+        return None
+    claim = folder / f"claim.{1 + max((int(other.suffix[1:]) for other in claims), default=0)}"
+    try:
+        with claim.open("x") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}")
+    except FileExistsError:
+        return None
+    if (folder / RESULT).exists():  # its process has removed its claim
+        claim.unlink()
+        return None
+    return claim
 
 
-class Recorder(Callback):
-    """Records what a study needs of a fit, and reports its progress.
+def _is_alive(claim: Path) -> bool:
+    """Whether a claim's process lives: it touches its claim, and one of this machine can be looked for."""
+    try:
+        host, _, process = claim.read_text(encoding="utf-8").partition(" ")
+        if host == socket.gethostname():
+            with contextlib.suppress(PermissionError):  # another user's
+                os.kill(int(process), 0)
+        return time.time() - claim.stat().st_mtime < DEAD_AFTER
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
+    """Executes a claimed run in a process of its own, and returns whether it has a result.
+
+    So its peak memory is its own, and if it is killed the study goes on.
+
+    Args:
+        claim: of this process.
+        asked: see :func:`run`.
+
+    Raises:
+        UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
+    """
+    folder = claim.parent
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed
+    (folder / ASKED).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    with (folder / LOG).open("w") as output:
+        command = [sys.executable, "-m", "cola_lightning", "compare", "--run", str(folder)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None:
+            os.utime(claim)
+            time.sleep(TOUCH_EVERY)
+    finally:
+        process.terminate()  # after the terminal's Ctrl-C, this is a second signal: it stops at once
+        process.wait()
+    if process.returncode == 2:
+        said = (folder / LOG).read_text(encoding="locale", errors="replace")
+        raise UserError([f"a run was refused: {folder / LOG}", *re.findall("^error: (.*)", said, re.MULTILINE)][-1])
+    return (folder / RESULT).exists()
+
+
+# ---------------------------------------------------------------------- in the process of a run
+
+
+class Recorder(RunWatch):
+    """Watches a fit as ``cola fit`` does, records what a study needs of it, and ends it if the study is gone.
 
     Args:
         metric: the validation metric's name.
-        report: called with ``{"done": share of the run}``, and with a ``{"warning": text}``.
+
+    Attributes:
+        facts: fields of the run's Result.
     """
 
-    def __init__(self, metric: str, report: Report) -> None:
-        self.metric, self.report = metric, report
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric, self.study = metric, os.getppid()
         self.curve: list[tuple[int, float]] = []
-        self.steps, self.trainable_parameters, self.seconds, self._reported_at = 0, 0, 0.0, 0.0
-        self._has_warned = False
-        self.base: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """The recorded values, as a Result's fields."""
-        return {
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "peak_memory": _peak_memory(),
-            "trainable_parameters": self.trainable_parameters,
-            "curve": self.curve,
-            "base": self.base,
-        }
+        self.facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "curve": self.curve}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_measurable(trainer, pl_module)
-        _check_length(trainer)
+        super().on_train_start(trainer, pl_module)
+        _check_measurable(trainer)
+        assert isinstance(pl_module, COLAModule)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.trainable_parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
-        self.base = _fingerprint(pl_module)
+        self.facts["trainable_parameters"] = sum(parameter.numel() for group in groups for parameter in group["params"])
+        if not pl_module.is_sharded:
+            state, factors = pl_module.model.state_dict(), names_of_factors(pl_module.model)
+            of_base = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name not in factors}
+            self.facts["base"] = fingerprint_of(of_base)
         self._started_at = time.perf_counter()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.steps, self.seconds = trainer.global_step, time.perf_counter() - self._started_at
-        if self.seconds - self._reported_at > REPORT_EVERY:
-            self._reported_at = self.seconds
-            self.report({"done": _share_done(trainer)})
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        logged = trainer.callback_metrics
-        if self.metric not in logged:  # that of generated answers is only computed after the fit
-            self._warn_of_name(logged)
-        elif not trainer.sanity_checking:
-            self.curve.append((trainer.global_step, float(logged[self.metric])))
-
-    def _warn_of_name(self, logged: Collection[str]) -> None:
-        """Reports early what may be a typing error; what is no metric at all is known only after the fit."""
-        near = difflib.get_close_matches(self.metric, logged, n=1, cutoff=0.8)
-        if near and not self._has_warned:
-            self._has_warned = True
-            meant = f"is {near[0]} meant? Without {self.metric} after the fit, the study ends there"
-            self.report({"warning": f"metric: a validation logged no {self.metric}; {meant}"})
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if os.getppid() != self.study:  # another process may begin this run anew
+            os._exit(1)
+        self.facts |= {"steps": trainer.global_step, "seconds": time.perf_counter() - self._started_at}
+        super().on_train_batch_end(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._started_at
-
-
-class RunCLI(COLACLI):
-    """``cola fit`` with one more callback."""
-
-    def __init__(self, words: Sequence[str], watch: RunWatch, recorder: Recorder) -> None:
-        self.recorder = recorder
-        super().__init__(words, watch)
+        super().on_train_end(trainer, pl_module)
+        self.facts["seconds"] = time.perf_counter() - self._started_at
 
     @override
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(self.recorder)  # type: ignore[attr-defined]
-        return trainer
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.metric in logged:
+            self.curve.append((trainer.global_step, float(logged[self.metric])))
 
 
-def run(words: Sequence[str], metric: str, report: Report) -> int:
-    """Fits, validates and tests, and reports the result.
+def run(folder: str) -> int:
+    """Fits, validates and tests, and writes the run's result.
 
     Args:
-        words: the arguments of ``cola fit``.
-        metric: the validation metric's name, ``val_...``; the test metric's is ``test_...``.
-        report: called with ``{"done": share of the run}``, ``{"warning": text}`` and, at the end, ``{"result": fields of a
-            Result}``.
+        folder: the run's. Its ``run.json`` has ``words``, the arguments of ``cola fit``; ``metric``, the validation metric's
+            name, ``val_...`` (the test metric's is ``test_...``); and ``result``, the fields of the Result that are known.
 
     Returns:
         The exit status.
@@ -133,103 +168,49 @@ def run(words: Sequence[str], metric: str, report: Report) -> int:
     Raises:
         UserError: if the run has no such metric.
     """
-    watch, recorder = RunWatch(), Recorder(metric, report)
-    # Lightning's warning that the process's own arguments are not used.
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
-    with watch.listening():
+    asked = json.loads((Path(folder) / ASKED).read_text(encoding="utf-8"))
+    metric, of_test, facts = asked["metric"], f"test_{asked['metric'].removeprefix('val_')}", asked["result"]
+    # Lightning's warnings that the process's own arguments are not used, and that the folder, with the log, is not empty.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended|Experiment logs directory .* is not empty")
+    recorder, cli = Recorder(metric), None
+    with recorder.listening():
         try:
-            cli = RunCLI(["fit", *words], watch, recorder)
+            cli = COLACLI(["fit", *asked["words"]], recorder)
         except NonFiniteError as error:
             log.warning("diverged: %s", error)
-            report({"result": recorder.facts() | {"validation": None, "test": None}})
-            return 0
-        finally:
-            watch.remove_empty_folder()
-        module, trainer, facts = cli.model, cli.trainer, recorder.facts()
-        assert isinstance(module, COLAModule)
-        if module.target_modules is not None:
-            links = module.full_chain().links
-            knots = [link.start_step for link in links[1:]]
-            facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
-        validated = _merged(trainer.validate(module, datamodule=cli.datamodule, verbose=False))
-        tested = _merged(trainer.test(module, datamodule=cli.datamodule, verbose=False))
-        of_test = f"test_{metric.removeprefix('val_')}"
-        for name, found in {metric: validated, of_test: tested}.items():
-            if name not in found:
-                logged = ", ".join(sorted(found)) or "a metric that the model logs"
-                raise UserError(f"metric: expected one of {logged}, received {name}")
-        report({"result": facts | {"validation": validated[metric], "test": tested[of_test]}})
+        facts |= recorder.facts | {"peak_memory": _peak_memory()}
+        found: dict[str, float | None] = dict.fromkeys((metric, of_test))
+        if cli is not None:
+            module, trainer, how = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
+            if module.target_modules is not None:
+                links = module.full_chain().links
+                knots = [link.start_step for link in links[1:]]
+                facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
+            of_loaders = [*trainer.validate(module, **how), *trainer.test(module, **how)]
+            found = {name: value for metrics in of_loaders for name, value in metrics.items()}
+    for name in (metric, of_test):
+        if name not in found:
+            raise UserError(f"metric: expected one of {', '.join(sorted(found))}, received {name}")
+    result = Result(**facts, validation=found[metric], test=found[of_test])
+    rank_zero_only(write)([result], Path(folder) / RESULT)
     return 0
 
 
-def main(asked: str) -> int:
-    """The entry point of a run's process.
-
-    Args:
-        asked: JSON: ``words``, ``metric``, and ``report``, the file descriptor to which reports are written.
-    """
-    given = json.loads(asked)
-
-    @rank_zero_only
-    def report(facts: dict[str, Any]) -> None:
-        os.write(given["report"], (json.dumps(facts) + "\n").encode())  # if the study has died, a broken pipe ends its run
-
-    return run(given["words"], given["metric"], report)
-
-
-def _merged(of_loaders: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What Lightning returns for each loader, as one."""
-    return {name: value for found in of_loaders for name, value in found.items()}
-
-
-def _check_measurable(trainer: Trainer, module: LightningModule) -> None:
-    """Refuses a run that could be trained, and then not be validated or tested."""
+def _check_measurable(trainer: Trainer) -> None:
+    """Refuses a run that could not be validated and tested, and one that ends before the step by which methods divide it."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    limits = {"validation": trainer.limit_val_batches, "test": trainer.limit_test_batches}
-    for stage, limit in limits.items():
-        loader = f"{stage.removesuffix('idation')}_dataloader"
-        has_rows = limit != 0 and (is_overridden(loader, module) or (data is not None and is_overridden(loader, data)))
-        has_rows = has_rows and (stage == "validation" or getattr(data, "can_be_tested", True))
-        if not (has_rows and is_overridden(f"{stage}_step", module)):
-            raise UserError(
-                f"data: expected rows and a {stage}_step for {stage}, as methods are compared by validation and test, "
-                "received none"
-            )
-
-
-def _check_length(trainer: Trainer) -> None:
-    """Refuses a run that ends before ``max_steps``, by which a study counts and divides it."""
-    if (steps := run_length(trainer, START).end_step) < trainer.max_steps:
-        raise UserError(
-            f"trainer.max_steps: expected at most {steps:.0f}, where trainer.max_epochs: {trainer.max_epochs} ends a run, as "
-            f"methods divide it into links by max_steps, received {trainer.max_steps}"
-        )
-
-
-def _fingerprint(module: LightningModule) -> str | None:
-    """That of the weights without the first link's; None if they are sharded."""
-    if not isinstance(module, COLAModule) or module.is_sharded:
-        return None
-    state, factors = layout.state_dict(module.model), names_of_factors(module.model)
-    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in factors}
-    return fingerprint_of(values)
-
-
-def _share_done(trainer: Trainer) -> float:
-    if (trainer.max_steps or -1) > 0:
-        return min(1.0, trainer.global_step / trainer.max_steps)
-    epochs = trainer.max_epochs or 1
-    return min(1.0, (trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches) / epochs)
+    if 0 in (trainer.limit_val_batches, trainer.limit_test_batches) or not getattr(data, "can_be_tested", True):
+        raise UserError("data: expected rows for validation and for test, by which methods are compared, received none")
+    if (steps := trainer.estimated_stepping_batches) < trainer.max_steps:
+        at_most = f"at most {steps}, where trainer.max_epochs ends a run, as methods divide it into links by max_steps"
+        raise UserError(f"trainer.max_steps: expected {at_most}, received {trainer.max_steps}")
 
 
 def _peak_memory() -> float:
     """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return held / 1e6
-    status = Path("/proc/self/status")  # on Linux; getrusage's peak is there at least that of the process that began this one
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS reports bytes
+    if sys.platform == "linux":  # where getrusage's peak is at least that of the process that began this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in bytes on macOS

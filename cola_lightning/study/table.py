@@ -2,11 +2,13 @@
 
 import csv
 import io
+import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 
 from rich.table import Table
+from scipy import stats
 
 from cola_lightning.study.results import Result
 
@@ -59,26 +61,30 @@ def summarize(results: Mapping[str, Sequence[Result]]) -> list[Row]:
     Args:
         results: each method's results, at one learning rate.
     """
-    baseline = {result.seed: result.test for result in results.get(BASELINE, ())}
+    baseline = _tests(results.get(BASELINE, ()))
     return [_row(name, of_method, {} if name == BASELINE else baseline) for name, of_method in results.items()]
 
 
-def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float | None]) -> Row:
-    tests = [result.test for result in results if result.test is not None]
-    pairs = [(r.test, other) for r in results if r.test is not None and (other := baseline.get(r.seed)) is not None]
-    low, high = _interval(pairs)
-    first = results[0]
+def _tests(results: Sequence[Result]) -> dict[int, float]:
+    """The test metric by seed, of the runs that did not diverge."""
+    return {result.seed: result.test for result in results if result.test is not None}
+
+
+def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float]) -> Row:
+    first, tests = results[0], _tests(results)
+    differences = [test - baseline[seed] for seed, test in tests.items() if seed in baseline]
+    low, high = _interval(differences)
     return Row(
         method=name,
         rank=first.rank,
-        links=statistics.median_low(result.links for result in ([r for r in results if r.test is not None] or results)),
+        links=statistics.median_low(result.links for result in results if not tests or result.seed in tests),
         learning_rate=first.learning_rate,
         seeds=len(results),
         diverged=len(results) - len(tests),
         validation=_mean([result.validation for result in results if result.validation is not None]),
-        test=_mean(tests),
-        deviation=statistics.stdev(tests) if len(tests) > 1 else None,
-        difference=_mean([mine - theirs for mine, theirs in pairs]),
+        test=_mean([*tests.values()]),
+        deviation=statistics.stdev(tests.values()) if len(tests) > 1 else None,
+        difference=_mean(differences),
         low=low,
         high=high,
         seconds=statistics.median(result.seconds for result in results),
@@ -91,21 +97,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _interval(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """The confidence interval of the mean paired difference, by Student's t."""
-    if len(pairs) < 2:
+def _interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
+    """The confidence interval of the mean difference, by Student's t."""
+    if len(differences) < 2:
         return None, None
-    if len({mine - theirs for mine, theirs in pairs}) == 1:  # no deviation: scipy would warn
-        return (only := pairs[0][0] - pairs[0][1]), only
-    from scipy import stats
-
-    mine, theirs = zip(*pairs, strict=True)
-    interval = stats.ttest_rel(mine, theirs).confidence_interval(CONFIDENCE)
-    return float(interval.low), float(interval.high)
-
-
-HEADINGS = ["method", "rank", "links", "learning rate", "seeds", "validation", "test", "difference to LoRA"]
-HEADINGS += ["s", "MB", "trained"]
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    margin = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    return mean - margin, mean + margin
 
 
 def shown_test(row: Row, digits: int = 4) -> str:
@@ -129,26 +127,25 @@ def short_cells(row: Row, name: str) -> list[str]:
     return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
 
 
-def _cells(row: Row) -> list[str]:
-    """A row's cells as text, under HEADINGS."""
-    return [
-        row.method,
-        "" if row.rank is None else str(row.rank),
-        str(row.links or ""),
-        f"{row.learning_rate:g}",
-        str(row.seeds),
-        "" if row.validation is None else f"{row.validation:.4f}",
-        shown_test(row),
-        shown_difference(row),
-        f"{row.seconds:.0f}",
-        f"{row.peak_memory:.0f}",
-        f"{row.trainable_parameters:,}",
-    ]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row.method,
+    "rank": lambda row: "" if row.rank is None else str(row.rank),
+    "links": lambda row: str(row.links or ""),
+    "learning rate": lambda row: f"{row.learning_rate:g}",
+    "seeds": lambda row: str(row.seeds),
+    "validation": lambda row: "" if row.validation is None else f"{row.validation:.4f}",
+    "test": shown_test,
+    "difference to LoRA": shown_difference,
+    "s": lambda row: f"{row.seconds:.0f}",
+    "MB": lambda row: f"{row.peak_memory:.0f}",
+    "trained": lambda row: f"{row.trainable_parameters:,}",
+}
+ON_SCREEN = ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")  # in 80 columns
 
 
 def as_markdown(rows: Sequence[Row], metric: str, warning: str = "") -> str:
     """The table as Markdown, with a note and, if there is one, a warning."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows)]
+    lines = [[*COLUMNS], ["---"] * len(COLUMNS), *([text(row) for text in COLUMNS.values()] for row in rows)]
     note = (
         f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
         "validation; the difference on test is paired by seed, with its interval of 95 % by Student's t. s: seconds of a fit; "
@@ -160,19 +157,15 @@ def as_markdown(rows: Sequence[Row], metric: str, warning: str = "") -> str:
 def as_csv(rows: Sequence[Row]) -> str:
     """The table as CSV."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
     return text.getvalue()
 
 
 def on_screen(rows: Sequence[Row], metric: str) -> Table:
     """The table for a terminal of 80 columns, with the most important columns."""
-    shown = [HEADINGS.index(name) for name in ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")]
-    title = f"test_{metric.removeprefix('val_')}, mean ± standard deviation; intervals of 95 %, paired by seed"
-    table = Table(title=title)
-    for place in shown:
-        table.add_column({"learning rate": "rate"}.get(HEADINGS[place], HEADINGS[place]), no_wrap=HEADINGS[place] != "method")
-    for cells in map(_cells, rows):
-        table.add_row(*(cells[place] for place in shown))
+    table = Table(title=f"test_{metric.removeprefix('val_')}, mean ± standard deviation; intervals of 95 %, paired by seed")
+    for name in ON_SCREEN:
+        table.add_column("rate" if name == "learning rate" else name, no_wrap=name != "method")
+    for row in rows:
+        table.add_row(*(COLUMNS[name](row) for name in ON_SCREEN))
     return table
