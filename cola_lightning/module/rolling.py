@@ -77,6 +77,7 @@ def scale_steps(module: "COLAModule", optimizers: Sequence[Optimizer]) -> None:
                 scales = {row: rising * _correction(group, state, age + 1) for row, (age, rising) in _ages(module).items()}
                 vectors[key] = torch.tensor([scales.get(row, 1.0) for row in range(factor.shape[dim])]).to(factor)
             factor.copy_(old.lerp(factor, vectors[key].view((-1, 1) if dim == 0 else (1, -1))))
+        before.clear()
 
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(remember)
