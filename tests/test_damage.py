@@ -109,6 +109,10 @@ def resumed(path):
     return trainer(Path(), chain=CHAIN, max_epochs=2).fit(toy(Predicting), batches(), batches(2), ckpt_path=path)
 
 
+def opened(path):
+    return io.BytesIO(path.read_bytes())
+
+
 READERS = {
     "load_from_checkpoint": Predicting.load_from_checkpoint,
     "load_from_checkpoint, an open file": lambda path: Predicting.load_from_checkpoint(
