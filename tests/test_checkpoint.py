@@ -10,9 +10,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import Chain, ChainOfLoRA, COLAModule, EpochDataModule, LastCheckpoint, UserError, lora_layers
+from cola_lightning import Chain, ChainOfLoRA, EpochDataModule, LastCheckpoint, UserError, lora_layers
 from cola_lightning.errors import DiskError, NonFiniteError
-from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
@@ -64,128 +63,69 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:Be aware that when using `ckpt_path`")
 def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_path):
+    class Described(LightningDataModule):
+        prompt_format = {"kind": "response", "chat_template": True}  # noqa: RUF012
+        identity = {"source": "here"}  # noqa: RUF012
+
+        def train_dataloader(self):
+            return batches()
+
     def averaged(path, module, **arguments):
         callbacks = EMAWeightAveraging(decay=0.5), SaveEachStep(path)
-        trainer(path, *callbacks, max_epochs=3).fit(module, batches(), **arguments)
+        trainer(path, *callbacks, max_epochs=3).fit(module, datamodule=Described(), **arguments)
         return module
 
     whole = averaged(tmp_path, make())
     resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
-
-
-class Described(LightningDataModule):
-    prompt_format = {"kind": "response", "chat_template": True}  # noqa: RUF012
-    identity = {"source": "here"}  # noqa: RUF012
-
-    def train_dataloader(self):
-        return batches()
-
-
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_a_checkpoint_of_averaged_weights_is_of_the_run_and_not_of_the_copy(tmp_path):
-    saver = SaveEachStep(tmp_path)
-    trainer(tmp_path, EMAWeightAveraging(decay=0.5), saver, max_epochs=1).fit(make(), datamodule=Described())
-    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]["cola"]
+    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]["cola"]  # of the run and not of the copy
     assert (state["prompt_format"], state["data"]) == (Described.prompt_format, Described.identity)
     assert (state["position"], state["live"]["end_step"]) == ([0, 5], 5)
 
 
-class Poisoned(Callback):
-    """Writes a checkpoint once a trained value is not finite."""
-
-    def __init__(self, path, *, weights_only):
-        self.path, self.weights_only = path, weights_only
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        next(p for p in pl_module.parameters() if p.requires_grad).detach().fill_(torch.nan)
-        trainer.save_checkpoint(self.path, weights_only=self.weights_only)
-
-
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_no_checkpoint_holds_values_that_are_not_finite(tmp_path, weights_only):
-    path = tmp_path / "nan.ckpt"
-    with pytest.raises(NonFiniteError, match="is no longer finite, in link 0: this checkpoint is not written"):
-        trainer(tmp_path, Poisoned(path, weights_only=weights_only), max_epochs=1).fit(make(), batches())
-    assert not path.exists()
+    class Poisoning(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 10:
+                module.model[0].lora_B.detach().fill_(torch.nan)
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt", weights_only=weights_only)
 
-
-class There(Callback):
-    """Whether a file is there as each batch begins."""
-
-    def __init__(self, path):
-        self.path, self.seen = path, []
-
-    def on_train_batch_start(self, *_):
-        self.seen.append(self.path.exists())
+    with pytest.raises(NonFiniteError, match=r"'model\.0\.lora_B' is no longer finite, in link 1"):
+        trainer(tmp_path, Poisoning(), chain=CHAIN, max_epochs=3).fit(make(), batches())
+    assert (tmp_path / "9.ckpt").exists()
+    assert not (tmp_path / "10.ckpt").exists()
 
 
 def test_the_last_checkpoint_stays_where_its_folder_is_spelled_with_a_dot(tmp_path, monkeypatch):
+    class There(Callback):
+        def on_train_batch_start(self, *_):
+            seen.append(Path("checkpoints/last.ckpt").exists())
+
+    seen = []
     monkeypatch.chdir(tmp_path)
-    there = There(Path("checkpoints") / "last.ckpt")
-    last = LastCheckpoint(every_n_train_steps=2)
     options = {"max_epochs": 2, "enable_checkpointing": True, "val_check_interval": 3}
-    trainer(".", there, last, **options).fit(toy(ValidatedToy), batches(), batches(1))
-    assert all(there.seen[there.seen.index(True) :])
-
-
-def test_load_from_checkpoint_replays_without_a_trainer(tmp_path):
-    whole = run(tmp_path, make())
-    loaded = Toy.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
-    for name, layer in lora_layers(loaded.model).items():
-        assert torch.equal(layer.weight, lora_layers(whole.model)[name].weight)
-        assert (layer.rank, layer.scaling) == (3, 4 / 3)
-    x = next(iter(batches()))[0]
-    assert torch.equal(loaded.eval().model(x), whole.eval().model(x))
+    trainer(".", There(), LastCheckpoint(every_n_train_steps=2), **options).fit(toy(ValidatedToy), batches(), batches(1))
+    assert all(seen[seen.index(True) :])
 
 
 def test_a_module_goes_back_and_forth_between_checkpoints_of_its_run(tmp_path):
     module = run(tmp_path, make(ValidatedToy))
-    test = trainer(tmp_path)
-    expected = weights(module)
-    early = ValidatedToy.load_from_checkpoint(tmp_path / "step=10.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
-    for step, other in ((10, weights(early)), (30, expected), (30, expected)):
-        test.validate(module, batches(2), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
+    expected, loaded = weights(module), [ValidatedToy.load_from_checkpoint(tmp_path / f"step={n}.ckpt") for n in (10, 30)]
+    assert_bit_equal(weights(loaded[1]), expected)
+    assert {(layer.rank, layer.scaling) for layer in lora_layers(loaded[1].model).values()} == {(3, 4 / 3)}
+    for step, other in ((10, weights(loaded[0])), (30, expected), (30, expected)):
+        trainer(tmp_path).validate(module, batches(2), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
         assert_bit_equal(weights(module), other)
 
 
-def test_a_subclass_that_forgets_super_keeps_the_chain(tmp_path):
-    class Forgetful(ValidatedToy):
-        def on_load_checkpoint(self, checkpoint):
-            pass
-
-        def on_save_checkpoint(self, checkpoint):
-            checkpoint["mine"] = 1
-
-        def on_train_start(self):
-            pass
-
-        def configure_callbacks(self):
-            return Own()
-
+def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
     class Own(Callback):
         used = False
 
         def on_train_start(self, *_):
             type(self).used = True
 
-    module = run(tmp_path, make(Forgetful))
-    assert Own.used
-    again = Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
-    assert_bit_equal(weights(again), weights(module))
-    module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
-    assert written["mine"] == 1
-    assert "cola" in written["state_dict"]
-    loaded = make(Forgetful)
-    trainer(tmp_path, enable_checkpointing=True).validate(
-        loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False
-    )
-    assert_bit_equal(weights(loaded), weights(module))
-
-
-@pytest.mark.parametrize("order", ["the mixin first", "inherited"])
-def test_a_mixin_that_forgets_super_keeps_the_chain_too(tmp_path, order):
     class Notes:
         def on_save_checkpoint(self, checkpoint):
             checkpoint["notes"] = 1
@@ -193,14 +133,26 @@ def test_a_mixin_that_forgets_super_keeps_the_chain_too(tmp_path, order):
         def on_load_checkpoint(self, checkpoint):
             self.notes = checkpoint["notes"]
 
-    class Mixed(Notes, Toy):
-        pass
+    class Forgetful(Notes, ValidatedToy):
+        def on_train_start(self):
+            pass
 
-    cls = type("Further", (Mixed,), {}) if order == "inherited" else Mixed
-    module = run(tmp_path, make(cls))
-    again = cls.load_from_checkpoint(tmp_path / "step=30.ckpt", target_modules="all-linear", rank=6, alpha=4, seed=0)
-    assert again.notes == 1
-    assert_bit_equal(weights(again), weights(module))
+        def configure_callbacks(self):
+            return Own()
+
+    for cls in (Forgetful, type("Further", (Forgetful,), {})):
+        module = run(tmp_path, make(cls))
+        assert Own.used
+        arguments = {"target_modules": "all-linear", "rank": 6, "alpha": 4, "seed": 0}  # for a class that is not importable
+        again, loaded = cls.load_from_checkpoint(tmp_path / "step=30.ckpt", **arguments), make(cls)
+        trainer(tmp_path).validate(loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False)
+        for other in (again, loaded):
+            assert other.notes == 1
+            assert_bit_equal(weights(other), weights(module))
+        module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+        written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+        assert written["notes"] == 1
+        assert "cola" in written["state_dict"]
 
 
 def test_another_base_another_dtype_or_no_chain_is_refused(tmp_path):
@@ -286,9 +238,14 @@ def test_full_fine_tuning_is_checkpointed_whole(tmp_path):
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    class Own(TorchCheckpointIO):
+        pass
+
+    fit = trainer(tmp_path, ChainOfLoRA(), plugins=[Own()], max_epochs=1)
+    fit.fit(toy(), batches())
+    assert type(fit.strategy.checkpoint_io) is Own  # a user's own stays
     fit = trainer(tmp_path, chain={}, max_epochs=1)
     fit.fit(toy(), batches())
-    assert type(fit.strategy.checkpoint_io) is AtomicCheckpointIO
     path = tmp_path / "a" / "x.ckpt"
     fit.save_checkpoint(path)
     before = path.read_bytes()
@@ -302,15 +259,6 @@ def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         fit.save_checkpoint(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["x.ckpt"]
-
-
-def test_a_checkpoint_io_of_the_users_own_stays(tmp_path):
-    class Own(TorchCheckpointIO):
-        pass
-
-    fit = trainer(tmp_path, ChainOfLoRA(), plugins=[Own()], max_epochs=1)
-    fit.fit(toy(), batches())
-    assert type(fit.strategy.checkpoint_io) is Own
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", None])
@@ -351,25 +299,7 @@ def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype):
     torch.testing.assert_close(merged(x), module.model(x.to(data)).to(dtype), rtol=tolerance, atol=tolerance)
 
 
-def test_a_run_in_double_precision_is_loaded_in_it(tmp_path):
-    data, arguments = batches(dtype=torch.float64), {"target_modules": ["0"], "modules_to_save": ["2"]}
-    module, double = toy(**arguments), trainer(tmp_path, max_epochs=1, precision="64-true")
-    double.fit(module, data)
-    double.save_checkpoint(tmp_path / "double.ckpt")
-    loaded = Toy.load_from_checkpoint(tmp_path / "double.ckpt")
-    assert_bit_equal(weights(loaded), weights(module))
-
-
 def test_what_is_trained_outside_of_the_model_resumes_to_the_bit_in_double_precision(tmp_path):
-    class Outside(Toy):
-        def __init__(self, **arguments):
-            super().__init__(**arguments)
-            self.outside = torch.nn.Linear(6, 6)
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            return torch.nn.functional.mse_loss(self.outside(self.model(x)), y)
-
     def fit(epochs, path=None):
         torch.manual_seed(0)
         module, double = toy(Outside, lr_schedule="constant"), trainer(tmp_path, max_epochs=epochs, precision="64-true")
@@ -377,21 +307,21 @@ def test_what_is_trained_outside_of_the_model_resumes_to_the_bit_in_double_preci
         return module, double
 
     fit(1)[1].save_checkpoint(tmp_path / "one.ckpt")
-    resumed, whole = fit(2, tmp_path / "one.ckpt")[0], fit(2)[0]
+    resumed, (whole, double) = fit(2, tmp_path / "one.ckpt")[0], fit(2)
     assert weights(resumed)["outside.weight"].dtype == torch.float64
     assert_bit_equal(weights(resumed), weights(whole))
+    double.save_checkpoint(tmp_path / "two.ckpt")
+    assert_bit_equal(weights(Outside.load_from_checkpoint(tmp_path / "two.ckpt")), weights(whole))
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path):
-    class Exploding(Toy):
-        def on_after_backward(self):
-            if self.trainer.global_step == 9:
-                self.model[0].lora_B.grad.fill_(torch.nan)
+class Outside(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.outside = nn.Linear(6, 6)
 
-    with pytest.raises(RuntimeError, match=r"'model\.0\.lora_B' is no longer finite, in link 1"):
-        run(tmp_path, make(Exploding))
-    assert not (tmp_path / "step=10.ckpt").exists()
-    assert (tmp_path / "step=9.ckpt").exists()
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.outside(self.model(x)), y)
 
 
 def test_a_saved_base_of_another_shape_and_other_choices_on_resume_are_refused(tmp_path):
@@ -434,13 +364,6 @@ def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
     trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
     assert loaded.link == 2
     assert loaded.live_link().end_step == 10
-
-
-def test_a_trainer_that_has_not_run_saves_what_it_is_connected_to(tmp_path):
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=1)
-    run.strategy.connect(toy())
-    run.save_checkpoint(tmp_path / "before.ckpt")
-    assert COLAModule.load_from_checkpoint(tmp_path / "before.ckpt").link == 0
 
 
 class Steps(EpochDataModule):

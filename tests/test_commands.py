@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import cola_lightning
 from cola_lightning import Chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError
@@ -66,26 +64,10 @@ def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize(("name", "place"), [("digits", "file"), ("overlays/fsdp2", "file/folder")])
-def test_configs_are_not_copied_to_what_is_no_folder(name, place, capsys):
-    Path("file").touch()
-    assert main(["configs", name, "--output", place]) == 2
-    assert capsys.readouterr().err.startswith("error: output: expected a folder that can be written, received")
-
-
-def test_inspect_takes_a_second_more_than_the_import_of_torch():
-    unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # which takes time, too
-
-    def seconds(*command):
-        """Of the processor, whatever else it does meanwhile."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], env=unmeasured, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    inspect = ["-m", "cola_lightning", "inspect", "--checkpoint", CHECKPOINT]
-    assert any(seconds(*inspect) - seconds("-c", "import torch") < 1.25 * 1.0 for _ in range(3))
-    program = f"import sys; from cola_lightning.cli import main; main({inspect[2:]}); print(*sys.modules)"
+def test_inspect_leaves_heavy_libraries_alone():
+    program = (
+        f"import sys; from cola_lightning.cli import main; main({['inspect', '--checkpoint', CHECKPOINT]}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     heads = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert not heads & {"lightning", "transformers", "datasets", "matplotlib"}
@@ -171,89 +153,40 @@ FIT = ["fit", "--config", DIGITS, "--ckpt_path", CHECKPOINT]
 FROM_CHAIN = ["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain"]
 INSPECT = ["inspect", "--checkpoint", "chain"]
 EXPORT = ["export", "--checkpoint", CHECKPOINT, "--format", "chain", "--output"]
+NOT_DAMAGED = [
+    (["inspect", "--checkpoint", DIGITS], "checkpoint: "),
+    (["inspect", "--checkpoint", "chain", "--links", "4"], "links: expected 0 to 3"),
+    (["inspect", "--checkpoint", "chain", "--plot", "x.jpg"], "plot: "),
+    (["inspect", "--chekpoint", "chain"], "unrecognized arguments: --chekpoint chain"),
+    ([*TEST, "--links", "-1"], "links: expected 0 to 3"),
+    ([*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
+    ([*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3"),
+    ([*FROM_CHAIN, "--model.target_modules", "['0']"], "model.target_modules: "),
+    ([*FIT, "--seed_everything", "5"], "model.seed, or seed_everything: expected 0, the checkpoint's, received 5"),
+    ([*FIT, "--model.init_chain", "chain"], "model.init_chain: "),
+    ([*FIT, "--trainer.precision", "64-true"], "trainer.precision, model.finished_links: "),
+    ([*FIT, "--model.alpha", "3"], "model.rank, model.alpha, chain.ranks, chain.alphas: "),
+    ([*EXPORT, "runs", "--overwrite"], "output: "),
+    ([*EXPORT, "runs/version_0/checkpoints", "--overwrite"], "output: expected a folder that does not hold the base"),
+    (["configs", "digits", "--output", DIGITS], "output: "),
+]
 DAMAGE = [
-    (truncate, CHECKPOINT, TEST, "expected a checkpoint file"),
-    (truncate, CHECKPOINT, FIT, "expected a checkpoint file"),
-    (truncate, CHECKPOINT, ["inspect", "--checkpoint", CHECKPOINT], "expected a checkpoint file"),
-    (another_version, CHECKPOINT, TEST, "expected format version 2 to 4"),
-    (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the one on which the chain was trained, 'cola_lightning.C"),
-    (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "in float32 and not in float64"),
-    (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers, received others, with '2'"),
-    (truncate, "chain/chain.safetensors", INSPECT, "received a damaged one"),
-    (flip_a_byte, "chain/chain.safetensors", INSPECT, "received a damaged one"),
-    (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "received a damaged one"),
-    (truncate, "chain/chain.json", INSPECT, "received a damaged one"),
-    (edit_json(lambda d: d.update(format_version=5)), "chain", INSPECT, "expected format version 2 to 4, which this release"),
-    (
-        edit_json(lambda d: d.update(format_version=5)),
-        "chain",
-        FROM_CHAIN,
-        "expected format version 2 to 4, which this release",
-    ),
-    (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "received a damaged one"),
-    (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "received another"),
-    (rename_targets, "chain", FROM_CHAIN, "expected the chain's layers, received others, with '0'"),
-    (shutil.rmtree, "chain", INSPECT, "received 'chain', which does not exist"),
-    (lambda path: Path(path, "chain.json").unlink(), "chain", INSPECT, "received 'chain', which holds none of these"),
-    (
-        lambda path: Path(path, "chain.safetensors").unlink(),
-        "chain",
-        INSPECT,
-        "expected a folder with chain.json and chain.saf",
-    ),
-    (lambda path: None, "", ["inspect", "--checkpoint", DIGITS], "which cannot be read"),
-    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--links", "4"], "expected 0 to 3, the length of the chain"),
-    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--plot", "x.jpg"], "plot: expected a .png file"),
-    (lambda path: None, "", ["inspect", "--chekpoint", "chain"], "unrecognized arguments: --chekpoint chain"),
-    (lambda path: None, "", ["inspect", "--checkpoint", "chain", "--lin", "1"], "unrecognized arguments: --lin 1"),
-    (
-        lambda path: None,
-        "",
-        ["export", "--checkpoint", CHECKPOINT, "--format", "onnx", "--output", "o"],
-        "invalid choice: 'onnx'",
-    ),
-    (lambda path: None, "", [*TEST, "--links", "4"], "links: expected 0 to 3, the length of the chain, received 4"),
-    (lambda path: None, "", [*TEST, "--links", "-1"], "links: expected 0 to 3"),
-    (lambda path: None, "", [*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
-    (lambda path: None, "", [*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3, the length of the chain, received 7"),
-    (lambda path: None, "", [*FROM_CHAIN, "--model.target_modules", "['0']"], "received others, without '2'"),
-    (
-        lambda path: None,
-        "",
-        [*FIT, "--seed_everything", "5"],
-        "or seed_everything: expected 0, the checkpoint's, received 5",
-    ),
-    (
-        lambda path: None,
-        "",
-        [*FIT, "--model.init_chain", "chain"],
-        "model.init_chain: expected null or what the checkpoint's",
-    ),
-    (
-        lambda path: None,
-        "",
-        [*FIT, "--trainer.precision", "64-true"],
-        "trainer.precision, model.finished_links: expected",
-    ),
-    (lambda path: None, "", [*EXPORT, "runs", "--overwrite"], "output: expected a folder that does not exist or is empty"),
-    (
-        lambda path: None,
-        "",
-        [*EXPORT, "runs/version_0/checkpoints", "--overwrite"],
-        "that does not hold the base or the checkpoint",
-    ),
-    (
-        lambda path: Path("deep").mkdir(),
-        "",
-        [*EXPORT, ".", "--overwrite"],
-        "one without folders in it), received '.'",
-    ),
-    (
-        lambda path: None,
-        "",
-        [*FIT, "--model.alpha", "3"],
-        "chain.alphas: expected the ranks and alphas of the checkpoint",
-    ),
+    (truncate, CHECKPOINT, TEST, "ckpt_path: "),
+    (truncate, CHECKPOINT, FIT, "ckpt_path: "),
+    (another_version, CHECKPOINT, TEST, "chain: expected format version 2 to 4"),
+    (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "base: "),
+    (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "base: .*in float32 and not in float64"),
+    (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "model.target_modules: .*with '2'"),
+    (flip_a_byte, "chain/chain.safetensors", INSPECT, "chain: "),
+    (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "chain: "),
+    (truncate, "chain/chain.json", INSPECT, "chain: "),
+    (edit_json(lambda d: d.update(format_version=5)), "chain", FROM_CHAIN, "chain: expected format version 2 to 4"),
+    (edit_json(lambda d: d.pop("base")), "chain", INSPECT, "chain: "),
+    (edit_json(lambda d: d["base"].update(fingerprint=64 * "0")), "chain", FROM_CHAIN, "base: "),
+    (rename_targets, "chain", FROM_CHAIN, "model.target_modules: .*with '0'"),
+    (shutil.rmtree, "chain", INSPECT, "checkpoint: .*'chain', which does not exist"),
+    (lambda path: Path(path, "chain.safetensors").unlink(), "chain", INSPECT, "chain: "),
+    *((lambda path: None, "", words, message) for words, message in NOT_DAMAGED),
 ]
 
 
@@ -267,9 +200,7 @@ def test_what_is_damaged_or_does_not_fit_is_one_line_and_status_2(damage, path, 
     before = contents()
     assert main(words) == 2
     err = capfd.readouterr().err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
+    assert re.match(f"error: {message}", err.strip().splitlines()[-1]), err
     assert "Traceback" not in err
     assert contents() == before
 
@@ -319,13 +250,6 @@ def test_a_chain_folder_is_written_whole_or_not_at_all(function, error):
     assert len(Chain.load("chain")) == 1
 
 
-def test_the_version_is_said_at_once():
-    program = "import sys; from cola_lightning.cli import main; main(['--version']); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == f"cola {cola_lightning.__version__}"
-    assert not {name.partition(".")[0] for name in done.stdout.split()} & {"torch", "lightning", "jsonargparse"}
-
-
 OPENED = """
 import sys
 opened = []
@@ -343,10 +267,8 @@ print("opened", len(opened), "status", status)
     "words",
     [
         FIT,
-        TEST,
         ["predict", *TEST[1:], "--links", "1"],
         ["export", "--format", "merged", "--output", "merged", "--checkpoint", CHECKPOINT],
-        ["export", "--format", "chain", "--output", "links", "--checkpoint", CHECKPOINT],
     ],
     ids=" ".join,
 )

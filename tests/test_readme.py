@@ -35,15 +35,10 @@ def all_blocks(language):
     return [(page, block) for page in PAGES for block in blocks(page, language)]
 
 
-def tables(page):
-    """Each table of a page: its rows as they stand, by its header."""
-    found = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
-    return {header: body.splitlines() for header, body in found}
-
-
 def table(page, start):
-    """Rows of the one table whose header begins so."""
-    (rows,) = [rows for header, rows in tables(page).items() if header.startswith(start)]
+    """Rows, as they stand, of the one table whose header begins so."""
+    tables = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
+    (rows,) = [body.splitlines() for header, body in tables if header.startswith(start)]
     return rows
 
 
@@ -55,22 +50,7 @@ def lines_of(name):
     return [json.loads(line) for line in (ROOT / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def written(rows):
-    """A benchmark's rows as Markdown."""
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
 # ---------------------------------------------------------------------- examples
-
-
-def test_readme_is_short_and_its_first_example_takes_ten_lines():
-    assert len(README.splitlines()) <= 250
-    example, *others = blocks("README.md", "python")
-    assert len([line for line in example.splitlines() if line]) <= 10
-    assert all(len(other.strip().splitlines()) <= 30 for other in others)
-    figures = re.findall(r"!\[.*\]\((.*)\)", README)
-    assert figures == ["benchmarks/domain_shift.png", "docs/figures/chain.png"]  # where a chain pays, and what it is
-    assert README.index("```yaml") < README.index("## Does it pay?")  # one's own file before any result
 
 
 @pytest.fixture
@@ -91,20 +71,13 @@ def model_and_rows(tmp_path, monkeypatch):
 N_LINKS = {("README.md", 0): 2, ("README.md", 1): 2, ("docs/python.md", 0): 1, ("docs/python.md", 1): 3}
 
 
-def examples():
-    return {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
-
-
-def test_all_examples_are_known():
-    assert examples().keys() == N_LINKS.keys()
-
-
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 @pytest.mark.parametrize("place", N_LINKS, ids=str)
 def test_an_example_runs(place, model_and_rows, capsys):
+    examples = {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
+    assert examples.keys() == N_LINKS.keys()
     names = {"__name__": "example"}
-    example = examples()[place].replace("facebook/opt-125m", model_and_rows)
-    exec(compile(example, place[0], "exec"), names)
+    exec(compile(examples[place].replace("facebook/opt-125m", model_and_rows), place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
     if place == ("README.md", 0):
@@ -115,30 +88,22 @@ def test_an_example_runs(place, model_and_rows, capsys):
         said, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
         assert len(said) == len(found) == 4
         assert found == pytest.approx(said, abs=0.12)
-        assert found[0] < 0.2
         assert found == sorted(found)
-        assert found[-1] > 0.75
     if place == ("docs/python.md", 1):
         losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
-        assert len(losses) == 3
         assert losses[2] < losses[1] < losses[0] < 1.5
-        assert losses[2] < 0.3
         assert "rank 3\nSequential(" in out
 
 
 def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
     (block,) = blocks("README.md", "yaml")
     config = yaml.safe_load(block)
-    fields = set(re.findall(r"\{(\w+)\}", config["data"]["init_args"]["prompt"])) | {config["data"]["init_args"]["label"]}
-    columns = re.search(r"`reviews.csv`, of the columns `(\w+)` and\s`(\w+)`", README)
-    assert set(columns.groups()) == fields
     config["model"]["init_args"] |= {"model_name": model_and_rows, "gguf_file": None}
     (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(config))
     assert main(shlex.split(re.search(r"`cola (fit --config my_task\.yaml)`", README)[1])) == 0
     out = capsys.readouterr().out
     assert "reviews.csv: 16 rows for training, 2 for validation, 2 for test" in out  # 80, 10 and 10 %
     assert "link 2 live at the end: steps 4 to 6" in out
-    assert "new rows, with or without their labels or answers: cola predict" in out
 
 
 @pytest.mark.parametrize(("page", "block"), all_blocks("yaml"))
@@ -146,15 +111,12 @@ def test_a_config_parses(page, block, tmp_path, monkeypatch, capsys):
     """A part of one with the quickstart's other parts."""
     monkeypatch.setattr(sys, "argv", ["cola"])
     config = yaml.safe_load(block)
-    assert config.keys() <= {"model", "data", "chain", "trainer", "seed_everything"}
     rest = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: part for name, part in rest.items() if name not in config}))
     (tmp_path / "block.yaml").write_text(block)
     words = ["fit", "--config", str(tmp_path / "config.yaml"), "--config", str(tmp_path / "block.yaml"), "--print_config"]
     assert main(words) == 0
-    printed = capsys.readouterr()
-    assert not printed.err
-    parsed = yaml.safe_load(printed.out)
+    parsed = yaml.safe_load(capsys.readouterr().out)
     for part in config.keys() & {"model", "data"}:
         assert parsed[part]["class_path"].split(".")[-1] == config[part]["class_path"]
         assert config[part]["init_args"].items() <= parsed[part]["init_args"].items()
@@ -173,15 +135,14 @@ def test_the_commands_parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
-    found = [(page, words) for page, block in all_blocks("bash") for words in commands(block)]
-    by_page = {page: sum(where == page for where, _ in found) for page in dict(found)}
-    assert by_page == {"README.md": 7, "docs/checkpoints.md": 9, "docs/cli.md": 5, "docs/scaling.md": 2, "docs/study.md": 1}
-    for _, words in found:
+    found = [words for _, block in all_blocks("bash") for words in commands(block)]
+    assert len(found) == 24
+    for words in found:
         if words[0] in ("inspect", "export", "generate"):  # which are run below
             continue
         words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words]  # which a fit writes
         words = [word for word in words if word not in ("--model.init_chain", "runs/version_0/checkpoints/last.ckpt")]
-        words = [word for k, word in enumerate(words) if word != "--ckpt_path"]
+        words = [word for word in words if word != "--ckpt_path"]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 
@@ -191,26 +152,22 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["cola"])
     monkeypatch.chdir(tmp_path)
     (lines,) = [commands(block) for block in blocks("docs/checkpoints.md", "bash")]
-    assert len(lines) == 9
     of_readme = [words for block in blocks("README.md", "bash") for words in commands(block) if words[0] != "fit"]
-    assert [words for words in of_readme if words not in lines] == [line for line in of_readme if line[0] == "test"]
+    lines += [words for words in of_readme if words not in lines]
     small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
     small += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]
     quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml"), *at_tiny_size("quickstart", tmp_path), *small]
     assert main(["fit", *quickstart]) == 0
     capsys.readouterr()
-    for words in [*lines, *(words for words in of_readme if words[0] == "test")]:
+    for words in lines:
         words = ["8" if word == "100" else word for word in words]
         place = words.index("--config") if "configs/quickstart.yaml" in words else None
         words = words if place is None else [*words[:place], *quickstart, *words[place + 2 :]]
         assert main(words) == 0, words
-        out = capsys.readouterr().out
-        assert ("loaded again" in out) is (words[0] == "export"), out
-    assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
-    links = torch.load("runs/version_3/checkpoints/last.ckpt", weights_only=True)["state_dict"]["cola"]["chain"]["description"][
-        "links"
-    ]
-    assert len(links) == 2 + 2
+        assert ("loaded again" in capsys.readouterr().out) is (words[0] == "export"), words
+    resumed, rolled_back = (torch.load(f"runs/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 3))
+    assert resumed["global_step"] == 8
+    assert len(rolled_back["state_dict"]["cola"]["chain"]["description"]["links"]) == 2 + 2
     assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
     assert len(Chain.load("chain")) == 2
 
@@ -242,23 +199,6 @@ def test_every_option_that_is_named_exists(options):
                 named[name] = page
     assert len(named) >= 30
     assert {name: page for name, page in named.items() if name not in options} == {}
-
-
-def test_no_page_installs_from_an_index_and_every_extra_exists():
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    others = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "cola_lightning").rglob("*.py")]
-    texts = PAGES | {path.name: path.read_text() for path in others}
-    for page, text in texts.items():
-        assert not re.search(r"pip install (--\S+ )*['\"]?cola[_-]lightning", text), page
-        for names in re.findall(r"'\.\[([\w,]+)\]'", text):
-            assert set(names.split(",")) <= set(extras), page
-
-
-def test_the_quickstarts_output_is_what_its_config_expects():
-    (output, _) = blocks("README.md", "text")
-    header = (ROOT / "configs" / "quickstart.yaml").read_text()
-    expected = re.search(r"(0\.\d+) before training .*?(0\.\d+), (0\.\d+) and (0\.\d+) after", header).groups()
-    assert tuple(re.findall(r"val_accuracy (\S+)", output)) == expected
 
 
 # ---------------------------------------------------------------------- tables
@@ -301,73 +241,31 @@ def test_the_table_of_speed_is_the_benchmarks():
     assert f"{results['seconds: 5 links / 1 link', 32]:.2f} times" in PAGES["docs/speed.md"]
 
 
+def rows_of(name):
+    return lambda: importlib.import_module(name).rows(lines_of(name))
+
+
+# Those of domain_shift are printed by `python benchmarks/domain_shift.py --figure`.
 PRODUCED = {
-    "bases": ("docs/precision.md", "| base | links |"),
-    "commands": ("docs/speed.md", "| task | command |"),
-    "prompts": ("docs/speed.md", "| | task |"),
-    "rows": ("docs/speed.md", "| | start |"),
-    "tasks": ("docs/results.md", "| task | training loss |"),
+    ("docs/precision.md", "| base | links |"): rows_of("bases"),
+    ("docs/speed.md", "| task | command |"): rows_of("commands"),
+    ("docs/speed.md", "| | task |"): rows_of("prompts"),
+    ("docs/speed.md", "| | start |"): rows_of("rows"),
+    ("docs/results.md", "| task | training loss |"): rows_of("tasks"),
+    ("docs/results.md", "| paper's task |"): paper_table.rows,
+    ("docs/results.md", "| | method | rate |"): lambda: importlib.import_module("benchmarks.digits_splits.table").rows(),
+    ("docs/results.md", "| | method | seeds |"): domain_shift.rows_of_scopes,
+    ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
+    ("docs/results.md", "| one base |"): domain_shift.rows_of_one_base,
+    ("README.md", "| | method | rate |"): domain_shift.rows,
 }
 
 
-@pytest.mark.parametrize("name", PRODUCED)
-def test_a_table_is_its_benchmarks(name):
-    expected = written(importlib.import_module(name).rows(lines_of(name)))
-    assert len(expected) == {"bases": 6, "commands": 4, "tasks": 11, "prompts": 14, "rows": 6}[name]
-    assert table(*PRODUCED[name]) == expected
-
-
-def test_the_table_of_domain_shift_is_the_benchmarks():
-    """`python benchmarks/domain_shift.py --figure` prints it."""
-    expected = written(domain_shift.rows())
-    assert len(expected) >= 4
-    assert table("README.md", "| | method | rate |") == expected
-
-
-def test_the_papers_table_is_the_benchmarks():
-    """`python benchmarks/paper_table.py --table` prints it."""
-    expected = written(paper_table.rows())
+@pytest.mark.parametrize("place", PRODUCED, ids=str)
+def test_a_table_is_its_benchmarks(place):
+    expected = [f"| {' | '.join(row)} |" for row in PRODUCED[place]()]
     assert len(expected) >= 2
-    assert table("docs/results.md", "| paper's task |") == expected
-
-
-def test_the_table_of_schedules_is_the_benchmarks():
-    """`python benchmarks/domain_shift.py --figure` prints it."""
-    expected = written(domain_shift.rows_of_scopes())
-    assert len(expected) >= 3
-    assert table("docs/results.md", "| | method | seeds |") == expected
-
-
-def test_the_table_of_one_early_knot_is_the_benchmarks():
-    """`python benchmarks/domain_shift.py --figure` prints it."""
-    expected = written(domain_shift.rows_of_one_knot())
-    assert len(expected) >= 3
-    assert table("docs/results.md", "| one knot |") == expected
-
-
-def test_the_table_of_one_base_is_the_benchmarks():
-    """`python benchmarks/domain_shift.py --figure` prints it."""
-    expected = written(domain_shift.rows_of_one_base())
-    assert len(expected) == 2
-    assert table("docs/results.md", "| one base |") == expected
-
-
-def test_the_table_of_digits_over_splits_is_the_benchmarks(monkeypatch):
-    """`python benchmarks/digits_splits/table.py` prints it."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "digits_splits")
-    expected = written(importlib.import_module("table").rows())
-    assert len(expected) >= 2
-    assert table("docs/results.md", "| | method | rate |") == expected
-
-
-def test_where_a_chain_ends_behind_is_the_stored_runs():
-    ends = [
-        [line.split(",")[2] for line in (ROOT / f"notebooks/data/anatomy/{name}.csv").read_text().splitlines()][-1]
-        for name in ("chain", "lora", "lora-sum-rank")
-    ]
-    chain, lora, summed = (f"{float(loss):.3f}" for loss in ends)
-    text = " ".join(PAGES["docs/results.md"].split())
-    assert f"loss of {chain} and {lora} nats per byte; LoRA of rank 32 reaches {summed}" in text
+    assert table(*place) == expected
 
 
 def test_the_predictions_in_half_precision_are_the_benchmarks():
@@ -377,28 +275,6 @@ def test_the_predictions_in_half_precision_are_the_benchmarks():
     models = ("module", "merged", "adapter")
     assert rows == [[f"in {dtype}", *(str(same[f"{model}, {dtype}"]) for model in models)] for dtype in ("float32", "bfloat16")]
     assert max(line["largest_margin"] for line in lines) <= 0.125
-
-
-def test_every_table_of_results_has_a_check():
-    """A table of numbers that is new on a page is to be held against its benchmark, too."""
-    numbers = {
-        (page, header)
-        for page in PAGES
-        for header, rows in tables(page).items()
-        if sum(bool(re.fullmatch(r"[-+±./ \de,\[\]M]*\d[-+±./ \de,\[\]M]*", x)) for row in rows for x in cells(row)[1:]) > 1
-    }
-    known = [
-        ("docs/results.md", "| | LoRA | 2 links |"),
-        ("docs/results.md", "| SST-2 |"),
-        ("docs/results.md", "| | method | rate |"),
-    ]
-    headers = ("| | method | seeds |", "| one knot |", "| one base |", "| paper's task |")
-    known += [("docs/results.md", header) for header in headers]
-    known += [("README.md", "| | method |"), ("docs/speed.md", "| | time / peft's |"), ("docs/precision.md", "| computed |")]
-    known += [*PRODUCED.values(), ("docs/scaling.md", "| model, method |")]  # the last in test_scale.py
-    unknown = {(page, header) for page, header in numbers if not any(page == p and header.startswith(h) for p, h in known)}
-    assert unknown == set()
-    assert len(numbers) == len(known)
 
 
 # ---------------------------------------------------------------------- links, names, citation
@@ -425,11 +301,6 @@ def test_links_lead_somewhere():
             assert (ROOT / path).exists(), path
 
 
-def test_readme_leads_to_every_page():
-    linked = {f"docs/{name}" for name in re.findall(r"\(docs/(\w+\.md)", README)}
-    assert PAGES.keys() - {"README.md"} <= linked
-
-
 def test_the_api_reference_is_of_all_public_names():
     named = re.findall(r"^::: cola_lightning\.([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
     assert sorted(name.split(".")[-1] for name in named) == sorted(cola_lightning.__all__)
@@ -438,16 +309,3 @@ def test_the_api_reference_is_of_all_public_names():
         found = getattr(importlib.import_module(f"cola_lightning.{place}"), attribute)
         assert found is getattr(cola_lightning, attribute)
         assert found.__module__ == f"cola_lightning.{place}"  # where the docstring is
-
-
-def test_the_bibtex_is_the_citation_file():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    (bibtex,) = blocks("README.md", "bibtex")
-    fields = [dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry, re.MULTILINE)) for entry in bibtex.split("@")[1:]]
-    paper, software = fields
-    of_paper = citation["preferred-citation"]
-    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in of_paper["authors"])
-    expected = {"title": of_paper["title"], "author": authors, "journal": of_paper["journal"]}
-    assert paper == expected | {"year": str(of_paper["year"]), "url": of_paper["url"]}
-    expected = {"title": citation["title"], "author": citation["authors"][0]["name"], "version": citation["version"]}
-    assert software == expected | {"license": citation["license"]}

@@ -94,19 +94,11 @@ def checkpoint(tmp_path, base, mark):
     return changed(path, trust_remote_code=True)
 
 
-def ways(checkpoint, tmp_path):
-    """Everything that makes a model from a checkpoint."""
-    out = str(tmp_path / "out")
-    words = {
-        name: ["export", "--checkpoint", str(checkpoint), "--format", name, "--output", out] for name in ("merged", "peft")
-    }
-    words["generate"] = ["generate", "--checkpoint", str(checkpoint), "--prompt", "The cat", "--max_new_tokens", "2"]
-    return words
-
-
 @pytest.mark.parametrize("way", ["merged", "peft", "generate"])
 def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(checkpoint, tmp_path, mark, way, capsys):
-    words = ways(checkpoint, tmp_path)[way]
+    words = ["generate", "--checkpoint", str(checkpoint), "--prompt", "The cat", "--max_new_tokens", "2"]
+    if way != "generate":
+        words = ["export", "--checkpoint", str(checkpoint), "--format", way, "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert not mark.exists()
     last = capsys.readouterr().err.splitlines()[-1]
@@ -116,24 +108,18 @@ def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(checkpoint,
     assert mark.exists()
 
 
-def test_nor_can_one_that_is_loaded_in_python(checkpoint, mark):
-    for cls in (COLAModule, COLACausalLM):
+def test_nor_can_one_that_is_loaded_in_python_by_lightnings_hyperparameters_either(checkpoint, mark):
+    class SavingLM(COLACausalLM):
+        def __init__(self, model_name, **arguments):
+            super().__init__(model_name, **arguments)
+            self.save_hyperparameters()
+
+    for cls in (COLAModule, COLACausalLM, SavingLM):
         with pytest.raises(UserError, match="`trust_remote_code=True`"):
             cls.load_from_checkpoint(checkpoint)
     assert not mark.exists()
     assert COLAModule.load_from_checkpoint(checkpoint, trust_remote_code=True).pretrained.trust_remote_code
     assert mark.exists()
-
-
-def test_the_hyperparameters_of_lightning_cannot_either(tmp_path, checkpoint, mark):
-    class Saving(COLACausalLM):
-        def __init__(self, model_name, **arguments):
-            super().__init__(model_name, **arguments)
-            self.save_hyperparameters()
-
-    with pytest.raises(UserError, match="`trust_remote_code=True`"):
-        Saving.load_from_checkpoint(checkpoint)
-    assert not mark.exists()
 
 
 @pytest.mark.parametrize("folder", ["merged", "peft"])
