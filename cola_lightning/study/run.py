@@ -184,7 +184,7 @@ def run(folder: str) -> int:
             module, trainer, how = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
             if module.target_modules is not None:
                 links = module.full_chain().links
-                knots = [link.start_step for link in links[1:]]
+                knots = [link.end_step for link in links[:-1]]
                 facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
             of_loaders = [*trainer.validate(module, **how), *trainer.test(module, **how)]
             found = {name: value for metrics in of_loaders for name, value in metrics.items()}
