@@ -39,8 +39,7 @@ from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.examples.domain_shift import PythonSourceDataModule
 from cola_lightning.export.verify import ExportOptions
-from cola_lightning.study.command import compare
-from cola_lightning.study.comparison import Comparison
+from cola_lightning.study.command import Comparison
 from cola_lightning.study.methods import method
 from cola_lightning.writing import atomic_folder
 from tests import tiny
@@ -181,11 +180,6 @@ def method_of(name, chain=(), run=(), arguments=("rank", "alpha")):
 def without_packages(do):
     with mock.patch.object(importlib.util, "find_spec", return_value=None):
         do()
-
-
-def study():
-    Path("some.yaml").touch()
-    compare(["--config", "some.yaml", "--output", "out", "--methods", "[lora]"])
 
 
 # ---------------------------------------------------------------------- the table
@@ -356,31 +350,21 @@ REFUSALS = {
     ],
     copied: [(("digts",), "names: the nearest that exist: digits"), (("digits", "--output", "."), "output")],
     comparison: [
-        ({"methods": []}, "methods"),
-        ({"methods": ["lora", "lora"]}, "methods"),
-        ({"seeds": 0}, "seeds"),
-        ({"tuning_seeds": 4}, "tuning_seeds"),
-        ({"config": "nowhere.yaml"}, "config"),
-        ({"metric": "accuracy"}, "metric"),
         ({"metric": "val_mse"}, "mode"),
-        ({"learning_rates": [0.0]}, "learning_rates"),
         ({"learning_rates": {"lora": [0.01]}}, "learning_rates"),
     ],
     method_of: [
         (("lore",), "methods: the nearest that exist: lora"),
         (("cola-0",), "methods: 'cola-0'"),
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
-        (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), r"methods: trainer\.max_epochs"),
-        (("lora-sum-rank", {"patience": 2}, {"max_epochs": 2}), "methods: patience"),
+        (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), "methods: known only after a run"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: at most 3 links"),
-        (("relora", {"patience": 2}, {"max_epochs": 3}), r"methods: model\.knot_warmup_steps"),
         (("cola-2",), "trainer: max_steps or max_epochs"),
         (("lora", (), (), ()), r"model: rank, .* 'own\.Module'"),
         (("lora-sum-rank-2", {}, {"max_steps": 20}, ["rank"]), r"model: alpha, .* 'own\.Module'"),
     ],
     without_packages: [
         ((lambda: ExportOptions(Path("out"), "peft").check(),), "format: pip install peft"),
-        ((study,), "cola compare"),
     ],
 }
 
