@@ -138,7 +138,7 @@ def test_the_task_of_ones_own_runs(model_and_rows, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "reviews.csv: 16 rows for training, 2 for validation, 2 for test" in out  # 80, 10 and 10 %
     assert "link 2 live at the end: steps 4 to 6" in out
-    assert "new rows, with or without their labels or answers: cola predict" in out
+    assert "use it: cola test" in out
 
 
 @pytest.mark.parametrize(("page", "block"), all_blocks("yaml"))

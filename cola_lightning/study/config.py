@@ -4,14 +4,13 @@ import contextlib
 import io
 import json
 import shlex
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from cola_lightning.callbacks import RunWatch
-from cola_lightning.cli.training import COLACLI, check_groups
+from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import UserError
 
 
@@ -22,8 +21,7 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
         UserError: for arguments that ``cola fit`` would refuse when it parses them; likewise jsonargparse's ArgumentError.
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         COLACLI(["fit", *words, "--print_config"], RunWatch())
     try:
         config = yaml.safe_load(printed.getvalue())
@@ -32,7 +30,6 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         received = f"{shlex.join(words)!r}, which prints something else than a run's config"
         raise UserError(f"cola fit: expected options of a run, received {received}")
-    check_groups(config)
     return config
 
 
