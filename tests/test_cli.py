@@ -77,21 +77,21 @@ def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert "ckpt_path: " in capfd.readouterr().out
     assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 27
     assert run("fit", "--config", DIGITS, *FAST, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
-    assert "nothing was left to do" in capfd.readouterr().out
     assert not Path("runs/version_2").exists()
 
 
 def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(monkeypatch, capfd):
     Path("no_args.py").write_text(
-        "from cola_lightning import COLADigits\n\nclass NoArgs(COLADigits):\n    def __init__(self):\n"
+        "from benchmarks.digits_model import COLADigits\n\nclass NoArgs(COLADigits):\n    def __init__(self):\n"
         "        super().__init__(rank=1, alpha=1, seed=0)\n"
     )
     monkeypatch.syspath_prepend(".")
     Path("config.yaml").write_text(
-        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: cola_lightning.DigitsDataModule}\n"
+        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\n"
+        "data: {class_path: benchmarks.digits_model.DigitsDataModule}\n"
     )
     assert run("test", "--config", "config.yaml") == 0
-    assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
+    assert "test: without --ckpt_path, this is the base alone" in capfd.readouterr().out
     assert run("fit", "--config", "config.yaml", "--links", "2") == 2
     assert "error: links: expected ckpt_path or model.init_chain beside it, received 2 alone" in capfd.readouterr().err
     assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
@@ -119,7 +119,7 @@ def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeyp
 
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(monkeypatch, capfd):
     Path("hpmod.py").write_text(
-        "from cola_lightning import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
     monkeypatch.syspath_prepend(".")
@@ -152,11 +152,6 @@ def test_a_predict_that_is_stopped_leaves_its_rows_so_far(fitted, monkeypatch, c
     assert not path.with_name("predictions.jsonl").exists()
 
 
-def test_a_predict_of_no_batch_says_so(fitted, capfd):
-    assert run("predict", *fitted, "--trainer.limit_predict_batches", "0") == 0
-    assert "no predictions: trainer.limit_predict_batches 0 leaves no batch" in capfd.readouterr().out
-
-
 def test_without_a_logger_everything_goes_to_the_root_folder():
     arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
     for _ in range(2):
@@ -164,27 +159,6 @@ def test_without_a_logger_everything_goes_to_the_root_folder():
     assert (Path("out") / "config.yaml").exists()
     assert run("predict", "--config", DIGITS, *arguments) == 0
     assert (Path("out") / "predictions.jsonl").exists()
-
-
-def test_without_a_logger_no_config_of_the_users_is_replaced(capfd):
-    Path("config.yaml").write_text(own := "# mine\n" + Path(DIGITS).read_text())
-    assert run("fit", "--config", "config.yaml", *FAST, "--trainer.logger", "false") == 2
-    assert "error: trainer.default_root_dir: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
-    assert Path("config.yaml").read_text() == own
-    assert {path.name for path in Path().iterdir()} == {"config.yaml"}
-
-
-def test_a_config_of_the_users_is_not_replaced_in_a_loggers_folder(capfd):
-    own = f"# mine\n{Path(DIGITS).read_text()}"
-    own = own.replace(
-        "trainer:\n", "trainer:\n  logger: {class_path: CSVLogger, init_args: {save_dir: '', name: a, version: b}}\n"
-    )
-    path = Path("a/b/config.yaml")
-    path.parent.mkdir(parents=True)
-    path.write_text(own)
-    assert run("fit", "--config", str(path), *FAST) == 2
-    assert "error: trainer.logger: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
-    assert path.read_text() == own
 
 
 SHARED = """
@@ -255,12 +229,10 @@ def test_a_test_leaves_the_fits_configuration_where_both_have_one_folder(capfd):
 
 
 def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
-    assert run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain") == 0
-    for more, what in (([], "the base alone"), (["--model.init_chain", "chain", "--links", "1"], "chain")):
-        assert run("validate", *fitted[:2], *more) == 0
-        assert f"validate: this is {what}, for no --ckpt_path is given" in capfd.readouterr().out.splitlines()
+    assert run("validate", *fitted[:2]) == 0
+    assert "validate: without --ckpt_path, this is the base alone" in capfd.readouterr().out
     assert run("validate", *fitted) == 0
-    assert "is given" not in capfd.readouterr().out
+    assert "without --ckpt_path" not in capfd.readouterr().out
 
 
 def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitted, capfd):
@@ -269,7 +241,7 @@ def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitt
     assert saved["ckpt_path"] is saved["links"] is None
     capfd.readouterr()
     assert run("test", "--config", "runs/version_1/config.yaml") == 0
-    assert "test: this is the base alone" in capfd.readouterr().out
+    assert "test: without --ckpt_path" in capfd.readouterr().out
 
 
 def test_a_fast_dev_run_writes_nothing():
@@ -335,8 +307,11 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs, capfd):
 
 
 BAD = [
-    (["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"], "unrecognized arguments: --chain.every_n_epoch 5"),
-    (["fit", "--config", DIGITS, "--model.rnak", "3"], "Option 'rnak' is not accepted"),
+    (
+        ["fit", "--config", DIGITS, "--chain.every_n_epoch", "5"],
+        "--chain.every_n_epoch 5; the nearest that exist: chain.every_n_epochs",
+    ),
+    (["fit", "--config", DIGITS, "--model.rnak", "3"], "Option 'rnak' is not accepted; the nearest that exist: rank"),
     (["fit", "--config", DIGITS, "--model.rank", "two"], "model.rank: expected int, received 'two'"),
     (["fit", "--config", DIGITS, "--model.rank", "0"], "model.rank: expected a whole number of at least 1, received 0"),
     (["fit", "--config", DIGITS, "--model.optimizer", "Adamx"], "model.optimizer: "),
@@ -358,7 +333,7 @@ BAD = [
     (["test", "--config", DIGITS, "--ckpt_path", "a_file"], "ckpt_path: expected a checkpoint"),
     (["test", "--config", DIGITS, "--ckpt_path", "best"], "received 'best', which cannot be read (No such file or directory)"),
     (["test", "--config", DIGITS, "--ckpt_path", "."], "received '.', which cannot be read (Is a directory)"),
-    (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: expected Literal[64, 32, 16] or"),
+    (["fit", "--config", DIGITS, "--trainer.precision", "12"], "trainer.precision: Expected a Literal[64, 32, 16]"),
     (["fit", "--config", DIGITS, "--trainer.logger", "Nope"], "trainer.logger: "),
     (["fit", "--config", DIGITS, "--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less"),
     (["fit", "--config", DIGITS, *(2 * ["--trainer.callbacks+=ModelCheckpoint"])], "Found more than one stateful callback"),
@@ -368,26 +343,17 @@ BAD = [
     (["fit", "--config", DIGITS, "--trainer.default_root_dir", "a/b", "--model.target_modules", "['22']"], "received '22'"),
     (["fit", "--config", DIGITS, "--model", "torch.nn.Linear"], "subclass of COLAModule"),
     (["fit", "--config", DIGITS, "--model", "mine.My"], "class_path 'mine.My': No module named 'mine'"),
-    (["fit", "--config", DIGITS, "--seed_everything", "-4"], "seed_everything: expected a whole number from 0"),
+    (["fit", "--config", DIGITS, "--seed_everything", "-4"], "-4 is not in bounds"),
     (["fit", "--config", DIGITS, "--model.rank", "null"], "model.rank: expected int, received 'None'"),
     (["fit", "--config", DIGITS, "--model.lr_schedule", "null"], "model.lr_schedule: expected Literal['constant', 'linear'"),
     (["fit", "--config", DIGITS, "--model.optimizer", "null"], "model.optimizer: "),
     (["fit", "--config", DIGITS, "--data.batch_size", "null"], "data.batch_size: expected int, received 'None'"),
-    (["fit", "--config", "beside_0.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_1.yaml"], "model: expected 'rank' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_2.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_3.yaml"], "model.optimizer: expected 'lr' inside init_args, received it beside class_path"),
-    (["fit", "--config", "beside_4.yaml"], "trainer.logger: expected 'save_dir' inside init_args, received it beside"),
     (["fit", "--config", "rows.yaml"], "data: "),
-    (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
-    (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'; in quotes, yes, no and numbers are text"),
-    (["fit", "--config", "groups.yaml"], "chain: expected options, each with its value, received None"),
-    (["fit", "--config", "last_null.yaml"], "last: expected options, each with its value, received None"),
-    (["fit", "--config", "last_3.yaml"], "last: expected options, each with its value, received 3"),
-    (["test", "--config", "last_list.yaml"], "last: expected options, each with its value, received [1]"),
+    (["fit", "--config", "no.yaml"], "data.options: expected str, received 'False'"),
+    (["fit", "--config", "3.yaml"], "data.source: expected str, received '3'"),
     (["fit", "--config", "nope.yaml"], "File does not exist"),
     (["fit", "--config", "broken.yaml"], "Problems parsing config"),
-    (["fit", "--config", "typo.yaml"], "does not accept option 'trainer.max_epoch'"),
+    (["fit", "--config", "typo.yaml"], "'trainer.max_epoch'; the nearest that exist: trainer.max_epochs"),
     (["fit"], "the following arguments are required: model_name"),
     (["fit", "--model.model_name", "x"], "the following arguments are required: source"),
     (["fit", "--model.model_name"], "expected one argument"),
@@ -408,21 +374,6 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
     Path("a_file").touch()
     Path("broken.yaml").write_text("model: [\n")
     Path("typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    digits = "cola_lightning.COLADigits"
-    parts = f"seed_everything: 0\nmodel: {{class_path: {digits}}}\ndata: {{class_path: cola_lightning.DigitsDataModule}}\n"
-    Path("groups.yaml").write_text(f"{parts}chain: null\n")
-    for name, value in (("null", "null"), ("3", "3"), ("list", "[1]")):
-        Path(f"last_{name}.yaml").write_text(f"{parts}last: {value}\n")
-    adamw = "class_path: torch.optim.AdamW"
-    beside = [
-        "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
-        "model: {class_path: cola_lightning.COLADigits, rank: 3}",
-        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, lr: 0.1}}}}}}",
-        f"model: {{class_path: {digits}, init_args: {{optimizer: {{{adamw}, init_args: {{eps: 0.1}}, lr: 0.1}}}}}}",
-        "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
-    ]
-    for k, text in enumerate(beside):
-        Path(f"beside_{k}.yaml").write_text(text)
     Path("rows.csv").write_text("a,b\n1,2\n")
     Path("rows.yaml").write_text("data: rows.csv\n")
     template = "data: {{class_path: TemplateDataModule, init_args: {{source: {}, prompt: '{{a}}', options: [{}]}}}}\n"
@@ -439,7 +390,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(args, message
 
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():
-    program = "import cola_lightning.examples.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
+    program = "import benchmarks.digits_model as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
     done = forked.run("-c", program, "fit", "--config", DIGITS, *FAST)
     assert done.returncode == 1
@@ -449,7 +400,8 @@ def test_what_fails_while_running_is_status_1_with_its_traceback():
 OWN = """
 from lightning.pytorch import Callback
 
-from cola_lightning import COLADigits, UserError
+from benchmarks.digits_model import COLADigits
+from cola_lightning import UserError
 
 
 class Logs(COLADigits):
@@ -547,7 +499,7 @@ def test_a_wrong_value_from_ones_own_class_is_one_line(capfd, monkeypatch):
 def test_own_code_may_exit(code, status, said, capfd, monkeypatch):
     monkeypatch.syspath_prepend(Path.cwd())
     own = f"class Exits{status}(DigitsDataModule):\n    def setup(self, stage):\n        sys.exit({code})\n"
-    Path(f"own_exit_{status}.py").write_text(f"import sys\nfrom cola_lightning import DigitsDataModule\n\n\n{own}")
+    Path(f"own_exit_{status}.py").write_text(f"import sys\nfrom benchmarks.digits_model import DigitsDataModule\n\n\n{own}")
     assert run("fit", "--config", DIGITS, *FAST, "--data", f"own_exit_{status}.Exits{status}") == status
     assert capfd.readouterr().err.endswith(said and f"{said}\n")
 
@@ -570,7 +522,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
 
 def test_a_second_ctrl_c_stops_at_once():
     """Also in the middle of a batch that never ends."""
-    program = "import time, cola_lightning.examples.digits as d; d.pretrain = lambda model: None"
+    program = "import time, benchmarks.digits_model as d; d.pretrain = lambda model: None"
     program += "; d.F.cross_entropy = lambda *a: [print('in it', flush=True)] and [time.sleep(0.1) for _ in range(600)]"
     program += "; from cola_lightning.__main__ import entry_point; entry_point()"
     fit = ["fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
@@ -610,11 +562,11 @@ def test_what_needs_no_model_is_answered_without_torch(words):
 def test_a_file_where_the_runs_should_be_is_one_line(capfd):
     Path("runs").touch()
     assert run("fit", "--config", DIGITS, *FAST) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: trainer.logger.save_dir: expected a folder")
+    assert capfd.readouterr().err.splitlines()[-1].endswith("runs': File exists")
 
 
 def test_a_users_own_module_beside_the_config_is_found():
-    Path("mine.py").write_text("from cola_lightning import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    Path("mine.py").write_text("from benchmarks.digits_model import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     done = forked.run("-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "mine.Mine", *FAST)
     assert done.returncode == 0, done.stderr
     assert "link 1 live at the end" in done.stdout

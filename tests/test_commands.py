@@ -62,15 +62,15 @@ def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["inspect", "--checkpoint", "~/own/chain", "--plot=~/chain.png"]) == 0
     assert main([*EXPORT, "~/exported"]) == 0
-    assert main(["configs", "digits", "--output=~/configs"]) == 0
+    assert main(["configs", "smollm2", "--output=~/configs"]) == 0
     assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize(("name", "place"), [("digits", "file"), ("overlays/fsdp2", "file/folder")])
+@pytest.mark.parametrize(("name", "place"), [("smollm2", "file"), ("overlays/fsdp2", "file/folder")])
 def test_configs_are_not_copied_to_what_is_no_folder(name, place, capsys):
     Path("file").touch()
     assert main(["configs", name, "--output", place]) == 2
-    assert capsys.readouterr().err.startswith("error: output: expected a folder that can be written, received")
+    assert capsys.readouterr().err.startswith("error: cola: expected a file or folder that may be used, received")
 
 
 def test_inspect_takes_a_second_more_than_the_import_of_torch():
@@ -176,7 +176,12 @@ DAMAGE = [
     (truncate, CHECKPOINT, FIT, "expected a checkpoint file"),
     (truncate, CHECKPOINT, ["inspect", "--checkpoint", CHECKPOINT], "expected a checkpoint file"),
     (another_version, CHECKPOINT, TEST, "expected format version 2 to 4"),
-    (set_base(fingerprint=64 * "0"), CHECKPOINT, TEST, "expected the one on which the chain was trained, 'cola_lightning.C"),
+    (
+        set_base(fingerprint=64 * "0"),
+        CHECKPOINT,
+        TEST,
+        "expected the one on which the chain was trained, 'benchmarks.digits_model.C",
+    ),
     (set_base(dtypes=["float64"]), CHECKPOINT, FIT, "in float32 and not in float64"),
     (set_base(weight_norms={"0": 1.0}), CHECKPOINT, TEST, "expected the chain's layers, received others, with '2'"),
     (truncate, "chain/chain.safetensors", INSPECT, "received a damaged one"),

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
+from benchmarks.digits_model import COLADigits
 from cola_lightning import (
     AdaptedModel,
     Chain,
     COLACausalLM,
-    COLADigits,
     COLAModule,
     COLASequenceClassifier,
     UserError,
