@@ -286,11 +286,11 @@ def test_classes_have_defaults_and_a_config_names_others(capfd):
     assert config["data"]["class_path"].endswith("DigitsDataModule")
 
 
-@pytest.mark.parametrize("place", ["config", "words"])
+@pytest.mark.parametrize("place", ["--config", "-c", "words"])
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named(tmp_path, monkeypatch, capfd, place):
     monkeypatch.chdir(tmp_path)
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
-    words = ["--config", "task.yaml"] if place == "config" else ["--data=PromptDataModule", "--data.task", "RTE"]
+    words = ["--data=PromptDataModule", "--data.task", "RTE"] if place == "words" else [place, "task.yaml"]
     data = printed_config(capfd, *words)["data"]["init_args"]
     assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 

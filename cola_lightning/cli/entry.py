@@ -35,6 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
     with _logging():
         try:
             return _run(words, args)
+        except KeyboardInterrupt:  # of a command that handles no signals
+            return 130
         except SystemExit as exit_:  # --help, or code of the user's; as Python does, except that it exits
             if isinstance(exit_.code, int | None):
                 return exit_.code or 0
