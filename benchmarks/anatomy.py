@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_gpt import COLAByteGPT, PythonSourceDataModule, next_byte_loss
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from cola_lightning import ChainOfLoRA
-from cola_lightning.examples.byte_gpt import next_byte_loss
-from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule
 
 FOLDER = Path(__file__).parent.parent / "notebooks" / "data" / "anatomy"
 STEPS, LINKS, RANK = 800, 8, 4

@@ -9,6 +9,7 @@ writes ``digits.jsonl`` (one run a line; a second call does only what is missing
 import argparse
 import csv
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cola_lightning.cli import main as cola
 
 HERE = Path(__file__).parent
 CONFIG = str(HERE.parent / "configs" / "digits.yaml")
+sys.path.append(str(HERE.parent))  # where the config's class paths begin
 EPOCHS = 50
 
 

@@ -16,8 +16,6 @@ from .data.templates import TemplateDataModule as TemplateDataModule
 from .data.text import TextDataModule as TextDataModule
 from .errors import HubError as HubError
 from .errors import UserError as UserError
-from .examples.digits import COLADigits as COLADigits
-from .examples.digits import DigitsDataModule as DigitsDataModule
 from .hf.causal_lm import COLACausalLM as COLACausalLM
 from .hf.classifier import COLASequenceClassifier as COLASequenceClassifier
 from .hf.language import LanguageModule as LanguageModule

@@ -1,6 +1,7 @@
 """``python -m cola_lightning`` and the console script ``cola``."""
 
 import io
+import logging
 import os
 import select
 import sys
@@ -15,6 +16,12 @@ def entry_point() -> None:
         sys.stdout.reconfigure(errors="replace")  # a generated text has any character
     # Lightning's own use of torch's tree utilities: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+    # Lightning's advice for short runs, whose metrics each validation logs anyway.
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    # Its log lines that say nothing about the run.
+    noise = ("💡 Tip:", "TPU available:", "HPU available:")
+    lightnings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightnings.addFilter(lambda record: not record.getMessage().startswith(noise))
     try:
         from cola_lightning.cli import main
 

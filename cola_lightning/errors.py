@@ -1,7 +1,5 @@
 """The error type for mistakes of the user's, those for other failures, and one-line versions of other libraries' messages."""
 
-import ast
-import contextlib
 import difflib
 import itertools
 import re
@@ -9,9 +7,13 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
+# Lines of jsonargparse's messages that say nothing about the mistake.
+TRIED = re.compile(
+    r"\s*(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value type:"
+    r"|Given value: (NestedArg|Namespace)\()"
+)
 
 
 class UserError(ValueError):
@@ -94,7 +96,7 @@ def one_line(message: str) -> str:
 
     Example:
         >>> one_line('''Parser key "model":
-        ...   Problem with given class_path 'COLADigits':
+        ...   Problem with given class_path 'COLACausalLM':
         ...     Parser key "rank":
         ...       Expected a <class 'int'>. Got value: two
         ...   Expected a <class 'NoneType'>''')
@@ -104,32 +106,9 @@ def one_line(message: str) -> str:
     lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
     if not (fields and lines):
         return " ".join(message.split())
-    with contextlib.suppress(ValueError, SyntaxError, TypeError):  # no plain value
-        if beside := _beside_class_path(ast.literal_eval(message.rpartition("Given value: ")[2].strip()), fields[0]):
-            return beside
     indent = len(lines[0]) - len(lines[0].lstrip())
-    paragraph = "\n".join(itertools.takewhile(lambda line: not line[:indent].strip(), lines))
-    tried = paragraph.rpartition("Errors:\n")[2].partition("Given value type:")[0]
-    tried = re.sub(r"<class '([^']+)'>|typing\.", r"\1", re.sub(r"\. Got value: .*", "", tried))
-    each = dict.fromkeys(" ".join(one.split()) for one in re.split(r"^\s*- ", tried, flags=re.MULTILINE))
-    reasons = [one for one in each if one not in ("", "Expected a NoneType")]
-    types = [re.fullmatch(r"Expected an? (\S+|Literal\[.+)", one) for one in reasons]
-    said = f"expected {' or '.join(one[1] for one in types if one)}" if all(types) else "; ".join(reasons)
-    value = re.search(r"(?:Got|Given) value: (.+?)(?:\. Got value.*)?$", paragraph, re.MULTILINE)
-    if value and (all(types) or value[1] not in said) and not value[1].startswith(("NestedArg(", "Namespace(", "{")):
-        said += f", received {value[1]!r}"
-        if said.startswith("expected str,") and re.fullmatch(r"True|False|-?[\d.]+", value[1]):
-            said += "; in quotes, yes, no and numbers are text"
+    paragraph = itertools.takewhile(lambda line: not line[:indent].strip(), lines)
+    said = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
+    said = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", said)
+    said = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"expected \1, received '\2'", said)
     return f"{'.'.join(fields)}: {said}"
-
-
-def _beside_class_path(value: Any, field: str) -> str | None:
-    """The message about an option of a class that stands beside its ``class_path``, at any depth; None if there is none."""
-    if not isinstance(value, dict):
-        return None
-    for name, part in value.items():
-        if "class_path" in value and name not in ("class_path", "init_args", "dict_kwargs"):
-            return f"{field}: expected {name!r} inside init_args, received it beside class_path"
-        if message := _beside_class_path(part, field if name == "init_args" else f"{field}.{name}"):
-            return message
-    return None

@@ -4,9 +4,12 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Rows that tests prepare are cached for as long as the tests run. Read by datasets, and by commands that tests start.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cola_lightning_rows_")
+# Class paths of configs begin in the clone's folder. Read by commands that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.

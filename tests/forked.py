@@ -109,7 +109,7 @@ def run(*arguments, timeout=None, check=False, **how):
 
 def _learn_base():
     """Puts the base of ``COLADigits`` into its cache; it is trained in another process, whose threads would not be here."""
-    digits = importlib.import_module("cola_lightning.examples.digits")
+    digits = importlib.import_module("benchmarks.digits_model")
     with tempfile.NamedTemporaryFile() as file:
         if (pid := os.fork()) == 0:
             digits.COLADigits(seed=0).configure_model()

@@ -24,7 +24,7 @@ SECONDS = 120  # a run takes ten
 DIGITS = """
 seed_everything: 0
 model:
-  class_path: cola_lightning.COLADigits
+  class_path: benchmarks.digits_model.COLADigits
   init_args:
     target_modules: all-linear
     rank: 2
@@ -34,7 +34,7 @@ model:
     lr_schedule: linear
     save_base: true
 data:
-  class_path: cola_lightning.DigitsDataModule
+  class_path: benchmarks.digits_model.DigitsDataModule
   init_args: {batch_size: 16, num_workers: 2}
 chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
 trainer:

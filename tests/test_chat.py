@@ -455,10 +455,9 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     assert "add_generation_prompt=True, enable_thinking=False)" in code
     exec(code.replace("path/to/this/folder", "merged"), {})
     capfd.readouterr()
-    for own in (checkpoint, "merged"):
-        assert main(["generate", "--checkpoint", own, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", "--checkpoint", checkpoint, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("Red?\n"))
-    assert main(["generate", "--checkpoint", own, "--chat", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", "--checkpoint", checkpoint, "--chat", "--max_new_tokens", "4"]) == 0
     first, *others = capfd.readouterr().out.splitlines()
     assert set(others) == {first}
 

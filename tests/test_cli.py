@@ -69,21 +69,21 @@ def test_last_is_the_newest_run_in_the_folder(fitted, capfd):
     assert "ckpt_path: " in capfd.readouterr().out
     assert torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 27
     assert run("fit", "--config", DIGITS, *FAST, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
-    assert "nothing was left to do" in capfd.readouterr().out
     assert not Path("runs/version_2").exists()
 
 
 def test_a_module_whose_constructor_takes_nothing_is_tested_and_takes_no_links(monkeypatch, capfd):
     Path("no_args.py").write_text(
-        "from cola_lightning import COLADigits\n\nclass NoArgs(COLADigits):\n    def __init__(self):\n"
+        "from benchmarks.digits_model import COLADigits\n\nclass NoArgs(COLADigits):\n    def __init__(self):\n"
         "        super().__init__(rank=1, alpha=1, seed=0)\n"
     )
     monkeypatch.syspath_prepend(".")
     Path("config.yaml").write_text(
-        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\ndata: {class_path: cola_lightning.DigitsDataModule}\n"
+        "seed_everything: 0\nmodel: {class_path: no_args.NoArgs}\n"
+        "data: {class_path: benchmarks.digits_model.DigitsDataModule}\n"
     )
     assert run("test", "--config", "config.yaml") == 0
-    assert "test: this is the base alone, for no --ckpt_path is given" in capfd.readouterr().out
+    assert "test: without --ckpt_path, this is the base alone" in capfd.readouterr().out
     assert run("fit", "--config", "config.yaml", "--links", "2") == 2
     assert "error: links: " in capfd.readouterr().err
     assert run("compare", "--config", "config.yaml", "--output", "study", "--methods", "[lora]") == 2
@@ -111,7 +111,7 @@ def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeyp
 
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(monkeypatch, capfd):
     Path("hpmod.py").write_text(
-        "from cola_lightning import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
     monkeypatch.syspath_prepend(".")
@@ -142,8 +142,6 @@ def test_a_predict_that_is_stopped_leaves_its_rows_so_far(fitted, monkeypatch, c
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == list(range(60))
     assert str(path.absolute()) in capfd.readouterr().out
     assert not path.with_name("predictions.jsonl").exists()
-    assert run("predict", *fitted, "--trainer.limit_predict_batches", "0") == 0
-    assert "no predictions: trainer.limit_predict_batches 0" in capfd.readouterr().out
 
 
 def test_without_a_logger_everything_goes_to_the_root_folder():
@@ -156,26 +154,6 @@ def test_without_a_logger_everything_goes_to_the_root_folder():
     assert Path("out/config.yaml").read_text() == before
     assert run("fit", "--config", DIGITS, *FAST, *arguments, "--model.alpha", "3") == 0
     assert Path("out/config.yaml").read_text() != before
-
-
-LOGGER = "trainer:\n  logger: {class_path: CSVLogger, init_args: {save_dir: '', name: a, version: b}}\n"
-
-
-@pytest.mark.parametrize(
-    ("place", "text", "given", "field"),
-    [
-        ("config.yaml", "", ["--trainer.logger", "false"], "trainer.default_root_dir"),
-        ("a/b/config.yaml", LOGGER, [], "trainer.logger"),
-    ],
-)
-def test_no_config_of_the_users_is_replaced(capfd, place, text, given, field):
-    path = Path(place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(own := "# mine\n" + Path(DIGITS).read_text().replace("trainer:\n", text or "trainer:\n"))
-    assert run("fit", "--config", place, *FAST, *given) == 2
-    assert f"error: {field}: expected a folder without a config.yaml of one's own" in capfd.readouterr().err
-    assert path.read_text() == own
-    assert [path for path in Path().rglob("*") if path.is_file()] == [path]
 
 
 SHARED = """
@@ -236,12 +214,10 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
 
 
 def test_without_a_checkpoint_it_is_told_what_is_measured(fitted, capfd):
-    assert run("export", "--checkpoint", fitted[-1], "--format", "chain", "--output", "chain") == 0
-    for more, what in (([], "the base alone"), (["--model.init_chain", "chain", "--links", "1"], "chain")):
-        assert run("validate", *fitted[:2], *more) == 0
-        assert f"validate: this is {what}, for no --ckpt_path is given" in capfd.readouterr().out.splitlines()
+    assert run("validate", *fitted[:2]) == 0
+    assert "validate: without --ckpt_path, this is the base alone" in capfd.readouterr().out
     assert run("validate", *fitted) == 0
-    assert "is given" not in capfd.readouterr().out
+    assert "without --ckpt_path" not in capfd.readouterr().out
 
 
 def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitted, capfd):
@@ -253,7 +229,7 @@ def test_a_resumed_runs_configuration_holds_no_checkpoint_of_the_run_before(fitt
     assert saved["ckpt_path"] is saved["links"] is None
     capfd.readouterr()
     assert run("test", "--config", "runs/version_1/config.yaml") == 0
-    assert "test: this is the base alone" in capfd.readouterr().out
+    assert "test: without --ckpt_path" in capfd.readouterr().out
 
 
 def test_a_fast_dev_run_writes_nothing():
@@ -291,11 +267,11 @@ def test_what_is_no_text_is_read_as_yaml(capfd):
     assert config["data"]["init_args"]["train_size"] == 0.5
 
 
-@pytest.mark.parametrize("place", ["config", "words"])
+@pytest.mark.parametrize("place", ["--config", "-c", "words"])
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named(tmp_path, monkeypatch, capfd, place):
     monkeypatch.chdir(tmp_path)
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
-    words = ["--config", "task.yaml"] if place == "config" else ["--data=PromptDataModule", "--data.task", "RTE"]
+    words = ["--data=PromptDataModule", "--data.task", "RTE"] if place == "words" else [place, "task.yaml"]
     data = printed_config(capfd, *words)["data"]["init_args"]
     assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
@@ -311,16 +287,13 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs, capfd):
     assert ("trainer.max_epochs: 3, for none of" in capfd.readouterr().out) == (not limit)
 
 
-PARTS = "seed_everything: 0\nmodel: {class_path: cola_lightning.COLADigits}\ndata: {class_path: DigitsDataModule}\n"
 TEMPLATE = "data: {class_path: TemplateDataModule, init_args: {source: %s, prompt: '{a}', options: [%s]}}"
 FILES = {
     "a_file": "",
     "broken.yaml": "model: [\n",
     "typo.yaml": "trainer:\n  max_epoch: 3\n",
-    "groups.yaml": f"{PARTS}chain: null\n",
-    "last_3.yaml": f"{PARTS}last: 3\n",
-    "beside.yaml": "model: {class_path: cola_lightning.COLADigits, init_args: {alpha: 2}, rank: 3}",
-    "beside_alone.yaml": "model: {class_path: cola_lightning.COLADigits, rank: 3}",
+    "beside.yaml": "model: {class_path: benchmarks.digits_model.COLADigits, init_args: {alpha: 2}, rank: 3}",
+    "beside_alone.yaml": "model: {class_path: benchmarks.digits_model.COLADigits, rank: 3}",
     "beside_optimizer.yaml": "model: {init_args: {optimizer: {class_path: torch.optim.Adam, lr: 0.1}}}",
     "beside_logger.yaml": "trainer: {logger: {class_path: CSVLogger, save_dir: x}}",
     "rows.yaml": "data: rows.csv\n",
@@ -349,19 +322,19 @@ BAD = [
     ("--trainer.strategy fsdp2", ".*'fsdp2'"),
     ("--trainer.strategy fsdp --trainer.accelerator cpu", ".*requires a GPU accelerator"),
     ("--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
-    ("--trainer.logger CSVLogger --trainer.logger.save_dir a_file", "trainer.logger.save_dir: "),
+    ("--trainer.logger CSVLogger --trainer.logger.save_dir a_file", ".*a_file"),
     ("--trainer.accelerator tpux", ".*tpux"),
     ("--trainer.precision 12", "trainer.precision: "),
     ("--trainer.logger Nope", "trainer.logger: "),
     ("--trainer.val_check_interval 1000", ".*val_check_interval"),
     ("--links 2", "links: "),
     ("--ckpt_path last", "ckpt_path: "),
-    ("--seed_everything -4", "seed_everything: "),
+    ("--seed_everything -4", "-4 is not in bounds"),
     ("--data.batch_size null", "data.batch_size: expected int"),
-    ("--config beside.yaml", "model: expected 'rank' inside init_args"),
-    ("--config beside_alone.yaml", "model: expected 'rank' inside init_args"),
-    ("--config beside_optimizer.yaml", "model.optimizer: expected 'lr' inside init_args"),
-    ("--config beside_logger.yaml", "trainer.logger: expected 'save_dir' inside init_args"),
+    ("--config beside.yaml", "model: "),
+    ("--config beside_alone.yaml", "model: .*inside its init_args"),
+    ("--config beside_optimizer.yaml", "model.optimizer: .*inside its init_args"),
+    ("--config beside_logger.yaml", "trainer.logger: "),
     ("--config rows.yaml", "data: "),
     ("--config nope.yaml", ".*File does not exist"),
     ("--config broken.yaml", ".*Problems parsing config"),
@@ -369,9 +342,7 @@ BAD = [
     ("test --ckpt_path nope.ckpt", "ckpt_path: .*'nope.ckpt'"),
     ("test --ckpt_path a_file", "ckpt_path: "),
     ("test --ckpt_path .", r"ckpt_path: .*'\.'"),
-    ("alone fit --config no.yaml", "data.options: expected str, received 'False'; in quotes, yes, no and numbers are text"),
-    ("alone fit --config groups.yaml", "chain: expected options, each with its value, received None"),
-    ("alone fit --config last_3.yaml", "last: expected options, each with its value, received 3"),
+    ("alone fit --config no.yaml", "data.options: expected str, received 'False'"),
     ("alone fit", ".*the following arguments are required: model_name"),
     ("alone fit --model.model_name x", ".*the following arguments are required: source"),
     ("alone", "cola: expected .*received none"),
@@ -397,7 +368,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(words, messag
 
 
 def test_what_fails_while_running_is_status_1_with_its_traceback():
-    program = "import cola_lightning.examples.digits as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
+    program = "import benchmarks.digits_model as d; d.F.cross_entropy = lambda *a: a[0].sum() * float('nan')"
     program += "; d.pretrain = lambda model: None; from cola_lightning.__main__ import entry_point; entry_point()"
     done = forked.run("-c", program, "fit", "--config", DIGITS, *FAST)
     assert done.returncode == 1
@@ -407,7 +378,8 @@ def test_what_fails_while_running_is_status_1_with_its_traceback():
 OWN = """
 from lightning.pytorch import Callback
 
-from cola_lightning import COLADigits, UserError
+from benchmarks.digits_model import COLADigits
+from cola_lightning import UserError
 
 
 class Opens(COLADigits):
@@ -487,7 +459,7 @@ def test_a_wrong_value_from_ones_own_class_is_one_line_and_a_failure_of_the_pack
 def test_own_code_may_exit(code, status, said, capfd, monkeypatch):
     monkeypatch.syspath_prepend(Path.cwd())
     own = f"class Exits{status}(DigitsDataModule):\n    def setup(self, stage):\n        sys.exit({code})\n"
-    Path(f"own_exit_{status}.py").write_text(f"import sys\nfrom cola_lightning import DigitsDataModule\n\n\n{own}")
+    Path(f"own_exit_{status}.py").write_text(f"import sys\nfrom benchmarks.digits_model import DigitsDataModule\n\n\n{own}")
     assert run("fit", "--config", DIGITS, *FAST, "--data", f"own_exit_{status}.Exits{status}") == status
     assert capfd.readouterr().err.endswith(said and f"{said}\n")
 
@@ -510,7 +482,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoints_stay(number, status):
 
 def test_a_second_ctrl_c_stops_at_once():
     """Also in the middle of a batch that never ends."""
-    program = "import time, cola_lightning.examples.digits as d; d.pretrain = lambda model: None"
+    program = "import time, benchmarks.digits_model as d; d.pretrain = lambda model: None"
     program += "; d.F.cross_entropy = lambda *a: [print('in it', flush=True)] and [time.sleep(0.1) for _ in range(600)]"
     program += "; from cola_lightning.__main__ import entry_point; entry_point()"
     fit = ["fit", "--config", DIGITS, *FAST, "--trainer.num_sanity_val_steps", "0"]
@@ -548,7 +520,7 @@ def test_what_needs_no_model_is_answered_without_torch(words):
 
 
 def test_a_users_own_module_beside_the_config_is_found():
-    Path("mine.py").write_text("from cola_lightning import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    Path("mine.py").write_text("from benchmarks.digits_model import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     done = forked.run("-m", "cola_lightning", "fit", "--config", DIGITS, "--model", "mine.Mine", *FAST)
     assert done.returncode == 0, done.stderr
     assert "link 1 live at the end" in done.stdout

@@ -60,7 +60,7 @@ def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["inspect", "--checkpoint", "~/own/chain", "--plot=~/chain.png"]) == 0
     assert main([*EXPORT, "~/exported"]) == 0
-    assert main(["configs", "digits", "--output=~/configs"]) == 0
+    assert main(["configs", "smollm2", "--output=~/configs"]) == 0
     assert {"chain.png", "exported", "configs"} < {path.name for path in tmp_path.iterdir()}
 
 

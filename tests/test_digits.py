@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from cola_lightning import COLADigits, DigitsDataModule, UserError
+from benchmarks.digits_model import COLADigits, DigitsDataModule
+from cola_lightning import UserError
 from cola_lightning.data.base import EpochSampler
 from tests.toy import assert_bit_equal, trainer, weights
 

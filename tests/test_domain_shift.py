@@ -1,17 +1,25 @@
 """The example of a module of one's own: a GPT on bytes that is pre-trained on English and adapted to Python."""
 
+import doctest
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import byte_gpt
 from benchmarks import domain_shift as benchmark
+from benchmarks.byte_gpt import (
+    ByteGPT,
+    COLAByteGPT,
+    PythonSourceDataModule,
+    english_passages,
+    next_byte_loss,
+    pretrained,
+    python_sources,
+    windows,
+)
 from cola_lightning import COLAModule, UserError
-from cola_lightning.examples import domain_shift
-from cola_lightning.examples.byte_gpt import ByteGPT, next_byte_loss
-from cola_lightning.examples.corpora import english_passages, python_sources
-from cola_lightning.examples.domain_shift import COLAByteGPT, PythonSourceDataModule, pretrained, windows
 from cola_lightning.study.config import resolved
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, write
@@ -28,6 +36,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "english")))
     monkeypatch.setenv("COLA_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_the_docstrings_examples_are_right():
+    assert doctest.testmod(byte_gpt) == (0, 3)
 
 
 def test_no_logit_sees_a_later_byte():
@@ -48,7 +60,7 @@ def test_pretraining_learns_english(cache):
 
 def test_a_cache_that_cannot_be_written_is_refused_before_pretraining(cache, monkeypatch):
     cache.touch()
-    monkeypatch.setattr(domain_shift, "_pretrain", None)
+    monkeypatch.setattr(byte_gpt, "_pretrain", None)
     with pytest.raises(UserError, match=r"COLA_CACHE_DIR: expected a folder that can be written, .* is a file"):
         pretrained(3, **SIZES)
 
@@ -56,7 +68,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_pretraining(cache, mon
 def test_the_base_is_trained_once_and_then_read(cache, monkeypatch):
     first = pretrained(3, **SIZES)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(domain_shift, "_pretrain", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(byte_gpt, "_pretrain", lambda *_: pytest.fail("trained again"))
     torch.manual_seed(5)
     assert_bit_equal(weights(pretrained(3, **SIZES)), weights(first))
 
@@ -79,7 +91,7 @@ def test_a_pretraining_that_stops_leaves_no_file(cache, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(domain_shift, "save_file", stopped)
+    monkeypatch.setattr(byte_gpt, "save_file", stopped)
     with pytest.raises(KeyboardInterrupt):
         pretrained(3, **SIZES)
     assert list(cache.iterdir()) == []

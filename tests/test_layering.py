@@ -19,7 +19,7 @@ ROWS = [
     ["export"],
     ["module"],
     ["callbacks", "data", "hf"],
-    ["examples", "cli/help"],
+    ["cli/help"],
     ["cli/training"],
     ["study"],
     ["cli"],

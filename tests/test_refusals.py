@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.byte_gpt import PythonSourceDataModule
 from cola_lightning import (
     AdaptedModel,
     Chain,
@@ -37,7 +38,6 @@ from cola_lightning.cli.configs import configs
 from cola_lightning.cli.generate import generate
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS
-from cola_lightning.examples.domain_shift import PythonSourceDataModule
 from cola_lightning.export.verify import ExportOptions
 from cola_lightning.study.command import Comparison
 from cola_lightning.study.methods import method
@@ -162,7 +162,7 @@ def generated(*words):
 
 
 def copied(*words):
-    Path("digits.yaml").touch()
+    Path("smollm2.yaml").touch()
     configs(words)
 
 
@@ -345,10 +345,9 @@ REFUSALS = {
     overwrite: [((), "output: 'folders'")],
     generated: [
         (("--prompt", " "), "prompt"),
-        (("--seed", "-1"), "seed"),
         ((), "checkpoint"),
     ],
-    copied: [(("digts",), "names: the nearest that exist: digits"), (("digits", "--output", "."), "output")],
+    copied: [(("smolm2",), "names: the nearest that exist: smollm2"), (("smollm2", "--output", "."), "output")],
     comparison: [
         ({"metric": "val_mse"}, "mode"),
         ({"learning_rates": {"lora": [0.01]}}, "learning_rates"),

@@ -399,7 +399,7 @@ def test_so_is_one_whose_answer_is_written(capfd):
 @pytest.mark.usefixtures("_folder")
 @pytest.mark.parametrize("asked", ['options: ["Yes", "No", Perhaps]', "options: kinds", "answer: verdict"])
 def test_rows_without_their_target_are_predicted_with_null_in_its_place(capfd, asked):
-    """In one batch with rows that have it, and by the command that the fit tells."""
+    """In one batch with rows that have it."""
     rows = [json.loads(line) for line in Path("rows", "train.jsonl").read_text().splitlines()]
     kinds = ["Yes", "No", "Perhaps"]
     Path("all.jsonl").write_text("".join(json.dumps(row | {"kinds": kinds}) + "\n" for row in rows * 2))
@@ -410,8 +410,8 @@ def test_rows_without_their_target_are_predicted_with_null_in_its_place(capfd, a
     config = CONFIG.replace('options: ["Yes", "No", Perhaps]', asked).replace("source: rows", "source: all.jsonl")
     Path("config.yaml").write_text(config)
     assert main(["fit", "--config", "config.yaml"]) == 0
-    (told,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("new rows, with or without")]
-    assert main([word.replace("NEW_FILE", "new.json") for word in told.partition(": cola ")[2].split()]) == 0
+    run = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    assert main(["predict", *run, "--data.source", "new.json"]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
     predicted = [json.loads(line) for line in path.read_text().splitlines()]
     places = {None: None} | ({name: [name] for name in kinds} if "answer" in asked else dict(zip(kinds, range(3), strict=True)))

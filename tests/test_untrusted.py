@@ -122,24 +122,6 @@ def test_nor_can_one_that_is_loaded_in_python_by_lightnings_hyperparameters_eith
     assert mark.exists()
 
 
-@pytest.mark.parametrize("folder", ["merged", "peft"])
-def test_an_export_of_another_person_cannot_either(tmp_path, base, mark, folder, capsys):
-    coded = with_code(base, mark)
-    words = ["generate", "--checkpoint", coded, "--prompt", "The cat", "--max_new_tokens", "2"]
-    if folder == "peft":
-        plain = tiny.folder(tmp_path / "plain")
-        path = fitted(tmp_path, COLACausalLM(plain, target_modules=["q_proj"]))
-        exported = tmp_path / "adapter"
-        assert main(["export", "--checkpoint", str(path), "--format", "peft", "--output", str(exported)]) == 0
-        changed_json(exported / "adapter_config.json", base_model_name_or_path=coded)
-        words[2] = str(exported)
-    assert main(words) == 2
-    assert not mark.exists()
-    assert "`trust_remote_code=True`" in capsys.readouterr().err
-    assert main([*words, "--trust_remote_code", "true"]) == 0
-    assert mark.exists()
-
-
 class Executing:
     """What a pickle runs when it is read."""
 
@@ -224,17 +206,6 @@ def test_its_class_is_imported(tmp_path, mark, monkeypatch):
     assert mark.exists()
 
 
-def test_no_module_that_an_adapter_names_is_imported(tmp_path, base, mark, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    text = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nraise ValueError('no Megatron')\n"
-    (tmp_path / "imported_by_peft.py").write_text(text)
-    path, exported = fitted(tmp_path, COLACausalLM(str(base), target_modules=["q_proj"])), tmp_path / "adapter"
-    assert main(["export", "--checkpoint", str(path), "--format", "peft", "--output", str(exported)]) == 0
-    changed_json(exported / "adapter_config.json", megatron_config={"a": 1}, megatron_core="imported_by_peft")
-    assert main(["generate", "--checkpoint", str(exported), "--prompt", "The cat"]) == 2
-    assert not mark.exists()  # peft has a list of those that may be
-
-
 class Saving(Toy):
     """Its arguments are Lightning's hyperparameters, too."""
 
@@ -278,7 +249,9 @@ def test_a_configuration_is_a_program(tmp_path, mark, monkeypatch):
     callbacks = [{"class_path": f"{__name__}.Marking", "init_args": {"mark": str(mark)}}]
     parts = {"model": {"class_path": f"{__name__}.Toy"}, "trainer": {"callbacks": callbacks, "accelerator": "no such"}}
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(parts | {"data": {"class_path": "cola_lightning.DigitsDataModule"}, "seed_everything": 0}))
+    config.write_text(
+        json.dumps(parts | {"data": {"class_path": "benchmarks.digits_model.DigitsDataModule"}, "seed_everything": 0})
+    )
     assert main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)]) == 2
     assert mark.exists()
 

@@ -82,8 +82,8 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert all(f"`{json.dumps(format_[name])}`" in card for name in ("prompt", "options") if format_.get(name))
     code = code_of(card).replace("path/to/this/folder", merged)
     capfd.readouterr()
-    n_new = "50" if kind == "answer" else "16"
-    assert main(["generate", "--checkpoint", merged, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
+    checkpoint, n_new = str(tmp_path / "last.ckpt"), "50" if kind == "answer" else "16"
+    assert main(["generate", "--checkpoint", checkpoint, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
     out, err = capfd.readouterr()
     assert ("trained to choose among options" in err) is ("options" in predictions[0])
     assert "options" in predictions[0] or out.strip() == predictions[0]["prediction"]

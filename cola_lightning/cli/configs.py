@@ -1,12 +1,12 @@
 """``cola configs``: the configurations that come with the package."""
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.cli.help import WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.writing import atomic_file, check_writable
 
 PACKAGE = Path(__file__).parent.parent
 # In a wheel the configurations are in the package, in a clone beside it.
@@ -20,7 +20,7 @@ def configs(words: Sequence[str]) -> None:
         words: its arguments.
 
     Raises:
-        UserError: for an unknown name, a file that already exists, and a folder that cannot be written.
+        UserError: for an unknown name, and a file that already exists.
     """
     parser = command_parser("configs", "Lists the configurations that come with cola_lightning, or copies some of them.")
     parser.add_argument(
@@ -30,6 +30,8 @@ def configs(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     options = parsed(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+    for name in ("digits", "domain_shift"):  # of modules in a clone's benchmarks
+        found.pop(name, None)
     if not options.names:
         for name, path in found.items():
             print(textwrap.fill(f"{name}: {_first_sentence(path)}", WIDTH, subsequent_indent="    "))
@@ -44,19 +46,13 @@ def configs(words: Sequence[str]) -> None:
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
         raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")
-    for target in targets.values():
-        check_writable("output", target.parent)
     for path, target in targets.items():
-        with atomic_file(target, is_shared=True) as partial:
-            partial.write_bytes(path.read_bytes())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
         print(f"written: {target}")
 
 
 def _first_sentence(path: Path) -> str:
     """The first sentence of a configuration's header."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#") or line == "#":
-            break
-        lines.append(line.removeprefix("#").strip())
-    return " ".join(lines).split(". ")[0].removesuffix(".").removesuffix(":") + "."
+    header = itertools.takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("# ") for line in header).split(". ")[0].rstrip(".:") + "."

@@ -11,27 +11,15 @@ import importlib
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line, passes_through_own_code
-
-# The subcommands that are not LightningCLI's: where the function of that name is, which is imported when it is called.
-COMMANDS = {
-    "compare": "cola_lightning.study.command",
-    "configs": "cola_lightning.cli.configs",
-    "export": "cola_lightning.cli.export",
-    "generate": "cola_lightning.cli.generate",
-    "inspect": "cola_lightning.cli.inspect",
-}
-# Lightning's log lines that say nothing about the run.
-NOISE = ("💡 Tip:", "TPU available:", "HPU available:")
-# Lightning's advice for short runs, whose metrics each validation logs anyway.
-ADVICE = "The number of training batches .* is smaller than the logging interval"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with _logging():
         try:
             return _run(words, args)
-        except KeyboardInterrupt:  # before a handler is installed, or during imports
+        except KeyboardInterrupt:  # of a command that handles no signals
             return 130
         except SystemExit as exit_:  # --help, or code of the user's; as Python does, except that it exits
             if isinstance(exit_.code, int | None):
@@ -73,12 +61,12 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if not first.startswith("-") and first not in SUBCOMMANDS:
         received = f"{first!r}{nearest(first, SUBCOMMANDS)}" if words else "none"
         raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {received} (cola --help describes them)")
-    if first in COMMANDS:
-        command: Callable[[Sequence[str]], int | None] = getattr(importlib.import_module(COMMANDS[first]), first)
-        return command(words[1:]) or 0
-    from cola_lightning.cli.training import train
+    if first.startswith("-") or first in ("fit", "validate", "test", "predict"):
+        from cola_lightning.cli.training import train
 
-    return train(args)
+        return train(args)
+    module = importlib.import_module("cola_lightning.study.command" if first == "compare" else f"cola_lightning.cli.{first}")
+    return getattr(module, first)(words[1:]) or 0
 
 
 def _refusal(error: BaseException) -> tuple[str, int] | None:
@@ -93,16 +81,18 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
             return None
     from jsonargparse import ArgumentError
 
-    message: str | None = None
-    if isinstance(error, PermissionError) and error.filename is not None:
-        message = f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}"
-    elif isinstance(error, ArgumentError):
-        message = one_line(str(error))
-    elif "lightning" in sys.modules:
-        from cola_lightning.cli.training import refusal_of_libraries
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.filename is not None:
+        return f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}", 2
+    if isinstance(error, ArgumentError):
+        return one_line(str(error)) + "".join(getattr(error, "__notes__", [])), 2
+    return next(((one_line(str(cause)), 2) for cause in causes(error) if _is_refused_by_lightning(cause)), None)
 
-        message = refusal_of_libraries(error)
-    return None if message is None else (message, 2)
+
+def _is_refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
+    is_lightnings = "lightning" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    kinds = TypeError | ValueError | RuntimeError | ImportError
+    return is_lightnings and (isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException")
 
 
 class ConsoleHandler(logging.Handler):
@@ -115,24 +105,15 @@ class ConsoleHandler(logging.Handler):
         rich.get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
 
 
-def _is_of_the_run(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NOISE)
-
-
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    package, lightnings = logging.getLogger("cola_lightning"), logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    handler = ConsoleHandler()
+    package, handler = logging.getLogger("cola_lightning"), ConsoleHandler()
     level = package.level
     if os.environ.get("LOCAL_RANK", "0") == "0":
         package.addHandler(handler)
     package.setLevel(logging.INFO)
-    lightnings.addFilter(_is_of_the_run)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ADVICE)
-            yield
+        yield
     finally:
-        lightnings.removeFilter(_is_of_the_run)
         package.removeHandler(handler)
         package.setLevel(level)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
-from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parsed
-from cola_lightning.cli.inspect import LINKS, TRUST
+from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, command_parser, parsed
 from cola_lightning.hub import quiet, upload
 
 

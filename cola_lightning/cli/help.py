@@ -1,7 +1,6 @@
 """``cola --help``, without the slow imports of a fit, and the parsers of the commands that are not LightningCLI's."""
 
 import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,47 +10,57 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 SUBCOMMANDS = {
-    "fit": "Trains a model by a chain of LoRA links, and writes checkpoints and metrics.",
+    "fit": "Trains a model by a chain of LoRA links.",
     "validate": "Evaluates a checkpoint on the validation data.",
     "test": "Evaluates a checkpoint on the test data.",
     "predict": "Writes a checkpoint's predictions for each row to a JSONL file.",
-    "compare": "Compares LoRA, chains, full fine-tuning and related methods over rates and seeds.",
-    "generate": "Prints what a language model generates after a prompt, or chats.",
+    "compare": "Compares LoRA, chains and related methods over rates and seeds.",
+    "generate": "Generates text with a checkpoint, from a prompt or in a chat.",
     "inspect": "Prints statistics of each link of a checkpoint or chain folder.",
-    "configs": "Lists the configurations that come with the package, or copies them.",
-    "export": "Converts a checkpoint to a plain model, a PEFT adapter or a chain folder.",
+    "configs": "Lists the configurations that come with the package; copies them.",
+    "export": "Writes a checkpoint as a plain model, PEFT adapter or chain folder.",
 }
-TITLES = {
-    "model": "The model (`--model.help CLASS` lists a class' options)",
-    "data": "The data (`--data.help CLASS` lists a class' options)",
-    "chain": "The chain: when a link is finished",
-    "last": "The file last.ckpt, from which an interrupted fit continues",
-    "trainer": "The Trainer, as in Lightning",
+# What most people set; a value in lower case is the default, of the classes that a run has where none is named.
+MAIN_OPTIONS = {
+    "--config FILE": "YAML; options after it count more",
+    "--model.model_name NAME": "the base: a hub id or a folder",
+    "--data.source NAME": "the data: a hub id, folder or file",
+    "--model.rank 8": "rank of a link",
+    "--model.alpha 16.0": "a link's update is scaled by alpha / rank",
+    "--model.target_modules all-linear": "or a list of layer names",
+    "--model.finished_links merge": "or stack: for half precision, 4 bits",
+    "--model.dtype float32": "of the base: or bfloat16, float16",
+    "--model.optimizer.lr 0.001": "learning rate",
+    "--model.lr_schedule linear": "or cosine, constant; for each link",
+    "--model.warmup_steps 0.0": "of a link: steps, or a share of its steps",
+    "--chain.every_n_epochs N": "a knot after every N epochs",
+    "--chain.every_n_train_steps N": "a knot after every N optimizer steps",
+    "--data.batch_size 8": "rows in a batch",
+    "--data.max_length 1024": "largest number of tokens in a row",
+    "--trainer.max_epochs 3": "or --trainer.max_steps N",
+    "--trainer.precision 32-true": "or bf16-mixed, ...: of the computation",
+    "--trainer.accumulate_grad_batches 1": "batches in an optimizer step",
+    "--trainer.devices auto": "or the number of GPUs",
+    "--ckpt_path FILE": "resume; last: from the newest",
 }
+# Of options that several commands have.
+LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"
+TRUST = "run the Python files that come with the model; no checkpoint or adapter says so for you (default: false)"
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
 
 def overview() -> str:
     """What ``cola --help`` prints: every subcommand, at 80 columns."""
-    indent = max(map(len, SUBCOMMANDS)) + 4
-    lines = [
-        textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{indent - 2}}", subsequent_indent=" " * indent)
-        for name, text in SUBCOMMANDS.items()
-    ]
-    return "\n".join(
-        [
-            "usage: cola SUBCOMMAND [OPTIONS]",
-            "",
-            *(DESCRIPTION, "", "subcommands:", *lines, ""),
-            "`cola SUBCOMMAND --help` lists the options of one; `cola --version` prints the",
-            "version.",
-        ]
-    )
+    lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
+    end = "`cola SUBCOMMAND --help` lists its options; `cola --version` the version."
+    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", end])
 
 
 def usage(subcommand: str) -> str:
-    """The usage line of a LightningCLI subcommand; LightningCLI's own lists every Trainer option."""
-    return f"cola {subcommand} [--config FILE ...] [--GROUP.NAME VALUE ...]"
+    """The usage of a LightningCLI subcommand: the main options, in place of a line that lists all of the Trainer's."""
+    width = max(map(len, MAIN_OPTIONS)) + 2
+    lines = [f"  {option:{width}}{text}" for option, text in MAIN_OPTIONS.items()]
+    return "\n".join([f"cola {subcommand} [OPTIONS]", "", "main options:", *lines])
 
 
 def command_parser(command: str, description: str) -> "ArgumentParser":

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.cli.help import command_parser, parsed
-
-LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"
-TRUST = "run the Python files that come with the model; no checkpoint or adapter says so for you (default: false)"
+from cola_lightning.cli.help import LINKS, command_parser, parsed
 
 
 def inspect(words: Sequence[str]) -> None:

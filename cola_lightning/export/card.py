@@ -18,7 +18,6 @@ from cola_lightning.hub import is_repo_id
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
 FOLDER = "path/to/this/folder"  # in the card's code
-PROMPT_FORMAT = "prompt_format"  # in an exported tokenizer's configuration, for `cola generate`
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,6 @@ class Card:
         """
         from huggingface_hub import ModelCard, ModelCardData
 
-        if self.prompt_format:
-            self.tokenizer.init_kwargs[PROMPT_FORMAT] = self.prompt_format
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
         pretrained = getattr(self.module, "pretrained", None)

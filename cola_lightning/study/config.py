@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from cola_lightning.callbacks import RunWatch
-from cola_lightning.cli.training import COLACLI, check_groups
+from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import UserError
 
 
@@ -21,11 +20,9 @@ def resolved(words: Sequence[str]) -> dict[str, Any]:
         UserError: for arguments that ``cola fit`` would refuse when it parses them; likewise jsonargparse's ArgumentError.
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         COLACLI(["fit", *words, "--print_config"], RunWatch())
     config: dict[str, Any] = yaml.safe_load(printed.getvalue())
-    check_groups(config)
     return config
 
 
