@@ -187,6 +187,20 @@ def rows_of_one_knot() -> list[list[str]]:
     return table
 
 
+def rows_of_rolling() -> list[list[str]]:
+    """What docs/results.md says of rolling chains, all from one base: on the seeds that are there."""
+    table = []
+    for stage in studies("rolling"):
+        methods = {NAMES[name]: results for name, results in stage.best().items()}
+        for until in (0.5, 0.9):
+            for name, results in replace(stage, variant=f"rolling-until-{until}").best().items():
+                methods[f"{NAMES[name]}, until {until}"] = results
+        for row in summarize({("lora" if name == "LoRA" else name): results for name, results in methods.items()}):
+            name = "LoRA" if row.method == "lora" else row.method
+            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, name)])
+    return table
+
+
 def draw(path: Path) -> None:
     """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other.
 
@@ -226,7 +240,7 @@ def main() -> None:
     if not options.figure:
         for stage in STAGES:
             run(stage.words)
-    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base()]:
+    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base(), *rows_of_rolling()]:
         print(f"| {' | '.join(row)} |")
     draw(FOLDER.with_name(f"{FOLDER.name}.png"))
 

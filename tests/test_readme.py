@@ -258,6 +258,7 @@ PRODUCED = {
     ("docs/results.md", "| | method | seeds |"): domain_shift.rows_of_scopes,
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
     ("docs/results.md", "| one base |"): domain_shift.rows_of_one_base,
+    ("docs/results.md", "| rolling |"): domain_shift.rows_of_rolling,
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
 }
 
