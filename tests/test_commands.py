@@ -168,7 +168,7 @@ NOT_DAMAGED = [
     ([*FIT, "--model.alpha", "3"], "model.rank, model.alpha, chain.ranks, chain.alphas: "),
     ([*EXPORT, "runs", "--overwrite"], "output: "),
     ([*EXPORT, "runs/version_0/checkpoints", "--overwrite"], "output: expected a folder that does not hold the base"),
-    (["configs", "digits", "--output", DIGITS], "output: "),
+    (["configs", "smollm2", "--output", DIGITS], "cola: "),
 ]
 DAMAGE = [
     (truncate, CHECKPOINT, TEST, "ckpt_path: "),

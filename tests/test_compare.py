@@ -330,7 +330,6 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
         ([], {"fit": ["--model.seed", "3"]}),
         ([], {"fit": ["--model.rang", "2"]}),
         ([], {"fit": ["--model.rank", "null"]}),
-        ([], {"fit": ["--model", "null"]}),
         ([], {"fit": ["--ckpt_path", "last"]}),
         ([], {"fit": ["--config", "nowhere.yaml"]}),
     ],
