@@ -191,13 +191,13 @@ def rows_of_rolling() -> list[list[str]]:
     """What docs/results.md says of rolling chains, all from one base: on the seeds that are there."""
     table = []
     for stage in studies("rolling"):
-        methods = {NAMES[name]: results for name, results in stage.best().items()}
+        methods, names = stage.best(), dict(NAMES)
         for until in (0.5, 0.9):
             for name, results in replace(stage, variant=f"rolling-until-{until}").best().items():
-                methods[f"{NAMES[name]}, until {until}"] = results
-        for row in summarize({("lora" if name == "LoRA" else name): results for name, results in methods.items()}):
-            name = "LoRA" if row.method == "lora" else row.method
-            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, name)])
+                methods[f"{name}-until-{until}"] = results
+                names[f"{name}-until-{until}"] = f"{NAMES[name]}, until {until}"
+        for row in summarize(methods):
+            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, names[row.method])])
     return table
 
 

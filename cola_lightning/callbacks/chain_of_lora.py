@@ -46,7 +46,7 @@ class ChainOfLoRA(Callback):
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
         knots: this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
-        until: with ``knots``: the share of the run at whose end the last of them is tied; the last quarter is then one link.
+        until: with ``knots``: the share of the run at whose end the last of them is tied.
         refresh_rank: a rolling chain: a knot finishes only this many components (a row of A with its column of B), the oldest
             ones, as a link of this rank, and draws them anew. The other components go on, and their optimizer state with them.
             Default: the whole link, which is COLA.
@@ -113,10 +113,10 @@ class ChainOfLoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule)
         self.module = cast("COLAModule", pl_module)
+        self._asked_at = self._last_step = None
         if stage == "fit":
             self.module.schedule = self.schedule
-        self._asked_at = self._last_step = None
-        if stage == "fit":  # keeps the values of a fit that this Trainer continues; a checkpoint's replace them
+            # Keeps the values of a fit that this Trainer continues; a checkpoint's replace them.
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]

@@ -29,7 +29,6 @@ class RunWatch(Callback):
     """
 
     def __init__(self) -> None:
-        self.has_begun = False
         self.log_dir: str | None = None  # of the run's logger
         self._process = os.getpid()
         self._received: int | None = None
@@ -60,7 +59,7 @@ class RunWatch(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.has_begun = self._is_waited_for = True
+        self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
 
     def _stop_if_asked(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:

@@ -170,8 +170,7 @@ def run(folder: str) -> int:
     """
     asked = json.loads((Path(folder) / ASKED).read_text(encoding="utf-8"))
     metric, of_test, facts = asked["metric"], f"test_{asked['metric'].removeprefix('val_')}", asked["result"]
-    # Lightning's warnings that the process's own arguments are not used, and that the folder, with the log, is not empty.
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended|Experiment logs directory .* is not empty")
+    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
     recorder, cli = Recorder(metric), None
     with recorder.listening():
         try:
