@@ -2,16 +2,18 @@
 
     python benchmarks/scale.py
 
-plans LoRA, chains and full fine-tuning on one GPU and on eight in half a minute, without weights and without a GPU, writes each
-result to ``scale.jsonl``, one a line, and prints a table. Links of rank 8 on the queries and values, two in a chain; 8 rows of
-512 tokens a GPU, padded on the left, with a loss at one position a row; AdamW; a base in bf16, but weights that something is
-added to in float32, under bf16-mixed: the adapted ones with ``finished_links: merge``, all in full fine-tuning.
+plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
+result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md and docs/troubleshooting.md. Links of rank 8 on
+the queries and values, two in a chain; 8 rows of 512 tokens a GPU, padded on the left, with a loss at one position a row;
+AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with ``finished_links:
+merge``, all in full fine-tuning.
 
 * ``memory``, bytes on a GPU: ``base``: the model's weights; ``links``: A and B in float32; ``stack``: the finished link beside
   the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter;
   ``buffers``: what is all-reduced once more, in one piece (DDP's buckets), and what FSDP2 gathers: two blocks, the second ahead
   of time, and the root; also the gradients of a block and of the root, where those are trained. What kernels need for a moment
   is not counted.
+* ``base_in_4_bits``: those of the base where its linear layers, but for the head, are in nf4.
 * ``activations``, bytes that autograd keeps from the forward to the backward pass: each storage once, counted in a forward pass
   on fake tensors, which have shapes and dtypes but no memory. ``copies``, among them: what does not grow with the batch, copies
   of weights in bf16. ``checkpointed``: with activation checkpointing, and what one block keeps, or, where they are more, the
@@ -43,14 +45,19 @@ Layout = Literal["1 GPU", "DDP", "FSDP2"]
 PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
 TARGETS, RANK, ALPHA, ROWS, LENGTH = ["q_proj", "v_proj"], 8, 16, 8, 512
 
-# From the config.json of facebook/opt-1.3b, meta-llama/Llama-2-7b-hf and meta-llama/Meta-Llama-3-8B.
+# From the config.json of facebook/opt-1.3b, and in meta-llama of Llama-3.2-1B, Llama-3.2-3B, Llama-2-7b-hf and Meta-Llama-3-8B.
 OPT = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
 LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+SMALL = LLAMA_3 | {"intermediate_size": 8192, "tie_word_embeddings": True}
 MODELS: dict[str, PretrainedConfig] = {
     "OPT-1.3B": OPTConfig(vocab_size=50272, max_position_embeddings=2048, dropout=0.1, **OPT),
+    "Llama-3.2-1B": LlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, **SMALL),
+    "Llama-3.2-3B": LlamaConfig(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, **SMALL),
     "Llama-2-7B": LlamaConfig(vocab_size=32000, intermediate_size=11008, num_key_value_heads=32, **LLAMA),
-    "Llama-3-8B": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, **LLAMA),
+    "Llama-3-8B": LlamaConfig(intermediate_size=14336, **LLAMA, **LLAMA_3),
 }
+BYTES_IN_4_BITS = 1 / 2 + 4 / 64  # of a weight's element: 4 bits, and a float32 scale for 64 of them
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Sizes:
     root: int  # those outside of blocks: embeddings, last norm, head
     links: int  # A and B
     stack: int
+    in_4_bits: int = 0  # the base, where the linear layers of its blocks are in nf4
 
     @property
     def gradients(self) -> int:
@@ -115,6 +123,7 @@ def sizes(model: nn.Module) -> Sizes:
     layers = lora_layers(model).values()
     blocks = max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len)
     base = own(model.named_parameters())
+    linear = [part.weight for part in blocks.modules() if isinstance(part, nn.Linear)]
     return Sizes(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         base=base,
@@ -122,6 +131,7 @@ def sizes(model: nn.Module) -> Sizes:
         root=base - own(blocks.named_parameters()),
         links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
         stack=sum(layer.stack.nbytes for layer in layers if layer.stack is not None),
+        in_4_bits=base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
     )
 
 
@@ -231,6 +241,7 @@ def plan(name: str, config: PretrainedConfig, method: Method) -> Iterator[dict[s
         result = {"model": name, "method": method.name, "layout": layout, "processes": processes, "trained": parts.trained}
         yield result | {
             "memory": memory(parts, layout, processes),
+            "base_in_4_bits": parts.in_4_bits,
             "activations": kept,
             "step_bytes": bytes_a_step(parts, layout, processes),
             "knot_bytes": bytes_a_knot(parts, layout, processes),
@@ -256,13 +267,32 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return table
 
 
+OPTIONS = ["model", "full fine-tuning", "a chain", "`stack`", "`stack`, one row"]
+OPTIONS += ["`stack`, checkpointing", "nf4, checkpointing"]
+
+
+def rows_of_options(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What docs/troubleshooting.md says: GB of training on one GPU, by the options that save memory."""
+    found = {(result["model"], result["method"]): result for result in results if result["layout"] == "1 GPU"}
+    table = []
+    for model in dict.fromkeys(model for model, _ in found):
+        full, merge, stack = (found[model, method] for method in ("full fine-tuning", "COLA merge", "COLA stack"))
+        held, kept = sum(stack["memory"].values()), stack["activations"]
+        of_row = kept["copies"] + (kept["all"] - kept["copies"]) // ROWS
+        quantized = held - stack["memory"]["base"] + stack["base_in_4_bits"]
+        sizes = [sum(each["memory"].values()) + each["activations"]["all"] for each in (full, merge)]
+        sizes += [held + kept["all"], held + of_row, held + kept["checkpointed"], quantized + kept["checkpointed"]]
+        table.append([model, *(_gb(size) for size in sizes)])
+    return table
+
+
 def _gb(*sizes: int) -> str:
     return " / ".join(f"{size / 1e9:.{2 if size < 1e9 else 1}f}" for size in sizes)
 
 
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The table as docs/scaling.md has it."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, ["---"] * len(COLUMNS), *rows(results)])
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as the documents have it."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
 def main() -> None:
@@ -276,6 +306,7 @@ def main() -> None:
         lines.add(result)
     title = f"GB; {ROWS} rows of {LENGTH} tokens a GPU; {PROCESSES['FSDP2']} GPUs for DDP and FSDP2"
     show(COLUMNS, rows(lines.results), width=180, title=title)
+    show(OPTIONS, rows_of_options(lines.results), width=180, title=f"GB on one GPU; {ROWS} rows of {LENGTH} tokens")
 
 
 if __name__ == "__main__":

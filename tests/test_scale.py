@@ -179,9 +179,25 @@ def test_the_results_are_what_is_computed_now(scale, results, model):
 
 def test_the_models_have_as_many_parameters_as_their_names_say(results):
     trained = {result["model"]: result["trained"] for result in results if result["method"] == "full fine-tuning"}
-    assert trained == {"OPT-1.3B": 1_315_758_080, "Llama-2-7B": 6_738_415_616, "Llama-3-8B": 8_030_261_248}
+    llama = {"Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824}
+    llama |= {"Llama-2-7B": 6_738_415_616, "Llama-3-8B": 8_030_261_248}
+    assert trained == {"OPT-1.3B": 1_315_758_080} | llama
 
 
-def test_the_table_in_docs_is_the_benchmarks(scale, results):
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    assert scale.markdown(results) in page
+def test_a_base_in_4_bits_is_as_large_as_a_quantized_one(tmp_path, scale):
+    pytest.importorskip("bitsandbytes")
+    quantization = {"quantization": "nf4", "finished_links": "stack", "dtype": "bfloat16"}
+    module = COLACausalLM(tiny.folder(tmp_path), target_modules=scale.TARGETS, rank=scale.RANK, seed=0, **quantization)
+    module.configure_model()
+    held = sum(p.nbytes for name, p in module.model.named_parameters() if "lora_" not in name)
+    scales = [p.quant_state.absmax.nbytes for p in module.model.parameters() if hasattr(p, "quant_state")]
+    planned = scale.sizes(scale.build(config(), scale.METHODS[2])).in_4_bits
+    assert planned == held + sum(scales)
+
+
+def test_the_tables_in_docs_are_the_benchmarks(scale, results):
+    for page, columns, rows in [
+        ("scaling.md", scale.COLUMNS, scale.rows(results)),
+        ("troubleshooting.md", scale.OPTIONS, scale.rows_of_options(results)),
+    ]:
+        assert scale.markdown(columns, rows) in (ROOT / "docs" / page).read_text()
