@@ -5,8 +5,8 @@
 plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
 result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md and docs/troubleshooting.md. Links of rank 8 on
 the queries and values, two in a chain; 8 rows of 512 tokens a GPU, padded on the left, with a loss at one position a row;
-AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with ``finished_links:
-merge``, all in full fine-tuning.
+AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with
+``finished_links: merge``, all in full fine-tuning.
 
 * ``memory``, bytes on a GPU: ``base``: the model's weights; ``links``: A and B in float32; ``stack``: the finished link beside
   the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter;
