@@ -39,7 +39,7 @@ class Decoding:
         changed = [name for name in ("temperature", "top_p") if getattr(self, name) != getattr(Decoding, name)]
         if changed and not self.do_sample:
             raise UserError(
-                f"{group}{changed[0]}: expected {group}do_sample true beside it, for the most probable token is taken without "
+                f"{group}{changed[0]}: expected {group}do_sample true with it, for the most probable token is taken without "
                 f"it, received {getattr(self, changed[0])} alone"
             )
         if "" in self.stop:

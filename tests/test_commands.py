@@ -159,7 +159,7 @@ NOT_DAMAGED = [
     (["inspect", "--checkpoint", "chain", "--plot", "x.jpg"], "plot: "),
     (["inspect", "--chekpoint", "chain"], "unrecognized arguments: --chekpoint chain"),
     ([*TEST, "--links", "-1"], "links: expected 0 to 3"),
-    ([*FIT, "--links", "1"], "links: expected none beside ckpt_path"),
+    ([*FIT, "--links", "1"], "links: expected none with ckpt_path"),
     ([*FROM_CHAIN, "--links", "7"], "links: expected 0 to 3"),
     ([*FROM_CHAIN, "--model.target_modules", "['0']"], "model.target_modules: "),
     ([*FIT, "--seed_everything", "5"], "model.seed, or seed_everything: expected 0, the checkpoint's, received 5"),

@@ -84,7 +84,7 @@ class ChainOfLoRA(Callback):
         )
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
-            raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience beside them, received none")
+            raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience with them, received none")
         self._asked_at: int | None = None
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known

@@ -161,9 +161,9 @@ class COLACLI(LightningCLI):
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
             return
         if config.ckpt_path is not None:
-            raise UserError(f"links: expected none beside ckpt_path: fit resumes the whole chain, received {self.links}")
+            raise UserError(f"links: expected none with ckpt_path: fit resumes the whole chain, received {self.links}")
         if (config.model.get("init_args") or {}).get("init_chain") is None:
-            raise UserError(f"links: expected ckpt_path or model.init_chain beside it, received {self.links} alone")
+            raise UserError(f"links: expected ckpt_path or model.init_chain with it, received {self.links} alone")
         config.model.init_args.init_links, config.links = self.links, None
 
     # ------------------------------------------------------------------ the run

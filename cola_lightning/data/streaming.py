@@ -62,7 +62,7 @@ class Stream:
         from datasets.distributed import split_dataset_by_node
 
         if self.n_held_out and (n_workers or n_processes > 1):
-            raise UserError("data.streaming: expected validation and test splits beside several processes or workers")
+            raise UserError("data.streaming: expected validation and test splits with several processes or workers")
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]

@@ -60,7 +60,7 @@ class ExportOptions:
         of_formats = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
         for option, formats in of_formats.items():
             if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: expected --format {' or '.join(formats)} beside it, received {self.format}")
+                raise UserError(f"{option}: expected --format {' or '.join(formats)} with it, received {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise UserError(f"max_rank: expected at least 1, received {self.max_rank}")
         if self.format == "peft" and importlib.util.find_spec("peft") is None:

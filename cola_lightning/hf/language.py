@@ -84,7 +84,7 @@ class LanguageModule(COLAModule, ABC):
             check_quantization(quantization)
             if self.target_modules is None:
                 raise UserError(
-                    "model.target_modules: expected layers to adapt beside model.quantization, for 4-bit weights cannot be "
+                    "model.target_modules: expected layers to adapt with model.quantization, for 4-bit weights cannot be "
                     "trained, received null"
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made

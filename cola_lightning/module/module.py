@@ -141,7 +141,7 @@ class COLAModule(LightningModule, RecordsArguments):
         check_factors(rank, alpha, dropout, init, finished_links)
         check_seed("model.seed", seed)
         if init_links is not None and init_chain is None:
-            raise UserError(f"model.init_links: expected null, or model.init_chain beside it, received {init_links} alone")
+            raise UserError(f"model.init_links: expected null, or model.init_chain with it, received {init_links} alone")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         schedule = ChainSchedule(default_rank=int(rank), default_alpha=float(alpha))
         seed = None if seed is None else int(seed)

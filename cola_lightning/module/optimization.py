@@ -129,7 +129,7 @@ class LinkOptimization:
         is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
         others, saved = ([p for name, p in trained if is_saved[name] is wanted] for wanted in (False, True))
         if not saved:
-            raise UserError("model.modules_to_save_lr: expected modules_to_save beside it, received none")
+            raise UserError("model.modules_to_save_lr: expected modules_to_save with it, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     @property

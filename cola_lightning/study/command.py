@@ -60,7 +60,7 @@ class Comparison:
             raise UserError(f"learning_rates: expected a list for each of {', '.join(self.methods)}, received {received}")
         quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
         if self.mode is None and quantity not in BETTER:
-            expected = f"min or max beside a metric that is none of {', '.join(BETTER)}"
+            expected = f"min or max with a metric that is none of {', '.join(BETTER)}"
             raise UserError(f"mode: expected {expected}, received none for {self.metric}")
         self.better = self.mode or BETTER[quantity]
         self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
