@@ -27,8 +27,6 @@ from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import check_factors, inject_lora, strip_lora, unstack
 from cola_lightning.lora.layer import (
-    ALL,
-    Components,
     FinishedLinks,
     Init,
     LoRALayer,
@@ -239,28 +237,20 @@ class AdaptedModel:
 
     # ------------------------------------------------------------------ links
 
-    def begin_link(self, rank: int | None = None, alpha: float | None = None, components: Components = ALL) -> None:
-        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change.
-
-        Args:
-            rank: its rank; None: as before.
-            alpha: its alpha; None: as before.
-            components: the rows of A and columns of B that begin; the others go on.
-        """
-        rank = None if rank is None else int(rank)  # numpy's numbers would be in checkpoints and chain folders
-        alpha = None if alpha is None else float(alpha)
-        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A", components)
+    def begin_link(self, rank: int, alpha: float) -> None:
+        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
+        rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
+        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, rank: int, alpha: float) -> None:
         """Sets the layers' rank and alpha for a link whose factors are loaded separately."""
         for layer in self.layers.values():
             layer.rank, layer.alpha = int(rank), float(alpha)
 
-    def live_link(self, components: Components = ALL, **metadata: Any) -> Link:
+    def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
 
         Args:
-            components: the rows of A and columns of B to record.
             **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics``.
 
         Raises:
@@ -268,19 +258,14 @@ class AdaptedModel:
         """
         self.check_next(None)
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return record_link(self.layers, components, index=self.link, extras=self.extras(), **metadata)
+        return record_link(self.layers, index=self.link, extras=self.extras(), **metadata)
 
-    def tie_knot(
-        self, rank: int | None = None, alpha: float | None = None, components: Components = ALL, **metadata: Any
-    ) -> Link:
+    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
-            components: rows of A and columns of B, by index: these alone are finished, as a link of their number, and begin
-                anew. The others go on, and with them rank and alpha, which are then ignored. An optimizer should forget the
-                moments of these alone.
             **metadata: see :meth:`live_link`.
 
         Returns:
@@ -292,17 +277,12 @@ class AdaptedModel:
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.check_next(rank)
-        if not isinstance(components, slice):  # each once, and none that counts from the end of the largest rank
-            components = sorted({range(next(iter(self.layers.values())).rank)[row] for row in components})
-        link = self.live_link(components, **metadata)
+        link = self.live_link(**metadata)
         for layers in self.by_unit():
             for layer in layers.values():
-                layer.finish(components, link.scaling)
+                layer.finish()
         self.chain.append(link)
-        if components is ALL:
-            self.begin_link(rank, alpha)
-        else:
-            self.begin_link(components=components)
+        self.begin_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
         return link
 
     def check_next(self, rank: int | None) -> None:

@@ -35,5 +35,5 @@ for rank in 4 2; do
   if ! grep -q '"method": "full"' "$folder/rank-$rank/results.jsonl"; then
     grep '"method": "full"' "$folder/rank-1/results.jsonl" >>"$folder/rank-$rank/results.jsonl"
   fi
-  compare rank-$rank $rank "lora, cola, full, rac, roll-6, roll-12" "$two, $rest, roll-6: [$chain], roll-12: [$chain]"
+  compare rank-$rank $rank "lora, cola, full, rac" "$two, $rest"
 done

@@ -47,9 +47,6 @@ class ChainOfLoRA(Callback):
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
         knots: this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
         until: with ``knots``: the share of the run at whose end the last of them is tied.
-        refresh_rank: a rolling chain: a knot finishes only this many components (a row of A with its column of B), the oldest
-            ones, as a link of this rank, and draws them anew. The other components go on, and their optimizer state with them.
-            Default: the whole link, which is COLA.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -75,10 +72,9 @@ class ChainOfLoRA(Callback):
         mode: Mode = "min",
         knots: int | None = None,
         until: float = UNTIL,
-        refresh_rank: int | None = None,
     ) -> None:
         self.schedule = ChainSchedule(
-            *(every_n_epochs, every_n_train_steps, at_epochs, at_steps, knots, until, refresh_rank, ranks, alphas),
+            *(every_n_epochs, every_n_train_steps, at_epochs, at_steps, knots, until, ranks, alphas),
             knots_unknown=self._is_own_rule,
             patience=patience,
         )
@@ -239,10 +235,3 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     largest = cast(int, module.max_rank)
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
-    optimization = cast("COLAModule", module).optimization
-    is_of_whole_links = module.trained_factors == "random" or optimization.kept_optimizer_state
-    if schedule.refresh_rank and (schedule.refresh_rank >= largest or is_of_whole_links):
-        raise UserError(
-            f"chain.refresh_rank: expected less than model.rank, {largest}, without model.trained_factors random and "
-            f"model.kept_optimizer_state, which are of whole links, received {schedule.refresh_rank}"
-        )

@@ -129,9 +129,7 @@ class CheckpointState:
         live: the current link without its tensors, see :func:`~cola_lightning.chain.store.describe_link`; None without links.
         trained: names of what else is trained, in a link's extras.
         dtype: the dtype to which the precision plugin cast adapted layers; None without links.
-        link_start: epoch and step at which the current link began; in a rolling chain, of the last knot.
-        components: in a rolling chain, the current link's components, from the oldest on, and the step at which each began.
-        refresh_rank: how many components a knot finishes; None: the whole link.
+        link_start: epoch and step at which the current link began.
         position: the present epoch and step.
         has_knots: whether the run's schedule has knots.
         seed: seed of all random draws.
@@ -156,8 +154,6 @@ class CheckpointState:
     seed: int
     init_chain_source: list[str | int | None]
     base_weights: dict[str, Tensor] | None
-    components: list[list[int]] = field(default_factory=list)
-    refresh_rank: int | None = None
     first_values: dict[str, Tensor] = field(default_factory=dict)
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     scheduled: list[list[float]] = field(default_factory=list)

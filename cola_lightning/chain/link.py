@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning import layout
-from cola_lightning.lora.layer import ALL, Components, LoRALayer, low_rank_delta
+from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 from cola_lightning.seeding import derive_seed
 
 OUTSIDE = "self."  # begins a name among a link's extras that is no name in the model, but in the Lightning module around it
@@ -86,36 +86,33 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, r @ s.T, p
 
 
-def record_link(layers: Mapping[str, LoRALayer], components: Components = ALL, **metadata: Any) -> Link:
+def record_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
     """The record of the layers' current link, finished or not; the layers are unchanged.
 
     Args:
         layers: the adapted layers by name; they share rank and alpha.
-        components: those of the link that are recorded, as a link of their number, with the same scaling.
         **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras`` and ``metrics``.
     """
     first = next(iter(layers.values()))
-    rank = len(first.factors[0][components])
     factors = {}
     for name, layer in layers.items():
         lora_A, lora_B = layer.factors
-        factors[name] = layout.gather(lora_A[components]), layout.gather(lora_B[:, components])
-    return Link(rank=rank, alpha=first.alpha * (rank / first.rank), factors=factors, **metadata)
+        factors[name] = layout.gather(lora_A), layout.gather(lora_B)
+    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **metadata)
 
 
 def begin_link(
     layers: Mapping[str, LoRALayer],
     seed: int,
     index: int,
-    rank: int | None,
-    alpha: float | None,
+    rank: int,
+    alpha: float,
     drawn: Literal["A", "B"] = "A",
-    components: Components = ALL,
 ) -> None:
-    """Begins a link, or some of its components, in every layer: A drawn from (seed, link, layer name), B zero, or vice versa.
+    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn, components=components)
+        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn)

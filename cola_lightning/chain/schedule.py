@@ -81,7 +81,6 @@ class ChainSchedule:
         at_steps: knots before these optimizer steps, increasing, from 1 (the first step is step 0).
         knots: this many knots, evenly over the share ``until`` of a run, at whose start :meth:`in_run` gives their steps.
         until: with ``knots``: the share of the run at whose end the last of them is tied.
-        refresh_rank: how many components, the oldest ones, a knot finishes, as a link of this rank; None: the whole link.
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         knots_unknown: knots are decided while training, so no link's length is known beforehand.
@@ -107,7 +106,6 @@ class ChainSchedule:
     at_steps: Sequence[int] | None = None
     knots: int | None = None
     until: float = UNTIL
-    refresh_rank: int | None = None
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
     knots_unknown: bool = False
@@ -116,11 +114,10 @@ class ChainSchedule:
     default_alpha: float = 16
 
     def __post_init__(self) -> None:
-        for names in (KNOT_OPTIONS, ("refresh_rank", "ranks"), ("refresh_rank", "alphas")):
-            given = [name for name in names if getattr(self, name) is not None]
-            if len(given) > 1:
-                raise UserError(f"chain: expected at most one of {', '.join(names)}, received {' and '.join(given)}")
-        for name in ("every_n_epochs", "every_n_train_steps", "knots", "patience", "refresh_rank"):
+        given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"chain: expected at most one of {', '.join(KNOT_OPTIONS)}, received {' and '.join(given)}")
+        for name in ("every_n_epochs", "every_n_train_steps", "knots", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"chain.{name}: expected a whole number of at least 1, received {getattr(self, name)}")
         knots, name = self.at_epochs or self.at_steps or (), "at_epochs" if self.at_epochs else "at_steps"
@@ -128,13 +125,8 @@ class ChainSchedule:
             raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
-        has_wrong_until = not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL)
-        if has_wrong_until or (self.refresh_rank and not self.has_knots):
-            raise UserError(
-                f"chain.{'until' if has_wrong_until else 'refresh_rank'}: expected chain.until between 0 and 1 and with "
-                "chain.knots, and chain.refresh_rank with one of the options that say when knots are tied, received "
-                f"{f'until {self.until:g}' if has_wrong_until else 'none of these'}"
-            )
+        if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
+            raise UserError(f"chain.until: expected a share between 0 and 1, with chain.knots, received {self.until:g}")
         for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
             if not all(0 < value < math.inf for value in values or ()):
                 raise UserError(f"chain.{name}: expected numbers above 0, received {values}")
@@ -196,12 +188,7 @@ class ChainSchedule:
         return replace(self, knots=None, until=UNTIL, at_steps=sorted(knots - {0}))  # fewer, in a short trial run
 
     def link_steps(self, start: FitPosition, run: RunLength) -> float:
-        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known.
-
-        With a ``refresh_rank`` nothing but the run's end does: a knot finishes a part of it.
-        """
-        if self.refresh_rank:
-            return max(0, run.end_step - start.global_step)
+        """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""
         if self.has_unknown_lengths(run):
             return math.inf
         knot = self.next_knot(start)

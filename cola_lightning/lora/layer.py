@@ -31,9 +31,6 @@ from cola_lightning.lora.stack import Stack
 Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
 FinishedLinks = Literal["merge", "stack"]
 
-Components = list[int] | slice  # rows of A and columns of B: each pair is a rank-one part of a link
-ALL = slice(None)
-
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
     *("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack"),
@@ -291,19 +288,10 @@ class LoRALayer(nn.Module):
         """The current link's update in the weight's own layout."""
         return self.update(*self.factors, self.scaling)
 
-    @torch.no_grad()
-    def finish(self, components: Components = ALL, scaling: float | None = None) -> None:
-        """Makes the current link, or some of its components, a finished one and sets their B to zero.
-
-        The layer's function does not change.
-
-        Args:
-            components: the rows of A and columns of B that are finished.
-            scaling: the finished link's, with which a replay computes; None: the layer's.
-        """
-        lora_A, lora_B = self.factors
-        self.add_finished_link(lora_A[components], lora_B[:, components], self.scaling if scaling is None else scaling)
-        self.lora_B[:, components] = 0
+    def finish(self) -> None:
+        """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
+        self.add_finished_link(*self.factors, self.scaling)
+        layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
 
     def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
@@ -334,7 +322,6 @@ class LoRALayer(nn.Module):
         rank: int | None = None,
         alpha: float | None = None,
         drawn: Literal["A", "B"] = "A",
-        components: Components = ALL,
     ) -> None:
         """Begins a new link in place: draws A, zeroes B, drops their gradients.
 
@@ -345,16 +332,15 @@ class LoRALayer(nn.Module):
             rank: the new link's rank, 1 to ``max_rank``; None keeps it.
             alpha: the new link's alpha; None keeps it.
             drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
-            components: the rows of A and columns of B that begin; the others do not change.
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
         n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
         full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
         DRAWS[self.init](full[: self.rank], generator)
-        with torch.no_grad():
-            self.lora_A[components] = full[components].to(self.lora_A) if drawn == "A" else 0
-            self.lora_B[:, components] = full[components].T.to(self.lora_B) if drawn == "B" else 0
+        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.T)
+        layout.copy_(self.lora_A, lora_A)
+        layout.copy_(self.lora_B, lora_B)
         self.lora_A.grad = self.lora_B.grad = None
 
     @override

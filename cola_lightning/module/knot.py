@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
-from cola_lightning.module.rolling import refresh
 from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
@@ -17,14 +16,11 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     module.adapted.check_next(rank)
     adapted, run, trainer = module.adapted, module.run, trainer_of(module)
     run.is_tying = True
-    if run.schedule.refresh_rank is not None and rank is None and alpha is None:
-        link = refresh(module, run.schedule.refresh_rank)
-    else:
-        rank = run.schedule.rank(module.link + 1) if rank is None else rank
-        alpha = run.schedule.alpha(module.link + 1) if alpha is None else alpha
-        link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
-        run.link_start, run.components = run.position(trainer), []
-        _make_optimizers(module)
+    rank = run.schedule.rank(module.link + 1) if rank is None else rank
+    alpha = run.schedule.alpha(module.link + 1) if alpha is None else alpha
+    link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
+    run.link_start = run.position(trainer)
+    _make_optimizers(module)
     run.begin_metrics(trainer)
     run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
     return link
@@ -33,8 +29,7 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
 def begin_at(module: "COLAModule", start: FitPosition) -> None:
     """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     module.run.link_start = start
-    if module.run.schedule.refresh_rank is None:  # else it goes on over knots
-        _make_optimizers(module)
+    _make_optimizers(module)
 
 
 def _make_optimizers(module: "COLAModule") -> None:

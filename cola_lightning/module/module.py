@@ -396,10 +396,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
-        The optimizer and its schedule are created again, with empty state. In a rolling chain (``chain.refresh_rank``), without
-        ``rank`` and ``alpha``, only the oldest components are finished, and the optimizer goes on.
-
-        During training, call it between optimizer steps: in
+        The optimizer and its schedule are created again, with empty state. During training, call it between optimizer steps: in
         ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs after that step's checkpoint is
         written).
 

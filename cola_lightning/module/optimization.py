@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import START, FitPosition, LRSchedule, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.module.run import Run
@@ -118,7 +118,7 @@ class LinkOptimization:
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
-        done = max(0, step - self._start.global_step)  # by an earlier fit of the same Trainer
+        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
         self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -131,11 +131,6 @@ class LinkOptimization:
         if not saved:
             raise UserError("model.modules_to_save_lr: expected modules_to_save with it, received none")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
-
-    @property
-    def _start(self) -> FitPosition:
-        """Where the optimizer and its learning-rate schedule began: with the link, or, in a rolling chain, with the run."""
-        return START if self.run.schedule.refresh_rank else self.run.link_start
 
     def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the link's k-th step.
@@ -150,13 +145,13 @@ class LinkOptimization:
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if self.warmup_steps else 1.0
         end, rise = horizon or (math.inf, 0)
-        is_run, start = self.schedule_scope == "run", self._start
+        is_run, start = self.schedule_scope == "run", self.run.link_start
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
-        start = self._start
+        start = self.run.link_start
         link_steps = self.run.schedule.link_steps(start, length)
         rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self.schedule_scope == "run" else link_steps, rise
@@ -167,8 +162,6 @@ class LinkOptimization:
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        if self.run.schedule.refresh_rank:  # one schedule for all, and warm-ups of components that live for several knots
-            return
         of_link = self.warmup_steps if self.schedule_scope == "link" else 0
         of_knot = self.knot_warmup_steps
         for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
@@ -182,12 +175,9 @@ class LinkOptimization:
         Args:
             run: length of the fit, if it has an end; the lengths of its links are decided during training.
         """
-        is_rolling = self.run.schedule.refresh_rank is not None
-        is_known = (self.schedule_scope == "run" or is_rolling) and run.end_step < math.inf
+        is_known = self.schedule_scope == "run" and run.end_step < math.inf
         of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-        if self._scheduler is not None and (
-            (of_length and not is_known) or (0 < self.knot_warmup_steps < 1 and not is_rolling)
-        ):
+        if self._scheduler is not None and ((of_length and not is_known) or 0 < self.knot_warmup_steps < 1):
             raise UserError(
                 "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, and warm-ups "
                 "in steps, where a link's length is not known beforehand (chain.patience, an overridden should_tie, endless "
@@ -203,7 +193,7 @@ class LinkOptimization:
 
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
         """Refuses optimizers of whose state a knot cannot retain a part, where it is to, after their first step."""
-        if self.run.schedule.refresh_rank or 0 < self.kept_optimizer_state < 1:
+        if 0 < self.kept_optimizer_state < 1:
             for optimizer in optimizers:
                 refuse_state(optimizer, _used_entries(adapted))
 
@@ -278,8 +268,8 @@ def refuse_state(optimizer: Optimizer, factors: Container[int]) -> None:
                 continue
             if value.shape != parameter.shape or not value.is_floating_point():
                 raise UserError(
-                    "model.kept_optimizer_state, chain.refresh_rank: expected 0 or 1, and null, with "
-                    f"{type(optimizer).__name__}, whose {name} has other values than a number for each entry of a factor"
+                    f"model.kept_optimizer_state: expected 0 or 1 with {type(optimizer).__name__}, whose {name} has other "
+                    "values than a number for each entry of a factor"
                 )
 
 

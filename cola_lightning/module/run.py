@@ -7,7 +7,7 @@ import secrets
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -19,20 +19,6 @@ from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, Run
 log = logging.getLogger(__name__)
 
 
-class Component(NamedTuple):
-    """A rank-one part of the current link of a rolling chain.
-
-    Attributes:
-        row: of A; also the column of B.
-        start_step: the optimizer step at which it began.
-        warmup_steps: over which its learning rate rises from 0.
-    """
-
-    row: int
-    start_step: int
-    warmup_steps: int
-
-
 @dataclass
 class Run:
     """The state of a module's run, over one fit or several; the module, its callbacks and its optimization share it.
@@ -41,9 +27,7 @@ class Run:
         schedule: when knots fall, and each link's rank and alpha; one link until ChainOfLoRA gives its own.
         seed: of every random draw; None until it is given, drawn, or a checkpoint's.
         given_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
-        link_start: the position at which the current link began: in a rolling chain, of the last knot.
-        components: in a rolling chain, after a knot: the current link's components, from the oldest to the newest; empty: all
-            began with the link.
+        link_start: the position at which the current link began.
         left_at: the position at which the last fit ended, or the checkpoint was written from which the module is; a next fit
             at the same position continues it.
         trainer_ref: of the last fit; an evaluation by another Trainer may have followed.
@@ -59,7 +43,6 @@ class Run:
     seed: int | None
     given_seed: int | None
     link_start: FitPosition = START
-    components: list[Component] = field(default_factory=list)
     left_at: FitPosition | None = None
     trainer_ref: weakref.ref[Trainer] | None = None
     length: RunLength | None = None
@@ -135,8 +118,7 @@ class Run:
 
     def metadata(self, trainer: Trainer | None) -> dict[str, Any]:
         """Steps and metrics of the current link, for its record."""
-        start = self.components[0].start_step if self.components else self.link_start.global_step
-        steps = {"start_step": start, "end_step": self.position(trainer).global_step}
+        steps = {"start_step": self.link_start.global_step, "end_step": self.position(trainer).global_step}
         return steps | {"metrics": self.metrics(trainer)}
 
     def begin_metrics(self, trainer: Trainer | None) -> None:

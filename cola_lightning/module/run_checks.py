@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from cola_lightning import layout
@@ -30,7 +29,6 @@ from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import ExactResume
-from cola_lightning.module.rolling import scale_next_step
 from cola_lightning.module.run import accumulation_schedulers, run_length
 
 if TYPE_CHECKING:
@@ -48,7 +46,6 @@ class RunChecks(Callback):
 
     def __init__(self, module: "COLAModule") -> None:
         self.module = module
-        self._scaling: RemovableHandle | None = None  # of the optimizer's steps, in a rolling chain
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,7 +72,7 @@ class RunChecks(Callback):
             run.trainer_ref = weakref.ref(trainer)
             now = FitPosition(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
-                run.link_start, run.components = now, []
+                run.link_start = now
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
                 self.module.schedule = ChainSchedule()  # in place of an earlier fit's
@@ -126,8 +123,7 @@ class RunChecks(Callback):
         _warn_of_lengths(run.schedule, lengths, module.link)
         module.optimization.check_lengths(lengths)
         links = range(module.link, module.link + len(lengths) - 1)
-        ahead = [run.schedule.refresh_rank or run.schedule.rank(link) for link in links]
-        module.adapted.reserve_stacks(ahead)
+        module.adapted.reserve_stacks([run.schedule.rank(link) for link in links])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,16 +143,9 @@ class RunChecks(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(trainer, pl_module)
 
-    def _end_scaling(self) -> None:
-        if self._scaling is not None:
-            self._scaling.remove()
-            self._scaling = None
-
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         run = self.module.run
-        if trainer.state.fn == "fit":
-            self._end_scaling()
         if trainer.state.fn == "fit":
             run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
@@ -190,9 +179,6 @@ class RunChecks(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
             parameter.grad = None
-        self._end_scaling()  # of the last step, or of one that a GradScaler skipped
-        if self.module.run.components:
-            self._scaling = scale_next_step(optimizer, self.module.adapted, self.module.run)
         names = self._without_gradient
         if not self._is_first_step or names is None:
             return

@@ -19,7 +19,7 @@ from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.checkpoint import plain
-from cola_lightning.module.run import Component, trainer_of
+from cola_lightning.module.run import trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -94,8 +94,6 @@ def state_of(module: "COLAModule") -> CheckpointState:
         live=live,
         dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
         link_start=run.link_start,
-        components=[list(component) for component in run.components],
-        refresh_rank=run.schedule.refresh_rank,
         position=run.position(trainer),
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
@@ -223,7 +221,6 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
         module.double()
     run.seed = adapted.seed = state.seed
     run.link_start, adapted.first_values = state.link_start, dict(state.first_values)
-    run.components = [Component(*component) for component in state.components] if has_current else []
     if not has_current:
         adapted.write_extras(adapted.extras_after(chain))
         run.left_at = None
@@ -278,12 +275,8 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
             "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
             f"{state.init_chain_source}, received {module.init_chain_source}"
         )
-    if (state.has_knots and not schedule.has_knots) or state.refresh_rank != schedule.refresh_rank:
-        received = f"refresh_rank {schedule.refresh_rank or 'null'}" if schedule.has_knots else "none"
-        raise UserError(
-            "chain: expected a chain with knots, as the run that wrote the checkpoint had, and its refresh_rank "
-            f"{state.refresh_rank or 'null'}, received {received}"
-        )
+    if state.has_knots and not schedule.has_knots:
+        raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
     planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
     if state.live is not None and planned != state.scheduled:
         raise UserError(

@@ -11,7 +11,7 @@ from cola_lightning.errors import UserError, nearest
 
 Config = Mapping[str, Any]
 
-OF_SCHEDULE = (*KNOT_OPTIONS, "refresh_rank", "ranks", "alphas")
+OF_SCHEDULE = (*KNOT_OPTIONS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
@@ -39,7 +39,7 @@ def method(name: str, config: Config) -> Method:
 
     Args:
         name: one of :data:`METHODS`; with ``-N`` appended, a method with a chain has N links, as equal as whole epochs or steps
-            allow, instead of the config's chain; ``roll-N`` has N knots, and ``roll`` the config's ``chain.knots``, or 12.
+            allow, instead of the config's chain.
         config: the complete configuration of ``cola fit``.
 
     Raises:
@@ -48,8 +48,6 @@ def method(name: str, config: Config) -> Method:
     kind, n_links = re.fullmatch(r"(.*?)(?:-([1-9]\d*))?", name).groups()  # type: ignore[union-attr]
     if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
         raise UserError(f"methods: expected {', '.join(METHODS)}, received {name!r}{nearest(name, METHODS)}")
-    if kind == "roll":
-        return METHODS[kind](name, config, lambda name, config: _rolling_chain(config, n_links))
     if n_links is None:
         return METHODS[kind](name, config, _own_chain)
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
@@ -71,12 +69,6 @@ def _cola(name: str, config: Config, chain: ChainOf) -> Method:
     return Method(name, len(ranks), max(ranks), options)
 
 
-def _roll(name: str, config: Config, chain: ChainOf) -> Method:
-    """A rolling chain: each knot finishes a part of the link."""
-    found = _cola(name, config, chain)
-    return replace(found, options={**found.options, **_without_rules(config)})
-
-
 def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain(name, config)
@@ -94,8 +86,7 @@ def _full(name: str, config: Config, chain: ChainOf) -> Method:
 def _rac(name: str, config: Config, chain: ChainOf) -> Method:
     """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
     found = _cola(name, config, chain)
-    own = {"chain.refresh_rank": None, "model.trained_factors": "random"}
-    return replace(found, options={**found.options, **_without_rules(config), **own})
+    return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
 
 
 def _relora(name: str, config: Config, chain: ChainOf) -> Method:
@@ -105,7 +96,6 @@ def _relora(name: str, config: Config, chain: ChainOf) -> Method:
     """
     found = _cola(name, config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
-    jagged["chain.refresh_rank"] = None
     rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
     return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
@@ -119,7 +109,6 @@ METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
-    "roll": _roll,
     "full": _full,
     "rac": _rac,
     "relora": _relora,
@@ -171,8 +160,6 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
     n_links = schedule.knots + 1 if schedule.knots else len(schedule.links(START, run))
-    if schedule.refresh_rank:
-        return [schedule.refresh_rank] * (n_links - 1) + [_rank(config)], {}
     return [schedule.rank(link) for link in range(n_links)], {}
 
 
@@ -187,15 +174,6 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
         raise UserError(f"methods: expected at most {total} links, one per epoch or step of a run, received {n_links}")
     ranks = [_rank(config)] * n_links
     return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
-
-
-def _rolling_chain(config: Config, knots: str | None) -> tuple[list[int], dict[str, Any]]:
-    """The ranks of a chain whose knots each finish the config's ``refresh_rank``, or else a quarter of the link."""
-    rank, chain = _rank(config), config["chain"]
-    n_knots = int(knots or chain["knots"] or 12)
-    refreshed = chain["refresh_rank"] or max(1, rank // 4)
-    options = {"chain.knots": n_knots, "chain.until": chain["until"], "chain.refresh_rank": refreshed}
-    return [refreshed] * n_knots + [rank], NO_CHAIN | options
 
 
 def _length(config: Config) -> tuple[int | None, int | None]:
