@@ -1,4 +1,4 @@
-"""One link against peft's LoRA, step for step: the oracle that was not written here."""
+"""One link against peft's LoRA, step for step: the oracle that was not written here. Convolutions: ``test_convolution.py``."""
 
 import copy
 
@@ -6,56 +6,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from cola_lightning import inject_lora, lora_layers
+from tests import tiny
 
-MODELS = {
-    "opt": (
-        lambda: OPTForCausalLM(
-            OPTConfig(
-                hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
-                word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.0,
-            )
-        ),
-        ["q_proj", "v_proj"],
-    ),
-    "llama": (
-        lambda: LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
-                max_position_embeddings=32,
-            )
-        ),
-        ["q_proj", "v_proj", "down_proj"],
-    ),
-    "gpt2": (
-        lambda: GPT2LMHeadModel(
-            GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        ),
-        ["c_attn", "c_fc"],
-    ),
-}  # fmt: skip
+TARGETS = {"opt": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 under transformers 5.24
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_one_link_equals_pefts_lora_for_50_steps(name):
-    build, target_modules = MODELS[name]
     torch.manual_seed(0)
-    ours = build()
-    theirs = get_peft_model(
-        copy.deepcopy(ours),
-        LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, fan_in_fan_out=name == "gpt2", lora_dropout=0.0),
-    )
-    assert inject_lora(ours, target_modules, rank=4, alpha=8)
+    ours = AutoModelForCausalLM.from_config(tiny.config(name))
+    how = {"target_modules": TARGETS[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
+    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **how))
+    assert inject_lora(ours, TARGETS[name], rank=4, alpha=8)
     peft_modules = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
         for layer_name, layer in lora_layers(ours).items():
