@@ -202,26 +202,6 @@ def test_a_second_fit_goes_on_with_the_chain(tmp_path):
     assert (module.chain.links[3].rank, module.chain.links[3].alpha) == (1, 3)
 
 
-def rates():
-    return Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def test_an_evaluation_by_another_trainer_inside_a_fit_changes_nothing(tmp_path):
-    class Evaluating(Callback):
-        def on_train_epoch_end(self, run, module):
-            trainer(tmp_path).validate(module, batches(1), verbose=False)
-            assert module.trainer is run
-
-    seen = []
-    for callbacks in ([], [Evaluating()]):
-        module, watch = toy(ValidatedToy, warmup_steps=1), rates()
-        trainer(tmp_path, watch, *callbacks, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(4), batches(1))
-        assert [link.end_step for link in module.chain.links] == [4, 8]
-        seen.append((watch.seen, weights(module)))
-    assert seen[1][0] == seen[0][0]
-    assert_bit_equal(seen[1][1], seen[0][1])
-
-
 class WithCopy(Toy):
     """As for a moving average of the weights, a reference or a teacher."""
 
@@ -253,18 +233,10 @@ class Keeping(Toy):
         self.kept.step()
 
 
-def fit_of_two_steps(path):
-    run = trainer(path.parent, chain={"every_n_train_steps": 3}, max_epochs=1)
-    run.fit(toy(Keeping), batches(2))
-    run.save_checkpoint(path)
-    return path
-
-
 def test_what_configure_optimizers_keeps_in_the_module_is_what_trains(tmp_path):
-    watch, arguments = rates(), {"chain": {"every_n_train_steps": 3}, "max_epochs": 3}
-    trainer(tmp_path, watch, **arguments).fit(toy(Keeping), batches(2))
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 3}, max_epochs=3).fit(toy(Keeping), batches(2))
     assert watch.seen == [1, 0.5, 0.25] * 2
-    trainer(tmp_path, **arguments).fit(toy(Keeping), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt"))
 
 
 @pytest.mark.parametrize("factors", ["B", "random"])

@@ -61,21 +61,6 @@ def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
     assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1
 
 
-def test_a_part_has_its_rows_without_padding():
-    lengths = [3, 90, 4, 80, 3]
-    ids = torch.arange(5 * 90).view(5, 90)
-    mask = torch.stack([F.pad(torch.ones(n, dtype=torch.long), (90 - n, 0)) for n in lengths])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": -ids, "answer": torch.arange(5)}
-    parts = split_by_length(batch)
-    assert [rows.tolist() for rows, _ in parts] == [[1, 3], [2, 0, 4]]
-    for rows, part in parts:
-        assert part.keys() == {"input_ids", "attention_mask", "labels"}
-        length = max(lengths[row] for row in rows.tolist())
-        assert part["input_ids"].tolist() == ids[rows, -length:].tolist()
-        assert part["labels"].tolist() == (-ids)[rows, -length:].tolist()
-        assert part["attention_mask"].sum(1).tolist() == [lengths[row] for row in rows.tolist()]
-
-
 def test_a_batch_that_cannot_be_split_is_one_part():
     mask = F.pad(torch.ones(2, 1), (98, 0))
     mask[0] = 1

@@ -50,18 +50,6 @@ def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_p
     assert module.tokenizer.pad_token == "</s>"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_model_keeps_its_adapted_weights_in_float32_where_it_merges(folder, dtype):
-    half = getattr(torch, dtype)
-    for mode, targets, adapted in (("merge", ["q_proj"], torch.float32), ("stack", ["q_proj"], half), ("merge", None, half)):
-        module = COLACausalLM(folder, dtype=dtype, finished_links=mode, target_modules=targets)
-        attention = module.model.model.layers[0].self_attn
-        assert (attention.q_proj.weight.dtype, attention.k_proj.weight.dtype) == (adapted, half)
-        if targets:
-            assert attention.q_proj.lora_A.dtype == torch.float32
-            assert module.chain.base.dtypes == [dtype]
-
-
 def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "a_model_package").mkdir()
     (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError")

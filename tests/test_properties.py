@@ -9,7 +9,7 @@ from torch import nn
 
 from cola_lightning import UserError
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
 
@@ -51,31 +51,6 @@ def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_st
     assert schedule.links(FitPosition(0, 0), run) == sizes
 
 
-@given(SCHEDULES, EPOCHS, st.data())
-def test_a_resumed_run_has_the_links_that_were_left(arguments, lengths, data):
-    schedule, steps = ChainSchedule(**arguments), every_step(lengths)
-    run = run_of(lengths)
-    starts, start = [FitPosition(0, 0)], FitPosition(0, 0)
-    for now in steps:
-        if schedule.is_due(start, now):
-            starts.append(start := now)
-    k = data.draw(st.integers(0, len(starts) - 1))
-    assert schedule.links(starts[k], run) == schedule.links(FitPosition(0, 0), run)[k:]
-
-
-@given(
-    st.sampled_from(["constant", "linear", "cosine"]),
-    st.integers(1, 200),
-    st.one_of(st.integers(0, 250), st.floats(0, 1, exclude_max=True)),
-)
-def test_a_rate_rises_over_the_warm_up_and_never_after_it(schedule, horizon, warmup):
-    factors = [lr_factor(schedule, step, horizon, warmup) for step in range(horizon + 1)]
-    assert all(0 <= factor <= 1 for factor in factors)
-    peak = factors.index(max(factors))
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-
-
 # ---------------------------------------------------------------------- chains
 
 LINKS = st.lists(st.tuples(st.integers(1, 3), st.floats(0.5, 8)), min_size=1, max_size=4)
@@ -110,15 +85,6 @@ def test_a_truncated_chain_replays_to_what_the_model_was_then(links, data):
     assert torch.equal(fresh.model(x), trained(links).model(x))
     fresh.go_to(chain.truncate(k))
     assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
-
-
-@given(LINKS)
-def test_a_chains_update_is_the_sum_of_its_links(links):
-    model, base = trained(links), adapted().model[0].weight.detach()
-    factors = [link.factors["0"] for link in model.chain.links]
-    total = sum(alpha / rank * (B @ A) for (rank, alpha), (A, B) in zip(links, factors, strict=True))
-    torch.testing.assert_close(model.chain.delta("0"), total)
-    torch.testing.assert_close(model.model[0].weight.detach() - base, total, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------- templates

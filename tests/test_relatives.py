@@ -46,14 +46,6 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
     assert torch.equal(drawn_factor, theirs.lora_A)  # as the A of the transposed layer would be
 
 
-def test_which_factor_is_frozen_follows_from_seed_and_link():
-    drawn = [frozen_factor("random", 3, link) for link in range(200)]
-    assert drawn == [frozen_factor("random", 3, link) for link in range(200)]
-    assert 70 < drawn.count("A") < 130
-    assert {frozen_factor("both", 3, link) for link in range(9)} == {None}
-    assert {frozen_factor("B", 3, link) for link in range(9)} == {"A"}
-
-
 @pytest.mark.parametrize("trained", ["both", "B", "random"])
 def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
     starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.link, factors(module)))
@@ -118,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, rule):
         return toy(Normed, **ARGUMENTS | rule, optimizer=lambda p: AdamW(p, lr=1e-2))
 
     whole, expected, _ = fit(tmp_path / "whole", module=module())
-    for stop in FEW:
+    for stop in FEW[:5]:
         folder = tmp_path / f"{stop}"
         _, before, _ = fit(folder, stop, module=module())
         resumed, after, _ = fit(folder / "resumed", ckpt_path=last(folder), module=module())
@@ -148,37 +140,19 @@ def test_a_class_that_fixes_an_argument_resumes_its_own_runs(tmp_path, cls):
     assert cls.load_from_checkpoint(last(tmp_path)).trained_factors == "B"
 
 
-def test_an_optimizer_keeps_the_largest_values_and_its_count_of_steps():
-    parameters = [nn.Parameter(torch.zeros(4, 5)) for _ in range(2)]
-    old, new = (AdamW(parameters, lr=1.0) for _ in range(2))
-    for k in range(3):
-        for parameter in parameters:
-            parameter.grad = torch.arange(20.0).reshape(4, 5) - 9 + k
-        old.step()
-    copy_state(old, new, 0.1, {id(parameters[0]): (slice(4),)})
-    factor, whole = (new.state[parameter] for parameter in parameters)
-    for name in ("exp_avg", "exp_avg_sq"):
-        was = old.state[parameters[0]][name]
-        assert factor[name].count_nonzero() == 2
-        assert set(factor[name][factor[name] != 0].tolist()) == set(was.flatten()[was.abs().flatten().topk(2).indices].tolist())
-        assert torch.equal(whole[name], old.state[parameters[1]][name])
-    assert factor["step"] == whole["step"] == 3
-    new.step()
-
-
-def test_the_moments_keep_the_same_entries():
+def test_the_moments_keep_the_same_entries_of_a_factor_and_all_of_a_whole_parameter():
     """A's gradient is 0 after a knot, where B is: a first moment whose second was pruned would be divided by zero."""
-    parameter = nn.Parameter(torch.zeros(3))
-    old, new = (AdamW([parameter], lr=1.0) for _ in range(2))
+    factor, whole = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    old, new = (AdamW([factor, whole], lr=1.0) for _ in range(2))
     for sign in (1, -1, 1, -1):
-        parameter.grad = torch.tensor([10.0 * sign, 3.0, 1.0])  # the largest second moment, the largest first, and neither
+        factor.grad = whole.grad = torch.tensor([10.0 * sign, 3.0, 1.0])  # largest second moment, largest first, neither
         old.step()
-    copy_state(old, new, 1 / 3, {id(parameter): (slice(3),)})
-    kept = new.state[parameter]
-    assert kept["exp_avg"].nonzero().tolist() == kept["exp_avg_sq"].nonzero().tolist() == [[1]]
-    before, parameter.grad = parameter.detach().clone(), torch.zeros(3)
-    new.step()
-    assert (parameter - before).abs().max() < 10
+    copy_state(old, new, 1 / 3, {id(factor): (slice(3),)})
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert new.state[factor][name].nonzero().tolist() == [[1]]
+        assert new.state[factor][name][1] == old.state[factor][name][1]
+        assert torch.equal(new.state[whole][name], old.state[whole][name])
+    assert new.state[factor]["step"] == new.state[whole]["step"] == 4
 
 
 @pytest.mark.parametrize(("kept", "ranks"), [(0.25, [2, 2]), (0.25, [4, 2]), (1, [4, 2]), (0.25, [2, 4])])
