@@ -12,7 +12,6 @@ from cola_lightning.chain import BaseIdentity
 from cola_lightning.chain.checkpoint import read_chain
 from tests.make_fixture import FIXTURES, Fixed, Trained, inputs
 from tests.test_damage import assert_same
-from tests.toy import toy
 
 
 def make_link(index, rank, names=("a.b", "c"), **facts):
@@ -75,12 +74,11 @@ def test_an_adapter_of_the_first_format_is_the_chain_that_it_was():
     assert all(torch.equal(value, chain.links[-1].extras[name]) for name, value in adapter.links[-1].extras.items())
 
 
-@pytest.mark.parametrize(("version", "needed"), [(1, "older"), (5, "newer")])
-def test_a_version_that_is_not_read_is_refused(tmp_path, version, needed):
+def test_a_later_version_is_refused(tmp_path):
     Chain([make_link(0, 2)], BaseIdentity("a")).save(tmp_path)
     path = tmp_path / "chain.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
-    with pytest.raises(UserError, match=rf"^chain: .* received {version} .*{needed}"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 5}))
+    with pytest.raises(UserError, match=r"^chain: .* received 5 .* newer"):
         Chain.load(tmp_path)
 
 
@@ -99,11 +97,3 @@ def test_a_chain_of_another_base_is_refused_by_name():
     module = Other(target_modules=["0", "2"], modules_to_save=["4"], rank=3, seed=0, init_chain=str(FIXTURES / "chain-2"))
     with pytest.raises(UserError, match=r"'fixture' \(fingerprint .* received another, 'another' \("):
         module.configure_model()
-
-
-def test_a_chain_whose_base_is_not_known_begins_a_run(tmp_path):
-    factors = {name: (torch.ones(1, n_in), torch.ones(n_out, 1)) for name, n_in, n_out in (("0", 8, 12), ("2", 12, 6))}
-    Chain([Link(0, 1, 1.0, 0, 1, factors)], BaseIdentity("a model")).save(tmp_path / "chain")
-    module = toy(init_chain=str(tmp_path / "chain"))
-    module.configure_model()
-    assert module.link == 1

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
@@ -67,7 +68,7 @@ def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, see
                 losses.append(loss.item())
                 (loss / accumulate).backward()
             if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
+                nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             optimizer.zero_grad()
             done += 1
@@ -99,7 +100,7 @@ def test_a_knot_keeps_the_function():
     module.configure_model()
     x = next(iter(batches()))[0]
     for layer in lora_layers(module.model).values():
-        torch.nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.lora_B)
     before = module.model(x)
     link = module.tie_knot()
     after = module.model(x)
@@ -141,19 +142,6 @@ def test_after_a_knot_everything_of_a_link_is_new(tmp_path):
     assert len({optimizer for _, optimizer, _, _ in watch.seen}) == 4
 
 
-def test_two_runs_of_one_seed_are_equal_and_the_global_generator_does_not_matter(tmp_path):
-    def run(disturb=0, seed=5, dropout=0.3):
-        module = toy(seed=seed, dropout=dropout)
-        watch = Watch(lambda trainer, module: torch.rand(disturb * trainer.global_step))
-        trainer(tmp_path, watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
-        return weights(module)
-
-    one = run()
-    assert_bit_equal(one, run())
-    assert_bit_equal(run(disturb=3, dropout=0.0), run(dropout=0.0))
-    assert not torch.equal(run(seed=6)["model.0.lora_A"], one["model.0.lora_A"])
-
-
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     with_callback, without = toy(), toy()
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
@@ -188,18 +176,6 @@ def test_early_stopping_counts_on_across_knots(tmp_path):
     run.fit(module, batches(), batches(2))
     assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
     assert module.link == 3
-
-
-def test_a_second_fit_goes_on_with_the_chain(tmp_path):
-    module = toy()
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert module.link == 1
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert module.link == 2
-    module.tie_knot(rank=1, alpha=3)
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert [link.index for link in module.chain.links] == [0, 1, 2, 3]
-    assert (module.chain.links[3].rank, module.chain.links[3].alpha) == (1, 3)
 
 
 class WithCopy(Toy):
@@ -292,14 +268,14 @@ def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
             loss = super().training_step(batch, batch_idx)
             return loss * math.nan if self.trainer.global_step == 13 else loss
 
-    module = Poisoned(target_modules="all-linear", rank=2, seed=0)
+    module = toy(Poisoned)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True)
     run = trainer(tmp_path, checkpoint, chain={"every_n_train_steps": 5}, max_epochs=3, enable_checkpointing=True)
     with pytest.raises(RuntimeError, match=r"loss is nan at step 13 \(epoch 1\), in link 2"):
         run.fit(module, batches())
     assert all(torch.isfinite(p).all() for p in module.parameters())
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.isfinite(value).all() for name, value in state["state_dict"].items() if name != "cola")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(value).all() for name, value in state.items() if name != "cola")
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
@@ -330,3 +306,56 @@ def test_one_log_line_a_link(tmp_path, caplog):
     ]
     assert all("val_loss" in line for line in lines)
     assert [row["link"] for row in logger_rows(logger) if row.get("link")] == ["0.0", "1.0", "2.0"]
+
+
+# ---------------------------------------------------------------------- a link that gets no gradient
+
+
+class Net(nn.Module):
+    """Calls one layer, reads the weights of the next, and takes one of two experts, by the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.experts = nn.ModuleList([nn.Linear(12, 6), nn.Linear(12, 6)])
+        self.n_calls = 0
+
+    def forward(self, x):
+        self.n_calls += 1
+        h = F.linear(self.called(x), self.read.weight, self.read.bias)
+        return self.experts[self.n_calls % 2](h.tanh())
+
+
+class NetToy(Toy):
+    def build_model(self):
+        return Net()
+
+
+def warnings_of_a_fit(folder, module, caplog, **options):
+    caplog.clear()
+    trainer(folder, chain={}, **{"max_steps": 3} | options).fit(module, batches())
+    return [message for message in caplog.messages if "got no gradient" in message]
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "names"),
+    [
+        ({"accumulate_grad_batches": 2}, 1, "(read)"),  # both experts are taken in the first step
+        ({"max_steps": 1}, 2, "(read, experts"),
+    ],
+    ids=["both experts", "one expert"],
+)
+def test_a_layer_that_is_not_called_is_named_once_a_fit(tmp_path, caplog, options, count, names):
+    module = toy(NetToy)
+    for _ in range(2):
+        (message,) = warnings_of_a_fit(tmp_path, module, caplog, **options)
+        assert message.startswith(f"model.target_modules: {count} of 4 ")
+        assert names in message
+
+
+def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, caplog):
+    module = toy(NetToy)
+    module.model.read.requires_grad_(False)
+    assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
+    for how in ({"dropout": 0.1}, {"target_modules": None}):
+        assert warnings_of_a_fit(tmp_path, toy(**how), caplog) == []

@@ -64,12 +64,6 @@ def test_the_directions_that_an_update_does_not_use_have_exactly_zero():
     assert cancelled.tolist() == [0.0, 0.0]
 
 
-def test_effective_rank_is_the_exponential_of_the_entropy():
-    values = torch.tensor([3.0, 1.0], dtype=torch.float64)
-    expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert effective_rank(values) == pytest.approx(expected) == effective_rank(1e-9 * values)
-
-
 def test_a_report_is_what_the_full_updates_say(chain):
     reports = report(chain)
     assert [one.total_rank for one in reports] == [4, 6, 7]

@@ -59,24 +59,14 @@ def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
     assert "a_model_package" not in sys.modules
 
 
-WRONG = {
-    "no such folder": {"model_name": "no/such/folder"},
-    "a folder without a model": {},
-    "no such attention": {"attn_implementation": "nonsense"},
-    "no json": "{",
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_what_is_not_a_model_is_named_in_one_line(tmp_path, kind):
-    given = WRONG[kind]
-    if isinstance(given, str):
-        (tmp_path / "config.json").write_text(given)
-    elif kind == "no such attention":
-        tiny.folder(tmp_path)
-    how = {"model_name": str(tmp_path)} | (given if isinstance(given, dict) else {})
-    with pytest.raises(UserError, match=rf"^model\.model_name: expected .*{how['model_name']}.*$"):
-        COLACausalLM(**how).configure_model()
+def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{")
+    for name in ("no/such/folder", tmp_path / "empty", tmp_path):
+        with pytest.raises(UserError, match=rf"^model\.model_name: expected .*{name}.*$"):
+            COLACausalLM(str(name)).configure_model()
+    with pytest.raises(UserError, match=rf"^model\.model_name: expected .*{folder}.*nonsense.*$"):
+        COLACausalLM(folder, attn_implementation="nonsense").configure_model()
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
