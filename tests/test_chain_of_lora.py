@@ -1,14 +1,21 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
 import copy
-import itertools
+import csv
 import math
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
@@ -61,7 +68,7 @@ def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, see
                 losses.append(loss.item())
                 (loss / accumulate).backward()
             if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
+                nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             optimizer.zero_grad()
             done += 1
@@ -93,7 +100,7 @@ def test_a_knot_keeps_the_function():
     module.configure_model()
     x = next(iter(batches()))[0]
     for layer in lora_layers(module.model).values():
-        torch.nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.lora_B)
     before = module.model(x)
     link = module.tie_knot()
     after = module.model(x)
@@ -123,73 +130,16 @@ def test_after_a_knot_everything_of_a_link_is_new(tmp_path):
     def look(trainer, module):
         (optimizer,) = trainer.optimizers
         layers = lora_layers(module.model).values()
-        frozen = [p.grad is None for p in module.parameters() if not p.requires_grad]
-        return (
-            module.link,
-            optimizer,
-            len(optimizer.state),
-            optimizer.param_groups[0]["lr"],
-            all(layer.lora_A.any() for layer in layers),
-            any(layer.lora_B.any() for layer in layers),
-            all(frozen),
-            [layer.lora_B.grad is not None and bool(layer.lora_B.grad.any()) for layer in layers],
-        )
+        assert all(layer.lora_A.any() for layer in layers)
+        assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+        return module.link, optimizer, len(optimizer.state), any(layer.lora_B.any() for layer in layers)
 
-    class Gradients(Watch):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            self.seen.append(all(layer.lora_B.grad.any() for layer in lora_layers(module.model).values()))
-
-        def on_train_batch_start(self, *_):
-            pass
-
-    watch, gradients = Watch(look), Gradients(None)
-    module = toy(optimizer=lambda p: AdamW(p, lr=1e-2), lr_schedule="linear")
-    trainer(tmp_path, watch, gradients, chain={"every_n_train_steps": 5}, max_steps=20).fit(module, batches())
-    assert len(watch.seen) == 20
-    for step, (link, _, n_states, lr, has_A, has_B, is_frozen, _) in enumerate(watch.seen):
-        first = step % 5 == 0
+    watch, module = Watch(look), toy(optimizer=lambda p: AdamW(p, lr=1e-2))
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 5}, max_steps=20).fit(module, batches())
+    for step, (link, _, n_states, has_B) in enumerate(watch.seen):
         assert link == step // 5
-        assert lr == pytest.approx(1e-2 * (1 - step % 5 / 5))
-        assert (n_states, has_B) == ((0, False) if first else (4, True))
-        assert has_A
-        assert is_frozen
-    assert len({seen[1] for seen in watch.seen}) == 4
-    assert all(gradients.seen)
-
-
-def test_two_runs_of_one_seed_are_equal_and_the_global_generator_does_not_matter(tmp_path):
-    def run(disturb, seed=5, dropout=0.3):
-        module = toy(seed=seed, dropout=dropout)
-        watch = Watch(lambda trainer, module: torch.rand(disturb * trainer.global_step) if disturb else None)
-        trainer(tmp_path, watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
-        return module
-
-    one, two = run(disturb=0), run(disturb=0)
-    assert_bit_equal(weights(one), weights(two))
-    disturbed, other = run(disturb=3, dropout=0.0), run(disturb=0, dropout=0.0)
-    assert_bit_equal(weights(disturbed), weights(other))
-    assert not torch.equal(run(disturb=0, seed=6).model[0].lora_A, one.model[0].lora_A)
-
-
-@pytest.mark.parametrize(
-    ("chain", "expected"),
-    [
-        ({"every_n_epochs": 2}, [0, 20, 40]),
-        ({"every_n_train_steps": 15}, [0, 15, 30, 45]),
-        ({"at_epochs": [1, 4]}, [0, 10, 40]),
-        ({"at_steps": [3, 17]}, [0, 3, 17]),
-        ({}, [0]),
-    ],
-    ids=str,
-)
-def test_knots_fall_where_the_schedule_says(tmp_path, chain, expected):
-    watch = Watch(lambda trainer, module: (module.link, trainer.global_step))
-    module = toy(lr_schedule="cosine")
-    trainer(tmp_path, watch, chain=chain, max_epochs=5).fit(module, batches())
-    first_steps = dict(reversed(watch.seen))
-    assert [first_steps[link] for link in sorted(first_steps)] == expected
-    assert [link.start_step for link in module.chain.links] == expected[:-1]
-    assert [link.end_step for link in module.chain.links] == expected[1:]
+        assert (n_states, has_B) == ((0, False) if step % 5 == 0 else (4, True))
+    assert len({optimizer for _, optimizer, _, _ in watch.seen}) == 4
 
 
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
@@ -199,15 +149,13 @@ def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     assert_bit_equal(weights(with_callback), weights(without))
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+@pytest.mark.parametrize("order", [1, -1])
 def test_the_callbacks_work_together_in_any_order(tmp_path, order):
     logger = CSVLogger(tmp_path)
     checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=tmp_path / "checkpoints")
     monitor = LearningRateMonitor(logging_interval="step")
-    callbacks = [ChainOfLoRA(every_n_epochs=2), checkpoint, EarlyStopping("val_loss", patience=10), monitor]
-    run = trainer(
-        tmp_path, *(callbacks[i] for i in order), logger=logger, enable_checkpointing=True, max_epochs=4, log_every_n_steps=1
-    )
+    callbacks = [ChainOfLoRA(every_n_epochs=2), checkpoint, EarlyStopping("val_loss", patience=10), monitor][::order]
+    run = trainer(tmp_path, *callbacks, logger=logger, enable_checkpointing=True, max_epochs=4, log_every_n_steps=1)
     module = toy(ValidatedToy, optimizer=lambda p: SGD(p, lr=0.1), lr_schedule="linear")
     run.fit(module, batches(), batches(2))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
@@ -217,8 +165,6 @@ def test_the_callbacks_work_together_in_any_order(tmp_path, order):
 
 
 def logger_rows(logger):
-    import csv
-
     with open(f"{logger.log_dir}/metrics.csv") as file:
         return list(csv.DictReader(file))
 
@@ -230,122 +176,6 @@ def test_early_stopping_counts_on_across_knots(tmp_path):
     run.fit(module, batches(), batches(2))
     assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
     assert module.link == 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "steps", "links"),
-    [
-        ({"fast_dev_run": True}, 1, 0),
-        ({"max_steps": 7}, 7, 3),
-        ({"max_epochs": 2, "limit_train_batches": 3}, 6, 2),
-        ({"max_epochs": 3, "overfit_batches": 2}, 6, 2),
-        ({"max_epochs": 1}, 10, 4),
-    ],
-    ids=str,
-)
-def test_the_trainers_own_limits_hold(tmp_path, arguments, steps, links):
-    module = toy(ValidatedToy)
-    run = trainer(tmp_path, chain={"every_n_train_steps": 2}, **arguments)
-    run.fit(module, batches(), batches(2))
-    assert (run.global_step, module.link) == (steps, links)
-
-
-def test_max_time_ends_a_run(tmp_path):
-    run = trainer(tmp_path, chain={"every_n_train_steps": 5}, max_time={"seconds": 1}, max_epochs=-1)
-    module = toy(lr_schedule="constant")
-    run.fit(module, batches())
-    assert run.global_step > 5
-    assert module.link == (run.global_step - 1) // 5
-
-
-def test_a_second_fit_goes_on_with_the_chain(tmp_path):
-    module = toy()
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert module.link == 1
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert module.link == 2
-    module.tie_knot(rank=1, alpha=3)
-    trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert [link.index for link in module.chain.links] == [0, 1, 2, 3]
-    assert (module.chain.links[3].rank, module.chain.links[3].alpha) == (1, 3)
-
-
-def rates():
-    return Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize("scope", ["link", "run"])
-def test_a_second_fit_has_a_schedule_of_its_own(tmp_path, scope):
-    module = toy(optimizer=lambda p: SGD(p, lr=0.01), schedule_scope=scope)
-    trainer(tmp_path, chain={"every_n_epochs": 5}, max_epochs=10).fit(module, batches())
-    watch = rates()
-    second = trainer(tmp_path, watch, chain={"every_n_epochs": 2}, max_epochs=4)
-    second.fit(module, batches())
-    length = 20 if scope == "link" else 40
-    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step % length / length for step in range(40)])
-    watch.seen.clear()
-    second.fit_loop.max_epochs = 6
-    second.fit(module, batches())
-    expected = [1 - step / 20 for step in range(20)] if scope == "link" else [1 - (40 + step) / 60 for step in range(20)]
-    assert [100 * rate for rate in watch.seen] == pytest.approx(expected)
-    watch.seen.clear()
-    trainer(tmp_path, watch, max_epochs=3).fit(module, batches())  # without knots: one link over the run
-    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step / 30 for step in range(30)])
-
-
-def test_a_knot_in_a_validation_brings_a_new_optimizer(tmp_path):
-    class Knots(ValidatedToy):
-        def on_validation_end(self):
-            if not self.trainer.sanity_checking:
-                self.tie_knot()
-
-    optimizers = Watch(lambda trainer, module: (trainer.optimizers[0], len(trainer.optimizers[0].state)))
-    module = toy(Knots, lr_schedule="constant")
-    trainer(tmp_path, optimizers, chain={}, max_epochs=2).fit(module, batches(), batches(2))
-    assert optimizers.seen[10][0] is not optimizers.seen[9][0]
-    assert optimizers.seen[10][1] == 0
-
-
-def test_a_knot_by_hand_at_the_end_of_an_epoch_counts_as_its_knot(tmp_path):
-    class ByHand(Callback):
-        def on_train_epoch_end(self, trainer, module):
-            if trainer.current_epoch == 1:
-                module.tie_knot()
-
-    module = toy(lr_schedule="constant")
-    trainer(tmp_path, ByHand(), chain={"every_n_epochs": 2}, max_epochs=5).fit(module, batches())
-    assert [(link.start_step, link.end_step) for link in module.chain.links] == [(0, 20), (20, 40)]
-
-
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
-def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path, hook):
-    class ByHand(Callback):
-        """At the end of the first epoch."""
-
-    def tie(self, trainer, module, *_):
-        if trainer.global_step == 10 and module.link == 0 and not trainer.sanity_checking:
-            module.tie_knot()
-
-    setattr(ByHand, hook, tie)
-    watch, module = rates(), toy(ValidatedToy, warmup_steps=0.2, optimizer=lambda p: SGD(p, lr=1.0))
-    trainer(tmp_path, ByHand(), watch, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(), batches(1))
-    assert watch.seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
-
-
-def test_an_evaluation_by_another_trainer_inside_a_fit_changes_nothing(tmp_path):
-    class Evaluating(Callback):
-        def on_train_epoch_end(self, run, module):
-            trainer(tmp_path).validate(module, batches(1), verbose=False)
-            assert module.trainer is run
-
-    seen = []
-    for callbacks in ([], [Evaluating()]):
-        module, watch = toy(ValidatedToy, warmup_steps=1), rates()
-        trainer(tmp_path, watch, *callbacks, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches(4), batches(1))
-        assert [link.end_step for link in module.chain.links] == [4, 8]
-        seen.append((watch.seen, weights(module)))
-    assert seen[1][0] == seen[0][0]
-    assert_bit_equal(seen[1][1], seen[0][1])
 
 
 class WithCopy(Toy):
@@ -379,18 +209,10 @@ class Keeping(Toy):
         self.kept.step()
 
 
-def fit_of_two_steps(path):
-    run = trainer(path.parent, chain={"every_n_train_steps": 3}, max_epochs=1)
-    run.fit(toy(Keeping), batches(2))
-    run.save_checkpoint(path)
-    return path
-
-
 def test_what_configure_optimizers_keeps_in_the_module_is_what_trains(tmp_path):
-    watch, arguments = rates(), {"chain": {"every_n_train_steps": 3}, "max_epochs": 3}
-    trainer(tmp_path, watch, **arguments).fit(toy(Keeping), batches(2))
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    trainer(tmp_path, watch, chain={"every_n_train_steps": 3}, max_epochs=3).fit(toy(Keeping), batches(2))
     assert watch.seen == [1, 0.5, 0.25] * 2
-    trainer(tmp_path, **arguments).fit(toy(Keeping), batches(2), ckpt_path=fit_of_two_steps(tmp_path / "run.ckpt"))
 
 
 @pytest.mark.parametrize("factors", ["B", "random"])
@@ -399,16 +221,12 @@ def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_
         def configure_optimizers(self):
             return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-    def trained(**how):
-        module = toy(Own, trained_factors=factors, **how)
-        trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
-        return {name: p.detach() for name, p in module.model.named_parameters() if name.endswith(frozen)}, module
-
+    module, drawn = toy(Own, trained_factors=factors), toy(Own, trained_factors=factors)
+    trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
     frozen = f"lora_{frozen_factor(factors, 0, 0)}"
-    after, module = trained()
-    drawn = toy(Own, trained_factors=factors).model.state_dict()
-    assert_bit_equal(after, {name: drawn[name] for name in after})
-    assert all(layer.lora_A.any() and layer.lora_B.any() for layer in module.adapted.layers.values())
+    for name, value in drawn.model.state_dict().items():
+        if ".lora_" in name:
+            assert torch.equal(value, module.model.state_dict()[name]) == name.endswith(frozen)
 
 
 def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
@@ -416,18 +234,8 @@ def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
     module.configure_model()
     module.freeze()
     module.unfreeze()
-    with pytest.raises(UserError, match="model: expected frozen weights under a chain, received a trainable one in"):
+    with pytest.raises(UserError, match=r"model: .* trainable"):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
-
-
-def test_a_short_last_link_is_warmed_up_over_its_length(tmp_path):
-    watch = rates()
-    module = toy(lr_schedule="constant", warmup_steps=8, optimizer=lambda p: SGD(p, lr=1.0))
-    trainer(tmp_path, watch, chain={"every_n_train_steps": 9}, max_epochs=1).fit(module, batches())
-    assert watch.seen == pytest.approx([*(step / 8 for step in range(8)), 1.0, 0.0])
-    watch.seen.clear()
-    trainer(tmp_path, watch, chain={"every_n_train_steps": 9}, max_epochs=2, limit_train_batches=7).fit(module, batches())
-    assert watch.seen == pytest.approx([*(step / 8 for step in range(8)), 1.0, *(step / 5 for step in range(5))])
 
 
 def test_an_A_that_was_set_by_hand_stays(tmp_path):
@@ -454,128 +262,29 @@ def test_a_knot_leaves_the_float32_precision_as_it_was():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
-    class AtOddSteps(ChainOfLoRA):
-        asked = ()
-
-        def should_tie(self, epoch, global_step):
-            self.asked = (*self.asked, global_step)
-            return global_step in (3, 7)
-
-    rule, module = AtOddSteps(), toy(lr_schedule="constant")
-    trainer(tmp_path, rule, max_epochs=2, accumulate_grad_batches=2).fit(module, batches())
-    assert rule.asked == (1, 2, 3, 4, 5, 6, 7, 8, 9)
-    assert [link.end_step for link in module.chain.links] == [3, 7]
-    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, .* received linear"):
-        trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())
-
-
-def test_a_schedule_over_the_run_does_not_restart(tmp_path):
-    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-    module = toy(schedule_scope="run", warmup_steps=0.25, optimizer=lambda p: SGD(p, lr=1.0))
-    trainer(tmp_path, watch, chain={"every_n_train_steps": 6}, max_epochs=2).fit(module, batches())
-    expected = [step / 5 if step < 5 else 1 - (step - 5) / 15 for step in range(20)]
-    assert watch.seen == pytest.approx(expected)
-
-
-def test_an_epoch_with_another_accumulation_has_its_own_length(tmp_path):
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
-
-    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-    module = toy(optimizer=lambda p: SGD(p, lr=1.0))
-    scheduler = GradientAccumulationScheduler({0: 1, 1: 5})
-    trainer(tmp_path, watch, scheduler, chain={"every_n_epochs": 2}, max_epochs=4).fit(module, batches())
-    assert watch.seen[:11] == pytest.approx([1 - step / 12 for step in range(11)])
-    assert watch.seen[20] == 1.0
-    assert module.link == 1
-
-
-@pytest.mark.parametrize(("scope", "horizon"), [("link", 8), ("run", 24)])
-def test_epochs_of_another_length_count_from_where_they_begin(tmp_path, scope, horizon):
-    class Shrinking(Toy):
-        def train_dataloader(self):
-            return batches(8 if self.trainer.current_epoch < 2 else 4)
-
-    watch, module = rates(), toy(Shrinking, schedule_scope=scope, optimizer=lambda p: SGD(p, lr=0.01))
-    arguments = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
-    trainer(tmp_path, watch, chain={"every_n_epochs": 2}, **arguments).fit(module)
-    expected = [1 - (step + horizon - 8) / horizon for step in range(8)]  # of a schedule that ends with the run
-    assert [100 * rate for rate in watch.seen[16:]] == pytest.approx(expected)
-
-
 def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
     class Poisoned(Toy):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return loss * math.nan if self.trainer.global_step == 13 else loss
 
-    module = Poisoned(target_modules="all-linear", rank=2, seed=0)
+    module = toy(Poisoned)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True)
     run = trainer(tmp_path, checkpoint, chain={"every_n_train_steps": 5}, max_epochs=3, enable_checkpointing=True)
     with pytest.raises(RuntimeError, match=r"loss is nan at step 13 \(epoch 1\), in link 2"):
         run.fit(module, batches())
     assert all(torch.isfinite(p).all() for p in module.parameters())
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.isfinite(value).all() for name, value in state["state_dict"].items() if name != "cola")
-
-
-class Endless(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return itertools.cycle((x[0], y[0]) for x, y in batches())
-
-
-def test_endless_data_wants_a_constant_rate_or_max_steps(tmp_path):
-    from torch.utils.data import DataLoader
-
-    loader = DataLoader(Endless(), batch_size=4)
-    with pytest.raises(UserError, match="endless data"):
-        trainer(tmp_path, chain={"every_n_train_steps": 3}, max_epochs=1).fit(toy(), loader)
-    module = toy()
-    trainer(tmp_path, chain={"every_n_train_steps": 3}, max_steps=9).fit(module, loader)
-    assert module.link == 2
-
-
-class Streamed(torch.utils.data.IterableDataset):
-    """Ten batches, without a length."""
-
-    def __iter__(self):
-        return ((x, y) for batch in batches() for x, y in zip(*batch, strict=True))
-
-
-@pytest.mark.parametrize("chain", [{"every_n_epochs": 1}, {"at_epochs": [1, 2]}])
-def test_links_of_epochs_without_a_length_want_a_constant_rate_or_one_schedule(tmp_path, caplog, chain):
-    loader = torch.utils.data.DataLoader(Streamed(), batch_size=4)
-    with pytest.raises(UserError, match=r"model\.lr_schedule: expected constant, or model\.schedule_scope run"):
-        trainer(tmp_path, chain=chain, max_steps=30).fit(toy(), loader)
-    with pytest.raises(UserError, match=r"model\.lr_schedule: .* warm-ups in steps"):
-        trainer(tmp_path, chain=chain, max_steps=30).fit(toy(schedule_scope="run", knot_warmup_steps=0.5), loader)
-    caplog.clear()
-    watch, module = rates(), toy(schedule_scope="run", knot_warmup_steps=2, optimizer=lambda p: SGD(p, lr=1.0))
-    trainer(tmp_path, watch, chain=chain | {"ranks": [2, 1]}, max_steps=30).fit(module, loader)
-    assert [link.end_step for link in module.chain.links] == [10, 20]
-    after_knot = {10: 0, 11: 0.5, 20: 0, 21: 0.5}
-    assert watch.seen == pytest.approx([(1 - step / 30) * after_knot.get(step, 1) for step in range(30)])
-    assert "one link" not in caplog.text
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(value).all() for name, value in state.items() if name != "cola")
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
-    from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
-    from lightning.pytorch.tuner import Tuner
-
     for callback in (LearningRateFinder(), EMAWeightAveraging()):
         with pytest.raises(UserError, match=rf"trainer\.callbacks: .* {type(callback).__name__}"):
             trainer(tmp_path, callback, chain={}, max_epochs=1).fit(toy(), batches())
-    with pytest.raises(UserError, match="LearningRateFinder"):
-        Tuner(trainer(tmp_path, chain={}, max_epochs=1)).lr_find(toy(), batches())
-
-    class Manual(Toy):
-        automatic_optimization = False
-
-    with pytest.raises(UserError, match="forked or spawned the chain does not return"):
+    with pytest.raises(UserError, match=r"trainer\.strategy: "):
         check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
-    with pytest.raises(UserError, match="automatic optimization"):
-        trainer(tmp_path, chain={}, max_epochs=1).fit(Manual(target_modules="all-linear"), batches())
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
@@ -590,22 +299,63 @@ def test_one_log_line_a_link(tmp_path, caplog):
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3, logger=logger).fit(toy(ValidatedToy), batches(), batches(2))
     lines = [line for line in caplog.messages if line.startswith("link ")]
-    assert len(lines) == 3
-    assert lines[0].startswith("link 0 finished: steps 0 to 10, rank 2, update norm ")
-    assert "val_loss" in lines[0]
-    assert lines[2].startswith("link 2 live at the end: steps 20 to 30")
+    assert [line.partition(", rank 2")[0] for line in lines] == [
+        "link 0 finished: steps 0 to 10",
+        "link 1 finished: steps 10 to 20",
+        "link 2 live at the end: steps 20 to 30",
+    ]
+    assert all("val_loss" in line for line in lines)
     assert [row["link"] for row in logger_rows(logger) if row.get("link")] == ["0.0", "1.0", "2.0"]
 
 
-def test_the_last_rank_of_a_short_list_holds_on(tmp_path):
-    module = toy(lr_schedule="constant")
-    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1]}, max_epochs=4).fit(module, batches())
-    assert [link.rank for link in module.full_chain().links] == [2, 1, 1, 1]
+# ---------------------------------------------------------------------- a link that gets no gradient
 
 
-def test_where_the_length_is_unknown_the_last_rank_holds_on(tmp_path):
-    module = toy(lr_schedule="constant")
-    stop = EarlyStopping("train_loss", patience=100, stopping_threshold=1e9, check_on_train_epoch_end=True)
-    run = trainer(tmp_path, stop, chain={"every_n_train_steps": 3, "ranks": [2, 1]}, max_epochs=-1)
-    run.fit(module, batches())
-    assert [link.rank for link in module.chain.links] == [2, 1, 1]
+class Net(nn.Module):
+    """Calls one layer, reads the weights of the next, and takes one of two experts, by the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.experts = nn.ModuleList([nn.Linear(12, 6), nn.Linear(12, 6)])
+        self.n_calls = 0
+
+    def forward(self, x):
+        self.n_calls += 1
+        h = F.linear(self.called(x), self.read.weight, self.read.bias)
+        return self.experts[self.n_calls % 2](h.tanh())
+
+
+class NetToy(Toy):
+    def build_model(self):
+        return Net()
+
+
+def warnings_of_a_fit(folder, module, caplog, **options):
+    caplog.clear()
+    trainer(folder, chain={}, **{"max_steps": 3} | options).fit(module, batches())
+    return [message for message in caplog.messages if "got no gradient" in message]
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "names"),
+    [
+        ({"accumulate_grad_batches": 2}, 1, "(read)"),  # both experts are taken in the first step
+        ({"max_steps": 1}, 2, "(read, experts"),
+    ],
+    ids=["both experts", "one expert"],
+)
+def test_a_layer_that_is_not_called_is_named_once_a_fit(tmp_path, caplog, options, count, names):
+    module = toy(NetToy)
+    for _ in range(2):
+        (message,) = warnings_of_a_fit(tmp_path, module, caplog, **options)
+        assert message.startswith(f"model.target_modules: {count} of 4 ")
+        assert names in message
+
+
+def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, caplog):
+    module = toy(NetToy)
+    module.model.read.requires_grad_(False)
+    assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
+    for how in ({"dropout": 0.1}, {"target_modules": None}):
+        assert warnings_of_a_fit(tmp_path, toy(**how), caplog) == []

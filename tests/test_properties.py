@@ -1,21 +1,17 @@
-"""Properties of what has many inputs, on inputs that hypothesis draws: schedules, chains, templates, chain folders."""
+"""Properties of what has many inputs, on inputs that hypothesis draws: schedules, chains, templates."""
 
-import json
 import math
-import tempfile
-from pathlib import Path
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cola_lightning import Chain, UserError
+from cola_lightning import UserError
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
-from tests.test_damage import assert_same
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
 settings.load_profile("same")
@@ -55,31 +51,6 @@ def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_st
     assert schedule.links(FitPosition(0, 0), run) == sizes
 
 
-@given(SCHEDULES, EPOCHS, st.data())
-def test_a_resumed_run_has_the_links_that_were_left(arguments, lengths, data):
-    schedule, steps = ChainSchedule(**arguments), every_step(lengths)
-    run = run_of(lengths)
-    starts, start = [FitPosition(0, 0)], FitPosition(0, 0)
-    for now in steps:
-        if schedule.is_due(start, now):
-            starts.append(start := now)
-    k = data.draw(st.integers(0, len(starts) - 1))
-    assert schedule.links(starts[k], run) == schedule.links(FitPosition(0, 0), run)[k:]
-
-
-@given(
-    st.sampled_from(["constant", "linear", "cosine"]),
-    st.integers(1, 200),
-    st.one_of(st.integers(0, 250), st.floats(0, 1, exclude_max=True)),
-)
-def test_a_rate_rises_over_the_warm_up_and_never_after_it(schedule, horizon, warmup):
-    factors = [lr_factor(schedule, step, horizon, warmup) for step in range(horizon + 1)]
-    assert all(0 <= factor <= 1 for factor in factors)
-    peak = factors.index(max(factors))
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-
-
 # ---------------------------------------------------------------------- chains
 
 LINKS = st.lists(st.tuples(st.integers(1, 3), st.floats(0.5, 8)), min_size=1, max_size=4)
@@ -116,18 +87,6 @@ def test_a_truncated_chain_replays_to_what_the_model_was_then(links, data):
     assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
 
 
-@given(LINKS)
-def test_a_chains_update_is_the_sum_of_its_links(links):
-    model, base = trained(links), adapted().model[0].weight
-    total = sum(alpha / rank * (B @ A) for (rank, alpha), (A, B) in zip(links, factors_of(model.chain), strict=True))
-    torch.testing.assert_close(model.chain.delta("0"), total)
-    torch.testing.assert_close(model.model[0].weight.detach() - base.detach(), total, atol=1e-5, rtol=1e-5)
-
-
-def factors_of(chain):
-    return [link.factors["0"] for link in chain.links]
-
-
 # ---------------------------------------------------------------------- templates
 
 NAMES = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
@@ -150,72 +109,3 @@ def test_any_text_is_a_template_or_one_error(text):
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert isinstance(filled, str)
-
-
-# ---------------------------------------------------------------------- chain folders
-
-WHOLE = trained([(2, 3.0), (1, 1.0)]).chain
-
-
-def read_after(change):
-    """What is read of a saved chain after a change to its files; None where that is refused, in one line."""
-    with tempfile.TemporaryDirectory() as folder:
-        WHOLE.save(folder)
-        change(Path(folder))
-        try:
-            return Chain.load(folder)
-        except UserError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-            return None
-
-
-@settings(max_examples=200)
-@given(st.sampled_from(["chain.json", "chain.safetensors"]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
-def test_a_flipped_byte_is_refused_or_unharmed(name, place, mask):
-    def flip(folder):
-        data = bytearray((folder / name).read_bytes())
-        data[int(place * len(data))] ^= mask
-        (folder / name).write_bytes(data)
-
-    if (chain := read_after(flip)) is not None:
-        assert_same(chain, WHOLE)
-
-
-@given(st.sampled_from(["chain.json", "chain.safetensors"]), st.floats(0, 1, exclude_max=True))
-def test_a_file_that_ends_early_is_refused_or_unharmed(name, share):
-    def cut(folder):
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: int(share * len(data))])
-
-    if (chain := read_after(cut)) is not None:  # only white space was cut off
-        assert_same(chain, WHOLE)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
-)
-
-
-def places(value, path=()):
-    """Paths to everything inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, inner in items for place in places(inner, (*path, key))]
-
-
-@settings(max_examples=200)
-@given(st.data(), st.booleans())
-def test_a_description_with_another_value_or_without_a_key_is_refused_or_unharmed(data, is_removed):
-    def edit(folder):
-        description = json.loads((folder / "chain.json").read_text())
-        *outer, key = data.draw(st.sampled_from(places(description)))
-        inside = description
-        for one in outer:
-            inside = inside[one]
-        if is_removed:
-            del inside[key]
-        else:
-            inside[key] = data.draw(JSON)
-        (folder / "chain.json").write_text(json.dumps(description))
-
-    if (chain := read_after(edit)) is not None:
-        assert_same(chain, WHOLE)

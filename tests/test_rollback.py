@@ -1,5 +1,7 @@
 """A chain goes back, goes on, and starts from another one: in one process as in a fresh one."""
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -7,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import COLAModule, UserError, lora_layers
-from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, trainer, weights
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 3, "alpha": 4, "seed": 0}
 
@@ -20,6 +22,14 @@ def fit(folder, module, *callbacks, epochs=4, **options):
     run = trainer(folder, *callbacks, chain={"every_n_epochs": 1}, max_epochs=epochs, **options)
     run.fit(module, batches(), batches(2))
     return run
+
+
+def saved(folder, module, chain):
+    """The checkpoint of the module after a fit of four epochs."""
+    run = trainer(folder, chain=chain, max_epochs=4)
+    run.fit(module, batches())
+    run.save_checkpoint(folder / "run.ckpt")
+    return folder / "run.ckpt"
 
 
 def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
@@ -47,160 +57,189 @@ def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
 
 @pytest.mark.parametrize("how", ["second fit", "init_chain", "by hand"])
 def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_path, how):
-    rates, knots = [], []
+    seen = []
 
     class Watched(ValidatedToy):
         def on_train_batch_start(self, batch, batch_idx):
-            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            knots.append(self.link)
+            seen.append((self.link, self.trainer.optimizers[0].param_groups[0]["lr"]))
 
-    first = make(Watched)
+    first = second = make(Watched)
     fit(tmp_path, first, epochs=2)
     if how == "by hand":
         first.tie_knot(rank=2)
     if how == "init_chain":
         first.full_chain().save(tmp_path / "chain")
         second = make(Watched, init_chain=str(tmp_path / "chain"))
-    else:
-        second = first
-    rates.clear(), knots.clear()
-    fit(tmp_path / "more", second, epochs=2)
+    seen.clear()
+    run = fit(tmp_path / "more", second, epochs=2)
     base = 1 if how == "second fit" else 2
-    assert knots == [base] * 10 + [base + 1] * 10
+    links, rates = zip(*seen, strict=True)
+    assert list(links) == [base] * 10 + [base + 1] * 10
     assert rates == pytest.approx([1e-2 * (1 - step % 10 / 10) for step in range(20)])
-    steps = [(link.start_step, link.end_step) for link in second.chain.links[base:]]
-    assert steps == [(0, 10)]
+    assert [(link.start_step, link.end_step) for link in second.chain.links[base:]] == [(0, 10)]
     moved = lora_layers(second.model)["0"].weight - make(Toy).merged_model(0)[0].weight
     torch.testing.assert_close(moved, second.chain.delta("0"))
+    if how == "init_chain":  # which its checkpoint needs no more
+        run.save_checkpoint(tmp_path / "more.ckpt")
+        (tmp_path / "chain").rename(tmp_path / "elsewhere")
+        loaded = Watched.load_from_checkpoint(tmp_path / "more.ckpt")
+        assert loaded.init_chain is None
+        assert_bit_equal(weights(loaded), weights(second))
 
 
 def test_init_chain_merges_what_the_chain_holds(tmp_path):
     first = make(Toy)
-    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(first, batches())
-    path = tmp_path / "run.ckpt"
-    first.trainer.save_checkpoint(path)
+    path = saved(tmp_path, first, {"every_n_epochs": 1})
     x = next(iter(batches()))[0]
-    for links, expected in ((None, 3), (3, 3), (1, 1), (0, 0)):
+    for links, expected in ((None, 4), (4, 4), (1, 1), (0, 0)):
         module = make(Toy, init_chain=str(path), init_links=links)
         module.configure_model()
         assert len(module.chain) == expected
         torch.testing.assert_close(module.model(x), first.merged_model(expected)(x))
         assert torch.equal(module.merged_model(0)[0].weight, first.merged_model(0)[0].weight)
-    with pytest.raises(UserError, match="links: expected 0 to 3, the length of the chain, received 4"):
-        make(init_chain=str(path), init_links=4).configure_model()
+    with pytest.raises(UserError, match=r"^links: .* received 5$"):
+        make(init_chain=str(path), init_links=5).configure_model()
 
 
-def test_a_run_from_a_chain_is_checkpointed_and_needs_the_chain_no_more(tmp_path):
-    first = make()
-    fit(tmp_path, first, epochs=2)
-    first.chain.save(tmp_path / "chain")
-    second = make(init_chain=str(tmp_path / "chain"))
-    run = fit(tmp_path / "more", second, epochs=2)
-    path = tmp_path / "more.ckpt"
-    run.save_checkpoint(path)
-    (tmp_path / "chain").rename(tmp_path / "elsewhere")
+class WithHead(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
+
+
+@pytest.mark.parametrize("targets", [["0"], None])
+def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
+    module = make(WithHead, target_modules=targets, modules_to_save=["3"] if targets else [])
+    path = saved(tmp_path, module, {"every_n_epochs": 1} if targets else {})
+    most = 4 if targets else 1  # full fine-tuning is one link to go back from
+    for links in range(most + 1):
+        loaded = WithHead.load_from_checkpoint(path, links=links)
+        expected = module.merged_model(links).eval().state_dict()
+        for name, value in loaded.merged_model().eval().state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+        if targets:
+            assert loaded.link == min(links, 3)
+            for layer in lora_layers(loaded.model).values():
+                assert layer.lora_A.any()
+                assert bool(layer.lora_B.any()) == (links == 4)
+    with pytest.raises(UserError, match=r"^links: .* received 5"):
+        WithHead.load_from_checkpoint(path, links=5)
+
+
+class Seedless(Toy):
+    """Its layers' width is an argument, and its seed is drawn."""
+
+    def __init__(self, width, function=len, **chain):
+        super().__init__(**chain, seed=None)
+        self.width, self.function = width, function
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 6))
+
+
+def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
+    module = Seedless(20, max, target_modules="all-linear", rank=2)
+    path = saved(tmp_path, module, {})
     loaded = COLAModule.load_from_checkpoint(path)
-    assert loaded.init_chain is None
-    assert_bit_equal(weights(loaded), weights(second))
-
-
-@pytest.mark.parametrize("links", [0, 1, 2, 3, 4])
-def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, links):
-    class WithHead(Toy):
-        def build_model(self):
-            return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
-
-    module = make(WithHead, target_modules=["0"], modules_to_save=["3"])
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4)
-    run.fit(module, batches())
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    loaded = WithHead.load_from_checkpoint(tmp_path / "run.ckpt", links=links)
-    expected, merged = (m.eval() for m in (module.merged_model(links), loaded.merged_model()))
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[name], value, msg=name)
-    assert loaded.link == min(links, 3)
-    if links < 4:
-        assert all(not layer.lora_B.any() and layer.lora_A.any() for layer in lora_layers(loaded.model).values())
-    with pytest.raises(UserError, match=r"links: expected 0 to [34], .* received 5"):
-        WithHead.load_from_checkpoint(tmp_path / "run.ckpt", links=5)
-
-
-def test_the_class_and_its_arguments_come_from_the_checkpoint(tmp_path):
-    class Wide(Toy):
-        def __init__(self, width, **chain):
-            super().__init__(**chain)
-            self.width = width
-
-        def build_model(self):
-            return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 6))
-
-    for cls, arguments in ((Toy, {}), (Wide, {"width": 20})):
-        module = make(cls, **arguments)
-        run = trainer(tmp_path, max_epochs=1)
-        run.fit(module, batches())
-        run.save_checkpoint(tmp_path / "run.ckpt")
-        loaded = (COLAModule if cls is Toy else cls).load_from_checkpoint(tmp_path / "run.ckpt")
-        assert type(loaded) is cls
-        assert_bit_equal(weights(loaded), weights(module))
-    with pytest.raises(UserError, match="expected a class with a build_model"):
-        COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")  # Wide is inside a function: nobody can import it
-
-
-def test_a_seed_that_was_drawn_is_the_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    module = make(Toy, seed=None)
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, batches())
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    loaded = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert type(loaded) is Seedless
     assert loaded.seed == module.seed
     assert_bit_equal(weights(loaded), weights(module))
-
-
-class Many(Toy):
-    """Takes its arguments in every way that there is."""
-
-    def __init__(self, first, /, *sizes, cls="x", shape=(8, 12), function=len, **chain):
-        super().__init__(**chain)
-        self.first, self.sizes, self.cls, self.shape, self.function = first, sizes, cls, shape, function
-        shape_of_chain = chain["target_modules"]
-        if isinstance(shape_of_chain, list):
-            shape_of_chain.append("2")  # what a careless class may do
-
-
-def test_a_recipe_holds_the_arguments_as_they_were_given():
-    given = {"target_modules": ["0"], "rank": 2, "seed": 0}
-    module = Many(1, 2, 3, cls="y", shape=(1, 2), function=max, optimizer=lambda p: None, **given)
-    recipe = module.constructor_arguments
-    assert recipe["class_path"] == f"{Many.__module__}.Many"
-    assert recipe["init_args"] == {"cls": "y", "shape": (1, 2), "target_modules": ["0"], "rank": 2, "seed": 0}
-    assert sorted(recipe["not_plain"]) == ["first", "function", "sizes"]
-
-
-def test_what_is_not_plain_is_told_when_it_is_not_given(tmp_path, caplog):
-    class Function(Toy):
-        def __init__(self, function=len, **chain):
-            super().__init__(**chain)
-            self.function = function
-
-    module = Function(max, **ARGUMENTS)
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, batches())
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    assert Function.load_from_checkpoint(tmp_path / "run.ckpt").function is len
-    assert "it has no 'function', which was not a plain value" in caplog.text
+    assert loaded.function is len
+    assert "'function'" in caplog.text  # which was no plain value, and is not given
     caplog.clear()
-    assert Function.load_from_checkpoint(tmp_path / "run.ckpt", function=max).function is max
+    assert Seedless.load_from_checkpoint(path, function=max).function is max
     assert not caplog.text
 
 
-def test_full_fine_tuning_is_one_link_to_go_back_from(tmp_path):
-    module = make(Toy, target_modules=None)
-    run = trainer(tmp_path, chain={}, max_epochs=1)
-    run.fit(module, batches())
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    for links in (0, 1):
-        loaded = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt", links=links)
-        assert torch.equal(loaded.model[0].weight, module.merged_model(links)[0].weight)
-    with pytest.raises(UserError, match=r"links: expected 0 to [01], .* received 2"):
-        COLAModule.load_from_checkpoint(tmp_path / "run.ckpt", links=2)
+# ---------------------------------------------------------------------- state_dict() is all that training changed
+
+
+def trained(tmp_path, **arguments):
+    module = toy(**arguments)
+    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1, 2]}, max_epochs=3).fit(module, batches())
+    return module
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("source", ["state_dict", "checkpoint"])
+def test_loading_it_into_a_new_module_gives_the_same_outputs(tmp_path, finished_links, source):
+    module = trained(tmp_path, finished_links=finished_links)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "run.ckpt")
+    if source == "checkpoint":  # which has no other copy
+        module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    fresh = toy(finished_links=finished_links)
+    fresh.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
+    assert fresh.link == 2
+    assert_bit_equal(weights(fresh), weights(module))
+    x = next(iter(batches()))[0]
+    assert torch.equal(fresh.model(x), module.model(x))
+    assert fresh.live_link().start_step == module.live_link().start_step == 20
+    assert fresh.live_link().metrics == module.live_link().metrics
+
+
+def test_a_copy_from_before_a_knot_takes_the_module_back_and_forth(tmp_path):
+    module = trained(tmp_path)
+    before, first = copy.deepcopy(module.state_dict()), weights(module)
+    module.tie_knot(rank=1)
+    with torch.no_grad():
+        module.model[0].lora_B.add_(1)
+    after, second = copy.deepcopy(module.state_dict()), weights(module)
+    module.load_state_dict(before)
+    assert module.link == 2
+    assert_bit_equal(weights(module), first)
+    module.load_state_dict(after)
+    assert (module.link, module.model[0].rank) == (3, 1)
+    assert_bit_equal(weights(module), second)
+
+
+def test_what_cannot_be_loaded_right_is_refused(tmp_path):
+    class Other(Toy):
+        def build_model(self):
+            model = super().build_model()
+            nn.init.ones_(model[0].bias)
+            return model
+
+    state = trained(tmp_path).state_dict()
+    other = toy(Other)
+    before = weights(other)
+    with pytest.raises(UserError, match=r"^base: "):
+        other.load_state_dict(state)
+    assert_bit_equal(weights(other), before)
+    del state["cola"]
+    with pytest.raises(UserError, match="no chain"):
+        toy().load_state_dict(state)
+
+
+def test_a_module_inside_another_carries_its_chain_too(tmp_path):
+    outer, again = nn.ModuleDict({"inner": trained(tmp_path)}), nn.ModuleDict({"inner": toy()})
+    again["inner"].configure_model()
+    again.load_state_dict(outer.state_dict(), strict=False)
+    assert_bit_equal(weights(again["inner"]), weights(outer["inner"]))
+
+
+def test_where_all_is_trained_the_values_are_enough():
+    class PartlyFrozen(Toy):
+        def configure_model(self):
+            self.model[0].requires_grad_(False)
+
+    state = toy(target_modules=None).state_dict()
+    changed = {name: value + 1 for name, value in state.items() if name != "cola"}
+    for received in (changed, changed | {"cola": state["cola"]}):
+        fresh = toy(target_modules=None)
+        fresh.load_state_dict(received)
+        assert_bit_equal(weights(fresh), changed)
+    for other in (toy(), toy(PartlyFrozen, target_modules=None)):
+        with pytest.raises(UserError):
+            other.load_state_dict(changed)
+
+
+def test_a_subclass_own_extra_state_is_beside_the_chain():
+    class Counting(Toy):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+        def set_extra_state(self, state):
+            self.counted = state
+
+    module = toy(Counting)
+    module.load_state_dict(module.state_dict())
+    assert module.counted == 1

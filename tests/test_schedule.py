@@ -1,81 +1,233 @@
+"""When knots are tied, and the learning rate of each step, under the Trainer."""
+
+import contextlib
+import itertools
 import math
 
 import pytest
 import torch
-from torch.optim import SGD
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
 
+from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
+from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.methods import method
+from tests.test_chain_of_lora import Watch
+from tests.test_compare import DIGITS
+from tests.test_resume import ARGUMENTS, Data, Normed, Recorder, Stopped, last
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+
+class Scripted(Toy):
+    """Its validation loss is a function of the optimizer steps taken."""
+
+    curve = staticmethod(lambda step: 1.0)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.curve(self.trainer.global_step))
+
+
+class Rows(IterableDataset):
+    """The rows of ten batches, without a length, once or for ever."""
+
+    def __init__(self, *, is_endless):
+        self.is_endless = is_endless
+
+    def __iter__(self):
+        rows = [(x, y) for batch in batches() for x, y in zip(*batch, strict=True)]
+        return itertools.cycle(rows) if self.is_endless else iter(rows)
+
+
+ONCE, ENDLESS = (DataLoader(Rows(is_endless=is_endless), batch_size=4) for is_endless in (False, True))
+
+
+def ends(module):
+    """The steps before which its knots were tied."""
+    return [link.end_step for link in module.chain.links]
+
+
+# ---------------------------------------------------------------------- when
+
+
+@pytest.mark.parametrize(
+    ("chain", "expected"),
+    [
+        ({"every_n_epochs": 2}, [20, 40]),
+        ({"every_n_train_steps": 15}, [15, 30, 45]),
+        ({"at_epochs": [1, 4]}, [10, 40]),
+        ({"at_steps": [3, 17]}, [3, 17]),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_knots_fall_where_the_schedule_says(tmp_path, chain, expected):
+    module = toy(lr_schedule="cosine")
+    trainer(tmp_path, chain=chain, max_epochs=5).fit(module, batches())
+    assert [link.start_step for link in module.full_chain().links] == [0, *expected]
+    assert ends(module) == expected
+
+
+def test_the_last_rank_and_alpha_of_short_lists_hold_on(tmp_path):
+    chain = {"every_n_train_steps": 3, "ranks": [2, 1], "alphas": [4, 3]}
+    for length in ({"max_epochs": 1}, {"max_epochs": -1, "max_time": {"seconds": 1}}):
+        module = toy(lr_schedule="constant")
+        trainer(tmp_path, chain=chain, **length).fit(module, batches())
+        assert [(link.rank, link.alpha) for link in module.chain.links][:3] == [(2, 4), (1, 3), (1, 3)]
+
+
+def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
+    class AtOddSteps(ChainOfLoRA):
+        asked = ()
+
+        def should_tie(self, epoch, global_step):
+            self.asked = (*self.asked, global_step)
+            return global_step in (3, 7)
+
+    rule, module = AtOddSteps(), toy(lr_schedule="constant")
+    trainer(tmp_path, rule, max_epochs=2, accumulate_grad_batches=2).fit(module, batches())
+    assert rule.asked == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert ends(module) == [3, 7]
+    with pytest.raises(UserError, match=r"model\.lr_schedule"):
+        trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())
+
 
 TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "links"),
+    ("schedule", "run", "start", "lengths"),
     [
-        ({}, [0] * 8),
-        ({"every_n_epochs": 3}, [0, 0, 0, 1, 1, 1, 2, 2]),
-        ({"every_n_train_steps": 25}, [0, 0, 0, 1, 1, 2, 2, 2]),
-        ({"at_epochs": [1, 6]}, [0, 1, 1, 1, 1, 1, 2, 2]),
-        ({"at_steps": [20, 21]}, [0, 0, 1, 2, 2, 2, 2, 2]),
+        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), None, [10, 20, 10]),
+        ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), None, [4, 4, 2]),
+        ({"every_n_epochs": 2}, TEN_AN_EPOCH, FitPosition(2, 24), [16, 10]),  # a link that began inside an epoch
+        ({"every_n_epochs": 1}, RunLength(lambda epoch: 10, 100_000, math.inf), None, [10] * 100_000),  # known at once
     ],
-    ids=str,
+    ids=["after epochs of another length", "of endless epochs", "inside an epoch", "many epochs"],
 )
-def test_knots_follow_from_the_counters(arguments, links):
-    """A knot is due between two epochs of ten steps if there is one or more between them."""
-    schedule = ChainSchedule(**arguments)
-    for start, link in enumerate(links):
-        is_due = [schedule.is_due(FitPosition(start, 10 * start), FitPosition(now, 10 * now)) for now in range(start, 8)]
-        assert is_due == [later > link for later in links[start:]]
-    assert schedule.has_knots == bool(arguments)
-
-
-def test_a_knot_is_due_by_the_counters_at_the_links_start():
-    schedule = ChainSchedule(every_n_epochs=2)
-    assert schedule.is_due(FitPosition(3, 30), FitPosition(4, 40))
-    assert not schedule.is_due(FitPosition(4, 40), FitPosition(5, 50))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "run", "lengths"),
-    [
-        ({}, TEN_AN_EPOCH, [50]),
-        ({"every_n_epochs": 2}, TEN_AN_EPOCH, [20, 20, 10]),
-        ({"every_n_train_steps": 15}, TEN_AN_EPOCH, [15, 15, 15, 5]),
-        ({"at_epochs": [1, 4, 9]}, TEN_AN_EPOCH, [10, 30, 10]),
-        ({"at_steps": [7, 49]}, TEN_AN_EPOCH, [7, 42, 1]),
-        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 5, max_steps=33), [20, 13]),
-        ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), [4, 4, 2]),
-        ({"every_n_epochs": 1}, RunLength(lambda epoch: epoch + 1, 4, math.inf), [1, 2, 3, 4]),
-        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), [10, 20, 10]),
-        ({"every_n_epochs": 3}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(6, 70)), [30]),
-    ],
-    ids=lambda value: "" if isinstance(value, RunLength) else str(value),
-)
-def test_the_links_of_a_run_fill_it(arguments, run, lengths):
-    schedule = ChainSchedule(**arguments)
-    assert schedule.links(run.epoch_start, run) == lengths
-    assert schedule.link_steps(run.epoch_start, run) == lengths[0]
-    assert sum(lengths) == run.end_step - run.epoch_start.global_step
-
-
-def test_a_link_that_began_inside_an_epoch_ends_with_its_epoch():
-    assert ChainSchedule(every_n_epochs=2).link_steps(FitPosition(2, 24), TEN_AN_EPOCH) == 16
-    assert ChainSchedule(every_n_train_steps=15).links(FitPosition(4, 45), TEN_AN_EPOCH) == [5]
+def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
+    """``test_properties.py`` has the runs that start at their beginning."""
+    start = start or run.epoch_start
+    assert ChainSchedule(**schedule).links(start, run) == lengths
+    assert ChainSchedule(**schedule).link_steps(start, run) == lengths[0]
 
 
 def test_no_length_is_made_up():
-    endless = RunLength(lambda epoch: 10, math.inf, math.inf)
-    assert ChainSchedule().link_steps(FitPosition(0, 0), endless) == math.inf
-    assert ChainSchedule(every_n_epochs=1, knots_unknown=True).link_steps(FitPosition(0, 0), TEN_AN_EPOCH) == math.inf
+    assert ChainSchedule().link_steps(START, RunLength(lambda epoch: 10, math.inf, math.inf)) == math.inf
+    assert ChainSchedule(every_n_epochs=1, knots_unknown=True).link_steps(START, TEN_AN_EPOCH) == math.inf
 
 
-def test_ranks_and_alphas_go_link_by_link_and_the_last_holds_on():
-    schedule = ChainSchedule(ranks=[8, 4], alphas=[16, 2])
-    assert [schedule.rank(link) for link in range(4)] == [8, 4, 4, 4]
-    assert [schedule.alpha(link) for link in range(4)] == [16, 2, 2, 2]
-    schedule = ChainSchedule(default_rank=7, default_alpha=5)
-    assert (schedule.rank(3), schedule.alpha(3)) == (7, 5)
+# ---------------------------------------------------------------------- a plateau
+
+
+@pytest.mark.parametrize(
+    ("curve", "chain", "expected"),
+    [
+        (lambda step: -step, {"patience": 2}, []),
+        (lambda step: -min(step, 10), {"patience": 2}, [14]),
+        (lambda step: -min(step, 10), {"patience": 2, "min_delta": 5}, [6, 12, 18]),
+        (lambda step: step, {"patience": 2, "mode": "max"}, []),
+        (lambda step: step, {"patience": 2}, [6, 12, 18]),
+        (lambda step: 1.0, {"patience": 3}, [8, 16]),  # each link has the whole patience
+        (lambda step: 1.0, {"patience": 4}, [10]),  # and not at step 20, after which there is none
+        (lambda step: math.nan if step < 5 else 1.0, {"patience": 3}, [12]),  # NaN is no improvement
+    ],
+    ids=["falls", "stands", "stands within delta", "rises, max", "rises, min", "patience 3", "patience 4", "nan"],
+)
+def test_a_link_ends_where_its_loss_stands_still_and_nowhere_else(tmp_path, curve, chain, expected):
+    for n_before_training in (0, -1):  # the validation before training does not count
+        module = toy(Scripted, lr_schedule="constant")
+        module.curve = curve
+        how = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": n_before_training}
+        trainer(tmp_path, chain=chain, **how).fit(module, batches(), batches(1))
+        assert ends(module) == expected
+
+
+def test_a_validation_inside_an_accumulation_window_counts_at_the_next_step(tmp_path):
+    """Batches 2, 4, ... are followed by validations; after every third a step is taken."""
+    module = toy(Scripted, lr_schedule="constant")
+    how = {"max_epochs": 2, "val_check_interval": 2, "accumulate_grad_batches": 3}
+    trainer(tmp_path, chain={"patience": 1}, **how).fit(module, batches(), batches(1))
+    assert ends(module) == [2, 4, 6]
+
+
+def test_a_second_fit_of_a_trainer_goes_on_counting(tmp_path):
+    module = toy(Scripted, lr_schedule="constant")
+    run = trainer(tmp_path, chain={"patience": 2}, max_epochs=2)
+    run.fit(module, batches(), batches(1))
+    assert ends(module) == []
+    run.fit_loop.max_epochs = 4
+    run.fit(module, batches(), batches(1))
+    assert ends(module) == [30]
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({}, [("batch_end", 7), ("validation", 4), ("validation_end", 1)]),
+        ({"val_check_interval": 0.25}, [("backward", 13), ("batch_end", 2), ("validation_end", 5), ("epoch_end", 1)]),
+    ],
+    ids=["two validations an epoch", "four"],
+)
+def test_a_run_that_was_stopped_ties_the_same_knots(tmp_path, options, stops):
+    def fit(folder, stop=None, ckpt_path=None):
+        module = toy(Normed, **ARGUMENTS | {"schedule_scope": "run"}, optimizer=lambda p: AdamW(p, lr=1e-2))
+        recorder = Recorder(stop)
+        how = {"max_epochs": 3, "accumulate_grad_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 0} | options
+        chain = {"patience": 1, "min_delta": 0.02}
+        run = trainer(folder, recorder, LastCheckpoint(), chain=chain, enable_checkpointing=True, **how)
+        with contextlib.suppress(Stopped):
+            run.fit(module, datamodule=Data(batch_size=4), ckpt_path=ckpt_path)
+        return module, recorder
+
+    whole, expected = fit(tmp_path / "whole")
+    assert whole.link > 1
+    for stop in stops:
+        folder = tmp_path / f"{stop}"
+        _, before = fit(folder, stop)
+        module, after = fit(folder / "resumed", ckpt_path=last(folder))
+        assert ends(module) == ends(whole), stop
+        assert_bit_equal(weights(module), weights(whole))
+        for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
+            assert first | second == all_, stop
+
+
+def test_a_run_that_goes_on_with_another_metric_waits_for_its_values(tmp_path):
+    class Two(Toy):
+        def validation_step(self, batch, batch_idx):
+            step = self.trainer.global_step
+            self.log_dict({"val_loss": 5.0 - step / 100, "val_accuracy": step / 100})
+
+    module, loaders = toy(Two, lr_schedule="constant"), (batches(), batches(1))
+    run = trainer(tmp_path, chain={"patience": 3}, max_epochs=3)
+    run.fit(module, *loaders)
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    chain = {"patience": 3, "monitor": "val_accuracy", "mode": "max"}
+    trainer(tmp_path, chain=chain, max_epochs=6).fit(module, *loaders, ckpt_path=tmp_path / "own.ckpt")
+    assert ends(module) == []
+
+
+def test_a_plateau_of_nothing_is_refused_before_training(tmp_path):
+    module = toy(ValidatedToy, lr_schedule="constant")
+    with pytest.raises(UserError, match=r"chain\.monitor: .* val_loss, received val_los$"):
+        trainer(tmp_path, chain={"patience": 2, "monitor": "val_los"}, max_epochs=1).fit(module, batches(), batches(1))
+    assert module.trainer.global_step == 0
+    with pytest.raises(UserError, match=r"chain\.patience: .* without"):
+        trainer(tmp_path, chain={"patience": 2}, max_epochs=1).fit(toy(lr_schedule="constant"), batches())
+
+
+def test_a_study_leaves_the_number_of_links_to_its_runs():
+    words = ["--config", DIGITS, "--chain.every_n_epochs", "null", "--chain.patience", "3", "--chain.min_delta", "0.01"]
+    config = resolved(words)
+    assert method("cola", config).options == {}
+    for name in ("lora", "cola-5", "full"):
+        changed = resolved([*words, *as_words(method(name, config).options)])["chain"]
+        assert (changed["patience"], changed["min_delta"]) == (None, 0)
+
+
+# ---------------------------------------------------------------------- rates
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -84,10 +236,8 @@ def test_the_learning_rates_are_transformers(name, warmup):
     import transformers
 
     optimizers = [SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
-    if name == "constant":
-        theirs = transformers.get_constant_schedule_with_warmup(optimizers[0], warmup)
-    else:
-        theirs = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizers[0], warmup, 10)
+    length = [] if name == "constant" else [10]
+    theirs = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizers[0], warmup, *length)
     ours = LambdaLR(optimizers[1], lambda step: lr_factor(name, step, 10, warmup))
     for _ in range(12):
         assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr(), abs=1e-12)
@@ -100,14 +250,139 @@ def test_a_warm_up_below_one_is_a_share_and_never_longer_than_the_link():
     assert [warmup_length(w, 25) for w in (0, 0.1, 0.5, 1, 3, 40)] == [0, 3, 13, 1, 3, 25]
 
 
-def test_a_period_beyond_the_run_costs_no_time():
-    run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
-    assert ChainSchedule(every_n_epochs=10**12).links(FitPosition(0, 0), run) == [50]
-    assert ChainSchedule(at_epochs=[10**12]).link_steps(FitPosition(0, 0), RunLength(lambda epoch: 10, 10**12, 100)) == 100
+def rates(tmp_path, chain, *callbacks, loaders=None, fit=(), cls=Scripted, **arguments):
+    """The learning rate of each batch, as a share of the highest."""
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    module = toy(cls, optimizer=lambda p: SGD(p, lr=0.01), **arguments)
+    run = trainer(tmp_path, watch, *callbacks, chain=chain, **{"max_epochs": 2} | dict(fit))
+    run.fit(module, *(loaders or [batches(), batches(1)]))
+    return [100 * rate for rate in watch.seen]
 
 
-def test_the_links_of_a_run_of_a_hundred_thousand_epochs_are_known_at_once():
-    asked = []
-    run = RunLength(lambda epoch: asked.append(epoch) or 10, max_epochs=100_000, max_steps=math.inf)
-    assert ChainSchedule(every_n_epochs=1).links(START, run) == [10] * 100_000
-    assert len(asked) < 300_000
+LINEAR = [1 - k / 10 for k in range(10)]
+JAGGED = [k / 5 if k < 5 else 1 - (k - 5) / 15 for k in range(20)]  # ReLoRA's, but for the warm-ups after knots
+RISE = [min(1, k % 6 / 3) if k >= 6 else 1 for k in range(18)]
+EVERY_6 = {"every_n_train_steps": 6}
+OF_THE_RUN = {"schedule_scope": "run", "warmup_steps": 5}
+
+RATES = {
+    "each link's own": ({"every_n_train_steps": 10}, {}, LINEAR * 2),
+    "the run's": (EVERY_6, {"schedule_scope": "run", "warmup_steps": 0.25}, JAGGED),
+    "the run's, warmed up after knots; the last link has two steps": (
+        EVERY_6,
+        OF_THE_RUN | {"knot_warmup_steps": 3},
+        [a * b for a, b in zip(JAGGED, [*RISE, 0, 1 / 2], strict=True)],
+    ),
+    "the run's, warmed up over half of each link": (
+        EVERY_6,
+        OF_THE_RUN | {"knot_warmup_steps": 0.5},
+        [a * b for a, b in zip(JAGGED, [*RISE, 0, 1], strict=True)],
+    ),
+    "the run's, without a knot to warm up after": ({}, OF_THE_RUN | {"knot_warmup_steps": 3}, JAGGED),
+    "a share of links of other lengths": (
+        {"at_steps": [4, 14]},
+        {"lr_schedule": "constant", "knot_warmup_steps": 0.2},
+        [1] * 4 + [0, 0.5] + [1] * 8 + [0, 0.5] + [1] * 4,
+    ),
+    "each link's own, warmed up after knots alone": (
+        {"every_n_train_steps": 10},
+        {"knot_warmup_steps": 4},
+        LINEAR + [rate * min(1, k / 4) for k, rate in enumerate(LINEAR)],
+    ),
+    "a short last link's": (
+        {"every_n_train_steps": 12},
+        {"lr_schedule": "constant", "warmup_steps": 10},
+        [*(k / 10 for k in range(10)), 1, 1, *(k / 8 for k in range(8))],
+    ),
+    "the run's, of links that nobody knows": (
+        {"patience": 2},
+        OF_THE_RUN | {"knot_warmup_steps": 3},
+        [a * b for a, b in zip(JAGGED, [*RISE, 0, 1 / 3], strict=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_rate_of_each_step(tmp_path, name):
+    chain, arguments, expected = RATES[name]
+    assert rates(tmp_path, chain, fit={"val_check_interval": 2}, **arguments) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("fit", "length"), [({"max_steps": 7}, 7), ({"limit_train_batches": 3}, 6), ({"overfit_batches": 2}, 4)], ids=str
+)
+def test_the_trainers_own_limits_are_the_length_of_a_run(tmp_path, fit, length):
+    assert rates(tmp_path, {}, fit=fit) == pytest.approx([1 - step / length for step in range(length)])
+
+
+@pytest.mark.parametrize("scope", ["link", "run"])
+def test_a_second_fit_has_a_schedule_of_its_own(tmp_path, scope):
+    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+    module = toy(optimizer=lambda p: SGD(p, lr=0.01), schedule_scope=scope)
+    trainer(tmp_path, chain={"every_n_epochs": 5}, max_epochs=10).fit(module, batches())
+    second = trainer(tmp_path, watch, chain={"every_n_epochs": 2}, max_epochs=4)
+    second.fit(module, batches())
+    length = 20 if scope == "link" else 40
+    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step % length / length for step in range(40)])
+    watch.seen.clear()
+    second.fit_loop.max_epochs = 6
+    second.fit(module, batches())
+    expected = [1 - step / 20 for step in range(20)] if scope == "link" else [1 - (40 + step) / 60 for step in range(20)]
+    assert [100 * rate for rate in watch.seen] == pytest.approx(expected)
+
+
+def test_an_epoch_with_another_accumulation_has_its_own_length(tmp_path):
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 5})
+    seen = rates(tmp_path, {"every_n_epochs": 2}, scheduler, fit={"max_epochs": 4})
+    assert seen[:11] == pytest.approx([1 - step / 12 for step in range(11)])
+    assert seen[20] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("scope", "horizon"), [("link", 8), ("run", 24)])
+def test_epochs_of_another_length_count_from_where_they_begin(tmp_path, scope, horizon):
+    class Shrinking(Toy):
+        def train_dataloader(self):
+            return batches(8 if self.trainer.current_epoch < 2 else 4)
+
+    fit = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+    seen = rates(tmp_path, {"every_n_epochs": 2}, loaders=[None], fit=fit, cls=Shrinking, schedule_scope=scope)
+    assert seen[16:] == pytest.approx([1 - (step + horizon - 8) / horizon for step in range(8)])  # it ends with the run
+
+
+def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path):
+    how = {"fit": {"max_steps": 30, "max_epochs": None}, "schedule_scope": "run"}
+    seen = rates(tmp_path, {"every_n_epochs": 1, "ranks": [2, 1]}, knot_warmup_steps=2, loaders=[ONCE, batches(1)], **how)
+    after_knot = {10: 0, 11: 0.5, 20: 0, 21: 0.5}
+    assert seen == pytest.approx([(1 - step / 30) * after_knot.get(step, 1) for step in range(30)])
+    seen = rates(tmp_path, {"every_n_train_steps": 3}, loaders=[ENDLESS, batches(1)], **how)
+    assert seen == pytest.approx([1 - step / 30 for step in range(30)])
+
+
+@pytest.mark.parametrize(
+    ("chain", "arguments", "loader"),
+    [
+        ({"patience": 2}, {}, batches()),
+        ({"patience": 2}, {"lr_schedule": "constant", "warmup_steps": 0.1}, batches()),
+        ({"patience": 2}, {"schedule_scope": "run", "knot_warmup_steps": 0.5}, batches()),
+        ({"every_n_epochs": 1}, {}, ONCE),
+        ({"every_n_train_steps": 3}, {"schedule_scope": "run"}, ENDLESS),
+    ],
+    ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data"],
+)
+def test_a_schedule_of_an_unknown_length_is_refused(tmp_path, chain, arguments, loader):
+    with pytest.raises(UserError, match=r"^model\.lr_schedule: expected constant"):
+        rates(tmp_path, chain, loaders=[loader, batches(1)], fit={"max_epochs": 1}, **arguments)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path, hook):
+    class ByHand(ValidatedToy):
+        """Ties a knot at the end of its first epoch."""
+
+    def tie(self, *_):
+        if self.trainer.global_step == 10 and self.link == 0 and not self.trainer.sanity_checking:
+            self.tie_knot()
+
+    setattr(ByHand, hook, tie)
+    seen = rates(tmp_path, {"every_n_epochs": 1}, fit={"max_epochs": 3}, cls=ByHand, warmup_steps=0.2)
+    assert seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
