@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import weight_norm
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, UserError
@@ -125,19 +124,6 @@ def test_merged_copies_are_where_the_model_is_and_in_its_mode(finished_links):
     assert {parameter.device.type for parameter in model.merged_model(0).parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", None])
-def test_merged_copies_may_have_parameters_of_integers(target_modules):
-    def build_model():
-        model = build_toy()
-        model.order = nn.Parameter(torch.arange(3), requires_grad=False)
-        return model
-
-    merged = adapted(build_model, target_modules=target_modules).merged_model()
-    trainable = {name for name, parameter in merged.named_parameters() if parameter.requires_grad}
-    assert trainable == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert torch.equal(merged.order, torch.arange(3))
-
-
 # ---------------------------------------------------------------------- unusual bases
 
 
@@ -176,11 +162,11 @@ def test_a_parameter_of_the_base_may_have_a_factors_name_and_a_module_a_state_th
 
 
 class Remembering(nn.Module):
-    """Keeps what a forward pass computed, as for an auxiliary loss, and an old-style weight norm."""
+    """Keeps what a forward pass computed, as for an auxiliary loss."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Linear(8, 12), weight_norm(nn.Linear(12, 6))
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 6)
         self.losses, self.seen = {}, []
 
     def forward(self, x):
@@ -190,7 +176,6 @@ class Remembering(nn.Module):
         return self.last(hidden)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
 def test_a_model_may_keep_what_it_computed():
     model, x = train(adapted(Remembering, target_modules=["first"]), links=2), next(iter(batches()))[0]
     expected = model.model(x)

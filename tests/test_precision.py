@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from cola_lightning import COLACausalLM, LastCheckpoint, UserError
+from cola_lightning import COLACausalLM, LastCheckpoint
 from cola_lightning.export.verify import logits_of
 from tests import tiny
 from tests.toy import ValidatedToy, adapt_layer, assert_bit_equal, batches, toy, trainer, weights, with_trained_link
@@ -127,22 +127,3 @@ def test_a_language_model_in_bf16_trains_and_its_merged_copy_gives_its_logits(tm
     assert (ours - half).abs().max() <= 2**-5 * ours.abs().max()
     module.upcast()
     torch.testing.assert_close(ours, logits_of(module.model, probe), rtol=0, atol=1e-5 * ours.abs().max().item())
-
-
-def test_half_of_a_weight_into_which_links_are_merged_is_refused_on_resume(tmp_path):
-    fit(tmp_path, make("stack"), "bf16-true", epochs=1)
-    with pytest.raises(UserError, match=r"^trainer\.precision, model\.finished_links"):
-        fit(tmp_path / "2", make("merge"), "bf16-true", ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-
-
-def test_a_model_with_half_its_layers_in_half_precision_is_merged_into_layer_by_layer():
-    class Mixed(ValidatedToy):
-        def build_model(self):
-            model = super().build_model()
-            model[2].bfloat16()
-            return model
-
-    module = make("merge", Mixed, target_modules=["2"])
-    module.configure_model()
-    assert module.chain.base.dtypes == ["bfloat16"]
-    assert module.model[2].weight.dtype == torch.float32

@@ -1,6 +1,6 @@
 """4-bit bases: they compute with the weights that bitsandbytes gives, nothing writes those, and they leave de-quantised."""
 
-import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,6 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +20,6 @@ from cola_lightning import (
     UserError,
     inject_lora,
     lora_layers,
-    strip_lora,
 )
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
@@ -31,7 +29,6 @@ from tests.toy import (
     ValidatedToy,
     adapt_layer,
     assert_bit_equal,
-    assert_near,
     batches,
     plain_layer,
     quantized_linear,
@@ -86,23 +83,6 @@ def test_evaluation_computes_as_training_does_and_leaves_the_weight_alone(make, 
     assert_bit_equal(layer.state_dict(), before)
 
 
-def test_what_hangs_on_a_layer_stays_through_quantisation_links_and_back():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96))
-    layer, attributes = model[0], vars(model[0]).keys()
-    layer.register_buffer("scale", torch.tensor(3.0))
-    layer.register_forward_hook(lambda module, args, output: output * module.scale)
-    linear4bit.quantize(model, torch.float32)
-    x = inputs()
-    expected = 3 * F.linear(x, linear4bit.dequantized_weight(layer), layer.bias)
-    assert_near(model(x), expected, 1e-5)
-    inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")
-    assert_near(copy.deepcopy(model)(x), expected, 1e-5)
-    strip_lora(model, merge=True)
-    assert_near(model(x), expected, 1e-5)
-    assert (model[0] is layer, type(layer), vars(layer).keys()) == (True, nn.Linear, attributes)
-
-
 def test_a_base_is_the_same_however_many_threads_make_it():
     """Else a checkpoint cannot be loaded on another machine."""
     found = set()
@@ -134,28 +114,6 @@ class Rows(EpochDataModule):
         labels = ids if self.n_labels is None else ids[:, 0] % self.n_labels
         rows = [{"input_ids": ids[k], "attention_mask": torch.ones_like(ids[k]), "labels": labels[k]} for k in range(14)]
         self.train, self.val = rows[:12], rows[12:]
-
-
-class Watched(COLACausalLM):
-    """Remembers its loss before training, and by how much each knot has moved it."""
-
-    @torch.no_grad()
-    def loss(self):
-        data, was_training = Rows(), self.model.training
-        data.setup("fit")
-        self.model.eval()
-        loss = self.step(data.collate(data.train)).loss.item()
-        self.model.train(was_training)
-        return loss
-
-    def on_fit_start(self):
-        self.first, self.moved = self.loss(), []
-
-    def tie_knot(self, *how, **named):
-        before = self.loss()
-        link = super().tie_knot(*how, **named)
-        self.moved.append(abs(self.loss() - before))
-        return link
 
 
 def make(base, cls=COLACausalLM, **arguments):
@@ -193,7 +151,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """A run of three links, its frozen weights before them, and its checkpoint after each step."""
-    folder, module = tmp_path_factory.mktemp("trained"), make(base, Watched, dropout=0.1)
+    folder, module = tmp_path_factory.mktemp("trained"), make(base, dropout=0.1)
     module.configure_model()
     before = frozen(module)
     fit(folder, module, every_step(folder))
@@ -213,32 +171,24 @@ def test_a_base_made_again_is_the_same_and_its_head_is_not_quantised(base):
     assert {p.dtype for p in first.model.parameters()} == {torch.uint8, torch.float32}
 
 
-def test_a_knot_leaves_the_loss_and_training_the_weights(trained):
-    assert len(trained.module.moved) == 2
-    assert max(trained.module.moved) <= 1e-4
-    assert all(link.norm() > 0.1 for link in trained.module.chain.links)
-    assert trained.module.loss() < trained.module.first - 0.01
+def test_training_leaves_the_weights_and_a_knot_the_logits(trained):
+    module = COLAModule.load_from_checkpoint(trained.path)
+    expected = tiny.logits(module.model)
+    assert module.tie_knot(rank=2).norm() > 0.1
+    assert difference(tiny.logits(module.model), expected) <= 1e-4
     assert any(name.endswith("q_proj.weight.absmax") for name in trained.before)
     assert_bit_equal(frozen(trained.module), trained.before)
 
 
-def test_what_is_trained_whole_is_not_quantised(base, tmp_path):
-    module = make(base, target_modules="all-linear", modules_to_save=["o_proj"])
-    before = module.merged_model(0).model.layers[0].self_attn.o_proj.weight
-    fit(tmp_path, module)
-    assert kinds(module.model, "o_proj", "lm_head") == ({"Linear"}, {"LoRALinear4bit"})
-    assert difference(module.model.model.layers[0].self_attn.o_proj.weight, before) > 1e-3
-    assert difference(tiny.logits(module.merged_model()), tiny.logits(module.model)) <= 1e-4
-
-
-def test_a_classifiers_new_head_is_not_quantised_and_goes_back_with_the_links(tmp_path):
+def test_what_is_trained_whole_is_not_quantised_and_goes_back_with_the_links(tmp_path):
     name = tiny.folder(tmp_path / "bert", "bert", "AutoModel")
-    module = make(name, COLASequenceClassifier, num_labels=3, target_modules=["query", "value"])
-    fit(tmp_path, module, n_labels=3)
-    assert kinds(module.model, "classifier") == ({"Linear"}, {"LoRALinear4bit", "Linear4bit"})
+    how = {"target_modules": ["query", "value"], "modules_to_save": ["classifier", "intermediate.dense"]}
+    module = fit(tmp_path, make(name, COLASequenceClassifier, num_labels=3, **how), n_labels=3)
+    assert kinds(module.model, "classifier", "intermediate.dense") == ({"Linear"}, {"LoRALinear4bit", "Linear4bit"})
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
-    heads = {name for name in torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"] if ".lora_" not in name}
-    assert heads == {"cola", "model.classifier.weight", "model.classifier.bias"}
+    names = {name for name in torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"] if ".lora_" not in name}
+    assert {"model.classifier.weight", "model.classifier.bias"} < names
+    assert all(re.search(r"^cola$|classifier|intermediate\.dense", name) for name in names)
     for links in range(4):
         loaded = COLAModule.load_from_checkpoint(tmp_path / "end.ckpt", links=links)
         assert difference(tiny.logits(loaded.model), tiny.logits(module.merged_model(links))) <= 1e-4
@@ -297,7 +247,7 @@ def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_a_run_that_goes_on_in_the_middle_of_a_link_is_the_run_itself(base, trained, tmp_path):
-    resumed = fit(tmp_path, make(base, Watched, dropout=0.1), every_step(tmp_path), ckpt_path=trained.folder / "step=3.ckpt")
+    resumed = fit(tmp_path, make(base, dropout=0.1), every_step(tmp_path), ckpt_path=trained.folder / "step=3.ckpt")
     assert resumed.chain.is_beginning_of(trained.module.chain)
     assert_bit_equal(weights(resumed), weights(trained.module))
     assert torch.equal(tiny.logits(resumed.model), tiny.logits(trained.module.model))
@@ -331,9 +281,8 @@ def test_merged_by_the_command(trained, tmp_path, capsys, dtype):
     assert difference(tiny.logits(model), tiny.logits(trained.module.model)) <= (0.1 if dtype else 1e-4)
 
 
-@pytest.mark.parametrize(("precision", "targets"), [("64-true", ["q_proj"]), ("bf16-true", ["q_proj", "lm_head"])])
-def test_a_merged_model_leaves_in_the_dtype_of_its_base(base, tmp_path, precision, targets):
-    module = fit(tmp_path, make(base, target_modules=targets), precision=precision)
+def test_a_merged_model_leaves_in_the_dtype_of_its_base(base, tmp_path):
+    module = fit(tmp_path, make(base), precision="64-true")
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     export(tmp_path / "end.ckpt", "merged", tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32

@@ -200,20 +200,9 @@ def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(tmp_path, targets
         assert loaded["val_loss"] == pytest.approx(trained["val_loss"], rel=2**-8)
         losses.append(loaded["val_loss"])
     assert losses[0] != losses[1]
-    with pytest.raises(UserError, match=r"^trainer\.precision"):
-        fit(tmp_path / "refused", make(target_modules=targets), ckpt_path=last(tmp_path / "bf16-true"))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
-def test_a_module_that_was_fitted_before_its_precision_records_what_that_cast_it_to(tmp_path, precision, dtype):
-    data, module = [batches(dtype=dtype), batches(2, dtype=dtype)], make()
-    fit(tmp_path / "before", module, epochs=1)
-    base = toy().merged_model(0)
-    fit(tmp_path, module, LastCheckpoint(), epochs=2, precision=precision, data=data)
-    assert torch.load(last(tmp_path), weights_only=True)["state_dict"]["cola"]["dtype"] == str(dtype).removeprefix("torch.")
-    assert_bit_equal(module.merged_model(0).state_dict(), base.to(module.merged_model(0)[0].weight.dtype).state_dict())
-    resumed = fit(tmp_path / "on", None, ckpt_path=last(tmp_path), epochs=3, precision=precision, data=data)
-    assert resumed.link == 2
+    for mode in MODES:
+        with pytest.raises(UserError, match=r"^trainer\.precision, model\.finished_links"):
+            fit(tmp_path, make(target_modules=targets, finished_links=mode), ckpt_path=last(tmp_path / "bf16-true"))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -238,11 +227,3 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
 def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, how):
     trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**how), batches())
     assert caplog.text.count("fully trained parameters are in half precision") == 1
-
-
-def test_a_module_that_failed_when_it_was_made_is_not_taken_for_ready_and_begins_from_nothing(trained):
-    module = make(init_chain=str(trained.paths[-1]), save_base=True, activation_checkpointing=True)
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"^model\.activation_checkpointing"):
-            module.configure_model()
-        assert (len(module.chain), module.is_base_in_checkpoint) == (0, False)

@@ -1,19 +1,69 @@
-"""Convolutions in a model: chosen by name, refused where a link would be another, peft's LoRA step for step, resumed."""
+"""Which layer types can be adapted: the table, to which users may add, and convolutions, against peft's LoRA."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
-from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import COLAModule, UserError, inject_lora, lora_layers
-from tests.toy import assert_bit_equal, trainer, weights, with_trained_link
+from cola_lightning import LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer
+from cola_lightning.lora import inject
+from tests.test_layers import Grid, LoRAGrid
+from tests.toy import with_trained_link
+
+
+@pytest.fixture(autouse=True)
+def _table_of_before(monkeypatch):
+    monkeypatch.setattr(inject, "_entries", dict(inject._entries))
+
+
+def model():
+    return nn.Sequential(nn.Linear(4, 6), Grid(), nn.Linear(5, 2))
+
+
+def test_all_linear_means_what_is_registered_as_linear():
+    with pytest.raises(UserError, match=r"^model\.target_modules: .* '1', which is a Grid$"):
+        inject_lora(model(), ["1"], rank=1, alpha=1)
+    register_lora_layer(Grid)(LoRAGrid)
+    assert inject_lora(model(), "all-linear", rank=1, alpha=1) == ["0", "2"]
+    register_lora_layer(Grid, is_linear=True)(LoRAGrid)
+    assert inject_lora(model(), "all-linear", rank=1, alpha=1) == ["0", "1", "2"]
+    with pytest.raises(UserError, match=r"^model\.target_modules: .* or Grid .* '0', which is a Tanh$"):
+        inject_lora(nn.Sequential(nn.Tanh()), ["0"], rank=1, alpha=1)
+
+
+def test_a_type_of_another_package_is_named_and_its_class_made_once_a_model_has_one():
+    made = []
+
+    @register_lora_layer(f"{Grid.__module__}.Grid")
+    def lora_grid():
+        made.append(LoRAGrid)
+        return LoRAGrid
+
+    inject_lora(nn.Sequential(nn.Linear(4, 2)), "all-linear", rank=1, alpha=1)
+    assert not made
+    adapted = model()
+    inject_lora(adapted, ["1"], rank=1, alpha=1)
+    assert type(lora_layers(adapted)["1"]) is LoRAGrid
+
+
+def test_a_class_of_ones_own_takes_the_place_of_the_one_that_there_was():
+    @register_lora_layer(nn.Linear, is_linear=True)
+    class Loud(LoRALinear):
+        def project_down(self, x, lora_A):
+            return 3 * F.linear(x, lora_A)
+
+    adapted, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(3, 4)
+    expected = adapted(x)
+    inject_lora(adapted, "all-linear", rank=1, alpha=1)
+    nn.init.ones_(adapted[0].lora_B)
+    torch.testing.assert_close(adapted(x), expected + 3 * x @ adapted[0].delta_weight().T)
+
+
+# ---------------------------------------------------------------------- convolutions
 
 
 def network():
@@ -88,43 +138,6 @@ def test_one_link_equals_pefts_lora_for_50_steps(build, shape):
         assert layer.lora_B.any()
         layer.finish()
         torch.testing.assert_close(layer.weight, merged.get_submodule(name).weight, rtol=1e-4, atol=1e-5)
-
-
-class Images(COLAModule):
-    def build_model(self):
-        return network()
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.cross_entropy(self.model(x), y)
-
-
-class SaveInsideALink(Callback):
-    def on_train_epoch_end(self, trainer, module):
-        if trainer.global_step == 5:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "inside.ckpt")
-
-
-def fit(folder, *callbacks, ckpt_path=None, **arguments):
-    torch.manual_seed(0)
-    made = Images(target_modules=TARGETS, rank=4, alpha=6, seed=0, lr_schedule="constant", dropout=0.3, **arguments)
-    run = trainer(folder, *callbacks, chain={"every_n_train_steps": 4, "ranks": [4, 2, 3]}, max_steps=12)
-    run.fit(made, DataLoader(TensorDataset(*images()), batch_size=8), ckpt_path=ckpt_path)
-    return made, run
-
-
-@pytest.mark.parametrize("mode", ["merge", "stack"])
-def test_a_checkpoint_resumes_loads_and_rolls_back_to_the_bit(tmp_path, mode):
-    stayed, run = fit(tmp_path, SaveInsideALink(), finished_links=mode)
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    resumed, _ = fit(tmp_path, ckpt_path=tmp_path / "inside.ckpt", finished_links=mode)
-    assert_bit_equal(weights(resumed), weights(stayed))
-    loaded = Images.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert_bit_equal(weights(loaded), weights(stayed))
-    x = images()[0]
-    assert torch.equal(loaded.eval().model(x), stayed.eval().model(x))
-    back = Images.load_from_checkpoint(tmp_path / "end.ckpt", links=1)
-    assert torch.equal(back.merged_model(1)(x), stayed.merged_model(1)(x))
 
 
 def test_a_compiled_module_computes_the_same():
