@@ -128,7 +128,7 @@ def test_merged_copies_are_where_the_model_is_and_in_its_mode(finished_links):
 
 
 class Mixing(nn.Module):
-    """With a parameter that has a factor's name, and a state that is no tensor."""
+    """With a parameter that has a factor's name."""
 
     def __init__(self):
         super().__init__()
@@ -137,14 +137,8 @@ class Mixing(nn.Module):
     def forward(self, x):
         return x @ self.lora_A
 
-    def get_extra_state(self):
-        return {"calls": 3}
 
-    def set_extra_state(self, state):
-        assert state == {"calls": 3}
-
-
-def test_a_parameter_of_the_base_may_have_a_factors_name_and_a_module_a_state_that_is_no_tensor(tmp_path):
+def test_a_parameter_of_the_base_may_have_a_factors_name(tmp_path):
     def make():
         return adapted(lambda: nn.Sequential(*build_toy(), Mixing()), modules_to_save=["3"])
 
@@ -157,8 +151,6 @@ def test_a_parameter_of_the_base_may_have_a_factors_name_and_a_module_a_state_th
     other.start_from(Chain.load(tmp_path / "chain"))
     assert torch.equal(other.model[3].lora_A, last)
     assert "3.lora_A" in base_weights(other.model)
-    model.go_to(model.chain.truncate(0))
-    assert model.merged_model().state_dict()["3._extra_state"] == {"calls": 3}
 
 
 class Remembering(nn.Module):

@@ -70,14 +70,10 @@ def described(*layers, dtype=torch.float32, finished_links="merge"):
     return describe_base(model)
 
 
-def test_a_layer_more_or_less_is_refused():
+def test_a_layer_more_or_less_is_refused_and_finished_links_may_go_elsewhere():
     more, less = described(nn.BatchNorm1d(4, affine=False)), described()
     for expected, received, word in ((more, less, "without"), (less, more, "with")):
         with pytest.raises(UserError, match=rf"{word} '1\.num_batches_tracked'"):
             check_same_base(expected, received)
-
-
-def test_the_description_does_not_follow_from_where_finished_links_go():
-    """That widens a weight and changes no value."""
     merged, stacked = (described(dtype=torch.bfloat16, finished_links=mode) for mode in ("merge", "stack"))
-    assert merged == stacked
+    assert merged == stacked  # which widens a weight and changes no value

@@ -137,29 +137,12 @@ def test_a_constant_stays_this_runs_own_and_what_is_frozen_the_checkpoints(tmp_p
         assert torch.equal(loaded.projection.weight, module.projection.weight)
 
 
-class Lazy(Toy):
-    """Its head has no size yet when it is made."""
+def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
+    class Late(Toy):
+        training_step = Headed.training_step
 
-    training_step = Headed.training_step
+        def setup(self, stage):
+            self.head = nn.Linear(6, 6)
 
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.head = nn.LazyLinear(6)
-
-    def setup(self, stage):
-        self.head(torch.zeros(1, 6))
-
-
-class Late(Toy):
-    """A hook makes its head."""
-
-    training_step = Headed.training_step
-
-    def setup(self, stage):
-        self.head = nn.Linear(6, 6)
-
-
-@pytest.mark.parametrize("cls", [Lazy, Late])
-def test_a_head_that_comes_later_is_recorded_too(tmp_path, cls):
-    module = fit(tmp_path, toy(cls), epochs=2)
+    module = fit(tmp_path, toy(Late), epochs=2)
     assert list(module.chain.links[0].extras) == list(module.adapted.first_values) == ["self.head.weight", "self.head.bias"]

@@ -111,19 +111,6 @@ def test_room_for_the_chain_is_made_once_where_its_length_is_known_also_on_resum
     assert sorted(room for *_, room in module.places) == [8, 10, 12, 14]  # the weight's own rank, and what exceeds it
 
 
-def test_a_knot_in_inference_mode_is_trained_on(tmp_path):
-    class Tying(ValidatedToy):
-        def on_validation_epoch_end(self):
-            if self.trainer.state.fn == "validate":
-                nn.init.ones_(self.adapted.layers["0"].lora_B)
-                self.tie_knot()
-
-    module = make(Tying)
-    trainer(tmp_path, chain={}).validate(module, batches(2), verbose=False)
-    fit(tmp_path, module, epochs=1, chain={"at_epochs": [5]})
-    assert module.adapted.layers["0"].stack.rank == 2
-
-
 # ---------------------------------------------------------------------- back, and in the other mode
 
 
