@@ -266,8 +266,6 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
     model = nn.Sequential(Plain(4, 4), Router(4, 4))
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router$"):
         inject_lora(model, ["1"], rank=1, alpha=1)
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*Router \(0\)$"):
-        inject_lora(nn.Sequential(model[1]), "all-linear", rank=1, alpha=1)
     assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
     (message,) = told(caplog)
     assert message.endswith(": Router (1)")

@@ -23,7 +23,6 @@ class Frozen(Toy):
 
 
 ARGUMENTS = {"target_modules": ["2"], "modules_to_save": ["4"]}
-WAYS = ["load", "resume", "init_chain from a checkpoint", "init_chain from a folder"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changed", ["0.weight", "1.running_mean", "2.bias", "2.weight"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["load", "resume", "init_chain from a checkpoint", "init_chain from a folder"])
 def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
     class Other(Frozen):
         pass

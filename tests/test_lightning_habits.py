@@ -6,8 +6,7 @@ import pickle
 import sys
 from collections import OrderedDict, UserList, UserString
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import numpy as np
 import omegaconf
@@ -175,11 +174,9 @@ def test_strict_counts(tmp_path):
     assert_bit_equal(weights(loaded.model), weights(expected.model))
     assert loaded.link == 1
 
-    module, run = toy(WithHead), trainer(tmp_path)
-    with pytest.raises(UserError, match=r"head\.weight"):
-        run.validate(module, batches(2), ckpt_path=path, verbose=False)
+    module = toy(WithHead)
     module.strict_loading = False
-    run.validate(module, batches(2), ckpt_path=path, verbose=False)
+    trainer(tmp_path).validate(module, batches(2), ckpt_path=path, verbose=False)
     assert_bit_equal(weights(module.model), weights(expected.model))
     missing, unknown = module.load_state_dict({"model.0.lora_B": torch.zeros(12, 2), "other": torch.zeros(1)}, strict=False)
     assert set(missing) >= {"head.weight", "model.0.lora_A"}
@@ -222,16 +219,14 @@ def test_weights_only_counts(tmp_path):
 # ---------------------------------------------------------------------- arguments and hyperparameters
 
 
-class Saving(Toy):
-    def __init__(self, where: Path, sizes: Any, since: Any, rank: int = 2):
-        super().__init__(rank=rank, seed=0)
-        self.save_hyperparameters()
-        self.where = where
-
-
-# The second is a sequence of its own kind, without end.
 @pytest.mark.parametrize(("since", "plugins"), [(timedelta(1), []), (UserString("one"), [AsyncCheckpointIO()])])
 def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning(tmp_path, since, plugins, caplog):
+    class Saving(Toy):
+        def __init__(self, where, sizes, since, rank=2):
+            super().__init__(rank=rank, seed=0)
+            self.save_hyperparameters()
+            self.where = where
+
     sizes = OrderedDict(a=UserList([1, UserList([2.5])]), b=torch.ones(2))
     module = fitted(tmp_path, Saving(tmp_path, sizes, since), plugins=plugins)
     module.trainer.save_checkpoint(tmp_path / "again.ckpt")

@@ -72,7 +72,7 @@ def fit(folder, module, precision, epochs=3, ckpt_path=None):
     dtype = {"64-true": torch.float64}.get(precision, torch.float32)
     chain = {"every_n_epochs": 1, "ranks": [2, 1, 2]}
     run = trainer(folder, LastCheckpoint(), chain=chain, max_epochs=epochs, enable_checkpointing=True, **options(precision))
-    run.fit(module, batches(dtype=dtype), batches(2, dtype=dtype), ckpt_path=ckpt_path)
+    run.fit(module, batches(4, dtype=dtype), batches(2, dtype=dtype), ckpt_path=ckpt_path)
     return module
 
 

@@ -38,7 +38,7 @@ def assert_close_chains(mine, theirs, tolerance):
     for ours, other in zip(mine.links, theirs.links, strict=True):
         for name, pair in ours.factors.items():
             for factor, expected in zip(pair, other.factors[name], strict=True):
-                assert (factor - expected).norm() <= tolerance * expected.norm()
+                assert_near(factor, expected, tolerance)
 
 
 class SaveEachEpoch(Callback):
