@@ -1,90 +1,249 @@
+"""What holds of every layer type with a link, merged or stacked: the formula, the way back, dtypes, copies, a chain."""
+
+import copy
+import pickle
 from inspect import signature
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-from cola_lightning import LoRALayer, LoRALinear, register_lora_layer
+from cola_lightning import AdaptedModel, Chain, LoRALayer, LoRALinear, UserError, inject_lora, register_lora_layer, strip_lora
+from cola_lightning.chain.report import report
 from cola_lightning.lora import inject
-from tests.toy import adapt_layer, plain_layer
+from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
 
 
-class Named(nn.Linear):
-    """Its input has another name."""
+class Scaled(nn.Linear):
+    """A user's layer: gives twice what its parent would, and its input has another name."""
 
     def forward(self, hidden_states):
-        return nn.functional.linear(hidden_states, self.weight, self.bias)
+        return 2 * super().forward(hidden_states)
 
 
-@pytest.fixture(params=["linear", "subclass", "conv1d"])
-def base(request, monkeypatch):
+class LoRAScaled(LoRALayer, Scaled):
+    def project_up(self, hidden, lora_B):
+        return 2 * super().project_up(hidden, lora_B)
+
+
+class Grid(nn.Module):
+    """A user's layer that is no kin of torch's: a weight of in x out, without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class LoRAGrid(LoRALayer, Grid):
+    weight_is_transposed, bias = True, None
+
+    @classmethod
+    def matrix_sizes(cls, layer):
+        return tuple(layer.weight.shape)
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(6, 5), (4, 7, 6)),
+    "transformers' Conv1D": (lambda: Conv1D(5, 6), (4, 7, 6)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=3, padding=2, dilation=2, bias=False), (3, 4, 11)),
+    "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 11, 11)),
+    "dilated": (lambda: nn.Conv2d(4, 6, (5, 3), padding="same", dilation=2), (3, 4, 11, 11)),
+    "registered": (lambda: Scaled(6, 5), (4, 7, 6)),
+    "of its own": (Grid, (4, 7, 6)),
+    "4-bit": (quantized_linear, (4, 7, 64)),
+}
+MERGE_AND_STACK = [(kind, mode) for kind in LAYERS for mode in ("merge", "stack") if (kind, mode) != ("4-bit", "merge")]
+variants = pytest.mark.parametrize(("kind", "mode"), MERGE_AND_STACK)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch, request):
+    if "4-bit" in request.node.name:
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(inject, "_entries", dict(inject._entries))
-    register_lora_layer(Named, is_linear=True)(type("LoRANamed", (LoRALayer, Named), {}))
+    register_lora_layer(Scaled)(LoRAScaled)
+    register_lora_layer(Grid)(LoRAGrid)
+
+
+def make(kind):
     torch.manual_seed(0)
-    if request.param != "conv1d":
-        return {"linear": nn.Linear, "subclass": Named}[request.param](6, 5)
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(5, 6)
+    return LAYERS[kind][0]()
 
 
-def trained(layer):
-    """The layer with a link that does something."""
-    with torch.no_grad():
-        layer.lora_B[:, : layer.rank].normal_()
-    return layer
+def inputs(kind, dtype=torch.float32):
+    return torch.randn(LAYERS[kind][1], generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def test_a_new_link_leaves_the_function_and_the_parameters_alone(base):
-    x = torch.randn(3, 6)
-    expected = base(x)
-    layer = adapt_layer(base, rank=2, alpha=4)
+def dense_weight(layer):
+    """The weight that a layer computes with, as bitsandbytes gives one in 4 bits."""
+    if not hasattr(layer.weight, "quant_state"):
+        return layer.weight.detach().clone()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.detach(), layer.weight.quant_state)
+
+
+def laid_out(matrix, layer):
+    """An update, out x in, in the layout of the layer's weight."""
+    matrix = matrix.T if isinstance(layer, Conv1D | Grid) else matrix
+    return matrix.reshape(layer.weight.shape if layer.weight.is_floating_point() else matrix.shape)
+
+
+def with_update(base, matrix, x):
+    """What a plain layer computes if its weight is the base's plus this matrix (out x in)."""
+    weight = dense_weight(base).to(x.dtype) + laid_out(matrix, base)
+    if not base.weight.is_floating_point():
+        return F.linear(x, weight, base.bias.to(x.dtype))
+    return torch.func.functional_call(base, {"weight": weight}, x)
+
+
+@variants
+def test_a_new_link_leaves_the_function_and_the_parameters_alone(kind, mode):
+    base, x = make(kind), inputs(kind)
+    expected, parameters = base(x), dict(base.named_parameters())
+    layer = adapt_layer(base, 3, 4, finished_links=mode)
     assert torch.equal(layer(x), expected)
-    assert layer.weight is base.weight
-    assert layer.bias is base.bias
     assert isinstance(layer, type(base))
+    assert all(getattr(layer, name) is parameter for name, parameter in parameters.items())
+    n_out, n_in = dense_weight(base).T.shape if isinstance(base, Conv1D | Grid) else dense_weight(base).flatten(1).shape
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((3, n_in), (n_out, 3))
+    assert layer.lora_A.all()
+    assert not layer.lora_B.any()
+    with_trained_link(layer)
+    assert torch.equal(layer(**{next(iter(signature(base.forward).parameters)): x}), layer(x))  # the base's name for it
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])  # a single example, without a batch
 
 
-def test_the_forward_is_the_formula(base):
-    layer = trained(adapt_layer(base, rank=2, alpha=3)).double()
-    x = torch.randn(4, 7, 6, dtype=torch.float64)
-    expected = base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+@variants
+@pytest.mark.parametrize("rank", [4, 2])
+def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
+    """After a finished link, also of a link of lower rank, which uses slices of the same parameters."""
+    base, x = make(kind).double(), inputs(kind, torch.float64).requires_grad_()
+    layer = with_trained_link(adapt_layer(copy.deepcopy(base), 4, 6, finished_links=mode).double())
+    finished = 6 / 4 * layer.lora_B.detach() @ layer.lora_A.detach()
+    layer.finish()
+    layer.requires_grad_(False)
+    parameters = layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
+    layer.reset(torch.Generator().manual_seed(1), rank=rank, alpha=3)
+    with_trained_link(layer, seed=3)
+    assert (layer.lora_A, layer.lora_B) == parameters
+    A, B = (factor.detach().clone().requires_grad_() for factor in layer.factors)
+    mine, theirs = layer(x), with_update(base, finished + 3 / rank * B @ A, x)
+    tolerance = 1e-5 if kind == "4-bit" else 1e-12  # its product has no float64
+    assert_near(mine, theirs, tolerance)
+    upstream = torch.randn(mine.shape, dtype=torch.float64)
+    of_x, of_A, of_B = torch.autograd.grad(mine, [x, layer.lora_A, layer.lora_B], upstream)
+    for gradient, expected in zip(
+        (of_x, of_A[:rank], of_B[:, :rank]), torch.autograd.grad(theirs, [x, A, B], upstream), strict=True
+    ):
+        assert_near(gradient, expected, tolerance)
+    assert not layer.lora_A[rank:].any()
+    assert not of_A[rank:].any()
+    assert not of_B[:, rank:].any()
 
 
-def test_the_input_has_the_name_that_the_base_gives_it(base):
-    layer, x = trained(adapt_layer(base, rank=2, alpha=4)), torch.randn(3, 6)
-    name = next(name for name in signature(type(base).forward).parameters if name != "self")
-    assert torch.equal(layer(**{name: x}), layer(x))
-
-
-def test_merge_keeps_the_function_and_adds_the_delta(base):
-    before = base.weight.detach().clone()
-    layer = trained(adapt_layer(base, rank=2, alpha=4))
-    x = torch.randn(3, 6)
-    expected, delta = layer(x), layer.delta_weight()
+@variants
+def test_a_finished_link_is_in_the_weight_or_beside_it_to_the_bit(kind, mode):
+    layer, x = with_trained_link(adapt_layer(make(kind), 2, 4, finished_links=mode)), inputs(kind)
+    before, delta, expected = dense_weight(layer), layer.delta_weight(), layer(x)
     assert delta.shape == before.shape
     layer.finish()
-    assert torch.equal(layer.weight, before + delta)
     assert not layer.lora_B.any()
-    torch.testing.assert_close(layer(x), expected)
+    assert_near(layer(x), expected, 1e-6)
+    assert torch.equal(dense_weight(layer), before + delta if mode == "merge" else before)
+    assert mode == "merge" or layer.stack.rank == 2
 
 
-def test_a_link_of_lower_rank_uses_slices_of_the_same_parameters():
-    layer = LoRALinear.adapt_(nn.Linear(6, 5), rank=4, alpha=8)
-    parameters = layer.lora_A, layer.lora_B
-    layer.reset(torch.Generator().manual_seed(1), rank=2, alpha=3)
-    assert (layer.lora_A is parameters[0], layer.lora_B is parameters[1]) == (True, True)
-    assert layer.scaling == 1.5
-    assert layer.lora_A[:2].all()
-    assert not layer.lora_A[2:].any()
-    trained(layer)
-    x = torch.randn(3, 6)
-    layer(x).sum().backward()
-    assert layer.lora_B.grad[:, :2].any()
-    assert not layer.lora_A.grad[2:].any()
-    assert not layer.lora_B.grad[:, 2:].any()
-    assert torch.linalg.matrix_rank(layer.delta_weight()) == 2
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, mode, dtype):
+    base = quantized_linear(dtype) if kind == "4-bit" else make(kind).to(dtype)
+    model, x = nn.Sequential(base), inputs(kind, dtype)
+    expected, values = model(x), weights(base)
+    parameters, plain_class = dict(base.named_parameters()), type(base)
+    inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
+    wide = torch.float32 if mode == "merge" else dtype
+    assert base.dtype == (base.weight.dtype if kind != "4-bit" else wide) == wide
+    assert model(x).dtype == dtype
+    strip_lora(model)
+    assert (model[0] is base, type(base)) == (True, plain_class)
+    assert all(getattr(base, name) is parameter for name, parameter in parameters.items())
+    assert {value.dtype for value in base.parameters()} <= {dtype, torch.uint8}
+    assert_bit_equal(weights(base), values)
+    assert torch.equal(model(x), expected)
+
+    exact = dense_weight(base).double()
+    inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
+    for seed in (2, 3):
+        exact = exact + with_trained_link(base, seed).delta_weight().double()
+        if seed == 2:
+            base.finish()
+    with pytest.raises(UserError, match=r"^merge: .*'0' has links"):
+        strip_lora(model)
+    strip_lora(model, merge=True)
+    assert type(base) is (nn.Linear if kind == "4-bit" else plain_class)
+    assert kind == "4-bit" or base.weight is parameters["weight"]
+    assert {value.dtype for value in base.parameters()} == {dtype}
+    assert_near(base.weight, exact, torch.finfo(dtype).eps)
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_narrows_no_factor_and_no_weight_that_is_merged_into(kind, mode, dtype):
+    """Where links are stacked, the weight and the finished links are in the precision of the base."""
+    layer, x = with_trained_link(adapt_layer(make(kind), 2, 1, finished_links=mode)), inputs(kind)
+    layer.finish()
+    expected = with_trained_link(layer, seed=3)(x)
+    expected.sum().backward()
+    before = weights(layer)
+    nn.Sequential(layer).to(dtype)
+    factors = [layer.lora_A, layer.lora_B]
+    assert {value.dtype for factor in factors for value in (factor, factor.grad)} == {torch.float32}
+    base = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None and parameter.is_floating_point()]
+    if mode == "merge":
+        assert_bit_equal(weights(layer), before)
+    else:
+        assert {value.dtype for value in (*base, layer.stack.A, layer.stack.B)} == {layer.dtype} == {dtype}
+    assert layer(x.to(dtype)).dtype == dtype
+    assert layer(x).dtype == torch.float32
+    assert_near(layer(x.to(dtype)), expected, 2e-2)
+    nn.Sequential(layer).double()
+    assert {value.dtype for value in (*base, *factors)} == {layer.dtype} == {torch.float64}
+
+
+@variants
+def test_under_autocast_a_layer_computes_in_autocasts_dtype_and_its_update_does_not(kind, mode):
+    layer, x = with_trained_link(adapt_layer(make(kind), 2, 1, finished_links=mode)), inputs(kind)
+    layer.finish()
+    expected = with_trained_link(layer, seed=3)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, delta = layer(x), layer.delta_weight()
+    assert y.dtype == torch.bfloat16
+    assert_near(y, expected, 2e-2)
+    assert torch.equal(delta, layer.delta_weight())
+
+
+@variants
+def test_dropout_acts_on_the_link_alone_and_only_in_training(kind, mode):
+    base, x = make(kind), inputs(kind)
+    layer = adapt_layer(base, 2, 1, dropout=0.5, finished_links=mode)
+    assert torch.equal(layer(x), base(x))
+    with_trained_link(layer)
+    assert not torch.equal(layer(x), layer(x))
+    assert_near(layer.eval()(x), with_update(base, layer.scaling * layer.lora_B @ layer.lora_A, x), 1e-5)
+
+
+@pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
+@pytest.mark.parametrize("base", [lambda: nn.Linear(400, 100), lambda: nn.Conv2d(16, 100, 5)], ids=["Linear", "Conv2d"])
+def test_A_is_drawn_as_peft_draws_it(base, init, std):
+    layer = adapt_layer(base(), rank=100, alpha=1, init=init)
+    layer.reset(torch.Generator().manual_seed(0), rank=50)
+    assert layer.lora_A[:50].std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_global_one_alone():
@@ -96,56 +255,38 @@ def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_globa
     assert torch.equal(layers[0].lora_A.double(), layers[1].lora_A)
 
 
-@pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
-def test_A_is_drawn_as_peft_draws_it(init, std):
-    layer = LoRALinear.adapt_(nn.Linear(400, 100), rank=100, alpha=1, init=init)
-    layer.reset(torch.Generator().manual_seed(0), rank=50)
-    assert layer.lora_A[:50].std().item() == pytest.approx(std, rel=0.02)
+@variants
+def test_a_chain_is_copied_kept_replayed_to_the_bit_and_gone_back_in(kind, mode, tmp_path):
+    def adapted_model():
+        how = {"target_modules": ["0"], "rank": 4, "alpha": 6, "seed": 1, "finished_links": mode}
+        return AdaptedModel.of(lambda: nn.Sequential(LAYERS[kind][0](), nn.Tanh()), **how)
 
+    model, x = adapted_model(), inputs(kind)
+    outputs = [model.model(x)]
+    for link, rank in enumerate((3, 1, 2)):
+        with_trained_link(model.layers["0"], seed=link)
+        outputs.append(model.model(x))
+        model.tie_knot(rank=rank)
+        torch.testing.assert_close(model.model(x), outputs[-1], rtol=1e-5, atol=1e-5)
+    for twin in (copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model))):
+        assert torch.equal(twin(x), model.model(x))
+        with_trained_link(twin[0]).finish()  # a weight and a stack of its own
+        torch.testing.assert_close(model.model(x), outputs[-1], rtol=1e-5, atol=1e-5)
 
-@pytest.mark.parametrize("narrow", ["half", "bfloat16"])
-def test_the_layer_is_never_narrowed_below_fp32(narrow):
-    layer = trained(LoRALinear.adapt_(nn.Linear(6, 5), rank=2, alpha=1))
-    before = layer.weight.detach().clone()
-    model = nn.Sequential(nn.Linear(6, 6), layer)
-    getattr(model, narrow)()
-    dtype = model[0].weight.dtype
-    assert dtype.itemsize == 2
-    assert torch.equal(layer.weight, before)
-    assert {p.dtype for p in layer.parameters()} == {torch.float32}
-    assert model(torch.randn(3, 6, dtype=dtype)).dtype == dtype
-    assert model.double()[1].lora_A.dtype == torch.float64
-    assert model.float()[1].lora_A.dtype == torch.float32
+    model.chain.save(tmp_path / "chain")
+    chain, again = Chain.load(tmp_path / "chain"), adapted_model()
+    again.go_to(chain)
+    again.begin_link(2, 6)
+    assert_bit_equal(weights(again.model), weights(model.model))
+    assert torch.equal(again.model(x), model.model(x))
+    assert report(chain)[0].layers["0"].norm == pytest.approx(chain.links[0].delta("0").norm().item(), rel=1e-5)
 
-
-def test_under_autocast_the_layer_computes_in_autocasts_dtype():
-    layer = trained(LoRALinear.adapt_(nn.Linear(6, 5), rank=2, alpha=1))
-    x = torch.randn(3, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        delta = layer.delta_weight()
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(delta, layer.delta_weight())
-
-
-def test_dropout_acts_on_the_link_alone_and_only_in_training():
-    layer = trained(LoRALinear.adapt_(nn.Linear(60, 5), rank=2, alpha=1, dropout=0.5))
-    x = torch.randn(3, 60)
-    base = nn.functional.linear(x, layer.weight, layer.bias)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    torch.testing.assert_close(layer(x), base + x @ layer.delta_weight().T)
-
-
-def test_the_plain_layer_is_the_base_again(base):
-    layer = adapt_layer(base, rank=2, alpha=4).eval()
-    plain = plain_layer(layer)
-    assert type(plain) is type(base)
-    assert (plain.weight is base.weight, plain.bias is base.bias, plain.training) == (True, True, False)
-
-
-def test_a_layer_without_bias_stays_without():
-    layer = LoRALinear.adapt_(nn.Linear(4, 4, bias=False), rank=1, alpha=1)
-    assert layer.bias is None
-    assert plain_layer(layer).bias is None
-    assert "rank=1, alpha=1" in repr(layer)
+    plain_class = nn.Linear if kind == "4-bit" else type(make(kind))
+    for links, expected in enumerate(outputs):
+        merged = model.merged_model(links)
+        assert type(merged[0]) is plain_class
+        torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+    change = merged[0].weight - model.merged_model(0)[0].weight
+    torch.testing.assert_close(change, laid_out(chain.delta("0"), merged[0]), rtol=1e-5, atol=1e-5)
+    model.go_to(chain.truncate(1))
+    torch.testing.assert_close(model.model(x), outputs[1], rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule
+from cola_lightning.lora import linear4bit
 from cola_lightning.lora.inject import lora_class
 
 
@@ -64,6 +65,28 @@ def weights(module):
 def assert_bit_equal(mine, theirs):
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def assert_near(mine, theirs, relative):
+    """Close in norm, which for gradients, whose entries are of many sizes, says more than their entries."""
+    assert torch.linalg.vector_norm(theirs) > 0
+    assert torch.linalg.vector_norm(mine.double() - theirs.double()) <= relative * torch.linalg.vector_norm(theirs.double())
+
+
+def quantized_linear(dtype=torch.float32, bias=True):
+    """A linear layer in 4 bits, of a size that bitsandbytes can pack anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=dtype))
+    linear4bit.quantize(model, dtype)
+    return model[0]
+
+
+def with_trained_link(layer, seed=2):
+    """The layer with a link that does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.factors[1].copy_(torch.randn(layer.factors[1].shape, generator=generator) * 0.5)
+    return layer
 
 
 def plain_layer(layer):
