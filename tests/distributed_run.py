@@ -1,6 +1,6 @@
 """What test_distributed.py runs on two processes, and the same on one.
 
-``torchrun ... distributed_run.py FOLDER JOB ...``; each process leaves what it holds in the folder.
+``distributed_run.py FOLDER JOB ...`` is started as torchrun does; each process leaves what it holds in the folder.
 """
 
 import os
@@ -30,10 +30,7 @@ from cola_lightning import (
     UserError,
     inject_lora,
     layout,
-    lora_layers,
 )
-from cola_lightning.chain.link import begin_link, record_link
-from cola_lightning.lora.layer import LoRALayer
 from cola_lightning.module.fsdp import without_trained
 from tests import tiny
 from tests.toy import trainer
@@ -41,7 +38,45 @@ from tests.toy import trainer
 RANKS = [4, 2, 6, 3]
 ROLLING = {"chain": {"every_n_train_steps": 4, "refresh_rank": 2}}
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
+STACK = {"arguments": {"finished_links": "stack"}}
+KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
+LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)
+
+# Runs of four links, by names that end in their strategy: each is the run of one process, to rounding.
+SAME = {
+    "mlp-ddp": {"precision": "64-true"},
+    "mlp-stack-ddp": STACK | {"precision": "64-true"},
+    "llama-ddp": LLAMA_64,
+    "rolling-ddp": ROLLING | {"precision": "64-true"},
+    "rolling-fsdp2": ROLLING | {"arguments": {"finished_links": "stack"}},
+    "rolling-fsdp1": ROLLING | {"gradient_clip_val": None},
+    "kept-fsdp1": KEPT,
+    "kept-fsdp2": KEPT,
+    "whole-fsdp2": WHOLE,
+    "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
+    "mlp-fsdp1": {"gradient_clip_val": None},
+    "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
+    "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},
+    "outside-fsdp1": {"model": "outside", "gradient_clip_val": None},
+    "llama-fsdp2": {"model": "llama"},
+}
+SAME |= {f"{model}-fsdp2": {"model": model} for model in ("mlp", "cnn", "gpt2")}
+SAME |= {f"{model}-stack-fsdp2": STACK | {"model": model} for model in ("mlp", "cnn", "gpt2")}
+
+# Runs of one process that no checkpoint interrupts.
+STAYED = {"stayed-64": LLAMA_64, "stayed": {"model": "llama"}, "unclipped": SAME["llama-fsdp1"], "stayed-whole": WHOLE}
+# What goes on from another's checkpoint, by names that end in the strategy: that checkpoint, and the run that stayed.
+MOVED = {
+    "ddp-single": ("llama-ddp.step6", "stayed-64"),
+    "ddp-single-ddp": ("ddp-single.step11", "stayed-64"),
+    "fsdp2-single": ("llama-fsdp2.step6", "stayed"),
+    "fsdp2-ddp": ("llama-fsdp2.step6", "stayed"),
+    "single-fsdp2": ("stayed.step6", "stayed"),
+    "single-fsdp1": ("unclipped.step6", "unclipped"),
+    "whole-fsdp2-single": ("whole-fsdp2.step6", "stayed-whole"),
+    "whole-single-fsdp2": ("stayed-whole.step6", "stayed-whole"),
+}
 
 
 def world():
@@ -250,36 +285,22 @@ class SentAtEachStep(Callback):
 
 def same(folder):
     """Every model, strategy and mode after four links."""
-    double = {"precision": "64-true"}
-    fit(folder, "mlp-ddp", strategy="ddp", **double)
-    fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
-    fit(folder, "llama-ddp", "llama", "ddp", **double)
-    fit(folder, "rolling-ddp", strategy="ddp", **ROLLING, **double)
-    fit(folder, "rolling-fsdp2", strategy="fsdp2", arguments={"finished_links": "stack"}, **ROLLING)
-    fit(folder, "rolling-fsdp1", strategy="fsdp1", gradient_clip_val=None, **ROLLING)
-    fit(folder, "cnn-ddp", "cnn", "ddp", **double)
+    for name, how in SAME.items():
+        fit(folder, name, strategy=name.rpartition("-")[2], **how)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
-    for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
-        for mode in ("merge", "stack"):
-            fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
-    for strategy in ("fsdp2", "fsdp1"):
-        fit(folder, f"kept-{strategy}", strategy=strategy, arguments={"kept_optimizer_state": 0.5}, gradient_clip_val=None)
-    fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
-    fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
-    for model in ("mlp", "cnn", "llama", "outside"):
-        fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
+
+
+def moved(folder, *strategies):
+    """Goes on from checkpoints of other numbers of processes and other strategies."""
+    for name, (checkpoint, stayed) in MOVED.items():
+        if (strategy := name.rpartition("-")[2]) in strategies:
+            fit(folder, name, strategy=strategy, ckpt_path=folder / f"{checkpoint}.ckpt", **STAYED[stayed])
 
 
 def resumed(folder):
-    """Goes on from checkpoints of other numbers of processes and other strategies."""
-    double = {"precision": "64-true"}
-    path = folder / "dropped.step6.ckpt"
-    fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=path, arguments={"dropout": 0.2})
-    fit(folder, "ddp-single-ddp", "llama", "ddp", ckpt_path=folder / "ddp-single.step11.ckpt", **double)
-    fit(folder, "single-fsdp2", "llama", "fsdp2", ckpt_path=folder / "single.step6.ckpt")
-    fit(folder, "single-fsdp1", "llama", "fsdp1", ckpt_path=folder / "unclipped.step6.ckpt", gradient_clip_val=None)
-    fit(folder, "fsdp2-ddp", "llama", "ddp", ckpt_path=folder / "llama-merge-fsdp2.step6.ckpt")
-    fit(folder, "whole-single-fsdp2", "mlp", "fsdp2", ckpt_path=folder / "whole-single.step6.ckpt", **WHOLE)
+    """The same on two processes."""
+    moved(folder, "ddp", "fsdp2", "fsdp1")
+    fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=folder / "dropped.step6.ckpt", arguments={"dropout": 0.2})
 
 
 class Cast(MLP):
@@ -292,46 +313,22 @@ class Cast(MLP):
 
 
 def used_again(folder):
-    """What a module and its Trainer can be used for after a fit; what cannot be is told in one line."""
+    """What a module and its Trainer can be used for after a fit by FSDP2: all but an export of its weights."""
     found = {}
-    chain, options = {"every_n_train_steps": 4}, {"devices": world(), "max_steps": 10, "num_sanity_val_steps": 0}
     for name, module in {"merge": make("mlp"), "cast": Cast(rank=2, finished_links="stack", seed=1)}.items():
-        watch = Watch(folder, f"again-{name}")
-        made = trainer(folder, watch, chain=chain, strategy=STRATEGIES["fsdp2"](), **options)
+        options = {"devices": world(), "strategy": STRATEGIES["fsdp2"](), "max_steps": 10, "num_sanity_val_steps": 0}
+        made = trainer(folder, Watch(folder, f"again-{name}"), chain={"every_n_train_steps": 4}, **options)
         made.validate(module, datamodule=Data())
         made.fit(module, datamodule=Data())
         made.save_checkpoint(folder / f"again-{name}.ckpt")
         made.validate(module, datamodule=Data())
-        merged = {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
+        found |= {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
+        if made.is_global_zero:
+            module.export(folder / f"again-{name}", "chain")
         made.test(module, datamodule=Data(), ckpt_path=str(folder / f"again-{name}.step6.ckpt"))
-        found |= {what: model.state_dict() for what, model in (merged | {f"{name}, back": module.merged_model()}).items()}
-    single = make("mlp", finished_links="stack")
-    trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
-    refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}
-    for name, (again, strategy, how) in (refusals | {"another strategy": (module, "ddp", {})}).items():
-        try:
-            made = trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options | how)
-            made.fit(again, datamodule=Data())
-        except UserError as error:
-            found[name] = str(error)
+        found[f"{name}, back"] = module.merged_model()
+    found = {name: model.state_dict() for name, model in found.items()}
     torch.save(found, folder / f"again.rank{torch.distributed.get_rank()}.pt")
-
-
-def exported(folder):
-    """What a sharded module writes: a chain, by one process, and nothing else."""
-    module, found = make("mlp"), {}
-    options = {"devices": world(), "max_steps": 6, "num_sanity_val_steps": 0}
-    made = trainer(folder, chain={"every_n_train_steps": 4}, strategy=STRATEGIES["fsdp2"](), **options)
-    made.fit(module, datamodule=Data())
-    made.save_checkpoint(folder / "exported.ckpt")
-    for format_ in ("merged", "peft"):
-        try:
-            module.export(folder / format_, format_)
-        except UserError as error:
-            found[format_] = str(error)
-    if made.is_global_zero:
-        module.export(folder / "chain", "chain")
-    torch.save(found, folder / f"exported.rank{made.global_rank}.pt")
 
 
 class Quantized(MLP):
@@ -354,22 +351,35 @@ class Stream(IterableDataset):
 
 def refused(folder):
     """What two processes say of what does not go together."""
+
+    def fit_again(module, strategy, **options):
+        made = trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1, **options)
+        made.fit(module, datamodule=Data())
+
+    def predict(module):  # each process has rows of its own, and no index of them
+        made = trainer(folder, PredictionWriter(), devices=world(), strategy="ddp")
+        made.predict(module, DataLoader(Stream(), batch_size=2))
+
+    wrapped, sharded = make("mlp", finished_links="stack"), make("mlp", finished_links="stack")
+    fit_again(wrapped, STRATEGIES["fsdp1"]())
+    fit_again(sharded, STRATEGIES["fsdp2"]())
     cases = {
-        "tensor parallelism": (make("mlp"), ModelParallelStrategy(1, 2)),
-        "4 bits": (Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
-        "fsdp, all trained": (make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
+        "tensor parallelism": lambda: fit_again(make("mlp"), ModelParallelStrategy(1, 2)),
+        "4 bits": lambda: fit_again(Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
+        "fsdp1, all trained": lambda: fit_again(make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
+        "fsdp1 again": lambda: fit_again(wrapped, STRATEGIES["fsdp1"]()),
+        "another strategy": lambda: fit_again(sharded, "ddp"),
+        "another precision": lambda: fit_again(sharded, STRATEGIES["fsdp2"](), precision="bf16-true"),
+        "merged": lambda: sharded.export(folder / "merged", "merged"),
+        "peft": lambda: sharded.export(folder / "peft", "peft"),
+        "no index": lambda: predict(make("mlp")),
     }
     found = {}
-    for name, (module, strategy) in cases.items():
+    for name, do in cases.items():
         try:
-            trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1).fit(module, datamodule=Data())
+            do()
         except UserError as error:
-            found[name] = str(error)
-    try:  # each process has rows of its own, and no index of them
-        own = trainer(folder, PredictionWriter(), devices=world(), strategy=STRATEGIES["ddp"]())
-        own.predict(make("mlp"), DataLoader(Stream(), batch_size=2))
-    except UserError as error:
-        found["no index"] = str(error)
+            found[name] = str(error).partition(":")[0]
     torch.save(found, folder / f"refused.rank{torch.distributed.get_rank()}.pt")
 
 
@@ -387,12 +397,11 @@ def killed(folder):
 
 
 def counted(folder):
-    """What is sent at each step, by strategy and model; a knot falls at step 4."""
+    """What is sent at each step, by strategy; a knot falls at step 4."""
     for strategy in ("ddp", "fsdp2"):
-        for model in ("mlp", "gpt2"):
-            sent = SentAtEachStep()
-            fit(folder, f"counted-{model}-{strategy}", model, strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
-            torch.save(sent.steps, folder / f"counted-{model}-{strategy}.sent")
+        sent = SentAtEachStep()
+        fit(folder, f"counted-{strategy}", "gpt2", strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
+        torch.save(sent.steps, folder / f"counted-{strategy}.sent")
 
 
 class Diverse(MLP):
@@ -429,7 +438,7 @@ def predicted(folder):
         made.fit(module, datamodule=Data())
         made.save_checkpoint(folder / strategy / "predicted.ckpt")
         made.predict(module, datamodule=Data())
-        torch.save(held(module), folder / strategy / f"rank{made.global_rank}.pt")
+        torch.save(held(module), folder / strategy / f"held.rank{made.global_rank}.pt")
 
 
 def written(folder):
@@ -442,7 +451,7 @@ def written(folder):
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
         made.predict(module, datamodule=data)
         (folder / f"written-{strategy}").mkdir(exist_ok=True)  # the other process may not have
-        torch.save(metrics, folder / f"written-{strategy}" / f"rank{made.global_rank}.pt")
+        torch.save(metrics, folder / f"written-{strategy}" / f"metrics.rank{made.global_rank}.pt")
 
 
 def merges(folder):
@@ -472,50 +481,6 @@ def merges(folder):
             gathered = layout.gather(parts.weight)
             found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
     torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
-
-
-def by_hand(wrap):
-    """Four links of an MLP, trained without Lightning; ``wrap`` gives what computes, and how its units are gone through."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(8, 13), nn.Tanh()), nn.Linear(13, 6))
-    inject_lora(model, "all-linear", rank=6, alpha=8)
-    layers, links = lora_layers(model), []
-    wrapped = wrap(model)
-    x, y = (torch.randn(64, size, generator=torch.Generator().manual_seed(3)) for size in (8, 6))
-    rank = int(os.environ.get("RANK", "0"))
-    for index, link_rank in enumerate(RANKS):
-        begin_link(layers, 1, index, link_rank, 8)
-        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        for step in range(4):
-            rows = slice(8 * step, 8 * step + 8)
-            loss = F.mse_loss(wrapped(x[rows][rank :: world()]), y[rows][rank :: world()])
-            optimizer.zero_grad()
-            loss.backward()
-            if world() > 1:
-                layout.average_([parameter.grad for parameter in trained])
-            optimizer.step()
-        links.append(record_link(layers, index=index, start_step=0, end_step=4))
-        for modules in layout.units(wrapped):
-            for layer in modules:
-                if isinstance(layer, LoRALayer):
-                    layer.finish()
-    weights = {}
-    for modules in layout.units(wrapped):
-        weights |= {name: layout.gather(layer.weight) for name, layer in layers.items() if layer in modules}
-    return weights | {f"{k}.{name}": link.delta(name) for k, link in enumerate(links) for name in layers}
-
-
-def fsdp1(folder):
-    """FSDP1 without Lightning, a unit for the first layer and one for what is left."""
-
-    def wrap(model):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        how = {"ignored_states": trained, "use_orig_params": True, "device_id": torch.device("cpu")}
-        model[0] = FullyShardedDataParallel(model[0], **how)
-        return FullyShardedDataParallel(model, **how)
-
-    torch.save(by_hand(wrap), folder / f"fsdp1.rank{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
