@@ -13,8 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,10 +27,8 @@ from cola_lightning import (
     PredictionWriter,
     TemplateDataModule,
     UserError,
-    inject_lora,
     layout,
 )
-from cola_lightning.module.fsdp import without_trained
 from tests import tiny
 from tests.toy import trainer
 
@@ -58,7 +55,6 @@ SAME = {
     "mlp-fsdp1": {"gradient_clip_val": None},
     "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
     "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},
-    "outside-fsdp1": {"model": "outside", "gradient_clip_val": None},
     "llama-fsdp2": {"model": "llama"},
 }
 SAME |= {f"{model}-fsdp2": {"model": model} for model in ("mlp", "cnn", "gpt2")}
@@ -139,15 +135,11 @@ class Idle(MLP):
         return Beside(*super().build_model(), nn.Linear(6, 6))
 
 
-class Outside(MLP):
-    """An MLP with a frozen layer behind its model."""
+class Diverse(MLP):
+    """Its validation loss falls on one process as it rises on the other, and stands still in the mean."""
 
-    def build_model(self):
-        self.fixed = nn.Linear(6, 7).requires_grad_(False)
-        return super().build_model()
-
-    def loss(self, batch):
-        return F.mse_loss(self.fixed(self.model(batch["x"])).mean(1), batch["y"].mean(1))
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
 
 
 class Decoder(MLP):
@@ -202,17 +194,21 @@ STRATEGIES = {
 def make(model, **arguments):
     targets = ["1", "4"] if model == "cnn" else "all-linear"
     arguments = {"target_modules": targets, "rank": 6, "alpha": 8, "seed": 1} | arguments
-    own = {"mlp": MLP, "idle": Idle, "cnn": CNN, "outside": Outside}
+    own = {"mlp": MLP, "idle": Idle, "cnn": CNN, "diverse": Diverse}
     return own[model](**arguments) if model in own else Decoder(model, **arguments)
+
+
+def trainer_by(strategy, folder, *callbacks, **options):
+    strategy = STRATEGIES[strategy]() if strategy in STRATEGIES else strategy
+    return trainer(folder, *callbacks, devices=world(), strategy=strategy, **options)
 
 
 def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=None, callbacks=(), arguments=None, **options):
     """Trains four links of four steps, and leaves checkpoints of steps 6, 11 and the last, and what each process holds."""
-    module = make(model, **arguments or {})
+    module, watch = make(model, **arguments or {}), Watch(folder, name)
     chain = {"every_n_train_steps": 4, "ranks": RANKS} if chain is None else chain
-    options = {"max_steps": 16, "gradient_clip_val": 0.5} | options
-    watch = Watch(folder, name)
-    made = trainer(folder, watch, *callbacks, chain=chain, devices=world(), strategy=STRATEGIES[strategy](), **options)
+    rule = chain if isinstance(chain, ChainOfLoRA) else ChainOfLoRA(**chain)
+    made = trainer_by(strategy, folder, watch, rule, *callbacks, **{"max_steps": 16, "gradient_clip_val": 0.5} | options)
     made.fit(module, datamodule=Data(), ckpt_path=ckpt_path and str(ckpt_path))
     made.save_checkpoint(folder / f"{name}.ckpt")
     torch.save(held(module) | {"losses": torch.tensor(watch.losses)}, folder / f"{name}.rank{made.global_rank}.pt")
@@ -303,21 +299,12 @@ def resumed(folder):
     fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=folder / "dropped.step6.ckpt", arguments={"dropout": 0.2})
 
 
-class Cast(MLP):
-    """Its gathered weights are in bfloat16, and stay so after a validation."""
-
-    def shard_model(self, mesh):
-        how = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16), "reshard_after_forward": False}
-        fully_shard(self.model[0], mesh=mesh, **how)
-        fully_shard(self.model, mesh=mesh, **how)
-
-
 def used_again(folder):
     """What a module and its Trainer can be used for after a fit by FSDP2: all but an export of its weights."""
     found = {}
-    for name, module in {"merge": make("mlp"), "cast": Cast(rank=2, finished_links="stack", seed=1)}.items():
-        options = {"devices": world(), "strategy": STRATEGIES["fsdp2"](), "max_steps": 10, "num_sanity_val_steps": 0}
-        made = trainer(folder, Watch(folder, f"again-{name}"), chain={"every_n_train_steps": 4}, **options)
+    for name in ("merge", "stack"):
+        module = make("mlp", finished_links=name)
+        made = trainer_by("fsdp2", folder, Watch(folder, f"again-{name}"), chain={"every_n_train_steps": 4}, max_steps=10)
         made.validate(module, datamodule=Data())
         made.fit(module, datamodule=Data())
         made.save_checkpoint(folder / f"again-{name}.ckpt")
@@ -353,26 +340,22 @@ def refused(folder):
     """What two processes say of what does not go together."""
 
     def fit_again(module, strategy, **options):
-        made = trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1, **options)
-        made.fit(module, datamodule=Data())
+        trainer_by(strategy, folder, chain={}, max_steps=1, **options).fit(module, datamodule=Data())
 
-    def predict(module):  # each process has rows of its own, and no index of them
-        made = trainer(folder, PredictionWriter(), devices=world(), strategy="ddp")
-        made.predict(module, DataLoader(Stream(), batch_size=2))
-
-    wrapped, sharded = make("mlp", finished_links="stack"), make("mlp", finished_links="stack")
-    fit_again(wrapped, STRATEGIES["fsdp1"]())
-    fit_again(sharded, STRATEGIES["fsdp2"]())
+    wrapped, sharded = (make("mlp", finished_links="stack") for _ in range(2))
+    fit_again(wrapped, "fsdp1")
+    fit_again(sharded, "fsdp2")
+    rows = DataLoader(Stream(), batch_size=2)  # each process has rows of its own, and no index of them
     cases = {
         "tensor parallelism": lambda: fit_again(make("mlp"), ModelParallelStrategy(1, 2)),
-        "4 bits": lambda: fit_again(Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
-        "fsdp1, all trained": lambda: fit_again(make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
-        "fsdp1 again": lambda: fit_again(wrapped, STRATEGIES["fsdp1"]()),
+        "4 bits": lambda: fit_again(Quantized(rank=2, finished_links="stack"), "fsdp2"),
+        "fsdp1, all trained": lambda: fit_again(make("mlp", target_modules=None), "fsdp1"),
+        "fsdp1 again": lambda: fit_again(wrapped, "fsdp1"),
         "another strategy": lambda: fit_again(sharded, "ddp"),
-        "another precision": lambda: fit_again(sharded, STRATEGIES["fsdp2"](), precision="bf16-true"),
+        "another precision": lambda: fit_again(sharded, "fsdp2", precision="bf16-true"),
         "merged": lambda: sharded.export(folder / "merged", "merged"),
         "peft": lambda: sharded.export(folder / "peft", "peft"),
-        "no index": lambda: predict(make("mlp")),
+        "no index": lambda: trainer_by("ddp", folder, PredictionWriter()).predict(make("mlp"), rows),
     }
     found = {}
     for name, do in cases.items():
@@ -404,13 +387,6 @@ def counted(folder):
         torch.save(sent.steps, folder / f"counted-{strategy}.sent")
 
 
-class Diverse(MLP):
-    """Its validation loss falls on one process as it rises on the other."""
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
-
-
 class OwnRule(ChainOfLoRA):
     """Knots by a metric of which each process has its own value."""
 
@@ -419,26 +395,18 @@ class OwnRule(ChainOfLoRA):
 
 
 def plateau(folder):
-    """Knots by a metric that is another on each process, and stands still in the mean."""
+    """Knots by that loss."""
     for name, rule in {"plateau": ChainOfLoRA(patience=1), "own rule": OwnRule()}.items():
-        module = Diverse(target_modules="all-linear", rank=2, alpha=4, seed=1, lr_schedule="constant")
-        options = {"devices": world(), "strategy": STRATEGIES["ddp"](), "max_epochs": 4}
-        made = trainer(folder, rule, **options)
-        made.fit(module, datamodule=Data())
-        left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
-        torch.save(left | {"weights": held(module)}, folder / f"{name}.rank{made.global_rank}.pt")
+        how = {"arguments": {"lr_schedule": "constant"}, "max_steps": -1, "max_epochs": 4}
+        fit(folder, name, "diverse", "ddp", chain=rule, **how)
 
 
 def predicted(folder):
     """A run whose seed the first process draws, with dropout; what it predicts, by each strategy."""
     for strategy in ("ddp", "fsdp2"):
-        module = make("mlp", seed=None, dropout=0.2)
-        options = {"devices": world(), "strategy": STRATEGIES[strategy](), "max_steps": 10}
-        made = trainer(folder / strategy, PredictionWriter(), chain={"every_n_train_steps": 4}, **options)
-        made.fit(module, datamodule=Data())
-        made.save_checkpoint(folder / strategy / "predicted.ckpt")
-        made.predict(module, datamodule=Data())
-        torch.save(held(module), folder / strategy / f"held.rank{made.global_rank}.pt")
+        how = {"arguments": {"seed": None, "dropout": 0.2}, "callbacks": [PredictionWriter()]}
+        module = fit(folder / strategy, "predicted", "mlp", strategy, **how)
+        module.trainer.predict(module, datamodule=Data())
 
 
 def written(folder):
@@ -446,41 +414,10 @@ def written(folder):
     for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):
         module = COLACausalLM(str(folder / "model"), target_modules=["q_proj"], rank=2, seed=0)
         data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=4)
-        options = {"devices": world(), "strategy": STRATEGIES[strategy]()}
-        made = trainer(folder / f"written-{strategy}", PredictionWriter(), chain={}, **options)
+        made = trainer_by(strategy, folder / f"written-{strategy}", PredictionWriter(), chain={})
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
+        assert metrics.keys() == {"val_loss", "val_f1", "val_exact_match"}
         made.predict(module, datamodule=data)
-        (folder / f"written-{strategy}").mkdir(exist_ok=True)  # the other process may not have
-        torch.save(metrics, folder / f"written-{strategy}" / f"metrics.rank{made.global_rank}.pt")
-
-
-def merges(folder):
-    """A link merged shard by shard, into layers of many sizes, against one merged into the whole weight."""
-    from transformers.pytorch_utils import Conv1D
-
-    mesh = init_device_mesh("cpu", (world(),))
-    found = {}
-    for n_in, n_out, rank in ((8, 13, 6), (16, 63, 3), (5, 1, 1), (1, 5, 1), (48, 32, 8), (7, 7, 7)):
-        for kind in (nn.Linear, lambda n_in, n_out: Conv1D(n_out, n_in), lambda n_in, n_out: nn.Conv2d(n_in, n_out, (3, 2))):
-            layers = []
-            for is_sharded in (False, True):
-                torch.manual_seed(0)
-                model = nn.Sequential(kind(n_in, n_out))
-                inject_lora(model, ["0"], rank, alpha=3)
-                nn.init.normal_(model[0].lora_B)
-                if is_sharded:
-                    with without_trained(model):
-                        fully_shard(model, mesh=mesh)
-                with Sent() as sent:
-                    model[0].finish()
-                model[0].reset(torch.Generator().manual_seed(5))
-                layers.append(model[0])
-            whole, parts = layers
-            name = f"{type(whole).__name__} {n_in} x {n_out}"
-            rows = parts.weight.to_local().shape[0]
-            gathered = layout.gather(parts.weight)
-            found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
-    torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from cola_lightning import Chain, Link, UserError
-from cola_lightning.chain import BaseIdentity
+from cola_lightning import UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.export import export
 from tests.toy import ValidatedToy, batches, toy, trainer
@@ -52,24 +51,22 @@ def assert_usable(chain, theirs):
 # ---------------------------------------------------------------------- what is stored
 
 
-def write_checkpoint(folder):
+ARGUMENTS = {"target_modules": ["0"], "modules_to_save": ["2"]}
+
+
+def make(**arguments):
+    return toy(Predicting, **ARGUMENTS | arguments)
+
+
+def write_checkpoint(folder, **arguments):
     run = trainer(folder, chain=CHAIN, max_epochs=1)
-    run.fit(toy(Predicting), batches(), batches(2))
+    run.fit(make(**arguments), batches(), batches(2))
     run.save_checkpoint(folder / "end.ckpt")
     return folder / "end.ckpt"
 
 
 def write_chain(folder):
-    generator, links = torch.Generator().manual_seed(0), []
-    for k, rank in enumerate((3, 1)):
-        factors = {
-            name: (torch.randn(rank, 4, generator=generator), torch.randn(3, rank, generator=generator)) for name in "ab"
-        }
-        extras = {"head": torch.ones(2), "self.scale": torch.ones(1)}
-        metrics = {"val_loss": 0.5, "broken": float("inf")} if k else {}
-        links.append(Link(k, rank, 4.0 + k, 10 * k, 10 * k + 10, factors, extras, metrics))
-    values = {"a.weight": "0" * 16, "head": None}
-    Chain(links, BaseIdentity("a model", "f" * 64, ["float32"], {"a": 1.5, "b": 2.0}, values)).save(folder / "chain")
+    read_chain(write_checkpoint(folder)).save(folder / "chain")
     return folder / "chain"
 
 
@@ -80,7 +77,8 @@ def write_adapter(folder):
 
 
 def write_chain_as_adapter(folder):
-    export(["--checkpoint", str(write_checkpoint(folder)), "--format", "peft", "--output", str(folder / "peft")])
+    checkpoint = write_checkpoint(folder, target_modules="all-linear", modules_to_save=[])
+    export(["--checkpoint", str(checkpoint), "--format", "peft", "--output", str(folder / "peft")])
     return folder / "peft"
 
 
@@ -173,12 +171,11 @@ def spoil_a_factor(path):
 
 
 def resumed(path):
-    return trainer(Path(), chain=CHAIN, max_epochs=2).fit(toy(Predicting), batches(), batches(2), ckpt_path=path)
+    return trainer(Path(), chain=CHAIN, max_epochs=2).fit(make(), batches(), batches(2), ckpt_path=path)
 
 
 def loaded_from_file(path):
-    arguments = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
-    return Predicting.load_from_checkpoint(io.BytesIO(path.read_bytes()), **arguments)
+    return Predicting.load_from_checkpoint(io.BytesIO(path.read_bytes()))
 
 
 def exported(path):
@@ -189,12 +186,12 @@ READERS = {
     "load_from_checkpoint": Predicting.load_from_checkpoint,
     "load_from_checkpoint, an open file": loaded_from_file,
     "load_from_checkpoint, an address": lambda path: Predicting.load_from_checkpoint(f"file://{path}"),
-    "init_chain": lambda path: toy(init_chain=str(path)).configure_model(),
+    "init_chain": lambda path: make(init_chain=str(path)).configure_model(),
     "export": exported,
     "fit": resumed,
     "fit, from an address": lambda path: resumed(f"file://{path}"),
-    "validate": lambda path: trainer(Path()).validate(toy(Predicting), batches(2), ckpt_path=path, verbose=False),
-    "predict": lambda path: trainer(Path(), chain=CHAIN).predict(toy(Predicting), batches(2), ckpt_path=path),
+    "validate": lambda path: trainer(Path()).validate(make(), batches(2), ckpt_path=path, verbose=False),
+    "predict": lambda path: trainer(Path(), chain=CHAIN).predict(make(), batches(2), ckpt_path=path),
 }
 
 

@@ -48,13 +48,13 @@ def distance(mine, theirs):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with what two processes leave: four links by every strategy, what was sent, and merges shard by shard."""
+    """A folder with what two processes leave: four links by every strategy, and what was sent."""
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    forked_torchrun(folder, "same", "predicted", "written", "counted", "merges", "plateau")
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau")
     return folder
 
 
@@ -116,21 +116,8 @@ def test_checkpoints_of_all_strategies_are_the_same_one_file(went_on):
 
 @pytest.mark.parametrize("rule", ["plateau", "own rule"])
 def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_value(trained, rule):
-    first, second = left_by(trained, rule)
-    assert first["knots"] == second["knots"] != []
-    assert first["own"] != second["own"]
-    assert_bit_equal(first["weights"], second["weights"])
-
-
-def test_a_merge_shard_by_shard_is_the_whole_merge_to_the_bit_and_sends_nothing(trained):
-    first, second = left_by(trained, "merges")
-    for found in (first, second):
-        assert {name: facts[:3] for name, facts in found.items()} == dict.fromkeys(found, (True, True, []))
-    rows = {name: (first[name][3], second[name][3]) for name in first}
-    assert rows["LoRALinear 8 x 13"] == (7, 6)
-    assert rows["LoRALinear 5 x 1"] == rows["LoRAConv1D 1 x 5"] == (1, 0)
-    assert rows["LoRAConv1D 8 x 13"] == (4, 4)
-    assert rows["LoRAConv2d 8 x 13"] == (7, 6)
+    assert_bit_equal(*left_by(trained, rule))
+    assert len(read_chain(trained / f"{rule}.ckpt")) > 1
 
 
 @pytest.mark.parametrize(("strategy", "layout"), [("ddp", "DDP"), ("fsdp2", "FSDP2")])
@@ -155,7 +142,7 @@ def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(tr
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(trained, strategy):
     folder = trained / strategy
-    assert_bit_equal(*left_by(folder, "held"))  # with a seed that one of them drew
+    assert_bit_equal(*left_by(folder, "predicted"))  # with a seed that one of them drew
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(9))
     alone = run.MLP.load_from_checkpoint(folder / "predicted.ckpt").eval()
@@ -167,25 +154,23 @@ def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(tr
 
 def test_answers_written_on_two_processes_are_those_of_one(trained):
     run.written(trained)
-    found = []
+    answers = []
     for strategy in ("single", "ddp", "fsdp2"):
-        folder = trained / f"written-{strategy}"
-        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        assert [row["index"] for row in rows] == list(range(9))
-        found.append(([row["prediction"] for row in rows], torch.load(folder / "metrics.rank0.pt").keys()))
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0][0])) > 1
-    assert found[0][1] == {"val_loss", "val_f1", "val_exact_match"}
+        lines = (trained / f"written-{strategy}" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["index"] for line in lines] == list(range(9))
+        answers.append([json.loads(line)["prediction"] for line in lines])
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 1
 
 
 def test_a_module_is_used_again_after_a_fit(went_on):
     """FSDP2: validated, merged, taken back to an earlier checkpoint; what it is then is what a process alone makes of those."""
-    for name, cls in {"merge": run.MLP, "cast": run.Cast}.items():
-        last, back = went_on / f"again-{name}.ckpt", went_on / f"again-{name}.step6.ckpt"
+    for name in ("merge", "stack"):
+        last, back = (went_on / f"again-{name}{step}.ckpt" for step in ("", ".step6"))
         expected = {
-            f"{name}, all": cls.load_from_checkpoint(last).merged_model(),
-            f"{name}, 1 link": cls.load_from_checkpoint(last).merged_model(links=1),
-            f"{name}, back": cls.load_from_checkpoint(back).merged_model(),
+            f"{name}, all": run.MLP.load_from_checkpoint(last).merged_model(),
+            f"{name}, 1 link": run.MLP.load_from_checkpoint(last).merged_model(links=1),
+            f"{name}, back": run.MLP.load_from_checkpoint(back).merged_model(),
         }
         for found in left_by(went_on, "again"):
             for what, model in expected.items():
