@@ -3,18 +3,17 @@
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, AdamW
 
 from cola_lightning import Chain, ChainOfLoRA, UserError, lora_layers
 from cola_lightning.errors import DiskError, NonFiniteError
-from tests.test_resume import Data, Outside
+from tests.test_resume import Data, Normed, Outside
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
-ARGUMENTS = {"target_modules": "all-linear", "rank": 6, "alpha": 4, "seed": 0}  # for a class that is not importable
 
 
 def make(cls=Toy, **arguments):
@@ -33,7 +32,7 @@ class SaveEachStep(Callback):
 
 def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
     fit = trainer(path, SaveEachStep(path / "resumed" if ckpt_path else path), chain=chain, **{"max_epochs": 3} | arguments)
-    val = batches(2) if isinstance(module, ValidatedToy) else None
+    val = batches(2) if isinstance(module, ValidatedToy | Normed) else None
     fit.fit(module, batches() if loader is None else loader, val, ckpt_path=ckpt_path)
     return module
 
@@ -54,23 +53,14 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:Be aware that when using `ckpt_path`")
 def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_path):
-    class Described(LightningDataModule):
-        prompt_format = {"kind": "response", "chat_template": True}  # noqa: RUF012
-        identity = {"source": "here"}  # noqa: RUF012
-
-        def train_dataloader(self):
-            return batches()
-
     def averaged(path, module, **arguments):
-        callbacks = EMAWeightAveraging(decay=0.5), SaveEachStep(path)
-        trainer(path, *callbacks, max_epochs=3).fit(module, datamodule=Described(), **arguments)
+        trainer(path, EMAWeightAveraging(decay=0.5), SaveEachStep(path), max_epochs=3).fit(module, batches(), **arguments)
         return module
 
     whole = averaged(tmp_path, make())
     resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
     state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]["cola"]  # of the run and not of the copy
-    assert (state["prompt_format"], state["data"]) == (Described.prompt_format, Described.identity)
     assert (state["position"], state["live"]["end_step"]) == ([0, 5], 5)
 
 
@@ -139,7 +129,7 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
 
     module, loaded = run(tmp_path, make(Forgetful)), make(Forgetful)
     trainer(tmp_path).validate(loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False)
-    for other in (Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", **ARGUMENTS), loaded):
+    for other in (Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", rank=6), loaded):
         assert other.notes == 1
         assert_bit_equal(weights(other), weights(module))
     module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
@@ -173,62 +163,45 @@ def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, 
         run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
 
 
-def test_a_saved_base_is_not_made_again(tmp_path):
+@pytest.mark.parametrize("target_modules", ["all-linear", None])
+def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
     class Costly(Toy):
         made = 0
 
         def build_model(self):
+            model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
             if not self.is_base_in_checkpoint:
                 type(self).made += 1
                 torch.manual_seed(self.made)  # as if it could not be made again
-            return super().build_model()
-
-    whole = run(tmp_path, make(Costly, save_base=True))
-    path = tmp_path / "step=20.ckpt"
-    resumed = run(tmp_path, Costly.load_from_checkpoint(path, optimizer=lambda p: AdamW(p, lr=1e-2)), ckpt_path=path)
-    assert Costly.made == 1
-    assert_bit_equal(weights(resumed), weights(whole))
-    assert_bit_equal(weights(resumed.merged_model(links=0)), weights(whole.merged_model(links=0)))
-    assert_bit_equal(weights(run(tmp_path, make(Costly), ckpt_path=path)), weights(whole))
-    assert Costly.made == 2  # without being told, it is made, and then replaced by what the checkpoint holds
-
-
-@pytest.mark.parametrize("target_modules", ["all-linear", None])
-def test_a_saved_base_is_whole(tmp_path, target_modules):
-    class Trained(Toy):
-        def build_model(self):
-            model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
-            if not self.is_base_in_checkpoint:
+                model[0].reset_parameters()
                 model.train()(torch.randn(32, 8))  # moves the buffers
             return model
 
-    module = toy(Trained, target_modules=target_modules, save_base=True)
+    module, chain = make(Costly, target_modules=target_modules, save_base=True), CHAIN if target_modules else {}
     module.configure_model()
-    x = next(iter(batches()))[0]
-    base = module.merged_model().eval()(x)
-    run(tmp_path, module, chain={"every_n_epochs": 1} if target_modules else {})
-    assert not torch.equal(module.model[1].running_mean, module.merged_model(0)[1].running_mean)
-    loaded = Trained.load_from_checkpoint(
-        tmp_path / "step=30.ckpt", **ARGUMENTS | {"target_modules": target_modules, "rank": 2}
-    )
-    assert_bit_equal(weights(loaded), weights(module))
-    for one in (module, loaded):
-        assert torch.equal(one.merged_model(0).eval()(x), base)
+    base = weights(module.merged_model().eval())
+    run(tmp_path, module, chain=chain)
+    path = tmp_path / "step=20.ckpt"
+    resumed = Costly.load_from_checkpoint(path, optimizer=lambda p: AdamW(p, lr=1e-2))
+    run(tmp_path, resumed, ckpt_path=path, chain=chain)
+    assert Costly.made == 1
+    assert not torch.equal(module.model[1].running_mean, base["1.running_mean"])
+    for one in (module, resumed):
+        assert_bit_equal(weights(one), weights(module))
+        assert_bit_equal(weights(one.merged_model(0)), base)
+    again = run(tmp_path, make(Costly, target_modules=target_modules), ckpt_path=path, chain=chain)
+    assert_bit_equal(weights(again), weights(module))
+    assert Costly.made == 2  # without being told, it is made, and then replaced by what the checkpoint holds
     if target_modules is None:
         with pytest.raises(UserError, match=r"model\.target_modules"):
-            run(tmp_path, toy(Trained), ckpt_path=tmp_path / "step=30.ckpt", chain={})
+            run(tmp_path, make(Costly), ckpt_path=path, chain={})
         with pytest.raises(UserError, match="received null"):
             module.tie_knot()
 
 
 def test_modules_trained_whole_and_buffers_come_along(tmp_path):
-    class WithHead(Toy):
-        def build_model(self):
-            return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
-
-    arguments = {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 6, "seed": 0}
-    whole = run(tmp_path, toy(WithHead, **arguments))
-    loaded = WithHead.load_from_checkpoint(tmp_path / "step=30.ckpt", **arguments, alpha=4)
+    whole = run(tmp_path, toy(Normed, **(how := {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 6})))
+    loaded = Normed.load_from_checkpoint(tmp_path / "step=30.ckpt", **how)
     assert_bit_equal(weights(loaded), weights(whole))
     buffers = {f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(whole.chain.links[0].extras) == {"3.weight", "3.bias"} | buffers
@@ -241,19 +214,18 @@ def test_modules_trained_whole_and_buffers_come_along(tmp_path):
         whole.merged_model(5)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.float32), ("64-true", torch.float64)])
-def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype):
-    data = torch.float64 if precision == "64-true" else torch.bfloat16
-    module = run(
-        tmp_path, toy(target_modules=["0"]), loader=batches(dtype=data), precision=precision, chain={"every_n_epochs": 1}
-    )
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"), [("bf16-true", torch.float32, 2e-2), ("64-true", torch.float64, 1e-12)]
+)
+def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype, tolerance):
+    module, fit = toy(target_modules=["0"], rank=6), trainer(tmp_path, chain=CHAIN, max_epochs=3, precision=precision)
+    fit.fit(module, batches())
     x = next(iter(batches(dtype=dtype)))[0]
     for links in range(4):
         merged = module.merged_model(links)
-        assert {p.dtype for p in merged.parameters()} == {dtype}
-        assert merged(x).dtype == dtype
-    tolerance = 1e-12 if precision == "64-true" else 2e-2
-    torch.testing.assert_close(merged(x), module.model(x.to(data)).to(dtype), rtol=tolerance, atol=tolerance)
+        assert {p.dtype for p in merged.parameters()} == {merged(x).dtype} == {dtype}
+    output = module.merged_model()(x)
+    torch.testing.assert_close(output, module.model(x.to(module.dtype)).to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_trained_outside_of_the_model_is_loaded_in_the_runs_precision(tmp_path):

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import transformers
-from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
@@ -178,36 +177,22 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         load_splits(str(tmp_path))
 
 
-def test_the_process_that_prepares_the_rows_of_many_reads_those_of_its_command(tmp_path):
-    """Rows without answers are for predict alone; ``str`` of Lightning's stage is not its name."""
-    source = write(tmp_path / "rows.jsonl", [{"prompt": "Is it?", "response": None}])
-    data = attach(TextDataModule(source, chat_template=False))
-    data.trainer.world_size, data.trainer.state = 2, TrainerState(fn=TrainerFn.PREDICTING)
-    data.prepare_data()
-    assert len(data.test) == 1
-
-
-ASKED = {"role": "user", "content": "Is it?"}
-
-
-@pytest.mark.parametrize(
-    ("row", "can_be_tested"),
-    [
+def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path):
+    asked = {"role": "user", "content": "Is it?"}
+    write(tmp_path / "train.jsonl", [{"text": "It was."}])
+    assert attach(TextDataModule(str(tmp_path))).can_be_tested  # by rows of the train split
+    for row, can_be_tested in [
         ({"text": "It was."}, True),
         ({"prompt": "Is it?", "response": "No"}, True),
         ({"prompt": "Is it?"}, False),
         ({"prompt": "Is it?", "response": None}, False),
-        ({"messages": [ASKED, {"role": "assistant", "content": "No"}]}, True),
-        ({"messages": [ASKED]}, False),
-    ],
-)
-def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path, row, can_be_tested):
-    write(tmp_path / "train.jsonl", [{"text": "It was."}])
-    assert attach(TextDataModule(str(tmp_path))).can_be_tested  # by rows of the train split
-    write(tmp_path / "own.jsonl", [row])
-    data = attach(TextDataModule(str(tmp_path), test_split="own"))
-    data.tokenizer.chat_template = tiny.CHAT
-    assert data.can_be_tested is can_be_tested
+        ({"messages": [asked, {"role": "assistant", "content": "No"}]}, True),
+        ({"messages": [asked]}, False),
+    ]:
+        write(tmp_path / "own.jsonl", [row])
+        data = attach(TextDataModule(str(tmp_path), test_split="own"))
+        data.tokenizer.chat_template = tiny.CHAT
+        assert data.can_be_tested is can_be_tested, row
 
 
 # ---------------------------------------------------------------------- the parts of one file
@@ -250,13 +235,7 @@ def test_a_size_beside_a_named_split_is_so_many_rows_of_that_split(tmp_path):
         write(tmp_path / f"{split}.jsonl", [{"text": f"{split} {k}"} for k in range(20)])
     data = attach(TextDataModule(str(tmp_path), val_split="held", val_size=5, test_split="dev", test_size=0.5))
     drawn = [[data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part] for part in parts(data)]
-    assert [(len(part), {text.partition(" ")[0] for text in part}) for part in drawn] == [
-        (20, {"train"}),
-        (5, {"held"}),
-        (10, {"dev"}),
-    ]
-    data.setup("predict")
-    assert [row.prompt for row in data.test] == sorted((text.strip() for text in drawn[2]), key=lambda text: int(text[4:]))
+    assert [Counter(text.partition(" ")[0] for text in part) for part in drawn] == [{"train": 20}, {"held": 5}, {"dev": 10}]
 
 
 def test_sizes_that_cannot_be_are_named(tmp_path):
@@ -273,8 +252,8 @@ def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path)
 
 @pytest.mark.parametrize("row", [{}, {"label": None}])
 def test_a_part_of_an_unlabelled_train_file_is_predicted(tmp_path, row):
-    write(tmp_path / "train.jsonl", [{"text": f"It was {k}."} | row for k in range(20)])
     data = classifier(str(tmp_path), "neg", "pos")
+    write(tmp_path / "train.jsonl", [{"text": f"It was {k}."} | row for k in range(20)])
     data.setup("predict")
     assert [row["labels"] for row in data.test] == [-100, -100]
 
@@ -350,13 +329,9 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["index"], row["target"]) for row in rows] == [(k, None) for k in range(5)]
 
-    expected = dict(enumerate(sorted(VERDICTS)))
     for format_ in ("merged", "peft", "chain"):
         assert main(["export", "--checkpoint", test[-1], "--format", format_, "--output", format_]) == 0
-    config = json.loads(Path("merged", "config.json").read_text())
-    assert config["id2label"] == {str(place): name for place, name in expected.items()}
-    assert config["label2id"] == {name: place for place, name in expected.items()}
-    predicted = transformers.pipeline("text-classification", model="merged")(texts[:5])
-    assert [row["label"] for row in predicted] == [row["prediction"] for row in rows]
-    labels = json.loads(Path("peft", "labels.json").read_text())
-    assert labels == list(expected.values()) == Chain.load("chain").base.labels
+    classify = transformers.pipeline("text-classification", model="merged")
+    assert [row["label"] for row in classify(texts[:5])] == [row["prediction"] for row in rows]
+    assert classify.model.config.label2id == {name: place for place, name in enumerate(sorted(VERDICTS))}
+    assert json.loads(Path("peft", "labels.json").read_text()) == sorted(VERDICTS) == Chain.load("chain").base.labels
