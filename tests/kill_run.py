@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning_utilities.core.apply_func import apply_to_collection
 
 Hook = Literal["batch start", "backward", "optimizer step", "batch end", "validation", "checkpoint"]
 
@@ -94,11 +95,6 @@ class Recorder(Callback):
 
 
 def digest(batch):
-    """A hash of a batch, tensors by their bytes."""
-    if isinstance(batch, torch.Tensor):
-        described = f"{batch.dtype} {tuple(batch.shape)}".encode() + batch.numpy().tobytes()
-    elif isinstance(batch, dict | list | tuple):
-        described = repr([digest(part) for part in (batch.items() if isinstance(batch, dict) else batch)]).encode()
-    else:
-        described = repr(batch).encode()
-    return hashlib.sha256(described).hexdigest()[:16]
+    """A hash of a batch, tensors by their values."""
+    plain = apply_to_collection(batch, torch.Tensor, lambda tensor: (str(tensor.dtype), tensor.tolist()))
+    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]

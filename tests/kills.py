@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -129,8 +128,7 @@ def prepare(setup, folder):
     """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
     (folder / "config.yaml").write_text(SETUPS[setup])
     if setup == "llama":
-        config = Path(tiny.folder(folder / "model", "llama"), "config.json")
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+        tiny.folder(folder / "model", "llama", attention_dropout=0.1)
         (folder / "rows").mkdir()
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]

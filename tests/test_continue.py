@@ -73,30 +73,12 @@ def test_inside_a_link_the_rate_goes_on_where_it_stood(tmp_path, scope):
     assert module.live_link().start_step == 40
 
 
-def test_another_module_on_the_same_trainer_begins_where_that_stands(tmp_path):
-    run, second = fitted(tmp_path, make(), 2, 3), make()
-    run.fit_loop.max_epochs = 5
-    run.fit(second, batches())
-    assert second.link_start == (4, 40)
-    assert [(link.start_step, link.end_step) for link in second.chain.links] == [(30, 40)]
-
-
 def test_another_rank_or_alpha_of_a_link_that_has_been_trained_is_refused(tmp_path):
     module = make()
     trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches())
     for chain in ({"ranks": [1]}, {"alphas": [8]}):
         with pytest.raises(UserError, match=r"chain\.ranks"):
             trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
-
-
-def test_a_link_that_is_new_begins_as_the_schedule_says(tmp_path):
-    first = make()
-    fitted(tmp_path, first, 1, 3)
-    first.chain.save(tmp_path / "chain")
-    module = make(init_chain=str(tmp_path / "chain"))
-    module.configure_model()  # before there is a schedule
-    trainer(tmp_path, chain={"ranks": [2, 2, 1], "alphas": [4, 4, 9]}, max_epochs=1).fit(module, batches())
-    assert (module.live_link().rank, module.live_link().alpha) == (1, 9)
 
 
 def test_a_links_metrics_are_of_its_own_validations(tmp_path):

@@ -177,24 +177,6 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         load_splits(str(tmp_path))
 
 
-def test_test_needs_a_text_a_response_or_a_last_turn_of_the_assistants(tmp_path):
-    asked = {"role": "user", "content": "Is it?"}
-    write(tmp_path / "train.jsonl", [{"text": "It was."}])
-    assert attach(TextDataModule(str(tmp_path))).can_be_tested  # by rows of the train split
-    for row, can_be_tested in [
-        ({"text": "It was."}, True),
-        ({"prompt": "Is it?", "response": "No"}, True),
-        ({"prompt": "Is it?"}, False),
-        ({"prompt": "Is it?", "response": None}, False),
-        ({"messages": [asked, {"role": "assistant", "content": "No"}]}, True),
-        ({"messages": [asked]}, False),
-    ]:
-        write(tmp_path / "own.jsonl", [row])
-        data = attach(TextDataModule(str(tmp_path), test_split="own"))
-        data.tokenizer.chat_template = tiny.CHAT
-        assert data.can_be_tested is can_be_tested, row
-
-
 # ---------------------------------------------------------------------- the parts of one file
 
 
@@ -259,19 +241,6 @@ def test_a_part_of_an_unlabelled_train_file_is_predicted(tmp_path, row):
 
 
 # ---------------------------------------------------------------------- rows as tokens
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
-def test_several_processes_make_the_same_rows(tmp_path):
-    source = write(tmp_path / "rows.csv", labelled(40))
-    alone, together = (attach(TextDataModule(source, num_proc=num_proc)) for num_proc in (None, 2))
-    alone.setup("fit")
-    datasets.disable_caching()
-    try:
-        together.setup("fit")
-    finally:
-        datasets.enable_caching()
-    assert together.train[:] == alone.train[:]
 
 
 def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(tmp_path):

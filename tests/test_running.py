@@ -70,12 +70,17 @@ def test_a_knot_of_a_rolling_chain_compiles_nothing(tmp_path, graphs, mode):
 
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
-def test_each_rank_is_compiled_once_for_training_and_once_for_validation(tmp_path, graphs, mode):
-    chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}
+def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loaded_as_any_other(tmp_path, graphs, mode):
+    chain, x = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}, torch.randn(3, 8)
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
     assert len(graphs) == 2 * 2
     plain = fit(tmp_path / "plain", make(finished_links=mode), chain)
     torch.testing.assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
+    loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert not loaded.should_compile
+    torch.testing.assert_close(loaded.model(x), module.model(x))
+    assert len(graphs) <= 2 * 2 + 1  # the module's own, in evaluation without a trainer
 
 
 def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
@@ -91,18 +96,6 @@ def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
         assert len(graphs) <= n + 1
         for each in (module, plain):
             each.tie_knot()
-
-
-def test_a_compiled_module_is_kept_copied_and_loaded_as_any_other(tmp_path, graphs):
-    module = fit(tmp_path, make(compile=True), {"every_n_epochs": 1}, epochs=2)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert "model.first.lora_A" in state["state_dict"]
-    n, x = len(graphs), torch.randn(3, 8)
-    torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
-    loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    assert not loaded.should_compile
-    torch.testing.assert_close(loaded.model(x), module.model(x))
-    assert len(graphs) <= n + 1  # the module's own, in evaluation without a trainer
 
 
 def language_model(folder, architecture, **arguments):
@@ -132,12 +125,11 @@ def assert_same_gradients(mine, theirs):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_language_models_are_one_graph(tmp_path, graphs, architecture):
-    module = language_model(tmp_path, architecture, compile=True, finished_links="stack")
+def test_a_language_model_is_one_graph(tmp_path, graphs):
+    module = language_model(tmp_path, "llama", compile=True, finished_links="stack")
     loss_of(module).backward()
     assert len(graphs) == 1
-    plain = language_model(tmp_path, architecture, finished_links="stack")
+    plain = language_model(tmp_path, "llama", finished_links="stack")
     loss_of(plain).backward()
     assert_same_gradients(module, plain)
 

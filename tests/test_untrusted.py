@@ -3,13 +3,9 @@
 (That a configuration calls what it names is what each command of the other tests relies on.)
 """
 
-import contextlib
-import functools
-import http.server
 import json
 import os
 import pickle
-import threading
 from pathlib import Path
 
 import pytest
@@ -66,9 +62,15 @@ def rewritten(path, *, class_path=None, hyper_parameters=None, **init_args):
 # ---------------------------------------------------------------------- a model's own code
 
 
-@pytest.fixture
-def of_code(tmp_path, mark, monkeypatch):
-    """A checkpoint that names a model with code, and says that its code is to be trusted."""
+class SavingLM(COLACausalLM):
+    """Its arguments are Lightning's hyperparameters, too."""
+
+    def __init__(self, model_name, **arguments):
+        super().__init__(model_name, **arguments)
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(tmp_path, mark, monkeypatch, capsys):
     # transformers copies a model's files there before it imports them, as a module named after their folder.
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "cache")
@@ -78,35 +80,20 @@ def of_code(tmp_path, mark, monkeypatch):
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
     (base / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
-    return rewritten(path, trust_remote_code=True)
-
-
-@pytest.mark.parametrize("way", ["merged", "generate"])
-def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(of_code, tmp_path, mark, way, capsys):
-    words = ["generate", "--checkpoint", str(of_code), "--prompt", "The cat", "--max_new_tokens", "2"]
-    if way != "generate":
-        words = ["export", "--checkpoint", str(of_code), "--format", way, "--output", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert not mark.exists()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "trust_remote_code=True" in last
-    assert main([*words, "--trust_remote_code", "true"]) == 0
-    assert mark.exists()
-
-
-def test_nor_can_one_that_is_loaded_in_python_by_lightnings_hyperparameters_either(of_code, mark):
-    class SavingLM(COLACausalLM):
-        def __init__(self, model_name, **arguments):
-            super().__init__(model_name, **arguments)
-            self.save_hyperparameters()
-
+    rewritten(path, trust_remote_code=True)
+    generate = ["generate", "--checkpoint", str(path), "--prompt", "The cat", "--max_new_tokens", "2"]
+    export = ["export", "--checkpoint", str(path), "--format", "merged", "--output", str(tmp_path / "out")]
+    for words in (generate, export):
+        assert main(words) == 2
+        assert "trust_remote_code=True" in capsys.readouterr().err.splitlines()[-1]
     for cls in (COLAModule, COLACausalLM, SavingLM):
         with pytest.raises(UserError, match="trust_remote_code=True"):
-            cls.load_from_checkpoint(of_code)
+            cls.load_from_checkpoint(path)
     assert not mark.exists()
-    assert COLAModule.load_from_checkpoint(of_code, trust_remote_code=True).pretrained.trust_remote_code
+    for words in (generate, export):
+        assert main([*words, "--trust_remote_code", "true"]) == 0
     assert mark.exists()
+    assert COLAModule.load_from_checkpoint(path, trust_remote_code=True).pretrained.trust_remote_code
 
 
 # ---------------------------------------------------------------------- objects
@@ -122,30 +109,20 @@ class Executing:
         return os.mkdir, (str(self.mark),)
 
 
-@contextlib.contextmanager
-def served(folder):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.log_message = lambda *_: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
     path = fitted(tmp_path, toy(Toy))
     honest = path.rename(tmp_path / "honest.ckpt")
     torch.save(torch.load(honest, weights_only=True) | {"x": Executing(mark)}, path)
-    with served(tmp_path) as address, path.open("rb") as file:
-        for source in (path, f"file://{path}", f"{address}/run.ckpt", file):
+    with path.open("rb") as file:
+        for source in (path, f"file://{path}", file):
             with pytest.raises(REFUSED):
                 Toy.load_from_checkpoint(source)
-        for source in (path, f"{address}/run.ckpt"):
-            with pytest.raises(REFUSED):
-                trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
-        with pytest.raises(UserError):
-            read_chain(path)
-        assert Toy.load_from_checkpoint(f"{address}/honest.ckpt").link == 0
+    for source in (path, f"file://{path}"):
+        with pytest.raises(REFUSED):
+            trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
+    with pytest.raises(UserError):
+        read_chain(path)
+    assert Toy.load_from_checkpoint(f"file://{honest}").link == 0
     assert not mark.exists()
     Toy.load_from_checkpoint(path, weights_only=False)  # which says that the file is trusted
     assert mark.exists()
