@@ -1,6 +1,6 @@
 """What test_distributed.py runs on two processes, and the same on one.
 
-``torchrun ... distributed_run.py FOLDER JOB ...``; each process leaves what it holds in the folder.
+``distributed_run.py FOLDER JOB ...`` is started as torchrun does; each process leaves what it holds in the folder.
 """
 
 import os
@@ -13,8 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,20 +27,52 @@ from cola_lightning import (
     PredictionWriter,
     TemplateDataModule,
     UserError,
-    inject_lora,
     layout,
-    lora_layers,
 )
-from cola_lightning.chain.link import begin_link, record_link
-from cola_lightning.lora.layer import LoRALayer
-from cola_lightning.module.fsdp import without_trained
 from tests import tiny
 from tests.toy import trainer
 
 RANKS = [4, 2, 6, 3]
 ROLLING = {"chain": {"every_n_train_steps": 4, "refresh_rank": 2}}
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
+STACK = {"arguments": {"finished_links": "stack"}}
+KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
+LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)
+
+# Runs of four links, by names that end in their strategy: each is the run of one process, to rounding.
+SAME = {
+    "mlp-ddp": {"precision": "64-true"},
+    "mlp-stack-ddp": STACK | {"precision": "64-true"},
+    "llama-ddp": LLAMA_64,
+    "rolling-ddp": ROLLING | {"precision": "64-true"},
+    "rolling-fsdp2": ROLLING | {"arguments": {"finished_links": "stack"}},
+    "rolling-fsdp1": ROLLING | {"gradient_clip_val": None},
+    "kept-fsdp1": KEPT,
+    "kept-fsdp2": KEPT,
+    "whole-fsdp2": WHOLE,
+    "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
+    "mlp-fsdp1": {"gradient_clip_val": None},
+    "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
+    "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},
+    "llama-fsdp2": {"model": "llama"},
+}
+SAME |= {f"{model}-fsdp2": {"model": model} for model in ("mlp", "cnn", "gpt2")}
+SAME |= {f"{model}-stack-fsdp2": STACK | {"model": model} for model in ("mlp", "cnn", "gpt2")}
+
+# Runs of one process that no checkpoint interrupts.
+STAYED = {"stayed-64": LLAMA_64, "stayed": {"model": "llama"}, "unclipped": SAME["llama-fsdp1"], "stayed-whole": WHOLE}
+# What goes on from another's checkpoint, by names that end in the strategy: that checkpoint, and the run that stayed.
+MOVED = {
+    "ddp-single": ("llama-ddp.step6", "stayed-64"),
+    "ddp-single-ddp": ("ddp-single.step11", "stayed-64"),
+    "fsdp2-single": ("llama-fsdp2.step6", "stayed"),
+    "fsdp2-ddp": ("llama-fsdp2.step6", "stayed"),
+    "single-fsdp2": ("stayed.step6", "stayed"),
+    "single-fsdp1": ("unclipped.step6", "unclipped"),
+    "whole-fsdp2-single": ("whole-fsdp2.step6", "stayed-whole"),
+    "whole-single-fsdp2": ("stayed-whole.step6", "stayed-whole"),
+}
 
 
 def world():
@@ -104,15 +135,11 @@ class Idle(MLP):
         return Beside(*super().build_model(), nn.Linear(6, 6))
 
 
-class Outside(MLP):
-    """An MLP with a frozen layer behind its model."""
+class Diverse(MLP):
+    """Its validation loss falls on one process as it rises on the other, and stands still in the mean."""
 
-    def build_model(self):
-        self.fixed = nn.Linear(6, 7).requires_grad_(False)
-        return super().build_model()
-
-    def loss(self, batch):
-        return F.mse_loss(self.fixed(self.model(batch["x"])).mean(1), batch["y"].mean(1))
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
 
 
 class Decoder(MLP):
@@ -167,17 +194,21 @@ STRATEGIES = {
 def make(model, **arguments):
     targets = ["1", "4"] if model == "cnn" else "all-linear"
     arguments = {"target_modules": targets, "rank": 6, "alpha": 8, "seed": 1} | arguments
-    own = {"mlp": MLP, "idle": Idle, "cnn": CNN, "outside": Outside}
+    own = {"mlp": MLP, "idle": Idle, "cnn": CNN, "diverse": Diverse}
     return own[model](**arguments) if model in own else Decoder(model, **arguments)
+
+
+def trainer_by(strategy, folder, *callbacks, **options):
+    strategy = STRATEGIES[strategy]() if strategy in STRATEGIES else strategy
+    return trainer(folder, *callbacks, devices=world(), strategy=strategy, **options)
 
 
 def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=None, callbacks=(), arguments=None, **options):
     """Trains four links of four steps, and leaves checkpoints of steps 6, 11 and the last, and what each process holds."""
-    module = make(model, **arguments or {})
+    module, watch = make(model, **arguments or {}), Watch(folder, name)
     chain = {"every_n_train_steps": 4, "ranks": RANKS} if chain is None else chain
-    options = {"max_steps": 16, "gradient_clip_val": 0.5} | options
-    watch = Watch(folder, name)
-    made = trainer(folder, watch, *callbacks, chain=chain, devices=world(), strategy=STRATEGIES[strategy](), **options)
+    rule = chain if isinstance(chain, ChainOfLoRA) else ChainOfLoRA(**chain)
+    made = trainer_by(strategy, folder, *callbacks, watch, rule, **{"max_steps": 16, "gradient_clip_val": 0.5} | options)
     made.fit(module, datamodule=Data(), ckpt_path=ckpt_path and str(ckpt_path))
     made.save_checkpoint(folder / f"{name}.ckpt")
     torch.save(held(module) | {"losses": torch.tensor(watch.losses)}, folder / f"{name}.rank{made.global_rank}.pt")
@@ -226,112 +257,55 @@ class Sent(TorchDispatchMode):
 
 
 class SentAtEachStep(Callback):
-    """Notes what is sent at a knot, which comes first in a step, and in the rest of it."""
+    """Notes what is sent at each step, with the knot before it; it goes before the chain's callback."""
 
-    def setup(self, trainer, module, stage):
-        self.steps, self.now, tie_knot = [], None, module.tie_knot
-
-        def counted():
-            with Sent() as sent:
-                link = tie_knot()
-            self.steps.append(("knot", sent.messages))
-            return link
-
-        module.tie_knot = counted
+    def __init__(self):
+        self.sent = []
 
     def on_train_batch_start(self, *args):
-        self.now = Sent()
-        self.now.__enter__()
+        self.sent.append(Sent().__enter__())
 
     def on_train_batch_end(self, *args):
-        self.now.__exit__(None, None, None)
-        self.steps.append(("step", self.now.messages))
+        self.sent[-1].__exit__(None, None, None)
 
 
 def same(folder):
     """Every model, strategy and mode after four links."""
-    double = {"precision": "64-true"}
-    fit(folder, "mlp-ddp", strategy="ddp", **double)
-    fit(folder, "mlp-stack-ddp", strategy="ddp", arguments={"finished_links": "stack"}, **double)
-    fit(folder, "llama-ddp", "llama", "ddp", **double)
-    fit(folder, "rolling-ddp", strategy="ddp", **ROLLING, **double)
-    fit(folder, "rolling-fsdp2", strategy="fsdp2", arguments={"finished_links": "stack"}, **ROLLING)
-    fit(folder, "rolling-fsdp1", strategy="fsdp1", gradient_clip_val=None, **ROLLING)
-    fit(folder, "cnn-ddp", "cnn", "ddp", **double)
+    for name, how in SAME.items():
+        fit(folder, name, strategy=name.rpartition("-")[2], **how)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
-    for model in ("mlp", "cnn", "opt", "llama", "gpt2"):
-        for mode in ("merge", "stack"):
-            fit(folder, f"{model}-{mode}-fsdp2", model, "fsdp2", arguments={"finished_links": mode})
-    for strategy in ("fsdp2", "fsdp1"):
-        fit(folder, f"kept-{strategy}", strategy=strategy, arguments={"kept_optimizer_state": 0.5}, gradient_clip_val=None)
-    fit(folder, "whole-fsdp2", strategy="fsdp2", **WHOLE)
-    fit(folder, "idle-fsdp2", "idle", "fsdp2", arguments={"modules_to_save": ["3"]})
-    for model in ("mlp", "cnn", "llama", "outside"):
-        fit(folder, f"{model}-fsdp1", model, "fsdp1", gradient_clip_val=None)
+
+
+def moved(folder, *strategies):
+    """Goes on from checkpoints of other numbers of processes and other strategies."""
+    for name, (checkpoint, stayed) in MOVED.items():
+        if (strategy := name.rpartition("-")[2]) in strategies:
+            fit(folder, name, strategy=strategy, ckpt_path=folder / f"{checkpoint}.ckpt", **STAYED[stayed])
 
 
 def resumed(folder):
-    """Goes on from checkpoints of other numbers of processes and other strategies."""
-    double = {"precision": "64-true"}
-    path = folder / "dropped.step6.ckpt"
-    fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=path, arguments={"dropout": 0.2})
-    fit(folder, "ddp-single-ddp", "llama", "ddp", ckpt_path=folder / "ddp-single.step11.ckpt", **double)
-    fit(folder, "single-fsdp2", "llama", "fsdp2", ckpt_path=folder / "single.step6.ckpt")
-    fit(folder, "single-fsdp1", "llama", "fsdp1", ckpt_path=folder / "unclipped.step6.ckpt", gradient_clip_val=None)
-    fit(folder, "fsdp2-ddp", "llama", "ddp", ckpt_path=folder / "llama-merge-fsdp2.step6.ckpt")
-    fit(folder, "whole-single-fsdp2", "mlp", "fsdp2", ckpt_path=folder / "whole-single.step6.ckpt", **WHOLE)
-
-
-class Cast(MLP):
-    """Its gathered weights are in bfloat16, and stay so after a validation."""
-
-    def shard_model(self, mesh):
-        how = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16), "reshard_after_forward": False}
-        fully_shard(self.model[0], mesh=mesh, **how)
-        fully_shard(self.model, mesh=mesh, **how)
+    """The same on two processes."""
+    moved(folder, "ddp", "fsdp2", "fsdp1")
+    fit(folder, "dropped-resumed", strategy="ddp", ckpt_path=folder / "dropped.step6.ckpt", arguments={"dropout": 0.2})
 
 
 def used_again(folder):
-    """What a module and its Trainer can be used for after a fit; what cannot be is told in one line."""
+    """What a module and its Trainer can be used for after a fit by FSDP2: all but an export of its weights."""
     found = {}
-    chain, options = {"every_n_train_steps": 4}, {"devices": world(), "max_steps": 10, "num_sanity_val_steps": 0}
-    for name, module in {"merge": make("mlp"), "cast": Cast(rank=2, finished_links="stack", seed=1)}.items():
-        watch = Watch(folder, f"again-{name}")
-        made = trainer(folder, watch, chain=chain, strategy=STRATEGIES["fsdp2"](), **options)
+    for name in ("merge", "stack"):
+        module = make("mlp", finished_links=name)
+        made = trainer_by("fsdp2", folder, Watch(folder, f"again-{name}"), chain={"every_n_train_steps": 4}, max_steps=10)
         made.validate(module, datamodule=Data())
         made.fit(module, datamodule=Data())
         made.save_checkpoint(folder / f"again-{name}.ckpt")
         made.validate(module, datamodule=Data())
-        merged = {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
+        found |= {f"{name}, all": module.merged_model(), f"{name}, 1 link": module.merged_model(links=1)}
+        if made.is_global_zero:
+            module.export(folder / f"again-{name}", "chain")
         made.test(module, datamodule=Data(), ckpt_path=str(folder / f"again-{name}.step6.ckpt"))
-        found |= {what: model.state_dict() for what, model in (merged | {f"{name}, back": module.merged_model()}).items()}
-    single = make("mlp", finished_links="stack")
-    trainer(folder, chain=chain, strategy=STRATEGIES["fsdp1"](), **options).fit(single, datamodule=Data())
-    refusals = {"fsdp again": (single, "fsdp1", {}), "another precision": (module, "fsdp2", {"precision": "bf16-true"})}
-    for name, (again, strategy, how) in (refusals | {"another strategy": (module, "ddp", {})}).items():
-        try:
-            made = trainer(folder, chain=chain, strategy=STRATEGIES[strategy](), **options | how)
-            made.fit(again, datamodule=Data())
-        except UserError as error:
-            found[name] = str(error)
+        found[f"{name}, back"] = module.merged_model()
+    found = {name: model.state_dict() for name, model in found.items()}
     torch.save(found, folder / f"again.rank{torch.distributed.get_rank()}.pt")
-
-
-def exported(folder):
-    """What a sharded module writes: a chain, by one process, and nothing else."""
-    module, found = make("mlp"), {}
-    options = {"devices": world(), "max_steps": 6, "num_sanity_val_steps": 0}
-    made = trainer(folder, chain={"every_n_train_steps": 4}, strategy=STRATEGIES["fsdp2"](), **options)
-    made.fit(module, datamodule=Data())
-    made.save_checkpoint(folder / "exported.ckpt")
-    for format_ in ("merged", "peft"):
-        try:
-            module.export(folder / format_, format_)
-        except UserError as error:
-            found[format_] = str(error)
-    if made.is_global_zero:
-        module.export(folder / "chain", "chain")
-    torch.save(found, folder / f"exported.rank{made.global_rank}.pt")
 
 
 class Quantized(MLP):
@@ -354,22 +328,31 @@ class Stream(IterableDataset):
 
 def refused(folder):
     """What two processes say of what does not go together."""
+
+    def fit_again(module, strategy, **options):
+        trainer_by(strategy, folder, chain={}, max_steps=1, **options).fit(module, datamodule=Data())
+
+    wrapped, sharded = (make("mlp", finished_links="stack") for _ in range(2))
+    fit_again(wrapped, "fsdp1")
+    fit_again(sharded, "fsdp2")
+    rows = DataLoader(Stream(), batch_size=2)  # each process has rows of its own, and no index of them
     cases = {
-        "tensor parallelism": (make("mlp"), ModelParallelStrategy(1, 2)),
-        "4 bits": (Quantized(rank=2, finished_links="stack"), STRATEGIES["fsdp2"]()),
-        "fsdp, all trained": (make("mlp", target_modules=None), STRATEGIES["fsdp1"]()),
+        "tensor parallelism": lambda: fit_again(make("mlp"), ModelParallelStrategy(1, 2)),
+        "4 bits": lambda: fit_again(Quantized(rank=2, finished_links="stack"), "fsdp2"),
+        "fsdp1, all trained": lambda: fit_again(make("mlp", target_modules=None), "fsdp1"),
+        "fsdp1 again": lambda: fit_again(wrapped, "fsdp1"),
+        "another strategy": lambda: fit_again(sharded, "ddp"),
+        "another precision": lambda: fit_again(sharded, "fsdp2", precision="bf16-true"),
+        "merged": lambda: sharded.export(folder / "merged", "merged"),
+        "peft": lambda: sharded.export(folder / "peft", "peft"),
+        "no index": lambda: trainer_by("ddp", folder, PredictionWriter()).predict(make("mlp"), rows),
     }
     found = {}
-    for name, (module, strategy) in cases.items():
+    for name, do in cases.items():
         try:
-            trainer(folder, chain={}, devices=world(), strategy=strategy, max_steps=1).fit(module, datamodule=Data())
+            do()
         except UserError as error:
-            found[name] = str(error)
-    try:  # each process has rows of its own, and no index of them
-        own = trainer(folder, PredictionWriter(), devices=world(), strategy=STRATEGIES["ddp"]())
-        own.predict(make("mlp"), DataLoader(Stream(), batch_size=2))
-    except UserError as error:
-        found["no index"] = str(error)
+            found[name] = str(error).partition(":")[0]
     torch.save(found, folder / f"refused.rank{torch.distributed.get_rank()}.pt")
 
 
@@ -387,19 +370,11 @@ def killed(folder):
 
 
 def counted(folder):
-    """What is sent at each step, by strategy and model; a knot falls at step 4."""
+    """What is sent at each step, by strategy; a knot falls at step 4."""
     for strategy in ("ddp", "fsdp2"):
-        for model in ("mlp", "gpt2"):
-            sent = SentAtEachStep()
-            fit(folder, f"counted-{model}-{strategy}", model, strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
-            torch.save(sent.steps, folder / f"counted-{model}-{strategy}.sent")
-
-
-class Diverse(MLP):
-    """Its validation loss falls on one process as it rises on the other."""
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", (2.0 * self.global_rank - 1) * self.trainer.global_step)
+        sent = SentAtEachStep()
+        fit(folder, f"counted-{strategy}", "gpt2", strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
+        torch.save([step.messages for step in sent.sent], folder / f"counted-{strategy}.sent")
 
 
 class OwnRule(ChainOfLoRA):
@@ -410,26 +385,18 @@ class OwnRule(ChainOfLoRA):
 
 
 def plateau(folder):
-    """Knots by a metric that is another on each process, and stands still in the mean."""
+    """Knots by that loss."""
     for name, rule in {"plateau": ChainOfLoRA(patience=1), "own rule": OwnRule()}.items():
-        module = Diverse(target_modules="all-linear", rank=2, alpha=4, seed=1, lr_schedule="constant")
-        options = {"devices": world(), "strategy": STRATEGIES["ddp"](), "max_epochs": 4}
-        made = trainer(folder, rule, **options)
-        made.fit(module, datamodule=Data())
-        left = {"knots": [link.end_step for link in module.chain.links], "own": float(made.callback_metrics["val_loss"])}
-        torch.save(left | {"weights": held(module)}, folder / f"{name}.rank{made.global_rank}.pt")
+        how = {"arguments": {"lr_schedule": "constant"}, "max_steps": -1, "max_epochs": 4}
+        fit(folder, name, "diverse", "ddp", chain=rule, **how)
 
 
 def predicted(folder):
     """A run whose seed the first process draws, with dropout; what it predicts, by each strategy."""
     for strategy in ("ddp", "fsdp2"):
-        module = make("mlp", seed=None, dropout=0.2)
-        options = {"devices": world(), "strategy": STRATEGIES[strategy](), "max_steps": 10}
-        made = trainer(folder / strategy, PredictionWriter(), chain={"every_n_train_steps": 4}, **options)
-        made.fit(module, datamodule=Data())
-        made.save_checkpoint(folder / strategy / "predicted.ckpt")
-        made.predict(module, datamodule=Data())
-        torch.save(held(module), folder / strategy / f"rank{made.global_rank}.pt")
+        how = {"arguments": {"seed": None, "dropout": 0.2}, "callbacks": [PredictionWriter()]}
+        module = fit(folder / strategy, "predicted", "mlp", strategy, **how)
+        module.trainer.predict(module, datamodule=Data())
 
 
 def written(folder):
@@ -437,85 +404,10 @@ def written(folder):
     for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):
         module = COLACausalLM(str(folder / "model"), target_modules=["q_proj"], rank=2, seed=0)
         data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=4)
-        options = {"devices": world(), "strategy": STRATEGIES[strategy]()}
-        made = trainer(folder / f"written-{strategy}", PredictionWriter(), chain={}, **options)
+        made = trainer_by(strategy, folder / f"written-{strategy}", PredictionWriter(), chain={})
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
+        assert metrics.keys() == {"val_loss", "val_f1", "val_exact_match"}
         made.predict(module, datamodule=data)
-        (folder / f"written-{strategy}").mkdir(exist_ok=True)  # the other process may not have
-        torch.save(metrics, folder / f"written-{strategy}" / f"rank{made.global_rank}.pt")
-
-
-def merges(folder):
-    """A link merged shard by shard, into layers of many sizes, against one merged into the whole weight."""
-    from transformers.pytorch_utils import Conv1D
-
-    mesh = init_device_mesh("cpu", (world(),))
-    found = {}
-    for n_in, n_out, rank in ((8, 13, 6), (16, 63, 3), (5, 1, 1), (1, 5, 1), (48, 32, 8), (7, 7, 7)):
-        for kind in (nn.Linear, lambda n_in, n_out: Conv1D(n_out, n_in), lambda n_in, n_out: nn.Conv2d(n_in, n_out, (3, 2))):
-            layers = []
-            for is_sharded in (False, True):
-                torch.manual_seed(0)
-                model = nn.Sequential(kind(n_in, n_out))
-                inject_lora(model, ["0"], rank, alpha=3)
-                nn.init.normal_(model[0].lora_B)
-                if is_sharded:
-                    with without_trained(model):
-                        fully_shard(model, mesh=mesh)
-                with Sent() as sent:
-                    model[0].finish()
-                model[0].reset(torch.Generator().manual_seed(5))
-                layers.append(model[0])
-            whole, parts = layers
-            name = f"{type(whole).__name__} {n_in} x {n_out}"
-            rows = parts.weight.to_local().shape[0]
-            gathered = layout.gather(parts.weight)
-            found[name] = torch.equal(whole.weight, gathered), torch.equal(whole.lora_A, parts.lora_A), sent.messages, rows
-    torch.save(found, folder / f"merges.rank{torch.distributed.get_rank()}.pt")
-
-
-def by_hand(wrap):
-    """Four links of an MLP, trained without Lightning; ``wrap`` gives what computes, and how its units are gone through."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(8, 13), nn.Tanh()), nn.Linear(13, 6))
-    inject_lora(model, "all-linear", rank=6, alpha=8)
-    layers, links = lora_layers(model), []
-    wrapped = wrap(model)
-    x, y = (torch.randn(64, size, generator=torch.Generator().manual_seed(3)) for size in (8, 6))
-    rank = int(os.environ.get("RANK", "0"))
-    for index, link_rank in enumerate(RANKS):
-        begin_link(layers, 1, index, link_rank, 8)
-        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        for step in range(4):
-            rows = slice(8 * step, 8 * step + 8)
-            loss = F.mse_loss(wrapped(x[rows][rank :: world()]), y[rows][rank :: world()])
-            optimizer.zero_grad()
-            loss.backward()
-            if world() > 1:
-                layout.average_([parameter.grad for parameter in trained])
-            optimizer.step()
-        links.append(record_link(layers, index=index, start_step=0, end_step=4))
-        for modules in layout.units(wrapped):
-            for layer in modules:
-                if isinstance(layer, LoRALayer):
-                    layer.finish()
-    weights = {}
-    for modules in layout.units(wrapped):
-        weights |= {name: layout.gather(layer.weight) for name, layer in layers.items() if layer in modules}
-    return weights | {f"{k}.{name}": link.delta(name) for k, link in enumerate(links) for name in layers}
-
-
-def fsdp1(folder):
-    """FSDP1 without Lightning, a unit for the first layer and one for what is left."""
-
-    def wrap(model):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        how = {"ignored_states": trained, "use_orig_params": True, "device_id": torch.device("cpu")}
-        model[0] = FullyShardedDataParallel(model[0], **how)
-        return FullyShardedDataParallel(model, **how)
-
-    torch.save(by_hand(wrap), folder / f"fsdp1.rank{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

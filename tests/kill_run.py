@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning_utilities.core.apply_func import apply_to_collection
 
 Hook = Literal["batch start", "backward", "optimizer step", "batch end", "validation", "checkpoint"]
 
@@ -39,15 +40,9 @@ class Recorder(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.place = (trainer.current_epoch, batch_idx)
+        counters = {"epoch": trainer.current_epoch, "batch": batch_idx, "global_step": trainer.global_step, "link": module.link}
         rates = [group["lr"].hex() for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.begun = {
-            "epoch": trainer.current_epoch,
-            "batch": batch_idx,
-            "global_step": trainer.global_step,
-            "link": module.link,
-            "rates": rates,  # now, for at the batch's end they are the next step's
-            "rows": digest(batch),
-        }
+        self.begun = {**counters, "rates": rates, "rows": digest(batch)}  # now: at the batch's end they are the next step's
         self._reach("batch start")
 
     def on_after_backward(self, trainer, module):
@@ -89,8 +84,7 @@ class Recorder(Callback):
 
     def _saving_by_halves(self, save):
         def save_by_halves(obj, file, *arguments, **keywords):
-            buffer = io.BytesIO()
-            save(obj, buffer, *arguments, **keywords)
+            save(obj, buffer := io.BytesIO(), *arguments, **keywords)
             half = len(buffer.getvalue()) // 2
             file.write(buffer.getvalue()[:half])
             file.flush()
@@ -101,17 +95,6 @@ class Recorder(Callback):
 
 
 def digest(batch):
-    """A hash of a batch, tensors by their bytes."""
-    result = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            result.update(f"{value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-        elif isinstance(value, dict | list | tuple):
-            for part in value.items() if isinstance(value, dict) else value:
-                add(part)
-        else:
-            result.update(repr(value).encode())
-
-    add(batch)
-    return result.hexdigest()[:16]
+    """A hash of a batch, tensors by their values."""
+    plain = apply_to_collection(batch, torch.Tensor, lambda tensor: (str(tensor.dtype), tensor.tolist()))
+    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,15 @@ from tests.run_comparison import differences_of_checkpoints, differences_of_reco
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
 SECONDS = 120  # a run takes ten
+
+TRAINER = """trainer:
+  max_epochs: 3
+  accelerator: cpu
+  val_check_interval: 0.5
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
 
 # Batches 0 to 6 of an epoch: windows of 0-2, 3-5 and 6, validations after 2 and 5; knots in the middle of epochs, at the
 # batches 3 of epoch 1 and 6 of epoch 2.
@@ -37,17 +45,8 @@ data:
   class_path: benchmarks.digits_model.DigitsDataModule
   init_args: {batch_size: 16, num_workers: 2}
 chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
-trainer:
-  max_epochs: 3
-  accelerator: cpu
-  limit_train_batches: 7
-  limit_val_batches: 3
-  val_check_interval: 0.5
-  accumulate_grad_batches: 3
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
 """
+DIGITS += TRAINER + "  accumulate_grad_batches: 3\n  limit_train_batches: 7\n  limit_val_batches: 3\n"
 
 # Batches 0 to 5 of an epoch: windows of 0-1, 2-3 and 4-5, validations after 2, inside a window, and after 5; knots between
 # epochs.
@@ -67,15 +66,8 @@ data:
   class_path: PromptDataModule
   init_args: {task: SST2, source: ../rows, batch_size: 4, train_size: 24, val_size: 12, test_size: 10, num_workers: 2}
 chain: {every_n_epochs: 1}
-trainer:
-  max_epochs: 3
-  accelerator: cpu
-  val_check_interval: 0.5
-  accumulate_grad_batches: 2
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
 """
+LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
 
 # The same knots, each of which finishes one of two components.
 ROLLING = DIGITS.replace("ranks: [2, 1, 2]", "refresh_rank: 1")
@@ -136,8 +128,7 @@ def prepare(setup, folder):
     """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
     (folder / "config.yaml").write_text(SETUPS[setup])
     if setup == "llama":
-        config = Path(tiny.folder(folder / "model", "llama"), "config.json")
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+        tiny.folder(folder / "model", "llama", attention_dropout=0.1)
         (folder / "rows").mkdir()
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]

@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cola_lightning import ChainOfLoRA, COLAModule, lora_layers
+from cola_lightning import COLAModule, lora_layers
 from cola_lightning.chain.store import VERSION
+from tests.toy import trainer
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+ARGUMENTS = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
 
 
 class Fixed(COLAModule):
@@ -49,7 +52,7 @@ def inputs():
 
 def main():
     """Three links of ranks 3, 1 and 2 each, with a head that is trained whole."""
-    module = Fixed(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
+    module = Fixed(**ARGUMENTS)
     module.configure_model()
     for link, (rank, alpha) in enumerate([(1, 4.0), (2, 8.0), (3, 6.0)]):
         for place, layer in enumerate(lora_layers(module.model).values()):
@@ -58,25 +61,14 @@ def main():
         fill(module.model[4].weight, link)
         if link < 2:
             module.tie_knot(rank=rank, alpha=alpha)
-    chain = module.full_chain()
-    chain.save(FIXTURES / f"chain-{VERSION}", overwrite=True)
-    write_logits(module, FIXTURES / f"chain-{VERSION}.logits.json")
-    module = Trained(target_modules=["0", "2"], modules_to_save=["4"], rank=3, alpha=6, seed=0)
-    trainer = Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        callbacks=[ChainOfLoRA(every_n_epochs=1, ranks=[3, 1, 2])],
-        logger=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, DataLoader(inputs(), batch_size=2))
-    trainer.save_checkpoint(FIXTURES / f"checkpoint-{VERSION}.ckpt")
-    write_logits(module, FIXTURES / f"checkpoint-{VERSION}.logits.json")
-
-
-def write_logits(module, path):
-    logits = [module.merged_model(links)(inputs()).tolist() for links in range(4)]
-    path.write_text(json.dumps(logits) + "\n")
+    module.full_chain().save(FIXTURES / f"chain-{VERSION}", overwrite=True)
+    trained = Trained(**ARGUMENTS)
+    run = trainer(Path(), chain={"every_n_epochs": 1, "ranks": [3, 1, 2]}, max_epochs=3)
+    run.fit(trained, DataLoader(inputs(), batch_size=2))
+    run.save_checkpoint(FIXTURES / f"checkpoint-{VERSION}.ckpt")
+    for made, kind in ((module, "chain"), (trained, "checkpoint")):
+        logits = [made.merged_model(links)(inputs()).tolist() for links in range(4)]
+        (FIXTURES / f"{kind}-{VERSION}.logits.json").write_text(json.dumps(logits) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from cola_lightning import Chain, Link, UserError
-from cola_lightning.chain import BaseIdentity
+from cola_lightning import UserError
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.cli import main
 from cola_lightning.cli.export import export
 from tests.toy import ValidatedToy, batches, toy, trainer
 
@@ -23,10 +21,6 @@ CHAIN = {"every_n_train_steps": 2}
 
 
 class Predicting(ValidatedToy):
-    """The toy with all that a trainer can be asked for."""
-
-    test_step = ValidatedToy.validation_step
-
     def predict_step(self, batch, batch_idx):
         return self.model(batch[0])
 
@@ -43,167 +37,82 @@ def assert_same(mine, theirs):
         assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())
 
 
-def damages(path, n=400):
-    """Writes a file n times with 1 to 6 of its bytes changed, or with its end cut off; and then as it was."""
-    whole, rng = path.read_bytes(), random.Random(0)
-    for _ in range(n):
-        if rng.random() < 0.2:
-            path.write_bytes(whole[: rng.randrange(len(whole))])
-        else:
-            data = bytearray(whole)
-            for _ in range(rng.randint(1, 6)):
-                data[rng.randrange(len(data))] ^= rng.randint(1, 255)
-            path.write_bytes(data)
-        yield
-    path.write_bytes(whole)
+def assert_usable(chain, theirs):
+    """Each value is of its type; it may be another than that of the undamaged chain."""
+    for link in chain.links:
+        values = link.index, link.rank, link.alpha, link.start_step, link.end_step, *link.metrics.values()
+        assert [type(value) for value in values] == [int, int, float, int, int] + [float] * len(link.metrics)
+        link.norm()
+    assert all(isinstance(text, str) for text in (chain.base.name, chain.base.fingerprint, *chain.base.dtypes))
+    assert all(type(norm) is float for norm in chain.base.weight_norms.values())
+    assert all(isinstance(value, str | None) for value in chain.base.values.values())
 
 
-def n_refused(damaged, read, check):
-    """Of how many damages a file is refused; those that it can be read with must do no harm."""
-    n = 0
-    for _ in damaged:
-        try:
-            chain = read()
-        except UserError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-            n += 1
-        else:
-            check(chain)
-    return n
+# ---------------------------------------------------------------------- what is stored
 
 
-# ---------------------------------------------------------------------- checkpoints
+ARGUMENTS = {"target_modules": ["0"], "modules_to_save": ["2"]}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fitted")
+def make(**arguments):
+    return toy(Predicting, **ARGUMENTS | arguments)
+
+
+def write_checkpoint(folder, **arguments):
     run = trainer(folder, chain=CHAIN, max_epochs=1)
-    run.fit(toy(Predicting), batches(), batches(2))
+    run.fit(make(**arguments), batches(), batches(2))
     run.save_checkpoint(folder / "end.ckpt")
     return folder / "end.ckpt"
 
 
-def test_a_damaged_checkpoint_is_refused_or_unharmed(checkpoint, tmp_path):
-    path, whole = tmp_path / "copy.ckpt", read_chain(checkpoint)
-    shutil.copy(checkpoint, path)
-    assert n_refused(damages(path), lambda: read_chain(path), lambda chain: assert_same(chain, whole)) >= 300
+def write_chain(folder):
+    read_chain(write_checkpoint(folder)).save(folder / "chain")
+    return folder / "chain"
 
 
-def spoil_a_factor(path):
-    """Changes one bit of one value of the first link's A, which no parser can see."""
-    data = path.read_bytes()
-    value = read_chain(path).links[0].factors["0"][0].numpy().tobytes()
-    place = data.index(value) + 2
-    path.write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :])
+def write_adapter(folder):
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["0", "2"], rank_pattern={"2": 5}, alpha_pattern={"^0": 9})
+    get_peft_model(toy().merged_model(0), config).save_pretrained(folder / "peft")
+    return folder / "peft"
 
 
-ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
-
-
-def evaluated(name, chain):
-    return lambda path: getattr(trainer(path.parent, chain=chain), name)(toy(Predicting), batches(2), ckpt_path=path)
-
-
-def resumed(path):
-    return trainer(Path(), chain=CHAIN, max_epochs=2).fit(toy(Predicting), batches(), batches(2), ckpt_path=path)
-
-
-def opened(path):
-    return io.BytesIO(path.read_bytes())
-
-
-READERS = {
-    "load_from_checkpoint": Predicting.load_from_checkpoint,
-    "load_from_checkpoint, an open file": lambda path: Predicting.load_from_checkpoint(
-        io.BytesIO(path.read_bytes()), **ARGUMENTS
-    ),
-    "load_from_checkpoint, an address": lambda path: Predicting.load_from_checkpoint(f"file://{path}", **ARGUMENTS),
-    "init_chain": lambda path: toy(init_chain=str(path)).configure_model(),
-    "export": lambda path: export(
-        ["--checkpoint", str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"]
-    ),
-    "fit": resumed,
-    "fit, from an address": lambda path: resumed(f"file://{path}"),
-}
-READERS |= {f"{name}, {chain}": evaluated(name, chain) for name in ("validate", "test", "predict") for chain in (None, CHAIN)}
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_wherever_a_checkpoint_is_read_a_changed_bit_is_seen(checkpoint, tmp_path, monkeypatch, reader):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "copy.ckpt"
-    shutil.copy(checkpoint, path)
-    READERS[reader](path)
-    spoil_a_factor(path)
-    with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*damaged"):
-        READERS[reader](path)
-
-
-def test_a_checkpoints_name_may_begin_with_a_tilde(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(checkpoint, "~nobody's.ckpt")
-    assert len(read_chain("~nobody's.ckpt")) == len(read_chain(checkpoint))
-    Predicting.load_from_checkpoint("~nobody's.ckpt")
-
-
-def test_a_checkpoint_of_another_kind_is_refused(checkpoint, tmp_path):
-    path = tmp_path / "foreign.ckpt"
-    for state in (None, [], 3):
-        torch.save({"cola": state}, path)
-        with pytest.raises(UserError, match=r"expected .*foreign.ckpt"):
-            read_chain(path)
-    torch.save(torch.load(checkpoint, weights_only=True), path, _use_new_zipfile_serialization=False)  # torch's old format
-    for read in (read_chain, READERS["fit"]):
-        with pytest.raises(UserError, match=r"expected a checkpoint file, received '.*foreign.ckpt'.*not a zip file"):
-            read(path)
-
-
-def test_a_checkpoint_is_whole_whatever_torch_is_told_of_checksums(checkpoint, tmp_path):
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        run = trainer(tmp_path, chain=CHAIN, max_steps=2)
-        run.fit(toy(), batches())
-        run.save_checkpoint(tmp_path / "end.ckpt")
-    finally:
-        torch.serialization.set_crc32_options(before)
-    assert len(read_chain(tmp_path / "end.ckpt")) == 1
-
-
-# ---------------------------------------------------------------------- chain folders
+def write_chain_as_adapter(folder):
+    checkpoint = write_checkpoint(folder, target_modules="all-linear", modules_to_save=[])
+    export(["--checkpoint", str(checkpoint), "--format", "peft", "--output", str(folder / "peft")])
+    return folder / "peft"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("chain") / "chain"
-    generator = torch.Generator().manual_seed(0)
-    links = [
-        Link(
-            index=k,
-            rank=rank,
-            alpha=4.0 + k,
-            start_step=10 * k,
-            end_step=10 * k + 10,
-            factors={
-                name: (torch.randn(rank, 4, generator=generator), torch.randn(3, rank, generator=generator)) for name in "ab"
-            },
-            extras={"head": torch.ones(2), "self.scale": torch.ones(1)},
-            metrics={"val_loss": 0.5, "broken": float("inf")} if k else {},
-        )
-        for k, rank in enumerate((3, 1))
-    ]
-    values = {"a.weight": "0" * 16, "head": None}
-    base = BaseIdentity("a model", "f" * 64, ["float32"], {"a": 1.5, "b": 2.0}, values)
-    Chain(links, base).save(path)
-    return path
+def stored(tmp_path_factory):
+    """Gives the path of what a function writes, once."""
+    return functools.cache(lambda write: write(tmp_path_factory.mktemp("stored")))
+
+
+def copied(path, folder):
+    (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    return folder / path.name
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def damages(whole, n):
+    """A file's bytes n times with 1 to 6 of them changed, or with the end cut off."""
+    rng = random.Random(0)
+    for _ in range(n):
+        data = bytearray(whole)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.randint(1, 6) if len(data) == len(whole) else 0):
+            data[rng.randrange(len(data))] ^= rng.randint(1, 255)
+        yield bytes(data)
 
 
 WRONG = [None, "8", "x", -1, 0.5, float("nan"), float("inf"), [], [1], [None], {}, {"a": 1}, {"a": "1"}, {"a": None}, True]
 
 
-def wrong_fields(path):
-    """Writes a JSON document with each field, at every depth, missing or of another type; and then as it was."""
+def wrong_fields(whole):
+    """A JSON document with each field, at every depth, missing or of another type."""
 
     def places(value, place=()):
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -211,70 +120,106 @@ def wrong_fields(path):
             yield (*place, key)
             yield from places(part, (*place, key))
 
-    whole = path.read_text()
     for *parents, last in list(places(json.loads(whole))):
         for value in [..., *WRONG]:
-            description = json.loads(whole)
-            part = functools.reduce(operator.getitem, parents, description)
+            document = json.loads(whole)
+            part = functools.reduce(operator.getitem, parents, document)
             if value is ...:
                 del part[last]
             else:
                 part[last] = value
-            path.write_text(json.dumps(description))
-            yield
-    path.write_text(whole)
+            yield json.dumps(document).encode()
 
 
-def test_a_damaged_chain_folder_is_refused_or_unharmed(folder, tmp_path):
-    copy, whole = tmp_path / "chain", Chain.load(folder)
-    shutil.copytree(folder, copy)
-    for name in ("chain.json", "chain.safetensors"):
-        refused = n_refused(damages(copy / name), lambda: Chain.load(copy), lambda chain: assert_same(chain, whole))
-        assert refused >= 300
-    assert n_refused(wrong_fields(copy / "chain.json"), lambda: Chain.load(copy), check_types) >= 300
+@pytest.mark.parametrize(
+    ("write", "name", "kind", "check", "fewest_refused"),
+    [
+        (write_checkpoint, "", 400, assert_same, 300),
+        (write_chain, "chain.json", 400, assert_same, 300),
+        (write_chain, "chain.safetensors", 400, assert_same, 300),
+        (write_chain, "chain.json", wrong_fields, assert_usable, 300),
+        # Nothing of PEFT's tells another number from the right one; what is read is one that can be used.
+        (write_adapter, "adapter_config.json", 200, assert_usable, 0),
+        (write_adapter, "adapter_model.safetensors", 200, assert_usable, 0),
+        (write_adapter, "adapter_config.json", wrong_fields, assert_usable, 100),
+        (write_chain_as_adapter, "adapter_model.safetensors", 200, assert_usable, 0),
+        (write_chain_as_adapter, "adapter_config.json", wrong_fields, assert_usable, 100),
+    ],
+)
+def test_what_is_damaged_is_refused_in_one_line_or_unharmed(stored, tmp_path, write, name, kind, check, fewest_refused):
+    path, whole = copied(stored(write), tmp_path), read_chain(stored(write))
+    file, n_refused = path / name if name else path, 0
+    data = file.read_bytes()
+    for damaged in wrong_fields(data) if kind is wrong_fields else damages(data, kind):
+        file.write_bytes(damaged)
+        try:
+            chain = read_chain(path)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            n_refused += 1
+        else:
+            check(chain, whole)
+            assert kind is not wrong_fields or len(chain) == len(whole)
+    assert n_refused >= fewest_refused
 
 
-def check_types(chain):
-    for link in chain.links:
-        assert [type(value) for value in (link.index, link.rank, link.alpha, link.start_step, link.end_step)] == [
-            int, int, float, int, int,
-        ]  # fmt: skip
-        assert all(type(value) is float for value in link.metrics.values())
-        link.norm()
-    assert isinstance(chain.base.name, str)
-    assert isinstance(chain.base.fingerprint, str)
-    assert all(isinstance(name, str) for name in chain.base.dtypes)
-    assert all(type(norm) is float for norm in chain.base.weight_norms.values())
-    assert all(isinstance(value, str | None) for value in chain.base.values.values())
+def spoil_a_factor(path):
+    """Changes one bit of one value of the first link's A, which no parser can see."""
+    data = bytearray(path.read_bytes())
+    data[data.index(read_chain(path).links[0].factors["0"][0].numpy().tobytes()) + 2] ^= 64
+    path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------- adapters
+def resumed(path):
+    return trainer(Path(), chain=CHAIN, max_epochs=2).fit(make(), batches(), batches(2), ckpt_path=path)
 
 
-@pytest.fixture(scope="module", params=["of peft", "of a chain"])
-def adapter(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapter")
-    if request.param == "of peft":
-        config = LoraConfig(r=3, lora_alpha=7, target_modules=["0", "2"], rank_pattern={"2": 5}, alpha_pattern={"^0": 9})
-        get_peft_model(toy().merged_model(0), config).save_pretrained(path / "peft")
-    else:
-        run = trainer(path, chain=CHAIN, max_epochs=1)
-        run.fit(toy(), batches())
-        run.save_checkpoint(path / "end.ckpt")
-        words = ["--checkpoint", str(path / "end.ckpt"), "--format", "peft", "--output", str(path / "peft")]
-        assert main(["export", *words]) == 0
-    return path / "peft"
+def loaded_from_file(path):
+    return Predicting.load_from_checkpoint(io.BytesIO(path.read_bytes()))
 
 
-def test_a_damaged_adapter_is_refused_or_read(adapter, tmp_path):
-    """Nothing of PEFT's tells another number from the right one; what is read is one that can be used."""
-    copy, whole = tmp_path / "peft", read_chain(adapter)
-    shutil.copytree(adapter, copy)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        n_refused(damages(copy / name, 200), lambda: read_chain(copy), check_types)
+def exported(path):
+    return export(["--checkpoint", str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
 
-    def check(chain):
-        check_types(chain)
-        assert len(chain) == len(whole)
 
-    assert n_refused(wrong_fields(copy / "adapter_config.json"), lambda: read_chain(copy), check) >= 100
+READERS = {
+    "load_from_checkpoint": Predicting.load_from_checkpoint,
+    "load_from_checkpoint, an open file": loaded_from_file,
+    "load_from_checkpoint, an address": lambda path: Predicting.load_from_checkpoint(f"file://{path}"),
+    "init_chain": lambda path: make(init_chain=str(path)).configure_model(),
+    "export": exported,
+    "fit": resumed,
+    "fit, from an address": lambda path: resumed(f"file://{path}"),
+    "validate": lambda path: trainer(Path()).validate(make(), batches(2), ckpt_path=path, verbose=False),
+    "predict": lambda path: trainer(Path(), chain=CHAIN).predict(make(), batches(2), ckpt_path=path),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_wherever_a_checkpoint_is_read_a_changed_bit_is_seen(stored, tmp_path, monkeypatch, reader):
+    monkeypatch.chdir(tmp_path)
+    path = copied(stored(write_checkpoint), tmp_path)
+    READERS[reader](path)
+    spoil_a_factor(path)
+    with pytest.raises(UserError, match=r"checkpoint.*damaged"):
+        READERS[reader](path)
+
+
+def test_a_file_of_another_kind_is_refused(stored, tmp_path):
+    path, checkpoint = tmp_path / "foreign.ckpt", torch.load(stored(write_checkpoint), weights_only=True)
+    torch.save({"state_dict": {"cola": 3}}, path)
+    with pytest.raises(UserError, match=r"^checkpoint"):
+        read_chain(path)
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # torch's old format, without checksums
+    for read in (read_chain, resumed):
+        with pytest.raises(UserError, match=r"^checkpoint"):
+            read(path)
+
+
+def test_a_checkpoint_is_whole_whatever_torch_is_told_of_checksums(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert len(read_chain(write_checkpoint(tmp_path))) == 5
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from cola_lightning import COLACausalLM, COLAModule, LastCheckpoint, UserError
+from cola_lightning import COLACausalLM, LastCheckpoint, UserError
 from cola_lightning.hf.logits import logits_of
 from tests import tiny
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
@@ -70,13 +70,17 @@ def test_a_knot_of_a_rolling_chain_compiles_nothing(tmp_path, graphs, mode):
 
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
-def test_each_rank_is_compiled_once_for_training_and_once_for_validation(tmp_path, graphs, mode):
-    chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}
+def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loaded_as_any_other(tmp_path, graphs, mode):
+    chain, x = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}, torch.randn(3, 8)
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
     assert len(graphs) == 2 * 2
     plain = fit(tmp_path / "plain", make(finished_links=mode), chain)
-    for name, value in weights(module).items():
-        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
+    loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert not loaded.should_compile
+    torch.testing.assert_close(loaded.model(x), module.model(x))
+    assert len(graphs) <= 2 * 2 + 1  # the module's own, in evaluation without a trainer
 
 
 def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
@@ -94,47 +98,17 @@ def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
             each.tie_knot()
 
 
-def test_a_compiled_module_is_kept_copied_and_loaded_as_any_other(tmp_path, graphs):
-    module = fit(tmp_path, make(compile=True), {"every_n_epochs": 1}, epochs=2)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert "model.first.lora_A" in state["state_dict"]
-    n, x = len(graphs), torch.randn(3, 8)
-    torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
-    loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    assert not loaded.should_compile
-    torch.testing.assert_close(loaded.model(x), module.model(x))
-    assert len(graphs) <= n + 1  # the module's own, in evaluation without a trainer
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.13's own use of it
-def test_a_model_is_compiled_to_code():
-    torch._dynamo.reset()
-    module, plain = make(compile=True), make()
-    x = torch.randn(3, 8)
-    for each in (module, plain):
-        each.configure_model()
-        each.model(x).square().sum().backward()
-    torch.testing.assert_close(module.model.first.lora_B.grad, plain.model.first.lora_B.grad)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
-def test_language_models_are_one_graph(tmp_path, graphs, architecture):
-    module = language_model(tmp_path, architecture, compile=True, finished_links="stack")
-    loss_of(module).backward()
-    assert len(graphs) == 1
-    plain = language_model(tmp_path, architecture, finished_links="stack")
-    loss_of(plain).backward()
-    assert_same_gradients(module, plain)
-
-
 def language_model(folder, architecture, **arguments):
     targets = tiny.targets(architecture)
     module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
     module.configure_model()
+    set_B(module)
+    return module
+
+
+def set_B(module):
     for layer in module.adapted.layers.values():
         nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
-    return module
 
 
 def loss_of(module):
@@ -147,14 +121,21 @@ def loss_of(module):
 def assert_same_gradients(mine, theirs):
     pairs = zip(mine.named_parameters(), theirs.named_parameters(), strict=True)
     for (name, ours), (_, other) in pairs:
-        assert (ours.grad is None) == (other.grad is None), name
-        if ours.grad is not None:
-            assert ours.grad.any(), name
-            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
+        assert ours.grad is None or ours.grad.any(), name
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_language_model_is_one_graph(tmp_path, graphs):
+    module = language_model(tmp_path, "llama", compile=True, finished_links="stack")
+    loss_of(module).backward()
+    assert len(graphs) == 1
+    plain = language_model(tmp_path, "llama", finished_links="stack")
+    loss_of(plain).backward()
+    assert_same_gradients(module, plain)
 
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
-@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, architecture, mode):
     arguments = {"finished_links": mode, "dropout": 0.3}
     twice = language_model(tmp_path, architecture, activation_checkpointing=True, **arguments)
@@ -162,8 +143,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, a
     saved = []
     for module in (once, twice):
         module.tie_knot()
-        for layer in module.adapted.layers.values():
-            nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+        set_B(module)
         torch.manual_seed(3)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
@@ -191,7 +171,7 @@ def test_a_run_that_computes_activations_twice_is_the_run(tmp_path):
 
 
 def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
-    with pytest.raises(UserError, match=r"model\.activation_checkpointing: expected a Hugging Face model, or .* a Sequential"):
+    with pytest.raises(UserError, match=r"^model\.activation_checkpointing"):
         toy(activation_checkpointing=True).configure_model()
 
     class Own(Whole):
@@ -202,10 +182,3 @@ def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
     module.configure_model()
     module.model(torch.randn(3, 8)).sum().backward()
     assert module.model.second.lora_B.grad.any()
-
-
-def test_how_a_module_ran_is_not_kept_with_what_it_is():
-    recipe = toy(compile=True, activation_checkpointing=True).constructor_arguments
-    assert not {"compile", "activation_checkpointing"} & recipe["init_args"].keys()
-    assert issubclass(COLAModule, nn.Module)
-    assert callable(toy(compile=True).compile)  # torch's own method

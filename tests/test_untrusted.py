@@ -1,17 +1,15 @@
-"""What reading the files of another person can do: each sentence of docs/guarantees.md about them is a test here."""
+"""What reading the files of another person can do, by the sentences of docs/guarantees.md.
 
-import contextlib
-import functools
-import http.server
+(That a configuration calls what it names is what each command of the other tests relies on.)
+"""
+
 import json
 import os
 import pickle
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from cola_lightning import COLACausalLM, COLAModule, UserError
 from cola_lightning.chain.checkpoint import read_chain
@@ -19,6 +17,8 @@ from cola_lightning.cli.entry import main
 from tests import tiny
 from tests.toy import ValidatedToy as Toy
 from tests.toy import batches, toy, trainer
+
+REFUSED = (UserError, pickle.UnpicklingError)
 
 CODE = """
 import pathlib
@@ -34,39 +34,10 @@ class Own(LlamaForCausalLM):
 """
 
 
-def changed_json(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """transformers copies a model's files there before it imports them."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(tmp_path / "cache")
-
-
 @pytest.fixture
 def mark(tmp_path):
     """The file that code leaves behind where it runs."""
     return tmp_path / "ran"
-
-
-@pytest.fixture
-def base(tmp_path):
-    """A model without code; the folder's name is in that of the module that code in it would be, once for each test."""
-    return Path(tiny.folder(tmp_path / f"base_{tmp_path.name}"))
-
-
-def with_code(folder, mark):
-    """The model, with a configuration that names a Python file of its own, and so must be loaded by that."""
-    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
-    changed_json(
-        folder / "config.json",
-        model_type="own",
-        architectures=["Own"],
-        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"},
-    )
-    return str(folder)
 
 
 def fitted(tmp_path, module):
@@ -76,50 +47,56 @@ def fitted(tmp_path, module):
     return tmp_path / "run.ckpt"
 
 
-def changed(path, **init_args):
-    """The checkpoint with other stored arguments, as its author may write them."""
+def rewritten(path, *, class_path=None, hyper_parameters=None, **init_args):
+    """The checkpoint with another class and other arguments, as its author may write them."""
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["cola"]["module"]["init_args"] |= init_args
-    checkpoint["hyper_parameters"] = checkpoint.get("hyper_parameters", {}) | init_args
+    module = checkpoint["state_dict"]["cola"]["module"]
+    assert "trust_remote_code" not in module["init_args"]
+    module["init_args"] |= init_args
+    module["class_path"] = class_path or module["class_path"]
+    checkpoint["hyper_parameters"] = checkpoint.get("hyper_parameters", {}) | (hyper_parameters or init_args)
     torch.save(checkpoint, path)
     return path
 
 
-@pytest.fixture
-def checkpoint(tmp_path, base, mark):
-    """One that names a model with code, and says that its code is to be trusted."""
+# ---------------------------------------------------------------------- a model's own code
+
+
+class SavingLM(COLACausalLM):
+    """Its arguments are Lightning's hyperparameters, too."""
+
+    def __init__(self, model_name, **arguments):
+        super().__init__(model_name, **arguments)
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(tmp_path, mark, monkeypatch, capsys):
+    # transformers copies a model's files there before it imports them, as a module named after their folder.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "cache")
+    base = Path(tiny.folder(tmp_path / f"base_{tmp_path.name}"))
     path = fitted(tmp_path, COLACausalLM(str(base), target_modules=["q_proj"], trust_remote_code=True))
-    assert "trust_remote_code" not in torch.load(path, weights_only=True)["state_dict"]["cola"]["module"]["init_args"]
-    with_code(base, mark)
-    return changed(path, trust_remote_code=True)
-
-
-@pytest.mark.parametrize("way", ["merged", "peft", "generate"])
-def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(checkpoint, tmp_path, mark, way, capsys):
-    words = ["generate", "--checkpoint", str(checkpoint), "--prompt", "The cat", "--max_new_tokens", "2"]
-    if way != "generate":
-        words = ["export", "--checkpoint", str(checkpoint), "--format", way, "--output", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert not mark.exists()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "`trust_remote_code=True`" in last
-    assert main([*words, "--trust_remote_code", "true"]) == 0
-    assert mark.exists()
-
-
-def test_nor_can_one_that_is_loaded_in_python_by_lightnings_hyperparameters_either(checkpoint, mark):
-    class SavingLM(COLACausalLM):
-        def __init__(self, model_name, **arguments):
-            super().__init__(model_name, **arguments)
-            self.save_hyperparameters()
-
+    (base / "own.py").write_text(CODE.format(mark=str(mark)))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    rewritten(path, trust_remote_code=True)
+    generate = ["generate", "--checkpoint", str(path), "--prompt", "The cat", "--max_new_tokens", "2"]
+    export = ["export", "--checkpoint", str(path), "--format", "merged", "--output", str(tmp_path / "out")]
+    for words in (generate, export):
+        assert main(words) == 2
+        assert "trust_remote_code=True" in capsys.readouterr().err.splitlines()[-1]
     for cls in (COLAModule, COLACausalLM, SavingLM):
-        with pytest.raises(UserError, match="`trust_remote_code=True`"):
-            cls.load_from_checkpoint(checkpoint)
+        with pytest.raises(UserError, match="trust_remote_code=True"):
+            cls.load_from_checkpoint(path)
     assert not mark.exists()
-    assert COLAModule.load_from_checkpoint(checkpoint, trust_remote_code=True).pretrained.trust_remote_code
+    for words in (generate, export):
+        assert main([*words, "--trust_remote_code", "true"]) == 0
     assert mark.exists()
+    assert COLAModule.load_from_checkpoint(path, trust_remote_code=True).pretrained.trust_remote_code
+
+
+# ---------------------------------------------------------------------- objects
 
 
 class Executing:
@@ -132,38 +109,40 @@ class Executing:
         return os.mkdir, (str(self.mark),)
 
 
-@contextlib.contextmanager
-def served(folder):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.log_message = lambda *_: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
     path = fitted(tmp_path, toy(Toy))
     honest = path.rename(tmp_path / "honest.ckpt")
     torch.save(torch.load(honest, weights_only=True) | {"x": Executing(mark)}, path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_chain(path)
-    with served(tmp_path) as address:
-        for source in (path, f"file://{path}", f"{address}/run.ckpt"):
-            with pytest.raises((UserError, pickle.UnpicklingError)):
+    with path.open("rb") as file:
+        for source in (path, f"file://{path}", file):
+            with pytest.raises(REFUSED):
                 Toy.load_from_checkpoint(source)
-            with pytest.raises((UserError, pickle.UnpicklingError)):
-                trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
-        assert not mark.exists()
-        assert Toy.load_from_checkpoint(f"{address}/honest.ckpt").link == 0
-    with path.open("rb") as file, pytest.raises((UserError, pickle.UnpicklingError)):
-        Toy.load_from_checkpoint(file)
+    for source in (path, f"file://{path}"):
+        with pytest.raises(REFUSED):
+            trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
+    with pytest.raises(UserError):
+        read_chain(path)
+    assert Toy.load_from_checkpoint(f"file://{honest}").link == 0
     assert not mark.exists()
-    with contextlib.suppress(TypeError):
-        Toy.load_from_checkpoint(path, weights_only=False)  # which says that the file is trusted
+    Toy.load_from_checkpoint(path, weights_only=False)  # which says that the file is trusted
     assert mark.exists()
 
+
+def test_a_chain_folder_and_an_adapter_hold_no_code(tmp_path, mark):
+    path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=["q_proj"]))
+    for format_, name in (("chain", "chain.safetensors"), ("peft", "adapter_model.safetensors")):
+        folder = tmp_path / format_
+        assert main(["export", "--checkpoint", str(path), "--format", format_, "--output", str(folder)]) == 0
+        assert len(read_chain(folder)) == 1
+        (folder / name).unlink()
+        for pickled in (name, "adapter_model.bin"):
+            torch.save({"x": Executing(mark)}, folder / pickled)
+            with pytest.raises(UserError):
+                read_chain(folder)
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------------- names of code
 
 called = []
 
@@ -181,11 +160,8 @@ class Stranger:
 
 @pytest.mark.parametrize("name", ["call", "Stranger"])
 def test_only_a_cola_module_is_made(tmp_path, name):
-    path = fitted(tmp_path, toy(Toy))
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["cola"]["module"]["class_path"] = f"{__name__}.{name}"
-    checkpoint["hyper_parameters"] = {"_instantiator": f"{__name__}.call", "_class_path": f"{__name__}.{name}"}
-    torch.save(checkpoint, path)
+    hyper_parameters = {"_instantiator": f"{__name__}.call", "_class_path": f"{__name__}.{name}"}
+    path = rewritten(fitted(tmp_path, toy(Toy)), class_path=f"{__name__}.{name}", hyper_parameters=hyper_parameters)
     assert type(Toy.load_from_checkpoint(path, rank=2, alpha=4)) is Toy
     with pytest.raises(UserError):
         COLAModule.load_from_checkpoint(path)
@@ -194,15 +170,15 @@ def test_only_a_cola_module_is_made(tmp_path, name):
     assert called == []
 
 
-def test_its_class_is_imported(tmp_path, mark, monkeypatch):
+def test_what_a_checkpoint_names_is_imported_and_its_model_read_by_transformers(tmp_path, mark, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "imported_by_name.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n")
-    path = fitted(tmp_path, toy(Toy))
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["cola"]["module"]["class_path"] = "imported_by_name.Own"
-    torch.save(checkpoint, path)
+    path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "one"), target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"^model\.model_name"):
+        COLACausalLM.load_from_checkpoint(rewritten(path, model_name="no/where/at/all"))
+    assert not mark.exists()
     with pytest.raises(UserError):
-        COLAModule.load_from_checkpoint(path)
+        COLAModule.load_from_checkpoint(rewritten(path, class_path="imported_by_name.Own"))
     assert mark.exists()
 
 
@@ -215,56 +191,9 @@ class Saving(Toy):
 
 
 def test_no_stored_argument_names_code(tmp_path):
-    path = changed(
-        fitted(tmp_path, toy(Saving)),
-        optimizer={"class_path": f"{__name__}.Stranger"},
-        init_chain=str(tmp_path / "elsewhere"),
-        attn_implementation="owner/kernel",
-        compile=True,
-    )
+    stored = {"optimizer": {"class_path": f"{__name__}.Stranger"}, "attn_implementation": "owner/kernel"}
+    path = rewritten(fitted(tmp_path, toy(Saving)), **stored, init_chain=str(tmp_path / "elsewhere"), compile=True)
     module = Saving.load_from_checkpoint(path)
     assert (module.init_chain, module.should_compile) == (None, False)
     trainer(tmp_path, max_epochs=1).fit(module, batches(), batches())
     assert called == []
-
-
-def test_what_a_checkpoint_names_is_read_by_transformers(tmp_path):
-    """A folder, or a repository of the hub: a checkpoint can have it read, without its Python files."""
-    path = changed(
-        fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "one"), target_modules=["q_proj"])), model_name="no/where/at/all"
-    )
-    with pytest.raises(UserError, match=r"model\.model_name: expected a model that AutoModelForCausalLM can load, received"):
-        COLACausalLM.load_from_checkpoint(path)
-
-
-class Marking(Callback):
-    """What a configuration names is called."""
-
-    def __init__(self, mark):
-        Path(mark).touch()
-
-
-def test_a_configuration_is_a_program(tmp_path, mark, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["cola"])
-    callbacks = [{"class_path": f"{__name__}.Marking", "init_args": {"mark": str(mark)}}]
-    parts = {"model": {"class_path": f"{__name__}.Toy"}, "trainer": {"callbacks": callbacks, "accelerator": "no such"}}
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        json.dumps(parts | {"data": {"class_path": "benchmarks.digits_model.DigitsDataModule"}, "seed_everything": 0})
-    )
-    assert main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)]) == 2
-    assert mark.exists()
-
-
-def test_a_chain_folder_and_an_adapter_hold_no_code(tmp_path, mark):
-    path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=["q_proj"]))
-    for format_, name in (("chain", "chain.safetensors"), ("peft", "adapter_model.safetensors")):
-        folder = tmp_path / format_
-        assert main(["export", "--checkpoint", str(path), "--format", format_, "--output", str(folder)]) == 0
-        assert len(read_chain(folder)) == 1
-        (folder / name).unlink()
-        for pickled in (name, "adapter_model.bin"):
-            torch.save({"x": Executing(mark)}, folder / pickled)
-            with pytest.raises(UserError):
-                read_chain(folder)
-    assert not mark.exists()
