@@ -199,7 +199,9 @@ def set_up(data, own, *stages, **module):
     """A data module after its setup for these stages, as a trainer does it; the module has the tokenizer ``own``."""
     module = SimpleNamespace(**{"tokenizer": own, "seed": 3} | module)
     limits = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
-    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0, **limits)
+    data.trainer = SimpleNamespace(
+        lightning_module=module, training=False, predicting=False, world_size=1, global_rank=0, **limits
+    )
     for stage in stages:
         data.setup(stage)
     return data
