@@ -93,6 +93,13 @@ def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
     assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert output.predictions.tolist() == [int(s.argmax()) for s in plain]
     assert_same_gradients(module, output.loss, loss)
+    lengths = [[(ids != -100).sum() for ids in row] for row in batch["option_ids"]]
+    right = [(s[e.answer], row[e.answer]) for s, e, row in zip(plain, EXAMPLES, lengths, strict=True)]
+    of_answers = -sum(score * n for score, n in right) / sum(n for _, n in right)  # the mean over the right options' tokens
+    for examples in (EXAMPLES, [example.right() for example in EXAMPLES]):  # as in validation, and in training
+        output = module.step(option_batch(module, examples, "answer"))
+        assert output.loss.item() == pytest.approx(of_answers.item(), abs=1e-5)
+        assert output.size == sum(n for _, n in right)
 
 
 MANY = [
@@ -142,36 +149,6 @@ def test_any_option_that_is_accepted_counts_as_right(llama):
     assert (output.predictions == output.targets).tolist() == [chosen in some for some in accepted]
 
 
-LEARNED = {
-    "chosen": [
-        Example("The film was great so ", ("it was terrible.", "the cat sat on the mat."), 1),
-        Example("The town is old because ", ("I sat on the long, long mat.", "the country is old."), 0),
-        Example("The mat\n-", (" The mat is old", " The town is old", " No"), 2, accepted=(2, 0)),
-    ],
-    "written": [
-        Example("Is the town old?\nAnswer:", (" Yes\n",), 0, references=("Yes", "It is")),
-        Example("What is?\nAnswer:", (" the largest river\n",), 0, references=("the largest river",)),
-    ],
-}
-
-
-@pytest.mark.parametrize("kind", LEARNED)
-def test_the_loss_of_an_answer_is_hugging_faces_on_its_tokens(module, kind):
-    examples = LEARNED[kind]
-    whole = [module.tokenizer(example.prompt + example.options[example.answer])["input_ids"] for example in examples]
-    starts = [len(module.tokenizer(example.prompt.rstrip(" "))["input_ids"]) for example in examples]
-    length = max(map(len, whole))
-    labels = [[-100] * n + ids[n:] + [-100] * (length - len(ids)) for n, ids in zip(starts, whole, strict=True)]
-    inputs = torch.tensor([ids + [5] * (length - len(ids)) for ids in whole])
-    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in whole])
-    theirs = module.model(input_ids=inputs, attention_mask=mask, labels=torch.tensor(labels)).loss
-    for rows in (examples, [example.right() for example in examples]):  # as in validation, and in training
-        encoded = encode_examples(module.tokenizer, rows, 114)  # room for all, 50 tokens less where they are written
-        output = module.step(collate_options(encoded, module.tokenizer.pad_token_id, "answer"))
-        assert output.loss.item() == pytest.approx(theirs.item(), abs=1e-5)
-        assert output.size == sum(len(ids) - n for n, ids in zip(starts, whole, strict=True))
-
-
 # ---------------------------------------------------------------------- texts
 
 
@@ -216,12 +193,11 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
 
 
-@pytest.mark.parametrize("loss", ["options", "answer"])
-def test_so_has_that_of_options(tmp_path, loss):
+def test_so_has_that_of_options(tmp_path):
     losses = []
     for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
         module = with_live_link(causal_lm(tmp_path, "mixtral", changes=changes, target_modules=".*_proj")).eval()
-        batch = option_batch(module, MANY, loss)
+        batch = option_batch(module, MANY)
         losses.append(module.step(batch).loss)
         router_loss = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
     assert losses[1].item() == pytest.approx((losses[0] + 0.5 * router_loss).item(), abs=1e-4)

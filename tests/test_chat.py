@@ -169,121 +169,98 @@ class Behaviour:
 
     chat: str
     rows: list
-    messages: list
     special: tuple = ()
+    messages: tuple = tuple(TALK)
     stop: str | None = "</s>"
     said: str | None = None
 
 
-def system_before_the_last_user_turn(is_last):
-    chat = "{% set system = messages[0].content if messages[0].role == 'system' %}{% set ns = namespace() %}"
-    chat += "{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}{% set ns.last = loop.index0 %}"
-    chat += "{% endif %}{% endfor %}{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] "
-    chat += f"{{% if system and {is_last} %}}{{{{ system }}}}\n\n{{% endif %}}{{{{ turn.content }}}}[/INST]"
-    chat += "{% else %} {{ turn.content }}</s>{% endif %}{% endfor %}"
-    rows = [
-        ["[INST] Be brief.\n\nOld?[/INST]", " No</s>"],
-        ["[INST] Old?[/INST] No</s>[INST] Be brief.\n\nRed?[/INST]", " Yes</s>"],
-    ]
-    return Behaviour(chat, rows, turns("Old?", "No", "Red?", "Yes", system="Be brief."), ("[INST]", "[/INST]"))
-
-
-def after_the_last_turn(between):
-    end = f"<|end|>{between}{{% if loop.last and not add_generation_prompt %}}</s>{{% endif %}}"
-    rows = [[f"[user]Old?<|end|>{between}[assistant]", "No<|end|>", f"{between}[user]Red?<|end|>{between}[assistant]"]]
-    return Behaviour(template(SAID + end), [[*rows[0], "Yes<|end|>", f"{between}</s>"]], TALK, ("<|end|>",), "<|end|>")
-
-
 IF_ASSISTANT = "{% if turn.role == 'assistant' "
+THOUGHT = ("<think>", "</think>")
+OPENED = template(SAID + "</s>", "[assistant]<think>")
 OPENED_OR_CLOSED = template(
     IF_ASSISTANT + "and '<think>' not in turn.content %}{{ '<think>\n\n</think>' }}{% endif %}" + SAID + "</s>",
     "[assistant]{{ '<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>' }}{% endif %}",
 )
-WITHOUT_END = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>")
-ROLES = ("<|user|>", "<|assistant|>", "<|tool|>")
-TOOL_TALK = [*TALK[:2], {"role": "tool", "content": "9"}, TALK[3]]
+DROPPED = template(IF_ASSISTANT + "and loop.last %}<think></think>{% endif %}" + SAID + "</s>")
+RETURNED = template(SAID + "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}")
+ENDED = template(SAID + "<|end|>{{ between }}{% if loop.last and not add_generation_prompt %}</s>{% endif %}")
+SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' %}{% set ns = namespace() %}
+{%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
+{% if system and IS_LAST %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
+{%- endfor %}"""
+MOVED = [
+    ["[INST] Be brief. Old?[/INST]", " No</s>"],
+    ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"],
+]
+BRIEF = (("[INST]", "[/INST]"), turns("Old?", "No", "Red?", "Yes", system="Be brief."))
+UNENDED, ROLES = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>"), ("<|user|>", "<|assistant|>", "<|tool|>")
+WITH_TOOL = [*TALK[:2], {"role": "tool", "content": "9"}, TALK[3]]
+COUNTED = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
 BEHAVIOURS = {
-    "only appends": Behaviour(template(SAID + "</s>"), APPENDED, TALK),
-    "marks the words alone": Behaviour(
-        template(IF_ASSISTANT + "%}{% generation %}" + SAID + "{% endgeneration %}{% else %}" + SAID + "{% endif %}</s>"),
-        APPENDED,
-        TALK,
-    ),
-    "renders lists of parts alone": Behaviour(
-        template("{% for part in turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}</s>"), APPENDED, TALK
-    ),
+    "only appends": Behaviour(template(SAID + "</s>"), APPENDED),
     "drops earlier thoughts": Behaviour(
-        template(IF_ASSISTANT + "and loop.last %}<think></think>{% endif %}" + SAID + "</s>"),
+        DROPPED,
         [
             ["[user]Old?</s>[assistant]", "<think></think>No</s>"],
             ["[user]Old?</s>[assistant]No</s>[user]Red?</s>[assistant]", "<think></think>Yes</s>"],
         ],
-        TALK,
-        ("<think>", "</think>"),
+        THOUGHT,
     ),
-    "opens a thought that the turn has not": Behaviour(
-        template(SAID + "</s>", "[assistant]<think>"), APPENDED, TALK, ("<think>",), said="opens a thought"
-    ),
+    "opens a thought that the turn has not": Behaviour(OPENED, APPENDED, THOUGHT, said="opens a thought"),
     "opens the thought that the turn has": Behaviour(
-        template(SAID + "</s>", "[assistant]<think>"),
-        [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]],
-        turns("Old?", "<think>Hm.</think>No"),
-        ("<think>",),
+        OPENED, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
     ),
-    "has a mode in which the thought is closed": Behaviour(  # where the prompt parts from the turn inside a token
+    "has a mode that closes the thought": Behaviour(  # where the prompt parts from the turn inside a token
         OPENED_OR_CLOSED,
         [["[user]Old?</s>[assistant]<think>\n\n</think>", "No</s>"]],
+        THOUGHT,
         turns("Old?", "No"),
-        ("<think>", "</think>"),
         said="enable_thinking: false",
     ),
-    "has a mode in which the thought is open": Behaviour(
+    "has a mode that leaves it open": Behaviour(
         OPENED_OR_CLOSED,
         [["[user]Old?</s>[assistant]<think>\n", "Hm.</think>No</s>"]],
+        THOUGHT,
         turns("Old?", "<think>\nHm.</think>No"),
-        ("<think>", "</think>"),
     ),
     "ends the last turn with another token": Behaviour(
-        template(SAID + "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"),
+        RETURNED,
         [
             ["[user]Old?<|end|>[assistant]", "No<|return|>"],
             ["[user]Old?<|end|>[assistant]No<|end|>[user]Red?<|end|>[assistant]", "Yes<|return|>"],
         ],
-        TALK,
         ("<|return|>", "<|end|>"),
-        "<|return|>",
+        stop="<|return|>",
     ),
-    "has an end of text after the last turn": after_the_last_turn(""),
-    "has a line's end before that": after_the_last_turn("\n"),
+    "has an end of text after the last turn": Behaviour(
+        ENDED,
+        [["[user]Old?<|end|>[assistant]", "No<|end|>", "[user]Red?<|end|>[assistant]", "Yes<|end|>", "</s>"]],
+        ("<|end|>",),
+        stop="<|end|>",
+    ),
+    "has a blank before that": Behaviour(
+        ENDED.replace("{{ between }}", " "),
+        [["[user]Old?<|end|> [assistant]", "No<|end|>", " [user]Red?<|end|> [assistant]", "Yes<|end|>", " </s>"]],
+        ("<|end|>",),
+        stop="<|end|>",
+    ),
     # Of which the first is in the generation prompt's rendering, and no longer in that with the answer.
-    "moves the system prompt to the last turn": system_before_the_last_user_turn("loop.last"),
-    "moves the system prompt to the last user turn": system_before_the_last_user_turn("loop.index0 == ns.last"),
+    "moves the system prompt to the last turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.last"), MOVED, *BRIEF),
+    "moves it to the last user turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.index0 == ns.last"), MOVED, *BRIEF),
     "ends a turn with the next one's token": Behaviour(
-        WITHOUT_END,
-        [["<|user|>Old?<|assistant|>", "No<|user|>", "Red?<|assistant|>", "Yes<|user|>"]],
-        TALK,
-        ROLES,
-        "<|user|>",
+        UNENDED, [["<|user|>Old?<|assistant|>", "No<|user|>", "Red?<|assistant|>", "Yes<|user|>"]], ROLES, stop="<|user|>"
     ),
     "ends a turn with the tool's token": Behaviour(
-        WITHOUT_END,
-        [["<|user|>Old?<|assistant|>", "No<|tool|>", "9<|assistant|>", "Yes<|user|>"]],
-        TOOL_TALK,
-        ROLES,
-        "<|user|>",
+        UNENDED, [["<|user|>Old?<|assistant|>", "No<|tool|>", "9<|assistant|>", "Yes<|user|>"]], ROLES, WITH_TOOL, "<|user|>"
     ),
     "has no tokens of its own": Behaviour(
         template(": " + SAID, "assistant:", "{{ turn.role }}"),
         [["user: Old?assistant:", " No", "user: Red?assistant:", " Yes"]],
-        TALK,
         stop=None,
     ),
-    "has no generation prompt": Behaviour(
-        "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}",
-        [["Old?", "2No"]],
-        turns("Old?", "No"),
-        stop=None,
-    ),
+    "has no generation prompt": Behaviour(COUNTED, [["Old?", "2No"]], messages=turns("Old?", "No"), stop=None),
 }
 
 
@@ -308,18 +285,20 @@ def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_th
     assert text == ("\n" if said[0] == "\n" else "") + f"{said}</s>"
 
 
-@pytest.mark.parametrize("name", ["only appends", "renders lists of parts alone"])
-def test_contents_as_text_and_as_parts_are_rendered_alike(name):
-    own = tiny.chat_tokenizer(BEHAVIOURS[name].chat)
+PARTS = template("{% for part in turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}</s>")
+
+
+@pytest.mark.parametrize("chat", [template(SAID + "</s>"), PARTS])
+def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
+    own = tiny.chat_tokenizer(chat)
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK]
-    rows = [encoded(own, messages) for messages in (TALK, parts, [*parts[:3], TALK[3]], [*TALK[:3], parts[3]])]
-    assert rows[1:] == rows[:1] * 3
-    prompts = {ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") for messages in (TALK, parts)}
-    assert prompts == {"[user]Old?</s>[assistant]"}
+    for messages in (TALK, parts, [*parts[:3], TALK[3]], [*TALK[:3], parts[3]]):
+        assert pieces(own, encoded(own, messages)) == APPENDED
+        assert ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") == "[user]Old?</s>[assistant]"
 
 
 REFUSED = {
-    "begins an assistant turn": (BEHAVIOURS["has no generation prompt"].chat + template("", "[assistant]", ""), TALK[:2]),
+    "begins an assistant turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
     "'No' among them": (template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
     "'weather' among them": (template(SAID + "</s>"), CALLING),
     "that the chat template can render": (template("{{ 1 // 0 }}"), TALK),
@@ -387,18 +366,6 @@ def test_a_long_conversation_loses_its_beginning_and_each_row_has_a_loss():
         encoded(own, TALK, max_length=2)
 
 
-CONFIG = """
-seed_everything: 0
-model:
-  class_path: COLACausalLM
-  init_args: {model_name: model, target_modules: [q_proj], rank: 2}
-data:
-  class_path: TextDataModule
-  init_args: {source: rows, max_new_tokens: 4}
-trainer: {max_steps: 1, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
-"""
-
-
 def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
     """The template renders nothing without them."""
     monkeypatch.chdir(tmp_path)
@@ -407,11 +374,11 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + tiny.CHAT
     tiny.chat_tokenizer(chat).save_pretrained("model")
     tiny.write_rows(Path("rows"), [{"messages": TALK}])
-    Path("config.yaml").write_text(CONFIG)
-    assert main(["fit", "--config", "config.yaml"]) == 2
+    fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
+    fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(fit) == 2
     assert "expected turns that the chat template can render, received: It has no thoughts" in capfd.readouterr().err
-    variables = ["--data.chat_template_kwargs", "{enable_thinking: false}"]
-    assert main(["fit", "--config", "config.yaml", *variables]) == 0, capfd.readouterr().err
+    assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
     (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
     run = str(Path(checkpoint).parent.parent / "config.yaml")
     assert main(["predict", "--config", run, "--ckpt_path", checkpoint]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule, UserError
+from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule
 from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
@@ -172,25 +172,6 @@ def test_a_module_that_was_just_fitted_generates_without_dropout(tmp_path):
     module = causal_lm(tmp_path, dropout=0.9).train()
     assert len({module.generate(responses_to(module, Decoding(8), prompts=["Is the town"]))[0] for _ in range(4)}) == 1
     assert module.model.training
-
-
-@pytest.mark.parametrize("architecture", ["opt", "gpt2"])  # with a beginning of sentence, which stays, and without
-def test_a_long_prompt_leaves_room_for_the_answer_in_training_too(architecture):
-    tokenizer = tiny.tokenizer(architecture)
-    long = written("The capital of the country is the largest town. " * 20 + "Answer:", "the town", "a town")
-    short = written("It", "x")
-    prompt, whole = (tokenizer(text)["input_ids"] for text in (long.prompt, long.prompt + long.options[0]))
-    bos = whole[:1] if whole[0] == 0 else []
-    for is_learned in (True, False):  # in training, and in validation
-        cut, other = encode_examples(tokenizer, [long, short], 80, is_learned=is_learned)
-        assert cut.prefixes[0] + cut.option_ids[0][-1:] == bos + whole[len(whole) - 30 + len(bos) :]
-        assert cut.prompt_ids == ([] if is_learned else bos + prompt[len(prompt) - 30 + len(bos) :])
-        assert other.prefixes[0] + other.option_ids[0][-1:] == tokenizer("It x\n")["input_ids"]
-    (chosen,) = encode_examples(tokenizer, [Example(long.prompt, long.options, 0)], 80)
-    assert len(chosen.prefixes[0]) == 79  # nothing is generated: all of the room
-    n_option = len(chosen.option_ids[0])
-    with pytest.raises(UserError, match=rf"fewer than {n_option} tokens \(data.max_length less 50"):
-        encode_examples(tokenizer, [long], 50 + n_option, is_learned=True)
 
 
 # ---------------------------------------------------------------------- runs

@@ -190,15 +190,23 @@ def test_a_part_is_drawn_once():
 # ---------------------------------------------------------------------- prompts and options as tokens
 
 
-def test_a_long_prompt_loses_its_beginning_and_keeps_its_first_token_and_its_option():
-    example = Example("The capital of the country is the largest town. " * 4 + "It was", (" terrible", " great"), 0)
-    for architecture in ("llama", "gpt2"):
-        tokenizer = tiny.tokenizer(architecture)
-        (whole,), (cut,) = (encode_examples(tokenizer, [example], length) for length in (500, 20))
-        assert cut.option_ids == whole.option_ids
-        assert len(cut) == 19  # the option's last token is predicted, not read
-        has_bos = architecture == "llama"
-        assert cut.prefixes[0] == ([0, *whole.prefixes[0][-18:]] if has_bos else whole.prefixes[0][-19:])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # with a beginning of sentence, which stays, and without
+def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_an_answer_in_training_too(architecture):
+    tokenizer = tiny.tokenizer(architecture)
+    prompt, option = "The capital of the country is the largest town. " * 20 + "Answer:", " the town\n"
+    asked, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
+    bos = [0] if architecture == "llama" else []
+    written = Example(prompt, (option,), 0, references=("the town", "a town"))
+    for example, is_learned, room in [(Example(prompt, (option,), 0), False, 80), (written, True, 30), (written, False, 30)]:
+        short, cut = encode_examples(tokenizer, [Example("It", ("x",), 0), example], 80, is_learned=is_learned)
+        assert cut.prefixes[0] + cut.option_ids[0][-1:] == bos + whole[len(whole) - room + len(bos) :]
+        assert cut.option_ids[0] == whole[len(asked) :]
+        is_asked = room == 30 and not is_learned
+        assert cut.prompt_ids == (bos + asked[len(asked) - 30 + len(bos) :] if is_asked else [])
+        assert short.prefixes[0] + short.option_ids[0][-1:] == tokenizer("Itx")["input_ids"]
+    n_option = len(whole) - len(asked)
+    with pytest.raises(UserError, match=rf"fewer than {n_option} tokens \(data.max_length less 50"):
+        encode_examples(tokenizer, [written], 50 + n_option, is_learned=True)
 
 
 def test_no_option_is_cut_and_each_adds_tokens_of_its_own():
@@ -319,16 +327,9 @@ def drawn(tmp_path, changed):
     return own, [[f"{rows[k]['passage']}\n-" for k in places] for places in used]
 
 
-def test_a_row_that_is_not_drawn_is_not_judged(tmp_path, caplog):
-    data, expected = drawn(tmp_path, lambda train, val, others: dict.fromkeys(others, TWICE))
-    data.setup("fit")
-    assert [prompts_of(part) for part in (data.train, data.val)] == expected
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
 @pytest.mark.parametrize("change", [TWICE, {"query": "@placeholder left " * 40}, {"query": None}, {"answers": ["Bo"]}])
-def test_a_drawn_row_that_cannot_be_used_is_left_out_and_counted(tmp_path, caplog, change):
-    data, expected = drawn(tmp_path, lambda train, val, _: dict.fromkeys([*train[5:7], val[3]], change))
+def test_a_drawn_row_that_cannot_be_used_is_left_out_and_counted_and_another_is_not_judged(tmp_path, caplog, change):
+    data, expected = drawn(tmp_path, lambda train, val, others: dict.fromkeys([*train[5:7], val[3], *others], change))
     data.setup("fit")
     assert [prompts_of(part) for part in (data.train, data.val)] == expected
     told = [record.getMessage() for record in caplog.records]
