@@ -2,14 +2,13 @@
 
     python -m tests.hub_run FILE
 
-The file holds ``{name: [argument, ...]}`` in JSON, and at the end ``{name: [exit status, standard output, standard error]}``.
-Each command runs in a folder of its name beside the file.
+The file holds ``{name: [argument, ...]}`` in JSON, and at the end ``{name: exit status}``. Each command runs in a folder of its
+name beside the file, and writes to ``log`` there.
 """
 
 import json
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -40,33 +39,29 @@ class Texts(Callback):
 
 
 def run(arguments):
-    """A command's exit status, standard output and standard error."""
+    """A command's exit status; its standard output and standard error go to ``log``."""
     from cola_lightning.cli import main
 
-    streams = {1: tempfile.TemporaryFile("w+"), 2: tempfile.TemporaryFile("w+")}  # noqa: SIM115
-    ours = {number: os.dup(number) for number in streams}
-    for number, stream in streams.items():
-        os.dup2(stream.fileno(), number)
+    with open("log", "w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     try:
-        status = main(arguments)
+        return main(arguments)
     except Exception:  # as the interpreter does
         traceback.print_exc()
-        status = 1
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number in streams:
-            os.dup2(ours[number], number)
-    return [status, *(stream.seek(0) or stream.read() for stream in streams.values())]
 
 
 if __name__ == "__main__":
     path = Path(sys.argv[1]).absolute()
     sys.argv[1:] = []  # LightningCLI warns of arguments that are given twice
-    results = {}
+    statuses = {}
     for name, arguments in json.loads(path.read_text()).items():
         folder = path.parent / name
         folder.mkdir()
         os.chdir(folder)
-        results[name] = run(arguments)
-    path.write_text(json.dumps(results))
+        statuses[name] = run(arguments)
+    path.write_text(json.dumps(statuses))

@@ -1,33 +1,26 @@
 """Each assistant turn is trained once, in the context in which a server will ask for it, on what it must then generate."""
 
 import io
+import itertools
 import json
 import os
-import pickle
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
-from cola_lightning.data.encoding import labels_of
-from cola_lightning.data.rows import Row
 from tests import tiny
 
-CHAT = tiny.CHAT
 TEMPLATES = sorted(Path(os.environ.get("COLA_DATA_DIR", "none"), "chat_templates").glob("*.jinja"))
-
-
-def tokenizer(chat, *special):
-    made = tiny.tokenizer(pad=True)
-    made.add_tokens(list(special), special_tokens=True)
-    made.chat_template = chat
-    return made
+needs_templates = pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
 
 
 def turns(*contents, system=None):
@@ -43,22 +36,15 @@ def encoded(own, messages, max_length=4000, *, tools=None, loss="all", **kwargs)
     return rows
 
 
-def spans(row):
-    """Each run of tokens with a loss, and the tokens before it."""
-    ids, labels = row["input_ids"], labels_of(row)
-    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    starts = [k for k in range(1, len(ids)) if labels[k] != -100 and labels[k - 1] == -100]
-    ends = [k for k in range(1, len(ids) + 1) if labels[k - 1] != -100 and (k == len(ids) or labels[k] == -100)]
-    return [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
-
-
-def texts(own, rows):
-    """For each row, the texts that have a loss, and the text before each."""
-    return [[(own.decode(before), own.decode(trained)) for before, trained in spans(row)] for row in rows]
+def pieces(own, rows):
+    """Each row's text in pieces: what has no loss, what has one, and so on in turn."""
+    edges = [[0, *row["spans"], len(row["input_ids"])] for row in rows]
+    ids = [[row["input_ids"][a:b] for a, b in itertools.pairwise(some)] for row, some in zip(rows, edges, strict=True)]
+    return [[own.decode(piece) for piece in some if piece] for some in ids]
 
 
 def trained(own, rows):
-    return [[text for _, text in row] for row in texts(own, rows)]
+    return [row[1::2] for row in pieces(own, rows)]
 
 
 # ---------------------------------------------------------------------- templates of well-known models
@@ -92,12 +78,12 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+@needs_templates
 def test_all_templates_are_tried():
     assert sorted(TRAINED) == [path.stem for path in TEMPLATES]
 
 
-@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+@needs_templates
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name, kind):
@@ -114,7 +100,8 @@ def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prom
             prompt = own.apply_chat_template(messages[:k], **how).removesuffix(OPENED.get(name, ""))
             words = TRAINED[name].format(turn["content"])
             expected.append(tuple(own(text, add_special_tokens=False)["input_ids"] for text in (prompt, words)))
-    assert [span for row in rows for span in spans(row)] == expected
+    spans = [(row["input_ids"], *span) for row in rows for span in zip(row["spans"][::2], row["spans"][1::2], strict=True)]
+    assert [(ids[:start], ids[start:end]) for ids, start, end in spans] == expected
     assert len(rows) == (len(expected) if name in REWRITE else 1)
 
 
@@ -122,7 +109,7 @@ def own_of(name):
     """A tokenizer with a known template, and with what looks like a special token in it."""
     (source,) = [path.read_text() for path in TEMPLATES if path.stem == name]
     special = re.findall(r"<[|\uff5c][^|\uff5c<>]+[|\uff5c]>|</?[a-z_]+>|\[/?[A-Za-z_]+\]", source)
-    return tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
+    return tiny.chat_tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -147,7 +134,6 @@ CALLS = {  # by row: gpt-oss drops the call's thought where an answer follows, a
         ["<|channel|>final<|message|>Yes.<|return|>"],
     ],
     "llama3_1": [['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "It is 9.<|eot_id|>", "Yes.<|eot_id|>"]],
-    "qwen2_5": [[f"{JSON}<|im_end|>", "It is 9.<|im_end|>", "Yes.<|im_end|>"]],
     "qwen3": [
         [f"<think>\nHm.\n</think>\n\n{JSON}<|im_end|>", "<think>\n\n</think>\n\nIt is 9.<|im_end|>"],
         ["<think>\n\n</think>\n\nYes.<|im_end|>"],
@@ -155,7 +141,7 @@ CALLS = {  # by row: gpt-oss drops the call's thought where an answer follows, a
 }
 
 
-@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+@needs_templates
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_of_a_tool_is_trained_with_its_thought_and_what_the_tool_says_is_not(name):
     own = own_of(name)
@@ -166,268 +152,218 @@ def test_a_call_of_a_tool_is_trained_with_its_thought_and_what_the_tool_says_is_
 
 # ---------------------------------------------------------------------- what templates do, one by one
 
-TURN_OF = "{% for turn in messages %}[{{ turn.role }}]"
-OPEN = "{% if add_generation_prompt %}[assistant]{% endif %}"
+SAID = "{{ turn.content }}"
 TALK = turns("Old?", "No", "Red?", "Yes")
+APPENDED = [["[user]Old?</s>[assistant]", "No</s>", "[user]Red?</s>[assistant]", "Yes</s>"]]
 
 
-def test_a_template_that_only_appends_gives_one_row_as_turn_after_turn():
-    own = tokenizer(CHAT)
-    (row,) = encoded(own, turns("Is it 🏠?", "Yes.", "Old?", "No, נו 🏠", system="Be kind."))
-    whole = "<s>[system]\nBe kind.</s>\n[user]\nIs it 🏠?</s>\n[assistant]\nYes.</s>\n[user]\nOld?</s>\n[assistant]\n"
-    whole += "No, נו 🏠</s>\n"
-    assert row["input_ids"] == own(whole, add_special_tokens=False)["input_ids"]
-    first, second = whole.split("[assistant]\n")[0] + "[assistant]\n", whole.removesuffix("No, נו 🏠</s>\n")
-    assert texts(own, [row]) == [[(first, "Yes.</s>"), (second, "No, נו 🏠</s>")]]
+def template(content, opened="[assistant]", role="[{{ turn.role }}]"):
+    """A template of what a turn is rendered as, and of the generation prompt."""
+    loop = f"{{% for turn in messages %}}{role}{content}{{% endfor %}}"
+    return f"{loop}{{% if add_generation_prompt %}}{opened}{{% endif %}}"
 
 
-@pytest.mark.parametrize("said", ["   def f(x):  \n   \n x   return   2", "\nIt is.", "a \n", " "])
-def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_the_turns(said):
-    own = tokenizer(CHAT)
+@dataclass
+class Behaviour:
+    """What a chat template makes of a conversation: rows in pieces, its stop token, and a word of the log."""
+
+    chat: str
+    rows: list
+    special: tuple = ()
+    messages: tuple = tuple(TALK)
+    stop: str | None = "</s>"
+    said: str | None = None
+
+
+IF_ASSISTANT = "{% if turn.role == 'assistant' "
+THOUGHT = ("<think>", "</think>")
+OPENED = template(SAID + "</s>", "[assistant]<think>")
+OPENED_OR_CLOSED = template(
+    IF_ASSISTANT + "and '<think>' not in turn.content %}{{ '<think>\n\n</think>' }}{% endif %}" + SAID + "</s>",
+    "[assistant]{{ '<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>' }}{% endif %}",
+)
+DROPPED = template(IF_ASSISTANT + "and loop.last %}<think></think>{% endif %}" + SAID + "</s>")
+RETURNED = template(SAID + "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}")
+ENDED = template(SAID + "<|end|>{{ between }}{% if loop.last and not add_generation_prompt %}</s>{% endif %}")
+SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' %}{% set ns = namespace() %}
+{%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
+{% if system and IS_LAST %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
+{%- endfor %}"""
+MOVED = [
+    ["[INST] Be brief. Old?[/INST]", " No</s>"],
+    ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"],
+]
+BRIEF = (("[INST]", "[/INST]"), turns("Old?", "No", "Red?", "Yes", system="Be brief."))
+UNENDED, ROLES = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>"), ("<|user|>", "<|assistant|>", "<|tool|>")
+WITH_TOOL = [*TALK[:2], {"role": "tool", "content": "9"}, TALK[3]]
+COUNTED = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
+BEHAVIOURS = {
+    "only appends": Behaviour(template(SAID + "</s>"), APPENDED),
+    "drops earlier thoughts": Behaviour(
+        DROPPED,
+        [
+            ["[user]Old?</s>[assistant]", "<think></think>No</s>"],
+            ["[user]Old?</s>[assistant]No</s>[user]Red?</s>[assistant]", "<think></think>Yes</s>"],
+        ],
+        THOUGHT,
+    ),
+    "opens a thought that the turn has not": Behaviour(OPENED, APPENDED, THOUGHT, said="opens a thought"),
+    "opens the thought that the turn has": Behaviour(
+        OPENED, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
+    ),
+    "has a mode that closes the thought": Behaviour(  # where the prompt parts from the turn inside a token
+        OPENED_OR_CLOSED,
+        [["[user]Old?</s>[assistant]<think>\n\n</think>", "No</s>"]],
+        THOUGHT,
+        turns("Old?", "No"),
+        said="enable_thinking: false",
+    ),
+    "has a mode that leaves it open": Behaviour(
+        OPENED_OR_CLOSED,
+        [["[user]Old?</s>[assistant]<think>\n", "Hm.</think>No</s>"]],
+        THOUGHT,
+        turns("Old?", "<think>\nHm.</think>No"),
+    ),
+    "ends the last turn with another token": Behaviour(
+        RETURNED,
+        [
+            ["[user]Old?<|end|>[assistant]", "No<|return|>"],
+            ["[user]Old?<|end|>[assistant]No<|end|>[user]Red?<|end|>[assistant]", "Yes<|return|>"],
+        ],
+        ("<|return|>", "<|end|>"),
+        stop="<|return|>",
+    ),
+    "has an end of text after the last turn": Behaviour(
+        ENDED,
+        [["[user]Old?<|end|>[assistant]", "No<|end|>", "[user]Red?<|end|>[assistant]", "Yes<|end|>", "</s>"]],
+        ("<|end|>",),
+        stop="<|end|>",
+    ),
+    "has a blank before that": Behaviour(
+        ENDED.replace("{{ between }}", " "),
+        [["[user]Old?<|end|> [assistant]", "No<|end|>", " [user]Red?<|end|> [assistant]", "Yes<|end|>", " </s>"]],
+        ("<|end|>",),
+        stop="<|end|>",
+    ),
+    # Of which the first is in the generation prompt's rendering, and no longer in that with the answer.
+    "moves the system prompt to the last turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.last"), MOVED, *BRIEF),
+    "moves it to the last user turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.index0 == ns.last"), MOVED, *BRIEF),
+    "ends a turn with the next one's token": Behaviour(
+        UNENDED, [["<|user|>Old?<|assistant|>", "No<|user|>", "Red?<|assistant|>", "Yes<|user|>"]], ROLES, stop="<|user|>"
+    ),
+    "ends a turn with the tool's token": Behaviour(
+        UNENDED, [["<|user|>Old?<|assistant|>", "No<|tool|>", "9<|assistant|>", "Yes<|user|>"]], ROLES, WITH_TOOL, "<|user|>"
+    ),
+    "has no tokens of its own": Behaviour(
+        template(": " + SAID, "assistant:", "{{ turn.role }}"),
+        [["user: Old?assistant:", " No", "user: Red?assistant:", " Yes"]],
+        stop=None,
+    ),
+    "has no generation prompt": Behaviour(COUNTED, [["Old?", "2No"]], messages=turns("Old?", "No"), stop=None),
+}
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name, caplog):
+    expected = BEHAVIOURS[name]
+    own = tiny.chat_tokenizer(expected.chat, *expected.special)
     own.add_tokens(["\n\n"])
-    (row,) = encoded(own, turns("Write.", said))
-    ((before, text),) = texts(own, [row])[0]
-    assert before + text == f"<s>[user]\nWrite.</s>\n[assistant]\n{said}</s>"
+    for _ in range(2):
+        assert pieces(own, encoded(own, expected.messages)) == expected.rows
+    assert [expected.said in line for line in caplog.messages] == [True] * (expected.said is not None)  # once for a template
+    assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == [expected.stop] * (expected.stop is not None)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(said=st.text(" \nxé(", min_size=1, max_size=8))
+def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_the_turns(said):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    own.add_tokens(["\n\n"])
+    ((before, text, after),) = pieces(own, encoded(own, turns("Write.", said)))
+    assert before + text + after == f"<s>[user]\nWrite.</s>\n[assistant]\n{said}</s>\n"
     assert text == ("\n" if said[0] == "\n" else "") + f"{said}</s>"
 
 
-def test_a_template_that_drops_earlier_thoughts_gives_a_row_for_each_turn():
-    chat = (
-        TURN_OF + "{% if turn.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ turn.content }}</s>{% endfor %}"
-    )
-    own = tokenizer(chat + OPEN, "<think>", "</think>")
-    assert texts(own, encoded(own, TALK)) == [
-        [("[user]Old?</s>[assistant]", "<think></think>No</s>")],
-        [("[user]Old?</s>[assistant]No</s>[user]Red?</s>[assistant]", "<think></think>Yes</s>")],
-    ]
+PARTS = template("{% for part in turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}</s>")
 
 
-OPENS = "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
-
-
-def test_the_loss_begins_where_a_turn_departs_from_a_thought_that_the_generation_prompt_opens(caplog):
-    own = tokenizer(TURN_OF + "{{ turn.content }}</s>{% endfor %}" + OPENS, "<think>")
-    expected = [
-        [("[user]Old?</s>[assistant]", "No</s>"), ("[user]Old?</s>[assistant]No</s>[user]Red?</s>[assistant]", "Yes</s>")]
-    ]
-    for _ in range(2):
-        assert texts(own, encoded(own, TALK)) == expected
-    (line,) = caplog.messages  # once for a template
-    assert "generation prompt opens a thought" in line
-    thought = turns("Old?", "<think>Hm.</think>No")
-    assert texts(own, encoded(own, thought)) == [[("[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>")]]
-
-
-def test_a_turn_is_rendered_in_the_mode_whose_generation_prompt_it_follows(caplog):
-    opens = OPENS.replace("<think>", "{{ '<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>' }}{% endif %}")
-    chat = TURN_OF + "{% if turn.role == 'assistant' and '<think>' not in turn.content %}{{ '<think>\n\n</think>' }}{% endif %}"
-    own = tokenizer(chat + "{{ turn.content }}</s>{% endfor %}" + opens, "<think>", "</think>")
-    own.add_tokens(["\n\n"])  # so that the prompt parts from the turn inside a token
-    closed = [[("[user]Old?</s>[assistant]<think>\n\n</think>", "No</s>")]]
-    assert texts(own, encoded(own, turns("Old?", "No"), enable_thinking=False)) == closed
-    assert not caplog.messages
-    for _ in range(2):
-        assert texts(own, encoded(own, turns("Old?", "No"))) == closed
-    (line,) = caplog.messages
-    assert line.endswith("data.chat_template_kwargs '{enable_thinking: false}' does so in generation, too")
-    thought = turns("Old?", "<think>\nHm.</think>No")
-    assert texts(own, encoded(own, thought)) == [[("[user]Old?</s>[assistant]<think>\n", "Hm.</think>No</s>")]]
-
-
-def test_a_last_turn_that_ends_with_another_token_is_trained_with_that():
-    end = "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
-    own = tokenizer(TURN_OF + "{{ turn.content }}" + end + OPEN, "<|return|>", "<|end|>")
-    assert trained(own, encoded(own, TALK)) == [["No<|return|>"], ["Yes<|return|>"]]
-    assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == ["<|return|>"]
-
-
-@pytest.mark.parametrize("between", ["\n", ""])  # the white space after a token may be a part of it
-def test_an_end_of_text_after_the_last_turn_is_no_part_of_it(between):
-    end = f"<|end|>{between}{{% endfor %}}{{% if not add_generation_prompt %}}</s>{{% endif %}}"
-    own = tokenizer(TURN_OF + "{{ turn.content }}" + end + OPEN, "<|end|>")
-    assert trained(own, encoded(own, TALK)) == [["No<|end|>", "Yes<|end|>"]]
-    assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == ["<|end|>"]
-
-
-@pytest.mark.parametrize("is_last", ["loop.last", "loop.index0 == ns.last"])
-def test_a_system_prompt_before_the_last_user_turn_is_in_the_context_of_each(is_last):
-    """With ``loop.last``, it is in the generation prompt's rendering, and no longer in that with the answer."""
-    chat = "{% set system = messages[0].content if messages[0].role == 'system' %}{% set ns = namespace() %}"
-    chat += "{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}{% set ns.last = loop.index0 %}"
-    chat += "{% endif %}{% endfor %}{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] "
-    chat += f"{{% if system and {is_last} %}}{{{{ system }}}}\n\n{{% endif %}}{{{{ turn.content }}}}[/INST]"
-    chat += "{% else %} {{ turn.content }}</s>{% endif %}{% endfor %}"
-    own = tokenizer(chat, "[INST]", "[/INST]")
-    rows = encoded(own, turns("Old?", "No", "Red?", "Yes", system="Be brief."))
-    assert texts(own, rows) == [
-        [("[INST] Be brief.\n\nOld?[/INST]", " No</s>")],
-        [("[INST] Old?[/INST] No</s>[INST] Be brief.\n\nRed?[/INST]", " Yes</s>")],
-    ]
-    assert len(encoded(own, TALK)) == 1
-
-
-def test_a_turn_that_cannot_be_found_after_its_generation_prompt_is_refused():
-    chat = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
-    own = tokenizer(chat)
-    assert texts(own, encoded(own, turns("Old?", "No"))) == [[("Old?", "2No")]]
-    own.chat_template += OPEN
-    message = "line 1: expected a chat template whose generation prompt begins an assistant turn, received another"
-    with pytest.raises(UserError, match=message):
-        encoded(own, turns("Old?", "No"))
-
-
-PARTS = TURN_OF + "{% for part in turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}</s>{% endfor %}" + OPEN
-
-
-@pytest.mark.parametrize("chat", [PARTS, CHAT])
+@pytest.mark.parametrize("chat", [template(SAID + "</s>"), PARTS])
 def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
-    own = tokenizer(chat)
+    own = tiny.chat_tokenizer(chat)
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK]
-    rows = [encoded(own, messages) for messages in (TALK, parts, [*parts[:3], TALK[3]], [*TALK[:3], parts[3]])]
-    assert rows[1:] == rows[:1] * 3
-    assert trained(own, rows[0]) == [["No</s>", "Yes</s>"]]
-    assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == ["</s>"]
-    prompts = [ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") for messages in (TALK, parts)]
-    assert prompts[0] == prompts[1]
-    assert "Old?" in prompts[0]
+    for messages in (TALK, parts, [*parts[:3], TALK[3]], [*TALK[:3], parts[3]]):
+        assert pieces(own, encoded(own, messages)) == APPENDED
+        assert ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") == "[user]Old?</s>[assistant]"
 
 
-def test_a_turn_without_a_token_of_its_own_ends_with_that_of_the_next():
-    own = tokenizer(
-        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}{% endfor %}"
-        + OPEN.replace("[assistant]", "<|assistant|>"),
-        "<|user|>",
-        "<|assistant|>",
-        "<|tool|>",
-    )
-    assert texts(own, encoded(own, TALK)) == [
-        [("<|user|>Old?<|assistant|>", "No<|user|>"), ("<|user|>Old?<|assistant|>No<|user|>Red?<|assistant|>", "Yes<|user|>")]
-    ]
-    called = [TALK[0], TALK[1], {"role": "tool", "content": "9"}, TALK[3]]
-    assert trained(own, encoded(own, called)) == [["No<|tool|>", "Yes<|user|>"]]
-    assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == ["<|user|>"]
-    own.chat_template = "{% for turn in messages %}\n{{ turn.role }}: {{ turn.content }}{% endfor %}" + OPEN.replace(
-        "[", "\n"
-    ).replace("]", ":")
-    assert trained(own, encoded(own, TALK)) == [[" No", " Yes"]]
-    assert ChatTemplate(own).stop_tokens == []
+REFUSED = {
+    "begins an assistant turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
+    "'No' among them": (template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
+    "'weather' among them": (template(SAID + "</s>"), CALLING),
+    "that the chat template can render": (template("{{ 1 // 0 }}"), TALK),
+}
 
 
-# ---------------------------------------------------------------------- what reaches the template
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
+    chat, messages = REFUSED[words]
+    with pytest.raises(UserError, match=words):
+        encoded(tiny.chat_tokenizer(chat), messages)
+
+
+def test_thoughts_that_a_template_does_not_render_are_told_once(caplog):
+    own = tiny.chat_tokenizer(template(SAID + "</s>"))
+    for _ in range(2):
+        encoded(own, [TALK[0], TALK[3] | {"reasoning_content": "Hm."}])
+    assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
+
+
+# ---------------------------------------------------------------------- from data
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}
-ALL = "{% if tools %}{% for tool in tools %}[tool]{{ tool.function.name }}{% endfor %}{% endif %}" + TURN_OF
-ALL += "{% if turn.reasoning_content %}({{ turn.reasoning_content }}){% endif %}{{ turn.content }}"
-ALL += "{% for call in turn.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
-ALL += "</s>{% endfor %}"
+ALL = "{% for tool in tools or () %}[tool]{{ tool.function.name }}{% endfor %}" + template(
+    "{% if turn.reasoning_content %}({{ turn.reasoning_content }}){% endif %}{{ turn.content }}"
+    "{% for call in turn.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}</s>"
+)
+TIME = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
 CALLED = [
     {"role": "user", "content": "Is it?", "reasoning_content": None, "tool_calls": None},
-    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
+    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL, TIME]},  # null in each other's
     {"role": "tool", "content": "It is old.", "name": "weather"},
     {"role": "assistant", "content": "Old."},
 ]
 
 
-def data_of(own, rows, stage, tmp_path, **arguments):
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = TextDataModule(str(tmp_path), **arguments)
-    module = SimpleNamespace(tokenizer=own, seed=3)
-    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
-    data.setup(stage)
-    return data
-
-
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_tools_their_calls_and_thoughts_reach_the_template(tmp_path, tools):
-    own = tokenizer(ALL + OPEN)
-    data = data_of(own, [{"messages": CALLED, "tools": tools}], "test", tmp_path)
-    first = "[tool]weather[user]Is it?</s>[assistant]"
-    call = '(Hm.)weather{"city": "Oslo"}</s>'
-    assert texts(own, list(data.test)) == [[(first, call), (f"{first}{call}[tool]It is old.</s>[assistant]", "Old.</s>")]]
-    (prompt,) = data_of(own, [{"messages": CALLED[:3], "tools": tools}], "predict", tmp_path).test
+def test_tools_their_calls_and_thoughts_reach_the_template_without_nulls(tmp_path, tools):
+    own = tiny.chat_tokenizer(ALL)
+    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": CALLED, "tools": tools}]))
+    tiny.set_up(data, own, "test")
+    first, call = "[tool]weather[user]Is it?</s>[assistant]", '(Hm.)weather{"city": "Oslo"}time{"zone": "CET"}</s>'
+    assert pieces(own, list(data.test)) == [[first, call, "[tool]It is old.</s>[assistant]", "Old.</s>"]]
+    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": CALLED[:3], "tools": tools}]))
+    (prompt,) = tiny.set_up(data, own, "predict").test
     assert own.decode(prompt.prompt_ids) == f"{first}{call}[tool]It is old.</s>[assistant]"
 
 
-def test_null_fields_of_turns_and_calls_are_none():
-    call = {"type": "function", "function": {"name": "time", "arguments": {"city": "Oslo", "query": None}}, "id": None}
-    row = Row(
-        {
-            "messages": [
-                {"role": "user", "content": "Is it?", "tool_calls": None},
-                {"role": "assistant", "content": None, "tool_calls": [call]},
-            ]
-        },
-        "line 1",
-    )
-    asked, called = row.messages("messages")
-    assert asked == {"role": "user", "content": "Is it?"}
-    function = {"name": "time", "arguments": {"city": "Oslo"}}
-    assert called == {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
-    assert row.tools() is None
-
-
-def test_words_calls_and_thoughts_that_a_template_does_not_render(caplog):
-    own = tokenizer(TURN_OF + "{{ turn.content if turn.role != 'assistant' or turn.content != 'No' }}</s>{% endfor %}" + OPEN)
-    with pytest.raises(
-        UserError, match=r"line 1: expected a chat template that renders the assistant's words, 'No' among them"
-    ):
-        encoded(own, turns("No or yes?", "No"))
-    with pytest.raises(UserError, match="the assistant's words, 'weather' among them"):
-        encoded(own, CALLED)
-    for _ in range(2):
-        encoded(own, [TALK[0], {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}])
-    assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
-
-
-def test_the_loss_is_on_the_stop_token_also_where_a_template_marks_the_words_alone():
-    marked = "{% generation %}{{ turn.content }}{% endgeneration %}</s>"
-    own = tokenizer(
-        TURN_OF
-        + f"{{% if turn.role == 'assistant' %}}{marked}{{% else %}}{{{{ turn.content }}}}{{% endif %}}{{% endfor %}}"
-        + OPEN
-    )
-    assert trained(own, encoded(own, TALK)) == [["No</s>", "Yes</s>"]]
-
-
-@pytest.mark.parametrize("wrong", ["1 // 0", "messages[0].content + 1", "[1] | join(1, 2, 3, 4)"])
-def test_an_error_of_a_chat_templates_expression_is_one_line(wrong):
-    own = tokenizer(f"{{% if messages | length > 3 %}}{{{{ {wrong} }}}}{{% endif %}}{CHAT}")
-    with pytest.raises(UserError, match="line 1: expected turns that the chat template can render, received: "):
-        encoded(own, TALK)
-
-
-# ---------------------------------------------------------------------- options
-
-
 def test_the_last_turn_alone_is_trained_where_that_is_asked_for(tmp_path):
-    own = tokenizer(CHAT)
-    data = data_of(own, [{"messages": TALK}], "test", tmp_path, loss="last")
-    assert trained(own, list(data.test)) == [["Yes</s>"]]
-    assert [row["input_ids"] for row in data.test] == [row["input_ids"] for row in encoded(own, TALK)]
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": TALK}]), loss="last")
+    (row,) = tiny.set_up(data, own, "test").test
+    assert trained(own, [row]) == [["Yes</s>"]]
+    assert [row["input_ids"]] == [whole["input_ids"] for whole in encoded(own, TALK)]
 
 
 def test_a_long_conversation_loses_its_beginning_and_each_row_has_a_loss():
-    chat = TURN_OF + "{% if turn.role == 'assistant' and loop.last %}...{% endif %}{{ turn.content }}</s>{% endfor %}" + OPEN
-    own = tokenizer(chat)
-    first, second = encoded(own, turns("Is the town old? " * 9, "No", "Red? " * 9, "Yes"), max_length=9)
-    assert len(first["input_ids"]) == len(second["input_ids"]) == 9
-    assert trained(own, [first, second]) == [["...No</s>"], ["...Yes</s>"]]
+    chat = template(IF_ASSISTANT + "and loop.last %}...{% endif %}" + SAID + "</s>")
+    own = tiny.chat_tokenizer(chat)
+    rows = encoded(own, turns("Is the town old? " * 9, "No", "Red? " * 9, "Yes"), max_length=9)
+    assert [len(row["input_ids"]) for row in rows] == [9, 9]
+    assert trained(own, rows) == [["...No</s>"], ["...Yes</s>"]]
     own.chat_template = chat.replace("</s>{% endfor", "</s>and what follows{% endfor")
     with pytest.raises(UserError, match="line 1: expected words of the assistant in the last 2 tokens"):
         encoded(own, TALK, max_length=2)
-
-
-CONFIG = """
-seed_everything: 0
-model:
-  class_path: COLACausalLM
-  init_args: {model_name: model, target_modules: [q_proj], rank: 2}
-data:
-  class_path: TextDataModule
-  init_args: {source: rows, max_new_tokens: 4}
-trainer: {max_steps: 1, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
-"""
 
 
 def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
@@ -435,21 +371,19 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     tiny.folder("model")
-    chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + CHAT
-    tokenizer(chat).save_pretrained("model")
-    Path("rows").mkdir()
-    for split in ("train", "validation", "test"):
-        Path("rows", f"{split}.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
-    Path("config.yaml").write_text(CONFIG)
-    assert main(["fit", "--config", "config.yaml"]) == 2
+    chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + tiny.CHAT
+    tiny.chat_tokenizer(chat).save_pretrained("model")
+    tiny.write_rows(Path("rows"), [{"messages": TALK}])
+    fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
+    fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(fit) == 2
     assert "expected turns that the chat template can render, received: It has no thoughts" in capfd.readouterr().err
-    variables = ["--data.chat_template_kwargs", "{enable_thinking: false}"]
-    assert main(["fit", "--config", "config.yaml", *variables]) == 0, capfd.readouterr().err
+    assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
     (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
     run = str(Path(checkpoint).parent.parent / "config.yaml")
     assert main(["predict", "--config", run, "--ckpt_path", checkpoint]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
-    assert json.loads(path.read_text())["target"] == "Yes"
+    assert [row["target"] for row in tiny.read_rows(path)] == ["Yes"]
     assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
     assert "add_generation_prompt=True, enable_thinking=False)" in code
@@ -460,10 +394,3 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     assert main(["generate", "--checkpoint", checkpoint, "--chat", "--max_new_tokens", "4"]) == 0
     first, *others = capfd.readouterr().out.splitlines()
     assert set(others) == {first}
-
-
-def test_a_template_can_be_pickled_for_worker_processes():
-    template = ChatTemplate(tokenizer(CHAT), {"enable_thinking": False})
-    how = ([Conversation(TALK)], 100, ["line 1"])
-    rows = encode_conversations(template, *how)
-    assert encode_conversations(pickle.loads(pickle.dumps(template)), *how) == rows

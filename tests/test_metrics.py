@@ -1,112 +1,86 @@
-"""Measures of options that are chosen, against scikit-learn's; those of answers are in test_generation.py."""
+"""Measures of options that are chosen, against scikit-learn's; of answers, by hand; and of evaluations, each on its own."""
 
-import json
 import warnings
 
 import pytest
 import sklearn.metrics
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
-from cola_lightning import (
-    COLACausalLM,
-    COLASequenceClassifier,
-    Example,
-    TemplateDataModule,
-    TextClassificationDataModule,
-)
-from cola_lightning.data.examples import collate_options, encode_examples
-from cola_lightning.hf.language import StepOutput
-from cola_lightning.hf.metrics import METRICS
+from cola_lightning import COLACausalLM, COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule
+from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from tests import tiny
 from tests.toy import trainer
 
 
-def rows(n_options, seed, n=30):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(n_options, (n,), generator=generator) for _ in range(2)]
+def chosen(n_options):
+    generator = torch.Generator().manual_seed(n_options)
+    return torch.randint(n_options, (2, 30), generator=generator).unbind()
 
 
-@pytest.mark.parametrize("n_options", [2, 3, 5])
-@pytest.mark.parametrize("sizes", [[30], [7, 22, 1]])
-def test_measures_are_scikit_learns_whatever_the_batches(n_options, sizes):
-    predictions, targets = rows(n_options, n_options)
-    f1 = sklearn.metrics.f1_score(targets, predictions, average="binary" if n_options == 2 else "macro")
-    expected = {"f1": f1, "matthews_corrcoef": sklearn.metrics.matthews_corrcoef(targets, predictions)}
-    for name, value in expected.items():
+# The number of options, predictions and targets; in some, all of either are the same, or no row has the third option.
+ROWS = [(n_options, *chosen(n_options)) for n_options in (2, 3, 5)] + [(3, *chosen(2))]
+ROWS += [(2, torch.tensor(mine), torch.tensor(theirs)) for mine, theirs in [([0, 1], [1, 1]), ([1, 1], [0, 1])]]
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews_corrcoef", "accuracy"])
+@pytest.mark.parametrize(("n_options", "predictions", "targets"), ROWS)
+def test_measures_are_scikit_learns_whatever_the_batches(name, n_options, predictions, targets):
+    average = "binary" if n_options == 2 else "macro"
+    theirs = {
+        "f1": lambda: sklearn.metrics.f1_score(targets, predictions, average=average),
+        "matthews_corrcoef": lambda: sklearn.metrics.matthews_corrcoef(targets, predictions),
+        "accuracy": lambda: sklearn.metrics.accuracy_score(targets, predictions),
+    }
+    for size in (30, 7, 1):
         metric = METRICS[name]()
-        for some in zip(predictions.split(sizes), targets.split(sizes), strict=True):
+        for some in zip(predictions.split(size), targets.split(size), strict=True):
             metric.update(*some, n_options)
-        assert metric.compute().item() == pytest.approx(value, abs=1e-6)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A single label was found")
+            assert metric.compute().item() == pytest.approx(theirs[name](), abs=1e-6)
 
 
-@pytest.mark.parametrize(("predictions", "targets"), [([1, 1], [1, 1]), ([0, 0], [1, 1]), ([0, 1], [1, 1]), ([1, 1], [0, 1])])
-def test_a_correlation_with_what_does_not_vary_is_0_as_scikit_learns(predictions, targets):
-    metric = METRICS["matthews_corrcoef"]()
-    metric.update(torch.tensor(predictions), torch.tensor(targets), 2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "A single label was found")
-        assert metric.compute().item() == sklearn.metrics.matthews_corrcoef(targets, predictions) == 0
+MEASURED = [  # what is written, what should be, F1, exact match
+    ("The Cat.", ["cat"], 1, 1),
+    ("  two   towns ", ["two towns"], 1, 1),
+    ("an apple a day", ["the apple day"], 1, 1),
+    ("a cat sat", ["cat sat down"], 4 / 5, 0),  # 2 of 2 words, 2 of 3
+    ("no no, no", ["No"], 1 / 2, 0),  # 1 of 3 words, 1 of 1
+    ("blue", ["red sky", "Blue sky", "green"], 2 / 3, 0),
+    ("green", ["red sky", "a green!"], 1, 1),
+    ("twenty-one", ["twenty one"], 0, 0),  # punctuation goes without a blank in its place
+    ("", ["cat"], 0, 0),
+    ("", ["cat", "the"], 1, 1),
+    ("naïve", ["naive", "NAÏVE"], 1, 1),
+]
 
 
-def test_an_option_that_no_row_has_changes_nothing_and_three_options_are_no_two():
-    predictions, targets = rows(2, 0)
-    metric = METRICS["f1"]()
-    metric.update(predictions, targets, 3)
-    assert metric.compute().item() == pytest.approx(sklearn.metrics.f1_score(targets, predictions, average="macro"))
-    assert metric.compute().item() != pytest.approx(sklearn.metrics.f1_score(targets, predictions))
+@pytest.mark.parametrize(("name", "place"), [("f1", 2), ("exact_match", 3)])
+def test_answers_are_measured_as_by_hand_whatever_the_batches(name, place):
+    for row in MEASURED:
+        metric = ANSWER_METRICS[name]()
+        metric.update([row[0]], [row[1]])
+        assert metric.compute().item() == pytest.approx(row[place])
+    metric = ANSWER_METRICS[name]()
+    for batch in (MEASURED[:7], MEASURED[7:]):
+        metric.update([row[0] for row in batch], [row[1] for row in batch])
+    assert metric.compute().item() == pytest.approx(sum(row[place] for row in MEASURED) / len(MEASURED))
 
 
-@pytest.mark.parametrize(("asked", "name"), [(None, "accuracy"), ("f1", "f1"), ("accuracy", "accuracy")])
-def test_a_batch_says_what_is_measured(tmp_path, asked, name):
-    module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    examples = [Example("It was", (" great", " terrible", "."), k) for k in range(3)]
-    batch = collate_options(encode_examples(module.tokenizer, examples, 64), 1, metric=asked)
-    output = StepOutput(torch.tensor(0.0), 3, torch.tensor([0, 1, 0]), batch["answer"])
-    ((received, (make, values)),) = module.measured(batch, output).items()
-    metric = make()
-    metric.update(*values)
-    assert received == name
-    assert metric.compute().item() == pytest.approx((2 / 3 + 1 + 0) / 3 if asked == "f1" else 2 / 3)
+# ---------------------------------------------------------------------- of evaluations
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
-def test_what_an_interrupted_evaluation_has_left_goes_before_the_next(tmp_path, sources, stage):
-    class Interrupt(Callback):
-        def on_validation_batch_end(self, *_):
-            raise InterruptedError
-
-        on_test_batch_end = on_validation_batch_end
-
-    module = COLACausalLM(
-        tiny.folder(tmp_path / "model", max_position_embeddings=128), target_modules=["q_proj"], rank=2, seed=0
-    )
-    often, seldom = (TemplateDataModule(source, batch_size=8, **CHOSEN | {"metric": "f1"}) for source in sources)
-    evaluate = {"validate": Trainer.validate, "test": Trainer.test}[stage]
-    expected = evaluate(trainer(tmp_path), module, often, verbose=False)
-    with pytest.raises(InterruptedError):
-        evaluate(trainer(tmp_path, Interrupt()), module, seldom, verbose=False)
-    assert any(metric.update_called for metric in module.evaluation_metrics.values())
-    assert evaluate(trainer(tmp_path), module, often, verbose=False) == expected
-
-
-def test_a_batch_of_ones_own_is_measured_as_step_says(tmp_path):
-    module = COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
-    output = StepOutput(torch.tensor(0.0), 2, torch.tensor([0, 1]), torch.tensor([0, 1]))
-    assert module.measured([torch.ones(2, 3), torch.ones(2)], output).keys() == {"accuracy"}
-
-
-@pytest.fixture
-def sources(tmp_path):
-    """Two data sets, of which a label is more frequent in one, and the sizes of their batches."""
-    for name, every in (("often", 2), ("seldom", 5)):
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two data sets, of which a label is more frequent in one."""
+    folders = []
+    for every in (2, 5):
         rows = [{"text": f"It was {'old ' * (k % 4)}{k}", "label": int(k % every == 0)} for k in range(20)]
         rows = [row | {"said": "old" if row["label"] else "new"} for row in rows]
-        (tmp_path / name).mkdir()
-        for split in ("train", "validation", "test"):
-            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [str(tmp_path / name) for name in ("often", "seldom")]
+        folders.append(tiny.write_rows(tmp_path_factory.mktemp("rows"), rows))
+    return folders
 
 
 class Old(COLACausalLM):
@@ -125,18 +99,22 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
+def module_and_data(tmp_path, sources, kind):
     make_module, make_data, arguments = KINDS[kind]
     auto_class = "AutoModel" if kind == "classifier" else "AutoModelForCausalLM"
     name = tiny.folder(tmp_path / "model", "llama", auto_class, max_position_embeddings=128)
     module = make_module(name, target_modules=["q_proj"], rank=2, seed=0)
-    datas = [make_data(source, batch_size=8, **arguments) for source in sources]
-    first = trainer(tmp_path)
-    alone = {fn: [getattr(first, fn)(module, data, verbose=False)[0] for data in datas] for fn in ("validate", "test")}
-    rows = [[row for batch in first.predict(module, data) for row in batch["prediction"]] for data in datas]
+    return module, [make_data(source, batch_size=8, **arguments) for source in sources]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
+    module, datas = module_and_data(tmp_path, sources, kind)
+    run = trainer(tmp_path)
+    alone = {fn: [getattr(run, fn)(module, data, verbose=False)[0] for data in datas] for fn in ("validate", "test")}
+    rows = [[row for batch in run.predict(module, data) for row in batch["prediction"]] for data in datas]
     for data in datas:
-        data.trainer = first
+        data.trainer = run
         data.setup("validate")
 
     class Both(LightningDataModule):
@@ -154,9 +132,20 @@ def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
             named = [{f"{name}/dataloader_idx_{k}": value for name, value in one.items()} for k, one in enumerate(expected)]
             assert received == [pytest.approx(some, abs=1e-5) for some in named]
     assert alone["test"][0] != pytest.approx(alone["test"][1], abs=1e-3)
-    assert [
-        [row for batch in some for row in batch["prediction"]] for some in trainer(tmp_path).predict(module, Both())
-    ] == rows
-    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
-    run.fit(module, Both().val_dataloader()[0], Both().val_dataloader())
-    assert {f"val_loss/dataloader_idx_{k}" for k in (0, 1)} < run.callback_metrics.keys()
+    batches = trainer(tmp_path).predict(module, Both())
+    assert [[row for batch in some for row in batch["prediction"]] for some in batches] == rows
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_what_an_interrupted_evaluation_has_left_goes_before_the_next(tmp_path, sources, stage):
+    class Interrupt(Callback):
+        def on_validation_batch_end(self, *_):
+            raise InterruptedError
+
+        on_test_batch_end = on_validation_batch_end
+
+    module, (often, seldom) = module_and_data(tmp_path, sources, "f1")
+    expected = getattr(trainer(tmp_path), stage)(module, often, verbose=False)
+    with pytest.raises(InterruptedError):
+        getattr(trainer(tmp_path, Interrupt()), stage)(module, seldom, verbose=False)
+    assert getattr(trainer(tmp_path), stage)(module, often, verbose=False) == expected

@@ -52,11 +52,10 @@ print(json.dumps([n_rows, n_tokens, own_bytes() - before]))
 
 def write(folder, n_rows):
     draw, words = random.Random(0), " ".join(tiny.TEXT).split()
-    folder.mkdir()
-    for split, size in {"train": n_rows, "validation": 10, "test": 10}.items():
-        texts = [[" ".join(draw.choices(words, k=k)) for k in N_WORDS] for _ in range(size)]
-        rows = [{"prompt": prompt, "response": response} for prompt, response in texts]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [[" ".join(draw.choices(words, k=k)) for k in N_WORDS] for _ in range(n_rows)]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in texts]
+    tiny.write_rows(folder, rows, ["train"])
+    tiny.write_rows(folder, rows[:10], ["validation", "test"])
 
 
 def test_the_tokens_of_many_rows_take_no_memory_of_the_process(tmp_path):

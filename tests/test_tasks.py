@@ -32,27 +32,14 @@ OPTIONS = {
     "WIC": ("No", "Yes"),
     "MultiRC": ("No", "Yes"),
 }
-# Two a task: its name, a row, the prompt, its options where they are not those above or the answer alone, the answer.
+# Of each task: a row, the prompt, its options where they are not those above or the answer alone, and the answer.
 ROWS = [
-    ("SST2", {"sentence": "a joy to watch ", "label": 1}, "a joy to watch It was", " great"),
-    ("SST2", {"sentence": " no plot , no point", "label": 0}, "no plot , no point It was", " terrible"),
+    ("SST2", {"sentence": " a joy to watch ", "label": 1}, "a joy to watch It was", " great"),
     (
         "RTE",
         {"premise": "Dogs bark.", "hypothesis": "Dogs make noise.", "label": 0},
         'Dogs bark.\nDoes this mean that "Dogs make noise." is true? Yes or No?\n',
         "Yes",
-    ),
-    (
-        "RTE",
-        {"premise": "It rained in Oslo.", "hypothesis": "Oslo was dry.", "label": 1},
-        'It rained in Oslo.\nDoes this mean that "Oslo was dry." is true? Yes or No?\n',
-        "No",
-    ),
-    (
-        "CB",
-        {"premise": "He said so.", "hypothesis": "he said so", "label": 1},
-        'Suppose He said so. Can we infer that "he said so"? Yes, No, or Maybe?\n',
-        "No",
     ),
     (
         "CB",
@@ -79,35 +66,16 @@ ROWS = [
         "Yes",
     ),
     (
-        "WSC",
-        {"text": "The cup fell off the shelf, for it was full.", "span1_text": "The cup", "span2_text": "it", "label": 0},
-        "The cup fell off the shelf, for it was full.\n"
-        'In the previous sentence, does the pronoun "it" refer to The cup? Yes or No?\n',
-        "No",
-    ),
-    (
         "WIC",
         {"word": "bank", "sentence1": "A bank of mud.", "sentence2": "She robbed a bank.", "label": 0},
         'Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA bank of mud.\nShe robbed a bank.\n',
         "No",
     ),
     (
-        "WIC",
-        {"word": "run", "sentence1": "I run home.", "sentence2": "We run fast.", "label": 1},
-        'Does the word "run" have the same meaning in these two sentences? Yes, No?\nI run home.\nWe run fast.\n',
-        "Yes",
-    ),
-    (
         "MultiRC",
         {"paragraph": "Ida left at six. ", "question": "When did Ida leave?", "answer": "At six", "label": 1},
         'Ida left at six. \nQuestion: When did Ida leave?\nI found this answer "At six". Is that correct? Yes or No?\n',
         "Yes",
-    ),
-    (
-        "MultiRC",
-        {"paragraph": "Ida left at six.", "question": "Who stayed?", "answer": "Ida.", "label": 0},
-        'Ida left at six.\nQuestion: Who stayed?\nI found this answer "Ida.". Is that correct? Yes or No?\n',
-        "No",
     ),
     (
         "COPA",
@@ -128,46 +96,22 @@ ROWS = [
         {
             "passage": "Oslo beat Bergen.\n@highlight\nIt was cold\n@highlight\nNobody came",
             "query": "Fans of @placeholder sang; @placeholder won.",
-            "entities": ["Bergen", "Oslo"],
-            "answers": ["Oslo"],
+            "entities": ["Bergen", "Oslo", "Al"],
+            "answers": ["Al", "Oslo"],
         },
         "Oslo beat Bergen.\n- It was cold\n- Nobody came\n-",
-        (" Fans of Bergen sang; Bergen won.", " Fans of Oslo sang; Oslo won."),
-        " Fans of Oslo sang; Oslo won.",
-    ),
-    (
-        "ReCoRD",
-        {
-            "passage": "Al met Di.",
-            "query": "@placeholder left",
-            "entities": ["Di", "Al", "Albert"],
-            "answers": ["Albert", "Al"],
-        },
-        "Al met Di.\n-",
-        (" Di left", " Al left", " Albert left"),
-        " Albert left",
+        (" Fans of Bergen sang; Bergen won.", " Fans of Oslo sang; Oslo won.", " Fans of Al sang; Al won."),
+        " Fans of Al sang; Al won.",
     ),
     (
         "SQuAD",
-        {"title": "The_Moon", "context": "It is far.", "question": " How far? ", "answers": {"text": ["very far", "far"]}},
-        "Title: The_Moon\nContext: It is far.\nQuestion: How far?\nAnswer:",
+        {"title": "The_Moon", "context": " Far. ", "question": " How far? ", "answers": {"text": ["very far", "far"]}},
+        "Title: The_Moon\nContext:  Far. \nQuestion: How far?\nAnswer:",
         " very far\n",
     ),
     (
-        "SQuAD",
-        {"title": "Tea", "context": " Hot. ", "question": "Is it hot?", "answers": {"text": ["Hot"], "answer_start": [1]}},
-        "Title: Tea\nContext:  Hot. \nQuestion: Is it hot?\nAnswer:",
-        " Hot\n",
-    ),
-    (
         "DROP",
-        {"passage": "They won 3-1.", "question": "By how many? ", "answers_spans": {"spans": ["2"], "types": ["number"]}},
-        "Passage: They won 3-1.\nQuestion: By how many?\nAnswer:",
-        " 2\n",
-    ),
-    (
-        "DROP",
-        {"passage": "Jo and Bo ran.", "question": "Who ran?", "answers_spans": {"spans": ["Jo", "Bo", "Jo"]}},
+        {"passage": "Jo and Bo ran.", "question": "Who ran? ", "answers_spans": {"spans": ["Jo", "Bo", "Jo"]}},
         "Passage: Jo and Bo ran.\nQuestion: Who ran?\nAnswer:",
         " Jo\n",
     ),
@@ -183,25 +127,21 @@ def test_a_prompt_its_options_and_its_answer_are_the_protocols(expected):
     assert example.options[example.answer] == answer
 
 
-def test_all_answers_that_count_are_kept():
-    made = [(task, TASKS[task].example(Row(row, "here"))) for task, row, *_ in ROWS]
-    assert [example.accepted for task, example in made if task == "ReCoRD"] == [(1,), (2, 1)]
-    assert [example.references for task, example in made if task == "SQuAD"] == [("very far", "far"), ("Hot",)]
-    assert [example.references for task, example in made if task == "DROP"] == [("2",), ("Jo", "Bo", "Jo")]
-    assert {example.accepted + example.references for task, example in made if task in OPTIONS or task == "COPA"} == {()}
-
-
-def test_each_task_is_tested():
-    assert [task for task, *_ in ROWS] == [task for task in TASKS for _ in range(2)]
+def test_each_task_is_tested_and_all_answers_that_count_are_kept():
+    made = {task: TASKS[task].example(Row(row, "here")) for task, row, *_ in ROWS}
+    assert list(made) == list(TASKS)
+    references = {"SQuAD": ("very far", "far"), "DROP": ("Jo", "Bo", "Jo")}
+    assert {task: example.references for task, example in made.items() if example.references} == references
+    assert {task: example.accepted for task, example in made.items() if example.accepted} == {"ReCoRD": (2, 1)}
 
 
 def test_the_papers_tasks_have_the_protocols_sizes_and_loss():
-    assert [task for task in TASKS if task in SIZES] == list(SIZES)
     assert {name: TASKS[name].sizes for name in SIZES} == SIZES
-    assert {name: TASKS[name].loss for name in SIZES} == dict.fromkeys(OPTIONS, "options") | dict.fromkeys(
-        ["COPA", "ReCoRD", "SQuAD", "DROP"], "answer"
-    )
+    assert {name for name in SIZES if TASKS[name].loss == "answer"} == SIZES.keys() - OPTIONS.keys()
+    assert find_task("boolq") is TASKS["BoolQ"]
 
+
+# ---------------------------------------------------------------------- real rows
 
 TEMPLATES = {
     "SST2": "{sentence} It was",
@@ -245,12 +185,11 @@ def options_and_right_ones(task, row):
 
 
 @pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
-@pytest.mark.parametrize("task", SIZES)
+@pytest.mark.parametrize("task", TEMPLATES)
 def test_real_rows_make_the_prompts_of_the_table(task):
     lines = (Path(os.environ["COLA_DATA_DIR"]) / task.lower() / "validation.jsonl").read_text().splitlines()[:20]
     assert len(lines) == 20
-    for line in lines:
-        row = json.loads(line)
+    for row in map(json.loads, lines):
         prompt = TEMPLATES[task]
         for field, value in row.items():
             if "{" + field + "}" in prompt:
@@ -259,11 +198,3 @@ def test_real_rows_make_the_prompts_of_the_table(task):
         options, right, references = options_and_right_ones(task, row)
         assert (example.prompt, list(example.options), list(example.references)) == (prompt, options, references)
         assert [example.options[place] for place in example.accepted or [example.answer]] == right
-
-
-def test_a_task_is_found_in_any_case():
-    assert find_task("boolq") is TASKS["BoolQ"]
-
-
-def test_true_is_the_label_1():
-    assert Row({"gold": True}, "here").label("gold", 2) == 1

@@ -1,7 +1,6 @@
 """Where a prompt's tokens end in a text that continues it: as if both were tokenized, whatever the tokenizer does there."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,37 +12,15 @@ from cola_lightning.data.encoding import Continued, n_common, tokenize, tokenize
 from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
-settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
-settings.load_profile("same")
-
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 BYTES = [f"<0x{k:02X}>" for k in range(256)]
 TEXT = ["It is the old town, isn't it? Yes!\n\nNo, it is the old bridge.\n It was 2024.\tNo... it's"] * 20
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CLIP = r"'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # What tokenizers treat in their own ways at the end of a text, or join to what follows.
-PIECES = ["It", "'s", " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "é", "e\u0301", "\u0301", "\u200b", "\u00a0", "\u0600", "😀"]
-PIECES += [
-    "日本",
-    "?",
-    "!?",
-    "12",
-    "2024",
-    "don't",
-    "'",
-    " the",
-    "old town",
-    "<s>",
-    "</s>",
-    "<sep>",
-    "▁",
-    "Ġ",
-    "ﬁ",
-    "İ",
-    "क्",
-    "ष",
-    "ﷺ",
-]
+PIECES = list("a?' \n\té\u0301\u200b\u00a0\u0600▁Ġﬁİषﷺ😀")
+PIECES += ["It", "'s", "  ", "\n\n", "\r\n", "e\u0301", "日本", "!?", "12", "2024", "don't", " the", "old town", "क्"]
+PIECES += ["<s>", "</s>", "<sep>"]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=8).map("".join)
 
 
@@ -61,9 +38,8 @@ def bpe(pre_tokenizer, normalizer=None, post=None, added=(), **how):
     own.pre_tokenizer, own.normalizer = pre_tokenizer, normalizer
     suffix = {name: value for name, value in how.items() if name == "end_of_word_suffix"}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    own.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, **suffix)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, **suffix)
+    own.train_from_iterator(TEXT, trainer)
     own.add_tokens(list(added))
     own.post_processor = post
     return own
@@ -76,9 +52,12 @@ def wrapped(own, appended=""):
     return own
 
 
-def unigram(normalizer=None):
+def unigram():
+    """T5's."""
     own = Tokenizer(models.Unigram())
-    own.pre_tokenizer, own.normalizer = pre_tokenizers.Metaspace(prepend_scheme="always"), normalizer
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    steps = [normalizers.NFKC(), normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")]
+    own.normalizer = normalizers.Sequence(steps)
     own.train_from_iterator(TEXT, trainers.UnigramTrainer(vocab_size=320, special_tokens=[*SPECIAL, *BYTES], unk_token="<unk>"))
     vocabulary = [tuple(entry) for entry in json.loads(own.to_str())["model"]["vocab"]]
     own.model = models.Unigram(vocabulary, 0, byte_fallback=True)
@@ -100,23 +79,19 @@ def wordpiece():
 
 
 ADDED = [AddedToken("<sep>"), AddedToken("old town", lstrip=True, rstrip=True), AddedToken("It", single_word=True)]
+SPACES = normalizers.Replace(Regex(r"\s+"), " ")
+TRIMMED = processors.ByteLevel(trim_offsets=True)
 TOKENIZERS = {
-    "byte-level BPE": lambda: bpe(byte_level(), post=processors.ByteLevel(trim_offsets=False)),
-    "byte-level BPE, trimmed offsets": lambda: bpe(
-        byte_level(add_prefix_space=True), post=processors.ByteLevel(trim_offsets=True)
-    ),
+    "byte-level BPE, trimmed offsets": lambda: bpe(byte_level(add_prefix_space=True), post=TRIMMED),
     "byte-level BPE, added tokens": lambda: bpe(byte_level(), added=ADDED),
     "byte-level BPE, Llama 3": lambda: wrapped(bpe(split(LLAMA3), normalizers.NFC(), ignore_merges=True)),
     "byte-level BPE, CLIP": lambda: bpe(
         split(CLIP, "removed", invert=True),
-        normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]),
+        normalizers.Sequence([SPACES, normalizers.Lowercase()]),
         end_of_word_suffix="</w>",
     ),
     "BPE without words": sentencepiece_bpe,
-    "Unigram": unigram,
-    "Unigram, T5": lambda: unigram(
-        normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")])
-    ),
+    "Unigram, T5": unigram,
     "WordPiece": wordpiece,
 }
 
@@ -125,10 +100,8 @@ TOKENIZERS = {
 def tokenizer(request):
     if request.param == "SmolLM2":
         return Pretrained(tiny.SMOLLM2["model_name"], gguf_file=tiny.SMOLLM2["gguf_file"]).tokenizer()
-    own = TOKENIZERS[request.param]()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
+    names = dict(zip(["unk_token", "bos_token", "eos_token", "pad_token"], SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[request.param](), **names)
 
 
 def continued(own, prompt, text, **how):
@@ -137,7 +110,7 @@ def continued(own, prompt, text, **how):
     return Continued(ids, n_common(before, ids), before == ids[: len(before)])
 
 
-@settings(max_examples=400)
+@settings(max_examples=250, derandomize=True, deadline=None, database=None)
 @given(
     prompts=st.lists(TEXTS, min_size=1, max_size=4),
     responses=st.lists(TEXTS, min_size=4, max_size=4),
@@ -155,17 +128,3 @@ def test_a_prompts_tokens_end_where_both_tokenized_say(tokenizer, prompts, respo
 def test_a_text_that_does_not_begin_with_its_prompt_shares_its_first_tokens():
     own = tiny.tokenizer()
     assert tokenize_continued(own, ["It was not"], ["It was old"]) == [continued(own, "It was not", "It was old")]
-
-
-def test_a_prompt_is_tokenized_alone_only_where_its_end_is_not_seen():
-    own, seen = tiny.tokenizer(), []
-
-    class Recorder(SimpleNamespace):
-        def __call__(self, texts, **how):
-            seen.append(texts)
-            return own(texts, **how)
-
-    prompts = ["Is it old?", "Is it old?\n", "Is it old?\n\n", "It was t"]
-    texts = ["Is it old? Yes", "Is it old?\nYes", "Is it old?\n\nYes", "It was terrible"]
-    tokenize_continued(Recorder(), prompts, texts, is_whole=True)
-    assert seen == [texts, ["\n", "\na"], prompts[2:]]

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,39 @@ def english(folder, passage="The cat sat on the mat, and then it slept until the
             row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
             (folder / task / f"{split}.jsonl").write_text(row + "\n")
     return folder
+
+
+def write_rows(folder, rows, splits=("train", "validation", "test")):
+    """A folder with the same rows in each split."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for split in splits:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def read_rows(path):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def chat_tokenizer(chat, *special, architecture="llama"):
+    """A tokenizer with a chat template, and with the special tokens that stand in it."""
+    made = tokenizer(architecture, pad=True)
+    made.add_tokens(list(special), special_tokens=True)
+    made.chat_template = chat
+    return made
+
+
+def set_up(data, own, *stages, **module):
+    """A data module after its setup for these stages, as a trainer does it; the module has the tokenizer ``own``."""
+    module = SimpleNamespace(**{"tokenizer": own, "seed": 3} | module)
+    limits = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
+    data.trainer = SimpleNamespace(
+        lightning_module=module, training=False, predicting=False, world_size=1, global_rank=0, **limits
+    )
+    for stage in stages:
+        data.setup(stage)
+    return data
 
 
 def reviews(**arguments):

@@ -1,0 +1,204 @@
+"""Texts, instructions and conversations: what a row is follows from its columns, and it is asked as it was learned."""
+
+import pytest
+
+from cola_lightning import TextDataModule, UserError
+from cola_lightning.data.classification import find_texts_and_label
+from cola_lightning.data.encoding import encode_responses, labels_of
+from cola_lightning.data.text import find_columns
+from tests import tiny
+
+TURNS = [("system", "Be kind."), ("user", "Is it?"), ("assistant", "Yes."), ("user", "Old?"), ("assistant", "No.")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+@pytest.mark.parametrize(
+    ("names", "lists", "found"),
+    [
+        (["prompt", "messages", "prompt_id"], ["messages"], ("messages", {"messages": "messages"})),
+        (["id", "conversations", "tools"], ["conversations"], ("messages", {"messages": "conversations", "tools": "tools"})),
+        (["prompt", "completion"], ["prompt", "completion"], ("messages", {"prompt": "prompt", "completion": "completion"})),
+        (["prompt", "completion"], [], ("prompt", {"prompt": "prompt", "response": "completion"})),
+        (["question", "answer", "system"], [], ("prompt", {"prompt": "question", "response": "answer", "system": "system"})),
+        (["instruction", "input", "output"], [], ("prompt", {"prompt": "instruction", "input": "input", "response": "output"})),
+        (["text", "prompt"], [], ("text", {"text": "text"})),  # a prompt alone is not trained on
+    ],
+)
+def test_columns_are_found_by_what_people_call_them(names, lists, found):
+    assert find_columns(names, lists, None) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "lists"),
+    [
+        (["messages", "conversations"], ["messages", "conversations"]),
+        (["prompt", "response", "question", "answer"], []),
+        (["instruction", "input", "context", "output"], []),
+        (["messages"], []),  # as JSON
+        (["document", "summary"], []),
+    ],
+)
+def test_where_two_could_be_meant_or_none_the_columns_are_listed(names, lists):
+    with pytest.raises(UserError, match=rf"data\.columns: .* columns {', '.join(names)}, received .*--data\.columns"):
+        find_columns(names, lists, None)
+
+
+def test_columns_are_named_where_their_names_say_nothing():
+    names, given = ["document", "summary"], {"prompt": "document", "response": "summary"}
+    assert find_columns(names, [], given) == ("prompt", given)
+    prompt = {"prompt": "document"}  # is enough to be answered, and not to be trained on
+    assert find_columns(names, [], prompt, has_response=False) == ("prompt", prompt)
+    assert find_columns(["prompt", "id"], [], None, has_response=False) == ("prompt", {"prompt": "prompt"})
+    for wrong, message in [
+        ({"prompt": "no"}, "expected columns of the data, document, summary, received 'no'"),
+        ({"x": "summary"}, "received 'x'"),
+        (prompt, "expected messages, prompt and response"),
+    ]:
+        with pytest.raises(UserError, match=rf"data\.columns: .*{message}"):
+            find_columns(names, [], wrong)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["text", "labels"], (["text"], "labels")),
+        (["premise", "hypothesis", "label", "text"], (["premise", "hypothesis"], "label")),
+    ],
+)
+def test_a_text_or_a_pair_and_its_label_are_found(names, found):
+    assert find_texts_and_label(names, None, None) == found
+
+
+# ---------------------------------------------------------------------- what is learned
+
+
+def encoded(rows, folder, own, stage="test", **arguments):
+    """The rows as the data module encodes them, and the data module."""
+    data = tiny.set_up(TextDataModule(tiny.write_rows(folder, rows), **arguments), own, stage)
+    return list(data.train if stage == "fit" else data.test), data
+
+
+def learned(row, folder, chat=tiny.CHAT):
+    """The text of a row, and the part with a loss."""
+    own = tiny.chat_tokenizer(chat)
+    ((row,), _) = encoded([row], folder, own)
+    return own.decode(row["input_ids"]), own.decode([label for label in labels_of(row) if label != -100])
+
+
+def test_the_turns_of_a_prompt_have_no_loss(tmp_path):
+    row = {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
+    text, said = learned(row, tmp_path)
+    assert "Yes." in text
+    assert said == "No.</s>"
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    ((asked,), _) = encoded([row], tmp_path, own, "predict")
+    assert (own.decode(asked.prompt_ids) + said, asked.target) == (text.removesuffix("\n"), "No.")
+
+
+def test_a_system_prompt_and_an_input_are_parts_of_the_prompt_where_they_are_not_empty(tmp_path):
+    row = {"system": "Be brief.", "question": "Old?", "answer": "No."}
+    assert "[system]\nBe brief." in learned(row, tmp_path)[0]
+    assert "[system]" not in learned(row | {"system": " "}, tmp_path)[0]
+    assert learned(row, tmp_path, None) == ("<s>Be brief.\n\nOld?No.</s>", "No.</s>")
+    row = {"instruction": "Is it old?", "input": "A town.", "output": " No."}
+    assert learned(row, tmp_path, None) == ("<s>Is it old?\n\nA town. No.</s>", " No.</s>")
+    assert learned(row | {"input": ""}, tmp_path, None) == ("<s>Is it old? No.</s>", " No.</s>")
+
+
+def test_a_text_becomes_several_rows_or_none_and_their_order_stays(tmp_path):
+    texts, own = ["It was old. " * 40, "A", "A town."] * 2, tiny.chat_tokenizer(None)
+    rows, _ = encoded([{"text": text} for text in texts], tmp_path, own, max_length=64)
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert "".join(own.decode(row["input_ids"]) for row in rows) == "".join(f"<s>{text}</s>" for text in texts)
+    empty, _ = encoded([{"text": ""}, {"text": "It was."}], tmp_path, tiny.chat_tokenizer(None, architecture="gpt2"))
+    assert len(empty) == 1
+
+
+ASKED = [("Is it old? ", "It is."), ("Is it old?", " It is."), ("2 + 2 = ", "4"), ("Old?\n", "No, נו 🏠"), ("A\n  ", "  b")]
+PAIRS = [{"prompt": prompt, "response": response} for prompt, response in ASKED]
+AS_TURNS = [
+    {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
+    for prompt, response in ASKED
+]
+
+
+def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    chat, plain = tiny.chat_tokenizer(tiny.CHAT), tiny.chat_tokenizer(None)
+    turns, _ = encoded(AS_TURNS, tmp_path, chat, "fit")
+    following, _ = encoded(PAIRS, tmp_path, plain, "fit")
+    assert turns != following
+    for own, asked, is_chat in [(chat, None, True), (chat, False, False), (plain, None, False)]:
+        caplog.clear()
+        rows, data = encoded(PAIRS, tmp_path, own, "fit", chat_template=asked)
+        assert rows == (turns if is_chat else following)
+        assert data.prompt_format == {"kind": "response", "chat_template": is_chat}
+        assert len([line for line in caplog.messages if line.endswith("(data.chat_template)")]) == 1  # once, of both parts
+    with pytest.raises(UserError, match="expected a tokenizer with a chat template"):
+        encoded(PAIRS, tmp_path, plain, "fit", chat_template=True)
+    with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations"):
+        encoded(AS_TURNS, tmp_path, chat, "fit", chat_template=False)
+    _, data = encoded([{"text": "It is old."}] * 4, tmp_path, chat, "fit")
+    assert data.prompt_format == {"kind": "text", "chat_template": False}
+
+
+# ---------------------------------------------------------------------- what is asked
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path, chat, architecture):
+    """Token by token: a blank at a prompt's end would else be read in one way and learned in another."""
+    own = tiny.chat_tokenizer(chat, architecture=architecture)
+    rows, _ = encoded(PAIRS, tmp_path, own)
+    asked, data = encoded(PAIRS, tmp_path, own, "predict", stop="END")
+    for row, prompt, (text, response) in zip(rows, asked, ASKED, strict=True):
+        n_before = row["spans"][0]
+        assert prompt.prompt_ids == row["input_ids"][:n_before]
+        assert own.decode(row["input_ids"][n_before:], skip_special_tokens=True).strip() == response.strip()
+        assert (prompt.prompt, prompt.target) == (text, response.strip())
+    batch = data.collate(asked)
+    assert batch["end_tokens"] == ([own.eos_token_id] if chat else [])
+    assert (batch["decoding"]["max_new_tokens"], batch["decoding"]["stop"]) == (256, ("END",))
+    assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in asked]
+
+
+def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    rows = [{"prompt": "Old?"}, {"prompt": "Old?", "response": None}, {"messages": MESSAGES[:4]}, {"messages": MESSAGES}]
+    rows += [{"text": "It was "}]
+    predicted = [row for one in rows for row in encoded([one], tmp_path, own, "predict")[0]]
+    prompts = ["Old?", "Old?", MESSAGES[:4], MESSAGES[:4], "It was "]
+    assert [row.prompt for row in predicted] == prompts
+    assert [row.target for row in predicted] == [None, None, None, "No.", None]
+    assert own.decode(predicted[2].prompt_ids).endswith("Yes.</s>\n[user]\nOld?</s>\n[assistant]\n")
+    assert own.decode(predicted[4].prompt_ids) == "<s>It was"
+    for row, message in [
+        (rows[0], r"data\.columns: expected .* among the columns prompt"),
+        (rows[1], "row 1: expected text in the field 'response'"),
+        (rows[2], "row 1: expected the assistant's turn as the last one"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            encoded([row] * 4, tmp_path, own, "fit")
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat):
+    own = tiny.chat_tokenizer(chat)
+    own.model_max_length = 64
+    long = "The capital of the country is the largest town. " * 9
+    rows = [{"prompt": long, "response": "It is."}]
+    for asked, room in (
+        ({"max_length": 40, "max_new_tokens": 8}, 40),
+        ({"max_new_tokens": 30}, 34),
+        ({"max_new_tokens": 64}, 32),
+    ):
+        ((row,), _) = encoded(rows, tmp_path, own, "predict", **asked)
+        assert len(row.prompt_ids) == room
+        assert long.rstrip()[-20:] in own.decode(row.prompt_ids)
+    ((row,), _) = encoded(rows, tmp_path, own, max_length=30)
+    assert len(row["input_ids"]) == 30
+    assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
+    with pytest.raises(UserError, match="row 1: expected a response of fewer than 30 tokens"):
+        encoded([{"prompt": "It", "response": long}], tmp_path, own, max_length=30)
+    assert chat or encode_responses(own, [("Is it? ", "It is.")], 64, ["here"])[0]["input_ids"][-1] == own.eos_token_id
