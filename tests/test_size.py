@@ -1,6 +1,5 @@
 """A checkpoint is small."""
 
-import pytest
 import torch
 import transformers
 from torch.optim import AdamW
@@ -26,17 +25,14 @@ class OPT125M(COLAModule):
         return sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 1e-3
 
 
-@pytest.mark.parametrize("links", [3])
-def test_three_links_of_opt_125m_with_adams_state_take_less_than_8_mb(tmp_path, links):
+def test_three_links_of_opt_125m_with_adams_state_take_less_than_8_mb(tmp_path):
     module = OPT125M(target_modules=["q_proj", "v_proj"], rank=8, seed=0, optimizer=lambda p: AdamW(p, lr=1e-3))
-    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=links)
-    run.fit(module, DataLoader(range(links), batch_size=1))
+    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=3)
+    run.fit(module, DataLoader(range(3), batch_size=1))
     path = tmp_path / "run.ckpt"
     run.save_checkpoint(path, weights_only=False)
     state = torch.load(path, weights_only=True)
-    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == links - 1
+    assert len(state["state_dict"]["cola"]["chain"]["description"]["links"]) == 2
     assert len(state["optimizer_states"][0]["state"]) == 2 * 24
-    weights = sum(parameter.numel() for parameter in module.model.parameters()) * 4
-    assert weights > 500e6
+    assert sum(parameter.numel() for parameter in module.model.parameters()) * 4 > 500e6
     assert path.stat().st_size < 8e6
-    print(f"{path.stat().st_size / 1e6:.2f} MB")
