@@ -290,11 +290,6 @@ def _gb(*sizes: int) -> str:
     return " / ".join(f"{size / 1e9:.{2 if size < 1e9 else 1}f}" for size in sizes)
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as the documents have it."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
-
-
 def main() -> None:
     """Computes, writes each result, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

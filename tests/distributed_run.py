@@ -33,7 +33,6 @@ from tests import tiny
 from tests.toy import trainer
 
 RANKS = [4, 2, 6, 3]
-ROLLING = {"chain": {"every_n_train_steps": 4, "refresh_rank": 2}}
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
 STACK = {"arguments": {"finished_links": "stack"}}
 KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
@@ -45,9 +44,6 @@ SAME = {
     "mlp-ddp": {"precision": "64-true"},
     "mlp-stack-ddp": STACK | {"precision": "64-true"},
     "llama-ddp": LLAMA_64,
-    "rolling-ddp": ROLLING | {"precision": "64-true"},
-    "rolling-fsdp2": ROLLING | {"arguments": {"finished_links": "stack"}},
-    "rolling-fsdp1": ROLLING | {"gradient_clip_val": None},
     "kept-fsdp1": KEPT,
     "kept-fsdp2": KEPT,
     "whole-fsdp2": WHOLE,

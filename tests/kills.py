@@ -69,10 +69,7 @@ chain: {every_n_epochs: 1}
 """
 LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
 
-# The same knots, each of which finishes one of two components.
-ROLLING = DIGITS.replace("ranks: [2, 1, 2]", "refresh_rank: 1")
-
-SETUPS = {"digits": DIGITS, "rolling": ROLLING, "llama": LLAMA}
+SETUPS = {"digits": DIGITS, "llama": LLAMA}
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,6 @@ class Kill:
     hook: str
     digits: tuple[int, int]
     llama: tuple[int, int]
-
-    @property
-    def rolling(self):
-        return self.digits
 
     def __str__(self):
         return f"{self.moment}, {self.signal}"

@@ -1,36 +1,33 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
-import contextlib
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks import paper_table
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import study
 from cola_lightning.study.command import Comparison
 from cola_lightning.study.config import as_words, check_same, resolved
-from cola_lightning.study.figures import mean_curve, plot_curves
+from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import METHODS, method
-from cola_lightning.study.results import Result, at_best_rates, best_rates, read, write
+from cola_lightning.study.results import Result, at_best_rates, best_rates, write
 from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests import forked
+from tests.toy import DIGITS, wait_for
 
 ROOT = Path(__file__).parent.parent
-DIGITS = str(ROOT / "configs" / "digits.yaml")
 
 
 def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts):
@@ -59,12 +56,8 @@ def config(chain=None, rank=4, **trainer):
     [
         ("lora", config({"every_n_epochs": 5}, max_epochs=20), 1, 4),
         ("cola", config({"every_n_epochs": 5}, max_epochs=20), 4, 4),
-        ("cola", config({"every_n_train_steps": 6}, max_steps=20), 4, 4),
         ("cola", config({"at_steps": [7, 30]}, max_steps=20, max_epochs=-1), 2, 4),
-        ("cola", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 2, 4),
-        ("cola-5", config(max_steps=20), 5, 4),
         ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), 5, 4),
-        ("cola-1", config(max_epochs=20), 1, 4),
         ("lora-sum-rank", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 1, 6),
         ("lora-sum-rank-5", config(max_steps=20), 1, 20),
         ("full", config(), 0, None),
@@ -79,24 +72,17 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
         assert found.options["model.target_modules"] is None
 
 
-@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "lora-sum-rank"), "lora-sum-rank-4"])
-@pytest.mark.parametrize(
-    "fit", [[], ["--chain.every_n_train_steps", "null", "--chain.every_n_epochs", "2", "--trainer.max_steps", "9"]]
-)
-def test_a_chain_in_steps_is_compared_over_epochs_and_the_reverse(name, fit):
-    words = ["--config", str(ROOT / "configs" / "smollm2.yaml"), *fit]
+def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
+    words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
     given = resolved(words)
-    found = method(name, given)
-    mine = resolved([*words, *as_words(found.options)])
-    assert mine["trainer"] == given["trainer"]
-    if name in ("cola", "rac", "relora"):
-        assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
-        assert mine["chain"] == given["chain"]
-
-
-def test_links_of_equal_length_end_with_the_run():
-    assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]
-    assert method("cola-2", config(max_epochs=5)).options["chain.at_epochs"] == [2]
+    for name in [*(name for name in METHODS if name != "lora-sum-rank"), "lora-sum-rank-4"]:
+        found = method(name, given)
+        mine = resolved([*words, *as_words(found.options)])
+        assert mine["trainer"] == given["trainer"]
+        if name in ("cola", "rac", "relora"):
+            assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
+            assert mine["chain"] == given["chain"]
+    assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]  # links of equal length
     assert method("cola-2", config(max_epochs=5, max_steps=300)).options["chain.at_steps"] == [150]
 
 
@@ -109,15 +95,14 @@ def test_a_rate_is_chosen_on_validation_by_the_tuning_seeds_alone():
     assert best_rates(results, "min", [0]) == {"lora": 1e-1}
     assert best_rates(results, "max", [0]) == {"lora": 1e-2}
     assert best_rates(results, "min", [0, 1]) == {"lora": 1e-1}  # the seed that all rates have
+    assert best_rates([*results, result(rate=1e-1, seed=1, validation=9.0)], "min", [0]) == {"lora": 1e-1}
     assert [r.seed for r in at_best_rates(results, "max", [0])["lora"]] == [0, 1]
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_rate_at_which_a_run_diverged_is_not_chosen(mode):
-    lost = result(rate=1.0, validation=None)
-    assert lost.test is None
-    assert best_rates([lost, result(rate=1e-2, validation=50.0)], mode, [0]) == {"lora": 1e-2}
-    assert best_rates([lost], mode, [0]) == {"lora": 1.0}
+    for mode in ("min", "max"):
+        lost = result(rate=1.0, validation=None)
+        assert best_rates([lost, result(rate=1e-2, validation=50.0)], mode, [0]) == {"lora": 1e-2}
+        assert best_rates([lost], mode, [0]) == {"lora": 1.0}
+    for value in (math.nan, math.inf):
+        assert result(test=value).validation is result(validation=value).test is None
 
 
 def test_a_lower_metric_is_better_where_its_name_or_the_user_says_so(tmp_path):
@@ -127,9 +112,9 @@ def test_a_lower_metric_is_better_where_its_name_or_the_user_says_so(tmp_path):
     assert {better(name) for name in ("val_loss", "val_perplexity", "val_loss/dataloader_idx_1")} == {"min"}
     assert {better(name) for name in ("val_accuracy", "val_f1", "val_exact_match", "val_matthews_corrcoef")} == {"max"}
     assert (better("val_loss", "max"), better("val_mse", "min")) == ("max", "min")
-    for name in ("mse", "error", "wer", "lossless_rate", "acuracy"):  # no direction is guessed
-        with pytest.raises(UserError, match=f"mode: expected min or max .* received none for val_{name}"):
-            better(f"val_{name}")
+    for name in ("val_mse", "val_lossless_rate"):  # no direction is guessed
+        with pytest.raises(UserError, match=r"^mode: "):
+            better(name)
 
 
 def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
@@ -145,35 +130,8 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
     assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
     alone, lost = rows(cola=[1.0], full=[None])
     assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
-    assert rows(lora=[1.0, 1.0], cola=[1.0, 1.0])[1].low == 0
-
-
-COMMITTED = sorted(ROOT.glob("benchmarks/*/*/table.csv"))
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
-def test_the_table_of_a_committed_study_follows_from_its_lines(path):
-    results, chosen = sorted(read(path.with_name("results.jsonl")), key=lambda one: one.seed), {}
-    for row in (rows := table(path)):
-        of_rate = [one for one in results if (one.method, one.learning_rate) == (row["method"], float(row["learning_rate"]))]
-        chosen[row["method"]] = of_rate[: int(row["seeds"])]
-    for row, mine in zip(rows, summarize(chosen), strict=True):
-        for name in ("validation", "test", "deviation", "difference", "low", "high", "seconds"):
-            assert getattr(mine, name) == (pytest.approx(float(row[name])) if row[name] else None), name
-    assert len(COMMITTED) >= 20
-
-
-def test_curves_are_means_over_seeds_and_one_validation_is_seen():
-    results = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
-    assert mean_curve(results) == {5: 2.0}
-    axes = Figure().add_subplot()
-    once, twice = result(curve=[[10, 0.5]]), result("cola-2", curve=[[5, 0.4], [10, 0.6]], knots=[7.5])
-    plot_curves(axes, {"lora": [once], "cola-2": [twice], "full": [result("full", curve=[[10, 0.3]])]})
-    lone, curve, knots, full = [line for line in axes.get_lines() if len(line.get_xdata())]
-    assert (lone.get_xdata().tolist(), lone.get_marker()) == ([10], "D")
-    assert curve.get_xdata().tolist() == [5, 10]
-    assert knots.get_xydata().tolist() == [[7.5, 0.5]]
-    assert list(full.get_ydata()) == [0.3, 0.3]
+    curves = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
+    assert mean_curve(curves) == {5: 2.0}
 
 
 # ---------------------------------------------------------------------- a study whose runs are made up
@@ -210,18 +168,12 @@ class Runs:
 
 
 @pytest.fixture
-def drawn_runs(monkeypatch):
-    made = Runs()
-    monkeypatch.setattr(study, "execute", made)
-    return made
-
-
-@pytest.fixture
-def runs(drawn_runs, monkeypatch):
+def runs(monkeypatch):
     """Without the figures, which take longer than all else."""
-    for draw in ("draw_curves", "draw_points"):
-        monkeypatch.setattr(study, draw, lambda *_: None)
-    return drawn_runs
+    made = Runs()
+    for name, stands_in in {"execute": made, "draw_curves": lambda *_: None, "draw_points": lambda *_: None}.items():
+        monkeypatch.setattr(study, name, stands_in)
+    return made
 
 
 def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
@@ -233,7 +185,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_study_leaves_lines_tables_and_figures(tmp_path, drawn_runs, capsys):
+def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert compare(tmp_path, "--learning_rates", "[1e-2, 2e-2]") == 0
     assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
         (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
@@ -243,11 +195,8 @@ def test_a_study_leaves_lines_tables_and_figures(tmp_path, drawn_runs, capsys):
     assert (cola["method"], cola["links"], cola["learning_rate"]) == ("cola-2", "2", "0.01")
     assert float(cola["difference"]) == pytest.approx(0.1)
     assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
-    for name in ("curves.png", "points.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "cola-2" in capsys.readouterr().out
-    names = [path.name for path in (tmp_path / "runs").iterdir()]
-    assert sorted(names) == sorted(drawn_runs.asked)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.asked)
     assert not list(tmp_path.rglob("claim*"))
 
 
@@ -256,7 +205,7 @@ def test_runs_that_differ_in_more_than_their_method_are_said_to(tmp_path, runs, 
     names = [f"{name}-lr0.02-seed2" for name in ("lora", "cola-2")]
     runs.changes = {name: {field: value} for name, value in zip(names, values, strict=True)}
     assert compare(tmp_path) == 0
-    assert "The runs of" not in capsys.readouterr().out + (tmp_path / "table.md").read_text()
+    assert "The runs of" not in capsys.readouterr().out
     assert compare(tmp_path, seeds=3) == 0
     assert "The runs of seed 2 did not " in capsys.readouterr().out
     assert "The runs of seed 2 did not " in (tmp_path / "table.md").read_text()
@@ -278,35 +227,18 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
 
 
 def test_seeds_that_compare_no_rates_run_at_the_best_alone_and_a_failed_run_stops_no_other_method(tmp_path, runs, capsys):
-    rates = "{lora: [1e-2, 2e-2], cola-2: [3e-2]}"
+    words = ["--learning_rates", "{lora: [1e-2, 2e-2], cola-2: [3e-2]}", "--tuning_seeds", "1"]
     runs.failing = {"cola-2-lr0.03-seed0"}
-    assert compare(tmp_path, "--learning_rates", rates, "--tuning_seeds", "1", seeds=3) == 1
+    assert compare(tmp_path, *words, seeds=3) == 1
     assert runs.asked[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
     assert runs.asked[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
     assert "cola-2-lr0.03-seed0/log.txt" in capsys.readouterr().out.replace("\n", "")
-    runs.failing = set()
-    assert compare(tmp_path, "--learning_rates", rates, "--tuning_seeds", "1", seeds=3) == 0
-    assert runs.asked[5:] == [f"cola-2-lr0.03-seed{seed}" for seed in range(3)]
-
-
-def test_ctrl_c_loses_the_run_in_hand_alone(tmp_path, runs):
-    runs.stop_at = 2
-    assert compare(tmp_path) == 130
-    assert len(lines(tmp_path)) == 2
+    runs.failing, runs.stop_at = set(), 6
+    assert compare(tmp_path, *words, seeds=3) == 130  # Ctrl-C: the run in hand is lost
+    assert len(lines(tmp_path)) == 5
     runs.stop_at = None
-    assert compare(tmp_path) == 0
-    assert len(runs.asked) == len(set(runs.asked)) == 4
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["validation", "test"])
-def test_a_metric_that_is_not_finite_is_a_run_that_diverged(tmp_path, runs, name, value):
-    runs.changes = {"cola-2-lr0.02-seed0": {name: value}}
-    for _ in range(2):
-        assert compare(tmp_path, seeds=3) == 0
-    assert len(runs.asked) == 6
-    assert [(line["method"], line["seed"]) for line in lines(tmp_path) if line[name] is None] == [("cola-2", 0)]
-    assert [row["diverged"] for row in table(tmp_path / "table.csv")] == ["0", "1"]
+    assert compare(tmp_path, *words, seeds=3) == 0
+    assert runs.asked[5:] == [f"cola-2-lr0.03-seed{seed}" for seed in range(3)]
 
 
 def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
@@ -318,37 +250,6 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
         assert given["data"]["init_args"]["split_seed"] == seed
 
 
-@pytest.mark.parametrize(
-    ("words", "changed"),
-    [
-        (["--seeds", "two"], {}),
-        (["--seds", "2"], {}),
-        (["--metric", "val_acuracy"], {}),
-        (["--learning_rates", "{lora: [0.1]}"], {}),
-        (["--also_seeded", "[data.split_sed]"], {}),
-        ([], {"methods": "[lore]"}),
-        ([], {"fit": ["--model.seed", "3"]}),
-        ([], {"fit": ["--model.rang", "2"]}),
-        ([], {"fit": ["--model.rank", "null"]}),
-        ([], {"fit": ["--ckpt_path", "last"]}),
-        ([], {"fit": ["--config", "nowhere.yaml"]}),
-    ],
-    ids=str,
-)
-def test_what_is_written_wrong_is_one_line_and_status_2(tmp_path, runs, capsys, words, changed):
-    status = compare(tmp_path, *words, **changed)
-    assert (status, runs.asked) == (2, [])
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_study_may_be_in_the_users_home(tmp_path, runs, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copy(DIGITS, tmp_path / "mine.yaml")
-    assert main(["compare", "--config", "~/mine.yaml", "--output=~/study", "--methods=[lora]", "--seeds=1"]) == 0
-    assert len(lines(tmp_path / "study")) == 1
-
-
 # ---------------------------------------------------------------------- a study is of one config
 
 
@@ -358,44 +259,18 @@ def test_another_config_or_metric_is_another_study(tmp_path, runs, capsys):
         assert compare(tmp_path, *words) == 2
         assert "error: config: expected " in capsys.readouterr().err
     assert len(lines(tmp_path)) == len(runs.asked) == 4
-
-
-def test_a_command_without_a_result_binds_no_later_one(tmp_path, runs, monkeypatch):
-    def refuses(*_):
-        raise UserError("model.rank: a run refuses it")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(study, "execute", refuses)
-        assert compare(tmp_path, "--metric", "val_los", "--mode", "min", fit=["--model.rank", "2000"]) == 2
-    assert compare(tmp_path) == 0
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert (config["model"]["init_args"]["rank"], config["metric"], config["mode"]) == (1, "val_loss", "min")
-
-
-@pytest.mark.parametrize("text", ["mine: 1  # a comment\n", "trainer: {max_epochs: 50}\n", ""])
-def test_a_config_in_the_output_that_is_no_studys_is_not_replaced(tmp_path, runs, capsys, text):
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
+    (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 50}\n")  # another program's
     assert compare(tmp_path) == 2
-    assert path.read_text() == text
-    assert capsys.readouterr().err.startswith("error: ")
+    assert (tmp_path / "config.yaml").read_text() == "trainer: {max_epochs: 50}\n"
 
 
-@pytest.mark.parametrize(
-    ("known", "mine", "differs"),
-    [
-        ("a: null", "a: {class_path: C, init_args: {b: 1}}", "a"),
-        ("a: {class_path: C, init_args: {b: null}}", "a: null", "a"),
-        ("a: {class_path: C, init_args: {b: null}}", "a: {class_path: D}", "a.class_path"),
-        ("a: {b: 1}", "{a: {b: 1, introduced_since: 2}, introduced_since: {b: 1}}", None),
-        ("a: {b: null, removed_since: null, off: false}", "a: {b: null}", None),
-        ("a: {b: null, removed_since: true}", "a: {b: null}", "a.removed_since"),
-        ("a: {class_path: C}", "a: {class_path: C, dict_kwargs: {b: 1}}", "a.dict_kwargs"),
-    ],
-)
-def test_a_value_in_place_of_another_is_another_config(known, mine, differs):
-    with pytest.raises(UserError, match=rf"^config: expected {differs}: ") if differs else contextlib.nullcontext():
-        check_same(yaml.safe_load(mine), yaml.safe_load(known), "it")
+def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config():
+    for known, mine in ({"a": {"b": 1}}, {"a": {"b": 1, "new": 2}, "new": 3}), ({"a": {"b": 0, "old": False}}, {"a": {"b": 0}}):
+        check_same(mine, known, "it")
+    known = {"a": {"class_path": "C"}}
+    for mine, differs in ({"a": None}, "a"), ({"a": {"class_path": "C", "dict_kwargs": {"b": 1}}}, r"a\.dict_kwargs"):
+        with pytest.raises(UserError, match=f"^config: expected {differs}: "):
+            check_same(mine, known, "it")
 
 
 # ---------------------------------------------------------------------- several processes, and those that are killed
@@ -407,12 +282,12 @@ from cola_lightning.study import study
 sys.path.append("benchmarks")
 from tests.test_compare import compare, made_up
 
-output, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
+output = Path(sys.argv[1])
 
 def execute(claim, asked):
     with (output / "asked.txt").open("a") as file:
         file.write(claim.parent.name + " ")
-    time.sleep(60 if hangs and (output / "results.jsonl").exists() else 0.3)
+    time.sleep(0.3)
     return made_up(claim, asked)
 
 study.execute, study.WAIT = execute, 0.1
@@ -421,31 +296,13 @@ sys.exit(compare(output))
 """
 
 
-def wait_for(is_so, seconds=120):
-    for _ in range(10 * seconds):
-        if is_so():
-            return
-        time.sleep(0.1)
-    pytest.fail("in vain")
-
-
 def test_two_processes_share_the_runs(tmp_path):
-    both = [forked.Command("-c", SLOW, tmp_path, "", cwd=ROOT) for _ in range(2)]
+    both = [forked.Command("-c", SLOW, tmp_path, cwd=ROOT) for _ in range(2)]
     for done in [one.finish(timeout=300) for one in both]:
         assert done.returncode == 0, done.stderr
         assert "cola-2" in done.stdout
     asked = (tmp_path / "asked.txt").read_text().split()
     assert len(asked) == len(set(asked)) == len(lines(tmp_path)) == 4
-
-
-def test_a_run_whose_study_was_killed_is_run_again(tmp_path, runs):
-    killed, asked = forked.Command("-c", SLOW, tmp_path, "hangs", cwd=ROOT), tmp_path / "asked.txt"
-    wait_for(lambda: asked.exists() and len(asked.read_text().split()) == 2)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.finish()
-    assert compare(tmp_path) == 0
-    assert runs.asked[0] == asked.read_text().split()[1]
-    assert len(lines(tmp_path)) == 4 == 1 + len(runs.asked)
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
@@ -486,6 +343,8 @@ def here(monkeypatch):
 @pytest.mark.usefixtures("here")
 def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola, full]", seeds=1, fit=SHORT) == 0
+    for name in ("curves.png", "points.png"):
+        assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
     line, of_full = lines(tmp_path / "study")
     assert line["base"] == of_full["base"] is not None
     fit = ["--config", DIGITS, *SHORT, "--trainer.default_root_dir", str(tmp_path / "fit"), "--seed_everything", "0"]
@@ -500,7 +359,6 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert line["test"] == float(tested[-1]["test_accuracy"]) == float(mine[-1]["test_accuracy"])
     assert (line["links"], line["rank"], line["knots"], line["steps"]) == (2, 1, [9], 18)
     assert (line["trainable_parameters"], of_full["links"]) == (330, 0)
-    assert line["seconds"] > 0
     assert line["peak_memory"] > 100
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 0
     assert not list(folder.rglob("*.ckpt"))
@@ -509,10 +367,8 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
 @pytest.mark.parametrize(
     ("words", "fit", "message"),
     [
-        ([], ["--trainer.limit_val_batches", "0"], "data: expected rows"),
-        ([], ["--trainer.limit_test_batches", "0"], "data: expected rows"),
-        ([], ["--trainer.max_steps", "1000"], "trainer.max_steps: expected at most 18"),
-        (["--metric", "val_acuracy", "--mode", "max"], [], "metric: expected one of .*val_accuracy.* received val_acuracy"),
+        ([], ["--trainer.max_steps", "1000"], "trainer.max_steps: "),
+        (["--metric", "val_acuracy", "--mode", "max"], [], "metric: .*val_accuracy"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -531,7 +387,8 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
     assert "diverged" in (tmp_path / "table.md").read_text()
 
 
-def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path):
+def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, capsys):
+    """As does one whose run refuses its options, with other ones: there is no result yet that binds it."""
     words = ["--config", DIGITS, "--output", tmp_path, "--methods", "[lora]", "--seeds", "1", "--"]
     command = ["-m", "cola_lightning", "compare", *words, "--trainer.max_epochs"]
 
@@ -550,40 +407,7 @@ def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path):
         assert done.returncode == status, done.stderr
         wait_for(lambda: not processes(), 20)
     (tmp_path / "config.yaml").unlink()  # which a killed study leaves
-    done = forked.run(*command, "3", env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert compare(tmp_path, methods="[lora]", seeds=1, fit=["--model.target_modules", "[nosuch]"]) == 2  # said by its process
+    assert "error: model.target_modules: " in capsys.readouterr().err
+    assert compare(tmp_path, methods="[lora]", seeds=1, fit=SHORT) == 0
     assert len(lines(tmp_path)) == 1
-
-
-def test_what_a_runs_process_refuses_ends_the_study(tmp_path, capsys):
-    assert compare(tmp_path, methods="[lora]", fit=["--model.target_modules", "[nosuch]"]) == 2
-    assert "error: model.target_modules: expected the name of a module" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------- the paper's table
-
-
-@pytest.mark.parametrize("task", paper_table.TASKS)
-def test_the_papers_table_asks_for_the_papers_numbers(task):
-    words = paper_table.words(task)[1:]
-    cut = words.index("--")
-    given = dict(zip(words[:cut:2], words[1:cut:2], strict=True))
-    asked = resolved(["--config", str(ROOT / "configs" / "smollm2.yaml"), *words[cut + 1 :]])
-    model, data = asked["model"]["init_args"], asked["data"]["init_args"]
-    assert (model["rank"], model["alpha"], model["target_modules"]) == (8, 16, ["q_proj", "v_proj"])
-    assert (data["task"], data["batch_size"], data["train_size"], data["test_size"]) == (task, 8, None, None)
-    assert (asked["trainer"]["max_epochs"], asked["chain"]["at_epochs"]) == (5, [3])
-    assert (given["--seeds"], given["--metric"]) == ("3", "val_accuracy")
-    assert given["--learning_rates"] == "[1e-3, 5e-4]"
-    links = {name: method(name, asked).links for name in given["--methods"].strip("[]").split(", ")}
-    assert links == {"lora": 1, "cola": 2}
-
-
-def test_the_papers_table_runs_anew_in_another_folder(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(paper_table, "run", asked.append)
-    monkeypatch.setattr(paper_table, "FOLDER", paper_table.FOLDER)
-    monkeypatch.setattr("sys.argv", ["paper_table.py", "--output", str(tmp_path), "COPA"])
-    paper_table.main()
-    (words,) = asked
-    assert words[words.index("--output") + 1] == str(tmp_path / "copa")

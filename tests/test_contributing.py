@@ -9,16 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import cola_lightning
-from cola_lightning import AdaptedModel, COLAModule, PromptDataModule, UserError, inject_lora
+from cola_lightning import AdaptedModel, PromptDataModule
 from cola_lightning.chain import schedule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
 from cola_lightning.lora import inject
 from tests import tiny
-from tests.toy import assert_bit_equal, trainer, weights
+from tests.toy import ValidatedToy, assert_bit_equal, trainer, weights
 
-ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +47,8 @@ def test_a_prompted_task_takes_ten_lines(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     module = cola_lightning.COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
     rows = PromptDataModule("QNLI", str(tmp_path), train_size=8, val_size=8, test_size=16, batch_size=4)
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=rows)
-    assert len(module.chain) == 1
     assert "val_accuracy" in run.callback_metrics
 
 
@@ -77,7 +75,6 @@ def test_a_layer_type_has_what_every_layer_has(finished_links):
         torch.testing.assert_close(adapted.model(ids), before, rtol=1e-5, atol=1e-6)
     weight = plain[0].weight + adapted.chain.delta("0").T
     torch.testing.assert_close(adapted.merged_model()[0].weight, weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(adapted.model(ids)[0], adapted.merged_model().eval()(ids)[0], rtol=1e-5, atol=1e-6)
     again = make()
     again.go_to(adapted.chain)
     again.begin_link(3, 6)
@@ -86,32 +83,8 @@ def test_a_layer_type_has_what_every_layer_has(finished_links):
     assert type(adapted.merged_model()[0]) is nn.Embedding
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_layer_that_looks_up_indices_computes_in_its_own_dtype(dtype):
-    example("A layer type")
-    model = nn.Sequential(nn.Embedding(20, 8)).to(dtype)
-    inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")
-    nn.init.ones_(model[0].lora_B)
-    before = model(torch.arange(20))
-    model[0].finish()
-    after = model(torch.arange(20))
-    assert before.dtype == after.dtype == dtype
-    torch.testing.assert_close(before, after, rtol=2e-2, atol=2e-2)
-
-
-def test_a_layer_type_that_peft_export_does_not_know_is_refused(tmp_path):
-    from cola_lightning.export.adapter import as_peft_weights
-
-    example("A layer type")
-    adapted = AdaptedModel.of(lambda: nn.Sequential(nn.Embedding(20, 8)), target_modules=["0"], rank=2, alpha=4)
-    link = adapted.tie_knot()
-    with pytest.raises(UserError, match=r"^format: expected merged, for PEFT has no LoRA, or another, for '0', a Embedding"):
-        as_peft_weights(adapted.merged_model(0), link.factors)
-
-
 def test_a_variant_trains_the_factor_that_its_rule_says():
-    names = example("A variant of the method")
-    adapted = names["adapted"]
+    adapted = example("A variant of the method")["adapted"]
     x = torch.randn(16, 8)
     for trained in "BABA":
         (layer,) = adapted.layers.values()
@@ -121,25 +94,14 @@ def test_a_variant_trains_the_factor_that_its_rule_says():
         optimizer.step()
         assert [name for name in "AB" if not torch.equal(getattr(layer, f"lora_{name}"), before[name])] == [trained]
         adapted.tie_knot()
-    assert len(adapted.chain) == 4
-
-
-class Sines(COLAModule):
-    def build_model(self):
-        return nn.Linear(8, 8)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.mse_loss(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.training_step(batch, batch_idx))
 
 
 def test_a_data_module_feeds_a_run(tmp_path):
-    names = example("A data module")
-    rows = names["SineDataModule"](batch_size=50)
-    module = Sines(target_modules=None, seed=0)
+    class Sines(ValidatedToy):
+        def build_model(self):
+            return nn.Linear(8, 8)
+
+    rows = example("A data module")["SineDataModule"](batch_size=50)
     run = trainer(tmp_path, max_epochs=2)
-    run.fit(module, datamodule=rows)
+    run.fit(Sines(target_modules=None, seed=0), datamodule=rows)
     assert run.global_step == 12

@@ -19,7 +19,6 @@ def whole_run(tmp_path_factory):
     ("setup", "moment", "signal"),
     [
         ("digits", "inside an accumulation window: after backward", "SIGINT"),
-        ("rolling", "after a knot", "SIGTERM"),
         ("llama", "inside validation", "SIGTERM"),
     ],
 )

@@ -63,13 +63,6 @@ def make(**arguments):
 
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
-def test_a_knot_of_a_rolling_chain_compiles_nothing(tmp_path, graphs, mode):
-    chain = {"every_n_epochs": 1, "refresh_rank": 1}
-    module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
-    assert (module.link, len(graphs)) == (4, 2)
-
-
-@pytest.mark.parametrize("mode", ["merge", "stack"])
 def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loaded_as_any_other(tmp_path, graphs, mode):
     chain, x = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}, torch.randn(3, 8)
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)

@@ -59,6 +59,8 @@ def ends(module):
         ({"every_n_train_steps": 15}, [15, 30, 45]),
         ({"at_epochs": [1, 4]}, [10, 40]),
         ({"at_steps": [3, 17]}, [3, 17]),
+        ({"knots": 3, "until": 0.6}, [10, 20, 30]),
+        ({"knots": 1, "until": 0.01}, []),  # a run too short for it
         ({}, []),
     ],
     ids=str,
@@ -366,11 +368,12 @@ def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path)
         ({"patience": 2}, {"schedule_scope": "run", "knot_warmup_steps": 0.5}, batches()),
         ({"every_n_epochs": 1}, {}, ONCE),
         ({"every_n_train_steps": 3}, {"schedule_scope": "run"}, ENDLESS),
+        ({"knots": 3}, {"lr_schedule": "constant"}, ENDLESS),
     ],
-    ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data"],
+    ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data", "a share of endless data"],
 )
 def test_a_schedule_of_an_unknown_length_is_refused(tmp_path, chain, arguments, loader):
-    with pytest.raises(UserError, match=r"^model\.lr_schedule: expected constant"):
+    with pytest.raises(UserError, match=r"^chain\.knots: " if "knots" in chain else r"^model\.lr_schedule: expected constant"):
         rates(tmp_path, chain, loaders=[loader, batches(1)], fit={"max_epochs": 1}, **arguments)
 
 

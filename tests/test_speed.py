@@ -1,14 +1,9 @@
 """What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack."""
 
 import importlib
-import json
-import os
 import sys
 
 import pytest
-
-from cola_lightning.data.encoding import encode_responses, labels_of
-from tests import tiny
 
 SLACK = 1.25
 
@@ -45,25 +40,13 @@ def test_a_step_needs_less_memory_than_pefts(speed):
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
 
 
-@tiny.needs_smollm2
-@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="needs real task data: COLA_DATA_DIR")
-def test_a_step_on_real_prompts_costs_less_than_pefts_and_than_the_protocols(speed):
-    prompts = importlib.import_module("prompts")
-    config = speed.shape(layers=12, width=128, vocabulary=8000)
-    rows = prompts.encoded("RTE", "train", config)[:40]
-    assert prompts.padding(rows, is_grouped=True) < prompts.padding(rows, is_grouped=False)
-    seconds = speed.take_turns({name: step(config, rows) for name, step in prompts.STEPS.items()}, repeats=3)
-    for other in ("peft", "protocol"):
-        assert speed.ratio(seconds, "cola", other) <= SLACK * prompts.LIMITS[other, "RTE"]
-
-
 def test_ten_small_links_arrive_but_where_bf16_itself_is_merged_into(bases):
     for mode in bases.MODES:
         assert bases.error_of_update(mode) <= bases.ERROR_LIMITS[mode[1]]
     assert 0.75 < bases.error_of_update(bases.PLAIN) < 0.82
 
 
-@pytest.mark.parametrize("mode", [("float32", "merge"), ("float32", "stack"), ("bfloat16", "stack"), ("nf4", "stack")])
+@pytest.mark.parametrize("mode", [("float32", "merge"), ("bfloat16", "stack"), ("nf4", "stack")])
 def test_a_knot_changes_a_loss_by_a_step_of_the_precision_at_most(bases, speed, mode):
     limit = 1e-6 if mode[0] == "float32" else 2**-8
     assert bases.change_at_knots(mode, speed.SMALL) <= limit
@@ -75,19 +58,3 @@ def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bas
     assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
     computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6
     assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)
-
-
-def test_both_commands_train_on_the_same_sequences(tmp_path):
-    peft_trainer = importlib.import_module("peft_trainer")
-    pairs = [
-        ("A film with great actors. It was", " great"),
-        ("Is the town old?\n", "Yes"),
-        ("The cat sat on", " the mat. It was"),
-    ]
-    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-    (path := tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    tokenizer = tiny.tokenizer()
-    rows = encode_responses(tokenizer, pairs, 64, ["", "", ""])
-    ours = [{"input_ids": row["input_ids"], "labels": labels_of(row)} for row in rows]
-    theirs = [{name: row[name] for name in ("input_ids", "labels")} for row in peft_trainer.Instructions(path, tokenizer)]
-    assert theirs == ours

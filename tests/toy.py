@@ -1,6 +1,8 @@
 """A small model, data and trainer that the tests share."""
 
 import copy
+import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,6 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from cola_lightning import ChainOfLoRA, COLAModule
 from cola_lightning.lora import linear4bit
 from cola_lightning.lora.inject import lora_class
+
+# Of commands: a run of three links on the digits, and where its checkpoint is.
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+FAST = ["--trainer.max_epochs", "3", "--chain.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
+LAST = "runs/version_0/checkpoints/last.ckpt"
 
 
 class Toy(COLAModule):
@@ -104,3 +111,11 @@ def _shallow_copy(module):
     twin = copy.copy(module)
     vars(twin).update({name: value.copy() for name, value in vars(twin).items() if isinstance(value, dict | set)})
     return twin
+
+
+def wait_for(is_so, seconds=120):
+    """Waits until something is so, which another process makes so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
