@@ -1,13 +1,16 @@
 """Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
+from cola_lightning.study.config import resolved
 from tests import tiny
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -47,8 +50,15 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capfd):
     assert main(["fit", *words, *at_tiny_size(name, tmp_path)]) == 0, capfd.readouterr().err
 
 
-def test_the_papers_configs_clip_gradients_as_its_trainer_and_an_overlay_is_of_the_trainer_alone():
+def test_the_papers_configs_clip_gradients_as_its_trainer():
     for name in ("opt-1.3b", "llama-2-7b"):
         assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["trainer"]["gradient_clip_val"] == 1.0
-    for path in FOLDER.glob("overlays/*.yaml"):
-        assert yaml.safe_load(path.read_text()).keys() == {"trainer"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(name):
+    config = resolved(["--config", str(FOLDER / f"{name}.yaml"), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])
+    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
+    whens = {when: config["chain"][when] for when in (*KNOT_OPTIONS, "until")}
+    assert ChainSchedule(**whens).in_run(run).at_steps == [20]
+    assert config["model"]["init_args"]["schedule_scope"] == "run"

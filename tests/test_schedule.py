@@ -370,7 +370,7 @@ def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path)
         ({"every_n_train_steps": 3}, {"schedule_scope": "run"}, ENDLESS),
         ({"knots": 3}, {"lr_schedule": "constant"}, ENDLESS),
     ],
-    ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data", "a share of endless data"],
+    ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data", "share of endless data"],
 )
 def test_a_schedule_of_an_unknown_length_is_refused(tmp_path, chain, arguments, loader):
     with pytest.raises(UserError, match=r"^chain\.knots: " if "knots" in chain else r"^model\.lr_schedule: expected constant"):
