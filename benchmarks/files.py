@@ -1,6 +1,6 @@
 """The files of this package whose code runs in a training step, a knot, a save and a load, and the exports.
 
-    python -m tests.files_run
+    python benchmarks/files.py
 
 counts them on a tiny Llama and a fit of two steps: the fewer, the sooner a reader has seen all of a thing.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests' tiny models
 
 import cola_lightning
 from cola_lightning import COLACausalLM
