@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from cola_lightning import AdaptedModel, Chain, LoRALayer, LoRALinear, UserError, inject_lora, register_lora_layer, strip_lora
-from cola_lightning.chain.report import report
 from cola_lightning.lora import inject
 from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
 
@@ -279,7 +278,6 @@ def test_a_chain_is_copied_kept_replayed_to_the_bit_and_gone_back_in(kind, mode,
     again.begin_link(2, 6)
     assert_bit_equal(weights(again.model), weights(model.model))
     assert torch.equal(again.model(x), model.model(x))
-    assert report(chain)[0].layers["0"].norm == pytest.approx(chain.links[0].delta("0").norm().item(), rel=1e-5)
 
     plain_class = nn.Linear if kind == "4-bit" else type(make(kind))
     for links, expected in enumerate(outputs):

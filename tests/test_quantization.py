@@ -201,7 +201,6 @@ def test_every_precision_trains_wide_links(tmp_path, precision, how, computes_in
     assert {factor.dtype for layer in layers for factor in (layer.lora_A, layer.lora_B)} == {wide}
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     assert all(link.norm() > 0.1 for link in module.full_chain().links)
-    assert all(torch.isfinite(value) for value in module.trainer.callback_metrics.values())
     merged = module.merged_model()
     assert {parameter.dtype for parameter in merged.parameters()} == {wide}
     assert difference(tiny.logits(merged), tiny.logits(module.model)) <= tolerance
