@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from cola_lightning import AdaptedModel, Chain, LoRALayer, LoRALinear, UserError, inject_lora, register_lora_layer, strip_lora
-from cola_lightning.chain.report import report
 from cola_lightning.lora import inject
 from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
 
@@ -138,10 +137,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
     assert_near(mine, theirs, tolerance)
     upstream = torch.randn(mine.shape, dtype=torch.float64)
     of_x, of_A, of_B = torch.autograd.grad(mine, [x, layer.lora_A, layer.lora_B], upstream)
-    for gradient, expected in zip(
-        (of_x, of_A[:rank], of_B[:, :rank]), torch.autograd.grad(theirs, [x, A, B], upstream), strict=True
-    ):
-        assert_near(gradient, expected, tolerance)
+    expected = torch.autograd.grad(theirs, [x, A, B], upstream)
+    for gradient, other in zip((of_x, of_A[:rank], of_B[:, :rank]), expected, strict=True):
+        assert_near(gradient, other, tolerance)
     assert not layer.lora_A[rank:].any()
     assert not of_A[rank:].any()
     assert not of_B[:, rank:].any()
@@ -151,7 +149,6 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
 def test_a_finished_link_is_in_the_weight_or_beside_it_to_the_bit(kind, mode):
     layer, x = with_trained_link(adapt_layer(make(kind), 2, 4, finished_links=mode)), inputs(kind)
     before, delta, expected = dense_weight(layer), layer.delta_weight(), layer(x)
-    assert delta.shape == before.shape
     layer.finish()
     assert not layer.lora_B.any()
     assert_near(layer(x), expected, 1e-6)
@@ -168,7 +165,7 @@ def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, m
     parameters, plain_class = dict(base.named_parameters()), type(base)
     inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
     wide = torch.float32 if mode == "merge" else dtype
-    assert base.dtype == (base.weight.dtype if kind != "4-bit" else wide) == wide
+    assert base.dtype == wide
     assert model(x).dtype == dtype
     strip_lora(model)
     assert (model[0] is base, type(base)) == (True, plain_class)
@@ -177,19 +174,21 @@ def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, m
     assert_bit_equal(weights(base), values)
     assert torch.equal(model(x), expected)
 
-    exact = dense_weight(base).double()
+    before = dense_weight(base).double()
     inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
-    for seed in (2, 3):
-        exact = exact + with_trained_link(base, seed).delta_weight().double()
-        if seed == 2:
-            base.finish()
+    finished = with_trained_link(base).delta_weight().double()
+    base.finish()
+    if mode == "stack":  # where it is in the precision of the base
+        A, B = (factor.double() for factor in base.stack.factors)
+        finished = laid_out(B @ A, base)
+    exact = before + finished + with_trained_link(base, seed=3).delta_weight().double()
     with pytest.raises(UserError, match=r"^merge: .*'0' has links"):
         strip_lora(model)
     strip_lora(model, merge=True)
     assert type(base) is (nn.Linear if kind == "4-bit" else plain_class)
     assert kind == "4-bit" or base.weight is parameters["weight"]
     assert {value.dtype for value in base.parameters()} == {dtype}
-    assert_near(base.weight, exact, torch.finfo(dtype).eps)
+    torch.testing.assert_close(base.weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)  # rounded once
 
 
 @variants
@@ -224,7 +223,7 @@ def test_under_autocast_a_layer_computes_in_autocasts_dtype_and_its_update_does_
     with torch.autocast("cpu", torch.bfloat16):
         y, delta = layer(x), layer.delta_weight()
     assert y.dtype == torch.bfloat16
-    assert_near(y, expected, 2e-2)
+    assert_near(y, expected, 1e-2)
     assert torch.equal(delta, layer.delta_weight())
 
 
@@ -235,7 +234,7 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training(kind, mode):
     assert torch.equal(layer(x), base(x))
     with_trained_link(layer)
     assert not torch.equal(layer(x), layer(x))
-    assert_near(layer.eval()(x), with_update(base, layer.scaling * layer.lora_B @ layer.lora_A, x), 1e-5)
+    assert_near(layer.eval()(x), with_update(base, layer.scaling * layer.lora_B @ layer.lora_A, x), 1e-6)
 
 
 @pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
@@ -279,7 +278,6 @@ def test_a_chain_is_copied_kept_replayed_to_the_bit_and_gone_back_in(kind, mode,
     again.begin_link(2, 6)
     assert_bit_equal(weights(again.model), weights(model.model))
     assert torch.equal(again.model(x), model.model(x))
-    assert report(chain)[0].layers["0"].norm == pytest.approx(chain.links[0].delta("0").norm().item(), rel=1e-5)
 
     plain_class = nn.Linear if kind == "4-bit" else type(make(kind))
     for links, expected in enumerate(outputs):

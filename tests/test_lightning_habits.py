@@ -173,6 +173,10 @@ def test_strict_counts(tmp_path):
         loaded = WithHead.load_from_checkpoint(path, strict=False)
     assert_bit_equal(weights(loaded.model), weights(expected.model))
     assert loaded.link == 1
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"state_dict": checkpoint["state_dict"] | {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.warns(UserWarning, match="'other'"):
+        ValidatedToy.load_from_checkpoint(tmp_path / "other.ckpt", strict=False)
 
     module = toy(WithHead)
     module.strict_loading = False
@@ -458,6 +462,10 @@ def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(t
     module.fails_at = None
     run.predict(module, batches(4))
     assert lines_of(tmp_path / "predictions.jsonl")[:8] == partial
+    module.fails_at = 0  # no row is finished: those of before stay
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    assert lines_of(tmp_path / "predictions.partial.jsonl") == partial
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # what this is about

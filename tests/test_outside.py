@@ -131,7 +131,6 @@ def test_a_constant_stays_this_runs_own_and_what_is_frozen_the_checkpoints(tmp_p
     second = toy(Other, init_chain=str(tmp_path / "run.ckpt"))
     second.configure_model()
     assert second.loss_weight == 5
-    toy(init_chain=str(tmp_path / "run.ckpt")).configure_model()  # of a module that has no such weight
     for links in (0, 1, None):
         loaded = Other.load_from_checkpoint(tmp_path / "run.ckpt", links=links, **ARGUMENTS)
         assert torch.equal(loaded.projection.weight, module.projection.weight)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from torch import nn
@@ -57,6 +57,7 @@ def trained(tmp_path_factory):
     return SimpleNamespace(module=module, base=base, paths=paths)
 
 
+@settings(derandomize=True, deadline=None, database=None)  # the same inputs on each machine
 @given(st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([0, 1e-6, 1e-3, 1.0]), st.floats(0.1, 10))
 def test_in_half_precision_a_link_is_rounded_once_however_small_it_is(dtype, size, scaling):
     """A size of 1e-6 is subnormal in fp16."""
@@ -207,7 +208,7 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     assert_bit_equal(state["base_weights"], base)
     other, x = make(Elsewhere, finished_links=mode, save_base=True), torch.randn(3, 8)
     trainer(tmp_path, chain={}).validate(other, batches(2), ckpt_path=last(tmp_path), verbose=False)
-    assert_near(other.merged_model()(x), module.merged_model()(x), 1e-6)
+    assert torch.equal(other.merged_model()(x), module.merged_model()(x))
 
 
 @pytest.mark.parametrize("how", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
