@@ -12,15 +12,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from cola_lightning import (
-    Chain,
-    ChainOfLoRA,
-    ChainSchedule,
-    TemplateDataModule,
-    TextDataModule,
-    UserError,
-    inject_lora,
-)
+from cola_lightning import Chain, ChainOfLoRA, ChainSchedule, TemplateDataModule, TextDataModule, UserError, inject_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.study.methods import method
