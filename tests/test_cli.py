@@ -104,9 +104,10 @@ def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
         "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
-    further = ["--ckpt_path", "last", "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9"]
+    further = ["--ckpt_path", "last", "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
     assert [fit("--model", "hpmod.Saving"), fit("--model", "hpmod.Saving", *further)] == [0, 0]
     assert "model.optimizer: from here on lr 0.02 -> 0.9" in capfd.readouterr().out
+    assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
 
 
 @pytest.mark.parametrize(

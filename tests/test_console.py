@@ -85,7 +85,9 @@ class Recorder(ChainProgressBar):
 def test_one_bar_is_shown_at_a_time_with_the_link_and_the_epoch(limit, chain, shown, tmp_path, monkeypatch):
     monkeypatch.setattr(rich, "get_console", lambda: Console(file=io.StringIO(), width=WIDTH))
     bar = Recorder()
-    run = trainer(tmp_path, bar, chain=chain, enable_progress_bar=True, num_sanity_val_steps=0, **limit)
+    run = trainer(tmp_path, bar, chain=chain, enable_progress_bar=True, num_sanity_val_steps=0, val_check_interval=5, **limit)
     run.fit(toy(ValidatedToy), batches(), batches())
     assert {tuple(bars) for bars in bar.shown if len(bars) > 1} == set()
-    assert shown <= {bars[0] for bars in bar.shown if bars}
+    names = [bars[0] for bars in bar.shown if bars]
+    assert shown <= {*names}
+    assert names[0] in names[names.index("Validation") :]  # again, after a validation in the first epoch

@@ -50,6 +50,7 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
     ("words", "left_alone"),
     [
         (["--help"], {"torch", "lightning", "transformers"}),
+        (["--version"], {"torch", "lightning", "transformers"}),
         (["configs"], {"torch", "lightning", "transformers"}),
         (["inspect", "--help"], {"lightning", "transformers", "datasets", "matplotlib"}),
         (["fit", "--help"], {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"}),

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
 from benchmarks import domain_shift, paper_table
 from cola_lightning import Chain
@@ -71,9 +70,6 @@ def test_an_example_runs(place, model_and_rows, capsys):
     exec(compile(examples[place].replace("facebook/opt-125m", model_and_rows), place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
-    if place == ("README.md", 0):
-        assert type(AutoModelForCausalLM.from_pretrained("merged")) is OPTForCausalLM
-        assert AutoTokenizer.from_pretrained("merged")("It")["input_ids"]
     if place == ("README.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
         _, stated = blocks("README.md", "text")
         said, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))

@@ -12,17 +12,10 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from cola_lightning import (
-    Chain,
-    ChainOfLoRA,
-    ChainSchedule,
-    TemplateDataModule,
-    TextDataModule,
-    UserError,
-    inject_lora,
-)
+from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, ChainSchedule, UserError, inject_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
+from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.study.methods import method
 from tests import tiny
 from tests.test_cli_language import make_language_folder
@@ -41,13 +34,12 @@ RESUME, BEGIN = f"{FIT} --ckpt_path {LAST} ", f"{FIT} --model.init_chain chain "
 COMPARE = f"compare --config {DIGITS} --output study --methods [lora] "
 # A command, and how its message begins.
 MISTAKES = [
-    ("", "cola: expected fit, validate"),
     ("fti", "cola: .*the nearest that exist: fit"),
     ("fit", ".*the following arguments are required: model_name"),
     ("fit --config no.yaml", "data.options: expected str, received 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
     (FIT + "--model.rnak 3", ".*'rnak' is not accepted; .*rank"),
-    (FIT + "--model.rank two", "model.rank: expected int, received 'two'"),
+    (FIT + "--model.init_chain --model.rank 2", ".*expected one argument"),
     (FIT + "--model mine.My", ".*'mine.My': No module named 'mine'"),
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
@@ -57,7 +49,6 @@ MISTAKES = [
     (FIT + "--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
     (FIT + "--trainer.logger CSVLogger --trainer.logger.save_dir a_file", "cola: .*a_file"),
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
-    (FIT + "--config nope.yaml", ".*File does not exist"),
     (FIT + "--config typo.yaml", ".*'trainer.max_epoch'"),
     (FIT + "--links 2", "links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
@@ -76,20 +67,17 @@ MISTAKES = [
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size: "),
     (LANGUAGE + "--model.model_name ./nowhere", "model.model_name: "),
-    (LANGUAGE + "--model.target_modules [q_porj]", "model.target_modules: .*the nearest that exist: q_proj"),
     (LANGUAGE + "--model.target_modules [lm_head]", "model.target_modules: .*'lm_head', whose weight is shared"),
     (LANGUAGE + "--model.quantization nf4", "model.finished_links: expected stack"),
     (f"inspect --checkpoint {DIGITS}", "checkpoint: "),
     ("inspect --checkpoint chain --plot x.jpg", "plot: "),
     ("generate --checkpoint nowhere --prompt It", "checkpoint: .*'nowhere'"),
     (f"export --checkpoint {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
-    (f"export --checkpoint {LAST} --format chain --output rows", "output: "),
     (f"export --checkpoint {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
-    ("configs smolm2", "names: .*the nearest that exist: smollm2"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + "--metric val_mse", "mode: "),
-    (COMPARE + "--learning_rates {cola:[0.1]}", "learning_rates: "),
+    (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: expected a list for each of lora"),
     (COMPARE + "-- --model.rank null", "model.rank: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
 ]
@@ -207,10 +195,13 @@ REFUSALS = {
         ({"dropout": 1.0}, r"model\.dropout"),
         ({"seed": 2**32}, r"model\.seed"),
         ({"finished_links": "merged"}, r"model\.finished_links"),
+        ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
+        ({"init_links": 2}, r"model\.init_links"),
         ({"init_chain": "nowhere"}, r"model\.init_chain: 'nowhere', which does not exist"),
         ({"activation_checkpointing": True}, r"model\.activation_checkpointing"),
         ({"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})}, "model: NoBase"),
     ],
+    (lambda rank: AdaptedModel.of(lambda: Toy.build_model(None), rank=2, alpha=4).tie_knot(rank)): [({"rank": 3}, "rank")],
     fit: [
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
@@ -221,6 +212,7 @@ REFUSALS = {
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),
     ],
     inject: [
+        ({"target_modules": ["q_porj"]}, r"model\.target_modules: the nearest that exist: q_proj"),
         ({"target_modules": ["norm"]}, r"model\.target_modules: 'body\.norm', which is a LayerNorm"),
         ({"modules_to_save": ["body"]}, r"model\.modules_to_save: 'body\.q_proj'"),
         ({"is_adapted": True}, "model: adapted already"),
@@ -250,6 +242,8 @@ REFUSALS = {
     read_chain: [((".",), "checkpoint: none")],
     chain_folder: [(('{"format_version": 9}',), "chain: 2 to 4, .* a newer release is needed")],
     method_of: [
+        (("cola", {}, {"max_epochs": 3}), "methods: knots"),
+        (("cola-2",), "trainer: max_steps or max_epochs"),
         (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), "methods: known only after a run"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: at most 3 links"),
         (("lora", (), (), ()), r"model: rank, .* 'own\.Module'"),
