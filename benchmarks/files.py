@@ -48,10 +48,12 @@ class Steps(COLACausalLM):
     """A module whose training steps and knots are traced."""
 
     def training_step(self, batch, batch_idx):
+        """Traced."""
         with traced("a training step"):
             return super().training_step(batch, batch_idx)
 
     def tie_knot(self, **arguments):
+        """Traced."""
         with traced("a knot"):
             return super().tie_knot(**arguments)
 
@@ -63,6 +65,7 @@ class Saves(Callback):
         self.path = path
 
     def on_train_end(self, trainer, pl_module):
+        """Saves and loads, traced."""
         with traced("save and load"):
             trainer.save_checkpoint(self.path)
 

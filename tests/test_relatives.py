@@ -13,9 +13,8 @@ from cola_lightning.module.optimization import copy_state
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
 from tests.test_chain_of_lora import Watch
-from tests.test_compare import DIGITS
 from tests.test_resume import ARGUMENTS, FEW, Normed, fit, last
-from tests.toy import assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import DIGITS, assert_bit_equal, batches, toy, trainer, weights
 
 
 def base():

@@ -16,9 +16,8 @@ from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, Run
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
 from tests.test_chain_of_lora import Watch
-from tests.test_compare import DIGITS
 from tests.test_resume import ARGUMENTS, Data, Normed, Recorder, Stopped, last
-from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import DIGITS, Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
 class Scripted(Toy):
