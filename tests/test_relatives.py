@@ -91,7 +91,6 @@ def test_a_frozen_factor_is_in_no_optimizer_and_gathers_no_gradient(tmp_path):
     watch, module = Watch(look), toy(trained_factors="B")
     trainer(tmp_path, watch, max_epochs=1, gradient_clip_val=0.1).fit(module, batches())
     assert set(watch.seen) == {2}
-    assert len(module.adapted.frozen_factors()) == 2
     assert all(factor.grad is None for factor in module.adapted.frozen_factors())
 
 
