@@ -216,6 +216,7 @@ def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypa
 def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
     module = toy()
     trainer(tmp_path, max_steps=6, chain={"at_steps": [3]}).fit(module, batches())
+    module.example_input_array = torch.ones(3, 8)
     module.model[0].eval()
     before, modes = weights(module), [part.training for part in module.modules()]
     trained = [parameter.requires_grad for parameter in module.parameters()]
