@@ -257,10 +257,9 @@ def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
     ("arguments", "fields", "message"),
     [
         ({"target_modules": ["q_proj"]}, {}, "the chain's layers, .*without 'model.*v_proj'"),
-        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, {}, "the chain's layers, .*with 'model.*k_proj'"),
         ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*\(model\.modules_to_save\), received 'lm_head"),
     ],
-    ids=["fewer layers", "more layers", "a head"],
+    ids=["fewer layers", "a head"],
 )
 def test_an_adapter_that_does_not_fit_a_module_is_refused(tmp_path, arguments, fields, message):
     lora(tmp_path, "llama", **fields)

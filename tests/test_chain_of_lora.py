@@ -238,18 +238,6 @@ def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
 
 
-def test_an_A_that_was_set_by_hand_stays(tmp_path):
-    class Own(Toy):
-        def configure_model(self):
-            super().configure_model()
-            with torch.no_grad():
-                self.model[0].lora_A.fill_(7.0)
-
-    watch = Watch(lambda trainer, module: module.model[0].lora_A.detach().clone())
-    trainer(tmp_path, watch, chain={}, max_steps=1).fit(toy(Own), batches())
-    assert (watch.seen[0] == 7).all()
-
-
 def test_a_knot_leaves_the_float32_precision_as_it_was():
     module = toy()
     module.configure_model()

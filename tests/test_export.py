@@ -1,10 +1,12 @@
 """Exports are the model, under plain transformers and under peft, and are there whole or not at all."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifier, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
-from cola_lightning.errors import ExportError
+from cola_lightning.errors import DiskError, ExportError
 from cola_lightning.export import adapter, verify
 from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.writing import atomic_file, atomic_folder
 from tests import tiny
 from tests.test_damage import assert_same
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
@@ -106,9 +109,6 @@ class Exported:
     lines: dict[str, list[str]]
     logits: torch.Tensor
 
-    def load(self, name, **arguments):
-        return getattr(transformers, self.module.auto_class).from_pretrained(self.folder / name, **arguments)
-
 
 @pytest.fixture(scope="module", params=MATRIX)
 def exported(request, tmp_path_factory):
@@ -131,7 +131,8 @@ def tied(model):
 
 
 def test_plain_transformers_gives_the_modules_logits(exported):
-    model, info = exported.load("merged", output_loading_info=True)
+    auto_class = getattr(transformers, exported.module.auto_class)
+    model, info = auto_class.from_pretrained(exported.folder / "merged", output_loading_info=True)
     assert {name: len(keys) for name, keys in info.items()} == dict.fromkeys(info, 0)
     assert difference(tiny.logits(model), exported.logits) <= (0.05 if model.dtype == torch.bfloat16 else 1e-5)
     assert difference(exported.logits, tiny.logits(exported.module.merged_model(0))) > 1e-2
@@ -348,8 +349,19 @@ class SeveralToy(Toy):
         return Several()
 
 
+class T5Toy(Toy):
+    def build_model(self):
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        )
+
+
+X, IDS = torch.ones(3, 8), torch.arange(6)[None]
+EXAMPLES = [(Toy, X), (SeveralToy, (X, X)), (T5Toy, {"input_ids": IDS, "decoder_input_ids": IDS})]
+
+
 @pytest.mark.parametrize("format_", ["merged", "peft"])
-@pytest.mark.parametrize(("cls", "example"), [(Toy, torch.ones(3, 8)), (SeveralToy, (torch.ones(3, 8), torch.ones(3, 8)))])
+@pytest.mark.parametrize(("cls", "example"), EXAMPLES)
 def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
     module = tiny.with_live_link(toy(cls))
     assert "for no input is known" in module.export(tmp_path / "unknown", format_)[-1]
@@ -428,6 +440,7 @@ OTHERS = {
     "other weights": {"change": lambda model: model.get_input_embeddings().weight.mul_(1.5)},
     "other frequencies, which no state dict holds": {"change": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5)},
     "a configuration of its own": {"fields": {"hidden_act": "gelu"}},
+    "fewer layers": {"fields": {"num_hidden_layers": 1}},
 }
 
 
@@ -496,10 +509,44 @@ def test_what_is_loaded_again_with_other_bits_is_not_kept(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("format_", ["merged", "chain"])
-def test_an_output_that_holds_the_base_is_not_overwritten(tmp_path, format_):
+def test_an_output_that_holds_the_base_is_not_overwritten(tmp_path):
     module = module_of(tmp_path / "base", "opt")
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"^output: "):
-        module.export(tmp_path / "base", format_, overwrite=True)
+        module.export(tmp_path / "base", overwrite=True)
     assert contents(tmp_path) == before
+
+
+def write_file(path, text):
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
+def write_folder(path, text):
+    with atomic_folder(path, overwrite=True) as partial:
+        (partial / "file").write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_file_or_folder_that_cannot_be_flushed_leaves_the_old_one(tmp_path, monkeypatch, write):
+    write(tmp_path / "out", "old")
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(DiskError, match="unchanged"):
+        write(tmp_path / "out", "new")
+    assert contents(tmp_path) == before
+
+
+def test_two_writers_of_one_folder_do_not_mix_and_a_link_to_it_stays_one(tmp_path):
+    def write_late():
+        with atomic_folder(tmp_path / "out") as late:
+            write_folder(tmp_path / "out", "early")
+            (late / "late").write_text("late")
+
+    with pytest.raises(DiskError):
+        write_late()
+    assert contents(tmp_path) == {"out/file": b"early"}
+    (tmp_path / "link").symlink_to("out")
+    write_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "out") == {"file": b"new"}

@@ -86,14 +86,6 @@ def test_a_report_is_what_the_full_updates_say(chain):
     assert reports[0].metrics == {"val_loss": 0.38912}  # of validation, if there is one
 
 
-@pytest.mark.parametrize("base", [BaseIdentity(), BaseIdentity(weight_norms={"wide": 0.0})], ids=["unknown", "zero"])
-def test_norms_are_none_where_the_bases_are_unknown_or_zero(base):
-    (one,) = report(Chain([link(0, 2, "wide")], base))
-    assert (one.mean_norm, one.max_norm, one.layers["wide"].relative_norm) == (None, None, None)
-    assert one.update_norm > 0
-    assert text_of([one]).splitlines()[-1].split()[4:6] == ["-", "-"]
-
-
 def test_json_is_strict_and_holds_everything(chain):
     reports = report(chain)
     rows = to_json(reports)

@@ -59,8 +59,6 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     data, text = card(tmp_path / "out")
     assert (data["library_name"], data["license"]) == (library, "apache-2.0")
     assert {"lora", "chain-of-lora"} <= set(data["tags"])
-    assert "base_model" not in data  # a folder of this machine is none of the hub's
-    assert str(tmp_path / "base") in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[2] for row in rows[2:]] == ["4", "2", "3"]
     arguments = yaml.safe_load(block(text, "yaml"))
@@ -72,8 +70,7 @@ def test_the_hubs_name_of_a_base_is_in_the_cards_metadata_and_no_other(module, t
     Card(COLACausalLM("owner/name"), module.full_chain(), None, None, {}, {}).write(tmp_path, "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
     monkeypatch.chdir(tmp_path)
-    of_folder = COLACausalLM("base", **ARGUMENTS)
-    for exported in (of_folder, toy()):
+    for exported in (COLACausalLM("base", **ARGUMENTS), toy()):  # a folder of this machine, and none
         exported.export("out", "peft", overwrite=True)
         data, text = card(tmp_path / "out")
         assert "base_model" not in data
@@ -219,6 +216,7 @@ def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypa
 def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
     module = toy()
     trainer(tmp_path, max_steps=6, chain={"at_steps": [3]}).fit(module, batches())
+    module.example_input_array = torch.ones(3, 8)
     module.model[0].eval()
     before, modes = weights(module), [part.training for part in module.modules()]
     trained = [parameter.requires_grad for parameter in module.parameters()]

@@ -33,14 +33,10 @@ def every_step(lengths):
     return [FitPosition(epoch, sum(lengths[:epoch]) + step) for epoch, n in enumerate(lengths) for step in range(n)]
 
 
-def run_of(lengths, max_steps=math.inf):
-    return RunLength(lambda epoch: lengths[epoch], max_epochs=len(lengths), max_steps=max_steps)
-
-
 @given(SCHEDULES, EPOCHS, st.one_of(st.just(math.inf), st.integers(1, 60)))
 def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_steps):
     schedule = ChainSchedule(**arguments)
-    run = run_of(lengths, max_steps)
+    run = RunLength(lambda epoch: lengths[epoch], max_epochs=len(lengths), max_steps=max_steps)
     start, sizes = FitPosition(0, 0), [0]
     for now in every_step(lengths)[: int(run.end_step)]:
         if schedule.is_due(start, now):

@@ -51,7 +51,7 @@ def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
     module = toy(trained_factors=trained, optimizer=lambda p: AdamW(p, lr=1e-2), seed=0)
     trainer(tmp_path, watch, chain={"every_n_train_steps": 2}, max_epochs=2).fit(module, batches())
     frozen = [frozen_factor(trained, 0, link) for link in range(10)]
-    assert trained != "random" or set(frozen) == {"A", "B"}
+    assert set(frozen) == {"both": {None}, "B": {"A"}, "random": {"A", "B"}}[trained]
     for link, which in zip(module.full_chain().links, frozen, strict=True):
         for name, (lora_A, lora_B) in link.factors.items():
             was_A, was_B = starts[link.index][name]
@@ -90,7 +90,6 @@ def test_a_frozen_factor_is_in_no_optimizer_and_gathers_no_gradient(tmp_path):
     watch, module = Watch(look), toy(trained_factors="B")
     trainer(tmp_path, watch, max_epochs=1, gradient_clip_val=0.1).fit(module, batches())
     assert set(watch.seen) == {2}
-    assert len(module.adapted.frozen_factors()) == 2
     assert all(factor.grad is None for factor in module.adapted.frozen_factors())
 
 

@@ -73,10 +73,9 @@ def test_knots_fall_where_the_schedule_says(tmp_path, chain, expected):
 
 def test_the_last_rank_and_alpha_of_short_lists_hold_on(tmp_path):
     chain = {"every_n_train_steps": 3, "ranks": [2, 1], "alphas": [4, 3]}
-    for length in ({"max_epochs": 1}, {"max_epochs": -1, "max_time": {"seconds": 1}}):
-        module = toy(lr_schedule="constant")
-        trainer(tmp_path, chain=chain, **length).fit(module, batches())
-        assert [(link.rank, link.alpha) for link in module.chain.links][:3] == [(2, 4), (1, 3), (1, 3)]
+    module = toy()
+    trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
+    assert [(link.rank, link.alpha) for link in module.chain.links] == [(2, 4), (1, 3), (1, 3)]
 
 
 def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
