@@ -283,7 +283,9 @@ def test_an_optimizer_step_that_failed_halfway_is_not_written(tmp_path):
 
     with pytest.raises(RuntimeError, match="halfway"):
         fit(tmp_path, module=toy(Normed, **ARGUMENTS, optimizer=lambda p: Failing(p, lr=1e-2)))
-    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3  # written at the end of the epoch
+    written = torch.load(last(tmp_path), weights_only=True)  # at the end of the epoch
+    assert written["global_step"] == 3
+    assert all(value.abs().max() < 1e3 for name, value in written["state_dict"].items() if name != "cola")
 
 
 def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch):
