@@ -82,21 +82,6 @@ def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loa
     assert len(graphs) <= 2 * 2 + 1  # the module's own, in evaluation without a trainer
 
 
-def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
-    module, plain, x = make(finished_links="stack", compile=True), make(finished_links="stack"), torch.randn(3, 8)
-    for each in (module, plain):
-        each.configure_model()
-    for _ in range(12):  # more than torch's own limit
-        n = len(graphs)
-        for each in (module, plain):
-            nn.init.ones_(each.model.first.lora_B)
-        torch.testing.assert_close(module.model(x), plain.model(x))
-        module.model(x)
-        assert len(graphs) <= n + 1
-        for each in (module, plain):
-            each.tie_knot()
-
-
 def language_model(folder, architecture, **arguments):
     targets = tiny.targets(architecture)
     module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
