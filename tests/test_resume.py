@@ -166,18 +166,14 @@ class Outside(Normed):
         return F.mse_loss(self.outside(self.model(batch[0])), batch[1])
 
 
-def two_groups(module):
-    factors, head = module.model[0], module.model[3]
-    return AdamW([{"params": [factors.lora_A, factors.lora_B]}, {"params": list(head.parameters()), "lr": 1e-3}], lr=1e-2)
-
-
-def with_schedule(optimizer, schedule, *arguments):
-    return [optimizer], [schedule(optimizer, *arguments)]
-
-
 def own(configure):
     """A module whose own ``configure_optimizers`` is the given function of it."""
     return make(type("Own", (Normed,), {"configure_optimizers": configure}))
+
+
+def scheduled(module):
+    optimizer = AdamW([parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-2)
+    return [optimizer], [StepLR(optimizer, 1, 0.5)]
 
 
 def ours(module):
@@ -206,8 +202,8 @@ RUNS = {
     "torchdata's loader, shuffled": lambda: {"data": Stateful(shuffle=True)},
     "torchdata's loader, shuffled, windows of one": lambda: ONE | {"data": Stateful(shuffle=True)},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
-    "two groups and a scheduler": lambda: {"module": own(lambda module: with_schedule(two_groups(module), StepLR, 1, 0.5))},
-    "a schedule over ours": lambda: {"module": own(lambda module: with_schedule(ours(module), CosineAnnealingLR, 3))},
+    "its own optimizer and scheduler": lambda: {"module": own(scheduled)},
+    "a schedule over ours": lambda: {"module": own(lambda module: ([one := ours(module)], [CosineAnnealingLR(one, 3)]))},
     "ours without its schedule": lambda: {"module": own(ours)},
 }
 # Where it is stopped, if not at the few; a list is of stops of one run.
@@ -227,7 +223,7 @@ PLACES = {
     "beside a longer loader": [("batch_end", 32)],
 }
 PLACES |= dict.fromkeys(["bf16, merged", "bf16-mixed", "float64, a layer outside"], FEW[:3])
-PLACES |= dict.fromkeys(["two groups and a scheduler", "a schedule over ours", "ours without its schedule"], FEW[4:5])
+PLACES |= dict.fromkeys(["its own optimizer and scheduler", "a schedule over ours", "ours without its schedule"], FEW[4:5])
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
