@@ -204,7 +204,7 @@ def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=N
     module, watch = make(model, **arguments or {}), Watch(folder, name)
     chain = {"every_n_train_steps": 4, "ranks": RANKS} if chain is None else chain
     rule = chain if isinstance(chain, ChainOfLoRA) else ChainOfLoRA(**chain)
-    made = trainer_by(strategy, folder, *callbacks, watch, rule, **{"max_steps": 16, "gradient_clip_val": 0.5} | options)
+    made = trainer_by(strategy, folder, watch, rule, *callbacks, **{"max_steps": 16, "gradient_clip_val": 0.5} | options)
     made.fit(module, datamodule=Data(), ckpt_path=ckpt_path and str(ckpt_path))
     made.save_checkpoint(folder / f"{name}.ckpt")
     torch.save(held(module) | {"losses": torch.tensor(watch.losses)}, folder / f"{name}.rank{made.global_rank}.pt")
@@ -253,16 +253,21 @@ class Sent(TorchDispatchMode):
 
 
 class SentAtEachStep(Callback):
-    """Notes what is sent at each step, with the knot before it; it goes before the chain's callback."""
+    """Notes what is sent in each step, from the end of the one before on: a knot comes between."""
 
     def __init__(self):
-        self.sent = []
+        self.steps = []
 
-    def on_train_batch_start(self, *args):
-        self.sent.append(Sent().__enter__())
+    def on_train_start(self, *args):
+        self.sent = Sent().__enter__()
 
     def on_train_batch_end(self, *args):
-        self.sent[-1].__exit__(None, None, None)
+        self.on_train_end()
+        self.steps.append(self.sent.messages)
+        self.on_train_start()
+
+    def on_train_end(self, *args):
+        self.sent.__exit__(None, None, None)
 
 
 def same(folder):
@@ -370,7 +375,7 @@ def counted(folder):
     for strategy in ("ddp", "fsdp2"):
         sent = SentAtEachStep()
         fit(folder, f"counted-{strategy}", "gpt2", strategy, max_steps=6, gradient_clip_val=None, callbacks=[sent])
-        torch.save([step.messages for step in sent.sent], folder / f"counted-{strategy}.sent")
+        torch.save(sent.steps, folder / f"counted-{strategy}.sent")
 
 
 class OwnRule(ChainOfLoRA):

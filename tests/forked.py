@@ -20,7 +20,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 _PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-_BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH}
+_BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1"}  # with more threads it could not fork
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.fork_server"])
 
@@ -31,7 +31,7 @@ class Command:
     Args:
         *arguments: what would follow ``python``: ``-m`` and a module, ``-c`` and a program, or a script; then its arguments.
         cwd: the folder in which it runs; None: the current one.
-        env: its environment; None: this process' own. ``OMP_NUM_THREADS`` and ``PYTHONPATH`` stay the tests'.
+        env: its environment; None: this process' own. ``OMP_NUM_THREADS`` stays 1, and ``PYTHONPATH`` the tests'.
         log: the path of a file that gets both of its streams; None: they are collected.
         start_new_session: whether it has a session, and so a process group, of its own.
     """

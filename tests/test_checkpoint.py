@@ -246,30 +246,13 @@ def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
     assert (loaded.link, loaded.live_link().end_step) == (2, 10)
 
 
-# ---------------------------------------------------------------------- evaluations between
-
-
 class Evaluated(ValidatedToy):
     def test_step(self, batch, batch_idx):
         self.log("test_loss", self.training_step(batch, batch_idx))
 
 
-@pytest.mark.parametrize("is_loaded", [False, True])
-def test_an_evaluation_by_another_trainer_leaves_the_links_steps(tmp_path, is_loaded):
-    module = toy(Evaluated)
-    run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=1)
-    run.fit(module, batches(), batches(1))
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    if is_loaded:
-        module = Evaluated.load_from_checkpoint(tmp_path / "run.ckpt")
-    trainer(tmp_path).test(module, batches(1), verbose=False)
-    assert [(link.start_step, link.end_step) for link in module.full_chain().links] == [(0, 4), (4, 8), (8, 10)]
-    module.tie_knot()
-    toy(Evaluated).load_state_dict(module.state_dict())
-
-
 @pytest.mark.parametrize("is_by_another", [False, True])
-def test_a_checkpoint_that_is_written_after_a_test_resumes_inside_the_epoch(tmp_path, is_by_another):
+def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes_inside_the_epoch(tmp_path, is_by_another):
     def run(steps):
         return trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2, max_steps=steps, limit_val_batches=0)
 
@@ -279,5 +262,8 @@ def test_a_checkpoint_that_is_written_after_a_test_resumes_inside_the_epoch(tmp_
     stopped.fit(module, datamodule=Data(batch_size=4))
     (trainer(tmp_path) if is_by_another else stopped).test(module, batches(1), verbose=False)
     stopped.save_checkpoint(tmp_path / "run.ckpt")
+    for one in (module, Evaluated.load_from_checkpoint(tmp_path / "run.ckpt")):
+        trainer(tmp_path).test(one, batches(1), verbose=False)
+        assert [(link.start_step, link.end_step) for link in one.full_chain().links] == [(0, 4), (4, 5)]
     run(-1).fit(resumed, datamodule=Data(batch_size=4), ckpt_path=tmp_path / "run.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))

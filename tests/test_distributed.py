@@ -92,25 +92,15 @@ def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on)
         assert distance(what(name), what(stayed)) < (1e-12 if stayed == "stayed-64" else 1e-5), name
 
 
-def test_checkpoints_of_all_strategies_are_the_same_one_file(went_on):
-    """Small, of plain tensors, without the base; the optimizer's state by number, as one process writes it."""
-
-    def shapes(part):
-        if isinstance(part, torch.Tensor):
-            assert type(part) is torch.Tensor
-            return tuple(part.shape), part.dtype
-        if isinstance(part, dict):
-            return {key: shapes(value) for key, value in part.items() if key != "module"}
-        return [shapes(value) for value in part] if isinstance(part, list | tuple) else type(part)
-
-    single = torch.load(went_on / "stayed.step6.ckpt", weights_only=True)
-    assert [name for name in single["state_dict"] if ".lora_" not in name] == ["cola"]
+def test_checkpoints_of_all_strategies_are_one_small_file_of_plain_tensors(went_on):
+    """Without the base; that of the optimizer's state is by number, as one process writes it, a run that moves shows."""
     base = sum(parameter.nbytes for parameter in run.make("llama").build_model().parameters())
+    names = torch.load(went_on / "stayed.step6.ckpt", weights_only=True)["state_dict"].keys()
     for name in ("llama-fsdp2", "llama-fsdp1"):
         path = went_on / f"{name}.step6.ckpt"
-        other = torch.load(path, weights_only=True)
-        for key in ("state_dict", "optimizer_states", "loops", "lr_schedulers"):
-            assert shapes(other[key]) == shapes(single[key]), key
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert state.keys() == names
+        assert {type(value) for key, value in state.items() if key != "cola"} == {torch.Tensor}
         assert path.stat().st_size < base
 
 
@@ -125,7 +115,7 @@ def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(tr
     """The trained gradients, and, under FSDP2, of the base its blocks twice, and what is around them once."""
     steps, scale = torch.load(trained / f"counted-{strategy}.sent"), importlib.import_module("scale")
     assert len(steps) == 6
-    assert steps[2:] == [steps[-1]] * 4  # a knot comes before the fifth
+    assert steps[4] == steps[3]  # with the knot between them
     module = run.make("gpt2")
     module.configure_model()
     trained = [parameter.nbytes for parameter in module.parameters() if parameter.requires_grad]
@@ -135,7 +125,7 @@ def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(tr
         assert [n for kind, n in messages if kind == "allreduce_"] == [4, sum(trained) + flags]  # the logged loss comes first
         assert sum(n for kind, n in messages if kind == "broadcast_") < 100  # DDP's buckets
     # Of a gathered message one of two processes receives half; of a sum that both are to have, as much as it holds.
-    received = sum(n / 2 if kind == "_allgather_base_" else n for kind, n in messages if n > 4)
+    received = sum(n / 2 if kind == "_allgather_base_" else n for kind, n in messages if n > 8)  # of tensors
     assert scale.bytes_a_step(scale.sizes(module.model), layout, 2) + flags == received
 
 

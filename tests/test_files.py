@@ -138,21 +138,6 @@ def test_what_cannot_be_read_or_would_lose_a_cell_is_one_line(tmp_path, name, te
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"review": "fine", "label": "pos"}], r"^data\.text_fields"),
-        ([{"text": "fine"}], r"^data\.label_field"),
-        ([{"text": "fine", "label": ["pos", "neg", None][k % 3]} for k in range(30)], r"row \d+: .*'label', received None"),
-        ([{"text": 3, "label": "pos"}] * 9, r"row \d: .*'text', received 3"),
-    ],
-)
-def test_what_a_classifier_cannot_be_trained_on_is_one_line(tmp_path, rows, message):
-    with pytest.raises(UserError, match=message) as caught:
-        classifier(write(tmp_path / "rows.jsonl", rows), "neg", "pos").setup("fit")
-    assert "\n" not in str(caught.value)
-
-
 # ---------------------------------------------------------------------- splits
 
 
@@ -230,14 +215,6 @@ def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path)
     counts = [Counter(row["labels"] for row in part) for part in parts(data)]
     assert [[count[0], count[1]] for count in counts] == [[16, 144], [2, 18], [2, 18]]
     assert [count[2] for count in counts] == [1, 0, 0]  # what is rare is trained on
-
-
-@pytest.mark.parametrize("row", [{}, {"label": None}])
-def test_a_part_of_an_unlabelled_train_file_is_predicted(tmp_path, row):
-    data = classifier(str(tmp_path), "neg", "pos")
-    write(tmp_path / "train.jsonl", [{"text": f"It was {k}."} | row for k in range(20)])
-    data.setup("predict")
-    assert [row["labels"] for row in data.test] == [-100, -100]
 
 
 # ---------------------------------------------------------------------- rows as tokens

@@ -7,12 +7,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
 from cola_lightning.hf.logits import logits_of
 from tests import tiny
-from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import Toy, batches, toy, trainer, weights
 
 
 class Net(nn.Module):
@@ -76,21 +75,6 @@ def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loa
     assert len(graphs) <= 2 * 2 + 1  # the module's own, in evaluation without a trainer
 
 
-def test_a_stack_of_unknown_length_is_compiled_anew_at_a_knot_at_most(graphs):
-    module, plain, x = make(finished_links="stack", compile=True), make(finished_links="stack"), torch.randn(3, 8)
-    for each in (module, plain):
-        each.configure_model()
-    for _ in range(12):  # more than torch's own limit
-        n = len(graphs)
-        for each in (module, plain):
-            nn.init.ones_(each.model.first.lora_B)
-        torch.testing.assert_close(module.model(x), plain.model(x))
-        module.model(x)
-        assert len(graphs) <= n + 1
-        for each in (module, plain):
-            each.tie_knot()
-
-
 def language_model(folder, architecture, **arguments):
     targets = tiny.targets(architecture)
     module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
@@ -145,22 +129,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, a
         loss.backward()
     assert saved[1] < 0.6 * saved[0]
     assert_same_gradients(twice, once)
-
-
-def test_a_run_that_computes_activations_twice_is_the_run(tmp_path):
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (6, 2, 8)).unbind()]
-    runs = []
-    for is_twice in (False, True):
-        module = COLACausalLM(
-            tiny.folder(tmp_path, "llama"), rank=2, alpha=4, seed=0, dropout=0.1, activation_checkpointing=is_twice
-        )
-        run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
-        run.fit(module, *(DataLoader(rows, batch_size=None) for _ in range(2)))
-        runs.append(module)
-    assert_bit_equal(weights(runs[1]), weights(runs[0]))
-    merged = runs[1].merged_model()
-    assert not any(getattr(part, "gradient_checkpointing", False) for part in merged.modules())
-    assert any(getattr(part, "gradient_checkpointing", False) for part in runs[1].model.modules())
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in twice.merged_model().modules())
 
 
 def test_a_model_that_cannot_is_refused_and_a_module_of_ones_own_says_how():
