@@ -112,44 +112,6 @@ def own_of(name):
     return tiny.chat_tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
 
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-CALLING = [
-    {"role": "user", "content": "Cold?"},
-    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
-    {"role": "tool", "name": "weather", "content": '{"t": 9}'},
-    {"role": "assistant", "content": "It is 9."},
-    {"role": "user", "content": "Red?"},
-    {"role": "assistant", "content": "Yes."},
-]
-JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-XML = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
-HARMONY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.weather<|channel|>commentary json<|message|>"
-CALLS = {  # by row: gpt-oss drops the call's thought where an answer follows, and the context of that answer has it
-    "glm4moe": [
-        [f"\n<think>Hm.</think>\n{XML}<|observation|>", "\n<think></think>\nIt is 9.<|user|>"],
-        ["\n<think></think>\nYes.<|user|>"],
-    ],
-    "gptoss": [
-        [HARMONY + '{"city": "Oslo"}<|call|>', "<|channel|>final<|message|>It is 9.<|return|>"],
-        ["<|channel|>final<|message|>Yes.<|return|>"],
-    ],
-    "llama3_1": [['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "It is 9.<|eot_id|>", "Yes.<|eot_id|>"]],
-    "qwen3": [
-        [f"<think>\nHm.\n</think>\n\n{JSON}<|im_end|>", "<think>\n\n</think>\n\nIt is 9.<|im_end|>"],
-        ["<think>\n\n</think>\n\nYes.<|im_end|>"],
-    ],
-}
-
-
-@needs_templates
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_a_tool_is_trained_with_its_thought_and_what_the_tool_says_is_not(name):
-    own = own_of(name)
-    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
-    tools = [{"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": parameters}}]
-    assert trained(own, encoded(own, CALLING, tools=tools)) == CALLS[name]
-
-
 # ---------------------------------------------------------------------- what templates do, one by one
 
 SAID = "{{ turn.content }}"
@@ -297,10 +259,11 @@ def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
         assert ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") == "[user]Old?</s>[assistant]"
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 REFUSED = {
     "begins an assistant turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
     "'No' among them": (template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
-    "'weather' among them": (template(SAID + "</s>"), CALLING),
+    "'weather' among them": (template(SAID + "</s>"), [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]),
     "that the chat template can render": (template("{{ 1 // 0 }}"), TALK),
 }
 

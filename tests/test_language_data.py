@@ -1,6 +1,5 @@
 """The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
 
-import os
 import random
 import re
 from types import SimpleNamespace
@@ -290,19 +289,6 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     assert (data.source, data.subset, data.train_size) == ("nyu-mll/glue", "sst2", 1000)
 
 
-@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
-@pytest.mark.parametrize(
-    ("task", "own", "sizes"),
-    [("SST2", {}, [1000, 500, 872]), ("BoolQ", {"train_size": 700, "val_size": 300}, [700, 300, 1000])],  # of 1,000 rows
-)
-def test_the_real_tasks_have_the_protocols_sizes(task, own, sizes):
-    data = attach(PromptDataModule(task, max_length=64, **own))
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    assert [len(part) for part in (data.train, data.val, data.test)] == sizes
-    assert {row.example.answer for row in data.train} == set(range(len(data.train[0].example.options)))
-
-
 # ---------------------------------------------------------------------- unusable rows
 
 RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
@@ -400,24 +386,16 @@ def test_a_row_without_anything_to_learn_is_refused(tmp_path, row, make, message
         data.setup("test")
 
 
-def test_labelled_pairs_become_a_classifiers_batch_cut_on_the_right(tmp_path):
-    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 3} for k in range(4)]
-    source = tiny.write_rows(tmp_path, rows)
-
-    def batch_of(side):
-        data = attach(TextClassificationDataModule(source, max_length=12), num_labels=3)
+def test_labelled_pairs_are_cut_on_the_right_whatever_the_tokenizers_side(tmp_path):
+    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 2} for k in range(4)]
+    source, batches = tiny.write_rows(tmp_path, rows), []
+    for side in ("right", "left"):
+        data = attach(TextClassificationDataModule(source, max_length=12))
         data.tokenizer.truncation_side = side
-        data.setup("fit")
+        data.setup("test")
         assert data.tokenizer.truncation_side == side
-        return next(iter(data.train_dataloader()))
-
-    batch = batch_of("right")
-    assert batch["labels"].sort().values.tolist() == [0, 0, 1, 2]
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 12)
-    assert torch.equal(batch_of("left")["input_ids"], batch["input_ids"])
-    for arguments, message in [
-        ({"text_fields": "sentence"}, "data.text_fields: expected one or two of the columns premise, hypothesis, label"),
-        ({"label_field": "gold"}, "data.label_field: expected one of the columns premise, hypothesis, label"),
-    ]:
-        with pytest.raises(UserError, match=message):
+        batches.append(next(iter(data.test_dataloader()))["input_ids"])
+    assert torch.equal(*batches)
+    for arguments in ({"text_fields": "sentence"}, {"label_field": "gold"}):
+        with pytest.raises(UserError, match=rf"data\.{next(iter(arguments))}: .* the columns premise, hypothesis, label"):
             attach(TextClassificationDataModule(source, **arguments)).setup("fit")
