@@ -72,7 +72,6 @@ WITHOUT_SYSTEM = {"gemma"}
 CLOSED = {"nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"}  # rendered with enable_thinking false
 OPENED = {"deepseekv3": "<think>\n"}  # by the generation prompt, and not by the turn
 CONVERSATIONS = {
-    "single": turns("2 + 2?", "It is 4."),
     "two": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6."),
     "system": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6.", system="Be brief."),
 }

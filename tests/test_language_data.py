@@ -7,13 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cola_lightning import (
-    PromptDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
@@ -24,7 +18,7 @@ from tests import tiny
 
 def attach(data, architecture="llama", num_labels=2):
     """A trainer as the data module sees it."""
-    tokenizer = tiny.chat_tokenizer(tiny.CHAT, architecture=architecture)
+    tokenizer = tiny.tokenizer(architecture, pad=True)
     tokenizer.model_max_length = 64
     return tiny.set_up(data, tokenizer, num_labels=num_labels)
 
@@ -377,7 +371,6 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
 )
 def test_a_row_without_anything_to_learn_is_refused(tmp_path, row, make, message):
     data = attach(make(tiny.write_rows(tmp_path, [row])), "gpt2")
-    data.tokenizer.chat_template = None
     with pytest.raises(UserError, match=message):
         data.setup("test")
 
