@@ -277,6 +277,8 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     assert data.max_length == 64  # the model's own limit
     data.tokenizer.model_max_length = 10**30
     assert data.max_length == 2048
+    with pytest.raises(UserError, match=r"data\.subset: expected null for files on this machine"):
+        PromptDataModule("sst2", str(tmp_path), "sub")
 
 
 # ---------------------------------------------------------------------- unusable rows
