@@ -50,7 +50,6 @@ def trained(own, rows):
 # ---------------------------------------------------------------------- templates of well-known models
 
 CHATML, EOT, TURN = "{}<|im_end|>", "{}<|eot_id|>", "{}<end_of_turn>"
-THOUGHT = "<think>\n\n</think>\n\n{}<|im_end|>"
 TRAINED = {
     "cohere": "{}<|END_OF_TURN_TOKEN|>",
     "cohere2": "{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
@@ -64,7 +63,7 @@ TRAINED = {
     **dict.fromkeys(["nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"], CHATML),
     **dict.fromkeys(["phi3", "phi3_5"], "{}<|end|>"),
     **dict.fromkeys(["qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507", "qwen3_vl", "qwen3_5_nothink"], CHATML),
-    "qwen3": THOUGHT,
+    "qwen3": "<think>\n\n</think>\n\n{}<|im_end|>",
     **dict.fromkeys(["qwen3_5_think", "qwen3_6"], "\n</think>\n\n{}<|im_end|>"),
 }
 REWRITE = {"gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
@@ -138,7 +137,7 @@ class Behaviour:
 
 IF_ASSISTANT = "{% if turn.role == 'assistant' "
 THOUGHT = ("<think>", "</think>")
-OPENED = template(SAID + "</s>", "[assistant]<think>")
+OPENING = template(SAID + "</s>", "[assistant]<think>")
 OPENED_OR_CLOSED = template(
     IF_ASSISTANT + "and '<think>' not in turn.content %}{{ '<think>\n\n</think>' }}{% endif %}" + SAID + "</s>",
     "[assistant]{{ '<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>' }}{% endif %}",
@@ -169,9 +168,9 @@ BEHAVIOURS = {
         ],
         THOUGHT,
     ),
-    "opens a thought that the turn has not": Behaviour(OPENED, APPENDED, THOUGHT, said="opens a thought"),
+    "opens a thought that the turn has not": Behaviour(OPENING, APPENDED, THOUGHT, said="opens a thought"),
     "opens the thought that the turn has": Behaviour(
-        OPENED, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
+        OPENING, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
     ),
     "has a mode that closes the thought": Behaviour(  # where the prompt parts from the turn inside a token
         OPENED_OR_CLOSED,
