@@ -214,9 +214,8 @@ def test_rows_without_a_label_are_predicted_and_nothing_else_and_an_unknown_one_
         for stage in ("fit", "validate", "test"):
             with pytest.raises(UserError, match=r"row \d+: expected .* field 'label'|data\.label_field"):
                 getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
-        assert [target for batch in trainer(tmp_path).predict(module, datamodule=data) for target in batch["target"]] == [
-            None
-        ] * 30
+        batches = trainer(tmp_path).predict(module, datamodule=data)
+        assert [target for batch in batches for target in batch["target"]] == [None] * 30
     tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
     odd = tiny.write_rows(tmp_path / "rows", [*NAMED, {"sentence": "Hm.", "label": "odd"}], ["validation", "test"])
     for stage, split in {"fit": "validation", "validate": "validation", "test": "test", "predict": "test"}.items():
