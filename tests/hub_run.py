@@ -38,24 +38,9 @@ class Texts(Callback):
                 file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
 
 
-def run(arguments):
-    """A command's exit status; its standard output and standard error go to ``log``."""
+if __name__ == "__main__":
     from cola_lightning.cli import main
 
-    with open("log", "w") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-    try:
-        return main(arguments)
-    except Exception:  # as the interpreter does
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-if __name__ == "__main__":
     path = Path(sys.argv[1]).absolute()
     sys.argv[1:] = []  # LightningCLI warns of arguments that are given twice
     statuses = {}
@@ -63,5 +48,14 @@ if __name__ == "__main__":
         folder = path.parent / name
         folder.mkdir()
         os.chdir(folder)
-        statuses[name] = run(arguments)
+        with open("log", "w") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        try:
+            statuses[name] = main(arguments)
+        except Exception:  # as the interpreter does
+            traceback.print_exc()
+            statuses[name] = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
     path.write_text(json.dumps(statuses))

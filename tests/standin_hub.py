@@ -35,13 +35,7 @@ class StandInHub:
         self._server.server_close()
 
     def add(self, kind, name, files):
-        """Adds a revision of a repository and returns its hash.
-
-        Args:
-            kind: ``datasets`` or ``models``.
-            name: owner/name.
-            files: contents by path; or a folder, all of whose files are served.
-        """
+        """Adds a revision of ``datasets`` or ``models`` and returns its hash; files: contents by path, or a folder."""
         if isinstance(files, Path):
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()}
         revision = _hash(repr(sorted(files.items())).encode())

@@ -210,12 +210,6 @@ def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(lla
     torch.testing.assert_close(llama.option_scores(batch), expected, rtol=0, atol=1e-4)
 
 
-def test_a_batchs_own_position_ids_are_used(llama):
-    batch = option_batch(llama, EXAMPLES[:1])
-    shifted = batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).unsqueeze(0) * 2}
-    assert not torch.allclose(llama.option_scores(batch), llama.option_scores(shifted), atol=1e-3)
-
-
 # ---------------------------------------------------------------------- packed sequences
 
 
@@ -292,10 +286,9 @@ def test_a_mask_that_could_mean_anything_is_refused(llama, mask):
 # ---------------------------------------------------------------------- models that are refused
 
 
-@pytest.mark.parametrize("architecture", ["roberta", "bart"])
-def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path, architecture):
+def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.model_name: .* whose logits change with that padding"):
-        causal_lm(tmp_path, architecture).configure_model()
+        causal_lm(tmp_path, "roberta").configure_model()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -361,9 +354,9 @@ def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path
 
 def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_where_they_are_written(tmp_path, monkeypatch):
     module, data, lengths = causal_lm(tmp_path, "opt"), tiny.reviews(eval_batch_size=30), []
-    returned = trainer(tmp_path).predict(module, datamodule=data)
+    batches = trainer(tmp_path).predict(module, datamodule=data)
     prompts = [row.example.prompt for row in data.test]
-    assert [prompt for batch in returned for prompt in batch["prompt"]] == prompts
+    assert [prompt for batch in batches for prompt in batch["prompt"]] == prompts
     monkeypatch.setattr(
         module,
         "predict_step",
@@ -374,5 +367,4 @@ def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_wh
         run.predict(module, datamodule=data, return_predictions=False)
         expected = [{"index": k, "prompt": prompt} for k, prompt in enumerate(prompts[:n_rows])]
         assert tiny.read_rows(tmp_path / "predictions.jsonl") == expected
-    assert lengths[0] > lengths[3]
-    assert lengths[:4] == sorted(lengths[:4], reverse=True)
+    assert lengths[:4] == sorted(lengths[:4], reverse=True) != lengths[3::-1]

@@ -50,7 +50,6 @@ def trained(own, rows):
 # ---------------------------------------------------------------------- templates of well-known models
 
 CHATML, EOT, TURN = "{}<|im_end|>", "{}<|eot_id|>", "{}<end_of_turn>"
-THOUGHT = "<think>\n\n</think>\n\n{}<|im_end|>"
 TRAINED = {
     "cohere": "{}<|END_OF_TURN_TOKEN|>",
     "cohere2": "{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
@@ -64,7 +63,7 @@ TRAINED = {
     **dict.fromkeys(["nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"], CHATML),
     **dict.fromkeys(["phi3", "phi3_5"], "{}<|end|>"),
     **dict.fromkeys(["qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507", "qwen3_vl", "qwen3_5_nothink"], CHATML),
-    "qwen3": THOUGHT,
+    "qwen3": "<think>\n\n</think>\n\n{}<|im_end|>",
     **dict.fromkeys(["qwen3_5_think", "qwen3_6"], "\n</think>\n\n{}<|im_end|>"),
 }
 REWRITE = {"gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
@@ -72,7 +71,6 @@ WITHOUT_SYSTEM = {"gemma"}
 CLOSED = {"nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"}  # rendered with enable_thinking false
 OPENED = {"deepseekv3": "<think>\n"}  # by the generation prompt, and not by the turn
 CONVERSATIONS = {
-    "single": turns("2 + 2?", "It is 4."),
     "two": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6."),
     "system": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6.", system="Be brief."),
 }
@@ -112,44 +110,6 @@ def own_of(name):
     return tiny.chat_tokenizer(source, *sorted({*special} - {"<s>", "</s>"}))
 
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-CALLING = [
-    {"role": "user", "content": "Cold?"},
-    {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]},
-    {"role": "tool", "name": "weather", "content": '{"t": 9}'},
-    {"role": "assistant", "content": "It is 9."},
-    {"role": "user", "content": "Red?"},
-    {"role": "assistant", "content": "Yes."},
-]
-JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-XML = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
-HARMONY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.weather<|channel|>commentary json<|message|>"
-CALLS = {  # by row: gpt-oss drops the call's thought where an answer follows, and the context of that answer has it
-    "glm4moe": [
-        [f"\n<think>Hm.</think>\n{XML}<|observation|>", "\n<think></think>\nIt is 9.<|user|>"],
-        ["\n<think></think>\nYes.<|user|>"],
-    ],
-    "gptoss": [
-        [HARMONY + '{"city": "Oslo"}<|call|>', "<|channel|>final<|message|>It is 9.<|return|>"],
-        ["<|channel|>final<|message|>Yes.<|return|>"],
-    ],
-    "llama3_1": [['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "It is 9.<|eot_id|>", "Yes.<|eot_id|>"]],
-    "qwen3": [
-        [f"<think>\nHm.\n</think>\n\n{JSON}<|im_end|>", "<think>\n\n</think>\n\nIt is 9.<|im_end|>"],
-        ["<think>\n\n</think>\n\nYes.<|im_end|>"],
-    ],
-}
-
-
-@needs_templates
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_a_tool_is_trained_with_its_thought_and_what_the_tool_says_is_not(name):
-    own = own_of(name)
-    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
-    tools = [{"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": parameters}}]
-    assert trained(own, encoded(own, CALLING, tools=tools)) == CALLS[name]
-
-
 # ---------------------------------------------------------------------- what templates do, one by one
 
 SAID = "{{ turn.content }}"
@@ -177,7 +137,7 @@ class Behaviour:
 
 IF_ASSISTANT = "{% if turn.role == 'assistant' "
 THOUGHT = ("<think>", "</think>")
-OPENED = template(SAID + "</s>", "[assistant]<think>")
+OPENING = template(SAID + "</s>", "[assistant]<think>")
 OPENED_OR_CLOSED = template(
     IF_ASSISTANT + "and '<think>' not in turn.content %}{{ '<think>\n\n</think>' }}{% endif %}" + SAID + "</s>",
     "[assistant]{{ '<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>' }}{% endif %}",
@@ -208,9 +168,9 @@ BEHAVIOURS = {
         ],
         THOUGHT,
     ),
-    "opens a thought that the turn has not": Behaviour(OPENED, APPENDED, THOUGHT, said="opens a thought"),
+    "opens a thought that the turn has not": Behaviour(OPENING, APPENDED, THOUGHT, said="opens a thought"),
     "opens the thought that the turn has": Behaviour(
-        OPENED, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
+        OPENING, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
     ),
     "has a mode that closes the thought": Behaviour(  # where the prompt parts from the turn inside a token
         OPENED_OR_CLOSED,
@@ -297,10 +257,11 @@ def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
         assert ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") == "[user]Old?</s>[assistant]"
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 REFUSED = {
     "begins an assistant turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
     "'No' among them": (template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
-    "'weather' among them": (template(SAID + "</s>"), CALLING),
+    "'weather' among them": (template(SAID + "</s>"), [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]),
     "that the chat template can render": (template("{{ 1 // 0 }}"), TALK),
 }
 

@@ -5,6 +5,7 @@ What is loaded, and from where, is the libraries' own; the hub is a stand-in on 
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,41 +23,28 @@ ROOT = Path(__file__).parent.parent
 N_ROWS = 40  # of each split
 
 
-# Of a split and a number: a row, its texts in the order in which they are rendered, and what is trained.
-def alpaca(split, k):
-    texts = [f"Name film {split} {k}", f"It is {k}" if k % 2 else "", f"Film {split} {k}!"]
-    return dict(zip(["instruction", "input", "output"], texts, strict=True)) | {"text": "Below is an instruction."}, texts
+# Each makes of a split and a number a row, its texts in the order in which they are rendered, and what is trained as the last.
+def columns(*names, **others):
+    """Rows of a prompt, an input that is empty in every other row if it has a name, and a response."""
+
+    def row(split, k):
+        texts = [f"Name film {split} {k}", f"It is {k}" * (k % 2), f"Film {split} {k}!"]
+        texts = texts if len(names) == 3 else texts[::2]
+        return dict(zip(names, texts, strict=True)) | others, texts
+
+    return row
 
 
-def dolly(split, k):
-    row, texts = alpaca(split, k)
-    return {"instruction": row["instruction"], "context": row["input"], "response": row["output"], "category": "qa"}, texts
+def conversations(name, role, content, user, assistant):
+    """Rows of turns, every other one after a system prompt, and of the first of the user's turns."""
 
+    def row(split, k):
+        texts = ["Be brief"] * (k % 2) + [f"Name film {split} {k}", f"Film {split} {k}!"]
+        roles = ["system"] * (k % 2) + [user, assistant]
+        turns = [{role: one, content: text} for one, text in zip(roles, texts, strict=True)]
+        return {name: turns, "prompt": texts[-2], "prompt_id": f"id{k}"}, texts
 
-def conversation(split, k, name="messages", role="role", content="content", user="user", assistant="assistant"):
-    first, answer = f"Name film {split} {k}", f"Film {split} {k}!"
-    texts = ["Be brief"] * (k % 2) + [first, answer]
-    roles = ["system"] * (k % 2) + [user, assistant]
-    return {name: [{role: one, content: text} for one, text in zip(roles, texts, strict=True)], "prompt_id": f"id{k}"}, texts
-
-
-def with_first_turn(split, k):
-    row, texts = conversation(split, k)
-    return row | {"prompt": texts[-2]}, texts
-
-
-def sharegpt(split, k):
-    return conversation(split, k, "conversations", "from", "value", "human", "gpt")
-
-
-def gsm8k(split, k):
-    texts = [f"How many films {split} {k}?", f"There are {split} {k}\n#### {k}"]
-    return dict(zip(["question", "answer"], texts, strict=True)), texts
-
-
-def tldr(split, k):
-    texts = [f"POST: the film {split} {k}\n\nTL;DR:", f"Film {split} {k}!"]
-    return {"prompt": texts[0], "completion": f" {texts[1]}"}, texts
+    return row
 
 
 def imdb(split, k):
@@ -64,54 +52,52 @@ def imdb(split, k):
     return {"text": text, "label": -1 if split == "unsupervised" else k % 2}, [text, "pos" if k % 2 else "neg"]
 
 
-def xsum(split, k):
-    texts = [f"The film {split} {k} was long", f"Film {split} {k}!"]
-    return {"document": texts[0], "summary": texts[1], "id": str(k)}, texts
+ALPACA = columns("instruction", "input", "output", text="Below is an instruction.")
+TLDR = columns("prompt", "completion")
+CHAT = conversations("messages", "role", "content", "user", "assistant")
 
 
 @dataclass
 class Set:
-    """A data set: its rows, the splits of each subset, the columns that a fit names, and what a user adds."""
+    """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and what a user adds."""
 
     row: Callable
-    said: tuple
-    subsets: dict | None = None  # None: a file of JSON lines without a card
-    arguments: tuple = ()
+    said: str
+    splits: str | None = None
+    arguments: str = ""
+    subsets: str = "default"
     train: str = "train"
     validation: str = "train"  # from which rows are drawn
 
 
 SETS = {
-    "tatsu-lab/alpaca": Set(alpaca, ("instruction", "input", "output"), {"default": ["train"]}),
-    "databricks/databricks-dolly-15k": Set(dolly, ("instruction", "context", "response")),
-    "HuggingFaceH4/no_robots": Set(with_first_turn, ("messages",), {"default": ["train", "test"]}),
+    "tatsu-lab/alpaca": Set(ALPACA, "instruction input output", "train"),
+    "databricks/databricks-dolly-15k": Set(
+        columns("instruction", "context", "response", category="qa"), "instruction context response"
+    ),
+    "HuggingFaceH4/no_robots": Set(CHAT, "messages", "train test"),
     "HuggingFaceH4/ultrachat_200k": Set(
-        with_first_turn,
-        ("messages",),
-        {"default": ["train_sft", "test_sft", "train_gen", "test_gen"]},
-        ("--data.train_split", "train_sft", "--data.val_split", "test_sft"),
-        "train_sft",
-        "test_sft",
+        CHAT,
+        "messages",
+        "train_sft test_sft train_gen test_gen",
+        "--data.train_split train_sft --data.val_split test_sft",
+        train="train_sft",
+        validation="test_sft",
     ),
-    "openai/gsm8k": Set(
-        gsm8k,
-        ("question", "answer"),
-        {"main": ["train", "test"], "socratic": ["train", "test"]},
-        ("--data.subset", "main"),
-    ),
-    "trl-lib/tldr": Set(tldr, ("prompt", "completion"), {"default": ["train", "validation", "test"]}, validation="validation"),
-    "owner/sharegpt": Set(sharegpt, ("conversations",)),
+    "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", "--data.subset main", "main socratic"),
+    "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
+    "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
     "stanfordnlp/imdb": Set(
         imdb,
-        ("text", "label"),
-        {"default": ["train", "test", "unsupervised"]},
-        ("--model", "COLASequenceClassifier", "--model.model_name", "owner/body", "--data", "TextClassificationDataModule"),
+        "text label",
+        "train test unsupervised",
+        "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule",
     ),
     "EdinburghNLP/xsum": Set(
-        xsum,
-        ("document", "summary"),
-        {"default": ["train", "validation", "test"]},
-        ("--data.columns", "{prompt: document, response: summary}"),
+        columns("document", "summary", id="7"),
+        "document summary",
+        "train validation test",
+        "--data.columns '{prompt: document, response: summary}'",
         validation="validation",
     ),
 }
@@ -119,10 +105,11 @@ SETS = {
 
 def files_of(made, folder):
     """A data set's files as they are on the hub: a card that names each split's files, and these; or one file alone."""
-    if made.subsets is None:
+    if made.splits is None:
         return {"train.jsonl": json_lines(made.row, "train")}
     files, configs = {}, []
-    for subset, splits in made.subsets.items():
+    splits = made.splits.split()
+    for subset in made.subsets.split():
         for split in splits:
             rows = datasets.Dataset.from_list([made.row(split, k)[0] for k in range(N_ROWS)])
             if "label" in rows.column_names:
@@ -150,8 +137,8 @@ def hub(tmp_path_factory):
         hub.add("models", "owner/body", folder / "body")
         for name, made in SETS.items():
             hub.add("datasets", name, files_of(made, folder))
-        hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(tldr, "old")})
-        hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(tldr, "new")})
+        hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "old")})
+        hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "new")})
         yield hub
 
 
@@ -167,7 +154,7 @@ def runs(hub, tmp_path_factory):
         return [*command, "--trainer.callbacks", "[{class_path: tests.hub_run.Texts}]"]
 
     streamed = ["--data.streaming", "true", "--data.val_size", "5"]
-    commands = {name.replace("/", " "): fit(name, *made.arguments) for name, made in SETS.items()} | {
+    commands = {name.replace("/", " "): fit(name, *shlex.split(made.arguments)) for name, made in SETS.items()} | {
         "no split": fit("HuggingFaceH4/ultrachat_200k"),
         "no subset": fit("openai/gsm8k"),
         "no columns": fit("EdinburghNLP/xsum"),
@@ -217,7 +204,7 @@ def assert_trained(run, row, train="train", validation="train"):
 def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     run, made = runs[name.replace("/", " ")], SETS[name]
     assert_trained(run, made.row, made.train, made.validation)
-    assert any(all(column in line for column in made.said) for line in run.log.splitlines())
+    assert any(all(column in line for column in made.said.split()) for line in run.log.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -237,7 +224,7 @@ def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
 
 @pytest.mark.parametrize("name", ["old", "new"])
 def test_a_revision_is_an_older_state_of_a_set(runs, name):
-    assert_trained(runs[name], tldr, name, name)
+    assert_trained(runs[name], TLDR, name, name)
 
 
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
@@ -248,9 +235,9 @@ def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
 
 
 def test_a_data_set_is_streamed_and_its_first_rows_are_held_out(runs):
-    assert_trained(runs["streamed"], tldr, "train", "validation")
+    assert_trained(runs["streamed"], TLDR, "train", "validation")
     run = runs["streamed, no validation"]
-    assert_trained(run, alpaca)
+    assert_trained(run, ALPACA)
     trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
     assert validated == {f"Film train {k}!" for k in range(5)}
     assert not trained & {f"Film train {k}!" for k in range(10)}

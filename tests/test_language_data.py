@@ -1,6 +1,5 @@
 """The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
 
-import os
 import random
 import re
 from types import SimpleNamespace
@@ -8,13 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cola_lightning import (
-    PromptDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
@@ -25,7 +18,7 @@ from tests import tiny
 
 def attach(data, architecture="llama", num_labels=2):
     """A trainer as the data module sees it."""
-    tokenizer = tiny.chat_tokenizer(tiny.CHAT, architecture=architecture)
+    tokenizer = tiny.tokenizer(architecture, pad=True)
     tokenizer.model_max_length = 64
     return tiny.set_up(data, tokenizer, num_labels=num_labels)
 
@@ -252,13 +245,6 @@ def test_white_space_around_a_prompt_is_as_in_the_protocol():
     assert tokenizer.decode(encode_examples(tokenizer, [written], 500)[0].prompt_ids) == "<s>Who?"
 
 
-def test_a_sequence_is_as_long_as_was_asked_for_and_as_the_model_takes(source):
-    data = attach(PromptDataModule("SST2", source))
-    assert data.max_length == 64
-    data.tokenizer.model_max_length = 10**30
-    assert data.max_length == 2048
-
-
 # ---------------------------------------------------------------------- parts of the paper's tasks
 
 
@@ -286,21 +272,13 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path))
     assert PromptDataModule("sst2").source == str(tmp_path / "sst2")
     monkeypatch.delenv("COLA_DATA_DIR")
-    data = PromptDataModule("sst2")
+    data = attach(PromptDataModule("sst2"))
     assert (data.source, data.subset, data.train_size) == ("nyu-mll/glue", "sst2", 1000)
-
-
-@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
-@pytest.mark.parametrize(
-    ("task", "own", "sizes"),
-    [("SST2", {}, [1000, 500, 872]), ("BoolQ", {"train_size": 700, "val_size": 300}, [700, 300, 1000])],  # of 1,000 rows
-)
-def test_the_real_tasks_have_the_protocols_sizes(task, own, sizes):
-    data = attach(PromptDataModule(task, max_length=64, **own))
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    assert [len(part) for part in (data.train, data.val, data.test)] == sizes
-    assert {row.example.answer for row in data.train} == set(range(len(data.train[0].example.options)))
+    assert data.max_length == 64  # the model's own limit
+    data.tokenizer.model_max_length = 10**30
+    assert data.max_length == 2048
+    with pytest.raises(UserError, match=r"data\.subset: expected null for files on this machine"):
+        PromptDataModule("sst2", str(tmp_path), "sub")
 
 
 # ---------------------------------------------------------------------- unusable rows
@@ -395,29 +373,19 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
 )
 def test_a_row_without_anything_to_learn_is_refused(tmp_path, row, make, message):
     data = attach(make(tiny.write_rows(tmp_path, [row])), "gpt2")
-    data.tokenizer.chat_template = None
     with pytest.raises(UserError, match=message):
         data.setup("test")
 
 
-def test_labelled_pairs_become_a_classifiers_batch_cut_on_the_right(tmp_path):
-    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 3} for k in range(4)]
-    source = tiny.write_rows(tmp_path, rows)
-
-    def batch_of(side):
-        data = attach(TextClassificationDataModule(source, max_length=12), num_labels=3)
-        data.tokenizer.truncation_side = side
-        data.setup("fit")
-        assert data.tokenizer.truncation_side == side
-        return next(iter(data.train_dataloader()))
-
-    batch = batch_of("right")
-    assert batch["labels"].sort().values.tolist() == [0, 0, 1, 2]
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 12)
-    assert torch.equal(batch_of("left")["input_ids"], batch["input_ids"])
-    for arguments, message in [
-        ({"text_fields": "sentence"}, "data.text_fields: expected one or two of the columns premise, hypothesis, label"),
-        ({"label_field": "gold"}, "data.label_field: expected one of the columns premise, hypothesis, label"),
-    ]:
-        with pytest.raises(UserError, match=message):
+def test_labelled_pairs_are_cut_on_the_right_whatever_the_tokenizers_side(tmp_path):
+    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 2} for k in range(4)]
+    source, texts = tiny.write_rows(tmp_path, rows), [[row[name] for row in rows] for name in ("premise", "hypothesis")]
+    data = attach(TextClassificationDataModule(source, max_length=12))
+    data.tokenizer.truncation_side = "left"
+    data.setup("test")
+    assert data.tokenizer.truncation_side == "left"
+    cut = tiny.tokenizer()(*texts, truncation=True, max_length=12)["input_ids"]
+    assert [row["input_ids"] for row in data.test] == cut
+    for arguments in ({"text_fields": "sentence"}, {"label_field": "gold"}):
+        with pytest.raises(UserError, match=rf"data\.{next(iter(arguments))}: .* the columns premise, hypothesis, label"):
             attach(TextClassificationDataModule(source, **arguments)).setup("fit")

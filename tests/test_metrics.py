@@ -90,10 +90,8 @@ class Old(COLACausalLM):
         return ["old"] * len(batch["prompt"])
 
 
-CHOSEN = {"prompt": "{text}", "options": [" no", " yes"]}
 KINDS = {
-    "accuracy": (COLACausalLM, TemplateDataModule, CHOSEN),
-    "f1": (COLACausalLM, TemplateDataModule, CHOSEN | {"metric": "f1"}),
+    "f1": (COLACausalLM, TemplateDataModule, {"prompt": "{text}", "options": [" no", " yes"], "metric": "f1"}),
     "answers": (Old, TemplateDataModule, {"prompt": "{text}", "answer": "said"}),
     "classifier": (COLASequenceClassifier, TextClassificationDataModule, {"text_fields": ["text"]}),
 }

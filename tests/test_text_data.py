@@ -3,7 +3,6 @@
 import pytest
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.classification import find_texts_and_label
 from cola_lightning.data.encoding import encode_responses, labels_of
 from cola_lightning.data.text import find_columns
 from tests import tiny
@@ -56,17 +55,6 @@ def test_columns_are_named_where_their_names_say_nothing():
     ]:
         with pytest.raises(UserError, match=rf"data\.columns: .*{message}"):
             find_columns(names, [], wrong)
-
-
-@pytest.mark.parametrize(
-    ("names", "found"),
-    [
-        (["text", "labels"], (["text"], "labels")),
-        (["premise", "hypothesis", "label", "text"], (["premise", "hypothesis"], "label")),
-    ],
-)
-def test_a_text_or_a_pair_and_its_label_are_found(names, found):
-    assert find_texts_and_label(names, None, None) == found
 
 
 # ---------------------------------------------------------------------- what is learned
