@@ -79,7 +79,7 @@ def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model.chain.save(tmp_path / "chain")
     after, given = weights(model.model), model.chain.truncate(1)
     model.go_to(given)
-    model.begin_link()
+    model.begin_link(ARGUMENTS["rank"], ARGUMENTS["alpha"])
     assert_same_weights(model.model, train(adapted(), links=1).model)
     model.tie_knot()
     assert (len(given), len(model.chain)) == (1, 2)

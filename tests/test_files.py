@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_minus_one_may_be_the_answer(tmp_path):
     sst2 = attach(PromptDataModule("SST2", write(tmp_path / "sst2.tsv", [{"sentence": "Fine.", "label": "-1"}])))
     sst2.setup("predict")
     assert sst2.test[0].example.answer is None
+
+
+def test_files_are_read_without_the_network(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    for name in ("rows.csv", "rows.jsonl"):
+        data = attach(TemplateDataModule(write(tmp_path / name, ROWS[:4]), prompt="{text}", answer="label"))
+        data.setup("predict")
+    assert asked == []
 
 
 @pytest.mark.filterwarnings("default")  # as outside of tests, where a warning is no error

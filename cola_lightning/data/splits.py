@@ -139,7 +139,8 @@ def _read(files: list[Path]) -> Any:
         with warnings.catch_warnings(), progress_bar_if(is_shown):
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
             how = _csv_options(files[0], "\t" if ending == ".tsv" else ",") if READERS[ending] == "csv" else {}
-            rows = datasets.load_dataset(READERS[ending], data_files=[str(file) for file in files], split="train", **how)
+            read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
+            rows = read([str(file) for file in files], **how)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"
