@@ -2,7 +2,7 @@
 
 ``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
 forked from one that has imported the libraries and knows that base (``fork_server.py``). Its folder, environment, arguments,
-standard streams, signals, coverage and exit status are its own; ``test_forked.py`` compares it with a new process, to the bit.
+standard streams, signals, coverage and exit status are its own; ``test_forked.py`` compares them with those of a new process.
 A new process it must be where a test is about what is imported, how long that takes, a variable that is read meanwhile, or
 what is said while the interpreter ends.
 """

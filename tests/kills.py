@@ -122,11 +122,9 @@ def prepare(setup, folder):
     (folder / "config.yaml").write_text(SETUPS[setup])
     if setup == "llama":
         tiny.folder(folder / "model", "llama", attention_dropout=0.1)
-        (folder / "rows").mkdir()
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
-        for split in ("train", "validation", "test"):
-            (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tiny.write_rows(folder / "rows", rows)
 
 
 def fit(folder, name, *arguments, **recorder):

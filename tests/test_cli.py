@@ -1,6 +1,5 @@
 """The command line as a user meets it: what it writes, what it says, and its exit status. Mistakes: tests/test_refusals.py."""
 
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 from cola_lightning.cli import main
 from cola_lightning.errors import causes
 from cola_lightning.study.config import resolved
-from tests import forked
+from tests import forked, tiny
 from tests.toy import DIGITS, FAST, LAST, wait_for
 
 pytestmark = [
@@ -53,10 +52,6 @@ def links_of(checkpoint):
     return state_of(checkpoint)["state_dict"]["cola"]["chain"]["description"]["links"]
 
 
-def rows_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def checkpoint_of(version):
     return ["--config", f"runs/version_{version}/config.yaml", "--ckpt_path", f"runs/version_{version}/checkpoints/last.ckpt"]
 
@@ -80,7 +75,7 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(c
     assert "validate: without --ckpt_path, this is the base alone" in capfd.readouterr().out
     assert run("predict", *checkpoint_of(0)) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
-    rows = rows_of(path)
+    rows = tiny.read_rows(path)
     assert [row["index"] for row in rows] == list(range(270))
     assert {tuple(row) for row in rows} == {("index", "prediction", "target")}
     assert {row["target"] for row in rows} == {5, 6, 7, 8, 9}
@@ -295,7 +290,7 @@ def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_
 def test_a_predict_that_is_stopped_leaves_its_rows_so_far():
     assert run("predict", "--config", DIGITS, "--trainer.callbacks+=own_code.Stops", "--data.batch_size", "20") == 130
     path = Path("runs/version_0/predictions.partial.jsonl")
-    assert [row["index"] for row in rows_of(path)] == list(range(60))
+    assert [row["index"] for row in tiny.read_rows(path)] == list(range(60))
     assert not path.with_name("predictions.jsonl").exists()
 
 

@@ -67,7 +67,7 @@ def said(capfd, start):
 def predicted():
     """The rows of the only file of predictions, which then goes."""
     (path,) = Path("runs").rglob("predictions.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = tiny.read_rows(path)
     path.unlink()
     return rows
 

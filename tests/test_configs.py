@@ -1,6 +1,5 @@
 """Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -30,10 +29,8 @@ def at_tiny_size(name, folder):
     changes = ["--model.model_name", model, "--model.gguf_file", "null", "--trainer.accelerator", "cpu"]
     if name == "quickstart":
         return [*changes, "--data.source", str(FOLDER / name)]
-    (folder / "rows").mkdir()
     rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
-    for split in ("train", "validation", "test"):
-        (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(folder / "rows", rows)
     sizes = ["--data.subset", "null"] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
     return [*changes, "--data.source", str(folder / "rows"), *sizes]
 

@@ -52,8 +52,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
-    for split in ("train", "validation", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(folder, rows)
     forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau")
     return folder
 
@@ -133,7 +132,7 @@ def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(tr
 def test_predictions_are_one_a_row_in_order_and_those_of_the_checkpoint_alone(trained, strategy):
     folder = trained / strategy
     assert_bit_equal(*left_by(folder, "predicted"))  # with a seed that one of them drew
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    rows = tiny.read_rows(folder / "predictions.jsonl")
     assert [row["index"] for row in rows] == list(range(9))
     alone = run.MLP.load_from_checkpoint(folder / "predicted.ckpt").eval()
     (data := run.Data()).setup("test")

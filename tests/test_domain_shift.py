@@ -21,11 +21,6 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_base_is_trained_once_for_each_recipe_and_corpus_and_then_read(cache, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(byte_gpt, "save_file", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # one that stops leaves no file
-            pretrained(3, **SIZES)
-    assert list(cache.iterdir()) == []
     first = pretrained(3, **SIZES)
     with monkeypatch.context() as patch:
         patch.setattr(byte_gpt, "_pretrain", lambda *_: pytest.fail("trained again"))

@@ -283,7 +283,7 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     assert main(test) == 0
     assert main(["predict", *test[1:], "--data.source", "new.tsv"]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = tiny.read_rows(path)
     assert [(row["index"], row["target"]) for row in rows] == [(k, None) for k in range(5)]
 
     for format_ in ("merged", "peft", "chain"):

@@ -8,30 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.kills import DIGITS
-from tests.run_comparison import differences_of_checkpoints
-
-CHECKPOINT = "runs/version_0/checkpoints/last.ckpt"
 
 
 def new(*arguments, cwd=None, env=None):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
-
-
-def test_a_forked_run_and_what_follows_it_are_those_of_new_processes_to_the_bit(tmp_path):
-    """With dropout, data workers, accumulation and knots; all that they say and all the files that they write."""
-    (tmp_path / "config.yaml").write_text(DIGITS)
-    commands = [["fit", "--config", "../config.yaml"], ["inspect", "--checkpoint", CHECKPOINT]]
-    found = []
-    for folder, run in ((tmp_path / "new", new), (tmp_path / "forked", forked.run)):
-        folder.mkdir()
-        done = [run("-m", "cola_lightning", *words, cwd=folder) for words in commands]
-        said = [(one.returncode, *(text.replace(str(folder), "") for text in (one.stdout, one.stderr))) for one in done]
-        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        found.append((said, {name: data.replace(b"/new", b"/forked") for name, data in files.items() if ".ckpt" not in name}))
-    assert [status for status, *_ in found[0][0]] == [0, 0]
-    assert found[0] == found[1]
-    assert differences_of_checkpoints(tmp_path / "new" / CHECKPOINT, tmp_path / "forked" / CHECKPOINT) == []
 
 
 TOLD = """
@@ -58,13 +38,6 @@ def test_its_arguments_folder_environment_streams_and_exit_status_are_its_own(tm
     assert (one.returncode, other.returncode) == (status, status)
     assert other.stdout in (one.stdout, "")  # what is not flushed is lost with a process that is killed
     assert one.stderr.splitlines()[-1:] == other.stderr.splitlines()[-1:]
-
-
-def test_it_begins_with_one_thread_and_draws_of_its_own():
-    told = "import os, random, torch; print(len(os.listdir('/proc/self/task')), torch.rand(1).item(), random.random())"
-    first, second = (forked.run("-c", told).stdout.split() for _ in range(2))
-    assert first[0] == second[0] == "1"
-    assert not set(first[1:]) & set(second[1:])
 
 
 def test_one_that_takes_too_long_is_ended(tmp_path):

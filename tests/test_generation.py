@@ -1,6 +1,5 @@
 """Generated answers: against a plain greedy loop, and what a run does with them."""
 
-import json
 from contextlib import contextmanager
 
 import pytest
@@ -224,7 +223,7 @@ TURNS += "{% if add_generation_prompt %}[assistant]{% endif %}"
 @pytest.mark.parametrize("chat", [TURNS, None])
 def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
     rows = [{"prompt": f"Is town {k} old? " * (k + 1), "response": "Yes"} for k in range(3)] + [{"prompt": "Is it?"}]
-    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(tmp_path, rows, ["validation"])
     name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=128)
 
     def predicted(seed=0, **how):

@@ -85,11 +85,6 @@ ROWS = [
 ]
 
 
-def write_splits(folder, rows):
-    for split in ("train", "validation", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def sst2(source, **arguments):
     return PromptDataModule("SST2", source, train_size=3, val_size=3, test_size=6, **arguments)
 
@@ -130,13 +125,13 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     own.chat_template = CHAT if "chat" in kind else None
     own.save_pretrained(name)
     rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
-    write_splits(tmp_path, [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows)
+    tiny.write_rows(tmp_path, [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows)
     module, data = tiny.three_links(COLACausalLM(name, **ARGUMENTS)), DATA[kind](str(tmp_path))
     run = trainer(tmp_path, PredictionWriter(), max_steps=1)
     run.fit(module, datamodule=data)
     run.save_checkpoint(tmp_path / "last.ckpt")
     run.predict(module, datamodule=data, return_predictions=False)
-    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    predictions = tiny.read_rows(tmp_path / "predictions.jsonl")
     checkpoint, seen = ["--checkpoint", str(tmp_path / "last.ckpt")], set()
     for format_ in ("merged", "peft"):
         folder = str(tmp_path / format_)
@@ -175,7 +170,7 @@ def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     for file in ("config.json", "generation_config.json"):
         fields = json.loads(Path(name, file).read_text()) | {"eos_token_id": end}
         Path(name, file).write_text(json.dumps(fields))
-    write_splits(tmp_path, [{"text": "It is old."} if kind == "text" else {"prompt": "Is it old?", "response": "It is."}])
+    tiny.write_rows(tmp_path, [{"text": "It is old."} if kind == "text" else {"prompt": "Is it old?", "response": "It is."}])
     module = COLACausalLM(name, **ARGUMENTS)
     trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path), max_new_tokens=2))
     module.export(tmp_path / "merged")
