@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import math
 
 import pytest
@@ -235,6 +236,13 @@ def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
     module.freeze()
     module.unfreeze()
     with pytest.raises(UserError, match=r"model: .* trainable"):
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+
+
+def test_an_optimizer_that_would_outlive_its_link_is_refused_at_the_knot(tmp_path):
+    module = toy()
+    module.configure_optimizers = functools.cache(lambda: AdamW(module.adapted.trained_parameters()))
+    with pytest.raises(UserError, match=r"^configure_optimizers: "):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
 
 
