@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
     tiny.folder(folder / "model", "opt")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     tiny.write_rows(folder, rows)
-    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau")
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau", "weighed")
     return folder
 
 
@@ -77,6 +77,17 @@ def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(train
     links = torch.load(trained / f"{name}.ckpt", weights_only=True)["state_dict"]["cola"]["chain"]["description"]["links"]
     ranks = [link["rank"] for link in links]
     assert ranks == [] if name.startswith("whole") else [4, 2, 6]
+
+
+def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):
+    """Also in chunks, and with full fine-tuning."""
+    run.weighed(trained)
+    for name in run.WEIGHED:
+        expected = torch.load(trained / f"{name}-single.rank0.pt")
+        for strategy in ("ddp", "fsdp2"):
+            first, second = left_by(trained, f"{name}-{strategy}")
+            assert_bit_equal(first, second)
+            assert distance(first, expected) < 1e-5
 
 
 def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on):
