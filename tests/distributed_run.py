@@ -412,6 +412,12 @@ def written(folder):
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
         assert metrics.keys() == {"val_loss", "val_f1", "val_exact_match"}
         made.predict(module, datamodule=data)
+        if strategy != "single":  # some of a fit's validation rows, as many on each process
+            module = COLACausalLM(str(folder / "model"), rank=2, seed=0, generate_in_validation=True)
+            data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=2, generate_rows=5)
+            made = trainer_by(strategy, folder, max_epochs=1, limit_train_batches=1)
+            made.fit(module, datamodule=data)
+            assert {"val_f1", "val_exact_match"} < made.callback_metrics.keys()
 
 
 WEIGHED = {
@@ -430,9 +436,9 @@ def weighed(folder):
     batches = [collate_language(rows[k : k + 1 + k % 5], 0) for k in range(24)]
     chunked_loss.CHUNK = 4 * 400 * 7  # seven positions
     for strategy, (name, arguments) in product(("ddp", "fsdp2") if world() > 1 else ("single",), WEIGHED.items()):
-        module = COLACausalLM(str(folder / "model"), **{"rank": 2, "seed": 0} | arguments)
+        module = COLACausalLM(str(folder / "llama"), **{"rank": 2, "seed": 0} | arguments)
         module.chunked_loss = module.chunked_loss and world() > 1
-        watch = Watch(folder, name := f"{name}-{strategy}")
+        watch = Watch(folder, name := f"weighed-{name}-{strategy}")
         how = {"max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False, "gradient_clip_val": 0.5}
         made = trainer_by(strategy, folder, watch, chain={}, accumulate_grad_batches=4 // world(), **how)
         loader = DataLoader(batches[made.global_rank :: world()], batch_size=None)

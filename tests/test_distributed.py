@@ -51,6 +51,7 @@ def trained(tmp_path_factory):
     """A folder with what two processes leave: four links by every strategy, and what was sent."""
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
+    tiny.folder(folder / "llama")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     tiny.write_rows(folder, rows)
     forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau", "weighed")
@@ -83,9 +84,9 @@ def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):
     """Also in chunks, and with full fine-tuning."""
     run.weighed(trained)
     for name in run.WEIGHED:
-        expected = torch.load(trained / f"{name}-single.rank0.pt")
+        expected = torch.load(trained / f"weighed-{name}-single.rank0.pt")
         for strategy in ("ddp", "fsdp2"):
-            first, second = left_by(trained, f"{name}-{strategy}")
+            first, second = left_by(trained, f"weighed-{name}-{strategy}")
             assert_bit_equal(first, second)
             assert distance(first, expected) < 1e-5
 

@@ -38,8 +38,8 @@ class COLACausalLM(LanguageModule):
 
     * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
       option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
-      language model's on the correct option's tokens (``loss: answer``). With ``references``, an answer is generated, except
-      in a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` compare it with them.
+      language model's on the correct option's tokens (``loss: answer``). With ``references``, an answer is generated, in a
+      fit's validations only with ``generate_in_validation``; ``val_f1`` and ``val_exact_match`` compare it with them.
       A batch may request another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 for tokens without
       loss: the loss is the mean over the other tokens, by default over those of all batches of an optimizer step
@@ -57,6 +57,8 @@ class COLACausalLM(LanguageModule):
     Args:
         chunked_loss: compute the language-model loss and its gradients over chunks of the tokens, so that the logits of all of
             them never exist together; ``null``: where these would take more than 256 MB in float32.
+        generate_in_validation: generate answers in a fit's validations, too, of as many rows as ``data.generate_rows`` says, so
+            that ``val_f1`` or ``val_exact_match`` can choose a checkpoint.
         **pretrained: the other arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`.
 
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), appendix; the loss and
@@ -65,9 +67,17 @@ class COLACausalLM(LanguageModule):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
-    def __init__(self, model_name: str, *, chunked_loss: bool | None = None, **pretrained: Any) -> None:
+    # **pretrained: see LanguageModule.
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        chunked_loss: bool | None = None,
+        generate_in_validation: bool = False,
+        **pretrained: Any,
+    ) -> None:
         super().__init__(model_name, **pretrained)
-        self.chunked_loss = chunked_loss
+        self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
 
     @override
     def build_model(self) -> nn.Module:
@@ -106,7 +116,7 @@ class COLACausalLM(LanguageModule):
         named: Batch = batch if isinstance(batch, Mapping) else {}
         requested = named.get("metric")
         if "references" in named:
-            if self.trainer.state.fn == "fit":
+            if not named["references"] or (self.trainer.state.fn == "fit" and not self.generate_in_validation):
                 return {}
             values = self.generate(batch), batch["references"]
             return {name: (ANSWER_METRICS[name], values) for name in ([requested] if requested else ANSWER_METRICS)}
