@@ -142,18 +142,20 @@ def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 class Ends(Callback):
-    """Notes when steps end, and the first one's loss."""
+    """Notes when steps end, and the first one's loss; saves a checkpoint after the last, while all is on the device."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, checkpoint: Path | None = None) -> None:
+        self.device, self.checkpoint = device, checkpoint
         self.times: list[float] = []
-        self.loss = float("nan")
+        self.loss, self.checkpoint_seconds = float("nan"), float("nan")
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Waits for the step."""
         synchronize(self.device)
         self.times.append(time.perf_counter())
         self.loss = float(outputs["loss"]) if batch_idx == 0 else self.loss
+        if self.checkpoint is not None and batch_idx + 1 == trainer.num_training_batches:
+            self.checkpoint_seconds, _ = timed(lambda: trainer.save_checkpoint(self.checkpoint), self.device)
 
 
 def seconds_of(times: Sequence[float]) -> dict[str, Any]:
@@ -166,16 +168,15 @@ def cola(made: Config, device: str, folder: Path) -> Config:
     """This package's steps, a knot, and a checkpoint in the middle of the second link."""
     options = {"activation_checkpointing": made["checkpointing"], "compile": made["compile"]}
     module = RandomCausalLM(made["model"], made["base"], device, **options)
-    ends, chain = Ends(device), ChainOfLoRA(at_steps=[WARM_UP + STEPS])
+    path = folder / "run.ckpt"
+    ends, chain = Ends(device, path), ChainOfLoRA(at_steps=[WARM_UP + STEPS])
     batches = DataLoader([make_batch(made["model"], made["length"])] * (WARM_UP + STEPS + 1), batch_size=None)
     off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     accelerator = "gpu" if device == "cuda" else "cpu"
     trainer = Trainer(accelerator=accelerator, devices=1, max_epochs=1, callbacks=[chain, ends], default_root_dir=folder, **off)
     trainer.fit(module, batches)
-    path = folder / "run.ckpt"
-    seconds, _ = timed(lambda: trainer.save_checkpoint(path), device)
-    found = {"knot_seconds": module.knot_seconds[0], "checkpoint_seconds": seconds, "checkpoint_bytes": path.stat().st_size}
-    return seconds_of(ends.times) | {"loss": ends.loss} | found
+    found = {"knot_seconds": module.knot_seconds[0], "checkpoint_seconds": ends.checkpoint_seconds}
+    return seconds_of(ends.times) | {"loss": ends.loss} | found | {"checkpoint_bytes": path.stat().st_size}
 
 
 def peft(made: Config, device: str, folder: Path) -> Config:
