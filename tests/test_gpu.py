@@ -4,7 +4,6 @@ One link against peft is in test_adapter.py, and DDP, FSDP1 and FSDP2 are in tes
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,10 +126,12 @@ def test_the_benchmark_measures_every_side_and_option_on_the_same_batches(gpu, d
             assert ("knot_seconds" in result) is (side == "cola")
 
 
-# In place of the benchmark's own functions: one that works, one that dies, one that takes too long, one without memory.
+# In place of the benchmark's own functions: one that works, one that dies, one that takes too long, one without memory. It is
+# called without any time, then with some, and once more when its first line is gone.
 STAND_INS = """
 import os, sys, time, torch
-sys.path.insert(0, sys.argv.pop(1))
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
 import gpu
 
 def too_large(*of):
@@ -142,25 +143,24 @@ gpu.plan = lambda is_small: [
 ]
 gpu.cola = lambda made, *of: os._exit(3) if made["base"] == "bf16" else too_large()
 gpu.peft = lambda *of: time.sleep(60)
-gpu.main()
+path = Path("gpu.jsonl")
+for words in (["--minutes", "0"], ["--limit", "3"], []):
+    sys.argv[1:] = ["--small", "--output", str(path), *words]
+    gpu.main()
+    assert path.exists() is (words != ["--minutes", "0"])
+    if words == ["--limit", "3"]:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
 """
 
 
 def test_the_benchmark_writes_a_line_for_what_failed_and_repeats_only_what_is_missing(gpu, tmp_path):
-    path = tmp_path / "gpu.jsonl"
-    words = ["-c", STAND_INS, BENCHMARKS, "--small", "--output", path]
-    forked.run(*words, "--minutes", "0", check=True)
-    assert not path.exists()
-    forked.run(*words, "--limit", "3", check=True)
-    results = tiny.read_rows(path)
+    forked.run("-c", STAND_INS, BENCHMARKS, cwd=tmp_path, check=True)
+    results = tiny.read_rows(tmp_path / "gpu.jsonl")
     errors = [result.get("error") for result in results]
-    assert errors == [None, "the process ended with 3", "no end in 3 seconds", "out of memory"]
+    assert errors == ["the process ended with 3", "no end in 3 seconds", "out of memory", None]
     assert all({"device", "torch", "transformers", "peft", "lightning"} <= result.keys() for result in results)
-    assert [row[4].rpartition(" / ")[0] for row in gpu.rows(results)] == ["failed / failed", ""]
-    assert gpu.rows(results)[1][4] == "out of memory"
-    path.write_text("".join(json.dumps(result) + "\n" for result in results[1:]))
-    forked.run(*words, check=True)
-    assert [result.get("error") for result in tiny.read_rows(path)] == [*errors[1:], None]
+    assert [row[5].rpartition(" / ")[0] for row in gpu.rows(results)] == ["failed / failed", ""]
+    assert gpu.rows(results)[1][5] == "out of memory"
 
 
 def test_the_benchmarks_plan_is_all_that_was_asked(gpu):
@@ -170,6 +170,6 @@ def test_the_benchmarks_plan_is_all_that_was_asked(gpu):
         assert len({one[field] for one in plan}) == n
     lines = [one | {"device": "a GPU", "seconds": 2.0, "gib": 4.0, "tokens_a_second": 1.0} for one in plan]
     assert [len(row) for row in gpu.rows(lines)] == [len(gpu.COLUMNS)] * 32
-    assert gpu.rows(lines)[0][:7] == ["Llama-3.2-1B", "bf16", "512", "", "2.000 / 2.000 / 2.000", "1.00", "1.00"]
-    assert gpu.rows_of_memory(lines)[0] == ["Llama-3.2-1B", "bf16", "", *["4.0 / 4.0"] * 3]
+    assert gpu.rows(lines)[0][:8] == ["a GPU", "Llama-3.2-1B", "bf16", "512", "", "2.000 / 2.000 / 2.000", "1.00", "1.00"]
+    assert gpu.rows_of_memory(lines)[0] == ["a GPU", "Llama-3.2-1B", "bf16", "", *["4.0 / 4.0"] * 3]
     assert gpu.rows([])[0][0] == gpu.rows_of_memory([])[0][0] == gpu.NOT_RUN
