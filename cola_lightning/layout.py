@@ -125,6 +125,24 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def n_processes() -> int:
+    """The number of processes."""
+    return torch.distributed.get_world_size() if has_processes() else 1
+
+
+def sum_over_processes(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """The sums of numbers over all processes; all of them must call this.
+
+    Args:
+        values: this process' numbers.
+        device: of the process group's tensors.
+    """
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device if has_processes() else "cpu")
+    if has_processes():
+        torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
 @torch.no_grad()
 def average_(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor by its mean over all processes, in place, with one message for each dtype."""

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from cola_lightning import (
     UserError,
     layout,
 )
+from cola_lightning.data.encoding import collate_language
+from cola_lightning.hf import chunked_loss
 from tests import tiny
 from tests.toy import trainer
 
@@ -224,7 +227,7 @@ class Watch(Callback):
         self.folder, self.name, self.losses = folder, name, []
 
     def on_train_batch_end(self, trainer, *args):
-        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        self.losses.append(float(trainer.callback_metrics.get("train_loss", 0)))  # none before the first step
         if trainer.global_step in (6, 11):
             trainer.save_checkpoint(self.folder / f"{self.name}.step{trainer.global_step}.ckpt")
 
@@ -421,6 +424,39 @@ def written(folder):
         (metrics,) = made.validate(module, datamodule=data, verbose=False)
         assert metrics.keys() == {"val_loss", "val_f1", "val_exact_match"}
         made.predict(module, datamodule=data)
+        if strategy != "single":  # some of a fit's validation rows, as many on each process
+            module = COLACausalLM(str(folder / "model"), rank=2, seed=0, generate_in_validation=True)
+            data = TemplateDataModule(str(folder), prompt="The town {name} is", answer="answers", batch_size=2, generate_rows=5)
+            made = trainer_by(strategy, folder, max_epochs=1, limit_train_batches=1)
+            made.fit(module, datamodule=data)
+            assert {"val_f1", "val_exact_match"} < made.callback_metrics.keys()
+
+
+WEIGHED = {
+    "links": {},
+    "chunked": {"chunked_loss": True},
+    "whole": {"chunked_loss": True, "target_modules": None},
+}
+
+
+def weighed(folder):
+    """A language model's steps of four batches of unequal sizes, over the processes; one computes its losses in one piece."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(2, 400, (n,), generator=generator).tolist(), "spans": [1, n]} for n in (4, 21, 9, 2) * 8
+    ]
+    batches = [collate_language(rows[k : k + 1 + k % 5], 0) for k in range(24)]
+    chunked_loss.CHUNK = 4 * 400 * 7  # seven positions
+    for strategy, (name, arguments) in product(("ddp", "fsdp2") if world() > 1 else ("single",), WEIGHED.items()):
+        module = COLACausalLM(str(folder / "llama"), **{"rank": 2, "seed": 0} | arguments)
+        module.chunked_loss = module.chunked_loss and world() > 1
+        watch = Watch(folder, name := f"weighed-{name}-{strategy}")
+        how = {"max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False, "gradient_clip_val": 0.5}
+        made = trainer_by(strategy, folder, watch, chain={}, accumulate_grad_batches=4 // world(), **how)
+        loader = DataLoader(batches[made.global_rank :: world()], batch_size=None)
+        made.fit(module, loader, loader)
+        losses = torch.tensor(watch.losses[4 // world() - 1 :: 4 // world()])
+        torch.save(held(module) | {"losses": losses}, folder / f"{name}.rank{made.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,10 @@ def trained(tmp_path_factory):
     """A folder with what two processes leave: four links by every strategy, and what was sent."""
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
+    tiny.folder(folder / "llama")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     tiny.write_rows(folder, rows)
-    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau")
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau", "weighed")
     return folder
 
 
@@ -130,6 +131,17 @@ def test_strategies_work_on_one_process(tmp_path):
         run.fit(tmp_path, "single", **run.SAME[name])
         (found,) = left_by(tmp_path, name, 1)
         assert distance(found, torch.load(tmp_path / "single.rank0.pt")) < 1e-5
+
+
+def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):
+    """Also in chunks, and with full fine-tuning."""
+    run.weighed(trained)
+    for name in run.WEIGHED:
+        expected = torch.load(trained / f"weighed-{name}-single.rank0.pt")
+        for strategy in ("ddp", "fsdp2"):
+            first, second = left_by(trained, f"weighed-{name}-{strategy}")
+            assert_bit_equal(first, second)
+            assert distance(first, expected) < 1e-5
 
 
 def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on):

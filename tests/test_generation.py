@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken
 
 from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule
@@ -188,8 +189,9 @@ class Told(COLACausalLM):
     """Its answers are known."""
 
     def generate(self, batch):
-        assert len(super().generate(batch)) == len(batch["prompt"])
-        return [TOLD[question_of(prompt)] for prompt in batch["prompt"]]
+        asked = batch["prompt"][: len(batch["references"])]
+        assert len(super().generate(batch)) == len(asked)
+        return [TOLD[question_of(prompt)] for prompt in asked]
 
 
 def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
@@ -214,6 +216,24 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
         assert set(row) == {"index", "prediction", "target", "prompt"}
         question = question_of(row["prompt"])
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
+
+
+@pytest.mark.parametrize("generate_rows", [None, 3, 1])
+def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
+    rows = [{"title": "T", "context": "C", "question": asked, "answers": {"text": some}} for asked, some in ANSWERS.items()]
+    rows = tiny.write_rows(tmp_path / "squad", rows)
+    squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)
+    module = Told(
+        tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True
+    )
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_f1", mode="max")
+    run = trainer(tmp_path, best, max_epochs=1, enable_checkpointing=True)
+    run.fit(module, datamodule=squad)
+    asked = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
+    assert len(asked) == (generate_rows or 4)
+    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in asked) / len(asked))
+    losses = float(run.callback_metrics["val_loss"]), run.validate(module, datamodule=squad, verbose=False)[0]["val_loss"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 TURNS = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"

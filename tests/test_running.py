@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch._dynamo
+import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from cola_lightning import COLACausalLM, LastCheckpoint, UserError
+from cola_lightning.hf import chunked_loss
 from cola_lightning.hf.logits import logits_of
 from tests import tiny
 from tests.toy import Toy, batches, toy, trainer, weights
@@ -102,12 +104,19 @@ def assert_same_gradients(mine, theirs):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_a_language_model_is_one_graph(tmp_path, graphs):
-    module = language_model(tmp_path, "llama", compile=True, finished_links="stack")
-    loss_of(module).backward()
+@pytest.mark.parametrize(("architecture", "chunked"), [("llama", False), ("llama", True), ("gemma2", True)])
+def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
+    monkeypatch.setitem(tiny.CONFIGS, "gemma2", lambda: transformers.Gemma2Config(**tiny.SIZES, **tiny.BODY, head_dim=8))
+    monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
+    ids = torch.arange(24).view(3, 8) + 5
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    module = language_model(tmp_path, architecture, compile=True, finished_links="stack", chunked_loss=chunked)
+    module.step(batch).loss.backward()
+    module.zero_grad()
+    module.step(batch).loss.backward()
     assert len(graphs) == 1
-    plain = language_model(tmp_path, "llama", finished_links="stack")
-    loss_of(plain).backward()
+    plain = language_model(tmp_path, architecture, finished_links="stack")
+    plain.step(batch).loss.backward()
     assert_same_gradients(module, plain)
 
 

@@ -1,6 +1,7 @@
 """Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.data.base import EpochLoader
 from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
 from cola_lightning.data.rows import Row, Rows, encode_usable
 from cola_lightning.data.source import TokenizedDataModule
@@ -82,8 +84,8 @@ class EncodedExample:
             need one forward pass.
         prefix_of: for each option, its index in ``prefixes``.
         option_ids: for each option, its tokens.
-        prompt_ids: the prompt, with room left for the answer, if the answer is generated; else empty. Without an option, all
-            other token fields are empty.
+        prompt_ids: the prompt, with room left for the answer, if an answer is to be generated; else empty. Without an option,
+            all other token fields are empty.
         n_shared: length of the common prefix of all prefixes, without positions at which an option's tokens are predicted.
     """
 
@@ -192,10 +194,12 @@ def collate_options(
     """An option batch, padded on the left to its longest prefix: see :class:`~cola_lightning.COLACausalLM` for its parts."""
     batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
     batch |= {"prompt": [row.example.prompt for row in rows], "options": [list(row.example.options) for row in rows]}
-    if rows[0].prompt_ids:
-        batch["prompt_ids"] = pad_left([row.prompt_ids for row in rows], pad)
-        batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
-        batch["references"] = [list(row.example.references) for row in rows]
+    if rows[0].example.is_generated:
+        asked = [row for row in rows if row.prompt_ids]  # the first ones
+        batch["references"] = [list(row.example.references) for row in asked]
+        if asked:
+            batch["prompt_ids"] = pad_left([row.prompt_ids for row in asked], pad)
+            batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in asked], 0)
     if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
         return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
@@ -233,11 +237,29 @@ class OptionBatches(TokenizedDataModule):
         loss: over all ``options``, or the language-model loss on the right ``answer`` only.
         metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
         apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
+        generate_rows: how many validation rows' answers a fit generates, if its module generates any; None: all.
     """
 
     loss: Loss = "options"
     metric: str | None = None
     apply_chat_template = False
+    generate_rows: int | None = None
+
+    @override
+    def val_dataloader(self) -> EpochLoader:
+        trainer, n_rows = self.trainer, self.generate_rows
+        is_fit = trainer is not None and trainer.state.fn == "fit"
+        if n_rows is None or not is_fit or not getattr(trainer and trainer.lightning_module, "generate_in_validation", False):
+            return super().val_dataloader()
+        n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
+        n_asked = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
+        asked = set(random.Random(self.split_seed).sample(range(len(self.val)), min(n_asked, len(self.val))))
+        rows = [row if place in asked else replace(row, prompt_ids=[]) for place, row in enumerate(self.val)]
+        order = sorted(self._by_length(rows), key=lambda place: place not in asked)
+        repeated = order[: -len(rows) % n_processes]  # as a sampler would, but without their answers
+        order += range(len(rows), len(rows) + len(repeated))
+        rows += [replace(rows[place], prompt_ids=[]) for place in repeated]
+        return self._loader(rows, self.eval_batch_size, order)
 
     @property
     @override

@@ -6,6 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from cola_lightning.data.base import check_sizes
 from cola_lightning.data.examples import EncodedExample, OptionBatches
 from cola_lightning.data.rows import Rows
 from cola_lightning.data.source import DRAWN_SHARE, SourceDataModule
@@ -41,6 +42,8 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             validation. Of a file: a share of 0.1.
         test_size: number or share of rows for test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277,
             SST2 872, WIC 638, WSC 104). Of a file: a share of 0.1.
+        generate_rows: how many validation rows' answers a fit generates, drawn by ``split_seed``, with
+            ``model.generate_in_validation``; ``null``: all.
         length_grouped: group rows of similar length into training batches; ``false``: shuffle the rows, as in the protocol.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
@@ -62,6 +65,7 @@ class PromptDataModule(OptionBatches, SourceDataModule):
         train_size: int | float | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
+        generate_rows: int | None = None,
         length_grouped: bool = False,
         **rows: Any,
     ) -> None:
@@ -80,7 +84,8 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             length_grouped=length_grouped,
             **rows,
         )
-        self.loss, self.apply_chat_template = self.task.loss, apply_chat_template
+        check_sizes(generate_rows=generate_rows)
+        self.loss, self.apply_chat_template, self.generate_rows = self.task.loss, apply_chat_template, generate_rows
 
     def _usual_source(self) -> tuple[str, str | None]:
         name = self.task.name.lower()

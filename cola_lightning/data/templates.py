@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from cola_lightning.constants import WHOLE_NUMBER
+from cola_lightning.data.base import check_sizes
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
 from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import SourceDataModule
@@ -81,6 +82,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
+        generate_rows: how many validation rows' answers a fit generates, drawn by ``split_seed``, with
+            ``model.generate_in_validation``; ``null``: all.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
@@ -100,6 +103,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         metric: OptionMetric | AnswerMetric | None = None,
         apply_chat_template: bool = False,
         max_length: int = 1024,
+        generate_rows: int | None = None,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
@@ -113,7 +117,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             known = ("accuracy",)
         if metric not in (None, *known):
             raise UserError(f"data.metric: expected {', '.join(known)} or null for this task, received {metric!r}")
-        self.metric = metric
+        check_sizes(generate_rows=generate_rows)
+        self.metric, self.generate_rows = metric, generate_rows
         self.prompt = Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template

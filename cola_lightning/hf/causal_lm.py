@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from typing_extensions import override
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
+from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
 from cola_lightning.hf.generation import generate
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
@@ -37,12 +38,12 @@ class COLACausalLM(LanguageModule):
 
     * **option batches** (prompted tasks; :class:`~cola_lightning.data.PromptDataModule` makes them): the prediction is the
       option with the largest mean log-probability; the loss is the cross-entropy over these (``loss: options``), or the
-      language model's on the correct option's tokens (``loss: answer``). With ``references``, an answer is generated, except
-      in a fit's validations, which compute the loss alone; ``val_f1`` and ``val_exact_match`` compare it with them.
+      language model's on the correct option's tokens (``loss: answer``). With ``references``, an answer is generated, in a
+      fit's validations only with ``generate_in_validation``; ``val_f1`` and ``val_exact_match`` compare it with them.
       A batch may request another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 for tokens without
-      loss: the loss is the mean over the other tokens of the batch, so that with accumulated gradients each batch, and not
-      each token, has the same weight. Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for
+      loss: the loss is the mean over the other tokens, by default over those of all batches of an optimizer step
+      (``loss_average``). Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for
       packed sequences, masks pairs of tokens; ``position_ids`` go with it. A model in which it does not separate sequences
       (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch. Predict takes prompts
       (``prompt_ids``, ``prompt_mask``) instead, and generates: see :meth:`generate`.
@@ -53,11 +54,30 @@ class COLACausalLM(LanguageModule):
     A mixture of experts whose configuration has ``output_router_logits`` adds its router's auxiliary loss, times
     ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.
 
+    Args:
+        chunked_loss: compute the language-model loss and its gradients over chunks of the tokens, so that the logits of all of
+            them never exist together; ``null``: where these would take more than 256 MB in float32.
+        generate_in_validation: generate answers in a fit's validations, too, of as many rows as ``data.generate_rows`` says, so
+            that ``val_f1`` or ``val_exact_match`` can choose a checkpoint.
+        **pretrained: the other arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`.
+
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), appendix; the loss and
         the scores are those of its code (princeton-nlp/MeZO, large_models).
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+
+    # **pretrained: see LanguageModule.
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        chunked_loss: bool | None = None,
+        generate_in_validation: bool = False,
+        **pretrained: Any,
+    ) -> None:
+        super().__init__(model_name, **pretrained)
+        self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
 
     @override
     def build_model(self) -> nn.Module:
@@ -65,6 +85,10 @@ class COLACausalLM(LanguageModule):
         if self.pending is None and not self.is_made:  # else the base of a chain, which was checked when the chain began
             check_decoder(model)
         return model
+
+    @override
+    def compile_model(self, **options: Any) -> None:
+        cast(Any, self.model).base_model.compile(**options)  # without the head, which a chunked loss calls by itself
 
     @override
     def step(self, batch: Batch) -> StepOutput:
@@ -92,7 +116,7 @@ class COLACausalLM(LanguageModule):
         named: Batch = batch if isinstance(batch, Mapping) else {}
         requested = named.get("metric")
         if "references" in named:
-            if self.trainer.state.fn == "fit":
+            if not named["references"] or (self.trainer.state.fn == "fit" and not self.generate_in_validation):
                 return {}
             values = self.generate(batch), batch["references"]
             return {name: (ANSWER_METRICS[name], values) for name in ([requested] if requested else ANSWER_METRICS)}
@@ -173,21 +197,29 @@ class COLACausalLM(LanguageModule):
     def _language_step(self, batch: Batch) -> StepOutput:
         self._check_mask(batch)
         parts = [part for _, part in split_by_length(batch)] if self._may_split else [batch]
-        totals, counts, router_losses = zip(*map(self._language_loss, parts), strict=True)
+        totals, router_losses, counts = zip(*map(self._language_loss, parts), strict=True)
         return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1) + router_losses[0], sum(counts))
 
-    def _language_loss(self, batch: Batch) -> tuple[Tensor, int, Tensor | float]:
-        """The sum of the losses of a batch's tokens, their number, and the router's loss of a mixture of experts."""
+    def _language_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float, int]:
+        """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # each position predicts the next token
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
             labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
         (places,) = (labels != IGNORE_INDEX).any(0).nonzero(as_tuple=True)  # which alone go through the head
         places = places if len(places) else places.new_zeros(1)
+        labels = labels[:, places]
+        n_tokens = int((labels != IGNORE_INDEX).sum())
+        if self._is_chunked(labels.numel()):
+            return *chunked_loss(self.model, batch, places, labels), n_tokens
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
-        labels = labels[:, places].flatten()
-        total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, int((labels != IGNORE_INDEX).sum()), router_loss
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return total, router_loss, n_tokens
+
+    def _is_chunked(self, n_positions: int) -> bool:
+        if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
+            return n_bytes(self.model, n_positions) > CHUNKED_ABOVE
+        return bool(self.chunked_loss)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

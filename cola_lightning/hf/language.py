@@ -4,7 +4,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from cola_lightning.hf.pretrained import Dtype, Pretrained, with_limit
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.module.module import COLAModule
+from cola_lightning.module.run import trainer_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class LanguageModule(COLAModule, ABC):
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``.
+        loss_average: the training loss is the mean over all rows (or tokens, if the loss is of tokens) of an optimizer
+            ``step``, with its accumulated batches and all processes, or over those of a ``batch``, with each batch and process
+            alike.
         **chain: the other arguments of :class:`~cola_lightning.COLAModule`.
 
     Raises:
@@ -75,9 +79,11 @@ class LanguageModule(COLAModule, ABC):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
+        loss_average: Literal["step", "batch"] = "step",
         **chain: Any,
     ) -> None:
         super().__init__(**chain)
+        self.loss_average = loss_average
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
         self.quantization = quantization
         if quantization is not None:
@@ -157,6 +163,8 @@ class LanguageModule(COLAModule, ABC):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
+        if self.loss_average == "step" and trainer_of(self) is not None:  # without a Trainer, a window has no end
+            return self.step_loss.weigh(output.loss, output.size)
         self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
         return output.loss
 

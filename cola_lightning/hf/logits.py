@@ -48,6 +48,12 @@ def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
 
 def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
     """The logits of :func:`logits_of`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
+    output = forward(model, batch, keep)
+    return kept(model, output.logits, keep).float(), router_loss(model, output)
+
+
+def forward(model: Any, batch: Batch, keep: int | Tensor) -> Any:
+    """A model's output for a batch, with logits at the requested positions if its forward pass takes them."""
     taken = inspect.signature(model.forward).parameters
     inputs = {name: batch[name] for name in BY_TOKEN - {"labels"} if name in batch}
     mask = inputs.get("attention_mask")
@@ -56,12 +62,22 @@ def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tupl
     elif mask is not None:
         inputs["attention_mask"] = _additive(mask, model)
     inputs |= {"use_cache": False, "logits_to_keep": keep}
-    output = model(**{name: value for name, value in inputs.items() if name in taken})
-    logits: Tensor = output.logits
-    if "logits_to_keep" not in taken:  # an older architecture: its head has seen all positions
-        logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-    router_loss = getattr(output, "aux_loss", None) if has_router_loss(model) else None  # a model without experts has none
-    return logits.float(), 0.0 if router_loss is None else router_loss * model.router_aux_loss_coef
+    return model(**{name: value for name, value in inputs.items() if name in taken})
+
+
+def kept(model: Any, values: Tensor, keep: int | Tensor) -> Tensor:
+    """The values at the requested positions, of a head's input or output: rows x positions x size."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return values
+    return (
+        values[:, -keep:] if isinstance(keep, int) else values[:, keep]
+    )  # an older architecture's head has seen all positions
+
+
+def router_loss(model: Any, output: Any) -> Tensor | float:
+    """What Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
+    loss: Tensor | None = getattr(output, "aux_loss", None) if has_router_loss(model) else None
+    return 0.0 if loss is None else loss * model.router_aux_loss_coef  # a model without experts has none
 
 
 def _additive(mask: Tensor, model: Any) -> Tensor:

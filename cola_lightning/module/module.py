@@ -46,6 +46,7 @@ from cola_lightning.module.state import (
     values_of,
     values_outside,
 )
+from cola_lightning.module.step_loss import StepLoss
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.weights import cast_floats
 
@@ -158,7 +159,7 @@ class COLAModule(LightningModule, RecordsArguments):
         )
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.finished_links, self.save_base = int(rank), finished_links, save_base
-        self.trained_factors = trained_factors
+        self.trained_factors, self.step_loss = trained_factors, StepLoss()
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
@@ -190,6 +191,14 @@ class COLAModule(LightningModule, RecordsArguments):
         this model would use it in its copies, too): set a flag that the blocks' own ``forward`` reads, for example.
         """
         checkpoint_activations(self.model)
+
+    def compile_model(self, **options: Any) -> None:
+        """Applies ``compile`` to ``self.model``; override it to compile a part.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        self.model.compile(**options)
 
     def shard_model(self, mesh: DeviceMesh) -> None:
         """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, with links injected.
@@ -308,7 +317,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if (trainer := trainer_of(self)) is not None:
             shard_module(trainer.strategy, self)
         if self.should_compile and not self._is_configured:
-            self.model.compile(**_compile_options())
+            self.compile_model(**_compile_options())
         self._is_configured = True
 
     def _ensure_model(self) -> None:

@@ -89,6 +89,7 @@ class RunChecks(Callback):
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         _check_whole_windows(trainer)
+        self.module.step_loss.begin()
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step = True
         self._without_gradient: list[str] | None = None  # known after a backward pass
@@ -179,6 +180,9 @@ class RunChecks(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
             parameter.grad = None
+        loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches)
+        if loss is not None:
+            self.module.log("train_loss", loss, prog_bar=True)
         names = self._without_gradient
         if not self._is_first_step or names is None:
             return

@@ -1,0 +1,115 @@
+"""The language-model loss without the logits of all positions: head and cross-entropy over chunks of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.hf.logits import Batch, forward, kept, router_loss
+
+CHUNKED_ABOVE = 2**28  # bytes of float32 logits
+CHUNK = 2**26  # bytes of float32 logits that exist together
+
+
+def n_bytes(model: Any, n_positions: int) -> int:
+    """The bytes of a model's float32 logits at so many positions."""
+    return 4 * n_positions * int(model.config.get_text_config().vocab_size)
+
+
+def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The sum of the tokens' losses, and the router's loss of a mixture of experts.
+
+    The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
+
+    Args:
+        model: a Hugging Face model.
+        batch: as in :func:`~cola_lightning.hf.logits.logits_of`.
+        places: the positions with a loss in any row.
+        labels: rows x positions, ``IGNORE_INDEX`` without a loss.
+    """
+    head, inputs = model.get_output_embeddings(), list[Tensor]()
+
+    def skipped(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
+        return hidden
+
+    with _with_forward(head, skipped):
+        output = forward(model, batch, places)
+    is_learned, hidden = labels != IGNORE_INDEX, kept(model, inputs[0], places)
+    is_plain = output.logits is inputs[0]  # else it scales or caps its logits
+
+    def logits_of(chunk: Tensor) -> Tensor:
+        logits: Tensor = head(chunk[None])
+        return (logits if is_plain else _as_in_model(model, head, chunk[None], logits))[0]
+
+    hidden, labels, size = hidden[is_learned], labels[is_learned], max(1, CHUNK // n_bytes(model, 1))
+    if torch.is_grad_enabled():
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        total: Tensor = _SumOfLosses.apply(logits_of, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
+    else:
+        parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        total = torch.stack([_sum_of_losses(logits_of(chunk), own) for chunk, own in parts]).sum()
+    return total, router_loss(model, output)
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _as_in_model(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
+    """What a model's forward pass makes of its head's output: logits that are scaled or capped, each alone."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    output, ids = BaseModelOutputWithPast(last_hidden_state=hidden), hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        _with_forward(model.base_model, lambda *_, **__: output),
+        _with_forward(head, lambda _: logits),
+    ):
+        made: Tensor = model.forward(input_ids=ids).logits
+    return made
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block, the module's forward pass is another."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """The sum of the losses of tokens; it computes its gradients in the forward pass, one chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_of: Callable[[Tensor], Tensor], size: int, labels: Tensor, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(t, dtype=torch.float32) for t in (hidden, *parameters)]
+        for start in range(0, len(labels), size):
+            chunk = hidden[start : start + size].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = _sum_of_losses(logits_of(chunk), labels[start : start + size])
+                found = torch.autograd.grad(loss, [chunk, *parameters], allow_unused=True)
+            total += loss.detach()
+            for gradient, more in zip((gradients[0][start : start + size], *gradients[1:]), found, strict=True):
+                if more is not None:
+                    gradient += more
+        ctx.save_for_backward(*(g.to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(gradient * saved for saved in ctx.saved_tensors)

@@ -1,0 +1,63 @@
+"""The loss over chunks of positions against the logits of all of them."""
+
+import pytest
+import torch
+import transformers
+
+from cola_lightning import COLACausalLM
+from cola_lightning.hf import chunked_loss
+from tests import tiny
+from tests.test_step_loss import batches_of, rows_of
+from tests.tiny import with_live_link
+from tests.toy import assert_near
+
+GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
+CONFIGS = {
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4, output_router_logits=True),
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0, tie_word_embeddings=False),
+    "cohere": lambda: transformers.CohereConfig(**GROUPED, logit_scale=0.3),
+    "granite": lambda: transformers.GraniteConfig(**GROUPED, logits_scaling=3.0),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
+}
+HOW = {
+    "links": {},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "all": {"target_modules": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
+    for name, make in CONFIGS.items():
+        monkeypatch.setitem(tiny.CONFIGS, name, make)
+
+
+def loss_and_gradients(module, batch):
+    module.zero_grad()
+    output = module.step(batch)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+CASES = [(name, "links") for name in ("opt", "gpt2", *CONFIGS)] + [("llama", how) for how in HOW] + [("gemma2", "head")]
+
+
+@pytest.mark.parametrize(("architecture", "how"), CASES)
+def test_loss_and_gradients_are_those_of_all_logits(tmp_path, architecture, how):
+    module = COLACausalLM(tiny.folder(tmp_path, architecture), rank=2, seed=0, **HOW[how])
+    with_live_link(module) if how != "all" else module.configure_model()
+    (batch,) = batches_of(rows_of([30, 9, 14, 2, 21]), 5)
+    for mode in (True, False):
+        module.train(mode)
+        module.chunked_loss = False
+        whole, expected = loss_and_gradients(module, batch)
+        module.chunked_loss = True
+        output, gradients = loss_and_gradients(module, batch)
+        assert output.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert_near(gradients[name], gradient, 1e-6)
+    with torch.no_grad():
+        assert module.step(batch).loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
