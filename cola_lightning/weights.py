@@ -20,9 +20,11 @@ def deep_copy(model: nn.Module, *, is_on_cpu: bool = False) -> Any:
     memo = {}
     for module in model.modules():
         for value in _parts(vars(module)):
-            if is_on_cpu and type(value) in (Tensor, nn.Parameter):  # others, in 4 bits for example, copy themselves
+            if is_on_cpu and type(value) in (Tensor, nn.Parameter):
                 copied = value.detach().to("cpu", copy=True)
                 memo[id(value)] = nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
+            elif is_on_cpu and isinstance(value, nn.Parameter):  # one in 4 bits, for example, copies itself, on its device
+                memo[id(value)] = copy.deepcopy(value).cpu()
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

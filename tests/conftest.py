@@ -12,11 +12,14 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cola_lightning_rows_"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same on a GPU, where resumes are compared to the bit. Read by cuBLAS.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 import pytest
+import torch
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
@@ -40,6 +43,14 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # what is imported stays: the collector goes through a million objects less each time
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test runs: on the CPU, and on a GPU by ``pytest -m gpu``."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

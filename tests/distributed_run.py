@@ -1,6 +1,7 @@
 """What test_distributed.py runs on two processes, and the same on one.
 
-``distributed_run.py FOLDER JOB ...`` is started as torchrun does; each process leaves what it holds in the folder.
+``distributed_run.py FOLDER JOB ...`` is started as torchrun does; each process leaves what it holds in the folder. With
+``TEST_DEVICE=cuda`` it runs on a GPU for each process, under NCCL.
 """
 
 import os
@@ -41,6 +42,7 @@ STACK = {"arguments": {"finished_links": "stack"}}
 KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
 LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)
+IS_ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
 
 # Runs of four links, by names that end in their strategy: each is the run of one process, to rounding.
 SAME = {
@@ -58,6 +60,9 @@ SAME = {
 }
 SAME |= {f"{model}-fsdp2": {"model": model} for model in ("mlp", "cnn", "gpt2")}
 SAME |= {f"{model}-stack-fsdp2": STACK | {"model": model} for model in ("mlp", "cnn", "gpt2")}
+
+# Those that run on one process, too.
+ALONE = ["mlp-ddp", "mlp-stack-ddp", "whole-fsdp2", "llama-fsdp2", "mlp-stack-fsdp2", "llama-fsdp1"]
 
 # Runs of one process that no checkpoint interrupts.
 STAYED = {"stayed-64": LLAMA_64, "stayed": {"model": "llama"}, "unclipped": SAME["llama-fsdp1"], "stayed-whole": WHOLE}
@@ -186,7 +191,7 @@ STRATEGIES = {
     "single": lambda: "auto",
     "ddp": lambda: DDPStrategy(timeout=TIMEOUT),
     "fsdp2": lambda: ModelParallelStrategy(world(), 1, timeout=TIMEOUT),
-    "fsdp1": lambda: CPUFSDP(timeout=TIMEOUT),
+    "fsdp1": lambda: (FSDPStrategy if IS_ON_GPU else CPUFSDP)(timeout=TIMEOUT),
 }
 
 
@@ -199,6 +204,7 @@ def make(model, **arguments):
 
 def trainer_by(strategy, folder, *callbacks, **options):
     strategy = STRATEGIES[strategy]() if strategy in STRATEGIES else strategy
+    options |= {"accelerator": "gpu" if IS_ON_GPU else "cpu"}
     return trainer(folder, *callbacks, devices=world(), strategy=strategy, **options)
 
 
@@ -231,11 +237,11 @@ def held(module):
     found = {}
     for layers in module.adapted.by_unit():
         for name, layer in layers.items():
-            found[name] = layout.gather(layer.weight) + layer.delta_weight()
+            found[name] = layout.gather(layer.weight) + layer.delta_weight().cpu()
             if layer.stack is not None:
                 A, B = layer.stack.factors
                 delta = (B @ A).T if layer.weight_is_transposed else B @ A
-                found[name] += delta.view(layer.delta_weight().shape)
+                found[name] += delta.view(layer.delta_weight().shape).cpu()
     state = {name: layout.gather(value) for name, value in module.state_dict().items() if name != "cola"}
     return found | {name: value for name, value in state.items() if ".lora_" not in name}
 
@@ -278,6 +284,12 @@ def same(folder):
     for name, how in SAME.items():
         fit(folder, name, strategy=name.rpartition("-")[2], **how)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
+
+
+def alone(folder):
+    """Some of them."""
+    for name in ALONE:
+        fit(folder, name, strategy=name.rpartition("-")[2], **SAME[name])
 
 
 def moved(folder, *strategies):
@@ -449,7 +461,9 @@ def weighed(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    if IS_ON_GPU:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if IS_ON_GPU else "gloo")
     for job in sys.argv[2:]:
         globals()[job](Path(sys.argv[1]))
     torch.distributed.barrier()

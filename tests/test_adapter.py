@@ -27,9 +27,9 @@ STEPPED = {"opt": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj", "down_proj
 
 
 @pytest.mark.parametrize("name", STEPPED)
-def test_one_link_equals_pefts_lora_for_50_steps(name):
+def test_one_link_equals_pefts_lora_for_50_steps(name, device):
     torch.manual_seed(0)
-    ours = AutoModelForCausalLM.from_config(tiny.config(name))
+    ours = AutoModelForCausalLM.from_config(tiny.config(name)).to(device)
     how = {"target_modules": STEPPED[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
     theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **how))
     assert inject_lora(ours, STEPPED[name], rank=4, alpha=8)
@@ -39,7 +39,7 @@ def test_one_link_equals_pefts_lora_for_50_steps(name):
             layer.lora_A.copy_(peft_modules[layer_name].lora_A["default"].weight)
     optimizers = [AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in (ours, theirs)]
     for _ in range(50):
-        tokens = torch.randint(40, (4, 12))
+        tokens = torch.randint(40, (4, 12)).to(device)
         losses = []
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             loss = model(input_ids=tokens, labels=tokens).loss
@@ -47,12 +47,13 @@ def test_one_link_equals_pefts_lora_for_50_steps(name):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6 if device == "cpu" else 1e-4)
     assert any(layer.lora_B.any() for layer in lora_layers(ours).values())
     merged = theirs.merge_and_unload()
     for layer_name, layer in lora_layers(ours).items():
         layer.finish()
-        torch.testing.assert_close(layer.weight, merged.get_submodule(layer_name).weight, rtol=1e-4, atol=1e-5)
+        tolerance = 1e-5 if device == "cpu" else 1e-3
+        torch.testing.assert_close(layer.weight, merged.get_submodule(layer_name).weight, rtol=1e-4, atol=tolerance)
 
 
 # ---------------------------------------------------------------------- an adapter as a link

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,27 +18,50 @@ from tests import forked, tiny
 from tests.toy import assert_bit_equal
 
 
-def forked_pair(folder, *jobs, **environment):
-    """Starts jobs on two processes."""
+def environments(n, **more):
+    """Those of n processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-    return [forked.Command(run.__file__, folder, *jobs, env=shared | rank) for rank in ranks]
+    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **more}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
 
 
-def forked_torchrun(folder, *jobs):
-    """The same to its end, and as Lightning sees it under torchrun."""
-    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    for process in forked_pair(folder, *jobs, **as_torchrun):
+def as_torchrun(n):
+    """What lets Lightning see torchrun."""
+    return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))
+
+
+def forked_pair(folder, *jobs):
+    """Starts jobs on two processes."""
+    return [forked.Command(run.__file__, folder, *jobs, env=own) for own in environments(2)]
+
+
+def forked_torchrun(folder, *jobs, n=2):
+    """The same to its end, on n processes, and as Lightning sees it under torchrun."""
+    for process in [forked.Command(run.__file__, folder, *jobs, env=own) for own in as_torchrun(n)]:
         done = process.finish(timeout=240)
         assert done.returncode == 0, done.stderr
 
 
-def left_by(folder, name):
-    """What the two processes left."""
-    return [torch.load(folder / f"{name}.rank{rank}.pt") for rank in range(2)]
+def torchrun_on_gpus(folder, *jobs, n):
+    """The same under NCCL, and in new processes: CUDA does not outlive a fork."""
+    started = []
+    for rank, own in enumerate(as_torchrun(n)):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            command = [sys.executable, run.__file__, str(folder), *jobs]
+            started.append(subprocess.Popen(command, env=own | {"TEST_DEVICE": "cuda"}, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(codes), [path.read_text()[-3000:] for path in sorted(folder.glob("rank*.log"))]
+
+
+def left_by(folder, name, n=2):
+    """What the n processes left."""
+    return [torch.load(folder / f"{name}.rank{rank}.pt") for rank in range(n)]
 
 
 def distance(mine, theirs):
@@ -68,16 +93,44 @@ def went_on(trained):
     return trained
 
 
+@pytest.fixture(scope="module")
+def n_processes(device):
+    """Two, but on a single GPU one."""
+    return 2 if device == "cpu" else min(2, torch.cuda.device_count())
+
+
+@pytest.fixture(scope="module")
+def same(device, n_processes, request, tmp_path_factory):
+    """A folder with what these processes leave: four links by every strategy, under gloo or NCCL."""
+    if device == "cpu":
+        return request.getfixturevalue("trained")
+    folder = tmp_path_factory.mktemp("same")
+    torchrun_on_gpus(folder, "same", n=n_processes)
+    return folder
+
+
 @pytest.mark.parametrize("name", run.SAME)
-def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(trained, tmp_path, name):
+def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(same, device, n_processes, tmp_path, name):
     how = run.SAME[name]
     run.fit(tmp_path, "single", **how)
-    first, second = left_by(trained, name)
-    assert_bit_equal(first, second)
-    assert distance(first, torch.load(tmp_path / "single.rank0.pt")) < (1e-12 if "precision" in how else 1e-5)
-    links = torch.load(trained / f"{name}.ckpt", weights_only=True)["state_dict"]["cola"]["chain"]["description"]["links"]
+    first, *others = left_by(same, name, n_processes)
+    for other in others:
+        assert_bit_equal(first, other)
+    tolerance = 1e-12 if "precision" in how else 1e-5
+    if device == "cuda":  # the single process is on the CPU
+        tolerance *= 1e3
+    assert distance(first, torch.load(tmp_path / "single.rank0.pt")) < tolerance
+    links = torch.load(same / f"{name}.ckpt", weights_only=True)["state_dict"]["cola"]["chain"]["description"]["links"]
     ranks = [link["rank"] for link in links]
     assert ranks == [] if name.startswith("whole") else [4, 2, 6]
+
+
+def test_strategies_work_on_one_process(tmp_path):
+    forked_torchrun(tmp_path, "alone", n=1)
+    for name in run.ALONE:
+        run.fit(tmp_path, "single", **run.SAME[name])
+        (found,) = left_by(tmp_path, name, 1)
+        assert distance(found, torch.load(tmp_path / "single.rank0.pt")) < 1e-5
 
 
 def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):

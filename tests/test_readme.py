@@ -20,6 +20,7 @@ from tests import tiny
 from tests.test_configs import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -145,7 +146,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
 
 
 def lines_of(name):
-    return [json.loads(line) for line in (ROOT / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def rows_of(name):
@@ -178,6 +179,11 @@ def rows_of_half():
     return [[f"in {dtype}", *(same[f"{model}, {dtype}"] for model in models)] for dtype in dtypes]
 
 
+def rows_of_gpu(rows):
+    """There are no lines before a machine with a GPU has run it."""
+    return lambda: getattr(importlib.import_module("gpu"), rows)(lines_of("gpu") if (BENCHMARKS / "gpu.jsonl").exists() else [])
+
+
 # Those of domain_shift are printed by `python benchmarks/domain_shift.py --figure`.
 PRODUCED = {
     ("docs/precision.md", "| base | links |"): rows_of("bases"),
@@ -188,6 +194,8 @@ PRODUCED = {
     ("docs/speed.md", "| task | command |"): rows_of("commands"),
     ("docs/speed.md", "| | task |"): rows_of("prompts"),
     ("docs/speed.md", "| | start |"): rows_of("rows"),
+    ("docs/speed.md", "| GPU | model |"): rows_of_gpu("rows"),
+    ("docs/scaling.md", "| GiB on a GPU |"): rows_of_gpu("rows_of_memory"),
     ("docs/results.md", "| | LoRA |"): rows_of_digits,
     ("docs/results.md", "| SST-2 |"): rows_of_sst2,
     ("docs/results.md", "| task | training loss |"): rows_of("tasks"),

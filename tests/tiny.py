@@ -156,7 +156,7 @@ def logits(model):
     ids = torch.randint(2, 400, (2, 10), generator=torch.Generator().manual_seed(6))
     mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
     is_training = model.training
-    output = model.eval()(input_ids=ids, attention_mask=mask)
+    output = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
     model.train(is_training)
     return output.logits.float()
 

@@ -4,6 +4,7 @@ Source: Dettmers et al., "QLoRA" (arXiv 2305.14314): the NF4 data type, in block
 transformers' default: quantised once more, they would depend on the number of threads.
 """
 
+import copy
 import functools
 import importlib
 from collections.abc import Collection
@@ -68,11 +69,13 @@ def keep_layout(layer: Any) -> None:
 
 
 def dequantized_weight(layer: Any) -> Tensor:
-    """The weight that a 4-bit layer computes with: out x in, in float32."""
+    """The weight that a 4-bit layer computes with in float32: out x in, not rounded to the dtype that it was quantised from."""
     from bitsandbytes.functional import dequantize_4bit
 
-    weight: Tensor = dequantize_4bit(layer.weight.detach(), layer.weight.quant_state)
-    return weight.float()
+    state = copy.copy(layer.weight.quant_state)
+    state.dtype = torch.float32
+    weight: Tensor = dequantize_4bit(layer.weight.detach(), state)
+    return weight
 
 
 def dequantize(model: Any, dtype: torch.dtype) -> None:
