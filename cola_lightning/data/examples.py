@@ -248,8 +248,9 @@ class OptionBatches(TokenizedDataModule):
     @override
     def val_dataloader(self) -> EpochLoader:
         trainer, n_rows = self.trainer, self.generate_rows
-        is_fit = trainer is not None and trainer.state.fn == "fit"
-        if n_rows is None or not is_fit or not getattr(trainer and trainer.lightning_module, "generate_in_validation", False):
+        if n_rows is None or trainer is None or trainer.state.fn != "fit":
+            return super().val_dataloader()
+        if not getattr(trainer.lightning_module, "generate_in_validation", False):
             return super().val_dataloader()
         n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
         n_asked = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes

@@ -98,11 +98,13 @@ class _SumOfLosses(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(t, dtype=torch.float32) for t in (hidden, *parameters)]
         for start in range(0, len(labels), size):
-            chunk = hidden[start : start + size].detach().requires_grad_()
+            chunk, own = hidden[start : start + size].detach().requires_grad_(), labels[start : start + size, None]
             with torch.enable_grad():
-                loss = _sum_of_losses(logits_of(chunk), labels[start : start + size])
-                found = torch.autograd.grad(loss, [chunk, *parameters], allow_unused=True)
-            total += loss.detach()
+                logits = logits_of(chunk).float()
+            logs = logits.detach().log_softmax(-1)
+            total -= logs.gather(1, own).sum()
+            of_logits = logs.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=logs.dtype))  # in place: softmax - one-hot
+            found = torch.autograd.grad(logits, [chunk, *parameters], of_logits, allow_unused=True)
             for gradient, more in zip((gradients[0][start : start + size], *gradients[1:]), found, strict=True):
                 if more is not None:
                     gradient += more
