@@ -195,8 +195,8 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     """
     factors = {}
     for name in chain.layers:
-        lora_A = torch.cat([link.factors[name][0] for link in chain.links])
-        lora_B = torch.cat([link.factors[name][1] * link.scaling for link in chain.links], dim=1)
+        lora_A = torch.cat([link.factors[name][0] for link in chain.links], dim=-2)
+        lora_B = torch.cat([link.factors[name][1] * link.scaling for link in chain.links], dim=-1)
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 
@@ -212,10 +212,11 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
     q, core, p = core_of_product(lora_A, lora_B)
     u, values, v = torch.linalg.svd(core, full_matrices=False)
     total = float(torch.linalg.vector_norm(values))
-    error = float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
-    root = values[:rank].sqrt()
-    missing = rank - len(root)  # a layer's side may be smaller than the rank
-    smaller_A, smaller_B = (root[:, None] * (v[:rank] @ p.T)).float(), (q @ u[:, :rank] * root).float()
+    error = float(torch.linalg.vector_norm(values[..., rank:])) / total if total else 0.0
+    root = values[..., :rank].sqrt()
+    missing = rank - root.shape[-1]  # a layer's side may be smaller than the rank
+    smaller_A = (root[..., None] * (v[..., :rank, :] @ p.mT)).float()
+    smaller_B = (q @ u[..., :rank] * root[..., None, :]).float()
     return F.pad(smaller_A, (0, 0, 0, missing)), F.pad(smaller_B, (0, missing)), error
 
 
