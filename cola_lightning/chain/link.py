@@ -73,6 +73,11 @@ class Link:
         return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
+def is_of_experts(lora_A: Tensor) -> bool:
+    """Whether a factor holds one matrix for each expert."""
+    return lora_A.dim() > 2
+
+
 def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: the SVD of the small C gives that of B A.
 
