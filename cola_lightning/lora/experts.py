@@ -160,7 +160,8 @@ def experts_as_layers(model: nn.Module, *, is_wanted: bool) -> Iterator[None]:
 def close_experts(model: nn.Module) -> None:
     """Makes the projections without a link parameters of their experts again: the same objects."""
     for experts in model.modules():
-        projections = {name: part for name, part in experts.named_children() if isinstance(part, ExpertsProjection)}
+        parts = experts.named_children() if "forward" in vars(experts) else ()
+        projections = {name: part for name, part in parts if isinstance(part, ExpertsProjection)}
         for name, projection in projections.items():
             if not isinstance(projection, LoRALayer):
                 delattr(experts, name)
