@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from cola_lightning import TemplateDataModule, lora_layers
 
@@ -105,6 +107,15 @@ CONFIGS |= {architecture: _mixture(*mixture) for architecture, mixture in MIXTUR
 # What PEFT calls the attention's inputs.
 TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
 TARGETS |= {"roberta": ["query", "value"], "bert": ["query", "value"]}
+
+
+def mixture():
+    """A regression of six numbers by experts."""
+    made = config("qwen3_moe")
+    made._experts_implementation = "grouped_mm"  # which a model would set
+    block = Qwen3MoeSparseMoeBlock(made)
+    block.apply(lambda part: [nn.init.normal_(value, std=0.2) for value in part.parameters(recurse=False)])
+    return nn.Sequential(nn.Linear(8, 32), nn.Unflatten(1, (1, 32)), block, nn.Flatten(1), nn.Linear(32, 6))
 
 
 @functools.cache
