@@ -1,6 +1,8 @@
 """Links on mixtures of experts: against peft's LoRA and a loop over experts, through transformers' architectures, in a run."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +149,12 @@ def test_an_architecture_trains_and_knots_and_exports_and_generates(tmp_path, ar
     chain, again = module.full_chain(), read_chain(tmp_path / "peft")
     for name in experts:
         assert difference(again.delta(name), chain.delta(name)) <= 1e-5 * chain.delta(name).abs().max()
+
+
+def test_the_documents_table_has_these_architectures():
+    (table,) = re.findall(r"\| `model_type` \|.*?\n\n", Path("docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.strip().split("\n")[2:]))
+    assert sorted(names) == sorted(tiny.MIXTURES)
 
 
 # ---------------------------------------------------------------------- which experts, and by what
