@@ -52,6 +52,7 @@ SAME = {
     "experts-ddp": EXPERTS | {"precision": "64-true"},
     "experts-fsdp2": EXPERTS,
     "experts-stack-fsdp2": EXPERTS | {"arguments": {"experts": True, "finished_links": "stack"}},
+    "experts-fsdp1": EXPERTS | {"gradient_clip_val": None},
     "mlp-fsdp1": {"gradient_clip_val": None},
     "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
     "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},
