@@ -1,8 +1,10 @@
 """Links on mixtures of experts: against peft's LoRA and a loop over experts, through transformers' architectures, in a run."""
 
 import copy
+import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,12 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
 from cola_lightning import AdaptedModel, COLACausalLM, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.lora.experts import LoRAExpertsProjection
 from tests import tiny
-from tests.toy import trainer, with_trained_link
+from tests.toy import assert_near, trainer, with_trained_link
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -99,23 +100,38 @@ def test_gpt_oss_is_a_loop_over_its_experts():
     torch.testing.assert_close(experts(x, indices, weights), expected, rtol=1e-5, atol=1e-3)
 
 
-def test_a_norm_after_the_experts_is_of_the_output_with_its_link():
-    torch.manual_seed(0)
-    sizes = {"moe_hidden_size": 32, "moe_intermediate_size": 16, "num_local_experts": 4}
-    experts = MuseSparkExperts(transformers.MuseSparkTextConfig(**sizes, num_hidden_layers=2))
-    assert experts.has_post_expert_norm
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.normal_()
-    model = nn.ModuleDict({"experts": experts})
-    inputs = torch.randn(9, 32), torch.randint(4, (9, 2)), torch.rand(9, 2)
-    inject_lora(model, PROJECTIONS, rank=3, alpha=6)
-    for layer in lora_layers(model).values():
-        with_trained_link(layer)
-    expected = experts(*inputs)
-    strip_lora(model, merge=True)
-    experts.config._experts_implementation = "eager"
-    torch.testing.assert_close(expected, experts(*inputs), rtol=1e-4, atol=1e-4)
+FIELDS = {  # all that experts classes read of their configurations
+    **dict.fromkeys(["hidden_act", "hidden_activation", "mlp_hidden_act"], "silu"),
+    **dict.fromkeys(["hidden_size", "moe_hidden_size"], 32),
+    **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], 16),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["swiglu_limit", "swiglu_alpha", "mlp_gate_softcap", "mlp_up_softcap"], 7.0),
+    **{"moe_latent_size": None, "post_norm_eps": 1e-6, "_experts_implementation": "eager"},
+}
+
+
+def test_every_experts_class_of_transformers_computes_the_same_with_new_links_and_merged_ones():
+    """Those without a gate, with biases, with norms after the experts, ...: against their own loops over experts."""
+    inputs = torch.randn(9, 32), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2)
+    found = [
+        getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), name)
+        for path in sorted(Path(transformers.models.__file__).parent.glob("*/modeling_*.py"))
+        for name in re.findall(r"@use_experts_implementation.*\nclass (\w+)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(found) >= 68
+    for cls in found:
+        experts = cls(SimpleNamespace(**FIELDS))
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.normal_(std=0.3)
+        model, before = nn.ModuleDict({"experts": experts}), experts(*inputs)
+        assert len(inject_lora(model, r".*_proj", rank=2, alpha=2)) == 2
+        assert_near(experts(*inputs), before, 1e-6)
+        for layer in lora_layers(model).values():
+            with_trained_link(layer)
+        expected = experts(*inputs)
+        strip_lora(model, merge=True)
+        assert_near(experts(*inputs), expected, 1e-5)
 
 
 # ---------------------------------------------------------------------- architectures
