@@ -100,8 +100,9 @@ class LoRALayer(nn.Module):
     ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in, the factor that is drawn at random, except by rules that draw the other.
-        lora_B: out x max_rank, the factor that then starts at zero.
+        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random, except by
+            rules that draw the other.
+        lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, if they are not merged; else None.
@@ -275,9 +276,8 @@ class LoRALayer(nn.Module):
         if not is_autocast:  # autocast does the same to each product
             lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
             x = x if is_index else x.to(self.dtype)
-        hidden = (
-            self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more) * self.scaling
-        )  # where it is smallest
+        hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
+        hidden = hidden * self.scaling  # here, where it is smallest
         y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
         if self.stack is not None:
             y = self.stack.add_to(y, x, self.project_down, self.project_up, *more)

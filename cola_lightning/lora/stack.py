@@ -26,8 +26,8 @@ class Stack:
         matrices: the first sizes of A and B, for a pair of them for each expert.
 
     Attributes:
-        A: capacity x in.
-        B: capacity x out: a row for each rank here, too, so that a part of it is contiguous.
+        A: capacity x in, or for experts, experts x capacity x in.
+        B: capacity x out, likewise: a row for each rank here, too, so that a part of it is contiguous.
         rank: how many rows are in use; those beyond it are zero.
 
     Example:
@@ -101,9 +101,8 @@ class Stack:
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone
             A, B = A.to(y.dtype), B.to(y.dtype)
-        return (
-            y + project_up(project_down(x, A, *more), B.mT, *more) if A.shape[-2] else y
-        )  # nested tensors support no other product than linear
+        # Nested tensors support no other product than linear.
+        return y + project_up(project_down(x, A, *more), B.mT, *more) if A.shape[-2] else y
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""
