@@ -9,6 +9,10 @@ position, as a prompt's answer has. Results go to ``speed.jsonl``, one a line, a
 
 They take turns: a ratio is the median over rounds of two times of one round. A peak of memory is that of a new process, above
 what the interpreter and the libraries hold before there is a model.
+
+``--experts`` compares links on experts alone, of a Qwen3-MoE with 64 experts of which a token has 8 (2 layers, 512 wide,
+experts 256 wide): ``cola experts`` and ``peft experts``, with the model's own loss. Results go to ``experts.jsonl``; a peak is
+above the model's weights, too.
 """
 
 import argparse
@@ -30,13 +34,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
-from cola_lightning import ChainOfLoRA, COLACausalLM
+from cola_lightning import ChainOfLoRA, COLACausalLM, inject_lora
 
 TARGETS = ["q_proj", "v_proj"]
 TIME_LIMITS, MEMORY_LIMITS = {64: 0.72, 256: 0.58}, {64: 0.80, 256: 0.62}  # ours over peft's, by tokens a row
 FLOOR_LIMIT, KNOT_LIMIT, LINKS_LIMIT = 1.05, 1.0, 1.05
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+EXPERTS_TIME_LIMIT, EXPERTS_MEMORY_LIMITS = 1.0, {64: 0.6}
 
 Batch, Values, Work = Mapping[str, Tensor], Mapping[str, list[float]], Callable[[], object]
 Result = tuple[str, str, str, int, float | None, Values]  # unit: mine / other, tokens a row, limit of the ratio, all values
@@ -52,13 +58,20 @@ def shape(layers: int, width: int, vocabulary: int) -> OPTConfig:
 FULL, SMALL, CHAINED = shape(12, 768, 50272), shape(2, 128, 8000), shape(4, 256, 2000)  # FULL is OPT-125m's
 
 
-def build(config: OPTConfig) -> OPTForCausalLM:
+def mixture(layers: int, width: int) -> Qwen3MoeConfig:
+    """A size of a mixture of 64 experts, half as wide as the model."""
+    sizes = {"hidden_size": width, "moe_intermediate_size": width // 2, "num_attention_heads": width // 64, "head_dim": 64}
+    sizes |= {"num_key_value_heads": width // 64, "num_experts": 64, "num_experts_per_tok": 8}
+    return Qwen3MoeConfig(vocab_size=2000, num_hidden_layers=layers, **sizes)
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
     """The same model at each call."""
     torch.manual_seed(0)
-    return OPTForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def make_batch(config: OPTConfig, length: int, size: int = 8) -> Batch:
+def make_batch(config: PreTrainedConfig, length: int, size: int = 8) -> Batch:
     """Rows of so many tokens without padding; the last token is the answer, the only one with a loss."""
     ids = torch.randint(3, config.vocab_size, (size, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": F.pad(ids[:, -1:], (length - 1, 0), value=-100)}
@@ -115,7 +128,22 @@ def floor_step(config: OPTConfig, batch: Batch) -> Work:
     return step
 
 
+def peft_experts_step(config: Qwen3MoeConfig, batch: Batch) -> Work:
+    """A step of peft's LoRA of the experts' parameters."""
+    with warnings.catch_warnings(action="ignore"):
+        model = get_peft_model(build(config), LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=EXPERTS))
+    return training_step(model, lambda: model(**batch).loss)
+
+
+def cola_experts_step(config: Qwen3MoeConfig, batch: Batch) -> Work:
+    """A step of this package's links on experts."""
+    model = build(config)
+    inject_lora(model, EXPERTS, rank=8, alpha=16)
+    return training_step(model, lambda: model(**batch).loss)
+
+
 STEPS = {"peft": peft_step, "cola": cola_step, "floor": floor_step}
+EXPERTS_STEPS = {"peft experts": peft_experts_step, "cola experts": cola_experts_step}
 
 
 def take_turns(works: Mapping[str, Work], repeats: int, warm_up: int = 2) -> Values:
@@ -147,10 +175,20 @@ def chain_seconds(config: OPTConfig, length: int, repeats: int, steps: int = 100
     return take_turns({"5 links": lambda: fit(ChainOfLoRA(every_n_train_steps=steps // 5)), "1 link": fit}, repeats, warm_up=1)
 
 
-def peak_mib(name: str, config: OPTConfig, length: int) -> float:
+def peak_mib(name: str, config: PreTrainedConfig, length: int) -> float:
     """The peak memory of a new process that takes a few of these steps, above what its libraries hold."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_above, STEPS[name], config, make_batch(config, length)).result()
+        return pool.submit(peak_above, (STEPS | EXPERTS_STEPS)[name], config, make_batch(config, length)).result()
+
+
+def measure_experts(config: Qwen3MoeConfig, lengths: Sequence[int], repeats: int) -> Iterator[Result]:
+    """Memory and time of a step with links on experts."""
+    weights = sum(parameter.nbytes for parameter in build(config).parameters()) / 2**20
+    for length in lengths:
+        peaks = {name: [peak_mib(name, config, length) - weights] for name in EXPERTS_STEPS}
+        yield "mib_above_model", "cola experts", "peft experts", length, EXPERTS_MEMORY_LIMITS.get(length), peaks
+        steps = {name: make_step(config, make_batch(config, length)) for name, make_step in EXPERTS_STEPS.items()}
+        yield "seconds", "cola experts", "peft experts", length, EXPERTS_TIME_LIMIT, take_turns(steps, repeats)
 
 
 def peak_above(make_step: Callable[..., Work], *of: object) -> float:
@@ -182,14 +220,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256], help="tokens a row (default: 64 256)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
+    parser.add_argument("--experts", action="store_true", help="links on experts instead")
+    parser.add_argument("--output", type=Path, help="the results, written anew (default: speed.jsonl, or experts.jsonl)")
     parser.add_argument("--small", action="store_true", help="a small model, to see it run: the limits are not made for it")
     options = parser.parse_args()
-    configs = (SMALL, SMALL) if options.small else (FULL, CHAINED)
+    how = options.lengths, options.repeats
+    if options.experts:
+        results, name = measure_experts(mixture(1, 128) if options.small else mixture(2, 512), *how), "experts.jsonl"
+    else:
+        results, name = measure(*((SMALL, SMALL) if options.small else (FULL, CHAINED)), *how), "speed.jsonl"
     warnings.simplefilter("ignore")  # Lightning's advice
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    lines, table = Lines(options.output, is_new=True), []
-    for unit, mine, other, length, limit, values in measure(*configs, options.lengths, options.repeats):
+    lines, table = Lines(options.output or Path(__file__).with_name(name), is_new=True), []
+    for unit, mine, other, length, limit, values in results:
         what, value = f"{unit}: {mine} / {other}", ratio(values, mine, other)
         lines.add({"what": what, "length": length, unit: values, "ratio": value, "limit": limit})
         each = ", ".join(f"{name} {statistics.median(some):.4g}" for name, some in values.items())

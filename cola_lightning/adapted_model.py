@@ -106,6 +106,7 @@ class AdaptedModel:
         build_model: Callable[[], nn.Module],
         *,
         target_modules: str | Sequence[str] | None = "all-linear",
+        experts: bool = False,
         rank: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
@@ -120,6 +121,7 @@ class AdaptedModel:
         Args:
             build_model: makes the base; it may draw from the global generators of Python, numpy and torch, which are seeded.
             target_modules: layers to adapt, see :func:`~cola_lightning.inject_lora`; None trains all, without links.
+            experts: whether ``all-linear`` includes mixtures of experts.
             rank: largest rank of a link, and the first link's.
             alpha: a link's update is scaled by ``alpha / rank``.
             dropout: probability of dropping an input of A while training.
@@ -135,7 +137,7 @@ class AdaptedModel:
         check_factors(rank, alpha, dropout, init, finished_links)
         check_seed("model.seed", seed)
 
-        how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links)
+        how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links, experts)
         adapted = cls(functools.partial(_make_base, build_model, seed, *how), seed)
         adapted.trained_factors = trained_factors
         adapted.begin_link(rank, alpha)
@@ -327,7 +329,7 @@ class AdaptedModel:
         total = sum(ranks) + sum(link.rank for link in self.chain.links)
         for layer in self.layers.values():
             if layer.stack is not None:
-                layer.stack.reserve(min(total, layer.lora_A.shape[1], layer.lora_B.shape[0]))
+                layer.stack.reserve(min(total, layer.lora_A.shape[-1], layer.lora_B.shape[-2]))
 
     def forget_links(self, base: BaseIdentity) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""

@@ -40,6 +40,7 @@ RANKS = [4, 2, 6, 3]
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
 STACK = {"arguments": {"finished_links": "stack"}}
 KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
+EXPERTS = {"model": "qwen3_moe", "arguments": {"experts": True}}
 LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)
 IS_ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
@@ -53,6 +54,10 @@ SAME = {
     "kept-fsdp2": KEPT,
     "whole-fsdp2": WHOLE,
     "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
+    "experts-ddp": EXPERTS | {"precision": "64-true"},
+    "experts-fsdp2": EXPERTS,
+    "experts-stack-fsdp2": EXPERTS | {"arguments": {"experts": True, "finished_links": "stack"}},
+    "experts-fsdp1": EXPERTS | {"gradient_clip_val": None},
     "mlp-fsdp1": {"gradient_clip_val": None},
     "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
     "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},

@@ -47,6 +47,11 @@ MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
     "norms in each layer": ("llama", "AutoModelForCausalLM", {"modules_to_save": ["input_layernorm", "norm"]}),
     "every linear layer": ("gpt2", "AutoModelForCausalLM", {"target_modules": "all-linear"}),
     "layers of a block": ("llama", "AutoModelForCausalLM", {"target_modules": r"model\.layers\.1\..*_proj"}),
+    "experts": ("qwen2_moe", "AutoModelForCausalLM", {"target_modules": "all-linear", "experts": True}),
+    "experts, half precision, stacked": (
+        *("gpt_oss", "AutoModelForCausalLM"),
+        {"target_modules": ["down_proj", "gate_up_proj"], "dtype": "bfloat16", "finished_links": "stack"},
+    ),
     "linear layers of a classifier": ("roberta", "AutoModel", {"num_labels": 3, "target_modules": "all-linear"}),
     "a new head, frozen": ("llama", "AutoModel", {}),
     "a new head beside a saved base": ("llama", "AutoModel", {"save_base": True}),
@@ -152,6 +157,12 @@ def test_tokenizer_and_generation_config_come_along(exported):
         assert ours.to_diff_dict() == theirs.to_diff_dict()
 
 
+def name_in_chain(name, part):
+    """The name of what a LoRA layer of peft adapts, which may be one of several parameters of experts."""
+    parameter = getattr(part, "parameter_name", "weight")
+    return name if parameter == "weight" else f"{name.removesuffix('.base_layer')}.{parameter}"
+
+
 def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(exported):
     folder, chain = exported.folder / "peft", exported.chain
     torch.manual_seed(99)  # what is new in the base is drawn anew
@@ -160,7 +171,7 @@ def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(export
     else:
         model = loaded_as_in_card(folder).float()
     assert difference(tiny.logits(model), exported.logits) <= 1e-5
-    layers = [name for name, part in model.base_model.model.named_modules() if hasattr(part, "lora_A")]
+    layers = [name_in_chain(name, part) for name, part in model.base_model.model.named_modules() if hasattr(part, "lora_A")]
     assert sorted(layers) == sorted(chain.layers)
     if names := MATRIX[exported.case][2].get("label_names"):
         assert model.config.id2label == dict(enumerate(names))

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cola_lightning import AdaptedModel, Chain, LoRALayer, LoRALinear, UserError, inject_lora, register_lora_layer, strip_lora
 from cola_lightning.lora import inject
+from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection
 from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
 
 
@@ -46,6 +47,28 @@ class LoRAGrid(LoRALayer, Grid):
         return tuple(layer.weight.shape)
 
 
+class Experts(ExpertsProjection):
+    """A projection of three experts, of whose rows the first has a quarter, the second none, and the third the rest."""
+
+    def __init__(self, *sizes, transposed=False):
+        super().__init__(nn.Parameter(torch.randn(3, *sizes)), weight_is_transposed=transposed)
+
+    def forward(self, x):
+        return super().forward(x, offsets(x))
+
+
+class LoRAExperts(LoRAExpertsProjection, Experts):
+    def project_down(self, x, lora_A):
+        return super().project_down(x, lora_A, offsets(x))
+
+    def project_up(self, hidden, lora_B):
+        return super().project_up(hidden, lora_B, offsets(hidden))
+
+
+def offsets(x):
+    return torch.tensor([len(x) // 4, len(x) // 4, len(x)], dtype=torch.int32)
+
+
 LAYERS = {
     "Linear": (lambda: nn.Linear(6, 5), (4, 7, 6)),
     "transformers' Conv1D": (lambda: Conv1D(5, 6), (4, 7, 6)),
@@ -54,6 +77,8 @@ LAYERS = {
     "dilated": (lambda: nn.Conv2d(4, 6, (5, 3), padding="same", dilation=2), (3, 4, 11, 11)),
     "registered": (lambda: Scaled(6, 5), (4, 7, 6)),
     "of its own": (Grid, (4, 7, 6)),
+    "experts": (lambda: Experts(5, 6), (28, 6)),
+    "experts, transposed": (lambda: Experts(8, 16, transposed=True), (28, 8)),  # of sizes for which there is a kernel
     "4-bit": (quantized_linear, (4, 7, 64)),
 }
 MERGE_AND_STACK = [(kind, mode) for kind in LAYERS for mode in ("merge", "stack") if (kind, mode) != ("4-bit", "merge")]
@@ -67,6 +92,7 @@ def _registered(monkeypatch, request):
     monkeypatch.setattr(inject, "_entries", dict(inject._entries))
     register_lora_layer(Scaled)(LoRAScaled)
     register_lora_layer(Grid)(LoRAGrid)
+    register_lora_layer(Experts)(LoRAExperts)
 
 
 def make(kind):
@@ -88,9 +114,13 @@ def dense_weight(layer):
     return matmul_4bit(torch.eye(state.shape[1]), layer.weight.detach(), state).T.contiguous()
 
 
+def is_transposed(layer):
+    return isinstance(layer, Conv1D | Grid) or getattr(layer, "weight_is_transposed", False)
+
+
 def laid_out(matrix, layer):
     """An update, out x in, in the layout of the layer's weight."""
-    matrix = matrix.T if isinstance(layer, Conv1D | Grid) else matrix
+    matrix = matrix.mT if is_transposed(layer) else matrix
     return matrix.reshape(layer.weight.shape if layer.weight.is_floating_point() else matrix.shape)
 
 
@@ -110,13 +140,15 @@ def test_a_new_link_leaves_the_function_and_the_parameters_alone(kind, mode):
     assert torch.equal(layer(x), expected)
     assert isinstance(layer, type(base))
     assert all(getattr(layer, name) is parameter for name, parameter in parameters.items())
-    n_out, n_in = dense_weight(base).T.shape if isinstance(base, Conv1D | Grid) else dense_weight(base).flatten(1).shape
-    assert (layer.lora_A.shape, layer.lora_B.shape) == ((3, n_in), (n_out, 3))
+    weight = dense_weight(base).mT if is_transposed(base) else dense_weight(base)
+    *matrices, n_out, n_in = weight.shape if isinstance(base, Experts) else weight.flatten(1).shape
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((*matrices, 3, n_in), (*matrices, n_out, 3))
     assert layer.lora_A.all()
     assert not layer.lora_B.any()
     with_trained_link(layer)
     assert torch.equal(layer(**{next(iter(signature(base.forward).parameters)): x}), layer(x))  # the base's name for it
-    torch.testing.assert_close(layer(x[0]), layer(x)[0])  # a single example, without a batch
+    if not isinstance(base, Experts):
+        torch.testing.assert_close(layer(x[0]), layer(x)[0])  # a single example, without a batch
 
 
 @variants
@@ -139,11 +171,11 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
     upstream = torch.randn(mine.shape, dtype=torch.float64)
     of_x, of_A, of_B = torch.autograd.grad(mine, [x, layer.lora_A, layer.lora_B], upstream)
     expected = torch.autograd.grad(theirs, [x, A, B], upstream)
-    for gradient, other in zip((of_x, of_A[:rank], of_B[:, :rank]), expected, strict=True):
+    for gradient, other in zip((of_x, of_A[..., :rank, :], of_B[..., :rank]), expected, strict=True):
         assert_near(gradient, other, tolerance)
-    assert not layer.lora_A[rank:].any()
-    assert not of_A[rank:].any()
-    assert not of_B[:, rank:].any()
+    assert not layer.lora_A[..., rank:, :].any()
+    assert not of_A[..., rank:, :].any()
+    assert not of_B[..., rank:].any()
 
 
 @variants
@@ -199,7 +231,7 @@ def test_half_precision_narrows_no_factor_and_no_weight_that_is_merged_into(kind
     layer, x = with_trained_link(adapt_layer(make(kind), 2, 1, finished_links=mode)), inputs(kind)
     layer.finish()
     expected = with_trained_link(layer, seed=3)(x)
-    expected.sum().backward()
+    expected.backward(torch.ones_like(expected))
     before = weights(layer)
     nn.Sequential(layer).to(dtype)
     factors = [layer.lora_A, layer.lora_B]
@@ -239,11 +271,11 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training(kind, mode):
 
 
 @pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
-@pytest.mark.parametrize("base", [lambda: nn.Linear(400, 100), lambda: nn.Conv2d(16, 100, 5)], ids=["Linear", "Conv2d"])
+@pytest.mark.parametrize("base", [lambda: nn.Linear(400, 100), lambda: nn.Conv2d(16, 100, 5), lambda: Experts(100, 400)])
 def test_A_is_drawn_as_peft_draws_it(base, init, std):
     layer = adapt_layer(base(), rank=100, alpha=1, init=init)
     layer.reset(torch.Generator().manual_seed(0), rank=50)
-    assert layer.lora_A[:50].std().item() == pytest.approx(std, rel=0.02)
+    assert layer.factors[0].std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_global_one_alone():

@@ -167,9 +167,8 @@ def rows_of_sst2():
     return rows
 
 
-def rows_of_speed():
-    ratios = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
-    columns = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
+def rows_of_speed(name, *columns):
+    ratios = {(line["what"], line["length"]): line["ratio"] for line in lines_of(name)}
     return [[f"{n} tokens a row", *(f"{ratios[column, n]:.2f}" for column in columns)] for n in (64, 256)]
 
 
@@ -184,13 +183,16 @@ def rows_of_gpu(rows):
     return lambda: getattr(importlib.import_module("gpu"), rows)(lines_of("gpu") if (BENCHMARKS / "gpu.jsonl").exists() else [])
 
 
+STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
+EXPERTS_STEPS = [f"{unit}: cola experts / peft experts" for unit in ("seconds", "mib_above_model")]
 # Those of domain_shift are printed by `python benchmarks/domain_shift.py --figure`.
 PRODUCED = {
     ("docs/precision.md", "| base | links |"): rows_of("bases"),
     ("docs/precision.md", "| computed |"): rows_of_half,
     ("docs/scaling.md", "| model, method |"): rows_of("scale"),
     ("docs/troubleshooting.md", "| model | full"): lambda: importlib.import_module("scale").rows_of_options(lines_of("scale")),
-    ("docs/speed.md", "| | time / peft's |"): rows_of_speed,
+    ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
+    ("docs/speed.md", "| experts |"): lambda: rows_of_speed("experts", *EXPERTS_STEPS),
     ("docs/speed.md", "| task | command |"): rows_of("commands"),
     ("docs/speed.md", "| | task |"): rows_of("prompts"),
     ("docs/speed.md", "| | start |"): rows_of("rows"),

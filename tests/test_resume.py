@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cola_lightning import EpochDataModule, LastCheckpoint, LoRALayer, UserError
+from tests import tiny
 from tests.run_comparison import first_difference
 from tests.toy import Toy, assert_bit_equal, toy, trainer, weights
 
@@ -66,6 +67,13 @@ class Normed(Toy):
     def validation_step(self, batch, batch_idx):
         x, y = batch
         self.log("val_loss", F.mse_loss(self.model(x), y), batch_size=len(x))
+
+
+class Mixture(Normed):
+    """With experts."""
+
+    def build_model(self):
+        return tiny.mixture()
 
 
 class Stopped(Exception):
@@ -180,6 +188,7 @@ def ours(module):
     return Normed.configure_optimizers(module)["optimizer"]
 
 
+EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
 ONE = {"accumulate_grad_batches": 1}
 
 # What a run is like: the options of fit, made anew for each.
@@ -197,6 +206,8 @@ RUNS = {
     "bf16, stacked": lambda: {"module": make(finished_links="stack"), "precision": "bf16-true"},
     "bf16, merged": lambda: {"precision": "bf16-true"},
     "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "experts": lambda: {"module": make(Mixture, **EXPERTS)},
+    "experts, bf16, stacked": lambda: {"module": make(Mixture, **EXPERTS, finished_links="stack"), "precision": "bf16-true"},
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful(shuffle=False)},
     "torchdata's loader, shuffled": lambda: {"data": Stateful(shuffle=True)},
@@ -222,7 +233,9 @@ PLACES = {
     "torchdata's loader, shuffled, windows of one": FEW[:-2],
     "beside a longer loader": [("batch_end", 32)],
 }
-PLACES |= dict.fromkeys(["bf16, merged", "bf16-mixed", "float64, a layer outside"], FEW[:3])
+PLACES |= dict.fromkeys(
+    ["bf16, merged", "bf16-mixed", "float64, a layer outside", "experts", "experts, bf16, stacked"], FEW[:3]
+)
 PLACES |= dict.fromkeys(["its own optimizer and scheduler", "a schedule over ours", "ours without its schedule"], FEW[4:5])
 
 

@@ -40,6 +40,11 @@ def test_a_step_needs_less_memory_than_pefts(speed):
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
 
 
+def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
+    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 5):
+        assert speed.ratio(values, mine, other) <= SLACK * limit
+
+
 def test_ten_small_links_arrive_but_where_bf16_itself_is_merged_into(bases):
     for mode in bases.MODES:
         assert bases.error_of_update(mode) <= bases.ERROR_LIMITS[mode[1]]

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from cola_lightning import TemplateDataModule, lora_layers
 
@@ -54,9 +56,66 @@ CONFIGS = {
     "bert": lambda: transformers.BertConfig(**SIZES, **BODY),
 }
 
+_KV, _FEW, _WIDE = {"num_key_value_heads": 2}, {"num_experts": 4, "num_experts_per_tok": 2}, {"moe_intermediate_size": 16}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+_ROUTED |= {"first_k_dense_replace": 1} | _WIDE
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "mamba_n_groups": 2}
+_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+
+# Mixtures of experts: the name of the configuration's class, and its fields.
+MIXTURES = {
+    "qwen3_moe": ("Qwen3Moe", _KV | _FEW | _WIDE | {"head_dim": 8}),
+    "mixtral": ("Mixtral", _KV | {"num_local_experts": 4}),
+    "deepseek_v3": ("DeepseekV3", _LATENT | _ROUTED),
+    "gpt_oss": ("GptOss", _KV | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron_h": (
+        "NemotronH",
+        _KV
+        | _ROUTED
+        | _MAMBA
+        | {"head_dim": 8, "moe_shared_expert_intermediate_size": 16, "layers_block_type": ["mamba", "moe", "attention"]},
+    ),
+    "qwen2_moe": ("Qwen2Moe", _KV | _FEW | _WIDE | {"shared_expert_intermediate_size": 16}),
+    "qwen3_next": (
+        "Qwen3Next",
+        _KV
+        | _FEW
+        | _WIDE
+        | _LINEAR
+        | {"head_dim": 8, "shared_expert_intermediate_size": 16}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "deepseek_v2": ("DeepseekV2", _LATENT | _ROUTED),
+    "glm4_moe": ("Glm4Moe", _KV | _ROUTED | {"head_dim": 8}),
+    "olmoe": ("Olmoe", _KV | _FEW),
+    "phimoe": ("Phimoe", _KV | {"num_local_experts": 4}),
+    "granitemoe": ("GraniteMoe", _KV | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "minimax_m2": ("MiniMaxM2", _KV | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", _KV | {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", _KV | _WIDE | {"moe_num_experts": 4, "moe_k": 2}),
+    "lfm2_moe": ("Lfm2Moe", _KV | _FEW | _WIDE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
+}
+
+
+def _mixture(name, fields):
+    return lambda: getattr(transformers, f"{name}Config")(**SIZES, **BODY, **fields)
+
+
+CONFIGS |= {architecture: _mixture(*mixture) for architecture, mixture in MIXTURES.items()}
+
 # What PEFT calls the attention's inputs.
 TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
 TARGETS |= {"roberta": ["query", "value"], "bert": ["query", "value"]}
+
+
+def mixture():
+    """A regression of six numbers by experts."""
+    made = config("qwen3_moe")
+    made._experts_implementation = "grouped_mm"  # which a model would set
+    block = Qwen3MoeSparseMoeBlock(made)
+    block.apply(lambda part: [nn.init.normal_(value, std=0.2) for value in part.parameters(recurse=False)])
+    return nn.Sequential(nn.Linear(8, 32), nn.Unflatten(1, (1, 32)), block, nn.Flatten(1), nn.Linear(32, 6))
 
 
 @functools.cache

@@ -250,7 +250,7 @@ def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int |
         factors, rank = {}, live["rank"]
         for name in chain.base.weight_norms:
             lora_A, lora_B = (state_dict[f"model.{name}.lora_{factor}"] for factor in "AB")
-            factors[name] = lora_A[:rank].contiguous(), lora_B[:, :rank].contiguous()
+            factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
         extras = {
             name: state_dict[name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}"]
             for name in state.trained

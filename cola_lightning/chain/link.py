@@ -25,7 +25,7 @@ class Link:
         alpha: the update is scaled by ``alpha / rank``.
         start_step: global step (optimizer steps of the run) at its initialisation.
         end_step: global step at its knot.
-        factors: A (rank x in) and B (out x rank) by the layer's name in the model.
+        factors: A (rank x in) and B (out x rank) by the layer's name in the model; of experts, a pair for each, stacked.
         extras: what else training changes, with the values at the knot: fully trained parameters, and buffers, by name in the
             model. Names in a Lightning module, outside of its model, begin with ``self.``.
         metrics: the metrics last logged before the knot.
@@ -73,6 +73,11 @@ class Link:
         return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
+def is_of_experts(lora_A: Tensor) -> bool:
+    """Whether a factor holds one matrix for each expert."""
+    return lora_A.dim() > 2
+
+
 def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: the SVD of the small C gives that of B A.
 
@@ -82,8 +87,8 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     wide = torch.promote_types(lora_A.dtype, torch.float64)
     q, r = torch.linalg.qr(lora_B.to(wide))
-    p, s = torch.linalg.qr(lora_A.to(wide).T)
-    return q, r @ s.T, p
+    p, s = torch.linalg.qr(lora_A.to(wide).mT)
+    return q, r @ s.mT, p
 
 
 def record_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:

@@ -16,6 +16,7 @@ from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import DAMAGE, check_version, link_fields
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.lora.experts import PROJECTIONS
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,7 +33,8 @@ ORDINARY = {
 HARMLESS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 # ... those that say which layers the tensors belong to, which the tensors' names also say ...
 HARMLESS |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
-HARMLESS |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+HARMLESS |= {"target_modules", "target_parameters", "exclude_modules"}
+HARMLESS |= {"layers_to_transform", "layers_pattern", "modules_to_save"}
 # ... and those of training, of memory, of initialisations, and those that have an effect only beside a field that is refused.
 HARMLESS |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
 HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
@@ -93,11 +95,16 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         raise UserError(
             f"adapter: expected the factors of linear layers and convolutions in {where}, received {(unknown or ['none'])[0]!r}"
         )
-    rank, factors = max(len(lora_A) for lora_A, _ in pairs.values()), {}
+    scaled = {}
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
-        missing = rank - len(lora_A)
-        lora_B = lora_B * _scaling(config, name, len(lora_A))
+        if len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
+            name, own = projection, _value_of(config, projection, "r", "rank_pattern")
+            lora_A, lora_B = lora_A.view(-1, own, lora_A.shape[1]), lora_B.view(len(lora_B), own, -1).permute(2, 0, 1)
+        scaled[name] = lora_A, lora_B * _scaling(config, name, lora_A.shape[-2])
+    rank, factors = max(lora_A.shape[-2] for lora_A, _ in scaled.values()), {}
+    for name, (lora_A, lora_B) in scaled.items():
+        missing = rank - lora_A.shape[-2]
         factors[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
     extras = {}
     for name, value in tensors.items():
@@ -106,23 +113,37 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     return Link(index=0, rank=rank, alpha=float(rank), start_step=0, end_step=0, factors=factors, extras=extras)
 
 
+def _projection(config: dict[str, Any], name: str) -> str | None:
+    """The experts' projection whose factors have this name in an adapter; None for those of a layer.
+
+    PEFT wraps the experts module once for each parameter, the last one outside.
+
+    Source: ``peft.tuners.lora.layer.ParamWrapper``.
+    """
+    experts, targets = re.sub(r"(\.base_layer)+$", "", name), config.get("target_parameters") or ()
+    wrapped = [one for one in PROJECTIONS if any(f".{experts}.{one}".endswith(f".{target}") for target in targets)]
+    return f"{experts}.{wrapped[-1 - name.count('.base_layer', len(experts))]}" if wrapped else None
+
+
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
     """PEFT's factor in front of B A; a pattern's keys are regular expressions for the end of a layer's name.
 
     Raises:
         TypeError, ValueError: if a value is not a number, or the layer's rank is not the configuration's.
-
-    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
     """
-
-    def value_of(field: str, pattern: str) -> Any:
-        patterns = config.get(pattern) or {}
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
-
-    alpha, expected = value_of("lora_alpha", "alpha_pattern"), value_of("r", "rank_pattern")
+    alpha, expected = _value_of(config, name, "lora_alpha", "alpha_pattern"), _value_of(config, name, "r", "rank_pattern")
     if expected != rank:
         raise ValueError(f"rank of {name!r} is {rank}, and not {expected!r}")
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _value_of(config: dict[str, Any], name: str, field: str, pattern: str) -> Any:
+    """A layer's value of a field that has patterns.
+
+    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
+    """
+    patterns = config.get(pattern) or {}
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
 
 
 def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
@@ -139,7 +160,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
     start = 0
     for fields in described:
         end, scaling = start + fields["rank"], fields["alpha"] / fields["rank"]
-        factors = {name: (A[start:end], B[:, start:end] / scaling) for name, (A, B) in whole.factors.items()}
+        factors = {name: (A[..., start:end, :], B[..., start:end] / scaling) for name, (A, B) in whole.factors.items()}
         chain.append(Link(**fields, factors=factors, extras=whole.extras if end == whole.rank else {}))
         start = end
     return chain

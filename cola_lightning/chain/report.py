@@ -33,8 +33,8 @@ class LayerReport:
     Attributes:
         norm: Frobenius norm of dW.
         relative_norm: the norm divided by that of the base's weight; None if that is unknown or zero.
-        singular_values: the ``rank`` largest of dW, largest first.
-        effective_rank: see :func:`effective_rank`.
+        singular_values: the ``rank`` largest of dW, or of all experts' together, largest first.
+        effective_rank: see :func:`effective_rank`; the mean of the experts'.
     """
 
     norm: float
@@ -75,20 +75,20 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The singular values of ``scaling * B A``, largest first, in float64, without computing an out x in matrix.
 
     Shape:
-        ``lora_A``: rank x in; ``lora_B``: out x rank; result: rank.
+        ``lora_A``: rank x in; ``lora_B``: out x rank; result: rank. With a pair for each expert, experts x rank.
 
     Example:
         >>> singular_values(torch.ones(2, 3), torch.eye(4, 2), scaling=0.5)
         tensor([1.2247, 0.0000], dtype=torch.float64)
     """
-    rank = len(lora_A)
+    rank = lora_A.shape[-2]
     _, core, _ = core_of_product(lora_A, lora_B)
     values = torch.linalg.svdvals(core)
     # Otherwise the zeros of an update of lower rank would come out as about 1e-17.
     size = lora_A.to(core.dtype).norm() * lora_B.to(core.dtype).norm()
     rounding = torch.finfo(torch.float64).eps * max(*lora_A.shape, *lora_B.shape) * size
     values = values * (values > rounding) * abs(scaling)
-    return F.pad(values, (0, rank - len(values)))  # fewer where the layer is smaller than the rank
+    return F.pad(values, (0, rank - values.shape[-1]))  # fewer where the layer is smaller than the rank
 
 
 def effective_rank(values: Tensor) -> float:
@@ -137,9 +137,10 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
 
 
 def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
-    values = singular_values(*link.factors[name], link.scaling)
-    norm = float(values.norm())
-    return LayerReport(norm, norm / weight_norm if weight_norm else None, values.tolist(), effective_rank(values))
+    values = singular_values(*link.factors[name], link.scaling).reshape(-1, link.rank)  # a row for each expert, or one
+    norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[: link.rank]
+    mean_rank = statistics.fmean(map(effective_rank, values))
+    return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
 
 
 def table(reports: Sequence[LinkReport]) -> "Table":

@@ -14,18 +14,22 @@ from torch.nn import functional as F
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
-from cola_lightning.chain.link import core_of_product
+from cola_lightning.chain.link import core_of_product, is_of_experts
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
+from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, lies_in
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import atomic_folder
 
+# Names of layers that PEFT, beside experts, takes for those that transformers 4 had for each expert.
+# Source: ``peft.utils.transformers_weight_conversion`` (0.21).
+RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
 
 
@@ -86,7 +90,8 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
-    config = peft_config(base, list(factors), rank)
+    experts = [name for name, (lora_A, _) in factors.items() if is_of_experts(lora_A)]
+    config = peft_config(base, [name for name in factors if name not in experts], experts, rank)
     tensors = _values_saved(chain, base.model, config.modules_to_save or ())
     for name, (lora_A, lora_B) in as_peft_weights(base.model, factors).items():
         tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
@@ -195,8 +200,8 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     """
     factors = {}
     for name in chain.layers:
-        lora_A = torch.cat([link.factors[name][0] for link in chain.links])
-        lora_B = torch.cat([link.factors[name][1] * link.scaling for link in chain.links], dim=1)
+        lora_A = torch.cat([link.factors[name][0] for link in chain.links], dim=-2)
+        lora_B = torch.cat([link.factors[name][1] * link.scaling for link in chain.links], dim=-1)
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 
@@ -212,15 +217,20 @@ def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor,
     q, core, p = core_of_product(lora_A, lora_B)
     u, values, v = torch.linalg.svd(core, full_matrices=False)
     total = float(torch.linalg.vector_norm(values))
-    error = float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
-    root = values[:rank].sqrt()
-    missing = rank - len(root)  # a layer's side may be smaller than the rank
-    smaller_A, smaller_B = (root[:, None] * (v[:rank] @ p.T)).float(), (q @ u[:, :rank] * root).float()
+    error = float(torch.linalg.vector_norm(values[..., rank:])) / total if total else 0.0
+    root = values[..., :rank].sqrt()
+    missing = rank - root.shape[-1]  # a layer's side may be smaller than the rank
+    smaller_A = (root[..., None] * (v[..., :rank, :] @ p.mT)).float()
+    smaller_B = (q @ u[..., :rank] * root[..., None, :]).float()
     return F.pad(smaller_A, (0, 0, 0, missing)), F.pad(smaller_B, (0, missing)), error
 
 
 def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors in PEFT's shapes: a convolution's are kernels, of rank x in x kernel and out x rank x 1.
+    """The factors by PEFT's names and in its shapes.
+
+    A convolution's are kernels, of rank x in x kernel and out x rank x 1. Those of experts are matrices: in A the rows of an
+    expert come one after the other, in B the columns of a rank; they belong to wrappers of the experts module, one around the
+    other, the last parameter's outside.
 
     Args:
         base: the plain model.
@@ -229,10 +239,19 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
     Raises:
         UserError: for a layer that PEFT does not adapt, or adapts differently.
 
-    Source: ``peft.tuners.lora.layer``, ``_ConvNd.update_layer`` (0.21: it makes A without the layer's dilation).
+    Source: ``peft.tuners.lora.layer``, ``_ConvNd.update_layer`` (0.21: it makes A without the layer's dilation) and
+    ``ParamWrapper``.
     """
     weights = dict(factors)
     for name, (lora_A, lora_B) in factors.items():
+        if is_of_experts(lora_A):
+            del weights[name]
+            parent, _, own = name.rpartition(".")
+            parameters = dict(base.get_submodule(parent).named_parameters(recurse=False))
+            wrapped = [key for key in parameters if f"{parent}.{key}" in factors]
+            wrapper = parent + ".base_layer" * (len(wrapped) - 1 - wrapped.index(own))
+            weights[wrapper] = lora_A.flatten(end_dim=1), lora_B.permute(1, 2, 0).flatten(start_dim=1)
+            continue
         layer: Any = base.get_submodule(name)
         is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
         if (is_convolution and set(layer.dilation) != {1}) or not (is_convolution or is_linear(layer)):
@@ -247,15 +266,19 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 # ---------------------------------------------------------------------- its configuration, and other values
 
 
-def peft_config(base: AdapterBase, layers: list[str], rank: int) -> Any:
+def peft_config(base: AdapterBase, layers: list[str], experts: list[str], rank: int) -> Any:
     """The ``LoraConfig`` of an adapter whose scaling is 1.
 
     ``target_modules`` are the last parts of the layers' names, if these match no other layer, else an expression for the full
-    names.
+    names; ``target_parameters`` are the names of the experts' projections, and the weights of layers that PEFT would take for
+    experts by their names, beside any (``RENAMED``).
     """
     from peft import LoraConfig
 
     modules = dict(base.model.named_modules())
+    has_experts = any(map(is_experts, modules.values()))
+    renamed = [name for name in layers if has_experts and name.rpartition(".")[2] in RENAMED]
+    layers = [name for name in layers if name not in renamed]
     endings = sorted({name.rpartition(".")[2] for name in layers})
     found = {name for name in modules if name.rpartition(".")[2] in endings}
     return LoraConfig(
@@ -265,6 +288,7 @@ def peft_config(base: AdapterBase, layers: list[str], rank: int) -> Any:
         r=rank,
         lora_alpha=rank,
         target_modules=endings if found == set(layers) else "|".join(map(re.escape, layers)),
+        target_parameters=[*experts, *(f"{name}.weight" for name in renamed)] or None,
         modules_to_save=saved_by_peft(base) or None,
         fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
         inference_mode=True,

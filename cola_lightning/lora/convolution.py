@@ -40,11 +40,11 @@ class LoRAConvolution(LoRALayer):
         return None
 
     @override
-    def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
+    def project_down(self, x: Tensor, lora_A: Tensor, *more: Tensor) -> Tensor:
         return self.convolve(x, self._as_kernel(lora_A), None, self.stride, self.padding, self.dilation)
 
     @override
-    def project_up(self, hidden: Tensor, lora_B: Tensor) -> Tensor:
+    def project_up(self, hidden: Tensor, lora_B: Tensor, *more: Tensor) -> Tensor:
         return self.convolve(hidden, lora_B[(..., *[None] * len(self.kernel_size))])
 
     @override

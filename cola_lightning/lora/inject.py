@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
+from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, experts_as_layers, is_experts
 from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_, is_quantized, lora_layers
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
@@ -47,6 +48,7 @@ _entries: dict[type | str, _Entry] = {
     "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
     "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # it, too, is x W^T + b
     "bitsandbytes.nn.modules.Linear4bit": _Entry(lora_linear_4bit, is_linear=True),
+    ExpertsProjection: _Entry(LoRAExpertsProjection, is_linear=True),  # which a model has only if experts are wanted
     nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
     nn.Conv2d: _Entry(LoRAConv2d, is_linear=False),
 }
@@ -135,6 +137,7 @@ def inject_lora(
     modules_to_save: Sequence[str] = (),
     init: Init = "kaiming",
     finished_links: FinishedLinks = "merge",
+    experts: bool = False,
 ) -> list[str]:
     """Makes the target layers LoRA layers, in place, and freezes everything else.
 
@@ -153,6 +156,8 @@ def inject_lora(
         init: how A is drawn, see :meth:`LoRALayer.adapt_`.
         finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
             are in half precision; ``stack`` stores them beside the weights, which are never modified.
+        experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
+            ``up_proj``, ``down_proj``): rank times experts is many parameters. By name they are always found.
 
     Returns:
         The names of the adapted layers, in the model's order.
@@ -172,11 +177,20 @@ def inject_lora(
     check_factors(rank, alpha, dropout, init, finished_links)
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
-    saved = _matches(model, list(modules_to_save), "model.modules_to_save")
+    with experts_as_layers(model, is_wanted=experts or target_modules != ALL_LINEAR):
+        how = {"rank": rank, "alpha": alpha, "dropout": dropout, "init": init, "finished_links": finished_links}
+        return _inject(model, target_modules, list(modules_to_save), how)
+
+
+def _inject(
+    model: nn.Module, target_modules: str | Sequence[str], modules_to_save: list[str], how: dict[str, Any]
+) -> list[str]:
+    """Adapts the targets, see :func:`inject_lora`; ``how`` is what each layer's ``adapt_`` is given."""
+    saved = _matches(model, modules_to_save, "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
-    classes = {name: _class_for(name, layer, finished_links) for name, layer in targets.items()}
+    classes = {name: _class_for(name, layer, how["finished_links"]) for name, layer in targets.items()}
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
@@ -185,7 +199,11 @@ def inject_lora(
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, rank, alpha, dropout, init, finished_links)
+        classes[name].adapt_(layer, **how)
+    of_experts: list[Any] = [layer for layer in targets.values() if isinstance(layer, ExpertsProjection)]
+    if of_experts:
+        n_values = sum(factor.numel() for layer in of_experts for factor in (layer.lora_A, layer.lora_B))
+        log.info("model.experts: %s projections of experts have links of %s parameters", len(of_experts), f"{n_values:,}")
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             for layer in lora_layers(module).values():
@@ -222,6 +240,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
         for parameter in layer.parameters(recurse=False):
             if parameter.is_floating_point():
                 cast_(parameter, dtypes[name])
+    close_experts(model)
 
 
 def _base_dtype(layer: LoRALayer) -> torch.dtype:
@@ -273,7 +292,8 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
     if not names:
         raise UserError(f"model.target_modules: expected linear layers for all-linear, received {passed_over or 'none'}")
     if passed_over:
-        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s", passed_over)
+        hint = " (model.experts true adapts experts)" if any(map(is_experts, model.modules())) else ""
+        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s%s", passed_over, hint)
     return names
 
 

@@ -3,11 +3,12 @@ r"""A layer plus its current link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 ``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.linear.LoRALinear` *is* the
 original ``nn.Linear``, the same object with another class, and so with the same parameters, buffers, hooks and attributes. It
 gets two more parameters, ``lora_A`` and ``lora_B``. They are allocated once at the largest rank of the chain; a link of rank r
-uses the slices ``lora_A[:r]`` and ``lora_B[:, :r]``, so a change of rank makes no new parameters and every wrapper around the
-model (DDP, ``torch.compile``) stays valid.
+uses the slices ``lora_A[..., :r, :]`` and ``lora_B[..., :r]``, so a change of rank makes no new parameters and every wrapper
+around the model (DDP, ``torch.compile``) stays valid.
 
-A and B are matrices for every layer type. A layer type defines the size of its weight as a matrix (``matrix_sizes``), how its
-inputs are multiplied by A and B (``project_down``, ``project_up``), and how B A is laid out as its weight (``update``).
+A and B are matrices for every layer type, or, of experts, a matrix for each, stacked. A layer type defines the size of its
+weight as a matrix (``matrix_sizes``), how its inputs are multiplied by A and B (``project_down``, ``project_up``), and how B A
+is laid out as its weight (``update``).
 
 Finished links are merged into the weight, which is then stored in float32, or, for half-precision and quantised bases, they are
 stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never modified.
@@ -40,12 +41,12 @@ LINK_ATTRIBUTES = (
 
 def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
     """Kaiming uniform with a = sqrt(5), PEFT's default: between plus and minus 1 / sqrt(n) for rows of n values."""
-    nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(rows.flatten(end_dim=-2), a=math.sqrt(5), generator=generator)
 
 
 def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
     """Normal, with a standard deviation of 1 / rank."""
-    nn.init.normal_(rows, std=1 / len(rows), generator=generator)
+    nn.init.normal_(rows, std=1 / rows.shape[-2], generator=generator)
 
 
 # Functions that write the rows of a factor, from a generator.
@@ -73,7 +74,7 @@ def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, is_transpo
                 [2., 2., 2.]])
     """
     with _full_float32(), torch.autocast(lora_A.device.type, enabled=False):
-        rows, columns = (lora_A.T, lora_B.T) if is_transposed else (lora_B, lora_A)
+        rows, columns = (lora_A.mT, lora_B.mT) if is_transposed else (lora_B, lora_A)
         return (rows.contiguous() @ columns.contiguous()).mul_(scaling)
 
 
@@ -99,8 +100,9 @@ class LoRALayer(nn.Module):
     ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in, the factor that is drawn at random, except by rules that draw the other.
-        lora_B: out x max_rank, the factor that then starts at zero.
+        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random, except by
+            rules that draw the other.
+        lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         stack: the finished links, if they are not merged; else None.
@@ -132,11 +134,16 @@ class LoRALayer(nn.Module):
         return layer.in_features, layer.out_features
 
     @classmethod
+    def matrices(cls, layer: Any) -> tuple[int, ...]:
+        """How many weights of these sizes a plain layer has, as the first sizes of A and B: one for each expert; () is one."""
+        return ()
+
+    @classmethod
     def obstacle(cls, layer: Any) -> str | None:
         """Why a plain layer of this type cannot be adapted ("which ..."); None if it can."""
         return None
 
-    def project_down(self, x: Tensor, lora_A: Tensor) -> Tensor:
+    def project_down(self, x: Tensor, lora_A: Tensor, *more: Tensor) -> Tensor:
         """A x: the layer's inputs in the link's rank.
 
         Shape:
@@ -144,7 +151,7 @@ class LoRALayer(nn.Module):
         """
         return F.linear(x, lora_A)
 
-    def project_up(self, hidden: Tensor, lora_B: Tensor) -> Tensor:
+    def project_up(self, hidden: Tensor, lora_B: Tensor, *more: Tensor) -> Tensor:
         """B (A x): what a link adds to the layer's outputs, without its scaling.
 
         Shape:
@@ -183,16 +190,16 @@ class LoRALayer(nn.Module):
             finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
                 stores them beside it, and never modifies it.
         """
-        n_in, n_out = cls.matrix_sizes(layer)
+        (n_in, n_out), matrices = cls.matrix_sizes(layer), cls.matrices(layer)
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
         dtype, device = adapted._prepare_weight(finished_links), layer.weight.device
         adapted.base_dtype = dtype
-        adapted.stack = Stack(n_in, n_out, dtype, device) if finished_links == "stack" else None
+        adapted.stack = Stack(n_in, n_out, dtype, device, matrices) if finished_links == "stack" else None
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(n_out, rank, dtype=wide, device=device))
+        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
         adapted.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         adapted.init, adapted.rank, adapted.alpha = init, rank, alpha
         adapted.reset()
@@ -226,7 +233,7 @@ class LoRALayer(nn.Module):
     @property
     def max_rank(self) -> int:
         """The largest rank that a link of this layer can have."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
     def scaling(self) -> float:
@@ -236,7 +243,7 @@ class LoRALayer(nn.Module):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """The current link's A (rank x in) and B (out x rank), as views of the parameters."""
-        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+        return self.lora_A[..., : self.rank, :], self.lora_B[..., : self.rank]
 
     @property
     def has_begun(self) -> bool:
@@ -261,7 +268,7 @@ class LoRALayer(nn.Module):
             x: as the base layer's, for a linear one ... x in; result: as the base layer's, ... x out, in the dtype of x
             (under autocast, in autocast's; where x are indices, in the layer's).
         """
-        (x,) = (*inputs, *named.values())
+        x, *more = (*inputs, *named.values())
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         is_index = not x.is_floating_point()  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
@@ -269,19 +276,20 @@ class LoRALayer(nn.Module):
         if not is_autocast:  # autocast does the same to each product
             lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
             x = x if is_index else x.to(self.dtype)
-        hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A) * self.scaling  # where it is smallest
-        y = self.base_forward(x) + self.project_up(hidden, lora_B)
+        hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
+        hidden = hidden * self.scaling  # here, where it is smallest
+        y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
         if self.stack is not None:
-            y = self.stack.add_to(y, x, self.project_down, self.project_up)
+            y = self.stack.add_to(y, x, self.project_down, self.project_up, *more)
         return y if is_autocast else y.to(dtype)
 
     def full_weight(self) -> Tensor:
         """The frozen weight as the forward pass uses it, in its own layout."""
         return self.weight.detach()
 
-    def base_forward(self, x: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, *more: Tensor) -> Tensor:
         """The layer's output without any link; ``x`` is in :attr:`dtype`, except under autocast."""
-        y: Tensor = self.base_class.forward(self, x)
+        y: Tensor = self.base_class.forward(self, x, *more)
         return y
 
     def delta_weight(self) -> Tensor:
@@ -335,10 +343,11 @@ class LoRALayer(nn.Module):
         """
         self.rank = self.rank if rank is None else rank
         self.alpha = self.alpha if alpha is None else alpha
-        n_values = self.lora_A.shape[1] if drawn == "A" else self.lora_B.shape[0]
-        full = torch.zeros(self.max_rank, n_values, dtype=torch.float32, device="cpu")
-        DRAWS[self.init](full[: self.rank], generator)
-        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.T)
+        *matrices, n_values = self.lora_A[..., 0, :].shape if drawn == "A" else self.lora_B[..., 0].shape
+        rows = torch.zeros(*matrices, self.rank, n_values, dtype=torch.float32, device="cpu")
+        DRAWS[self.init](rows, generator)
+        full = F.pad(rows, (0, 0, 0, self.max_rank - self.rank))
+        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.mT)
         layout.copy_(self.lora_A, lora_A)
         layout.copy_(self.lora_B, lora_B)
         self.lora_A.grad = self.lora_B.grad = None

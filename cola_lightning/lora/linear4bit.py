@@ -128,7 +128,7 @@ def lora_linear_4bit() -> type[LoRALayer]:
             return self.compute_dtype or torch.float32
 
         @override
-        def base_forward(self, x: Tensor) -> Tensor:
+        def base_forward(self, x: Tensor, *more: Tensor) -> Tensor:
             device = x.device.type
             if torch.is_autocast_enabled(device):  # which does not cover this product
                 x = x.to(torch.get_autocast_dtype(device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[..., Tensor]
 
 
 class Stack:
@@ -23,10 +23,11 @@ class Stack:
         n_out: outputs of the layer.
         dtype: compute dtype of the layer, and so of the factors.
         device: device of the factors.
+        matrices: the first sizes of A and B, for a pair of them for each expert.
 
     Attributes:
-        A: capacity x in.
-        B: capacity x out: a row for each rank here, too, so that a part of it is contiguous.
+        A: capacity x in, or for experts, experts x capacity x in.
+        B: capacity x out, likewise: a row for each rank here, too, so that a part of it is contiguous.
         rank: how many rows are in use; those beyond it are zero.
 
     Example:
@@ -36,15 +37,17 @@ class Stack:
         tensor([[1.5000, 1.5000]])
     """
 
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.A = torch.zeros(0, n_in, dtype=dtype, device=device)
-        self.B = torch.zeros(0, n_out, dtype=dtype, device=device)
+    def __init__(
+        self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str, matrices: tuple[int, ...] = ()
+    ) -> None:
+        self.A = torch.zeros(*matrices, 0, n_in, dtype=dtype, device=device)
+        self.B = torch.zeros(*matrices, 0, n_out, dtype=dtype, device=device)
         self.rank = 0
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (rank x in) and B (out x rank) of all links together; their scalings are in B."""
-        return self.A[: self.rank], self.B[: self.rank].T
+        return self.A[..., : self.rank, :], self.B[..., : self.rank, :].mT
 
     @property
     def nbytes(self) -> int:
@@ -53,24 +56,25 @@ class Stack:
 
     def reserve(self, rank: int) -> None:
         """Allocates memory for this total rank and copies the rows in use; up to it, nothing is allocated again."""
-        if rank <= len(self.A):
+        if rank <= self.A.shape[-2]:
             return
         with torch.inference_mode(False):  # for a knot in a validation: the next training step uses these tensors
-            A, B = (factor.new_zeros(rank, factor.shape[1]) for factor in (self.A, self.B))
-        A[: self.rank], B[: self.rank] = self.A[: self.rank], self.B[: self.rank]
+            A, B = (factor.new_zeros(*factor.shape[:-2], rank, factor.shape[-1]) for factor in (self.A, self.B))
+        for mine, theirs in ((A, self.A), (B, self.B)):
+            mine[..., : self.rank, :] = theirs[..., : self.rank, :]
         self.A, self.B = A, B
 
     @torch.no_grad()
     def push(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Adds a link: ``lora_A`` is rank x in, ``lora_B`` out x rank."""
-        end = self.rank + len(lora_A)
+        end = self.rank + lora_A.shape[-2]
         self.reserve(end)
         wide = torch.promote_types(lora_B.dtype, self.B.dtype)
         lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, wide) * scaling
         # B is small compared with A: fp16 would store it as subnormal numbers. Scaling by a power of two is exact.
         shift = torch.exp2(torch.log2(_size(lora_A) / _size(lora_B)).div(2).round())
-        self.A[self.rank : end] = lora_A / shift
-        self.B[self.rank : end] = lora_B.T * shift
+        self.A[..., self.rank : end, :] = lora_A / shift
+        self.B[..., self.rank : end, :] = lora_B.mT * shift
         self.rank = end
 
     def clear(self) -> None:
@@ -79,7 +83,9 @@ class Stack:
         self.B.zero_()
         self.rank = 0
 
-    def add_to(self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear) -> Tensor:
+    def add_to(
+        self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear, *more: Tensor
+    ) -> Tensor:
         """The sum of the layer's outputs ``y`` and the links' outputs for the inputs ``x``.
 
         Args:
@@ -87,14 +93,16 @@ class Stack:
             x: ... x in.
             project_down: how the layer multiplies its inputs by A; in a linear layer, along the last dimension.
             project_up: how it multiplies the result by B.
+            *more: what both need besides, such as which rows are which expert's.
         """
         A, B = self.A, self.B
         if not torch.compiler.is_compiling():  # compiled, all of it: a constant shape needs no recompilation
-            A, B = A[: self.rank], B[: self.rank]
+            A, B = A[..., : self.rank, :], B[..., : self.rank, :]
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone
             A, B = A.to(y.dtype), B.to(y.dtype)
-        return y + project_up(project_down(x, A), B.T) if len(A) else y  # nested tensors support no other product than linear
+        # Nested tensors support no other product than linear.
+        return y + project_up(project_down(x, A, *more), B.mT, *more) if A.shape[-2] else y
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""

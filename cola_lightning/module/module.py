@@ -63,6 +63,8 @@ class COLAModule(LightningModule, RecordsArguments):
     Args:
         target_modules: layers to adapt, by PEFT's rule: a regular expression for the whole name, a list of name suffixes,
             or ``all-linear`` (the default). ``null`` trains every parameter without links: full fine-tuning, for comparisons.
+        experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts, each expert with a link
+            of its own: rank times experts is many parameters, and the log says how many. ``target_modules`` may name them, too.
         rank: largest rank of a link.
         alpha: a link's update is scaled by ``alpha / rank``.
         dropout: probability of dropping an input of A while training.
@@ -117,6 +119,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self,
         *,
         target_modules: str | list[str] | None = "all-linear",
+        experts: bool = False,
         rank: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
@@ -166,6 +169,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
         # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
         self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
+        self.link_options["experts"] = experts
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(restore_nested)  # type: ignore[no-untyped-call]

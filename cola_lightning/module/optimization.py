@@ -218,17 +218,17 @@ class LinkOptimization:
                 group["lr"] = rate * self._lr_factor(scheduler.last_epoch)
 
 
-def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[slice, ...]]:
+def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[Any, ...]]:
     """By the id of each factor: the entries that the last finished link and the current one share, up to their rank."""
-    entries: dict[int, tuple[slice, ...]] = {}
+    entries: dict[int, tuple[Any, ...]] = {}
     for layer in adapted.layers.values():
         used = slice(min([layer.rank, *(link.rank for link in adapted.chain.links[-1:])]))
-        entries |= {id(layer.lora_A): (used,), id(layer.lora_B): (slice(None), used)}
+        entries |= {id(layer.lora_A): (..., used, slice(None)), id(layer.lora_B): (..., used)}
     return entries
 
 
 @torch.no_grad()
-def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[slice, ...]]) -> None:
+def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[Any, ...]]) -> None:
     """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
     Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
@@ -273,7 +273,7 @@ def refuse_state(optimizer: Optimizer, factors: Container[int]) -> None:
                 )
 
 
-def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[slice, ...]) -> dict[str, Any]:
+def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[Any, ...]) -> dict[str, Any]:
     """A state whose moments are 0 but for the used entries with the largest first moments; what is no moment unchanged."""
     is_used = torch.zeros_like(parameter, dtype=torch.bool)
     is_used[used] = True
