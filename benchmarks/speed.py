@@ -193,14 +193,15 @@ def measure_experts(config: Qwen3MoeConfig, lengths: Sequence[int], repeats: int
 
 def peak_above(make_step: Callable[..., Work], *of: object) -> float:
     """The peak memory of this process over a few steps, above what it holds now: to be called in a new one."""
-
-    def mib(field: str) -> float:  # Linux's own count: getrusage gives a child its parent's peak, where that is larger
-        (kib,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(kib) / 1024
-
     libraries = mib("VmRSS")
     take_turns({"step": make_step(*of)}, repeats=1)
     return mib("VmHWM") - libraries
+
+
+def mib(field: str) -> float:
+    """What this process holds (``VmRSS``) or has held at most (``VmHWM``): getrusage gives a child its parent's peak, too."""
+    (kib,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kib) / 1024
 
 
 def measure(config: OPTConfig, chained: OPTConfig, lengths: Sequence[int], repeats: int) -> Iterator[Result]:
