@@ -196,6 +196,7 @@ PRODUCED = {
     ("docs/speed.md", "| task | command |"): rows_of("commands"),
     ("docs/speed.md", "| | task |"): rows_of("prompts"),
     ("docs/speed.md", "| | start |"): rows_of("rows"),
+    ("docs/speed.md", "| vocabulary |"): rows_of("vocabulary"),
     ("docs/speed.md", "| GPU | model |"): rows_of_gpu("rows"),
     ("docs/scaling.md", "| GiB on a GPU |"): rows_of_gpu("rows_of_memory"),
     ("docs/results.md", "| | LoRA |"): rows_of_digits,

@@ -47,7 +47,7 @@ def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
 
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
     vocabulary = importlib.import_module("vocabulary")
-    cola, whole = (vocabulary.peak_mib(name, 32_000, 300, 64) for name in ("cola", "transformers"))
+    cola, whole = (vocabulary.peak_above_model(name, 32_000, 300, 64) for name in ("cola", "transformers"))
     assert 64 < cola <= SLACK * vocabulary.MEMORY_LIMIT * whole
 
 
