@@ -23,7 +23,6 @@ import itertools
 import logging
 import multiprocessing
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -39,6 +38,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that this process never 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lines import Lines, show
+from memory import mib
 from scale import ALPHA, MODELS, RANK, TARGETS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -255,8 +255,7 @@ def peak_gib(device: str) -> float:
     """The peak of what was allocated on the GPU, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kib) / 2**20
+    return mib("VmHWM") / 2**10
 
 
 def measure(made: Config, device: str) -> Config:

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lines import Lines, show
+from memory import mib
 
 PROMPT, RESPONSE = 60, 157  # tokens, on average
 BATCH_SIZE = 8
@@ -116,9 +117,7 @@ def measure(side: str, folder: Path) -> None:
     before, start = time.process_time(), time.perf_counter()
     n_rows = SIDES[side](folder, tokenizer)
     seconds, by_clock = time.process_time() - before, time.perf_counter() - start
-    # Linux's own count: getrusage gives a child its parent's peak, where that is larger.
-    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    print(json.dumps({"rows": n_rows, "seconds": seconds, "by_clock": by_clock, "mb": int(kib) * 1024 / 1e6}))
+    print(json.dumps({"rows": n_rows, "seconds": seconds, "by_clock": by_clock, "mb": mib("VmHWM") * 2**20 / 1e6}))
 
 
 # ---------------------------------------------------------------------- the command

@@ -18,7 +18,6 @@ above the model's weights, too.
 import argparse
 import logging
 import multiprocessing
-import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from timeit import timeit
 import torch
 from lightning.pytorch import Trainer
 from lines import Lines, show
+from memory import mib
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -196,12 +196,6 @@ def peak_above(make_step: Callable[..., Work], *of: object) -> float:
     libraries = mib("VmRSS")
     take_turns({"step": make_step(*of)}, repeats=1)
     return mib("VmHWM") - libraries
-
-
-def mib(field: str) -> float:
-    """What this process holds (``VmRSS``) or has held at most (``VmHWM``): getrusage gives a child its parent's peak, too."""
-    (kib,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kib) / 1024
 
 
 def measure(config: OPTConfig, chained: OPTConfig, lengths: Sequence[int], repeats: int) -> Iterator[Result]:

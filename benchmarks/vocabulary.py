@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from lines import Lines, show
-from speed import Work, mib, ratio, take_turns, training_step
+from memory import mib
+from speed import Work, ratio, take_turns, training_step
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -58,17 +58,8 @@ def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
             experts, _, projection = name.rpartition(".")
             wrapper = wrappers[f"{experts}{'' if projection == 'down_proj' else '.base_layer'}.lora_A"]
             layer.lora_A.copy_(wrapper.lora_A["default"].weight.view_as(layer.lora_A))
-    optimizers = [AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in (ours, theirs)]
-    for _ in range(20):
-        tokens = torch.randint(40, (4, 12))
-        losses = []
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for mine, other in tiny.losses_of_both(ours, theirs, steps=20):
+        assert mine == pytest.approx(other, abs=1e-5)
     strip_lora(ours, merge=True)
     merged, before = theirs.merge_and_unload().state_dict(), base(architecture).state_dict()
     for name, value in ours.state_dict().items():

@@ -177,6 +177,20 @@ def with_live_link(module):
     return module
 
 
+def losses_of_both(ours, theirs, steps):
+    """Steps of AdamW on the same random tokens: the losses of both models before each."""
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in (ours, theirs)]
+    for _ in range(steps):
+        tokens, losses = torch.randint(40, (4, 12)).to(ours.device), []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        yield losses
+
+
 def plain_scores(module, example, max_length=None):
     """The mean log-probability of each option's tokens, one option at a time, padded on the right, with all logits."""
     tokenizer, scores = module.tokenizer, []

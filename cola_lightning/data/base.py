@@ -303,9 +303,11 @@ class EpochDataModule(LightningDataModule, ABC):
         return isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
 
     def _evaluation_loader(self, data: Any, limit: str) -> EpochLoader:
+        return self._loader(data, self.eval_batch_size, self._evaluation_order(data, limit))
+
+    def _evaluation_order(self, data: Any, limit: str) -> list[int]:
         # Under a limit, the first rows, not the longest: those could all have one label, whose rows are long.
-        order = self._by_length(data) if self._takes_all(limit) else list(range(len(data)))
-        return self._loader(data, self.eval_batch_size, order)
+        return self._by_length(data) if self._takes_all(limit) else list(range(len(data)))
 
     def _by_length(self, data: Any) -> list[int]:
         if type(self).length is EpochDataModule.length:  # all alike: no row need be read

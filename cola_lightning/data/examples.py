@@ -248,15 +248,18 @@ class OptionBatches(TokenizedDataModule):
     @override
     def val_dataloader(self) -> EpochLoader:
         trainer, n_rows = self.trainer, self.generate_rows
-        if n_rows is None or trainer is None or trainer.state.fn != "fit":
-            return super().val_dataloader()
-        if not getattr(trainer.lightning_module, "generate_in_validation", False):
+        if (
+            n_rows is None
+            or trainer is None
+            or trainer.state.fn != "fit"
+            or not getattr(trainer.lightning_module, "generate_in_validation", False)
+        ):
             return super().val_dataloader()
         n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
         n_asked = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
         asked = set(random.Random(self.split_seed).sample(range(len(self.val)), min(n_asked, len(self.val))))
         rows = [row if place in asked else replace(row, prompt_ids=[]) for place, row in enumerate(self.val)]
-        order = sorted(self._by_length(rows), key=lambda place: place not in asked)
+        order = sorted(self._evaluation_order(rows, "limit_val_batches"), key=lambda place: place not in asked)
         repeated = order[: -len(rows) % n_processes]  # as a sampler would, but without their answers
         order += range(len(rows), len(rows) + len(repeated))
         rows += [replace(rows[place], prompt_ids=[]) for place in repeated]

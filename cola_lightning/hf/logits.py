@@ -68,10 +68,8 @@ def forward(model: Any, batch: Batch, keep: int | Tensor) -> Any:
 def kept(model: Any, values: Tensor, keep: int | Tensor) -> Tensor:
     """The values at the requested positions, of a head's input or output: rows x positions x size."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return values
-    return (
-        values[:, -keep:] if isinstance(keep, int) else values[:, keep]
-    )  # an older architecture's head has seen all positions
+        return values  # of these alone: an older architecture's head has seen all positions
+    return values[:, -keep:] if isinstance(keep, int) else values[:, keep]
 
 
 def router_loss(model: Any, output: Any) -> Tensor | float:

@@ -168,8 +168,8 @@ class COLAModule(LightningModule, RecordsArguments):
         self.init_links = None if init_links is None else int(init_links)
         self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
         # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
-        self.link_options: dict[str, Any] = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init}
-        self.link_options["experts"] = experts
+        options = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init, "experts": experts}
+        self.link_options: dict[str, Any] = options
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(restore_nested)  # type: ignore[no-untyped-call]
