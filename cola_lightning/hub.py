@@ -64,11 +64,17 @@ def quiet() -> Iterator[None]:
             hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
-def upload(folder: Path, repo_id: str) -> str:
-    """Uploads a folder to a model repository, which is created if necessary; returns its URL."""
+def upload(folder: Path, repo_id: str, *, is_public: bool = False) -> str:
+    """Uploads a folder to a model repository; returns its URL.
+
+    Args:
+        folder: the folder.
+        repo_id: the repository, which is created if necessary; one that exists stays public or private.
+        is_public: whether a new repository is public.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    address = str(api.create_repo(repo_id, exist_ok=True))
+    address = str(api.create_repo(repo_id, private=not is_public, exist_ok=True))
     api.upload_folder(repo_id=repo_id, folder_path=folder)
     return address

@@ -94,12 +94,46 @@ def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_
     assert not Path("runs/version_2").exists()
 
 
+def test_last_is_the_newest_run_with_the_same_model_data_and_chain(capfd):
+    """The newest of all may be of another model."""
+    assert fit() == 0
+    assert fit("--model.rank", "2", "--trainer.max_epochs", "1") == 0
+    capfd.readouterr()
+    assert fit("--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    assert f"ckpt_path: {Path(LAST).absolute()}" in capfd.readouterr().out
+
+
+def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert fit("--trainer.max_epochs", "1") == 0
+    assert "parameters are trained" not in capfd.readouterr().out
+
+
+def test_a_failure_in_an_environment_below_a_folder_named_lightning_has_its_traceback(tmp_path):
+    """Only Lightning's own refusals are one line."""
+    folder = tmp_path / "lightning" / "site-packages"
+    folder.mkdir(parents=True)
+    (folder / "other_library.py").write_text(
+        "from benchmarks.digits_model import COLADigits\n\nclass Failing(COLADigits):\n    def setup(self, stage):\n"
+        "        raise ValueError('a bug of this library')\n"
+    )
+    program = f"""
+import sys
+sys.path.append({str(folder)!r})
+from cola_lightning.cli import main
+sys.exit(main(["fit", "--config", {DIGITS!r}, "--model", "other_library.Failing"]))
+"""
+    done = forked.run("-c", program, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr
+
+
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
     Path("hpmod.py").write_text(
         "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
-    further = ["--ckpt_path", "last", "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
+    further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
     assert [fit("--model", "hpmod.Saving"), fit("--model", "hpmod.Saving", *further)] == [0, 0]
     assert "model.optimizer: from here on lr 0.02 -> 0.9" in capfd.readouterr().out
     assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
@@ -120,7 +154,7 @@ def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeyp
     folder = files["last.ckpt"].parent.parent
     assert folder.is_relative_to("home/x")
     assert {name for name, path in files.items() if path.is_relative_to(folder)} == set(files)
-    assert run("test", "--config", DIGITS, *given, "--ckpt_path", "last") == 0
+    assert run("test", "--config", DIGITS, *FAST, *given, "--ckpt_path", "last") == 0
 
 
 def test_without_a_logger_everything_goes_to_the_root_folder():

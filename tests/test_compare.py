@@ -364,6 +364,18 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert not list(folder.rglob("*.ckpt"))
 
 
+@pytest.mark.usefixtures("here")
+def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
+    keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
+    fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
+    assert compare(tmp_path, "--metric", "val_accuracy", methods="[cola]", seeds=1, fit=fit) == 0
+    (line,) = lines(tmp_path)
+    values = [value for _, value in line["curve"]]
+    assert values[0] < values[1]
+    assert line["validation"] == values[0]
+    assert line["links"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "fit", "message"),
     [

@@ -226,10 +226,11 @@ def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
 
 
 def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeypatch, capsys):
-    seen = {}
+    seen, is_private = {}, []
 
     class Api:
-        def create_repo(self, repo_id, exist_ok):
+        def create_repo(self, repo_id, private, exist_ok):
+            is_private.append(private)
             return f"https://huggingface.co/{repo_id}"
 
         def upload_folder(self, repo_id, folder_path):
@@ -240,7 +241,9 @@ def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeyp
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "end.ckpt")
     words = ["--checkpoint", str(tmp_path / "end.ckpt"), "--output", str(tmp_path / "out"), "--format", "merged"]
-    assert main(["export", *words, "--license", "mit", "--push_to_hub", "me/tuned"]) == 0
+    words += ["--license", "mit", "--push_to_hub", "me/tuned"]
+    assert main(["export", *words]) == main(["export", *words, "--public", "--overwrite"]) == 0
+    assert is_private == [True, False]
     assert {"README.md", "config.json", "model.safetensors"} <= seen["me/tuned"]
     assert "https://huggingface.co/me/tuned" in capsys.readouterr().out.splitlines()[-1]
     assert card(tmp_path / "out")[0]["license"] == "mit"

@@ -19,6 +19,7 @@ from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.study.methods import method
 from tests import tiny
 from tests.test_cli_language import make_language_folder
+from tests.test_lightning_habits import PlainToy
 from tests.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 
 # ---------------------------------------------------------------------- on the command line
@@ -52,6 +53,7 @@ MISTAKES = [
     (FIT + "--config typo.yaml", ".*'trainer.max_epoch'"),
     (FIT + "--links 2", "links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path nope.ckpt", "ckpt_path: .*'nope.ckpt'"),
     (f"test --config {DIGITS} --ckpt_path a_file", "ckpt_path: "),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
@@ -74,6 +76,7 @@ MISTAKES = [
     ("generate --checkpoint nowhere --prompt It", "checkpoint: .*'nowhere'"),
     (f"export --checkpoint {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
     (f"export --checkpoint {LAST} --format chain --output runs --overwrite", "output: "),
+    (f"export --checkpoint {LAST} --format chain --output out --public", "public: "),
     (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + "--metric val_mse", "mode: "),
@@ -124,7 +127,8 @@ def module(**arguments):
 
 
 def fit(chain=(), trainer_arguments=(), **arguments):
-    trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | dict(trainer_arguments)).fit(toy(**arguments), batches())
+    module = PlainToy() if arguments.get("cls") is PlainToy else toy(**arguments)
+    trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | dict(trainer_arguments)).fit(module, batches())
 
 
 def inject(is_adapted=False, **arguments):
@@ -185,6 +189,8 @@ REFUSALS = {
     ChainSchedule: [
         ({"at_steps": [0, 3]}, r"chain\.at_steps"),
         ({"ranks": [4, 0]}, r"chain\.ranks"),
+        ({"ranks": [0.5]}, r"chain\.ranks"),
+        ({"alphas": [0]}, r"chain\.alphas"),
     ],
     ChainOfLoRA: [
         ({"patience": 0}, r"chain\.patience"),
@@ -206,7 +212,8 @@ REFUSALS = {
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
         ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r"model\.knot_warmup_steps"),
-        ({"trainer_arguments": {"max_epochs": -1, "max_time": {"minutes": 1}}}, r"model\.lr_schedule"),
+        ({"trainer_arguments": {"max_epochs": -1, "max_time": {"minutes": 1}}}, r"model\.lr_schedule: trainer\.max_steps"),
+        ({"cls": PlainToy}, "model: COLAModule"),
         ({"modules_to_save_lr": 0.1}, r"model\.modules_to_save_lr"),
         ({"cls": type("Manual", (Toy,), {"automatic_optimization": False})}, "model: automatic_optimization"),
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),

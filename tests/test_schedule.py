@@ -359,20 +359,22 @@ def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("chain", "arguments", "loader"),
+    ("chain", "arguments", "loader", "advice"),
     [
-        ({"patience": 2}, {}, batches()),
-        ({"patience": 2}, {"lr_schedule": "constant", "warmup_steps": 0.1}, batches()),
-        ({"patience": 2}, {"schedule_scope": "run", "knot_warmup_steps": 0.5}, batches()),
-        ({"every_n_epochs": 1}, {}, ONCE),
-        ({"every_n_train_steps": 3}, {"schedule_scope": "run"}, ENDLESS),
-        ({"knots": 3}, {"lr_schedule": "constant"}, ENDLESS),
+        ({"patience": 2}, {}, batches(), {"schedule_scope": "run"}),
+        ({"patience": 2}, {"lr_schedule": "constant", "warmup_steps": 0.1}, batches(), {"schedule_scope": "run"}),
+        ({"patience": 2}, {"schedule_scope": "run", "knot_warmup_steps": 0.5}, batches(), {"knot_warmup_steps": 1}),
+        ({"every_n_epochs": 1}, {}, ONCE, {"max_steps": 12, "schedule_scope": "run"}),
+        ({"every_n_train_steps": 3}, {"schedule_scope": "run"}, ENDLESS, {"max_steps": 12}),
+        ({"knots": 3}, {"lr_schedule": "constant"}, ENDLESS, {"max_steps": 12}),
     ],
     ids=["decay", "share of a link", "share after a knot", "epochs without a length", "endless data", "share of endless data"],
 )
-def test_a_schedule_of_an_unknown_length_is_refused(tmp_path, chain, arguments, loader):
-    with pytest.raises(UserError, match=r"^chain\.knots: " if "knots" in chain else r"^model\.lr_schedule: expected constant"):
-        rates(tmp_path, chain, loaders=[loader, batches(1)], fit={"max_epochs": 1}, **arguments)
+def test_a_schedule_of_an_unknown_length_is_refused_with_advice_that_works(tmp_path, chain, arguments, loader, advice):
+    with pytest.raises(UserError, match=".*".join(advice)):
+        rates(tmp_path, chain, loaders=[loader, batches(1)], fit={"max_epochs": 2}, **arguments)
+    fit = {"max_epochs": 2} | {name: advice.pop(name) for name in list(advice) if name == "max_steps"}
+    assert rates(tmp_path, chain, loaders=[loader, batches(1)], fit=fit, **arguments | advice)
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])

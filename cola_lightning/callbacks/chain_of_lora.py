@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
@@ -16,10 +16,8 @@ from typing_extensions import override
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, Plateau
 from cola_lightning.errors import UserError
+from cola_lightning.module import COLAModule
 from cola_lightning.module.knot import begin_at
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +106,7 @@ class ChainOfLoRA(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule)
-        self.module = cast("COLAModule", pl_module)
+        self.module = cast(COLAModule, pl_module)
         self._asked_at = self._last_step = None
         if stage == "fit":
             self.module.schedule = self.schedule
@@ -221,6 +219,8 @@ def check_strategy(strategy: Strategy) -> None:
 
 def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
     """Refuses, before training, a trainer or module with which a chain would be wrong."""
+    if not isinstance(module, COLAModule):
+        raise UserError(f"model: expected a COLAModule, in which ChainOfLoRA ties knots, received a {type(module).__name__}")
     check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder | StochasticWeightAveraging | WeightAveraging):
@@ -232,6 +232,6 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
     if module.target_modules is None and schedule.has_knots:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    largest = cast(int, module.max_rank)
+    largest = module.max_rank
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")

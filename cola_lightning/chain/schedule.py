@@ -127,9 +127,10 @@ class ChainSchedule:
             object.__setattr__(self, "knots_unknown", True)
         if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
             raise UserError(f"chain.until: expected a share between 0 and 1, with chain.knots, received {self.until:g}")
-        for name, values in (("ranks", self.ranks), ("alphas", self.alphas)):
-            if not all(0 < value < math.inf for value in values or ()):
-                raise UserError(f"chain.{name}: expected numbers above 0, received {values}")
+        if not all(rank >= 1 and rank % 1 == 0 for rank in self.ranks or ()):
+            raise UserError(f"chain.ranks: expected whole numbers from 1, received {self.ranks}")
+        if not all(0 < alpha < math.inf for alpha in self.alphas or ()):
+            raise UserError(f"chain.alphas: expected numbers above 0, received {self.alphas}")
 
     @property
     def has_knots(self) -> bool:

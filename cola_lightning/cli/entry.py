@@ -7,7 +7,7 @@ Only what a subcommand needs is imported: ``inspect`` needs neither lightning no
 """
 
 import contextlib
-import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -90,7 +90,10 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
     """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
-    is_lightnings = "lightning" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    found = importlib.util.find_spec("lightning")
+    folders = (found and found.submodule_search_locations) or ()
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_lightnings = any(raised_in.is_relative_to(folder) for folder in folders)
     kinds = TypeError | ValueError | RuntimeError | ImportError
     return is_lightnings and (isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException")
 
@@ -109,7 +112,9 @@ class ConsoleHandler(logging.Handler):
 def _logging() -> Iterator[None]:
     package, handler = logging.getLogger("cola_lightning"), ConsoleHandler()
     level = package.level
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # Of a launcher: torchrun and Lightning's own, Slurm, LSF. The first that is set counts, as in Lightning.
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    if next(filter(None, ranks), "0") == "0":
         package.addHandler(handler)
     package.setLevel(logging.INFO)
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
 from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, command_parser, parsed
+from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet, upload
 
 
@@ -46,11 +47,14 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument(
         "--push_to_hub",
         metavar="ID",
-        help="upload the folder to this model repository of the Hugging Face hub",
+        help="upload the folder to this model repository of the Hugging Face hub; a new one is private",
     )
+    parser.add_argument("--public", action="store_true", help="with push_to_hub: a new repository is public")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
     options = parsed(parser, words)
+    if options.public and options.push_to_hub is None:
+        raise UserError("public: expected push_to_hub with it, received none")
     from cola_lightning.export.module import export_module
     from cola_lightning.export.verify import ExportOptions
     from cola_lightning.module import COLAModule, find_class
@@ -73,4 +77,4 @@ def export(words: Sequence[str]) -> None:
     print("\n".join(lines))
     print(f"written: {asked.folder}")
     if options.push_to_hub is not None:
-        print(f"uploaded: {upload(asked.folder, options.push_to_hub)}")
+        print(f"uploaded: {upload(asked.folder, options.push_to_hub, is_public=options.public)}")

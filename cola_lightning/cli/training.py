@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class COLACLI(LightningCLI):
         return [args for args in given if args is not None and args.get("save_dir") is not None]
 
     def _open_checkpoint(self) -> None:
-        """Checks the checkpoint before anything is created; ``last`` is the newest ``last.ckpt`` of the runs in this folder."""
+        """Checks the checkpoint before anything is created; ``last`` is that of the newest run here with the same options."""
         config = self.config[self.subcommand]
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
@@ -148,11 +148,31 @@ class COLACLI(LightningCLI):
                 places += folder.glob(f"{run}/checkpoints/last.ckpt")
             if not (found := [place for place in places if place.is_file()]):
                 raise UserError(f"ckpt_path: expected the last.ckpt of an earlier run in {str(root)!r}, received none there")
-            config.ckpt_path = str(max(found, key=lambda place: place.stat().st_mtime))
+            config.ckpt_path = str(self._newest_of_same_run(found))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
+
+    def _newest_of_same_run(self, places: Sequence[Path]) -> Path:
+        """The newest of some checkpoints whose run had this command's model, data and chain.
+
+        Raises:
+            UserError: if there is none; it lists the newest, each with an option that differs.
+        """
+        mine = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+        others = []
+        for place in sorted(places, key=lambda place: place.stat().st_mtime, reverse=True):
+            theirs = read_yaml(place.parent.parent / "config.yaml")
+            groups = {name: theirs.get(name) for name in ("model", "data", "chain")} if isinstance(theirs, dict) else None
+            different = "no config.yaml" if groups is None else next((one for one, *_ in differences(mine, groups)), None)
+            if different is None:
+                return place
+            others.append(f"{place} ({different})")
+        raise UserError(
+            "ckpt_path: expected a run with the same options of model, data and chain for last, received others, each "
+            f"with what differs: {', '.join(others[:5])}"
+        )
 
     def _check_links(self) -> None:
         """Refuses ``links`` without a chain to select them from; passes those of ``init_chain`` on to the module."""
@@ -247,12 +267,31 @@ def names_class(group: str, words: Sequence[str]) -> bool:
         return True
     for option, path in itertools.pairwise(parts):
         if option in ("-c", "--config"):
-            with contextlib.suppress(OSError, AttributeError, yaml.YAMLError, UnicodeDecodeError):  # said where it is parsed
-                config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-                given = [one.get(group) for one in (config, *config.values()) if isinstance(one, dict)]  # of a subcommand, too
-                if any(isinstance(one, str) or (isinstance(one, dict) and "class_path" in one) for one in given):
-                    return True
+            config = read_yaml(Path(path).expanduser())
+            sections: list[Any] = [config, *config.values()] if isinstance(config, dict) else []  # of a subcommand, too
+            given = [one.get(group) for one in sections if isinstance(one, dict)]
+            if any(isinstance(one, str) or (isinstance(one, dict) and "class_path" in one) for one in given):
+                return True
     return False
+
+
+def read_yaml(path: Path) -> Any:
+    """What a configuration file holds; None if it cannot be read, which is said where it is parsed."""
+    with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return None
+
+
+def differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
+
+    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
+    """
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
+        for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
+            yield from differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
+    elif mine != theirs and not (mine is None and theirs is False):  # a switch that no longer exists was off
+        yield name, mine, theirs
 
 
 def as_texts(words: Sequence[str]) -> list[str]:

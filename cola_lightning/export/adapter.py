@@ -19,7 +19,7 @@ from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, loading_again, reference_of
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, lies_in
 from cola_lightning.lora.layer import is_quantized
@@ -111,7 +111,8 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", for no input is known" if options.verify else "")]
-        loaded = PeftModel.from_pretrained(base.model, str(partial))
+        with loading_again():
+            loaded = PeftModel.from_pretrained(base.model, str(partial))
         return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 

@@ -15,7 +15,7 @@ from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, reference_of
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, loading_again, reference_of
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.weights import cast_floats, deep_copy
@@ -87,7 +87,8 @@ def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
         write_files(chain.links, chain.base, partial)
         if not options.verify:
             return ["not compared"]
-        again = Chain.load(partial)
+        with loading_again():
+            again = Chain.load(partial)
         if len(again) != len(chain) or not again.is_beginning_of(chain):
             raise ExportError("the chain was loaded again with other factors than were written: it is not kept")
         return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
@@ -119,14 +120,16 @@ def _export_merged(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
             save_file(tensors, partial / STATE_DICT_NAME)
-        if not options.verify:
-            line = "not compared"
-        elif is_of_transformers:
-            line = _compare(model, type(model).from_pretrained(partial, dtype=model.dtype), reference)
-        else:
-            again = copy.deepcopy(model)
-            again.load_state_dict(load_file(partial / STATE_DICT_NAME))
+        if options.verify:
+            with loading_again():
+                if is_of_transformers:
+                    again = type(model).from_pretrained(partial, dtype=model.dtype)
+                else:
+                    again = copy.deepcopy(model)
+                    again.load_state_dict(load_file(partial / STATE_DICT_NAME))
             line = _compare(model, again, reference)
+        else:
+            line = "not compared"
     was_quantized = is_quantized_model(adapted.model)
     return [line, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else [line]
 

@@ -4,13 +4,15 @@ import importlib.util
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cola_lightning.adapted_model import AdaptedModel
@@ -71,6 +73,19 @@ class ExportOptions:
             raise UserError(
                 f"output: expected a folder that does not hold the base or the checkpoint, received {str(self.folder)!r}"
             )
+
+
+@contextmanager
+def loading_again() -> Iterator[None]:
+    """Inside the block, an export that cannot be read becomes an ExportError: no disk is full, as where it is written.
+
+    Raises:
+        ExportError: with the library's message.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # transformers raises the former for a file that lacks something, too
+        raise ExportError(f"the export could not be loaded again: it is not kept ({one_line(str(error))})") from error
 
 
 # ---------------------------------------------------------------------- logits

@@ -92,6 +92,14 @@ def _full_float32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+class LinkDropout(nn.Dropout):
+    """Dropout that also takes complex inputs, which torch's does not: it drops real and imaginary parts together."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(torch.ones_like(x.real)) if x.is_complex() else super().forward(x)
+
+
 class LoRALayer(nn.Module):
     """Base class of adapted layers. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
 
@@ -200,7 +208,7 @@ class LoRALayer(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
         adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
-        adapted.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        adapted.lora_dropout = LinkDropout(dropout) if dropout else nn.Identity()
         adapted.init, adapted.rank, adapted.alpha = init, rank, alpha
         adapted.reset()
         return adapted
@@ -270,12 +278,12 @@ class LoRALayer(nn.Module):
         """
         x, *more = (*inputs, *named.values())
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        is_index = not x.is_floating_point()  # for a lookup: no cast, no dropout
+        is_index = not (x.is_floating_point() or x.is_complex())  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
         lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
             lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
-            x = x if is_index else x.to(self.dtype)
+            x = x.to(self.dtype) if x.is_floating_point() else x
         hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
         hidden = hidden * self.scaling  # here, where it is smallest
         y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)

@@ -175,14 +175,22 @@ class LinkOptimization:
         Args:
             run: length of the fit, if it has an end; the lengths of its links are decided during training.
         """
-        is_known = self.schedule_scope == "run" and run.end_step < math.inf
+        if self._scheduler is None:
+            return
+        missing = ["trainer.max_steps"] if run.end_step == math.inf else []
+        if self.schedule_scope == "link" and self.run.schedule.has_unknown_lengths(run):
+            missing.append("model.schedule_scope run")
         of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-        if self._scheduler is not None and ((of_length and not is_known) or 0 < self.knot_warmup_steps < 1):
+        if of_length and (missing or self.schedule_scope == "link"):
             raise UserError(
-                "model.lr_schedule: expected constant, or model.schedule_scope run with max_epochs or max_steps, and warm-ups "
-                "in steps, where a link's length is not known beforehand (chain.patience, an overridden should_tie, endless "
-                f"data), received {self.lr_schedule}, warm-ups of {self.warmup_steps:g} and, after knots, "
-                f"{self.knot_warmup_steps:g}"
+                f"model.lr_schedule: expected {' and '.join(missing)}, as the length of the run or of its links is not known "
+                f"beforehand, or constant with model.warmup_steps in steps; received {self.lr_schedule} with warmup_steps "
+                f"{self.warmup_steps:g}"
+            )
+        if 0 < self.knot_warmup_steps < 1:
+            raise UserError(
+                "model.knot_warmup_steps: expected a number of steps, as the length of a link is not known beforehand, "
+                f"received the share {self.knot_warmup_steps:g}"
             )
 
     def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:

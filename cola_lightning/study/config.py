@@ -3,13 +3,13 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from cola_lightning.callbacks import RunWatch
-from cola_lightning.cli.training import COLACLI
+from cola_lightning.cli.training import COLACLI, differences
 from cola_lightning.errors import UserError
 
 
@@ -48,18 +48,6 @@ def check_same(mine: Mapping[str, Any], known: Mapping[str, Any], where: str) ->
     Raises:
         UserError: if they differ.
     """
-    for name, received, expected in _differences(mine, known):
+    for name, received, expected in differences(mine, known):
         same = f"{name}: {expected!r}, as in {where}"
         raise UserError(f"config: expected {same}, received {received!r}; a different study needs another output")
-
-
-def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
-
-    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
-    """
-    if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
-        for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
-            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
-    elif mine != theirs and not (mine is None and theirs is False):  # a switch that no longer exists was off
-        yield name, mine, theirs

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -185,6 +186,11 @@ def run(folder: str) -> int:
                 links = module.full_chain().links
                 knots = [link.end_step for link in links[:-1]]
                 facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
+            keeping = [
+                one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor is not None
+            ]
+            kept = [one.best_model_path for one in keeping]
+            how["ckpt_path"] = next(filter(None, kept), None)  # the best, where the config keeps them; else what is in memory
             of_loaders = [*trainer.validate(module, **how), *trainer.test(module, **how)]
             found = {name: value for metrics in of_loaders for name, value in metrics.items()}
     for name in (metric, of_test):
