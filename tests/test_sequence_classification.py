@@ -254,3 +254,15 @@ def test_another_number_of_labels_than_the_datas_is_refused(tmp_path):
     for module in (classifier(tmp_path, num_labels=2), made):
         with pytest.raises(UserError, match=r"model\.num_labels: expected 3, the data's labels great"):
             trainer(tmp_path, max_steps=1).fit(module, datamodule=data_of(tmp_path / "rows.jsonl", NAMED))
+
+
+def test_a_value_of_a_batch_that_the_model_does_not_take_is_named(tmp_path):
+    module = classifier(tmp_path)
+    module.configure_model()
+    module.eval()
+    ids = torch.full((2, 5), 7)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+    expected = module.step(batch).loss
+    assert module.step(batch | {"inputs_embeds": None}).loss == expected
+    with pytest.raises(UserError, match="batch: RobertaForSequenceClassification does not take length"):
+        module.step(batch | {"length": [5, 5]})

@@ -17,8 +17,10 @@ from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
 from cola_lightning.hf.generation import generate
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
+    BY_TOKEN,
     Batch,
     check_decoder,
+    check_taken,
     evaluating,
     has_router_loss,
     logits_and_router_loss,
@@ -28,7 +30,11 @@ from cola_lightning.hf.logits import (
     takes_mask_of_pairs,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
+from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of
 from cola_lightning.seeding import derive_seed, seeded
+
+# What the module itself reads of a language-model batch, besides its tokens.
+READ_HERE = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
 
 
 class COLACausalLM(LanguageModule):
@@ -43,9 +49,11 @@ class COLACausalLM(LanguageModule):
       A batch may request another ``metric``: ``f1`` or ``matthews_corrcoef`` of options, one of the two of answers;
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 for tokens without
       loss: the loss is the mean over the other tokens, by default over those of all batches of an optimizer step
-      (``loss_average``). Any Hugging Face collator makes them. An ``attention_mask`` of four dimensions, as for
-      packed sequences, masks pairs of tokens; ``position_ids`` go with it. A model in which it does not separate sequences
-      (a sliding window, a state-space or convolution layer, Bloom) is refused at the first such batch. Predict takes prompts
+      (``loss_average``). Any Hugging Face collator makes them. Several sequences may share a row if ``position_ids`` start
+      again with each (transformers' flattening collator), or by an ``attention_mask`` of four dimensions, which masks pairs of
+      tokens and comes with ``position_ids``. Whether the model keeps them apart is tried out at the first such batch; a model
+      that does not (a state-space or convolution layer, Bloom) is refused. Other values that the model's forward pass takes
+      (``pixel_values``, ``inputs_embeds``) are passed on, and values that it does not take are refused. Predict takes prompts
       (``prompt_ids``, ``prompt_mask``) instead, and generates: see :meth:`generate`.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
@@ -78,6 +86,7 @@ class COLACausalLM(LanguageModule):
     ) -> None:
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
+        self._separations: dict[bool, Separation] = {}  # as tried out, without and with seq_idx
 
     @override
     def build_model(self) -> nn.Module:
@@ -182,6 +191,27 @@ class COLACausalLM(LanguageModule):
         with self._uncompiled():
             return takes_mask_of_pairs(self.model)
 
+    def _separated(self, batch: Batch) -> Batch:
+        """A batch in which the model keeps sequences apart that share a row, if any do.
+
+        Raises:
+            UserError: if they do, and the model cannot.
+        """
+        if batch.get("attention_mask") is not None and not is_packed(batch):  # padding, with its positions
+            return batch
+        has_index = "seq_idx" in batch
+        if has_index not in self._separations:
+            with self._uncompiled():
+                self._separations[has_index] = separation_of(self.model, has_index=has_index)
+        if (separation := self._separations[has_index]) != "none":
+            return separated(batch, separation)
+        if is_packed(batch):
+            raise UserError(
+                f"batch: position_ids start again inside a row, but {type(self.model).__name__} does not keep sequences apart "
+                "that share a row. Give each sequence its own row (data.packing false, a collator that pads)."
+            )
+        return batch
+
     def _uncompiled(self) -> Any:
         """Inside the block, a compiled model runs as it is: new shapes would have it compiled again, for each token."""
         return torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext()
@@ -195,8 +225,17 @@ class COLACausalLM(LanguageModule):
         return not (self.should_compile or self.is_sharded or has_router_loss(self.model))
 
     def _language_step(self, batch: Batch) -> StepOutput:
+        check_taken(self.model, batch, READ_HERE)
         self._check_mask(batch)
-        parts = [part for _, part in split_by_length(batch)] if self._may_split else [batch]
+        if may_be_packed(batch):
+            batch = self._separated(batch)
+        elif "position_ids" not in batch and (others := batch.keys() & {"seq_idx", "cu_seq_lens_q"}):
+            raise UserError(
+                f"batch: {', '.join(sorted(others))} without position_ids keep sequences apart in some layers alone. Add "
+                "position_ids that start again with each sequence (transformers' collator: return_position_ids)."
+            )
+        is_of_tokens = batch.keys() <= BY_TOKEN
+        parts = [part for _, part in split_by_length(batch)] if is_of_tokens and self._may_split else [batch]
         totals, router_losses, counts = zip(*map(self._language_loss, parts), strict=True)
         return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1) + router_losses[0], sum(counts))
 

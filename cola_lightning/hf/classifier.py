@@ -1,6 +1,5 @@
 """Sequence classifiers: a pretrained model with a new head."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from typing_extensions import override
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
+from cola_lightning.hf.logits import check_taken, taken_by
 from cola_lightning.hf.metrics import METRICS
 
 
@@ -181,7 +181,8 @@ class COLASequenceClassifier(LanguageModule):
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The logits, in float32: rows x labels."""
-        taken = inspect.signature(self.model.forward).parameters.keys() - {"labels"}
+        check_taken(self.model, batch)
+        taken = taken_by(self.model) - {"labels"}
         inputs = {name: value for name, value in batch.items() if name in taken}
         logits: Tensor = self.model(**inputs).logits
         return logits.float()

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,10 @@ PASS_COST_ELSEWHERE = 4096
 # The tolerance for logits computed in the same way, beside other tokens: hardly any rounding, in any dtype.
 UNTOUCHED = 1e-3
 
-# The fields of a batch with one value per token.
+# The tolerance for logits in half precision, computed in different ways.
+HALF = 1e-1
+
+# The fields of a language-model batch with one value per token. All but the labels go to the model, as far as it takes them.
 BY_TOKEN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 
 
@@ -54,15 +57,45 @@ def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tupl
 
 def forward(model: Any, batch: Batch, keep: int | Tensor) -> Any:
     """A model's output for a batch, with logits at the requested positions if its forward pass takes them."""
-    taken = inspect.signature(model.forward).parameters
-    inputs = {name: batch[name] for name in BY_TOKEN - {"labels"} if name in batch}
+    taken = taken_by(model)
+    inputs = {name: value for name, value in batch.items() if name in taken and name != "labels" and value is not None}
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:  # a row begins at position 0, after padding on the left, too
-        inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+    if mask is not None and mask.dim() == 2:
+        if inputs.keys() <= BY_TOKEN | {"inputs_embeds"}:  # else a model may have more than one position for an image's tokens
+            # A row begins at position 0, after padding on the left, too.
+            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     elif mask is not None:
         inputs["attention_mask"] = _additive(mask, model)
     inputs |= {"use_cache": False, "logits_to_keep": keep}
     return model(**{name: value for name, value in inputs.items() if name in taken})
+
+
+def taken_by(model: Any) -> set[str]:
+    """The names that a model's forward pass takes, with those of transformers' common keywords if it passes keywords on."""
+    from transformers.utils.generic import TransformersKwargs
+
+    parameters = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return set(parameters) | (TransformersKwargs.__annotations__.keys() - BY_TOKEN if passes_on else set())
+
+
+def check_taken(model: Any, batch: Batch, others: Collection[str] = ()) -> None:
+    """Refuses a batch with values that would vanish.
+
+    Args:
+        model: a Hugging Face model.
+        batch: the batch.
+        others: names that the caller reads.
+
+    Raises:
+        UserError: for values that are neither by token nor taken by the model's forward pass; it names them.
+    """
+    unknown = batch.keys() - BY_TOKEN - set(others)
+    if unknown and (unknown := unknown - taken_by(model)):
+        raise UserError(
+            f"batch: {type(model).__name__} does not take {', '.join(sorted(unknown))}. Leave them out of the batches, in the "
+            "collator for example."
+        )
 
 
 def kept(model: Any, values: Tensor, keep: int | Tensor) -> Tensor:
@@ -238,7 +271,7 @@ def takes_mask_of_pairs(model: Any) -> bool:
         except Exception as error:  # whatever a model raises that takes rows x length alone
             log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
             return False
-    return _are_near(behind_other, behind, UNTOUCHED) and _are_near(behind, alone, _rounding(model))
+    return are_near(behind_other, behind, UNTOUCHED) and are_near(behind, alone, rounding(model))
 
 
 def _is_full_attention(model: Any) -> bool:
@@ -271,8 +304,8 @@ def check_decoder(model: Any) -> None:
             model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
         )
         padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    is_padded = _are_near(padded, alone[:, -1:], _rounding(model))
-    if not is_padded or not _are_near(changed[:, :-1], alone[:, :-1], UNTOUCHED):
+    is_padded = are_near(padded, alone[:, -1:], rounding(model))
+    if not is_padded or not are_near(changed[:, :-1], alone[:, :-1], UNTOUCHED):
         raise UserError(
             "model.model_name: expected a decoder that can be padded on the left, received "
             f"{type(model).__name__}, whose logits change with {'a later token' if is_padded else 'that padding'} (an encoder, "
@@ -280,12 +313,13 @@ def check_decoder(model: Any) -> None:
         )
 
 
-def _rounding(model: Any) -> float:
+def rounding(model: Any) -> float:
     """The tolerance for logits computed in different ways: rounding alone, of which half precision has more."""
-    return 1e-2 if model.dtype.itemsize >= 4 else 1e-1
+    return 1e-2 if model.dtype.itemsize >= 4 else HALF
 
 
-def _are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
+def are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether logits are as expected, up to this share of the largest."""
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 

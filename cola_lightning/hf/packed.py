@@ -1,0 +1,96 @@
+"""Sequences that share a row, each with positions that start again: which models keep them apart, and by what."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.errors import one_line
+from cola_lightning.hf.logits import HALF, Batch, are_near, evaluating, logits_of, rounding, takes_mask_of_pairs
+
+log = logging.getLogger(__name__)
+
+# The tolerance for logits computed in the same way in the same batch, for any dtype: a convolution's small weights show little.
+EQUAL = 1e-5
+
+# By what a model keeps sequences apart: positions in rows, as transformers' own masks do; positions in a single row, as flash
+# attention does; a mask of pairs of tokens; or nothing.
+Separation = Literal["rows", "one row", "pairs", "none"]
+
+
+def may_be_packed(batch: Batch) -> bool:
+    """Whether a batch may have several sequences in a row: it has positions, and no mask of pairs of tokens."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    return positions is not None and positions.dim() == 2 and (mask is None or mask.dim() == 2)
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether positions start again inside a row, between tokens that are not padding."""
+    starts, mask = batch["position_ids"].diff(dim=-1) < 1, batch.get("attention_mask")
+    return bool((starts if mask is None else starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)).any())
+
+
+def separated(batch: Batch, separation: Separation) -> dict[str, Any]:
+    """A batch whose sequences the model keeps apart, without a loss on the first token of a sequence.
+
+    Args:
+        batch: ``input_ids``, ``labels`` and ``position_ids`` (rows x length), which start again with each sequence; padding
+            is a sequence without a loss, or is marked by ``attention_mask`` (rows x length).
+        separation: by what the model keeps them apart.
+    """
+    positions, mask = batch["position_ids"].expand_as(batch["labels"]), batch.get("attention_mask")
+    if mask is not None:  # transformers reads positions where there is none; each padded token is now a sequence
+        positions = positions.masked_fill(mask == 0, 0)
+    starts = _starts(positions)
+    labels = batch["labels"].masked_fill(starts, IGNORE_INDEX)
+    packed = {name: value for name, value in batch.items() if name != "attention_mask"}
+    packed |= {"position_ids": positions, "labels": labels}
+    if separation == "pairs":
+        own, n = starts.cumsum(-1), positions.shape[1]
+        is_before = torch.ones(n, n, dtype=torch.bool, device=own.device).tril()
+        packed["attention_mask"] = ((own[:, :, None] == own[:, None]) & is_before)[:, None]
+    elif separation == "one row":
+        of_tokens = [name for name, value in packed.items() if getattr(value, "shape", ())[:2] == positions.shape]
+        packed |= {name: packed[name].flatten(0, 1)[None] for name in of_tokens}
+    return packed
+
+
+def _starts(positions: Tensor) -> Tensor:
+    """Where a sequence begins, as transformers finds it: rows x length."""
+    return F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+
+
+@torch.no_grad()
+def separation_of(model: Any, *, has_index: bool = False) -> Separation:
+    """By what a model keeps apart sequences whose positions start again: tried out on nine tokens.
+
+    The logits of the second of two sequences must not change with the first, and must equal those of it alone.
+
+    Args:
+        model: a Hugging Face model.
+        has_index: whether batches have ``seq_idx``, which some state-space layers need.
+    """
+    n, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    tokens = (torch.arange(9, device=device) + n // 2) % n
+    rows = torch.stack([tokens, torch.cat([(tokens[:5] - 7) % n, tokens[5:]])])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=device).expand(2, -1)
+    index = {"seq_idx": torch.tensor([[0] * 5 + [1] * 4] * 2, dtype=torch.int32, device=device)} if has_index else {}
+    packed = {"input_ids": rows, "labels": rows, "position_ids": positions, **index}
+    ways: list[Separation] = ["rows", "one row"]
+    # Autocast stays as it is: flash attention takes half precision alone.
+    tolerance = HALF if torch.is_autocast_enabled(device.type) else rounding(model)
+    with evaluating(model):
+        alone = logits_of(model, {"input_ids": tokens[None, 5:], "attention_mask": torch.ones_like(tokens[None, 5:])}, 4)
+        for way in ways:
+            try:
+                both = logits_of(model, separated(packed, way), torch.arange(rows.numel() if way == "one row" else 9))
+            except Exception as error:  # whatever a model raises that takes rows of one sequence alone
+                log.info("%s does not take sequences that share a row: %s", type(model).__name__, one_line(str(error)))
+                continue
+            behind, behind_other = both.view(2, 9, -1)[:, 5:]
+            if are_near(behind_other, behind, EQUAL) and are_near(behind, alone[0], tolerance):
+                return way
+    return "pairs" if takes_mask_of_pairs(model) else "none"
