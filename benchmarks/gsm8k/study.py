@@ -1,0 +1,332 @@
+"""Does a chain pay on a real language model? SmolLM2-135M-Instruct on GSM8K, and on Zig, a language that it hardly knows.
+
+    python benchmarks/gsm8k/study.py
+
+runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
+folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
+missing: a run that has its line is not repeated. All of it takes about 11,000 steps, of 7 to 9 seconds on a core with AVX2.
+GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
+
+    python benchmarks/gsm8k/study.py --only rank-8-steps-150
+
+runs that study alone.
+
+    python benchmarks/gsm8k/study.py --tables
+
+trains nothing: it collects the losses by row of finished runs, and prints the table of docs/results.md from the lines that are
+there.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+sys.path.append(str(HERE.parent))
+
+from studies import compare, run  # noqa: E402
+
+from cola_lightning.study.config import as_words  # noqa: E402
+from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read  # noqa: E402
+from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
+
+CONFIG = HERE / "config.yaml"
+NAMES = {
+    "lora": "LoRA",
+    "cola-4": "4 links",
+    "cola": "one knot, after a quarter",
+    "lora-sum-rank-4": "LoRA, four times the rank",
+}
+RATES = [1e-3, 3e-3, 3e-4]
+TUNING_STEPS, STEPS, LONG = 150, 300, 1200
+ANSWERED = 100  # rows whose answers are generated
+PIECE = 800  # characters of Zig in a row: about as many tokens as a row of GSM8K
+Rows = Sequence[tuple[float, int]]  # each row's mean loss, and its number of tokens with loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call of ``cola compare``. Several go on with one study, so that the most telling runs come first.
+
+    Attributes:
+        task: ``gsm8k`` or ``zig``.
+        rank: of a link.
+        steps: optimizer steps of a run.
+        rates: the learning rates of each method.
+        seeds: how many.
+        variant: of the config: ``no-clipping``, ``no-warm-up``.
+    """
+
+    task: str
+    rank: int
+    steps: int
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict, hash=False)
+    seeds: int = 1
+    variant: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Of the study."""
+        task = "" if self.task == "gsm8k" else self.task
+        return HERE / "-".join(filter(None, (task, f"rank-{self.rank}", f"steps-{self.steps}", self.variant)))
+
+    @property
+    def words(self) -> list[str]:
+        """What follows ``cola``."""
+        rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
+        options = {"config": str(CONFIG), "output": str(self.folder), "methods": f"[{', '.join(self.rates)}]"}
+        options |= {"seeds": self.seeds, "tuning_seeds": 1, "keep_checkpoints": True, "learning_rates": f"{{{rates}}}"}
+        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
+        if self.task == "zig":
+            of_fit |= {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}
+        if self.variant == "no-clipping":
+            of_fit |= {"trainer.gradient_clip_val": "null"}
+        if self.variant == "no-warm-up":
+            of_fit |= {"model.warmup_steps": 0, "model.knot_warmup_steps": 0}
+        return compare(options, of_fit)
+
+    @property
+    def results(self) -> list[Result]:
+        """The lines that are there."""
+        return read(self.folder / "results.jsonl")
+
+
+# ---------------------------------------------------------------------- the order of the runs
+
+
+def stages() -> Iterator[Stage]:
+    """The calls, in the order of their use; rates come from the lines of the calls before them."""
+    for rank in (8, 1):
+        yield Stage("gsm8k", rank, TUNING_STEPS, {"lora": RATES})
+        yield Stage("gsm8k", rank, TUNING_STEPS, _with_half(rank, ["cola-4"]))
+        yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4"]))
+    for rank in (8, 1):
+        yield Stage("gsm8k", rank, TUNING_STEPS, _with_half(rank, ["cola-4", "cola"]))
+        yield Stage("gsm8k", rank, STEPS, _tuned(rank, NAMES))
+        yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
+    for rank in (8, 1):
+        yield Stage("zig", rank, STEPS, _tuned(rank, ["lora", "cola-4", "lora-sum-rank-4"]))
+    for rank in (8, 1):
+        for variant in ("no-clipping", "no-warm-up"):
+            yield Stage("gsm8k", rank, TUNING_STEPS, _tuned(rank, ["lora"]), variant=variant)
+    yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
+
+
+def _with_half(rank: int, chains: Sequence[str]) -> dict[str, list[float]]:
+    """LoRA at its three rates, chains at the best of them and at half of it."""
+    best = _best(rank)["lora"]
+    return {"lora": RATES} | {name: [best, best / 2] for name in chains}
+
+
+def _tuned(rank: int, methods: Sequence[str] | Mapping[str, str]) -> dict[str, list[float]]:
+    """Each method at its best rate of the tuning; LoRA of four times the rank has LoRA's."""
+    best = _best(rank)
+    return {name: [best.get(name, best["lora"])] for name in methods}
+
+
+def _best(rank: int) -> dict[str, float]:
+    return best_rates(Stage("gsm8k", rank, TUNING_STEPS).results, "min", [0])
+
+
+# ---------------------------------------------------------------------- rows of data
+
+
+def make_rows(task: str) -> None:
+    """Links GSM8K's rows, or writes Zig's, if they are missing.
+
+    Raises:
+        SystemExit: if they cannot be found.
+    """
+    if task == "zig":
+        if not (HERE / "zig").exists():
+            if (package := importlib.util.find_spec("ziglang")) is None or package.origin is None:
+                raise SystemExit("needs pip install ziglang==0.13.0")
+            write_zig(Path(package.origin).parent / "lib" / "std", HERE / "zig")
+        return
+    for split in ("train", "test"):
+        path = HERE / "rows" / f"{split}.jsonl"
+        if not path.exists():
+            there = Path(os.environ.get("COLA_DATA_DIR", "")) / "real" / f"gsm8k_{split}.jsonl"
+            if not there.is_file():
+                raise SystemExit(f"needs $COLA_DATA_DIR/real/gsm8k_{split}.jsonl, or openai/gsm8k (main) as {path}")
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(there.resolve())
+
+
+def write_zig(library: Path, folder: Path) -> None:
+    """Writes a library's files in pieces, as rows with a ``text``: every tenth file is for the test, the others train."""
+    folder.mkdir()
+    rows: dict[str, list[str]] = {"train": [], "test": []}
+    for place, path in enumerate(sorted(library.glob("*.zig"))):
+        rows["test" if place % 10 == 9 else "train"] += pieces(path.read_text(encoding="utf-8"), PIECE)
+    for split, texts in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def pieces(text: str, size: int) -> list[str]:
+    """Cuts a text at the ends of lines into pieces of at least ``size`` characters; what is left at its end is dropped."""
+    found, piece = [], ""
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= size:
+            found.append(piece)
+            piece = ""
+    return found
+
+
+# ---------------------------------------------------------------------- what a run leaves besides its line
+
+
+def collect_losses(stage: Stage) -> None:
+    """Appends the losses by row of finished runs to the study's ``rows.jsonl``."""
+    known = by_run(stage.folder / "rows.jsonl")
+    for path in sorted(stage.folder.glob("runs/*/result.json")):
+        (result,) = read(path)
+        if result.run not in known and result.test is not None:  # it did not diverge
+            losses = [(round(loss, 5), size) for loss, size in json.loads((path.parent / "rows.json").read_text())]
+            _append(stage.folder / "rows.jsonl", {"run": result.run, "rows": losses})
+
+
+def answer(stage: Stage) -> None:
+    """Has finished models answer questions, greedily, and appends how many answers are right to ``answers.jsonl``."""
+    known = by_run(stage.folder / "answers.jsonl")
+    for path in sorted(stage.folder.glob("runs/*/checkpoints/last.ckpt")):
+        folder = path.parent.parent
+        (result,) = read(folder / "result.json") or [None]
+        if result is not None and result.run not in known:
+            of_run = {"config": str(folder / "config.yaml"), "ckpt_path": str(path)}
+            run(["predict", *as_words(of_run | {"data.test_size": ANSWERED, "data.eval_batch_size": 20})])
+            right = [is_right(**one) for one in _lines(folder / "predictions.jsonl")]
+            _append(stage.folder / "answers.jsonl", {"run": result.run, "right": sum(right), "rows": len(right)})
+
+
+def is_right(prediction: str, target: str, **other: object) -> bool:
+    """Whether a generated solution states the number of the given one after ``####``."""
+    generated, given = (re.findall(r"####\s*(-?[\d.,]*\d)", text) for text in (prediction, target))
+    return bool(generated) and generated[0].replace(",", "") == given[0].replace(",", "")
+
+
+def by_run(path: Path) -> dict[Run, dict[str, Any]]:
+    """The lines of a file, by their run; empty if there is no file."""
+    return {Run(*line["run"]): line for line in _lines(path)}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _append(path: Path, line: Mapping[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[float, float, float]:
+    """The mean difference of the loss per token, and its interval of 95 % over the rows, by Student's t.
+
+    Both models score the same rows, so what makes a row hard for both cancels. The interval is for these seeds: it does not
+    contain how much a difference varies from seed to seed.
+
+    Args:
+        ours: the rows of a model, for each seed.
+        theirs: those of the other model, for the same seeds.
+
+    Returns:
+        The difference, and the interval's lower and upper end; of a ratio of sums, because rows have different lengths.
+    """
+    sizes = np.array([size for _, size in ours[0]])
+    if any([size for _, size in rows] != sizes.tolist() for rows in [*ours, *theirs]):
+        raise ValueError("the models have scored different rows")
+    mine, other = (np.mean([[loss for loss, _ in rows] for rows in seeds], axis=0) for seeds in (ours, theirs))
+    mean = (sizes * (mine - other)).sum() / sizes.sum()
+    error = math.sqrt(((sizes * (mine - other - mean)) ** 2).sum() * len(sizes) / (len(sizes) - 1)) / sizes.sum()
+    margin = error * stats.t.ppf(0.975, len(sizes) - 1)
+    return float(mean), float(mean - margin), float(mean + margin)
+
+
+HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "validation", "test", "to LoRA, over rows", "over seeds", "right answers"]
+
+
+def rows() -> list[list[str]]:
+    """The table: for each study that has lines, a row for each method and learning rate."""
+    return [row for stage in studies() for row in rows_of(stage)]
+
+
+def studies() -> list[Stage]:
+    """The studies that have lines, short ones first."""
+    found = []
+    for path in HERE.glob("*rank-*/results.jsonl"):
+        name = re.fullmatch(r"(\w*?)-?rank-(\d+)-steps-(\d+)-?(.*)", path.parent.name)
+        assert name is not None
+        found.append(Stage(name[1] or "gsm8k", int(name[2]), int(name[3]), variant=name[4]))
+    return sorted(found, key=lambda stage: (stage.task, stage.steps, -stage.rank, stage.variant))
+
+
+def rows_of(stage: Stage) -> list[list[str]]:
+    """A study's rows of the table. Differences are to LoRA at its best rate, with the same seeds."""
+    methods: dict[tuple[int, float], list[Result]] = defaultdict(list)
+    for result in sorted(stage.results, key=lambda result: result.seed):
+        methods[[*NAMES].index(result.method), result.learning_rate].append(result)
+    lora = at_best_rates(stage.results, "min", [0]).get("lora", [])
+    losses, answers = by_run(stage.folder / "rows.jsonl"), by_run(stage.folder / "answers.jsonl")
+    table = []
+    for _, results in sorted(methods.items()):
+        right = [answers[result.run] for result in results if result.run in answers]
+        pairs = [
+            (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
+        ]
+        summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
+        table.append([
+            f"{stage.task}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else ""),
+            NAMES[results[0].method],
+            f"{summary.learning_rate:g}",
+            str(summary.seeds),
+            "diverged" if summary.validation is None else f"{summary.validation:.4f}",
+            shown_test(summary),
+            "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference_over_rows(*zip(*pairs, strict=True))) if pairs else "",
+            shown_difference(summary) if summary.low is not None else "",
+            " ".join(f"{line['right']}/{line['rows']}" for line in right),
+        ])  # fmt: skip
+    return table
+
+
+def is_pair(one: Result, lora: Result) -> bool:
+    """Whether a result can be compared with LoRA's row by row."""
+    return one.run != lora.run and one.seed == lora.seed and None not in (one.test, lora.test)
+
+
+def main() -> None:
+    """Runs what is missing, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="train nothing: only print the table")
+    parser.add_argument("--only", help="the folder name of a study, to run it alone")
+    options = parser.parse_args()
+    for stage in () if options.tables else stages():
+        if options.only in (None, stage.folder.name):
+            make_rows(stage.task)
+            run(stage.words)
+            if stage.task == "gsm8k" and stage.steps >= STEPS:
+                answer(stage)
+    for stage in studies():
+        collect_losses(stage)
+    for row in [HEAD, ["---"] * len(HEAD), *rows()]:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
