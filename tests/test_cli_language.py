@@ -98,7 +98,7 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd)
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_instructions_are_trained_and_answered(capfd):
-    """Rows to validate and to test on are drawn where there are none, and predict takes prompts alone."""
+    """Rows to validate on are drawn where there are none, and predict takes prompts alone."""
     own = tiny.tokenizer("opt")
     own.chat_template = tiny.CHAT
     own.save_pretrained("model")
@@ -112,7 +112,7 @@ def test_instructions_are_trained_and_answered(capfd):
     assert "val_loss" in metrics
     assert "accuracy" not in metrics
     arguments = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
-    for subcommand in ("validate", "test", "predict"):
+    for subcommand in ("validate", "predict"):
         assert main([subcommand, *arguments]) == 0
     assert {row["target"] for row in predicted()} == {"Yes"}
     Path("new").mkdir()
@@ -127,6 +127,55 @@ def test_one_command_without_a_config_is_a_run(capfd):
     few = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1"]
     assert main(["fit", "--model.model_name", "model", "--data.source", "own.jsonl", "--chain.every_n_epochs", "1", *few]) == 0
     assert len(said(capfd, "link ")) == 3
+
+
+ENDS = """
+data:
+  class_path: TemplateDataModule
+  init_args: {prompt: "{text} It was", options: [" bad", " good"]}
+chain: {every_n_epochs: 1}
+"""
+NO_VALIDATION = ["--data.val_size", "0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "splits", "sizes", "command"),
+    [
+        ("own/train.jsonl", "train", [], "predict"),
+        ("own/train.jsonl", "train", NO_VALIDATION, "predict"),
+        ("own", "train", NO_VALIDATION, "predict"),
+        ("own", "train validation", NO_VALIDATION, "predict"),
+        ("own", "train test", NO_VALIDATION, "test"),
+        ("own", "train", ["--data.test_size", "2"], "test"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, sizes, command, capfd):
+    tiny.write_rows(Path("own"), [{"text": f"Film {k}?", "label": k % 2} for k in range(12)], splits.split())
+    Path("own.yaml").write_text(OF_OWN_DATA.replace("max_epochs: 1", "max_epochs: 2") + ENDS)
+    assert main(["fit", "--config", "own.yaml", "--data.source", source, *sizes]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    links = [line for line in lines if line.startswith("link ")]
+    assert len(links) == 2
+    assert all(("val_loss" in line) is (sizes != NO_VALIDATION) for line in links)
+    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: cola ")]
+    assert use.startswith(command)
+    assert main(shlex.split(use)) == 0
+    arguments = shlex.split(use)[1:]
+    without = {"test": command == "predict", "validate": sizes == NO_VALIDATION}
+    for subcommand in without:
+        capfd.readouterr()
+        assert main([subcommand, *arguments]) == 2 * without[subcommand]
+        if without[subcommand]:
+            (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert ("data.test_size" in error and "cola validate" in error) or "data.val_size" in error
+
+
+def test_patience_needs_validation_rows(capfd):
+    Path("own.jsonl").write_text("".join(f'{{"text": "Film {k}?", "label": {k % 2}}}\n' for k in range(12)))
+    Path("own.yaml").write_text(OF_OWN_DATA + ENDS.replace("every_n_epochs", "patience"))
+    assert main(["fit", "--config", "own.yaml", "--data.source", "own.jsonl", *NO_VALIDATION]) == 2
+    assert "chain.patience" in capfd.readouterr().err.splitlines()[-1]
 
 
 OWN = """

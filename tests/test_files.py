@@ -51,17 +51,18 @@ def template(source, **arguments):
     return attach(TemplateDataModule(source, prompt="{text}", options=[" neg", " pos"], **arguments))
 
 
-def classifier(source, *names):
-    data = attach(TextClassificationDataModule(source, text_fields="text"))
+def classifier(source, *names, **arguments):
+    data = attach(TextClassificationDataModule(source, text_fields="text", **arguments))
     data.trainer.lightning_module.label_names = list(names)
     return data
 
 
 def parts(data):
     """The training, validation and test rows."""
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    return data.train, data.val, data.test
+    data.setup("fit")
+    if data.can_be_tested:
+        data.setup("test")
+    return data.train, data.val, getattr(data, "test", [])
 
 
 # ---------------------------------------------------------------------- rows
@@ -179,11 +180,13 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sizes"),
     [
-        ({}, [160, 20, 20]),
+        ({}, [180, 20, 0]),
         ({"val_size": 0.25, "test_size": 7}, [143, 50, 7]),
-        ({"train_size": 0.5}, [100, 20, 20]),
-        ({"train_size": 30, "val_size": 0.001}, [30, 1, 20]),
-        ({"train_size": 1, "val_size": 1}, [1, 1, 20]),
+        ({"train_size": 0.5}, [100, 20, 0]),
+        ({"train_size": 30, "val_size": 0.001, "test_size": 0.1}, [30, 1, 20]),
+        ({"train_size": 1, "val_size": 1, "test_size": 0}, [1, 1, 0]),
+        ({"val_size": 0, "test_size": 7}, [193, 0, 7]),
+        ({"val_size": 0}, [200, 0, 0]),
     ],
 )
 def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments, sizes):
@@ -195,7 +198,12 @@ def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments,
     assert [len(part) for part in first] == sizes
     assert len({prompt for part in first for prompt in part}) == sum(sizes)
     assert first == again == prompts(write(tmp_path / "rows" / "train.csv", labelled(200)), 0)  # which is as one file
-    assert first[0] != other[0]
+    assert (first[0] != other[0]) is (sizes[0] < 200)  # all rows stay in their order
+
+
+def test_of_a_large_file_a_thousand_rows_validate(tmp_path):
+    drawn = template(write(tmp_path / "rows.jsonl", [{"text": str(k)} for k in range(12_000)])).parts("fit")
+    assert {part: len(rows) for part, rows in drawn.items()} == {"train": 11_000, "val": 1_000}
 
 
 def test_what_has_a_split_is_not_drawn(tmp_path):
@@ -206,6 +214,38 @@ def test_what_has_a_split_is_not_drawn(tmp_path):
     train, val, test = parts(template(str(tmp_path)))
     assert [len(train), len(val), len(test)] == [200, 30, 10]
     assert [row.example.prompt for row in train] == [row["text"] for row in labelled(200)]
+    (tmp_path / "test.csv").unlink()  # nothing is taken from the training rows
+    assert [len(part) for part in parts(template(str(tmp_path)))] == [200, 30, 0]
+    assert [len(part) for part in parts(template(str(tmp_path), test_size=9))] == [191, 30, 9]
+
+
+def test_a_size_takes_from_the_split_that_there_is_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    tiny.write_rows(tmp_path, [{"text": f"It was {k}.", "label": "pos"} for k in range(20)])
+    train, val, test = parts(template(str(tmp_path), val_size=5, test_size=0))
+    assert [len(train), len(val), len(test)] == [20, 5, 0]
+    assert f"{tmp_path}, train: 20 rows for training; {tmp_path}, validation: 5 of 20 for validation" in caplog.text
+    drawn = parts(template(str(tmp_path), val_split="train", val_size=5, test_split="train", test_size=3))
+    assert [len(part) for part in drawn] == [12, 5, 3]
+    assert len({row.example.place for part in drawn for row in part}) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "splits", "asked"),
+    [
+        ({"test_size": 3}, ["train"], [("train", 3)]),
+        ({}, ["train"], [("train", 10)]),
+        ({"val_size": 0}, ["train", "dev"], [("dev", 10)]),
+        ({}, ["train", "dev", "test"], [("test", 10)]),
+        ({}, ["test"], [("test", 10)]),
+    ],
+)
+def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path, arguments, splits, asked):
+    tiny.write_rows(tmp_path, [{"text": f"It was {k}."} for k in range(10)], splits)
+    data = template(str(tmp_path), **arguments)
+    data.setup("predict")
+    of_splits = Counter(row.example.place.partition(",")[2].split(",")[0].strip() for row in data.test)
+    assert [*of_splits.items()] == asked
 
 
 def test_a_size_beside_a_named_split_is_so_many_rows_of_that_split(tmp_path):
@@ -222,7 +262,9 @@ def test_sizes_that_cannot_be_are_named(tmp_path):
 
 
 def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path):
-    data = classifier(write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}]), "neg", "pos", "rare")
+    data = classifier(
+        write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}]), "neg", "pos", "rare", test_size=0.1
+    )
     counts = [Counter(row["labels"] for row in part) for part in parts(data)]
     assert [[count[0], count[1]] for count in counts] == [[16, 144], [2, 18], [2, 18]]
     assert [count[2] for count in counts] == [1, 0, 0]  # what is rare is trained on
@@ -260,7 +302,7 @@ model:
   init_args: {model_name: model, target_modules: [query, value], rank: 2}
 data:
   class_path: TextClassificationDataModule
-  init_args: {source: reviews.csv, text_fields: text, batch_size: 8}
+  init_args: {source: reviews.csv, text_fields: text, batch_size: 8, test_size: 0.1}
 chain: {every_n_epochs: 1}
 trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 """

@@ -89,8 +89,8 @@ def test_the_task_of_ones_own_runs(model_and_rows, capsys):
     Path("my_task.yaml").write_text(yaml.safe_dump(config))
     assert main(shlex.split(re.search(r"`cola (fit --config my_task\.yaml)`", README)[1])) == 0
     out = capsys.readouterr().out
-    assert "reviews.csv: 16 rows for training, 2 for validation, 2 for test" in out  # 80, 10 and 10 %
-    assert "link 2 live at the end: steps 4 to 6" in out
+    assert "reviews.csv: 18 rows for training, 2 for validation" in out  # 90 and 10 %
+    assert "link 2 live at the end: steps 6 to 9" in out
 
 
 # ---------------------------------------------------------------------- configs and commands

@@ -23,7 +23,7 @@ def classifier(path, architecture="roberta", auto_class="AutoModel", **arguments
 def data_of(path, rows=ROWS, **arguments):
     """The rows in one file, from which all parts are drawn."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextClassificationDataModule(str(path), **{"batch_size": 8} | arguments)
+    return TextClassificationDataModule(str(path), **{"batch_size": 8, "test_size": 0.1} | arguments)
 
 
 # ---------------------------------------------------------------------- the head

@@ -104,6 +104,17 @@ def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path
         assert data.collate([row])["loss"] == asked.get("loss", "answer")
 
 
+def test_the_format_of_prompts_is_known_without_validation_rows(tmp_path):
+    """Checkpoints store it, for generation."""
+    for asked in ({"loss": "answer", **FIXED}, {"options": "all"}, {"loss": "answer", "options": "all"}, {"answer": "gold"}):
+        formats = []
+        for val_size in (None, 0):
+            rows = [ROW, ROW | {"all": ["blue", "grey"]}]
+            _, data = examples(rows, tmp_path, stage="fit", prompt="Is it?", label="label", val_size=val_size, **asked)
+            formats.append(data.prompt_format)
+        assert formats[0] == formats[1] != {}
+
+
 def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assistant_says(tmp_path):
     own = tiny.chat_tokenizer(CHAT)
     asked = {"apply_chat_template": True, "max_length": 80}
@@ -169,7 +180,7 @@ def test_a_task_in_yaml_is_fitted_tested_and_predicted_also_without_targets(tmp_
     assert [row["target"] for row in tiny.read_rows(path)] == [None, None, *(k % 3 if k % 2 else None for k in range(2, 16))]
     capfd.readouterr()
     for subcommand in ("fit", "test"):
-        assert main([subcommand, "--config", "config.yaml", "--data.source", "new.json", "--data.train_size", "8"]) == 2
+        assert main([subcommand, "--config", "config.yaml", "--data.source", "new.json", "--data.test_size", "8"]) == 2
         last = capfd.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("error: new.json, row ")
         assert "'verdict'" in last

@@ -139,7 +139,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plateau is not None and not trainer.enable_validation:
+        if self.plateau is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: expected a run with validation (its rows, a validation_step, and a trainer.limit_val_batches "
                 "above 0), received one without"

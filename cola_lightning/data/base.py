@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import cycle, islice
@@ -178,7 +179,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     Attributes:
         train: training rows.
-        val: validation rows.
+        val: validation rows; empty: the fit runs without validation.
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
 
@@ -275,8 +276,11 @@ class EpochDataModule(LightningDataModule, ABC):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @override
-    def val_dataloader(self) -> EpochLoader:
-        return self._evaluation_loader(self.val, "limit_val_batches")
+    def val_dataloader(self) -> Any:
+        if len(self.val):
+            return self._evaluation_loader(self.val, "limit_val_batches")
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # Lightning's, of what was asked for
+        return []
 
     @override
     def test_dataloader(self) -> EpochLoader:

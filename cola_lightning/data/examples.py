@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
-from cola_lightning.data.base import EpochLoader
 from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
 from cola_lightning.data.rows import Row, Rows, encode_usable
 from cola_lightning.data.source import TokenizedDataModule
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 Loss = Literal["options", "answer"]
 PERCENT_SKIPPED = 1  # at most, of the rows of a part
 ENCODED_TOGETHER = 1_000  # rows
+N_SHOWN = 8  # examples that show whether all have the same options
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,15 @@ class OptionBatches(TokenizedDataModule):
     metric: str | None = None
     apply_chat_template = False
     generate_rows: int | None = None
+    _trained: Sequence[Example] = ()  # the first training rows, which show how rows look where no others are evaluated
 
     @override
-    def val_dataloader(self) -> EpochLoader:
+    def val_dataloader(self) -> Any:
         trainer, n_rows = self.trainer, self.generate_rows
         if (
             n_rows is None
             or trainer is None
+            or not self.val
             or trainer.state.fn != "fit"
             or not getattr(trainer.lightning_module, "generate_in_validation", False)
         ):
@@ -269,7 +271,7 @@ class OptionBatches(TokenizedDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         rows = getattr(self, "val", None) or getattr(self, "test", None)
-        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)]
+        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)] or self._trained
         if not examples:
             return {}
         kind = "answer" if examples[0].references else "options"
@@ -293,6 +295,8 @@ class OptionBatches(TokenizedDataModule):
             examples: the examples.
             is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
         """
+        if is_learned:
+            self._trained = [*self._trained, *examples][:N_SHOWN]
         how = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
         return encode_examples(self.tokenizer, examples, self.max_length, **how)
 

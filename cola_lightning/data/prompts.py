@@ -9,7 +9,7 @@ from typing_extensions import override
 from cola_lightning.data.base import check_sizes
 from cola_lightning.data.examples import EncodedExample, OptionBatches
 from cola_lightning.data.rows import Rows
-from cola_lightning.data.source import DRAWN_SHARE, SourceDataModule
+from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.splits import is_file
 from cola_lightning.data.tasks import find_task
 
@@ -19,8 +19,8 @@ DATA_DIR = "COLA_DATA_DIR"  # the environment variable that names a folder with 
 class PromptDataModule(OptionBatches, SourceDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
-    Training and validation are drawn together from the train split, test from the validation split; all three from the rows of
-    a single file. Unusable rows (ReCoRD has duplicate entities), up to one in a hundred of each part, are omitted with a
+    Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
+    of a single file. Unusable rows (ReCoRD has duplicate entities), up to one in a hundred of each part, are omitted with a
     warning, except in predictions on a file, whose indices are those of the rows.
 
     Args:
@@ -30,8 +30,9 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
             the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
         subset: name of a configuration of a data set on the hub, for a ``source`` of your own.
-        test_split: the split that test and predict read: the protocol's, for the hub's test splits have no labels. Of a single
-            file: none, and test rows are drawn as well.
+        val_split: the validation split; ``null``: validation rows are drawn from the train split, as in the protocol.
+        test_split: the split that test and predict read: the protocol's, because the hub's test splits have no labels. Not used
+            for a single file.
         apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
         max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
             truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
@@ -39,9 +40,9 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             except for WSC. Of a file: all that remain.
         val_size: number or share of validation rows; ``null``: the protocol's (500; CB and COPA 100), except for WSC, which
             has 554 rows: the protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for
-            validation. Of a file: a share of 0.1.
+            validation. Of a file: a share of 0.1, at most 1,000 rows.
         test_size: number or share of rows for test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277,
-            SST2 872, WIC 638, WSC 104). Of a file: a share of 0.1.
+            SST2 872, WIC 638, WSC 104). Of a file: none.
         generate_rows: how many validation rows' answers a fit generates, drawn by ``split_seed``, with
             ``model.generate_in_validation``; ``null``: all.
         length_grouped: group rows of similar length into training batches; ``false``: shuffle the rows, as in the protocol.
@@ -59,6 +60,7 @@ class PromptDataModule(OptionBatches, SourceDataModule):
         source: str | None = None,
         subset: str | None = None,
         *,
+        val_split: str | None = None,
         test_split: str | None = "validation",
         apply_chat_template: bool = False,
         max_length: int = 2048,
@@ -72,10 +74,11 @@ class PromptDataModule(OptionBatches, SourceDataModule):
         self.task = find_task(task)
         if source is None:
             source, subset = self._usual_source()
-        n_train, n_val, n_test = (None, DRAWN_SHARE, DRAWN_SHARE) if is_file(source) else self.task.sizes
+        n_train, n_val, n_test = (None, None, None) if is_file(source) else self.task.sizes
         super().__init__(
             source,
             subset,
+            val_split=val_split or (None if is_file(source) else rows.get("train_split", "train")),
             test_split=None if is_file(source) else test_split,
             max_length=max_length,
             train_size=n_train if train_size is None else train_size,

@@ -15,6 +15,7 @@ from cola_lightning.data.encoding import identity_of_tokenizer
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.splits import (
     Splits,
+    as_count,
     check_shares,
     check_source,
     choose_split,
@@ -27,7 +28,7 @@ from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DRAWN_SHARE = 0.1  # of the training rows, for each part that has no split
+DRAWN_SHARE, MOST_DRAWN = 0.1, 1_000  # of the training rows, for validation where it has no split
 ENCODING = 1  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
@@ -87,13 +88,14 @@ class TokenizedDataModule(EpochDataModule):
 class SourceDataModule(TokenizedDataModule):
     """Rows of a data set from a file, a folder or the hub, in its own splits or in drawn ones.
 
-    The splits are looked up: ``train``; ``validation``, ``valid``, ``val`` or ``dev``; ``test``. A part without a split is
-    drawn from the train split by ``split_seed``.
+    The splits are looked up: ``train``; ``validation``, ``valid``, ``val`` or ``dev``; ``test``. Validation rows that have no
+    split are drawn from the train split by ``split_seed``, and test rows if ``test_size`` asks for them.
 
     Args:
         source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``; all but the last also ``.gz``), a
             folder with such a file for each split (``train.csv``, ``validation.csv``, ``test.csv``), or the id of a data set
-            on the hub. ``predict`` takes all rows of a single file.
+            on the hub. ``predict`` takes all rows of a single file; otherwise the test rows or, if there are none, the
+            validation split.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
         train_split: the split with the training rows.
@@ -104,10 +106,11 @@ class SourceDataModule(TokenizedDataModule):
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         train_size: number of training rows or, as a float up to 1.0, their share of the rows, drawn by ``split_seed``;
             ``null``: all that remain.
-        val_size: number or share of validation rows, drawn from ``val_split`` or, where that is ``null``, from the train split
-            together with the training rows; ``null``: the validation split, or a share of 0.1 if there is none.
-        test_size: number or share of test rows, drawn in the same way; ``null``: the test split, or a share of 0.1 if there is
-            none.
+        val_size: number or share of validation rows, drawn from the validation split or, where there is none, from the train
+            split together with the training rows; ``null``: all of the validation split, or a share of 0.1, at most 1,000
+            rows, if there is none; 0: no validation.
+        test_size: number or share of test rows, drawn in the same way; ``null``: all of the test split; if there is none, there
+            are no test rows.
         split_seed: seed by which rows are drawn.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
         num_proc: processes that tokenize rows before training; ``null``: the main process does, with its threads.
@@ -136,7 +139,7 @@ class SourceDataModule(TokenizedDataModule):
         length_grouped: bool = True,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
-        check_shares(train_size=train_size, val_size=val_size, test_size=test_size)
+        check_shares(train_size=train_size, val_size=val_size or None, test_size=test_size or None)
         check_source(source, subset, revision)
         self.source, self.subset, self.revision, self.num_proc = source, subset, revision, num_proc
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
@@ -161,12 +164,12 @@ class SourceDataModule(TokenizedDataModule):
         return load_splits(self.source, self.subset, self.revision)
 
     def _own(self, part: str) -> Any:
-        """The rows of the validation or the test split; None: they are drawn from the train split."""
+        """The rows of the validation or the test split; None: there is none, or the rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
             split, size = self.test_split, self.test_size
             names = ["test"] if self.train_split in self._splits else ["test", *VALIDATION_SPLITS]
-        is_drawn = size is not None and split is None
+        is_drawn = size is not None and split == self.train_split
         return None if is_drawn else choose_split(self._splits, split, names, f"{part}_split")
 
     @property
@@ -194,38 +197,53 @@ class SourceDataModule(TokenizedDataModule):
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts = self.parts(stage)
         for part in reversed(PARTS.get(stage, ["test"])):
+            if part not in parts and stage == "fit":
+                setattr(self, part, [])
+                continue
+            if part not in parts:
+                how = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
+                raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {how}.")
             encoded = self.encode(parts[part], "predict" if stage == "predict" else part)
             if isinstance(encoded, Sized) and not len(encoded):
                 raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
             setattr(self, part, encoded)
 
     def parts(self, stage: str) -> dict[str, Any]:
-        """The rows that a stage needs: ``train`` and ``val``, ``val``, or ``test``."""
-        names = PARTS.get(stage, ["test"])
-        if stage == "predict" and is_file(self.source):
-            return {"test": self._train.lacking_targets()}
-        sizes, own = {"val": self.val_size, "test": self.test_size}, {part: self._own(part) for part in ("val", "test")}
-        parts = {
-            part: own[part] if sizes[part] is None else draw_parts(own[part], {part: sizes[part]}, self.split_seed)[part]
-            for part in names
-            if own.get(part) is not None
-        }
-        if len(parts) < len(names):
-            drawn = [part for part in PURPOSES if own.get(part) is None]
-            parts |= self._drawn(parts, drawn, may_lack_targets=stage == "predict")
-        if stage == "predict":
-            parts["test"] = parts["test"].lacking_targets()
+        """The rows that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
+        if stage != "predict":
+            return self._parts(PARTS.get(stage, ["test"]))
+        rows = None
+        if not is_file(self.source):
+            rows = self._parts(["test"], may_lack_targets=True).get("test")
+            rows = self._own("val") if rows is None else rows
+        return {"test": (self._train if rows is None else rows).lacking_targets()}
+
+    def _parts(self, names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
+        sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
+        own, parts = {part: self._own(part) for part in ("val", "test")}, dict[str, Any]()
+        drawn = {"train": self.train_size}
+        for part, rows in own.items():
+            if rows is not None and sizes[part] != 0 and part in names:
+                parts |= draw_parts(rows, {part: sizes[part]}, self.split_seed)
+            elif rows is None and (sizes[part] or (part == "val" and sizes[part] is None)):
+                drawn[part] = sizes[part]
+        if not drawn.keys().isdisjoint(names):
+            parts |= self._drawn(parts, drawn, may_lack_targets=may_lack_targets)
         return parts
 
-    def _drawn(self, own: Mapping[str, Rows], parts: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
+    def _drawn(self, own: Mapping[str, Rows], sizes: Mapping[str, Any], *, may_lack_targets: bool) -> dict[str, Rows]:
         """Draws parts from the train split: the training rows, and those without a split of their own."""
         rows = self._train.lacking_targets() if may_lack_targets else self._train
-        sizes = {"train": self.train_size, "val": self.val_size or DRAWN_SHARE, "test": self.test_size or DRAWN_SHARE}
-        is_drawn = len(parts) > 1 or self.train_size is not None
+        usual = {"train": None, "val": min(as_count(DRAWN_SHARE, len(rows)), MOST_DRAWN)}
+        sizes = {part: usual[part] if size is None else size for part, size in sizes.items()}
+        is_drawn = len(sizes) > 1 or self.train_size is not None
         groups = self.groups(rows) if is_drawn else None
-        drawn = draw_parts(rows, {part: sizes[part] for part in parts}, self.split_seed, groups)
+        drawn = draw_parts(rows, sizes, self.split_seed, groups)
         counts = ", ".join(f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items())
-        of_splits = [f"{some.place}: {len(some)} for {PURPOSES[part]}" for part, some in own.items()]
+        of_splits = [
+            f"{some.place}: {len(some)}{f' of {len(some.data)}' * (len(some) < len(some.data))} for {PURPOSES[part]}"
+            for part, some in own.items()
+        ]
         self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
         return drawn
 
@@ -260,10 +278,12 @@ class SourceDataModule(TokenizedDataModule):
 
     @property
     def can_be_tested(self) -> bool:
-        """Whether the test rows have labels or answers to be scored with."""
+        """Whether there are test rows, with labels or answers to be scored with."""
         try:
             rows = self._own("test")
-            return rows is None or len(self.encode(rows[:1], "test")) > 0
+            if rows is None or self.test_size == 0:
+                return bool(self.test_size)
+            return len(self.encode(rows[:1], "test")) > 0
         except UserError:  # it has no label, say
             return False
 

@@ -21,8 +21,8 @@ from cola_lightning.data.encoding import (
     encode_texts,
 )
 from cola_lightning.data.rows import Row, Rows
-from cola_lightning.data.source import VALIDATION_SPLITS, SourceDataModule
-from cola_lightning.data.splits import Splits, choose_split, is_on_hub
+from cola_lightning.data.source import SourceDataModule
+from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
@@ -71,8 +71,9 @@ class TextDataModule(SourceDataModule):
         source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: name of a configuration of a data set on the hub.
         streaming: read the training rows of a data set on the hub while training on them, for one that fits no disk; shuffled
-            by a buffer. It needs ``trainer.max_steps``; validation and test take the first ``val_size`` and ``test_size`` rows
-            of their split, or of the train split (1,000 each by default).
+            by a buffer. It needs ``trainer.max_steps``. Validation takes the first ``val_size`` rows (by default 1,000) of its
+            split or, where there is none, of the train split; test takes the first ``test_size`` rows of its split (by default
+            1,000) or, if ``test_size`` asks for them, of the train split.
         columns: the columns to use, by what they hold: ``messages`` (and ``tools``), ``prompt`` (with ``response``, ``input``
             and ``system``), or ``text``; ``null``: found by their names.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
@@ -114,6 +115,8 @@ class TextDataModule(SourceDataModule):
         self.streaming = streaming
         if streaming and (not is_on_hub(source) or self.train_size is not None):
             raise UserError(f"data.streaming: expected a data set on the hub, without data.train_size, received {source!r}")
+        if streaming and any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size)):
+            raise UserError("data.streaming: expected data.val_size and data.test_size as numbers of rows, received a share")
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -228,12 +231,13 @@ class TextDataModule(SourceDataModule):
     def parts(self, stage: str) -> dict[str, Any]:
         if not self.streaming:
             return super().parts(stage)
-        train = self._train
-        val = choose_split(self._splits, self.val_split, VALIDATION_SPLITS, "val_split") or train
-        test = choose_split(self._splits, self.test_split, ("test",), "test_split") or train
-        parts = {"val": val.held_out(self.val_size), "test": test.held_out(self.test_size)}
+        train, own = self._train, {part: self._own(part) for part in ("val", "test")}
+        sizes = {"val": self.val_size, "test": self.test_size or (None if own["test"] and self.test_size is None else 0)}
+        parts = {part: (own[part] or train).held_out(size) for part, size in sizes.items() if size != 0}
         self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items()))
-        return {"train": train, **parts} | ({"test": parts["test"].lacking_targets()} if stage == "predict" else {})
+        if stage == "predict":
+            return {"test": parts.get("test", parts.get("val", train.held_out(None))).lacking_targets()}
+        return {"train": train, **parts}
 
     @override
     def train_dataloader(self) -> Any:
@@ -248,7 +252,9 @@ class TextDataModule(SourceDataModule):
     @property
     @override
     def can_be_tested(self) -> bool:
-        return self.streaming or super().can_be_tested
+        if self.streaming:
+            return bool(self.test_size) or (self.test_size is None and self._own("test") is not None)
+        return super().can_be_tested
 
 
 # ---------------------------------------------------------------------- columns

@@ -204,8 +204,8 @@ def run(folder: str) -> int:
 def _check_measurable(trainer: Trainer) -> None:
     """Refuses a run that could not be validated and tested, and one that ends before the step by which methods divide it."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if 0 in (trainer.limit_val_batches, trainer.limit_test_batches) or not getattr(data, "can_be_tested", True):
-        raise UserError("data: expected rows for validation and for test, by which methods are compared, received none")
+    if not sum(trainer.num_val_batches) or trainer.limit_test_batches == 0 or not getattr(data, "can_be_tested", True):
+        raise UserError("data: methods are compared by validation and test rows, of which one is missing. Set data.test_size.")
     if (steps := trainer.estimated_stepping_batches) < trainer.max_steps:
         at_most = f"at most {steps}, where trainer.max_epochs ends a run, as methods divide it into links by max_steps"
         raise UserError(f"trainer.max_steps: expected {at_most}, received {trainer.max_steps}")
