@@ -354,7 +354,7 @@ def options(compile: bool, checkpointing: bool) -> str:
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table of docs/speed.md."""
+    """A table of times, memory and checkpoints."""
     table = []
     for (device, model, base, compile, checkpointing, length), sides in by_side(results).items():
         seconds = {side: one["seconds"] for side, one in sides.items() if "seconds" in one}
@@ -368,7 +368,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def rows_of_memory(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table of docs/scaling.md: the peaks of cola and peft."""
+    """A table of memory: the peaks of cola and peft."""
     table: dict[tuple[Any, ...], dict[int, str]] = {}
     for (device, model, base, compile, checkpointing, length), sides in by_side(results).items():
         key = device, model, base, options(compile, checkpointing)

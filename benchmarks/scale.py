@@ -3,7 +3,7 @@
     python benchmarks/scale.py
 
 plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
-result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md and docs/troubleshooting.md. Links of rank 8 on
+result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md. Links of rank 8 on
 the queries and values, two in a chain; 8 rows of 512 tokens a GPU, padded on the left, with a loss at one position a row;
 AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with
 ``finished_links: merge``, all in full fine-tuning.
@@ -272,7 +272,7 @@ OPTIONS += ["`stack`, checkpointing", "nf4, checkpointing"]
 
 
 def rows_of_options(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What docs/troubleshooting.md says: GB of training on one GPU, by the options that save memory."""
+    """A table of docs/scaling.md: GB of training on one GPU, by the options that save memory."""
     found = {(result["model"], result["method"]): result for result in results if result["layout"] == "1 GPU"}
     table = []
     for model in dict.fromkeys(model for model, _ in found):

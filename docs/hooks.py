@@ -1,9 +1,10 @@
-"""Hooks of mkdocs: README is the site's first page, and a link out of ``docs/`` brings its file along.
+"""Hooks of mkdocs: README is the first page, a link out of ``docs/`` brings its file along, and ``cli.md`` lists all options.
 
 So the same Markdown can be read on a repository's page and on the site, and ``mkdocs build --strict`` checks its links.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,4 +38,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         path = match[2].removeprefix("../") if is_in_docs else match[2].removeprefix("docs/")
         return f"{match[1]}{'index.md' if path == 'README.md' else path}{match[3]}"
 
-    return LINK.sub(moved, markdown)
+    text = LINK.sub(moved, markdown)
+    return text if page.file.src_path != "cli.md" else f"{text}\n\n{all_options()}"
+
+
+def all_options() -> str:
+    """What ``options.py`` in this folder makes of the package."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import options
+    finally:
+        sys.path.pop(0)
+    return options.markdown()

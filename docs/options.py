@@ -1,0 +1,80 @@
+"""Every option of the command line with its default, as Markdown that ``hooks.py`` appends to ``cli.md``."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+
+from cola_lightning import (
+    ChainOfLoRA,
+    COLACausalLM,
+    COLASequenceClassifier,
+    LastCheckpoint,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+)
+from cola_lightning.cli import main
+
+CLASSES = {
+    "model": [COLACausalLM, COLASequenceClassifier],
+    "data": [TextDataModule, TemplateDataModule, TextClassificationDataModule, PromptDataModule],
+    "chain": [ChainOfLoRA],
+    "last": [LastCheckpoint],
+    "trainer": [Trainer],
+}
+COMMANDS = ["generate", "inspect", "export", "compare", "configs"]
+
+
+def rows(group: str, cls: type) -> Iterator[str]:
+    """A row of the table for each option that a class has as a group."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, group)
+    for action in parser._actions:
+        name = action.option_strings[-1] if action.option_strings else ""
+        if not name.startswith(f"--{group}.") or name.endswith((".help", "+")):
+            continue
+        default = "required" if action.required else f"`{json.dumps(action.default, default=str)}`"
+        text = " ".join((action.help or "").split()).replace("|", "\\|").replace("``", "`")
+        yield f"| `{name}` | {default} | {text} |"
+
+
+def text_of_help(command: str) -> str:
+    """What ``cola COMMAND --help`` prints."""
+    out = io.StringIO()
+    wide = mock.patch.dict(os.environ, COLUMNS="100")
+    with wide, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return out.getvalue().strip()
+
+
+def markdown() -> str:
+    """The section on all options."""
+    parts = [
+        "## All options",
+        "Options of `cola fit`, `validate`, `test` and `predict`, by group and class. (On the command line: `--help`.)",
+    ]
+    for group, classes in CLASSES.items():
+        shown: set[str] = set()
+        for cls in classes:
+            new = [row for row in rows(group, cls) if row not in shown]
+            others = "" if not shown else ", where it differs"
+            parts += [
+                f"### {group}: {cls.__name__}{others}",
+                "\n".join(["| option | default | meaning |", "|---|---|---|", *new]),
+            ]
+            shown.update(new)
+    parts.append("Options of the other commands:")
+    for command in COMMANDS:
+        parts += [f"### cola {command}", f"```text\n{text_of_help(command)}\n```"]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown())
