@@ -3,12 +3,15 @@
     python benchmarks/anatomy.py
 
 trains with ``configs/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
-``notebooks/data/anatomy`` go the three chains as folders, and a CSV for each run: a line a step, and what a knot did. About
+``notebooks/data/anatomy`` go a CSV for each run (for the chain a line a step, for the others one every ten steps), and
+``updates.json``: singular values, angles and ranks of the links' updates. The chains themselves are in ``build/anatomy``. About
 three minutes a run on a CPU core, after 13 of pre-training, once.
 """
 
 import csv
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,13 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from cola_lightning import ChainOfLoRA
+from cola_lightning import Chain, ChainOfLoRA
+from cola_lightning.chain.link import Link
+from cola_lightning.chain.report import effective_rank, report
 
-FOLDER = Path(__file__).parent.parent / "notebooks" / "data" / "anatomy"
+ROOT = Path(__file__).parent.parent
+FOLDER, CHAINS = ROOT / "notebooks" / "data" / "anatomy", ROOT / "build" / "anatomy"
+SHOWN = "blocks.3.down"  # the layer whose singular values are listed
 STEPS, LINKS, RANK = 800, 8, 4
 RUNS = {"chain": (LINKS, RANK, 2e-2), "lora": (1, RANK, 2e-2), "lora-sum-rank": (1, LINKS * RANK, 1e-2)}  # links, rank, rate
 HELD_BACK = 128  # windows on which the loss is measured at each tenth step, and on both sides of a knot
@@ -124,15 +131,93 @@ def train(name: str, links: int, rank: int, rate: float) -> None:
         enable_progress_bar=False,
     )
     trainer.fit(module, datamodule=data)
-    module.full_chain().save(FOLDER / name, overwrite=True)
-    names = list(dict.fromkeys(name for row in watched.rows for name in row))
+    module.full_chain().save(CHAINS / name, overwrite=True)
+    rows = watched.rows
+    if name != "chain":
+        rows = [{key: row[key] for key in ("step", "held_back_loss")} for row in rows if "held_back_loss" in row]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with (FOLDER / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({n: f"{v:.7g}" for n, v in row.items()} for row in watched.rows)
+        writer.writerows({n: f"{v:.7g}" for n, v in row.items()} for row in rows)
+
+
+def spaces(link: Link, name: str) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of a link's output space (columns of B) and input space (rows of A) in a layer."""
+    lora_A, lora_B = (factor.double() for factor in link.factors[name])
+    return torch.linalg.qr(lora_B).Q, torch.linalg.qr(lora_A.T).Q
+
+
+def overlaps(chain: Chain) -> tuple[Tensor, Tensor]:
+    """How much the spaces of two links have in common: the mean squared cosine of their principal angles, over the layers.
+
+    Returns:
+        Side (output, input) x link x link, and for each side what it is for random spaces of that rank.
+    """
+    n_links, n_layers, rank = len(chain), len(chain.layers), chain.links[0].rank
+    found, at_random = torch.zeros(2, n_links, n_links), torch.zeros(2)
+    for name in chain.layers:
+        of_links = [spaces(link, name) for link in chain.links]
+        for side in range(2):
+            at_random[side] += rank / of_links[0][side].shape[0] / n_layers
+            for k, one in enumerate(of_links):
+                for j, other in enumerate(of_links):
+                    cosines = torch.linalg.svdvals(one[side].T @ other[side])
+                    found[side, k, j] += cosines.square().mean() / n_layers
+    return found, at_random
+
+
+def measure(chains: Mapping[str, Chain]) -> dict[str, Any]:
+    """The numbers of the notebook: of the chain's links, and of the whole update of each run."""
+    chain = chains["chain"]
+    found, at_random = overlaps(chain)
+    links = [
+        {
+            "start_step": link.start_step,
+            "norm": link.norm(),
+            "relative_norm": of_link.mean_norm,
+            "effective_rank": of_link.effective_rank,
+            "singular_values": [list(layer.singular_values) for layer in of_link.layers.values()],
+        }
+        for link, of_link in zip(chain.links, report(chain), strict=True)
+    ]
+    sums = []
+    for k in range(1, len(chain) + 1):
+        spectra = [torch.linalg.svdvals(chain.truncate(k).delta(name).double()) for name in chain.layers]
+        ranks = [effective_rank(spectrum) for spectrum in spectra]
+        numerical = [int((spectrum > 1e-5 * spectrum[0]).sum()) for spectrum in spectra]
+        norm = math.sqrt(sum(spectrum.square().sum().item() for spectrum in spectra))
+        sums.append({"effective_rank": _mean(ranks), "numerical_rank": _mean(numerical), "norm": norm})
+    runs = {}
+    for name, of_run in chains.items():
+        spectra = {layer: torch.linalg.svdvals(of_run.delta(layer).double()) for layer in of_run.layers}
+        ranks = [effective_rank(spectrum) for spectrum in spectra.values()]
+        runs[name] = {"effective_rank": _mean(ranks), "singular_values": spectra[SHOWN][: LINKS * RANK].tolist()}
+    overlap = {"of_links": found.tolist(), "at_random": at_random.tolist()}
+    return {"rank": RANK, "layers": len(chain.layers), "links": links, "sums": sums, "overlap": overlap, "runs": runs}
+
+
+def _mean(values: list[Any]) -> float:
+    return float(sum(values) / len(values))
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to seven digits, at any depth."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def write_updates() -> None:
+    """Measures the stored chains."""
+    chains = {name: Chain.load(CHAINS / name) for name in RUNS}
+    (FOLDER / "updates.json").write_text(json.dumps(_rounded(measure(chains))) + "\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, of_run in RUNS.items():
         train(name, *of_run)
+    write_updates()

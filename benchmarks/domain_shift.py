@@ -8,7 +8,7 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 
     python benchmarks/domain_shift.py --figure
 
-draws ``domain_shift.png`` from the lines that are there, and prints README's table and those of docs/results.md.
+draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md.
 
     python benchmarks/domain_shift.py --output FOLDER
 
@@ -44,8 +44,7 @@ class Stage:
         tuning_seeds: by how many seeds rates are compared.
         variant: of the config, which has one decay over the run and links of equal length: ``decay-in-each-link``;
             ``knot-at-a-quarter``, with one knot, after a quarter of the steps; ``one-base``, the same runs anew, from one
-            pre-training of the base; ``knots-until-0.5``, with three knots, evenly over half of the run; ``rolling`` and
-            ``rolling-until-0.5``, whose lines are those of commit ce54106, the last one with that method.
+            pre-training of the base.
     """
 
     rank: int
@@ -77,8 +76,6 @@ class Stage:
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
         if self.variant == "knot-at-a-quarter":
             of_fit |= {"chain.every_n_train_steps": "null", "chain.at_steps": f"[{self.steps // 4}]"}
-        if self.variant == "knots-until-0.5":
-            of_fit |= {"chain.every_n_train_steps": "null", "chain.knots": 3, "chain.until": 0.5}
         return compare(options, of_fit)
 
     def best(self) -> dict[str, list[Result]]:
@@ -88,7 +85,6 @@ class Stage:
 
 NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
 NAMES |= {"lora-sum-rank-4": "LoRA, four times the rank", "full": "full fine-tuning", "cola": "one knot, after a quarter"}
-NAMES |= {f"roll-{n}": f"rolling, {n} knots" for n in (8, 12)}
 
 RANK_1 = {name: [2e-2, 4e-2, 1e-2] for name in ("lora", "cola-4", "cola-16")}
 RANK_8 = {name: [1e-2, 2e-2, 5e-3] for name in ("lora", "cola-4", "cola-8", "cola-16")}
@@ -119,9 +115,7 @@ STAGES = [
     Stage(8, 800, 5, RANK_8),
     Stage(1, 3200, 5, RANK_1),
     Stage(8, 3200, 3, {"lora": [1e-2], "cola-16": [1e-2]}, variant="one-base"),
-    Stage(8, 800, 3, {"cola": [1e-2]}, variant="knots-until-0.5"),
 ]
-ROLLING = [Stage(8, steps, 3, {}, variant="rolling") for steps in (800, 3200)]
 
 
 def studies(variant: str = "") -> list[Stage]:
@@ -131,7 +125,7 @@ def studies(variant: str = "") -> list[Stage]:
 
 
 def rows() -> list[list[str]]:
-    """What README's table says: a row a method of each study, from the lines that are there."""
+    """The first table of docs/results.md: a row for each method of each study, from the lines that are there."""
     table = []
     for stage in studies():
         place = f"rank {stage.rank}, {stage.steps:,} steps"
@@ -178,18 +172,6 @@ def rows_of_one_knot() -> list[list[str]]:
     return table
 
 
-def rows_of_rolling() -> list[list[str]]:
-    """What docs/results.md says of rolling chains, all from one base: on the seeds that are there."""
-    table, names = [], NAMES | {"cola": "4 links, until a half", "roll-8": "rolling, 8 knots, until a half"}
-    for stage in ROLLING:
-        methods = stage.best()
-        for variant in ("knots-until-0.5", "rolling-until-0.5"):
-            methods |= replace(stage, variant=variant).best()
-        for row in summarize(methods):
-            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, names[row.method])])
-    return table
-
-
 def draw(path: Path) -> None:
     """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other.
 
@@ -229,7 +211,7 @@ def main() -> None:
     if not options.figure:
         for stage in STAGES:
             run(stage.words)
-    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base(), *rows_of_rolling()]:
+    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base()]:
         print(f"| {' | '.join(row)} |")
     draw(FOLDER.with_name(f"{FOLDER.name}.png"))
 

@@ -13,8 +13,12 @@ from cola_lightning.study.config import resolved
 from tests import tiny
 
 FOLDER = Path(__file__).parent.parent / "configs"
-NAMES = ["digits", "domain_shift", "llama-2-7b", "opt-1.3b", "quickstart", "roberta_glue", "smollm2", "sst2_smollm2"]
-ARCHITECTURES = {"opt-1.3b": "opt", "roberta_glue": "roberta"}
+NAMES = ["classification", "digits", "domain_shift", "paper", "qlora_8b", "quickstart", "roberta_glue", "sft_chat"]
+NAMES += ["sft_instructions", "smollm2", "sst2_smollm2"]
+TURNS = {"messages": [{"role": "user", "content": "Is it old?"}, {"role": "assistant", "content": "Yes."}]}
+FOR_NEWCOMERS = {"classification": {"text": "It was."}, "qlora_8b": TURNS, "sft_chat": TURNS}
+FOR_NEWCOMERS |= {"sft_instructions": {"instruction": "Is it old?", "output": "Yes."}}  # a row that each is for
+ARCHITECTURES = {"classification": "roberta", "paper": "opt", "roberta_glue": "roberta"}
 
 
 def at_tiny_size(name, folder):
@@ -24,11 +28,17 @@ def at_tiny_size(name, folder):
     if name == "domain_shift":
         return tiny.BYTE_GPT
     architecture = ARCHITECTURES.get(name, "llama")
-    auto_class = "AutoModel" if name == "roberta_glue" else "AutoModelForCausalLM"
+    auto_class = "AutoModel" if architecture == "roberta" else "AutoModelForCausalLM"
     model = tiny.folder(folder / "model", architecture, auto_class)
-    changes = ["--model.model_name", model, "--model.gguf_file", "null", "--trainer.accelerator", "cpu"]
+    changes = ["--model.model_name", model, "--trainer.accelerator", "cpu"]
+    changes += [] if architecture == "roberta" else ["--model.gguf_file", "null"]
     if name == "quickstart":
         return [*changes, "--data.source", str(FOLDER / name)]
+    if name in FOR_NEWCOMERS:
+        if name != "classification":
+            tiny.chat_tokenizer(tiny.CHAT).save_pretrained(model)
+        rows = [FOR_NEWCOMERS[name] | ({"label": k % 2} if name == "classification" else {}) for k in range(16)]
+        return [*changes, "--data.source", tiny.write_rows(folder / "rows", rows)]
     rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
     tiny.write_rows(folder / "rows", rows)
     sizes = ["--data.subset", "null"] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
@@ -47,9 +57,20 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capfd):
     assert main(["fit", *words, *at_tiny_size(name, tmp_path)]) == 0, capfd.readouterr().err
 
 
-def test_the_papers_configs_clip_gradients_as_its_trainer():
-    for name in ("opt-1.3b", "llama-2-7b"):
-        assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["trainer"]["gradient_clip_val"] == 1.0
+@pytest.mark.parametrize("name", FOR_NEWCOMERS)
+def test_a_newcomers_config_fits_a_screen_and_says_what_it_needs(name):
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    assert len(lines) <= 40
+    assert any(line.startswith("#   cola fit --config configs/") for line in lines)
+
+
+def test_the_papers_config_clips_gradients_as_its_trainer():
+    assert yaml.safe_load((FOLDER / "paper.yaml").read_text())["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
+    config = resolved(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
+    assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
 @pytest.mark.parametrize("name", NAMES)

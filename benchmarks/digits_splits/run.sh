@@ -7,8 +7,7 @@
 # everything anew. The chain is the config's, ten links; in plateau-rank-1 a link ends where the validation loss has not fallen for
 # two epochs. Rates are chosen by the validation accuracy of three seeds. LoRA and the chain come first, then the others. LoRA of
 # the summed rank is there at rank 1 alone: the head's weight (10 x 64) has no rank of 20. Full fine-tuning has no rank either: its
-# runs are done once, at rank 1, and are the same in the other tables. The runs of `boost` are those of commit 0922520, the last one
-# with that method.
+# runs are done once, at rank 1, and are the same in the other tables.
 set -e
 export OMP_NUM_THREADS=1
 folder=${1:-benchmarks/digits_splits}

@@ -11,7 +11,7 @@ from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
-NAMES |= {"rac": "RAC-LoRA, 10 links", "boost": "boosted, 10 links", "relora": "ReLoRA, 10 links"}
+NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
 NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
 TUNING_SEEDS = 3  # as in run.sh
 
