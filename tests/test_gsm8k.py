@@ -99,6 +99,7 @@ def fit_of(call):
 
 def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_has_a_line(small, monkeypatch):
     stage = Stage("gsm8k", 1, 4, {"lora": [1e-3], "cola-4": [1e-3]})
+    study.measure_base("gsm8k")
     study.run(stage.words)
     study.collect_losses(stage)
     study.answer(stage)
@@ -112,14 +113,19 @@ def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_h
     assert [line["rows"] for line in tiny.read_rows(stage.folder / "answers.jsonl")] == [2, 2]
 
     kept = {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")}
-    shutil.rmtree(stage.folder / "runs")  # as in a clone, which has the lines alone
+    for folder in (stage.folder / "runs", small / "runs"):  # as in a clone, which has the lines alone
+        shutil.rmtree(folder)
     monkeypatch.setattr(studies, "execute", lambda *_: pytest.fail("run again"))
+    study.measure_base("gsm8k")
     study.run(stage.words)
     study.collect_losses(stage)
     study.answer(stage)
+    assert not (small / "runs").exists()
     assert {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")} == kept
 
-    lora, chain = study.rows_of(stage)
+    base, lora, chain = study.rows()
+    assert base[1] == "before training"
+    assert float(base[5]) != float(lora[5])
     assert [lora[1], lora[2], lora[3], lora[6]] == ["LoRA", "0.001", "1", ""]
     assert float(chain[6].split()[0]) == pytest.approx(float(chain[5]) - float(lora[5]), abs=1.5e-4)
     assert lora[8].endswith("/2")

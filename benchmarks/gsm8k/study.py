@@ -43,6 +43,7 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
 
 CONFIG = HERE / "config.yaml"
+OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
 NAMES = {
     "lora": "LoRA",
     "cola-4": "4 links",
@@ -90,8 +91,7 @@ class Stage:
         options |= {"seeds": self.seeds, "tuning_seeds": 1, "keep_checkpoints": True, "learning_rates": f"{{{rates}}}"}
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
-        if self.task == "zig":
-            of_fit |= {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}
+        of_fit |= OF_TASK[self.task]
         if self.variant == "no-clipping":
             of_fit |= {"trainer.gradient_clip_val": "null"}
         if self.variant == "no-warm-up":
@@ -187,7 +187,19 @@ def pieces(text: str, size: int) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------- what a run leaves besides its line
+# ---------------------------------------------------------------------- what there is besides the runs' lines
+
+
+def measure_base(task: str) -> None:
+    """Appends the losses by row of the model before training to ``base.jsonl``, once for each task."""
+    path, folder = HERE / "base.jsonl", HERE / "runs" / f"base-{task}"
+    if task not in {line["task"] for line in _lines(path)}:
+        run(["test", *as_words({"config": str(CONFIG), "trainer.default_root_dir": str(folder)} | OF_TASK[task])])
+        _append(path, {"task": task, "rows": _losses(folder)})
+
+
+def _losses(folder: Path) -> Rows:
+    return [(round(loss, 5), size) for loss, size in json.loads((folder / "rows.json").read_text(encoding="utf-8"))]
 
 
 def collect_losses(stage: Stage) -> None:
@@ -196,8 +208,7 @@ def collect_losses(stage: Stage) -> None:
     for path in sorted(stage.folder.glob("runs/*/result.json")):
         (result,) = read(path)
         if result.run not in known and result.test is not None:  # it did not diverge
-            losses = [(round(loss, 5), size) for loss, size in json.loads((path.parent / "rows.json").read_text())]
-            _append(stage.folder / "rows.jsonl", {"run": result.run, "rows": losses})
+            _append(stage.folder / "rows.jsonl", {"run": result.run, "rows": _losses(path.parent)})
 
 
 def answer(stage: Stage) -> None:
@@ -263,8 +274,13 @@ HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "validation", "test", "to LoRA,
 
 
 def rows() -> list[list[str]]:
-    """The table: for each study that has lines, a row for each method and learning rate."""
-    return [row for stage in studies() for row in rows_of(stage)]
+    """The table: the model before training, and, for each study that has lines, a row for each method and learning rate."""
+    table = []
+    for line in _lines(HERE / "base.jsonl"):
+        total = sum(size for _, size in line["rows"])
+        mean = sum(loss * size for loss, size in line["rows"]) / total
+        table.append([line["task"], "before training", "", "", "", f"{mean:.4f}", "", "", ""])
+    return table + [row for stage in studies() for row in rows_of(stage)]
 
 
 def studies() -> list[Stage]:
@@ -319,6 +335,7 @@ def main() -> None:
     for stage in () if options.tables else stages():
         if options.only in (None, stage.folder.name):
             make_rows(stage.task)
+            measure_base(stage.task)
             run(stage.words)
             if stage.task == "gsm8k" and stage.steps >= STEPS:
                 answer(stage)
