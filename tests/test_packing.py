@@ -1,14 +1,22 @@
 """Several sequences in a row, by positions that start again: what a model makes of them, and rows that are packed."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import SGD
 
-from cola_lightning import COLACausalLM, UserError
+from cola_lightning import COLACausalLM, TextDataModule, UserError
 from cola_lightning.data.encoding import collate_language, encode_texts
+from cola_lightning.data.packing import best_fit, collate_packs
 from tests import tiny
 from tests.test_causal_lm import MORE_CONFIGS, assert_same_gradients
 from tests.tiny import with_live_link
+from tests.toy import assert_bit_equal, trainer, weights
 
 GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
 CONFIGS = MORE_CONFIGS | {
@@ -47,17 +55,6 @@ def flattened(module, texts):
     return transformers.DataCollatorWithFlattening()(features)
 
 
-def padded(batches):
-    """Rows of several sequences, padded on the right with tokens that have no loss; each of these is a sequence of its own."""
-    length = max(batch["input_ids"].shape[1] for batch in batches)
-    fill = {"input_ids": 1, "labels": -100, "position_ids": 0}
-    pad = torch.nn.functional.pad
-    return {
-        name: torch.cat([pad(batch[name], (0, length - batch[name].shape[1]), value=value) for batch in batches])
-        for name, value in fill.items()
-    }
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", APART)
 def test_sequences_whose_positions_start_again_have_the_loss_and_gradients_of_separate_ones(tmp_path, architecture, attention):
@@ -72,13 +69,15 @@ def test_sequences_whose_positions_start_again_have_the_loss_and_gradients_of_se
         assert output.size == separate.size
         assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
     assert_same_gradients(module, output.loss, separate.loss, 1e-5)
-    both = padded([flattened(module, texts) for texts in TEXTS])
-    masked = both | {"attention_mask": both["labels"].ne(-100) | both["position_ids"].ne(0) | both["input_ids"].ne(1)}
+    batch = collate_packs([rows_of(module, texts) for texts in TEXTS], 1)
+    masked = batch | {"attention_mask": batch["labels"].ne(-100) | batch["position_ids"].ne(0) | batch["input_ids"].ne(1)}
+    assert not masked["attention_mask"].all()
     expected = module.step(collate_language(rows_of(module, TEXTS[0] + TEXTS[1]), 1))
-    for several in (both, masked):  # in two rows, padded without a mask and with one
+    for several in (masked, batch):  # in two rows, padded with a mask and without one
         output = module.step(several)
         assert output.size == expected.size
         assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    assert_same_gradients(module, output.loss, expected.loss, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", NOT_APART)
@@ -124,7 +123,7 @@ def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, arc
     modules[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     for dtype in (None, torch.bfloat16):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            batch = padded([flattened(modules[0], texts) for texts in TEXTS])
+            batch = collate_packs([rows_of(modules[0], texts) for texts in TEXTS], 1)
             expected, output = (module.step(batch) for module in modules)
         assert output.size == expected.size
         assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5 if dtype is None else 0.05)
@@ -162,3 +161,78 @@ def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_name
         module.step(batch | {"weights": index, "length": [3, 5], "num_items_in_batch": 8})
     with pytest.raises(UserError, match="batch: seq_idx without position_ids"):
         module.step({name: batch[name] for name in ("input_ids", "labels")} | {"seq_idx": index})
+
+
+# ---------------------------------------------------------------------- rows that are packed
+
+
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 50))
+def test_each_row_is_in_one_pack_and_no_two_packs_fit_into_one(lengths, max_length):
+    packs = best_fit(lengths, max_length)
+    assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
+    full = sorted(sum(lengths[row] for row in pack) for pack in packs)
+    assert not full or full[-1] <= max_length
+    assert len(full) < 2 or full[0] + full[1] > max_length
+
+
+ROWS = [{"prompt": f"Is town {k} old?", "response": "Yes" + ", it is old" * (k % 5)} for k in range(40)]
+WAYS = {"packed": {"packing": True, "batch_size": 1}, "apart": {"batch_size": 40}}
+
+
+def data_of(path, **arguments):
+    return TextDataModule(tiny.write_rows(path / "rows", ROWS), **{"chat_template": False, "max_length": 64} | arguments)
+
+
+def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
+    """The tokens of all packs weigh alike, and evaluation is not packed."""
+    found = {}
+    for name, how in WAYS.items():
+        module = causal_lm(tmp_path, target_modules=["q_proj", "v_proj"], optimizer=lambda p: SGD(p, lr=0.5))
+        data = data_of(tmp_path, **how)
+        run = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=100)
+        run.fit(module, datamodule=data)
+        values = {metric: run.callback_metrics[metric].item() for metric in ("train_loss", "val_loss")}
+        found[name] = values, weights(module), len(data.train)
+        assert run.global_step == 2
+    (values, own, n_packs), (expected, theirs, _) = found["packed"], found["apart"]
+    assert 5 < n_packs < 20
+    assert values == pytest.approx(expected, abs=1e-5)
+    for name, value in own.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
+
+
+def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
+    def fit(steps, ckpt_path=None, **how):
+        module = causal_lm(tmp_path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
+        run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
+        run.fit(module, datamodule=data_of(tmp_path, **{"packing": True, "batch_size": 2} | how), ckpt_path=ckpt_path)
+        return module, run
+
+    (whole, _), (_, part) = fit(9), fit(5)
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    assert_bit_equal(weights(fit(9, tmp_path / "part.ckpt")[0]), weights(whole))
+    with pytest.raises(UserError, match=r"data\.packing: expected True, for the checkpoint was written inside an epoch"):
+        fit(9, tmp_path / "part.ckpt", packing=False)
+
+
+def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):
+    own, seen = tiny.tokenizer(pad=True), []
+    for rank in range(3):
+        data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own)
+        data.trainer.world_size, data.trainer.global_rank = 3, rank
+        data.setup("fit")
+        batches = data.train_dataloader()
+        seen.append([pack for b in batches for pack in zip(b["input_ids"], b["position_ids"], strict=True)])
+    assert {len(packs) for packs in seen} == {math.ceil(len(data.train) / 3)}
+    trained = set()
+    for ids, positions in itertools.chain.from_iterable(seen):
+        starts = positions.eq(0).nonzero().flatten().tolist()
+        rows = [tuple(ids[start:end].tolist()) for start, end in itertools.pairwise([*starts, len(ids)])]
+        trained |= {row for row in rows if len(row) > 1}  # the others are padding
+    assert trained == {tuple(row["input_ids"]) for pack in data.train for row in pack}
+    assert len(trained) == len(ROWS)
+
+
+def test_rows_of_a_stream_are_not_packed():
+    with pytest.raises(UserError, match=r"data\.packing: rows of a stream cannot be packed"):
+        TextDataModule("someone/rows", streaming=True, packing=True)

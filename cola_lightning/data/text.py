@@ -20,6 +20,7 @@ from cola_lightning.data.encoding import (
     encode_responses,
     encode_texts,
 )
+from cola_lightning.data.packing import Packs, collate_packs
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
@@ -80,6 +81,8 @@ class TextDataModule(SourceDataModule):
             one. ``false``: a response directly follows its prompt.
         chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``, in training and generation.
         loss: for conversations: on ``all`` turns of the assistant, or on the ``last`` one alone.
+        packing: put training rows together up to ``max_length``, so that there is hardly any padding; a row sees itself alone.
+            ``batch_size`` then counts these packs, and ``length_grouped`` has no effect.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
         max_new_tokens: for predict: maximum number of generated tokens per row; at most half of the model's longest sequence.
         do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
@@ -103,6 +106,7 @@ class TextDataModule(SourceDataModule):
         chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         loss: Literal["all", "last"] = "all",
+        packing: bool = False,
         max_length: int = 1024,
         max_new_tokens: int = 256,
         do_sample: bool = False,
@@ -117,6 +121,9 @@ class TextDataModule(SourceDataModule):
             raise UserError(f"data.streaming: expected a data set on the hub, without data.train_size, received {source!r}")
         if streaming and any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size)):
             raise UserError("data.streaming: expected data.val_size and data.test_size as numbers of rows, received a share")
+        if streaming and packing:
+            raise UserError("data.packing: rows of a stream cannot be packed. Set data.packing or data.streaming to false.")
+        self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -169,7 +176,15 @@ class TextDataModule(SourceDataModule):
         found = self._find(rows)
         how = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss
         features = {"input_ids": ["int32"], "spans": ["int32"]}
-        return self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
+        encoded = self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
+        return self._packed(encoded) if self.packing and part == "train" else encoded
+
+    def _packed(self, encoded: Any) -> Packs:
+        lengths = self.lengths(encoded)
+        packs = Packs(encoded, lengths, self.max_length, self.split_seed)
+        share = sum(lengths) / max(1, self.max_length * len(packs))
+        self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
+        return packs
 
     def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row]) -> list[LanguageRow]:
         """Encodes rows for training or evaluation."""
@@ -216,6 +231,8 @@ class TextDataModule(SourceDataModule):
     @override
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
+        if isinstance(rows[0], list):
+            return collate_packs(rows, pad)
         if not isinstance(rows[0], PromptRow):
             return collate_language(rows, pad)
         ends = self._template.stop_tokens if self.prompt_format["chat_template"] else []
@@ -244,6 +261,10 @@ class TextDataModule(SourceDataModule):
         if not self.streaming:
             return super().train_dataloader()
         return stream_loader(self.train, self.collate, self.batch_size, self.num_workers)
+
+    @override
+    def _order(self) -> dict[str, Any]:
+        return {"data.packing": self.packing, **super()._order()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
