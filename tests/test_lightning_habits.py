@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import sys
+from argparse import Namespace
 from collections import OrderedDict, UserList, UserString
 from datetime import timedelta
 from pathlib import PurePosixPath
@@ -12,11 +13,12 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, IterableDataset
@@ -73,6 +75,33 @@ def test_a_model_that_is_asked_for_early_is_cast_as_any_other(tmp_path, precisio
     for module in modules:
         trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=1, precision=precision).fit(module, loader)
     assert_bit_equal(*map(weights, modules))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda module: sum(isinstance(one, nn.Linear) for one in module.modules()),
+        lambda module: len(list(next(module.children()))) - 1,
+        lambda module: len(list(module.double().model.parameters())) // 4,
+        lambda module: (
+            sum(line.split("|")[1].strip() == "model" for line in str(ModelSummary(module)).splitlines() if "|" in line) * 2
+        ),
+    ],
+)
+def test_a_module_that_is_gone_through_before_a_fit_has_its_model(look):
+    assert look(toy()) == 2
+
+
+def test_a_module_is_called_like_its_model_and_a_double_one_is_double(tmp_path):
+    module, x = toy().double(), torch.ones(3, 8, dtype=torch.float64)
+    assert module(x).dtype == torch.float64
+    assert torch.equal(module(x), module.model(x))
+    counted = []
+    assert toy().apply(lambda part: counted.append(type(part))) is not None
+    assert len(counted) == 7  # the module, its model, two layers with dropouts, and an activation
+    module = toy()
+    module.example_input_array = torch.ones(3, 8)
+    fitted(tmp_path, module, enable_model_summary=True)
 
 
 def test_whatever_goes_through_a_module_finds_its_model():
@@ -156,6 +185,40 @@ def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(t
     assert_bit_equal(weights(module), before)
 
 
+def test_what_configure_model_makes_is_made_once(tmp_path):
+    class Headed(Toy):
+        def configure_model(self):
+            self.head = nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+    module = fitted(tmp_path, toy(Headed))
+    head, before = module.head, weights(module)
+    module.merged_model()
+    module.load_state_dict(module.state_dict())
+    assert module.head is head
+    assert_bit_equal(weights(module), before)
+
+
+def test_a_subclass_may_call_its_own_attributes_what_it_likes(tmp_path):
+    class Own(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.run, self.schedule, self.pending, self.optimization = "wandb's", "mine", [], "adam"
+
+    module = fitted(tmp_path, toy(Own), chain={"every_n_train_steps": 5})
+    assert (module.run, module.schedule, module.pending, module.optimization) == ("wandb's", "mine", [], "adam")
+    assert_bit_equal(weights(Own.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+    assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(), chain={"every_n_train_steps": 5})))
+
+
+def test_torchscript_is_for_a_merged_model():
+    module = toy()
+    with pytest.raises(UserError, match=r"torch\.jit\.script\(module\.merged_model\(\)\)"):
+        module.to_torchscript()
+
+
 # ---------------------------------------------------------------------- what is asked of a checkpoint counts
 
 
@@ -178,6 +241,11 @@ def test_strict_counts(tmp_path):
     with pytest.warns(UserWarning, match="'other'"):
         ValidatedToy.load_from_checkpoint(tmp_path / "other.ckpt", strict=False)
 
+    class Lenient(WithHead):
+        strict_loading = False
+
+    with pytest.raises(UserError, match=r"^strict: "):
+        Lenient.load_from_checkpoint(path, strict=True)
     module = toy(WithHead)
     module.strict_loading = False
     trainer(tmp_path).validate(module, batches(2), ckpt_path=path, verbose=False)
@@ -185,6 +253,20 @@ def test_strict_counts(tmp_path):
     missing, unknown = module.load_state_dict({"model.0.lora_B": torch.zeros(12, 2), "other": torch.zeros(1)}, strict=False)
     assert set(missing) >= {"head.weight", "model.0.lora_A"}
     assert unknown == ["other"]
+
+
+@pytest.mark.parametrize("where", ["cpu", torch.device("cpu"), lambda storage, _: storage, lambda *_: None, {"cuda:0": "cpu"}])
+def test_a_checkpoint_is_loaded_to_where_map_location_says(tmp_path, where):
+    module = fitted(tmp_path, toy())
+    assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "run.ckpt", where)), weights(module))
+
+
+def test_a_file_of_hyperparameters_counts_more_than_the_checkpoint(tmp_path):
+    fitted(tmp_path, toy())
+    (tmp_path / "hparams.yaml").write_text("dropout: 0.5\nunknown: 1\n")
+    loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml")
+    assert loaded.model[0].lora_dropout.p == 0.5
+    assert Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml", dropout=0.2).rank == 2
 
 
 class PlainToy(LightningModule):
@@ -260,6 +342,36 @@ def test_a_configuration_of_omegaconf_comes_back_as_one(tmp_path):
     assert isinstance(loaded.hparams.config.targets, omegaconf.ListConfig)
     assert (loaded.config.size.rank, loaded.config.text) == (2, "${x}")
     assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_a_data_modules_configuration_is_stored_without_a_mark_of_ours(tmp_path):
+    class Data(LightningDataModule):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters()
+            self.size = config["size"]
+
+        def train_dataloader(self):
+            return batches(self.size)
+
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(toy(), datamodule=Data(omegaconf.OmegaConf.create({"size": 4})))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert Data.load_from_checkpoint(tmp_path / "run.ckpt").size == 4
+
+
+def test_a_namespace_comes_back_as_one_and_a_secret_is_not_stored(tmp_path):
+    class Named(Toy):
+        def __init__(self, hparams, token=None, api_key="", pad_token="<pad>"):
+            super().__init__(rank=hparams.size.rank, seed=0)
+            self.save_hyperparameters()
+
+    module = Named(Namespace(size=Namespace(rank=2)), token="hf_1234", api_key="hf_1234", pad_token="<end>")
+    fitted(tmp_path, module)
+    assert b"hf_1234" not in (tmp_path / "run.ckpt").read_bytes()
+    assert "hf_1234" not in str(module.constructor_arguments)
+    assert module.constructor_arguments["init_args"]["pad_token"] == "<end>"
+    assert_bit_equal(weights(Named.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
 
 
 def test_numbers_of_numpy_are_plain_in_a_checkpoint(tmp_path):
@@ -420,6 +532,67 @@ def test_fine_tuning_callbacks_freeze_a_layer_and_add_one_at_a_rate_of_its_own(t
     assert not module.model[0].lora_B.any()
     assert module.model[2].lora_B.any()
     assert_bit_equal(weights(HeadBeside.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+
+
+def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tmp_path):
+    class Freezing(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.head)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.head, optimizer, lr=0.05)
+
+        def on_fit_start(self, trainer, module):
+            super().on_fit_start(trainer, module)
+            for group in trainer.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_()  # Lightning leaves it frozen in a resumed fit
+
+    class Headed(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.head = nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+    def fit(path, n_epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        module = toy(Headed, lr_schedule="constant")
+        run = trainer(
+            path, Freezing(), LastCheckpoint(), chain={"every_n_epochs": 2}, max_epochs=n_epochs, enable_checkpointing=True
+        )
+        run.fit(module, batches(), ckpt_path=ckpt_path)
+        return module, run
+
+    whole, run = fit(tmp_path / "whole", 4)
+    assert whole.link == 1
+    assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4, 2]
+    assert run.optimizers[0].param_groups[1]["lr"] == 0.05
+    fit(tmp_path / "part", 3)
+    resumed, _ = fit(tmp_path / "resumed", 4, tmp_path / "part" / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_second_fit_draws_another_dropout_also_of_a_module_from_a_checkpoint(tmp_path):
+    class Drawing(Toy):
+        def training_step(self, batch, batch_idx):
+            draws.append(torch.rand(()).item())
+            return super().training_step(batch, batch_idx)
+
+    def fit(module):
+        draws.clear()
+        fitted(tmp_path, module)
+        return list(draws)
+
+    draws, module = [], toy(Drawing)
+    first, loaded = fit(module), Drawing.load_from_checkpoint(tmp_path / "run.ckpt")
+    second = fit(module)
+    assert set(first).isdisjoint(second)
+    assert second == fit(loaded)
+    assert set(second).isdisjoint(fit(loaded))
+    assert fit(toy(Drawing)) == first
 
 
 # ---------------------------------------------------------------------- predictions

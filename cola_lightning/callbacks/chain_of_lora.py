@@ -18,6 +18,7 @@ from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mod
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.knot import begin_at
+from cola_lightning.module.run import run_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class ChainOfLoRA(Callback):
         if self.plateau is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return self.plateau.is_reached(known)
-        return self.module.schedule.is_due(start, FitPosition(epoch, global_step))
+        return run_of(self.module).schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
     def _is_own_rule(self) -> bool:
@@ -109,7 +110,7 @@ class ChainOfLoRA(Callback):
         self.module = cast(COLAModule, pl_module)
         self._asked_at = self._last_step = None
         if stage == "fit":
-            self.module.schedule = self.schedule
+            run_of(self.module).use(self.schedule)
             # Keeps the values of a fit that this Trainer continues; a checkpoint's replace them.
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.

@@ -141,6 +141,7 @@ class CheckpointState:
         modules_to_save: names of the fully trained modules; None: not known.
         prompt_format: the data module's prompt format for a language model; empty if there is none.
         data: which data the run is on; empty if that is not known.
+        n_before: how many fits had trained the module before this one.
     """
 
     module: dict[str, Any]
@@ -160,6 +161,7 @@ class CheckpointState:
     modules_to_save: list[str] | None = None
     prompt_format: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    n_before: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""

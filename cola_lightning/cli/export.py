@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
 from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, command_parser, parsed
@@ -70,7 +71,9 @@ def export(words: Sequence[str]) -> None:
     else:
         check_arguments(state.module, "export")
         find_class(state.module["class_path"])
-        trust = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has the argument
+        trust: dict[str, Any] = (
+            {"trust_remote_code": True} if options.trust_remote_code else {}
+        )  # not every class has the argument
         with quiet():
             module = COLAModule.load_from_checkpoint(opened, links=options.links, **trust)
         lines = export_module(module, chain, asked, module.adapted, state.prompt_format, state.data)

@@ -93,7 +93,7 @@ def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[st
             "checkpoint: expected one of a causal language model (COLACausalLM), which generates, received "
             f"{str(path)!r}, of a {found.__name__}"
         )
-    given = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
+    given: dict[str, Any] = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
     with quiet():
         module: Any = COLAModule.load_from_checkpoint(opened, links=links, **given)
     return module.to(torch.accelerator.current_accelerator() or "cpu").eval(), opened.state.prompt_format

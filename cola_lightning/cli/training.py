@@ -39,6 +39,7 @@ from cola_lightning.cli.help import DESCRIPTION, LINKS, SUBCOMMANDS, usage
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
+from cola_lightning.module.run import run_of
 from cola_lightning.module.state import prompt_format_of
 from cola_lightning.writing import check_writable
 
@@ -218,7 +219,7 @@ class COLACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.opened is not None:
-            self.opened.links, self.model.pending = self.links, self.opened
+            self.opened.links, run_of(self.model).pending = self.links, self.opened
         else:
             _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
 

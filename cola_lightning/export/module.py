@@ -26,7 +26,7 @@ STATE_DICT_NAME = "model.safetensors"
 
 def export_trained(module: Any, options: ExportOptions, prompt_format: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """Writes a module that may be in training, from a copy on the CPU; see :meth:`~cola_lightning.COLAModule.export`."""
-    module.configure_model()
+    module.make_model()
     if options.format == "chain":
         return export_module(module, module.full_chain(), options)
     if module.is_sharded:  # to compare logits, every process would have to write

@@ -14,6 +14,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import check_taken, taken_by
 from cola_lightning.hf.metrics import METRICS
+from cola_lightning.module.run import run_of
 
 
 class COLASequenceClassifier(LanguageModule):
@@ -75,7 +76,8 @@ class COLASequenceClassifier(LanguageModule):
             return self._label_names
         if self.is_made:
             return self.chain.base.labels
-        chain = self.first_chain if self.pending is None else self.pending.state.chain  # which is about to be applied
+        pending = run_of(self).pending
+        chain = self.first_chain if pending is None else pending.state.chain  # which is about to be applied
         return None if chain is None else chain.base.labels
 
     def settle_labels(self, found: Sequence[str]) -> None:
@@ -150,7 +152,7 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
-        pending = self.pending
+        pending = run_of(self).pending
         if pending is not None and pending.state.modules_to_save:
             return pending.state.modules_to_save
         children = model.named_children()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from cola_lightning.module.run import run_of
 from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ class BatchSeed(Callback):
     """Seeds the global generators for each training batch, and each batch of a fit's validation, and restores them after it.
 
     The seed of a batch depends on the module's seed and on the batch's place: process, epoch and index; in a validation it is
-    process, optimizer step, loader and index.
+    process, optimizer step, loader and index. Fits of a module that has been trained before draw other numbers than those did.
 
     Args:
         module: the module of the fit.
@@ -29,7 +30,8 @@ class BatchSeed(Callback):
     def _begin(self, *place: object) -> None:
         self._batch.close()
         assert self.module.seed is not None
-        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place)))
+        n_before = run_of(self.module).n_before
+        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place, *[f"after {n_before}"] * (n_before > 0))))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -39,7 +41,7 @@ class BatchSeed(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.module.run.is_validating:
+        if run_of(self.module).is_validating:
             self._begin("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
     def _end(self, *args: Any, **kwargs: Any) -> None:

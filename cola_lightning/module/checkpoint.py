@@ -8,8 +8,9 @@ import inspect
 import logging
 import pydoc
 import re
+from argparse import Namespace
 from collections import UserString
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.serialization import config
@@ -29,6 +31,7 @@ from typing_extensions import override
 import cola_lightning
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
+from cola_lightning.module.run import run_of
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,15 @@ OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
 NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # the latter may name a kernel of the hub
 
-CONFIG = "_omegaconf_"  # the key under which a configuration's resolved values are stored
+# Names of arguments that no file may hold. (``pad_token``, ``max_new_tokens`` and such are no secrets.)
+SECRET = re.compile(
+    r"(\A|_)(password|passwd|secret|credentials?|(api|access|private|secret)_?key)\Z"
+    r"|\A((use|auth|hf|hub|huggingface|api|access|bearer|refresh|session|secret|wandb|github)_)*token\Z",
+    re.IGNORECASE,
+)
+
+# The keys under which the resolved values of a configuration, and the attributes of a namespace, are recorded.
+CONFIG, NAMESPACE = "_omegaconf_", "_namespace_"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -90,6 +101,8 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
         checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
         for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
             found = entries.setdefault(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            if SECRET.search(name):
+                continue
             try:
                 found[name] = plain(value)
             except TypeError:
@@ -142,9 +155,9 @@ class RecordsArguments:
                     given |= given.pop(parameter.name, {})
                 if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and parameter.name in given:
                     given[parameter.name] = object()  # not plain: it has no name by which it could be given again
-            for name in [name for name in given if name not in NOT_RECORDED]:
+            for name in filter(is_recorded, given):
                 try:
-                    recorded["init_args"][name] = plain(given[name])
+                    recorded["init_args"][name] = plain(given[name], is_marked=True)
                 except TypeError:
                     recorded["not_plain"].append(name)
             recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in given}
@@ -157,9 +170,9 @@ def _defaults(cls: type) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for owner in (one for one in cls.__mro__ if "__init__" in vars(one)):
         for parameter in inspect.signature(owner.__init__).parameters.values():  # type: ignore[misc]
-            if parameter.name not in NOT_RECORDED and parameter.default is not parameter.empty:
+            if is_recorded(parameter.name) and parameter.default is not parameter.empty:
                 with suppress(TypeError):
-                    defaults.setdefault(parameter.name, plain(parameter.default))
+                    defaults.setdefault(parameter.name, plain(parameter.default, is_marked=True))
         if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
             break
     return defaults
@@ -172,16 +185,31 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def plain(value: Any) -> Any:
+def is_recorded(name: str) -> bool:
+    """Whether an argument of this name is stored: not what only training needs, what may be executed, or a secret.
+
+    Example:
+        >>> [name for name in ("rank", "pad_token", "token", "hf_token", "api_key", "optimizer") if is_recorded(name)]
+        ['rank', 'pad_token']
+    """
+    return name not in NOT_RECORDED and not SECRET.search(name)
+
+
+def plain(value: Any, *, is_marked: bool = False) -> Any:
     """The value in types that ``torch.load(weights_only=True)`` reads: built-in ones, tensors, dtypes, devices and sizes.
+
+    Args:
+        value: the value.
+        is_marked: mark what was a configuration of OmegaConf's or a namespace, so that :func:`stored_arguments` makes it again.
 
     Raises:
         TypeError: if it cannot be expressed in them.
     """
     if value is None or type(value) in (bool, Tensor, torch.dtype, torch.device, torch.Size):
         return value
+    part = functools.partial(plain, is_marked=is_marked)
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return part(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
         if isinstance(value, kind) and not isinstance(value, Enum):  # which would not be one of its class when it comes back
             return kind(value)
@@ -190,12 +218,15 @@ def plain(value: Any) -> Any:
     if type(value).__module__.startswith("omegaconf."):
         from omegaconf import OmegaConf
 
-        return {CONFIG: plain(OmegaConf.to_container(value, resolve=True))}
+        contents = part(OmegaConf.to_container(value, resolve=True))
+        return {CONFIG: contents} if is_marked else contents
+    if isinstance(value, Namespace):
+        return {NAMESPACE: part(vars(value))} if is_marked else part(vars(value))
     # A list, a tuple, or another library's equivalent.
     if isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview):
-        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
+        return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {part(key): part(item) for key, item in value.items()}
     raise TypeError(f"expected plain values, received {type(value).__name__}")
 
 
@@ -206,22 +237,40 @@ def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
         cls: the class to be made.
         recorded: the ``constructor_arguments`` of the checkpoint's module.
     """
+    stored = recorded.get("defaults", {}) | recorded.get("init_args", {})  # an older checkpoint has no defaults
+    return {name: _unmarked(value) for name, value in _of_class(cls, stored).items() if is_recorded(name)}
+
+
+def read_arguments(path: str | PathLike[str], cls: type) -> dict[str, Any]:
+    """The arguments in a file of hyperparameters that a class takes, as Lightning reads them."""
+    reads: dict[str, Callable[[Any], Any]] = {
+        ".csv": load_hparams_from_tags_csv,
+        ".yaml": load_hparams_from_yaml,
+        ".yml": load_hparams_from_yaml,
+    }
+    if (read := reads.get(Path(path).suffix.lower())) is None or not Path(path).is_file():
+        raise UserError(f"hparams_file: expected a .csv, .yml or .yaml file, received {str(path)!r}")
+    return _of_class(cls, read(path))
+
+
+def _of_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that a class takes."""
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    stored = recorded.get("defaults", {}) | recorded.get("init_args", {})  # an older checkpoint has no defaults
-    own = {name for name in stored.keys() - NOT_RECORDED if takes_any or name in parameters}
-    return {name: _with_configs(stored[name]) for name in own}
+    return {name: value for name, value in arguments.items() if takes_any or name in parameters}
 
 
-def _with_configs(value: Any) -> Any:
-    """A plain value with OmegaConf's configurations in place of what :func:`plain` writes for them."""
+def _unmarked(value: Any) -> Any:
+    """A plain value with OmegaConf's configurations and namespaces in place of what :func:`plain` writes for them."""
     if isinstance(value, Mapping) and value.keys() == {CONFIG}:
         from omegaconf import OmegaConf
 
         return OmegaConf.create(_literal(value[CONFIG]))
+    if isinstance(value, Mapping) and value.keys() == {NAMESPACE}:
+        return Namespace(**_unmarked(value[NAMESPACE]))
     if isinstance(value, Mapping):
-        return {key: _with_configs(part) for key, part in value.items()}
-    return type(value)(map(_with_configs, value)) if type(value) in (list, tuple) else value
+        return {key: _unmarked(part) for key, part in value.items()}
+    return type(value)(map(_unmarked, value)) if type(value) in (list, tuple) else value
 
 
 def _literal(value: Any) -> Any:
@@ -283,17 +332,27 @@ def load_module(
         if name not in given:
             log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
     module = cls(**stored_arguments(cls, recorded) | given)
-    module.pending = opened
+    if strict and not module.strict_loading:
+        raise UserError(f"strict: expected None or False, as {cls.__name__}.strict_loading is False, received True")
+    run_of(module).pending = opened
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     strict = module.strict_loading if strict is None else strict
     keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)
-    module.pending = None
+    run_of(module).pending = None
     if keys.missing_keys:
         rank_zero_warn(f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}")
     if keys.unexpected_keys:
         rank_zero_warn(f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}")
     return module
+
+
+def device_of(map_location: Any) -> torch.device:
+    """The device to which torch's ``map_location`` moves a tensor on the CPU, where a checkpoint is read."""
+    if callable(map_location):
+        storage = map_location(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
+        return torch.device("cpu") if storage is None else storage.device
+    return torch.device(map_location.get("cpu", "cpu") if isinstance(map_location, Mapping) else map_location)
 
 
 def _class_of(path: str, requested: type) -> type | None:

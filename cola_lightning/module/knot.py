@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.callbacks import BaseFinetuning
+
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
-from cola_lightning.module.run import trainer_of
+from cola_lightning.module.optimization import add_groups_of
+from cola_lightning.module.run import run_of, trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     module.adapted.check_next(rank)
-    adapted, run, trainer = module.adapted, module.run, trainer_of(module)
+    adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
     run.is_tying = True
     rank = run.schedule.rank(module.link + 1) if rank is None else rank
     alpha = run.schedule.alpha(module.link + 1) if alpha is None else alpha
@@ -28,7 +31,7 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
 
 def begin_at(module: "COLAModule", start: FitPosition) -> None:
     """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
-    module.run.link_start = start
+    run_of(module).link_start = start
     _make_optimizers(module)
 
 
@@ -37,15 +40,21 @@ def _make_optimizers(module: "COLAModule") -> None:
 
     After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.
     """
-    trainer = trainer_of(module)
-    if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":  # in a validation of it, too
-        before = trainer.optimizers
-        trainer.strategy.setup_optimizers(trainer)
-        if any(new is old for new in trainer.optimizers for old in before):  # whose moments would outlive the link
-            raise UserError(
-                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
-                "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
-            )
-        module.optimization.keep_state(before, trainer.optimizers, module.adapted)
-    elif (trainer := module.run.trainer) is not None and trainer.lightning_module is module and trainer.optimizers:
-        trainer.strategy.setup_optimizers(trainer)
+    trainer, run = trainer_of(module), run_of(module)
+    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    trainer = trainer if is_fitting else run.trainer  # also in a validation of the fit
+    if trainer is None or trainer.lightning_module is not module or not (is_fitting or trainer.optimizers):
+        return
+    before = trainer.optimizers
+    trainer.strategy.setup_optimizers(trainer)
+    if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        for old, new in zip(before, trainer.optimizers, strict=True):
+            add_groups_of(old, new)
+    if not is_fitting:
+        return
+    if any(new is old for new in trainer.optimizers for old in before):  # whose moments would outlive the link
+        raise UserError(
+            "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+            "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
+        )
+    run.optimization.keep_state(before, trainer.optimizers, module.adapted)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +20,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.checkpoint import STATE_KEY, OpenedCheckpoint, read_chain
+from cola_lightning.chain.checkpoint import STATE_KEY, read_chain
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
@@ -29,12 +29,19 @@ from cola_lightning.lora.inject import check_factors, inject_lora
 from cola_lightning.lora.layer import FinishedLinks, Init
 from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.module.batch_seed import BatchSeed
-from cola_lightning.module.checkpoint import RecordsArguments, class_path, load_module, readable
+from cola_lightning.module.checkpoint import (
+    RecordsArguments,
+    class_path,
+    device_of,
+    load_module,
+    read_arguments,
+    readable,
+)
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.knot import tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.rewind import ExactResume
-from cola_lightning.module.run import Run, trainer_of
+from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.run_checks import RunChecks
 from cola_lightning.module.state import (
     check_writable_state,
@@ -149,8 +156,8 @@ class COLAModule(LightningModule, RecordsArguments):
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         schedule = ChainSchedule(default_rank=int(rank), default_alpha=float(alpha))
         seed = None if seed is None else int(seed)
-        self.run = Run(schedule, seed, seed)
-        self.optimization = LinkOptimization(
+        run = self._cola_run = Run(schedule, seed, seed)
+        run.optimization = LinkOptimization(
             optimizer,
             modules_to_save_lr,
             lr_schedule,
@@ -158,7 +165,7 @@ class COLAModule(LightningModule, RecordsArguments):
             schedule_scope,
             knot_warmup_steps,
             kept_optimizer_state,
-            self.run,
+            run,
         )
         self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
         self.max_rank, self.finished_links, self.save_base = int(rank), finished_links, save_base
@@ -166,7 +173,6 @@ class COLAModule(LightningModule, RecordsArguments):
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
-        self.pending: OpenedCheckpoint | None = None  # a checkpoint that is about to be loaded
         # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
         options = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init, "experts": experts}
         self.link_options: dict[str, Any] = options
@@ -244,7 +250,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if there is no such chain.
         """
-        if self.init_chain is None or self.pending is not None:
+        if self.init_chain is None or run_of(self).pending is not None:
             return None
         return read_chain(self.init_chain, self.init_links, "model.init_chain")
 
@@ -259,19 +265,9 @@ class COLAModule(LightningModule, RecordsArguments):
         return len(self.chain)
 
     @property
-    def schedule(self) -> ChainSchedule:
-        """When knots fall; one link until ChainOfLoRA gives its own."""
-        return self.run.schedule
-
-    @schedule.setter
-    def schedule(self, schedule: ChainSchedule) -> None:
-        own = self.run.schedule
-        self.run.schedule = replace(schedule, default_rank=own.default_rank, default_alpha=own.default_alpha)
-
-    @property
     def link_start(self) -> FitPosition:
         """Epoch and optimizer step at which the current link began."""
-        return self.run.link_start
+        return run_of(self).link_start
 
     @functools.cached_property
     def rank(self) -> int:
@@ -281,12 +277,13 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""
-        return self.run.seed
+        return run_of(self).seed
 
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        is_pending = self.pending is not None and self.pending.state.base_weights is not None
+        pending = run_of(self).pending
+        is_pending = pending is not None and pending.state.base_weights is not None
         return is_pending or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
@@ -324,6 +321,11 @@ class COLAModule(LightningModule, RecordsArguments):
             self.compile_model(**_compile_options())
         self._is_configured = True
 
+    def make_model(self) -> None:
+        """Makes and configures the model where no Trainer has done so; a second call changes nothing."""
+        if not self._is_configured:
+            self.configure_model()
+
     def _ensure_model(self) -> None:
         """Makes the model, unless it is made or is being made: Lightning calls configure_model late, and many read it before.
 
@@ -351,9 +353,10 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def _make_model(self) -> None:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
-        self.run.choose_seed(None if self.pending is None else self.pending.state.seed)
-        assert self.run.seed is not None
-        adapted = self._adapted = AdaptedModel(self._make_base, self.run.seed, self.base_name, is_saved=self.save_base)
+        run = run_of(self)
+        run.choose_seed(None if run.pending is None else run.pending.state.seed)
+        assert run.seed is not None
+        adapted = self._adapted = AdaptedModel(self._make_base, run.seed, self.base_name, is_saved=self.save_base)
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.placement, adapted.trained_factors = self._placement, self.trained_factors
@@ -364,16 +367,14 @@ class COLAModule(LightningModule, RecordsArguments):
         if self.first_chain is not None:
             adapted.start_from(self.first_chain)
         if self.target_modules is not None:
-            adapted.begin_link(self.schedule.rank(self.link), self.schedule.alpha(self.link))
+            adapted.begin_link(run.schedule.rank(self.link), run.schedule.alpha(self.link))
         if self.activation_checkpointing:
             self.checkpoint_activations()
-        if not self.training:  # eval() came first
-            self.model.eval()
 
     def _make_base(self) -> nn.Module:
         before = {name: dict(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
-        assert self.run.seed is not None
-        with seeded_build(self.run.seed):
+        assert self.seed is not None
+        with seeded_build(self.seed):
             model = self.build_model()
             if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
                 for name, entries in before.items():
@@ -398,6 +399,34 @@ class COLAModule(LightningModule, RecordsArguments):
         if name == "model" and "_is_making" in self.__dict__:  # that is, after __init__
             self._ensure_model()
         return super().__getattr__(name)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass: ``module(x)`` is ``module.model(x)``."""
+        return self.model(*args, **kwargs)
+
+    def _ensure_model_for_reader(self) -> None:
+        """Makes the model for a caller that goes through the module; a Trainer does so too, and has it made when it is due."""
+        if "_is_making" in self.__dict__ and trainer_of(self) is None:
+            self._ensure_model()
+
+    @override
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_for_reader()
+        return super().named_children()
+
+    @override
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_for_reader()
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return modules
+
+    @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
+    def trainer(self, trainer: Trainer | None) -> None:
+        """Attaches a Trainer; Lightning goes through the children for that, for which the model need not be made."""
+        is_making, self._is_making = self._is_making, True
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        self._is_making = is_making
 
     @override
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -433,7 +462,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**self.run.metadata(trainer_of(self)))
+        return self.adapted.live_link(**run_of(self).metadata(trainer_of(self)))
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
@@ -495,7 +524,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if there are fewer links.
         """
-        self.configure_model()
+        self.make_model()
         model, values = self.adapted.merged_model(links), self.adapted.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
@@ -521,9 +550,10 @@ class COLAModule(LightningModule, RecordsArguments):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
-        return self.optimization.configure(
-            self.trained_parameters(), self.modules_to_save, self.run.position(trainer_of(self)).global_step
-        )
+        run = run_of(self)
+        step = run.position(trainer_of(self)).global_step
+        made: OptimizerLRScheduler = run.optimization.configure(self.trained_parameters(), self.modules_to_save, step)
+        return made
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -543,7 +573,7 @@ class COLAModule(LightningModule, RecordsArguments):
         plain types and tensors: the state dict is the state, and a checkpoint of Lightning's contains it.
         """
         if self._adapted is None:
-            self.configure_model()
+            self.make_model()
         state = values_of(self, prefix, keep_vars=keep_vars, into=destination)
         state[prefix + STATE_KEY] = state_of(self).to_dict()
         return state
@@ -560,7 +590,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if a name is missing or unknown, a shape differs, or the links were trained on another base.
         """
-        self.configure_model()
+        self.make_model()
         return load_state(self, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     @override
@@ -576,13 +606,14 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @classmethod
     @override
-    def load_from_checkpoint(  # type: ignore[override]  # without hparams_file
+    def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
-        *,
+        hparams_file: str | Path | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
+        *,
         links: int | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -593,9 +624,11 @@ class COLAModule(LightningModule, RecordsArguments):
 
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
-            map_location: a device to move the module to; None: it stays on the CPU.
+            map_location: a device to move the module to, or a function or dict that gives it, as for ``torch.load`` of tensors
+                on the CPU; None: it stays on the CPU.
+            hparams_file: a YAML or CSV file with arguments of the class, in place of the checkpoint's.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
-                ``strict_loading`` says, which is true unless it was set.
+                ``strict_loading`` says, which is true unless it was set, and which True may not contradict.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
             links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
             **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
@@ -604,9 +637,21 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
+        given = {} if hparams_file is None else read_arguments(hparams_file, cls)
         is_plain = weights_only is not False
-        module: Self = load_module(cls, checkpoint_path, links, kwargs, weights_only=is_plain, strict=strict)
-        return module if map_location is None else module.to(map_location)
+        module: Self = load_module(cls, checkpoint_path, links, given | kwargs, weights_only=is_plain, strict=strict)
+        return module if map_location is None else module.to(device_of(map_location))
+
+    @override
+    def to_torchscript(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: TorchScript compiles no hooks and no chain.
+
+        Raises:
+            UserError: always; it says what to script.
+        """
+        raise UserError(
+            "to_torchscript: expected a plain model, received a COLAModule: torch.jit.script(module.merged_model())"
+        )
 
     # ------------------------------------------------------------------ subclasses
 

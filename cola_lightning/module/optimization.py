@@ -226,6 +226,19 @@ class LinkOptimization:
                 group["lr"] = rate * self._lr_factor(scheduler.last_epoch)
 
 
+def add_groups_of(old: Optimizer, new: Optimizer) -> None:
+    """Adds to a link's new optimizer the parameter groups that BaseFinetuning has added to the old one.
+
+    They keep their hyperparameters. A checkpoint is resumed with as many groups as the callback remembers.
+    """
+    added = old.param_groups[len(new.param_groups) :]
+    moved = {id(parameter) for group in added for parameter in group["params"]}
+    for group in new.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    for group in added:
+        new.add_param_group({**group})
+
+
 def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[Any, ...]]:
     """By the id of each factor: the entries that the last finished link and the current one share, up to their rank."""
     entries: dict[int, tuple[Any, ...]] = {}

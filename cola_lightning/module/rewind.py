@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from typing_extensions import override
 
 from cola_lightning import layout
+from cola_lightning.module.run import run_of
 from cola_lightning.module.state import values_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
         self._buffer_names = sorted(self._tensors().keys() - set(parameters))
-        self.module.run.is_validating = False
+        run_of(self.module).is_validating = False
         # Batch 0, unless the fit resumes inside an epoch.
         self._window = beginning_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
 
@@ -101,16 +102,16 @@ class ExactResume(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.module.run.is_validating = True
+            run_of(self.module).is_validating = True
             align_logged_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.run.is_validating = False
+        run_of(self.module).is_validating = False
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        run = self.module.run
+        run = run_of(self.module)
         if run.trainer is not trainer:  # not of a fit
             return
         counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=run.is_validating)

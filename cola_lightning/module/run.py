@@ -6,7 +6,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from cola_lightning import layout
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ class Run:
         earlier_metrics: the current link's, logged in an earlier run of a Trainer.
         previous_metrics: logged in this run of a Trainer by the previous link.
         stored_metrics: all that the Trainer of the loaded checkpoint had logged.
+        n_before: how many fits have trained the module before this one, which draws other numbers than they did.
+        optimization: makes each link's optimizer: a :class:`~cola_lightning.module.optimization.LinkOptimization`.
+        pending: a checkpoint that is about to be loaded.
     """
 
     schedule: ChainSchedule
@@ -51,6 +55,9 @@ class Run:
     earlier_metrics: dict[str, float] = field(default_factory=dict)
     previous_metrics: dict[str, Tensor] = field(default_factory=dict)
     stored_metrics: dict[str, Tensor] = field(default_factory=dict)
+    n_before: int = 0
+    optimization: Any = None
+    pending: OpenedCheckpoint | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the length and the Trainer, which belong to a fit, and cannot be pickled."""
@@ -60,6 +67,11 @@ class Run:
     def trainer(self) -> Trainer | None:
         """The Trainer of the last fit, if it still exists."""
         return None if self.trainer_ref is None else self.trainer_ref()
+
+    def use(self, schedule: ChainSchedule) -> None:
+        """Sets the schedule of the next fit, with the module's rank and alpha where it has none."""
+        own = self.schedule
+        self.schedule = replace(schedule, default_rank=own.default_rank, default_alpha=own.default_alpha)
 
     def choose_seed(self, stored: int | None) -> None:
         """Sets the seed, if none was given: a checkpoint's, that of ``seed_everything``, or a drawn one.
@@ -162,6 +174,12 @@ def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
 def accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
     """The callbacks by which the number of accumulated batches depends on the epoch."""
     return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+
+def run_of(module: Any) -> Run:
+    """The run of a COLA module, which has one private name there: a subclass may call its own attributes what it likes."""
+    run: Run = module._cola_run
+    return run
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -29,7 +29,7 @@ from cola_lightning.module.checkpoint import AtomicCheckpointIO
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import ExactResume
-from cola_lightning.module.run import accumulation_schedulers, run_length
+from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -57,11 +57,11 @@ class RunChecks(Callback):
         check_sharding(trainer.strategy, self.module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(self.module.pending)
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(run_of(self.module).pending)
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        run = self.module.run
+        run = run_of(self.module)
         if len(seeds := set(layout.gather_objects(run.seed))) > 1:
             raise UserError(
                 "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
@@ -73,9 +73,10 @@ class RunChecks(Callback):
             now = FitPosition(trainer.current_epoch, trainer.global_step)
             if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
                 run.link_start = now
+                run.n_before += run.left_at is not None and run.left_at.global_step > 0
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
-                self.module.schedule = ChainSchedule()  # in place of an earlier fit's
+                run.use(ChainSchedule())  # in place of an earlier fit's
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,19 +96,19 @@ class RunChecks(Callback):
         self._without_gradient: list[str] | None = None  # known after a backward pass
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
-        self.module.run.length = length
-        self.module.run.schedule = self.module.run.schedule.in_run(length)
+        run = run_of(self.module)
+        run.length, run.schedule = length, run.schedule.in_run(length)
         self._start_optimization(trainer, pl_module, is_resumed=is_resumed)
         self._check_links(length)
         log.info("%s", _summary(self.module))
 
     def _start_optimization(self, trainer: Trainer, pl_module: LightningModule, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
-        module, run = self.module, self.module.run
+        module, run = self.module, run_of(self.module)
         self._is_state_unchecked = run.schedule.has_knots
         if is_resumed:
             run.restore_metrics(trainer)
-            module.optimization.resume(trainer)
+            run.optimization.resume(trainer)
             return
         if begin_as_scheduled(module.adapted, run.schedule):
             run.begin_metrics(trainer)
@@ -116,19 +117,19 @@ class RunChecks(Callback):
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
-        module, run = self.module, self.module.run
+        module, run = self.module, run_of(self.module)
         if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-            module.optimization.check_without_horizon(length)
+            run.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
         _warn_of_lengths(run.schedule, lengths, module.link)
-        module.optimization.check_lengths(lengths)
+        run.optimization.check_lengths(lengths)
         links = range(module.link, module.link + len(lengths) - 1)
         module.adapted.reserve_stacks([run.schedule.rank(link) for link in links])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = self.module.run
+        run = run_of(self.module)
         if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
             run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
 
@@ -138,7 +139,7 @@ class RunChecks(Callback):
     ) -> None:
         if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
             self._is_state_unchecked = False
-            self.module.optimization.check_state(trainer.optimizers, self.module.adapted)
+            run_of(self.module).optimization.check_state(trainer.optimizers, self.module.adapted)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,7 +147,7 @@ class RunChecks(Callback):
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
-        run = self.module.run
+        run = run_of(self.module)
         if trainer.state.fn == "fit":
             run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
@@ -158,7 +159,7 @@ class RunChecks(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer, pl_module)
-        if self.module.run.is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
+        if run_of(self.module).is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
@@ -261,7 +262,7 @@ def _summary(module: "COLAModule") -> str:
 
 def _check_frozen(module: "COLAModule") -> None:
     """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
-    if module.run.schedule.has_knots and (
+    if run_of(module).schedule.has_knots and (
         trained := [name for name, layer in module.adapted.layers.items() if layer.weight.requires_grad]
     ):
         raise UserError(

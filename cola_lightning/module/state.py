@@ -19,7 +19,7 @@ from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.checkpoint import plain
-from cola_lightning.module.run import trainer_of
+from cola_lightning.module.run import run_of, trainer_of
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
@@ -82,7 +82,7 @@ def _aliases(module: "COLAModule") -> list[str]:
 
 def state_of(module: "COLAModule") -> CheckpointState:
     """The state of a module besides its trained values."""
-    adapted, run, trainer = module.adapted, module.run, trainer_of(module)
+    adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
     live = None
     if adapted.live is not None:
         rank, alpha = adapted.live
@@ -95,6 +95,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
         dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
         link_start=run.link_start,
         position=run.position(trainer),
+        n_before=run.n_before,
         has_knots=run.schedule.has_knots,
         seed=adapted.seed,
         init_chain_source=module.init_chain_source,
@@ -116,7 +117,7 @@ def check_writable_state(module: "COLAModule") -> None:
     """
     values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
-    if module.run.is_tying:
+    if run_of(module).is_tying:
         reason = "a knot failed halfway"
     if reason is not None:
         raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
@@ -181,7 +182,8 @@ def load_state(
 
 def _requested_links(module: "COLAModule", state: CheckpointState) -> tuple[Chain, bool]:
     """The finished links to restore, and whether the current one of the state is to follow them."""
-    total, links = len(state.chain) + 1, None if module.pending is None else module.pending.links
+    pending = run_of(module).pending
+    total, links = len(state.chain) + 1, None if pending is None else pending.links
     if links in (None, total):
         return state.chain, True
     check_links(links, total)
@@ -210,7 +212,7 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
     Returns:
         Whether the trained values that are stored with the state belong to it.
     """
-    trainer, adapted, run = trainer_of(module), module.adapted, module.run
+    trainer, adapted, run = trainer_of(module), module.adapted, run_of(module)
     chain, has_current = _requested_links(module, state)
     dtype = _dtype_of(module, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
     adapted.take_base(chain, state.base_weights)
@@ -221,6 +223,7 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
         module.double()
     run.seed = adapted.seed = state.seed
     run.link_start, adapted.first_values = state.link_start, dict(state.first_values)
+    run.n_before = state.n_before
     if not has_current:
         adapted.write_extras(adapted.extras_after(chain))
         run.left_at = None
@@ -261,14 +264,14 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
     Raises:
         UserError: for the first that differs.
     """
-    mine, schedule = module.adapted.cast_dtype, module.run.schedule
+    mine, schedule = module.adapted.cast_dtype, run_of(module).schedule
     if _dtype_of(module, state) != mine:
         choices = f"{module.trainer.precision} and {module.finished_links}"
         raise UserError(
             f"trainer.precision, model.finished_links: expected those that cast adapted weights to {state.dtype}, as in the "
             f"checkpoint's run, received {choices}, which cast them to {str(mine).removeprefix('torch.')}"
         )
-    if (seed := module.run.given_seed) not in (None, state.seed):
+    if (seed := run_of(module).given_seed) not in (None, state.seed):
         raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
     if module.init_chain is not None and module.init_chain_source != state.init_chain_source:
         raise UserError(
