@@ -203,7 +203,7 @@ def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments,
 
 def test_of_a_large_file_a_thousand_rows_validate(tmp_path):
     drawn = template(write(tmp_path / "rows.jsonl", [{"text": str(k)} for k in range(12_000)])).parts("fit")
-    assert {part: len(rows) for part, rows in drawn.items()} == {"train": 11_000, "val": 1_000}
+    assert {part: len(rows) for part, (rows,) in drawn.items()} == {"train": 11_000, "val": 1_000}
 
 
 def test_what_has_a_split_is_not_drawn(tmp_path):

@@ -2,11 +2,13 @@
 
 from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.prompts import PromptDataModule
+from cola_lightning.data.source import Source
 from cola_lightning.data.templates import TemplateDataModule
 from cola_lightning.data.text import TextDataModule
 
 __all__ = [
     "PromptDataModule",
+    "Source",
     "TemplateDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

@@ -1,7 +1,8 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, plain_label
-from cola_lightning.data.source import SourceDataModule
+from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.errors import UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
@@ -43,7 +44,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: list[str | Source] | str,
         subset: str | None = None,
         *,
         text_fields: list[str] | str | None = None,
@@ -76,10 +77,11 @@ class TextClassificationDataModule(SourceDataModule):
     @override
     def setup(self, stage: str) -> None:
         is_known = getattr(self._module, "label_names", None) is not None
-        if hasattr(self._module, "settle_labels") and (stage == "fit" or (not is_known and self.train_split in self._splits)):
-            rows = self._train
-            if found := find_labels(rows, self._find(rows.columns)[1]):
-                self._module.settle_labels(found)
+        if hasattr(self._module, "settle_labels") and (stage == "fit" or not is_known):
+            trained = [self._train(splits) for splits in self._splits if stage == "fit" or self.train_split in splits]
+            found = [find_labels(rows, self._find(rows.columns)[1]) for rows in trained]
+            if labels := {*itertools.chain.from_iterable(found)}:
+                self._module.settle_labels(found[0] if all(one == found[0] for one in found) else sorted_labels(labels))
         super().setup(stage)
 
     @override
@@ -190,7 +192,12 @@ def find_labels(rows: Rows, field: str) -> list[str]:
     if names := rows.class_names.get(field):
         return list(names)
     found = {name_of_label(Row({field: value}, rows.place), field) for value in rows.values(field)}
-    labels = sorted(name for name in found if name is not None)
+    return sorted_labels(name for name in found if name is not None)
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """Labels in sorted order, numbers by value."""
+    labels = sorted(labels)
     return sorted(labels, key=int) if all(map(WHOLE_NUMBER.fullmatch, labels)) else labels
 
 

@@ -98,6 +98,6 @@ class PromptDataModule(OptionBatches, SourceDataModule):
 
     @override
     def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
-        if part == "predict" and is_file(self.source):
+        if part == "predict" and is_file(self.sources[0].source):
             return self.encode_examples([self.task.example(row) for row in rows])
         return self.encode_rows(rows, self.task.example, is_learned=part == "train")

@@ -1,5 +1,6 @@
 """Rows of a data set: their fields by name and type, and the split they are in, in Arrow and memory-mapped by ``datasets``."""
 
+import copy
 import hashlib
 import json
 import os
@@ -157,11 +158,17 @@ class Rows:
         data: the split, a ``datasets.Dataset``.
         place: names it in messages.
         numbers: the positions of these rows in the split; None: all.
+
+    Attributes:
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
+        columns_given: the columns that the user has named for their source alone; None: those of the data module.
     """
 
-    def __init__(self, data: Any, place: str, numbers: Any = None, *, may_lack_targets: bool = False) -> None:
-        self.data, self.place, self.may_lack_targets = data, place, may_lack_targets
+    may_lack_targets = False
+    columns_given: Mapping[str, str] | None = None
+
+    def __init__(self, data: Any, place: str, numbers: Any = None) -> None:
+        self.data, self.place = data, place
         self.numbers = np.arange(len(data)) if numbers is None else np.asarray(numbers, dtype=np.int64)
         features = data.features or {}
         self.class_names = {name: feature.names for name, feature in features.items() if hasattr(feature, "names")}
@@ -200,11 +207,15 @@ class Rows:
 
     def of(self, numbers: Any) -> "Rows":
         """Other rows of the same split."""
-        return Rows(self.data, self.place, numbers, may_lack_targets=self.may_lack_targets)
+        other = copy.copy(self)
+        other.numbers = np.asarray(numbers, dtype=np.int64)
+        return other
 
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""
-        return Rows(self.data, self.place, np.sort(self.numbers), may_lack_targets=True)
+        other = self.of(np.sort(self.numbers))
+        other.may_lack_targets = True
+        return other
 
     def values(self, field: str) -> list[Any]:
         """The different values of a field."""

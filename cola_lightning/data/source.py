@@ -1,12 +1,15 @@
 """Base classes of data modules for language models: rows that are tokenized, from a file, a folder or the hub."""
 
 import functools
+import itertools
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
 from typing_extensions import override
 
 from cola_lightning import __version__
@@ -15,10 +18,12 @@ from cola_lightning.data.encoding import identity_of_tokenizer
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.splits import (
     Splits,
+    TextUnit,
     as_count,
     check_shares,
     check_source,
     choose_split,
+    draw,
     draw_parts,
     files_identity,
     is_file,
@@ -85,6 +90,25 @@ class TokenizedDataModule(EpochDataModule):
         return int(min(self._max_length, self.tokenizer.model_max_length))
 
 
+@dataclass(frozen=True)
+class Source:
+    """One of several sources.
+
+    Args:
+        source: a file, a pattern of files, a folder, or the id of a data set on the hub.
+        subset: name of a configuration of a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub.
+        columns: for ``TextDataModule``: the columns to use; ``null``: as ``data.columns``.
+        share: the share of its rows that is used, drawn by ``split_seed``.
+    """
+
+    source: str
+    subset: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] | None = None
+    share: float = 1.0
+
+
 class SourceDataModule(TokenizedDataModule):
     """Rows of a data set from a file, a folder or the hub, in its own splits or in drawn ones.
 
@@ -92,12 +116,15 @@ class SourceDataModule(TokenizedDataModule):
     split are drawn from the train split by ``split_seed``, and test rows if ``test_size`` asks for them.
 
     Args:
-        source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``; all but the last also ``.gz``), a
-            folder with such a file for each split (``train.csv``, ``validation.csv``, ``test.csv``), or the id of a data set
-            on the hub. ``predict`` takes all rows of a single file; otherwise the test rows or, if there are none, the
-            validation split.
+        source: a file of rows (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.txt``, also compressed as ``.gz`` or ``.zst``, or
+            ``.parquet``), a pattern of files (``logs/*.jsonl``), a folder with such a file for each split (``train.csv``,
+            ``validation.csv``, ``test.csv``), a folder of ``Dataset.save_to_disk``, or the id of a data set on the hub. A list
+            mixes several: each entry is one of these, or a mapping of ``source``, ``subset``, ``revision``, ``columns`` and
+            ``share``, the share of its rows that is used. Each has its own splits, and sizes apply to each. ``predict`` takes
+            all rows of a single file; otherwise the test rows or, if there are none, the validation split.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
+        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines.
         train_split: the split with the training rows.
         val_split: the validation split; ``null``: the first of the names above that there is.
         test_split: the split that test and predict read; ``null``: ``test``, if there is one.
@@ -118,12 +145,15 @@ class SourceDataModule(TokenizedDataModule):
             ``false``: shuffle the rows, as in the paper's runs.
     """
 
+    takes_columns = False  # of each source
+
     def __init__(
         self,
-        source: str,
+        source: list[str | Source] | str,
         subset: str | None = None,
         *,
         revision: str | None = None,
+        text_unit: TextUnit = "paragraph",
         train_split: str = "train",
         val_split: str | None = None,
         test_split: str | None = None,
@@ -140,8 +170,9 @@ class SourceDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size or None, test_size=test_size or None)
-        check_source(source, subset, revision)
         self.source, self.subset, self.revision, self.num_proc = source, subset, revision, num_proc
+        self.text_unit: TextUnit = text_unit
+        self.sources = self._listed()
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self._logged: set[str] = set()
@@ -151,31 +182,64 @@ class SourceDataModule(TokenizedDataModule):
         """In a worker process nothing is read: batches arrive as rows."""
         return {name: value for name, value in super().__getstate__().items() if name != "_splits"}
 
-    # ------------------------------------------------------------------ splits
+    # ------------------------------------------------------------------ sources
+
+    def _listed(self) -> list[Source]:
+        if isinstance(self.source, str):
+            listed = [Source(self.source, self.subset, self.revision)]
+        elif self.subset or self.revision or not self.source:
+            raise UserError("data.source: a list has at least one entry, and each entry has its own subset and revision")
+        else:
+            listed = [Source(one) if isinstance(one, str) else one for one in self.source]
+        for one in listed:
+            check_source(one.source, one.subset, one.revision)
+            if one.columns and not self.takes_columns:
+                raise UserError(f"data.source: columns of a source are for TextDataModule, received {one.columns}")
+            if not 0 < one.share <= 1:
+                raise UserError(f"data.source: share must be above 0 and at most 1, received {one.share}")
+        return listed
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The source, and its revision on the hub, or the size and hash of its files, which are computed once."""
-        named = {"source": self.source, "subset": self.subset, "revision": self.revision}
-        return {name: value for name, value in named.items() if value} | files_identity(self.source)
+        """Each source, and its revision on the hub, or the size and hash of its files, which are computed once."""
+        found = []
+        for one in self.sources:
+            named = {name: value for name, value in asdict(one).items() if value and (name, value) != ("share", 1)}
+            found.append(named | files_identity(one.source))
+        return found[0] if len(found) == 1 else {"sources": found}
 
     @functools.cached_property
-    def _splits(self) -> Splits[Any]:
-        return load_splits(self.source, self.subset, self.revision)
+    def _splits(self) -> list[Splits[Any]]:
+        """The splits of each source."""
+        return [
+            {name: functools.partial(self._used, one, read) for name, read in splits.items()}
+            for one in self.sources
+            for splits in [load_splits(one.source, one.subset, one.revision, self.text_unit)]
+        ]
 
-    def _own(self, part: str) -> Any:
+    def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
+        """The rows of a split that are used, in their order."""
+        rows = read()
+        n_rows = as_count(float(source.share), len(rows))
+        if n_rows < len(rows):
+            rows = rows.of(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
+        rows.columns_given = source.columns
+        return rows
+
+    # ------------------------------------------------------------------ splits
+
+    def _own(self, splits: Splits[Any], part: str) -> Any:
         """The rows of the validation or the test split; None: there is none, or the rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
             split, size = self.test_split, self.test_size
-            names = ["test"] if self.train_split in self._splits else ["test", *VALIDATION_SPLITS]
+            names = ["test"] if self.train_split in splits else ["test", *VALIDATION_SPLITS]
         is_drawn = size is not None and split == self.train_split
-        return None if is_drawn else choose_split(self._splits, split, names, f"{part}_split")
+        return None if is_drawn else choose_split(splits, split, names, f"{part}_split")
 
-    @property
-    def _train(self) -> Any:
+    def _train(self, splits: Splits[Any]) -> Any:
         """The rows of the train split."""
-        return choose_split(self._splits, self.train_split, (), "train_split")
+        return choose_split(splits, self.train_split, (), "train_split")
 
     def _log(self, text: str) -> None:
         if text not in self._logged:  # each stage comes here
@@ -197,30 +261,40 @@ class SourceDataModule(TokenizedDataModule):
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts = self.parts(stage)
         for part in reversed(PARTS.get(stage, ["test"])):
-            if part not in parts and stage == "fit":
+            if not parts.get(part) and stage == "fit":
                 setattr(self, part, [])
                 continue
-            if part not in parts:
+            if not parts.get(part):
                 how = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {how}.")
-            encoded = self.encode(parts[part], "predict" if stage == "predict" else part)
+            encoded = joined([self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]])
             if isinstance(encoded, Sized) and not len(encoded):
                 raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
             setattr(self, part, encoded)
 
-    def parts(self, stage: str) -> dict[str, Any]:
-        """The rows that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
-        if stage != "predict":
-            return self._parts(PARTS.get(stage, ["test"]))
-        rows = None
-        if not is_file(self.source):
-            rows = self._parts(["test"], may_lack_targets=True).get("test")
-            rows = self._own("val") if rows is None else rows
-        return {"test": (self._train if rows is None else rows).lacking_targets()}
+    def parts(self, stage: str) -> dict[str, list[Any]]:
+        """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
+        found: dict[str, list[Any]] = {}
+        for source, splits in zip(self.sources, self._splits, strict=True):
+            if stage == "predict":
+                parts = {"test": self._asked(source, splits)}
+            else:
+                parts = self._parts(splits, PARTS.get(stage, ["test"]))
+            for part, rows in parts.items():
+                found.setdefault(part, []).append(rows)
+        return found
 
-    def _parts(self, names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
+    def _asked(self, source: Source, splits: Splits[Any]) -> Rows:
+        """The rows that predict takes."""
+        rows = None
+        if not is_file(source.source):
+            rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
+            rows = self._own(splits, "val") if rows is None else rows
+        return cast(Rows, self._train(splits) if rows is None else rows).lacking_targets()
+
+    def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
-        own, parts = {part: self._own(part) for part in ("val", "test")}, dict[str, Any]()
+        own, parts = {part: self._own(splits, part) for part in ("val", "test")}, dict[str, Any]()
         drawn = {"train": self.train_size}
         for part, rows in own.items():
             if rows is not None and sizes[part] != 0 and part in names:
@@ -228,12 +302,12 @@ class SourceDataModule(TokenizedDataModule):
             elif rows is None and (sizes[part] or (part == "val" and sizes[part] is None)):
                 drawn[part] = sizes[part]
         if not drawn.keys().isdisjoint(names):
-            parts |= self._drawn(parts, drawn, may_lack_targets=may_lack_targets)
+            train = self._train(splits)
+            parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
         return parts
 
-    def _drawn(self, own: Mapping[str, Rows], sizes: Mapping[str, Any], *, may_lack_targets: bool) -> dict[str, Rows]:
+    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], own: Mapping[str, Rows]) -> dict[str, Rows]:
         """Draws parts from the train split: the training rows, and those without a split of their own."""
-        rows = self._train.lacking_targets() if may_lack_targets else self._train
         usual = {"train": None, "val": min(as_count(DRAWN_SHARE, len(rows)), MOST_DRAWN)}
         sizes = {part: usual[part] if size is None else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
@@ -279,11 +353,11 @@ class SourceDataModule(TokenizedDataModule):
     @property
     def can_be_tested(self) -> bool:
         """Whether there are test rows, with labels or answers to be scored with."""
+        own = [rows for rows in (self._own(splits, "test") for splits in self._splits) if rows is not None]
+        if self.test_size == 0 or not (own or self.test_size):
+            return False
         try:
-            rows = self._own("test")
-            if rows is None or self.test_size == 0:
-                return bool(self.test_size)
-            return len(self.encode(rows[:1], "test")) > 0
+            return all(len(self.encode(rows[:1], "test")) for rows in own)
         except UserError:  # it has no label, say
             return False
 
@@ -300,3 +374,12 @@ class SourceDataModule(TokenizedDataModule):
             part: what they are for: ``train``, ``val``, ``test``, or ``predict``, where none may be omitted: a prediction's
                 index is its row's.
         """
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The encoded rows of all sources: a data set of ``datasets``, or a list."""
+    if len(parts) == 1 or not isinstance(parts[0], list):
+        import datasets
+
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return [*itertools.chain.from_iterable(parts)]

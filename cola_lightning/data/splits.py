@@ -1,8 +1,8 @@
-"""The splits of a data set, from a file, a folder with a file per split, or the hub; and parts drawn from a split by a seed."""
+"""The splits of a data set, from files, a folder with a file per split, or the hub; and parts drawn from a split by a seed."""
 
 import csv
 import functools
-import gzip
+import glob
 import hashlib
 import os
 import re
@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,13 @@ from cola_lightning.errors import UserError, causes, one_line
 
 S = TypeVar("S")
 Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
+TextUnit = Literal["file", "line", "paragraph"]
 
 # Of datasets, by a file's ending.
-READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
+READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
+COMPRESSIONS = (".gz", ".zst")
+OF_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
@@ -35,14 +39,26 @@ def _path(source: str) -> Path:
     return Path(os.path.expanduser(source))  # pathlib's fails for a name that begins with ~
 
 
+def _matches(source: str) -> list[Path]:
+    """The files that a source names: one, or those that match a pattern such as ``logs/*.jsonl``."""
+    if (path := _path(source)).is_file():
+        return [path]
+    return [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if match.is_file()]
+
+
 def is_file(source: str) -> bool:
-    """Whether a source is a single file."""
-    return _path(source).is_file()
+    """Whether a source is a file, or a pattern of files, and so has one split."""
+    return bool(_matches(source))
 
 
 def is_on_hub(source: str) -> bool:
     """Whether a source is the id of a data set on the hub."""
-    return not _path(source).exists()
+    return not _path(source).exists() and not is_file(source)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``datasets`` has saved a folder to disk."""
+    return any((folder / name).is_file() for name in OF_DISK)
 
 
 def check_source(source: str, subset: str | None, revision: str | None = None) -> None:
@@ -52,25 +68,28 @@ def check_source(source: str, subset: str | None, revision: str | None = None) -
             raise UserError(f"data.{name}: expected null for files on this machine, {source!r}, received {value!r}")
 
 
-def load_splits(source: str, subset: str | None = None, revision: str | None = None) -> Splits[Rows]:
+def load_splits(
+    source: str, subset: str | None = None, revision: str | None = None, text_unit: TextUnit = "paragraph"
+) -> Splits[Rows]:
     """The splits of a source, by the names that it has.
 
     Args:
-        source: a file (one split, ``train``), a folder with a file per split (``train.csv``, ``dev.jsonl``), or the id of a
-            data set on the hub.
+        source: a file or a pattern of files (one split, ``train``), a folder with a file per split (``train.csv``,
+            ``dev.jsonl``), a folder that ``datasets`` has saved to disk, or the id of a data set on the hub.
         subset: on the hub, the name of a configuration (``sst2`` of ``nyu-mll/glue``).
         revision: on the hub, a branch, tag or commit.
+        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph`` between empty lines.
 
     Raises:
         UserError: if there is no such file, folder, data set or subset, or it cannot be read.
         HubError: if the data set is on the hub, which cannot be reached.
     """
     path = _path(source)
-    if path.is_file():
-        return {"train": _reader([path], source)}
-    if path.is_dir():
-        return {split: _reader(files, f"{source}, {split}") for split, files in _files_of(path).items()}
-    data = hub_data(source, subset, revision)
+    if files := _matches(source):
+        return {"train": _reader(files, source, text_unit)}
+    if path.is_dir() and not _is_saved(path):
+        return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_of(path).items()}
+    data = _saved(path) if path.is_dir() else hub_data(source, subset, revision)
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
@@ -90,11 +109,13 @@ def files_identity(source: str) -> dict[str, Any]:
     path = _path(source)
     if is_on_hub(source):
         return {}
-    files = [path] if path.is_file() else [file for some in _files_of(path).values() for file in some]
+    files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
+    files = files or [file for some in _files_of(path).values() for file in some]
     found = {}
     for file in files:
         with file.open("rb") as opened:
-            found[file.name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+            name = file.name if [one.name for one in files].count(file.name) == 1 else str(file)
+            found[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
     return {"files": found}
 
 
@@ -103,7 +124,10 @@ def files_identity(source: str) -> dict[str, Any]:
 
 def _ending(name: str) -> str | None:
     """The ending of a file's name that has a reader; None if there is none."""
-    return next((ending for ending in READERS if name.lower().removesuffix(".gz").endswith(ending)), None)
+    name = name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((ending for ending in READERS if name.endswith(ending)), None)
 
 
 def _files_of(folder: Path) -> dict[str, list[Path]]:
@@ -122,11 +146,23 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _reader(files: list[Path], place: str) -> Callable[[], Rows]:
-    return functools.cache(lambda: Rows(_read(files), place))
+def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:
+    return functools.cache(lambda: Rows(_read(files, text_unit), place))
 
 
-def _read(files: list[Path]) -> Any:
+def _saved(folder: Path) -> Mapping[str, Any]:
+    """The splits of a folder that ``datasets`` has saved to disk."""
+    import datasets
+
+    data: Any = datasets.load_from_disk(folder)
+    return data if isinstance(data, dict) else {"train": data}
+
+
+def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {"text": [text.strip("\n") for text in batch["text"] if text.strip()]}
+
+
+def _read(files: list[Path], text_unit: TextUnit) -> Any:
     """The rows of files of one kind."""
     import datasets
     from pandas.errors import ParserWarning
@@ -134,13 +170,19 @@ def _read(files: list[Path]) -> Any:
     if (ending := _ending(files[0].name)) is None:
         endings = ", ".join(READERS)
         raise UserError(f"data.source: expected a file that ends in {endings}, received {str(files[0])!r}")
+    if others := [file for file in files if READERS.get(_ending(file.name) or "") != READERS[ending]]:
+        raise UserError(f"data.source: expected files of one format, received {str(files[0])!r} and {str(others[0])!r}")
     is_shown = sum(file.stat().st_size for file in files) > WORTH_A_BAR_BYTES
     try:
         with warnings.catch_warnings(), progress_bar_if(is_shown):
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
             how = _csv_options(files[0], "\t" if ending == ".tsv" else ",") if READERS[ending] == "csv" else {}
+            if ending == ".txt":
+                how = {"sample_by": "document" if text_unit == "file" else text_unit}
             read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
             rows = read([str(file) for file in files], **how)
+            if ending == ".txt":
+                rows = rows.map(_texts, batched=True)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"
@@ -153,9 +195,9 @@ def _read(files: list[Path]) -> Any:
 def _csv_options(file: Path, sep: str) -> dict[str, Any]:
     """All values are text, not numbers, dates or "NA" for none; an empty cell is null."""
     import datasets
+    import fsspec
 
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
+    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
         names = next(csv.reader(lines, delimiter=sep))
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
@@ -258,4 +300,4 @@ def draw_parts(
     wanted = [rest if count is None else count for count in counts.values()]
     what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {rows.place}"
     drawn = draw(len(rows), wanted, seed, what, groups)
-    return {part: rows.of(numbers) for part, numbers in zip(counts, drawn, strict=True)}
+    return {part: rows.of(rows.numbers[places]) for part, places in zip(counts, drawn, strict=True)}

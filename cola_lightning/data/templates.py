@@ -9,7 +9,7 @@ from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.base import check_sizes
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
 from cola_lightning.data.rows import Row, Rows, plain_label
-from cola_lightning.data.source import SourceDataModule
+from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.errors import UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
@@ -92,7 +92,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: list[str | Source] | str,
         subset: str | None = None,
         *,
         prompt: str,

@@ -22,7 +22,7 @@ from cola_lightning.data.encoding import (
 )
 from cola_lightning.data.packing import Packs, collate_packs
 from cola_lightning.data.rows import Row, Rows
-from cola_lightning.data.source import SourceDataModule
+from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
@@ -96,9 +96,11 @@ class TextDataModule(SourceDataModule):
         UserError: for invalid files, rows and sizes.
     """
 
+    takes_columns = True
+
     def __init__(
         self,
-        source: str,
+        source: list[str | Source] | str,
         subset: str | None = None,
         *,
         streaming: bool = False,
@@ -117,8 +119,8 @@ class TextDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         self.streaming = streaming
-        if streaming and (not is_on_hub(source) or self.train_size is not None):
-            raise UserError(f"data.streaming: expected a data set on the hub, without data.train_size, received {source!r}")
+        if streaming and (not isinstance(source, str) or not is_on_hub(source) or self.train_size is not None):
+            raise UserError(f"data.streaming: expected one data set on the hub, without data.train_size, received {source!r}")
         if streaming and any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size)):
             raise UserError("data.streaming: expected data.val_size and data.test_size as numbers of rows, received a share")
         if streaming and packing:
@@ -135,16 +137,18 @@ class TextDataModule(SourceDataModule):
 
     def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
-        self._kind, columns = find_columns(rows.columns, rows.lists, self.columns, has_response=has_response)
+        given = rows.columns_given or self.columns
+        kind, columns = find_columns(rows.columns, rows.lists, given, has_response=has_response)
+        self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         *before, last = columns.values()
         taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
         self._log_columns(taken, rows.columns, columns.values())
-        if self._kind == "messages" and self.chat_template is False:
+        if kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: expected null or true for conversations, received false")
-        if self._kind != "text":
+        if kind != "text":
             how = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
             self._log(f"prompts are {how} chat template (data.chat_template)")
-        return self._kind, columns
+        return kind, columns
 
     @property
     def applies_chat_template(self) -> bool:
@@ -241,20 +245,23 @@ class TextDataModule(SourceDataModule):
     # ------------------------------------------------------------------ rows that are streamed
 
     @functools.cached_property
-    def _splits(self) -> Splits[Any]:
-        return stream_splits(self.source, self.subset, self.revision) if self.streaming else super()._splits
+    def _splits(self) -> list[Splits[Any]]:
+        if not self.streaming:
+            return super()._splits
+        return [stream_splits(one.source, one.subset, one.revision) for one in self.sources]
 
     @override
-    def parts(self, stage: str) -> dict[str, Any]:
+    def parts(self, stage: str) -> dict[str, list[Any]]:
         if not self.streaming:
             return super().parts(stage)
-        train, own = self._train, {part: self._own(part) for part in ("val", "test")}
+        (splits,) = self._splits
+        train, own = self._train(splits), {part: self._own(splits, part) for part in ("val", "test")}
         sizes = {"val": self.val_size, "test": self.test_size or (None if own["test"] and self.test_size is None else 0)}
         parts = {part: (own[part] or train).held_out(size) for part, size in sizes.items() if size != 0}
         self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items()))
         if stage == "predict":
-            return {"test": parts.get("test", parts.get("val", train.held_out(None))).lacking_targets()}
-        return {"train": train, **parts}
+            return {"test": [parts.get("test", parts.get("val", train.held_out(None))).lacking_targets()]}
+        return {part: [rows] for part, rows in {"train": train, **parts}.items()}
 
     @override
     def train_dataloader(self) -> Any:
@@ -274,7 +281,7 @@ class TextDataModule(SourceDataModule):
     @override
     def can_be_tested(self) -> bool:
         if self.streaming:
-            return bool(self.test_size) or (self.test_size is None and self._own("test") is not None)
+            return bool(self.test_size) or (self.test_size is None and self._own(self._splits[0], "test") is not None)
         return super().can_be_tested
 
 

@@ -55,9 +55,13 @@ class Study:
         for options in [dict.fromkeys(asked.also_seeded, 0), *(one.options for one in self.methods.values())]:
             resolved([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
         source = self.config["data"].get("init_args", {}).get("source")
+        sources = [
+            one["source"] if isinstance(one, dict) else one for one in (source if isinstance(source, list) else [source])
+        ]
+        files = [files_identity(one) for one in sources if isinstance(one, str)]
         self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
         self.shared |= {"also_seeded": asked.also_seeded, "metric": asked.metric, "mode": asked.better}
-        self.shared |= files_identity(source) if isinstance(source, str) else {}
+        self.shared |= files[0] if len(files) == 1 else {"files": files} if files else {}
         self.failed: set[Run] = set()
 
     def _settle_config(self) -> None:

@@ -1,0 +1,223 @@
+"""Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import fsspec
+import pytest
+from lightning.pytorch import Callback
+
+from cola_lightning import TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning.cli import main
+from cola_lightning.data.source import Source
+from cola_lightning.data.splits import load_splits
+from tests import tiny
+from tests.test_causal_lm import causal_lm
+from tests.test_language_data import attach
+from tests.toy import assert_bit_equal, trainer, weights
+
+ROWS = [{"text": f"It was {k}."} for k in range(6)]
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with fsspec.open(str(path), "wt", compression="infer") as file:
+        file.write(text)
+    return str(path)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def texts_of(part, data):
+    return [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part]
+
+
+def read(source, **how):
+    return {split: [dict(row) for row in rows()] for split, rows in load_splits(source, **how).items()}
+
+
+# ---------------------------------------------------------------------- what a source may be
+
+
+def test_a_pattern_names_the_files_of_one_split(tmp_path):
+    for k in (2, 0, 1):
+        write(tmp_path / "logs" / f"{k}.jsonl", lines(ROWS[2 * k : 2 * k + 2]))
+    write(tmp_path / "logs" / "0.txt", "A note.")
+    assert read(f"{tmp_path}/logs/*.jsonl") == {"train": ROWS}
+    data = attach(TextDataModule(f"{tmp_path}/logs/*.jsonl", val_size=2, max_new_tokens=4))
+    data.setup("predict")  # of one split all rows, as of a file
+    assert [row.prompt for row in data.test] == [row["text"] for row in ROWS]
+    assert len(data.identity["files"]) == 3
+    with pytest.raises(UserError, match=r"expected files of one format, received .*0\.jsonl' and .*0\.txt'"):
+        read(f"{tmp_path}/logs/0.*")
+    with pytest.raises(UserError, match=r"^data\.source: expected a file, a folder or a data set"):
+        read(f"{tmp_path}/logs/*.parquet")
+
+
+TEXT = "One.\nTwo.\n\n  \n\n\nThree.\n \nFour.\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [
+        ("paragraph", ["One.\nTwo.", "Three.\n \nFour."]),
+        ("line", ["One.", "Two.", "Three.", "Four."]),
+        ("file", [TEXT.strip("\n")]),
+    ],
+)
+def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, unit, texts):
+    source = write(tmp_path / "notes.txt", TEXT)
+    assert read(source, text_unit=unit) == {"train": [{"text": text} for text in texts]}
+    data = attach(TextDataModule(source, text_unit=unit, val_size=0))
+    data.setup("fit")
+    assert texts_of(data.train, data) == texts
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.zst", "rows.txt.zst", "rows.txt.gz"])
+def test_a_compressed_file_is_read(tmp_path, name):
+    if name.endswith("zst"):
+        pytest.importorskip("zstandard")
+    texts = [row["text"] for row in ROWS]
+    contents = {"csv": "\n".join(["text", *texts]), "txt": "\n\n".join(texts), "jsonl": lines(ROWS)}
+    assert read(write(tmp_path / name, contents[name.split(".")[1]])) == {"train": ROWS}
+
+
+def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(tmp_path / "splits")
+    assert read(str(tmp_path / "one")) == {"train": ROWS}
+    assert read(str(tmp_path / "splits")) == {"train": ROWS, "dev": ROWS[1:2]}
+    data = attach(TextDataModule(str(tmp_path / "splits")))
+    data.setup("fit")
+    assert [len(data.train), len(data.val), len(data.identity["files"])] == [6, 1, 2]
+
+
+# ---------------------------------------------------------------------- several
+
+
+def two(folder):
+    """A folder with texts in two splits, and a file of instructions with other names, which has the columns of texts, too."""
+    tiny.write_rows(folder / "texts", ROWS, ["train", "validation"])
+    asked = [{"text": "unused", "ask": f"Who is {k}?", "say": f"Al {k}."} for k in range(20)]
+    return str(folder / "texts"), Source(
+        write(folder / "asked.jsonl", lines(asked)), columns={"prompt": "ask", "response": "say"}
+    )
+
+
+def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
+    texts, asked = two(tmp_path)
+    half = Source(asked.source, columns=asked.columns, share=0.5)
+    data = attach(TextDataModule([texts, half], chat_template=False, batch_size=4))
+    alone = [attach(TextDataModule([one], chat_template=False)) for one in (texts, half)]
+    for one in (data, *alone):
+        one.setup("fit")
+    assert [len(data.train), len(data.val)] == [6 + 9, 6 + 1]
+    for part in ("train", "val"):
+        expected = [row for one in alone for row in getattr(one, part)]
+        assert [*getattr(data, part)] == expected
+    order = [texts_of([{"input_ids": ids} for ids in batch["input_ids"]], data) for batch in data.train_dataloader()]
+    of_texts = [sum(text.startswith("It was") for text in batch) for batch in order]
+    assert sum(of_texts) == 6
+    assert len({*of_texts}) > 1 or of_texts[0] not in (0, 4)
+    assert data.prompt_format["kind"] == "response"
+    assert [one["source"] for one in data.identity["sources"]] == [texts, asked.source]
+    assert all(one["files"] for one in data.identity["sources"])
+    assert data.identity["sources"][1]["share"] == 0.5
+
+
+def test_a_share_is_drawn_by_the_seed_from_each_split(tmp_path):
+    texts, _ = two(tmp_path)
+
+    def drawn(seed):
+        data = attach(TextDataModule([Source(texts, share=0.5)], split_seed=seed))
+        data.setup("fit")
+        return texts_of(data.train, data), texts_of(data.val, data)
+
+    train, val = drawn(0)
+    assert [len(train), len(val)] == [3, 3]
+    assert train == sorted(train)
+    assert drawn(0) == (train, val) != drawn(1)
+
+
+def test_templates_and_classifiers_take_several_sources(tmp_path):
+    labels = ["no", "yes", "perhaps"]
+    rows = [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)]
+    first = write(tmp_path / "a.jsonl", lines(rows))
+    second = write(tmp_path / "b.csv", "text,label\n" + "".join(f"Was it {k}?,{labels[1 + k % 2]}\n" for k in range(10)))
+    templated = attach(TemplateDataModule([first, second], prompt="{text} ", options=labels))
+    templated.setup("fit")
+    assert Counter(row.example.options[row.example.answer] for row in templated.train)["perhaps"] > 0
+    assert [len(templated.train), len(templated.val)] == [18 + 9, 2 + 1]
+    templated.setup("predict")
+    assert [row.example.prompt for row in templated.test[18:22]] == ["Is it 18? ", "Is it 19? ", "Was it 0? ", "Was it 1? "]
+    classified = attach(TextClassificationDataModule([first, second]))
+    settled = []
+    classified.trainer.lightning_module.settle_labels = lambda found: (
+        settled.append(found),
+        setattr(classified.trainer.lightning_module, "label_names", found),
+    )
+    classified.setup("fit")
+    assert settled == [sorted(labels)]
+    assert {*classified.train["labels"]} == {0, 1, 2}
+
+
+def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
+    texts, asked = two(tmp_path)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
+
+    def fit(*callbacks, ckpt_path=None):
+        module = causal_lm(tmp_path)
+        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
+        run.fit(module, datamodule=TextDataModule([texts, asked], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
+        return weights(module)
+
+    whole = fit(Save())
+    assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
+
+
+def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    tiny.folder(Path("model"))
+    two(Path())
+    words = ["fit", "--model.model_name", "model", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.enable_progress_bar", "false"]
+    sources = "[texts, {source: asked.jsonl, columns: {prompt: ask, response: say}, share: 0.5}]"
+    Path("two.yaml").write_text(f"data: {{class_path: TextDataModule, init_args: {{source: {sources}}}}}\n")
+    assert main([*words, "--config", "two.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "ask -> say" in out
+    assert "asked.jsonl: 9 rows for training, 1 for validation" in out
+    (use,) = [line for line in out.splitlines() if line.startswith("checkpoint: ")]
+    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", use.partition(": ")[2]]) == 0
+    assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
+    assert main([*words, "--data.source", "[texts, texts/train.jsonl]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("sources", "how", "message"),
+    [
+        ([], {}, r"at least one"),
+        (["a/b"], {"subset": "main"}, r"each entry"),
+        ([Source("a/b", share=0)], {}, r"share must be above 0"),
+        (["a/b"], {"streaming": True}, r"^data\.streaming: expected one data set"),
+    ],
+)
+def test_what_a_list_cannot_be_is_one_line(sources, how, message):
+    with pytest.raises(UserError, match=message):
+        TextDataModule(sources, **how)
+
+
+def test_columns_of_a_source_are_for_texts():
+    with pytest.raises(UserError, match="TextDataModule"):
+        TemplateDataModule([Source("a/b", columns={"text": "a"})], prompt="{a}", answer="b")
