@@ -1,14 +1,26 @@
 """Conversations in a tokenizer's chat template; the tokens with which a turn or a text ends."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from cola_lightning.errors import UserError
+from cola_lightning import hub
+from cola_lightning.errors import UserError, one_line
 
 Message = dict[str, Any]  # role, content and whatever else the template renders: reasoning_content, tool_calls
+
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (message['content'] or '') ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+NAMED_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?\w+>")  # as templates write special tokens
 
 QUESTION, ANSWER = "Is it old?", "It is."  # a conversation that shows how a template ends a turn
 
@@ -48,6 +60,41 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
+def find_chat_template(name: str, tokenizer: Any) -> str:
+    """The text of a chat template.
+
+    Args:
+        name: ``chatml``, the path of a ``.jinja`` file, or the model, by its hub id or folder, whose template it is.
+        tokenizer: the tokenizer for which it is: if it begins a text with a token, so does ``chatml``.
+
+    Raises:
+        UserError: if there is no such file or model, or the model has no chat template.
+    """
+    if name == "chatml":
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return "{{- bos_token }}" * begins + CHATML
+    try:
+        if name.endswith(".jinja"):
+            return Path(name).expanduser().read_text(encoding="utf-8")
+        from transformers import AutoTokenizer
+
+        with hub.needed_for(f"data.chat_template: {name!r}"):
+            found = AutoTokenizer.from_pretrained(str(Path(name).expanduser())).chat_template
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.chat_template: {name!r} cannot be read: {one_line(str(error))}") from error
+    if isinstance(found, Mapping):  # several, by name
+        found = found.get("default")
+    if not found:
+        raise UserError(f"data.chat_template: the tokenizer of {name!r} has no chat template")
+    return str(found)
+
+
+def unknown_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens that a tokenizer's chat template names and its vocabulary lacks."""
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in dict.fromkeys(NAMED_TOKEN.findall(tokenizer.chat_template)) if token not in vocabulary]
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's chat template.
@@ -79,7 +126,9 @@ class ChatTemplate:
 
     def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
         if not self.tokenizer.chat_template:
-            raise UserError("data: expected a tokenizer with a chat template (model.model_name), received one without")
+            raise UserError(
+                "model.model_name: its tokenizer has no chat template (data.chat_template of TextDataModule sets one)"
+            )
         import jinja2
 
         try:
@@ -134,9 +183,21 @@ class ChatTemplate:
     def stop_tokens(self) -> list[int]:
         """The token with which the assistant's turn ends, if special or added; it need not be the tokenizer's end of text.
 
-        Where the template has none, it is the token with which the next turn begins.
+        Where the template has none, it is the token with which the next turn begins, or else the tokenizer's end of text.
         """
-        return self._ending[0]
+        end = end_of_text(self.tokenizer)
+        return self._ending[0] or ([] if end is None else [end])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no special token ends the assistant's turn or begins the next one, so that only text does."""
+        return not self._ending[0]
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The text at which generation stops if the template is plain: with it, the assistant's turn ends."""
+        end = self._answered[1].strip()
+        return (end,) if self.is_plain and end else ()
 
     @property
     def n_after_stop(self) -> int | None:

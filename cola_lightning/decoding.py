@@ -1,6 +1,7 @@
 """Options of text generation, shared by data modules, modules and commands."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cola_lightning.errors import UserError
@@ -44,6 +45,10 @@ class Decoding:
             )
         if "" in self.stop:
             raise UserError(f"{group}stop: expected texts of at least one character, received an empty one")
+
+    def stopping(self, texts: Iterable[str]) -> "Decoding":
+        """The same, with more texts at which generation ends."""
+        return replace(self, stop=tuple(dict.fromkeys([*self.stop, *texts])))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a batch."""

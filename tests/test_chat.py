@@ -217,10 +217,10 @@ BEHAVIOURS = {
     ),
     "has no tokens of its own": Behaviour(
         template(": " + SAID, "assistant:", "{{ turn.role }}"),
-        [["user: Old?assistant:", " No", "user: Red?assistant:", " Yes"]],
-        stop=None,
+        [["user: Old?assistant:", " No", "user: Red?assistant:", " Yes</s>"]],
+        stop="</s>",
     ),
-    "has no generation prompt": Behaviour(COUNTED, [["Old?", "2No"]], messages=turns("Old?", "No"), stop=None),
+    "has no generation prompt": Behaviour(COUNTED, [["Old?", "2No</s>"]], messages=turns("Old?", "No")),
 }
 
 

@@ -113,7 +113,7 @@ def two(folder):
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
     texts, asked = two(tmp_path)
     half = Source(asked.source, columns=asked.columns, share=0.5)
-    data = attach(TextDataModule([texts, half], chat_template=False, batch_size=4))
+    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4))
     alone = [attach(TextDataModule([one], chat_template=False)) for one in (texts, half)]
     for one in (data, *alone):
         one.setup("fit")
@@ -185,6 +185,14 @@ def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
     assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
 
 
+def test_rows_of_several_sources_are_packed_together(tmp_path):
+    data = attach(TextDataModule(two(tmp_path), chat_template=False, packing=True))
+    data.setup("fit")
+    packed = [texts_of(pack, data) for pack in (data.train[k] for k in range(len(data.train)))]
+    assert sum(map(len, packed)) == 6 + 18
+    assert any(len({text.startswith("It was") for text in texts}) == 2 for texts in packed)
+
+
 def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cola"])
@@ -201,7 +209,8 @@ def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch
     (use,) = [line for line in out.splitlines() if line.startswith("checkpoint: ")]
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", use.partition(": ")[2]]) == 0
     assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
-    assert main([*words, "--data.source", "[texts, texts/train.jsonl]"]) == 0
+    for source in ("[texts, texts/train.jsonl]", "texts/train.jsonl"):
+        assert main([*words, "--data.source", source]) == 0
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
         assert rows == (turns if is_chat else following)
         assert data.prompt_format == {"kind": "response", "chat_template": is_chat}
         assert len([line for line in caplog.messages if line.endswith("(data.chat_template)")]) == 1  # once, of both parts
-    with pytest.raises(UserError, match="expected a tokenizer with a chat template"):
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
         encoded(PAIRS, tmp_path, plain, "fit", chat_template=True)
     with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations"):
         encoded(AS_TURNS, tmp_path, chat, "fit", chat_template=False)

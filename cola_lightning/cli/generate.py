@@ -134,6 +134,7 @@ class Session:
         self.turns += user_turn(prompt)
         template = ChatTemplate(self.module.tokenizer, self.chat_template_kwargs)
         text = template.prompt(Conversation(self.turns), "prompt")
+        self.decoding = self.decoding.stopping(template.stop_texts)
         self.turns.append(assistant_turn(self.answer(text, template.stop_tokens, is_whole=True)))
 
     def answer(self, text: str, ends: Sequence[int] = (), *, is_whole: bool = False) -> str:

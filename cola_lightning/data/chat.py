@@ -177,14 +177,20 @@ def _warn_once(message: str, chat_template: str) -> None:
 
 
 def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
-    """A conversation's turns, each with its stop token: that with which the next turn begins, if the template has no other."""
+    """A conversation's turns, each with its stop token: that with which the next turn begins, if the template has no other.
+
+    If that is none either, the last turn ends with the end of text.
+    """
     if template.n_after_stop is not None:
         return turns
     stopped = []
     for turn, following in itertools.zip_longest(turns, turns[1:]):
         n, stop = len(turn.ids), template.stop_tokens
-        if following is not None and turn.is_inside(following) and template.special_ids.issuperset(following.ids[n : n + 1]):
-            stop = following.ids[n : n + 1]  # a tool's turn, say, and not the user's
+        if following is not None and turn.is_inside(following):
+            if template.special_ids.issuperset(following.ids[n : n + 1]):
+                stop = following.ids[n : n + 1]  # a tool's turn, say, and not the user's
+            elif template.is_plain:
+                stop = []  # the last turn alone has the end of text
         stopped.append(replace(turn, ids=[*turn.ids, *stop], end=n + len(stop)))
     return stopped
 

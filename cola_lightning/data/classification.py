@@ -44,7 +44,7 @@ class TextClassificationDataModule(SourceDataModule):
 
     def __init__(
         self,
-        source: list[str | Source] | str,
+        source: tuple[str | Source, ...] | str,
         subset: str | None = None,
         *,
         text_fields: list[str] | str | None = None,

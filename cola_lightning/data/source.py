@@ -149,7 +149,7 @@ class SourceDataModule(TokenizedDataModule):
 
     def __init__(
         self,
-        source: list[str | Source] | str,
+        source: tuple[str | Source, ...] | str,  # of a list, jsonargparse would read the entries from the file
         subset: str | None = None,
         *,
         revision: str | None = None,

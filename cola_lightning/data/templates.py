@@ -92,7 +92,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     def __init__(
         self,
-        source: list[str | Source] | str,
+        source: tuple[str | Source, ...] | str,
         subset: str | None = None,
         *,
         prompt: str,

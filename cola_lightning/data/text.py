@@ -9,7 +9,16 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.chat_template import ChatTemplate, Conversation, Message, assistant_turn, text_of, user_turn
+from cola_lightning.chat_template import (
+    ChatTemplate,
+    Conversation,
+    Message,
+    assistant_turn,
+    find_chat_template,
+    text_of,
+    unknown_tokens,
+    user_turn,
+)
 from cola_lightning.data.chat import encode_conversations
 from cola_lightning.data.encoding import (
     LanguageRow,
@@ -78,7 +87,8 @@ class TextDataModule(SourceDataModule):
         columns: the columns to use, by what they hold: ``messages`` (and ``tools``), ``prompt`` (with ``response``, ``input``
             and ``system``), or ``text``; ``null``: found by their names.
         chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
-            one. ``false``: a response directly follows its prompt.
+            one. ``false``: a response directly follows its prompt. A text names a template that replaces the tokenizer's, in
+            checkpoints and exports, too: ``chatml``, the path of a ``.jinja`` file, or the hub id or folder of another model.
         chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``, in training and generation.
         loss: for conversations: on ``all`` turns of the assistant, or on the ``last`` one alone.
         packing: put training rows together up to ``max_length``, so that there is hardly any padding; a row sees itself alone.
@@ -100,12 +110,12 @@ class TextDataModule(SourceDataModule):
 
     def __init__(
         self,
-        source: list[str | Source] | str,
+        source: tuple[str | Source, ...] | str,
         subset: str | None = None,
         *,
         streaming: bool = False,
         columns: dict[str, str] | None = None,
-        chat_template: bool | None = None,
+        chat_template: bool | str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         loss: Literal["all", "last"] = "all",
         packing: bool = False,
@@ -153,7 +163,7 @@ class TextDataModule(SourceDataModule):
     @property
     def applies_chat_template(self) -> bool:
         """Whether instructions are formatted by the tokenizer's chat template."""
-        return bool(self.tokenizer.chat_template) if self.chat_template is None else self.chat_template
+        return bool(self.tokenizer.chat_template if self.chat_template is None else self.chat_template)
 
     @property
     @override
@@ -161,13 +171,24 @@ class TextDataModule(SourceDataModule):
         is_text = self._kind == "text"
         is_chat = not is_text and self.applies_chat_template
         variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
-        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables}
+        own = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **own}
 
     @property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.chat_template_kwargs or {})
 
     # ------------------------------------------------------------------ rows
+
+    @override
+    def setup(self, stage: str) -> None:
+        if isinstance(self.chat_template, str):
+            self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
+            if unknown := unknown_tokens(self.tokenizer):
+                self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
+        super().setup(stage)
+        if self.packing and stage == "fit":
+            self.train = self._packed(self.train)
 
     @override
     def encode(self, rows: Any, part: str) -> Any:
@@ -180,8 +201,7 @@ class TextDataModule(SourceDataModule):
         found = self._find(rows)
         how = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss
         features = {"input_ids": ["int32"], "spans": ["int32"]}
-        encoded = self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
-        return self._packed(encoded) if self.packing and part == "train" else encoded
+        return self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -239,8 +259,10 @@ class TextDataModule(SourceDataModule):
             return collate_packs(rows, pad)
         if not isinstance(rows[0], PromptRow):
             return collate_language(rows, pad)
-        ends = self._template.stop_tokens if self.prompt_format["chat_template"] else []
-        return collate_prompts(rows, pad, self._fitting_decoding(), ends)
+        template, decoding = self._template, self._fitting_decoding()
+        if not self.prompt_format["chat_template"]:
+            return collate_prompts(rows, pad, decoding, [])
+        return collate_prompts(rows, pad, decoding.stopping(template.stop_texts), template.stop_tokens)
 
     # ------------------------------------------------------------------ rows that are streamed
 

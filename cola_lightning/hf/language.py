@@ -17,7 +17,7 @@ from cola_lightning.hf.pretrained import Dtype, Pretrained, with_limit
 from cola_lightning.lora.inject import lies_in
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.module.module import COLAModule
-from cola_lightning.module.run import trainer_of
+from cola_lightning.module.run import run_of, trainer_of
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,9 @@ class LanguageModule(COLAModule, ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
         tokenizer = self.pretrained.tokenizer()
+        pending = run_of(self).pending
+        if pending is not None and "template" in pending.state.prompt_format:  # of data.chat_template
+            tokenizer.chat_template = pending.state.prompt_format["template"]
         if self.pretrained.gguf_file is not None:  # its configuration takes seconds; most use rotary positions, without a limit
             return tokenizer
         return with_limit(tokenizer, self.pretrained.config())
