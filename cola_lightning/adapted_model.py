@@ -75,6 +75,7 @@ class AdaptedModel:
             its own, and each link records it as it does the model's fully trained modules.
         first_values: the values outside of the model before the first link.
         trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; to be set before a link begins.
+        may_stack: whether :meth:`cast` to half precision has finished links stacked instead of merged.
 
     Example:
         >>> def build_model():
@@ -99,6 +100,7 @@ class AdaptedModel:
         self.outside: Callable[[], dict[str, Tensor]] = dict
         self.first_values: dict[str, Tensor] = {}
         self.trained_factors: TrainedFactors = "both"
+        self.may_stack = False
 
     @classmethod
     def of(
@@ -112,7 +114,7 @@ class AdaptedModel:
         dropout: float = 0.0,
         init: Init = "kaiming",
         modules_to_save: Sequence[str] = (),
-        finished_links: FinishedLinks = "merge",
+        finished_links: FinishedLinks = "auto",
         seed: int = 0,
         trained_factors: TrainedFactors = "both",
     ) -> "AdaptedModel":
@@ -127,7 +129,7 @@ class AdaptedModel:
             dropout: probability of dropping an input of A while training.
             init: how A is drawn: ``kaiming`` or ``gaussian``.
             modules_to_save: names, or dotted name endings, of fully trained modules.
-            finished_links: ``merge`` or ``stack``, see :func:`~cola_lightning.inject_lora`.
+            finished_links: ``merge``, ``stack`` or ``auto``, see :func:`~cola_lightning.inject_lora`.
             seed: of all random draws.
             trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
 
@@ -417,12 +419,21 @@ class AdaptedModel:
     def cast(self, dtype: torch.dtype) -> None:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
-        It upcasts only to float64, and then the whole model; a layer into which links are merged is never downcast.
+        It upcasts only to float64, and then the whole model; a layer into which links are merged is never downcast, but with
+        ``may_stack`` its finished links are stacked from here on, and the layer is cast.
 
         Raises:
             UserError: if sharded layers would have to be cast.
         """
         is_sharded = layout.is_model_sharded(self.model)
+        if self.may_stack and dtype.itemsize < 4 and self.merges:
+            chain = self.chain
+            if len(chain):
+                self._write_base(self.model)
+                self.forget_links(chain.base)
+            for layer in self.layers.values():
+                layer.begin_stack()
+            self.replay(chain)
         for layer in self.layers.values():
             if dtype == torch.float64 or (layer.stack is not None and dtype.itemsize < 4):
                 if layer.dtype != dtype and is_sharded:

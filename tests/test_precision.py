@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from cola_lightning import COLACausalLM, LastCheckpoint
+from cola_lightning import AdaptedModel, COLACausalLM, LastCheckpoint
 from cola_lightning.export.verify import logits_of
 from tests import tiny
 from tests.toy import (
@@ -96,6 +96,31 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_resumes_to_the_bit(t
     assert_bit_equal(weights(resumed), weights(module))
     x = next(iter(batches()))[0]
     assert torch.equal(resumed.eval().model(x), module.eval().model(x))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])
+@pytest.mark.parametrize("is_read_early", [False, True])
+def test_by_default_links_are_merged_into_float32_and_stacked_on_half_precision(tmp_path, precision, is_read_early):
+    expected = fit(tmp_path / "expected", make("stack" if precision.endswith("6-true") else "merge"), precision)
+    module = make("auto")
+    if is_read_early:
+        assert len(list(module.parameters())) == 8
+    fit(tmp_path, module, precision)
+    assert_bit_equal(weights(module), weights(expected))
+    loaded = Watched.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(loaded), weights(expected))
+    x = next(iter(batches()))[0].to(loaded.model[0].weight.dtype)
+    assert torch.equal(loaded.eval()(x), expected.eval()(x))
+    assert_bit_equal(loaded.merged_model().state_dict(), expected.merged_model().state_dict())
+    resumed = fit(tmp_path / "resumed", make("auto"), precision, epochs=3, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(resumed), weights(expected))
+
+
+@pytest.mark.parametrize(("dtype", "is_stacked"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, False)])
+def test_by_default_the_dtype_of_the_base_decides(dtype, is_stacked):
+    adapted = AdaptedModel.of(lambda: nn.Sequential(nn.Linear(4, 3, dtype=dtype)), rank=2, alpha=4)
+    assert (adapted.model[0].stack is not None) == is_stacked
+    assert adapted.model[0].weight.dtype == dtype
 
 
 def test_half_precision_loses_no_link():

@@ -70,7 +70,7 @@ MISTAKES = [
     (LANGUAGE + "--data.batch_size 0", "data.batch_size: "),
     (LANGUAGE + "--model.model_name ./nowhere", "model.model_name: "),
     (LANGUAGE + "--model.target_modules [lm_head]", "model.target_modules: .*'lm_head', whose weight is shared"),
-    (LANGUAGE + "--model.quantization nf4", "model.finished_links: expected stack"),
+    (LANGUAGE + "--model.quantization nf4 --model.finished_links merge", "model.finished_links: expected stack"),
     (f"inspect --checkpoint {DIGITS}", "checkpoint: "),
     ("inspect --checkpoint chain --plot x.jpg", "plot: "),
     ("generate --checkpoint nowhere --prompt It", "checkpoint: .*'nowhere'"),

@@ -28,7 +28,7 @@ MAIN_OPTIONS = {
     "--model.rank 8": "rank of a link",
     "--model.alpha 16.0": "a link's update is scaled by alpha / rank",
     "--model.target_modules all-linear": "or a list of layer names",
-    "--model.finished_links merge": "or stack: for half precision, 4 bits",
+    "--model.finished_links auto": "or merge, stack; auto: by the base's dtype",
     "--model.dtype float32": "of the base: or bfloat16, float16",
     "--model.optimizer.lr 0.001": "learning rate",
     "--model.lr_schedule linear": "or cosine, constant; for each link",

@@ -50,9 +50,10 @@ class LanguageModule(COLAModule, ABC):
         model_name: a hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory. With ``finished_links: merge`` the adapted weights are stored in float32 nevertheless.
+        dtype: of the weights in memory. With ``finished_links: merge`` the adapted weights are stored in float32 nevertheless;
+            by default finished links are stacked on a base in half precision.
         quantization: ``nf4`` stores the weights of the pretrained linear layers in 4 bits, by bitsandbytes; they compute in
-            ``dtype``. It needs ``finished_links: stack`` and the extra ``nf4``. ``null``: none.
+            ``dtype``. It needs the extra ``nf4``, and cannot be merged into. ``null``: none.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``.

@@ -136,7 +136,7 @@ def inject_lora(
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
     init: Init = "kaiming",
-    finished_links: FinishedLinks = "merge",
+    finished_links: FinishedLinks = "auto",
     experts: bool = False,
 ) -> list[str]:
     """Makes the target layers LoRA layers, in place, and freezes everything else.
@@ -155,7 +155,8 @@ def inject_lora(
         modules_to_save: names or dotted name endings of fully trained modules (a new head).
         init: how A is drawn, see :meth:`LoRALayer.adapt_`.
         finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
-            are in half precision; ``stack`` stores them beside the weights, which are never modified.
+            are in half precision; ``stack`` stores them beside the weights, which are never modified; ``auto`` is ``stack``
+            where a target is in half precision or 4 bits, else ``merge``.
         experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
             ``up_proj``, ``down_proj``): rank times experts is many parameters. By name they are always found.
 
@@ -191,6 +192,9 @@ def _inject(
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, how["finished_links"]) for name, layer in targets.items()}
+    if how["finished_links"] == "auto":
+        is_narrow = any(layer.get_parameter("weight").dtype.itemsize < 4 for layer in targets.values())  # of 4 bits, too
+        how = how | {"finished_links": "stack" if is_narrow else "merge"}
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 

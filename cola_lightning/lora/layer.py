@@ -30,7 +30,7 @@ from cola_lightning import layout
 from cola_lightning.lora.stack import Stack
 
 Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
-FinishedLinks = Literal["merge", "stack"]
+FinishedLinks = Literal["auto", "merge", "stack"]
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
@@ -185,7 +185,7 @@ class LoRALayer(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         init: Init = "kaiming",
-        finished_links: FinishedLinks = "merge",
+        finished_links: Literal["merge", "stack"] = "merge",
     ) -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
@@ -202,8 +202,9 @@ class LoRALayer(nn.Module):
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
         dtype, device = adapted._prepare_weight(finished_links), layer.weight.device
-        adapted.base_dtype = dtype
-        adapted.stack = Stack(n_in, n_out, dtype, device, matrices) if finished_links == "stack" else None
+        adapted.base_dtype, adapted.stack = dtype, None
+        if finished_links == "stack":
+            adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
         adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
@@ -212,6 +213,11 @@ class LoRALayer(nn.Module):
         adapted.init, adapted.rank, adapted.alpha = init, rank, alpha
         adapted.reset()
         return adapted
+
+    def begin_stack(self) -> None:
+        """Has finished links stored beside the weight, into which none is merged yet."""
+        (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
+        self.stack = Stack(n_in, n_out, self.base_dtype, self.weight.device, matrices)
 
     def strip_(self) -> nn.Module:
         """Makes this layer a plain one again, in place, without its link and its stack."""
@@ -231,7 +237,7 @@ class LoRALayer(nn.Module):
         """
         self.register_forward_hook(_call_forward)
 
-    def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
+    def _prepare_weight(self, finished_links: Literal["merge", "stack"]) -> torch.dtype:
         """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
         if finished_links == "merge":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.layer import FinishedLinks, LoRALayer, is_quantized
+from cola_lightning.lora.layer import LoRALayer, is_quantized
 from cola_lightning.lora.linear import LoRALinear
 
 Quantization = Literal["nf4"]
@@ -123,7 +123,7 @@ def lora_linear_4bit() -> type[LoRALayer]:
         compute_dtype: torch.dtype | None
 
         @override
-        def _prepare_weight(self, finished_links: FinishedLinks) -> torch.dtype:
+        def _prepare_weight(self, finished_links: Literal["merge", "stack"]) -> torch.dtype:
             self.source_dtype = self.weight.quant_type
             return self.compute_dtype or torch.float32
 

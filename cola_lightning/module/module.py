@@ -91,9 +91,9 @@ class COLAModule(LightningModule, RecordsArguments):
         kept_optimizer_state: the share of the optimizer state of A and B, the entries with the largest first moments, that a
             knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer. Not for 8-bit or factored states (AdamW8bit,
             Adafactor), unless 1: all.
-        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``,
-            for bases in half precision or 4 bits, never modifies a weight and stores the finished links as one frozen
-            low-rank pair per layer.
+        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``
+            never modifies a weight and stores the finished links as one frozen low-rank pair per layer; ``auto`` merges into a
+            base in float32 and stacks on one in half precision (its own dtype, or by ``bf16-true``) or in 4 bits.
         init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
             training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
@@ -141,7 +141,7 @@ class COLAModule(LightningModule, RecordsArguments):
         knot_warmup_steps: float = 0,
         trained_factors: TrainedFactors = "both",
         kept_optimizer_state: float = 0,
-        finished_links: FinishedLinks = "merge",
+        finished_links: FinishedLinks = "auto",
         init_chain: str | None = None,
         init_links: int | None = None,
         save_base: bool = False,
@@ -360,6 +360,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.placement, adapted.trained_factors = self._placement, self.trained_factors
+        adapted.may_stack = self.finished_links == "auto"
         adapted.outside = functools.partial(values_outside, self)
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         adapted.remember_first_values()
