@@ -159,14 +159,13 @@ def rows_of_one_base() -> list[list[str]]:
 
 
 def rows_of_one_knot() -> list[list[str]]:
-    """What docs/results.md says of one early knot: that chain, LoRA, and chains of equal links, on the same seeds."""
+    """What docs/results.md says of one early knot: that chain and LoRA, on the same seeds."""
     table = []
     for stage in studies("knot-at-a-quarter"):
         one_knot = stage.best()
         seeds = {result.seed for result in one_knot["cola"]}
-        others = replace(stage, variant="").best()
-        chains = {name: results for name, results in others.items() if name == "lora" or name.startswith("cola")}
-        same = {name: [result for result in results if result.seed in seeds] for name, results in (chains | one_knot).items()}
+        both = {"lora": replace(stage, variant="").best()["lora"]} | one_knot
+        same = {name: [result for result in results if result.seed in seeds] for name, results in both.items()}
         for row in summarize(same):
             table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, NAMES[row.method])])
     return table

@@ -10,42 +10,42 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 SUBCOMMANDS = {
-    "fit": "Trains a model by a chain of LoRA links.",
+    "fit": "Trains a model with LoRA or a chain of LoRA.",
     "validate": "Evaluates a checkpoint on the validation data.",
     "test": "Evaluates a checkpoint on the test data.",
-    "predict": "Writes a checkpoint's predictions for each row to a JSONL file.",
-    "compare": "Compares LoRA, chains and related methods over rates and seeds.",
-    "generate": "Generates text with a checkpoint, from a prompt or in a chat.",
-    "inspect": "Prints statistics of each link of a checkpoint or chain folder.",
-    "configs": "Lists the configurations that come with the package; copies them.",
-    "export": "Writes a checkpoint as a plain model, PEFT adapter or chain folder.",
+    "predict": "Writes the predictions for each row to a JSON Lines file.",
+    "compare": "Compares LoRA, chains and other methods over rates and seeds.",
+    "generate": "Generates text with a checkpoint, for a prompt or in a chat.",
+    "inspect": "Shows what each link of a checkpoint or chain did.",
+    "configs": "Lists and copies the configs that come with the package.",
+    "export": "Writes a plain model, a PEFT adapter or a chain folder.",
 }
 # What most people set; a value in lower case is the default, of the classes that a run has where none is named.
 MAIN_OPTIONS = {
-    "--config FILE": "YAML; options after it count more",
-    "--model.model_name NAME": "the base: a hub id or a folder",
-    "--data.source NAME": "the data: a hub id, folder or file",
+    "--config FILE": "a YAML file; later options override it",
+    "--model.model_name NAME": "pretrained model: a hub id or a folder",
+    "--data.source NAME": "data: a hub id, a folder or a file",
     "--model.rank 8": "rank of a link",
-    "--model.alpha 16.0": "a link's update is scaled by alpha / rank",
+    "--model.alpha 16.0": "links are scaled by alpha / rank",
     "--model.target_modules all-linear": "or a list of layer names",
-    "--model.finished_links auto": "or merge, stack; auto: by the base's dtype",
-    "--model.dtype float32": "of the base: or bfloat16, float16",
+    "--model.finished_links auto": "merge in float32, stack in bf16 or 4 bits",
+    "--model.dtype float32": "of the base; or bfloat16, float16",
     "--model.optimizer.lr 0.001": "learning rate",
-    "--model.lr_schedule linear": "or cosine, constant; for each link",
-    "--model.warmup_steps 0.0": "of a link: steps, or a share of its steps",
-    "--chain.every_n_epochs N": "a knot after every N epochs",
-    "--chain.every_n_train_steps N": "a knot after every N optimizer steps",
+    "--model.lr_schedule linear": "or cosine, constant; in each link",
+    "--model.warmup_steps 0.0": "in each link: steps, or a share of them",
+    "--chain.every_n_epochs N": "a new link every N epochs",
+    "--chain.every_n_train_steps N": "a new link every N optimizer steps",
     "--data.batch_size 8": "rows in a batch",
-    "--data.max_length 1024": "largest number of tokens in a row",
+    "--data.max_length 1024": "tokens per row; longer rows are cut",
     "--trainer.max_epochs 3": "or --trainer.max_steps N",
-    "--trainer.precision 32-true": "or bf16-mixed, ...: of the computation",
-    "--trainer.accumulate_grad_batches 1": "batches in an optimizer step",
+    "--trainer.precision 32-true": "or bf16-mixed and others",
+    "--trainer.accumulate_grad_batches 1": "batches per optimizer step",
     "--trainer.devices auto": "or the number of GPUs",
-    "--ckpt_path FILE": "resume; last: from the newest",
+    "--ckpt_path FILE": "resume from a checkpoint; last: the newest",
 }
 # Of options that several commands have.
-LINKS = "number of links to use: the finished ones first, then the live one; 0 is the base (default: all)"
-TRUST = "run the Python files that come with the model; no checkpoint or adapter says so for you (default: false)"
+LINKS = "first N links only; 0 is the base (default: all)"
+TRUST = "run the Python files that come with the model (default: false)"
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
 

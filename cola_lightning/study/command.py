@@ -9,9 +9,9 @@ from cola_lightning.errors import UserError
 from cola_lightning.study.results import Mode
 
 DESCRIPTION = (
-    "Compares methods on one config, at equal numbers of optimizer steps. Finished runs are not repeated: the same command "
-    "continues a study that was stopped, and several processes with the same command share the runs. Options after `--` are "
-    "options of `cola fit` for every run: `cola compare --config configs/digits.yaml ... -- --model.rank 2`."
+    "Compares methods on one config, with the same number of optimizer steps. The same command continues a study that was "
+    "stopped, and several processes that run it share the work. Options after `--` are options of `cola fit` for every run: "
+    "`cola compare --config configs/digits.yaml ... -- --model.rank 2`."
 )
 # The metrics whose direction is known by their name.
 BETTER: dict[str, Mode] = {"val_loss": "min", "val_perplexity": "min"}
@@ -25,21 +25,21 @@ class Comparison:
     """A comparison of methods.
 
     Args:
-        config: config file of ``cola fit``; each run overrides its seed, its learning rate and the method's options.
-        output: folder for ``results.jsonl``, ``table.md``, ``table.csv``, the figures, and a folder for each run.
-        methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link of the chain's summed rank),
-            ``full`` (all parameters), and COLA's relatives: ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link
-            that trains B only). ``cola-4`` is a chain of four links, as equal as whole epochs (or steps) allow, and so on.
+        config: config file of ``cola fit``. Each run overrides its seed, learning rate and the method's options.
+        output: folder for the table, the figures and the runs.
+        methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link whose rank is the sum over the
+            chain), ``full`` (all parameters), ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link that trains B
+            only). ``cola-4`` is a chain of four links of equal length.
         seeds: number of runs of each method, with the seeds 0, 1, ...
         learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
-            The best on validation is reported. Default: the config's.
-        tuning_seeds: number of seeds by which rates are compared; the others run only at the best rate. Default: all.
-        metric: the validation metric, by which rates are chosen; the test metric has the same name with ``test_``.
-        mode: whether a lower (``min``) or a higher (``max``) metric is better. Default: lower for ``val_loss`` and
-            ``val_perplexity``; higher for ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``,
-            ``val_precision``, ``val_recall`` and ``val_auroc``; for another metric it is needed.
-        also_seeded: further options of ``cola fit`` that are set to each run's seed: ``[data.split_seed]``, say.
-        keep_checkpoints: keep the runs' checkpoints, in their folders; ``false``: delete them at each run's end.
+            The one that is best on validation is reported. Default: the config's.
+        tuning_seeds: number of seeds with which all rates are tried. The other seeds run at the best rate only. Default: all.
+        metric: the validation metric that chooses the rates. The test metric has the same name with ``test_``.
+        mode: whether a lower (``min``) or a higher (``max``) metric is better. Known for ``val_loss``, ``val_perplexity``,
+            ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``, ``val_precision``, ``val_recall`` and
+            ``val_auroc``; needed for any other.
+        also_seeded: options of ``cola fit`` that get each run's seed too, for example ``[data.split_seed]``.
+        keep_checkpoints: keep the runs' checkpoints in their folders.
     """
 
     config: str
@@ -56,12 +56,11 @@ class Comparison:
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
         if isinstance(self.learning_rates, dict) and self.learning_rates.keys() != set(self.methods):
-            received = ", ".join(self.learning_rates) or "none"
-            raise UserError(f"learning_rates: expected a list for each of {', '.join(self.methods)}, received {received}")
+            given = ", ".join(self.learning_rates) or "none"
+            raise UserError(f"learning_rates: each of {', '.join(self.methods)} needs a list, but there are lists for {given}")
         quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
         if self.mode is None and quantity not in BETTER:
-            expected = f"min or max with a metric that is none of {', '.join(BETTER)}"
-            raise UserError(f"mode: expected {expected}, received none for {self.metric}")
+            raise UserError(f"mode: is a lower or a higher {self.metric} better? Add --mode min or --mode max")
         self.better = self.mode or BETTER[quantity]
         self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
 

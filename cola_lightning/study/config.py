@@ -38,7 +38,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def check_same(mine: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Refuses another config than that of the finished runs, which would not be comparable.
+    """Refuses a config that differs from that of the finished runs, because the runs would not be comparable.
 
     Args:
         mine: this command's.
@@ -48,6 +48,5 @@ def check_same(mine: Mapping[str, Any], known: Mapping[str, Any], where: str) ->
     Raises:
         UserError: if they differ.
     """
-    for name, received, expected in differences(mine, known):
-        same = f"{name}: {expected!r}, as in {where}"
-        raise UserError(f"config: expected {same}, received {received!r}; a different study needs another output")
+    for name, given, before in differences(mine, known):
+        raise UserError(f"config: {name} is {given!r} here, but {before!r} in {where}. Use another --output for another study")

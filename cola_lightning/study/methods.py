@@ -47,7 +47,7 @@ def method(name: str, config: Config) -> Method:
     """
     kind, n_links = re.fullmatch(r"(.*?)(?:-([1-9]\d*))?", name).groups()  # type: ignore[union-attr]
     if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
-        raise UserError(f"methods: expected {', '.join(METHODS)}, received {name!r}{nearest(name, METHODS)}")
+        raise UserError(f"methods: there is no method {name!r}{nearest(name, METHODS)} (all: {', '.join(METHODS)})")
     if n_links is None:
         return METHODS[kind](name, config, _own_chain)
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
@@ -131,8 +131,7 @@ def option_of_model(config: Config, name: str) -> Any:
     """
     options = config["model"].get("init_args", {})  # none for a constructor without parameters
     if name not in options:
-        received = config["model"]["class_path"]
-        raise UserError(f"model: expected a class that takes {name}, which a study sets, received {received!r}")
+        raise UserError(f"model: a study sets {name}, but {config['model']['class_path']} has no such argument")
     return options[name]
 
 
@@ -146,16 +145,12 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     options = {option: chain.get(option) for option in OF_SCHEDULE}
     schedule = ChainSchedule(**options, until=chain.get("until", UNTIL), default_rank=_rank(config))
     if not schedule.has_knots:
-        raise UserError(
-            f"methods: expected a config whose chain has knots, or a number of links, as in {name}-4, received {name!r} and "
-            "none"
-        )
+        raise UserError(f"methods: {name!r} needs a config with knots. To set the number of links here, write {name}-4")
     epochs, steps = _length(config)
     limit = epochs if chain["every_n_epochs"] or chain["at_epochs"] else steps
     if schedule.knots_unknown or (limit is None and schedule.knots is None):  # the number of links is known only after each run
         if name == "lora-sum-rank":
-            unknown = "a chain whose number of links is known only after a run"
-            raise UserError(f"methods: expected a number of links, as in {name}-4, for {unknown}, received {name!r}")
+            raise UserError(f"methods: the number of links of this chain is known only after a run. Write it: {name}-4")
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
@@ -168,10 +163,10 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
     epochs, steps = _length(config)
     total = steps or epochs
     if total is None:
-        raise UserError("trainer: expected max_steps or max_epochs, so that a run can be divided into links, received neither")
+        raise UserError("trainer: to divide a run into links, set max_steps or max_epochs")
     knots = [round(k * total / n_links) for k in range(1, n_links)]
     if len({0, *knots, total}) <= n_links:
-        raise UserError(f"methods: expected at most {total} links, one per epoch or step of a run, received {n_links}")
+        raise UserError(f"methods: a run of {total} epochs (or steps) cannot have {n_links} links")
     ranks = [_rank(config)] * n_links
     return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
 

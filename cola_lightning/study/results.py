@@ -15,8 +15,8 @@ Mode = Literal["min", "max"]
 
 # What the runs of a seed should have in common.
 UNEQUAL = {
-    "base": "begin from the same weights: a difference there is not the method's alone",
-    "steps": "take the same number of optimizer steps, as where an EarlyStopping or trainer.max_time ends them",
+    "base": "begin from the same weights, so their difference is not due to the method alone",
+    "steps": "have the same number of optimizer steps (did EarlyStopping or trainer.max_time end them?)",
 }
 
 
@@ -130,7 +130,7 @@ def at_best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[
 
 
 def warning_about(results: Mapping[str, Sequence[Result]]) -> str:
-    """What keeps a difference between methods from being theirs alone, in a sentence each; empty if nothing is known to."""
+    """What else than the methods may explain a difference between them, one sentence each; empty if nothing is known."""
     runs = [result for of_method in results.values() for result in of_method if result.validation is not None]
     sentences = []
     for name, text in UNEQUAL.items():

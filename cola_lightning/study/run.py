@@ -101,7 +101,7 @@ def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
         process.wait()
     if process.returncode == 2:
         said = (folder / LOG).read_text(encoding="locale", errors="replace")
-        raise UserError([f"a run was refused: {folder / LOG}", *re.findall("^error: (.*)", said, re.MULTILINE)][-1])
+        raise UserError([f"a run was refused, see {folder / LOG}", *re.findall("^error: (.*)", said, re.MULTILINE)][-1])
     return (folder / RESULT).exists()
 
 
@@ -195,7 +195,7 @@ def run(folder: str) -> int:
             found = {name: value for metrics in of_loaders for name, value in metrics.items()}
     for name in (metric, of_test):
         if name not in found:
-            raise UserError(f"metric: expected one of {', '.join(sorted(found))}, received {name}")
+            raise UserError(f"metric: {name} is not logged. Logged are {', '.join(sorted(found))}")
     result = Result(**facts, validation=found[metric], test=found[of_test])
     rank_zero_only(write)([result], Path(folder) / RESULT)
     return 0
@@ -207,8 +207,10 @@ def _check_measurable(trainer: Trainer) -> None:
     if not sum(trainer.num_val_batches) or trainer.limit_test_batches == 0 or not getattr(data, "can_be_tested", True):
         raise UserError("data: methods are compared by validation and test rows, of which one is missing. Set data.test_size.")
     if (steps := trainer.estimated_stepping_batches) < trainer.max_steps:
-        at_most = f"at most {steps}, where trainer.max_epochs ends a run, as methods divide it into links by max_steps"
-        raise UserError(f"trainer.max_steps: expected {at_most}, received {trainer.max_steps}")
+        raise UserError(
+            f"trainer.max_steps: must be at most {steps}, because trainer.max_epochs ends a run there, got {trainer.max_steps}. "
+            "Methods divide a run into links by max_steps"
+        )
 
 
 def _peak_memory() -> float:

@@ -48,7 +48,7 @@ class Study:
         optimizer, seed = option_of_model(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
         for name, value in {"model.seed": seed, "ckpt_path": self.config["ckpt_path"]}.items():
             if value is not None:
-                raise UserError(f"{name}: expected null, as a study begins each run anew from its own seed, received {value!r}")
+                raise UserError(f"{name}: must be null, because a study starts each run from its own seed, got {value!r}")
         rates = asked.learning_rates or [float(optimizer["init_args"]["lr"])]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(asked.methods, rates)
         self.methods = {name: method(name, self.config) for name in asked.methods}
