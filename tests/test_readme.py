@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,20 +172,6 @@ def rows_of(name):
     return lambda: importlib.import_module(name).rows(lines_of(name))
 
 
-def rows_of_digits():
-    methods = dict.fromkeys(line["method"] for line in lines_of("digits"))
-    found = [[line["test_accuracy"] for line in lines_of("digits") if line["method"] == name] for name in methods]
-    return [["accuracy", *(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in found)]]
-
-
-def rows_of_sst2():
-    methods, rows = dict.fromkeys(line["method"] for line in lines_of("sst2")), []
-    for part in ("val_accuracy", "test_accuracy"):
-        found = [[f"{line[part]:.3f}" for line in lines_of("sst2") if line["method"] == name] for name in methods]
-        rows.append([part, *map(" ".join, found)])
-    return rows
-
-
 def rows_of_speed(name, *columns):
     ratios = {(line["what"], line["length"]): line["ratio"] for line in lines_of(name)}
     return [[f"{n} tokens a row", *(f"{ratios[column, n]:.2f}" for column in columns)] for n in (64, 256)]
@@ -196,11 +181,6 @@ def rows_of_half():
     same = {line["model"]: str(line["same"]) for line in lines_of("half")}
     dtypes, models = ("float32", "bfloat16"), ("module", "merged", "adapter")
     return [[f"in {dtype}", *(same[f"{model}, {dtype}"] for model in models)] for dtype in dtypes]
-
-
-def rows_of_scale():
-    """Those of one of the models."""
-    return [row for row in rows_of("scale")() if row[0].startswith("Llama-3-8B")]
 
 
 def rows_of_prompts():
@@ -214,7 +194,6 @@ EXPERTS_STEPS = [f"{unit}: cola experts / peft experts" for unit in ("seconds", 
 PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| computed |"): rows_of_half,
-    ("docs/scaling.md", "| model, method |"): rows_of_scale,
     ("docs/scaling.md", "| model | full"): lambda: importlib.import_module("scale").rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
     ("docs/speed.md", "| experts |"): lambda: rows_of_speed("experts", *EXPERTS_STEPS),
@@ -222,8 +201,6 @@ PRODUCED = {
     ("docs/speed.md", "| | task |"): rows_of_prompts,
     ("docs/speed.md", "| | start |"): rows_of("rows"),
     ("docs/speed.md", "| vocabulary |"): rows_of("vocabulary"),
-    ("docs/results.md", "| | LoRA |"): rows_of_digits,
-    ("docs/results.md", "| SST-2 |"): rows_of_sst2,
     ("docs/results.md", "| paper's task |"): paper_table.rows,
     ("docs/results.md", "| | method | rate |"): lambda: importlib.import_module("benchmarks.digits_splits.table").rows(),
     ("docs/results.md", "| | method | seeds |"): domain_shift.rows_of_scopes,

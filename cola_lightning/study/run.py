@@ -208,8 +208,8 @@ def _check_measurable(trainer: Trainer) -> None:
         raise UserError("data: methods are compared by validation and test rows, of which one is missing. Set data.test_size.")
     if (steps := trainer.estimated_stepping_batches) < trainer.max_steps:
         raise UserError(
-            f"trainer.max_steps: must be at most {steps}, because trainer.max_epochs ends a run there, got {trainer.max_steps}. "
-            "Methods divide a run into links by max_steps"
+            f"trainer.max_steps: must be at most {steps}, got {trainer.max_steps}. trainer.max_epochs ends a run there, but "
+            "methods divide it into links by max_steps"
         )
 
 
