@@ -88,11 +88,14 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd)
         assert main([subcommand, *arguments]) == 0
     rows = predicted()
     assert [row["index"] for row in rows] == list(range(10))
-    assert set(rows[0]) == {"index", "prediction", "target", "prompt", "options", "scores"}
+    assert set(rows[0]) == {"index", "prediction", "target", "option", "prompt", "options", "scores", "sentence", "label"}
     for row in rows:
-        assert row["target"] == int("great" in row["prompt"])
+        assert row["target"] == ("great" if "great" in row["prompt"] else "terrible")
+        assert row["label"] == int("great" in row["sentence"])
+        assert row["prompt"].startswith(row["sentence"].strip())
+        assert row["prediction"] == row["options"][row["option"]].strip()
         assert row["options"] == [" terrible", " great"]
-        assert row["scores"][row["prediction"]] == max(row["scores"])
+        assert row["scores"][row["option"]] == max(row["scores"])
         assert all(score < 0 for score in row["scores"])
 
 

@@ -213,7 +213,7 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
     found = tiny.read_rows(tmp_path / "predictions.jsonl")
     assert [row["index"] for row in found] == [0, 1, 2, 3, 4]
     for row in found:
-        assert set(row) == {"index", "prediction", "target", "prompt"}
+        assert set(row) == {"index", "prediction", "target", "prompt", "title", "context", "question", "answers"}
         question = question_of(row["prompt"])
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
 
@@ -257,7 +257,8 @@ def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
     for k, (found, row) in enumerate(zip(greedy, rows, strict=True)):
         prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
         text, _ = plain(module, prompt, 6, add_special_tokens=False)
-        assert found == {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
+        expected = {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
+        assert found == {**expected, "response": row.get("response")}
     _, sampled = predicted(do_sample=True)
     assert sampled == predicted(do_sample=True)[1]
     assert [row["prediction"] for row in sampled] != [row["prediction"] for row in greedy]

@@ -146,7 +146,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
                 seen.add(printed)
                 continue
             printed, names = executed(code, prompt_and_options=(prediction["prompt"], prediction["options"]))
-            assert printed == prediction["options"][prediction["prediction"]] + "\n"
+            assert printed == prediction["options"][prediction["option"]] + "\n"
             scores = [names["score"](names["prompt"], option) for option in names["options"]]
             assert scores == pytest.approx(prediction["scores"], abs=1e-5)
             seen |= set(scores)

@@ -156,6 +156,8 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     assert [len(templated.train), len(templated.val)] == [18 + 9, 2 + 1]
     templated.setup("predict")
     assert [row.example.prompt for row in templated.test[18:22]] == ["Is it 18? ", "Is it 19? ", "Was it 0? ", "Was it 1? "]
+    fields = [row["text"] for row in templated.fields_of([19, 20, 0])]  # of predicted rows, as the file of predictions has them
+    assert fields == ["Is it 19?", "Was it 0?", "Is it 0?"]
     classified = attach(TextClassificationDataModule([first, second]))
     settled = []
     classified.trainer.lightning_module.settle_labels = lambda found: (

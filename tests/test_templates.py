@@ -31,9 +31,14 @@ FIXED = {"options": [" no", " yes"]}
 MADE = [
     ({"prompt": "{text} Is it?", **FIXED}, "It was {old}. Is it?", (" no", " yes"), 1, ()),
     ({"prompt": "Is it?", "options": [" red", " blue "], "label": "gold"}, "Is it?", (" red", " blue "), 1, ()),
-    ({"prompt": "Is it?", "options": "all", "label": "gold"}, "Is it?", ("red", "blue"), 1, ()),
+    ({"prompt": "Is it?", "options": "all", "label": "gold"}, "Is it?", (" red", " blue"), 1, ()),
+    ({"prompt": "Is it?\n", "options": "all", "label": "gold"}, "Is it?\n", ("red", "blue"), 1, ()),
+    ({"prompt": "Is it?", "options": ["no", " yes"]}, "Is it?", (" no", " yes"), 1, ()),
+    ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ""}, "Is it?", ("red", "blue"), 1, ()),
+    ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ": "}, "Is it?", (": red", ": blue"), 1, ()),
+    ({"prompt": "Which?", "answer": "gold", "delimiter": "\n"}, "Which?", ("\nblue\n",), 0, ("blue",)),
     ({"prompt": "Is it?", "options": [" {by.name}", " {gold} {{}}"]}, "Is it?", (" Al", " blue {}"), 1, ()),
-    ({"prompt": "Is it?", "options": "answers.text"}, "Is it?", ("blue", "navy"), 1, ()),
+    ({"prompt": "Is it?", "options": "answers.text"}, "Is it?", (" blue", " navy"), 1, ()),
     ({"prompt": "{by.town.name}, {{{size}}} {share}{empty}:", **FIXED}, "Oslo, {3} 0.5:", (" no", " yes"), 1, ()),
     ({"prompt": "Which?", "answer": "gold"}, "Which?", (" blue\n",), 0, ("blue",)),
     ({"prompt": "Which?", "answer": "answers.text"}, "Which?", (" blue\n",), 0, ("blue", "navy")),
@@ -104,6 +109,16 @@ def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path
         assert data.collate([row])["loss"] == asked.get("loss", "answer")
 
 
+def test_a_space_that_joins_options_is_said_once_and_is_in_the_stored_options(tmp_path, caplog):
+    caplog.set_level("INFO")
+    _, data = examples([ROW] * 3, tmp_path, prompt="{text} Is it?", options=["no", "yes"])
+    assert [one for one in caplog.messages if "data.delimiter" in one] == ["a space joins prompt and option (data.delimiter)"]
+    assert data.prompt_format["options"] == [" no", " yes"]
+    caplog.clear()
+    examples([ROW], tmp_path, prompt="{text} Is it?", **FIXED)
+    assert "data.delimiter" not in caplog.text
+
+
 def test_the_format_of_prompts_is_known_without_validation_rows(tmp_path):
     """Checkpoints store it, for generation."""
     for asked in ({"loss": "answer", **FIXED}, {"options": "all"}, {"loss": "answer", "options": "all"}, {"answer": "gold"}):
@@ -138,7 +153,7 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
 # ---------------------------------------------------------------------- runs
 
 VERDICTS = ["Yes", "No", "Perhaps"]
-TOWNS = [{"by": {"name": "Al"}, "size": k, "verdict": VERDICTS[k % 3], "kinds": VERDICTS} for k in range(16)]
+TOWNS = [{"by": {"name": "Al"}, "size": k, "verdict": VERDICTS[k % 3], "kinds": VERDICTS, "target": 7} for k in range(16)]
 NEW = [row if k % 2 else {name: value for name, value in row.items() if name != "verdict"} for k, row in enumerate(TOWNS)]
 NEW[1] = NEW[1] | {"verdict": None}
 ASKED = {"prompt": "{by.name}'s mat is {size} {{m}}. Is it big?\n", "label": "verdict", "batch_size": 4}
@@ -173,11 +188,13 @@ def test_a_task_in_yaml_is_fitted_tested_and_predicted_also_without_targets(tmp_
     expected = f1_score([row["target"] for row in rows], [row["prediction"] for row in rows], average="macro")
     assert measured == pytest.approx([expected])
     assert [row["prompt"] for row in rows] == [f"Al's mat is {k} {{m}}. Is it big?\n" for k in range(16)]
-    assert [row["target"] for row in rows] == [k % 3 for k in range(16)]
+    assert [row["target"] for row in rows] == [row["verdict"] for row in rows] == [VERDICTS[k % 3] for k in range(16)]
+    assert [row["size"] for row in rows] == [row["index"] for row in rows] == [*range(16)]
     path.unlink()
     assert main(["predict", *run, "--data.source", "new.json"]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
-    assert [row["target"] for row in tiny.read_rows(path)] == [None, None, *(k % 3 if k % 2 else None for k in range(2, 16))]
+    targets = [row["target"] for row in tiny.read_rows(path)]
+    assert targets == [None, None, *(VERDICTS[k % 3] if k % 2 else None for k in range(2, 16))]
     capfd.readouterr()
     for subcommand in ("fit", "test"):
         assert main([subcommand, "--config", "config.yaml", "--data.source", "new.json", "--data.test_size", "8"]) == 2
@@ -188,7 +205,7 @@ def test_a_task_in_yaml_is_fitted_tested_and_predicted_also_without_targets(tmp_
 
 @pytest.mark.parametrize(
     ("asked", "metric", "targets"),
-    [({"options": "kinds"}, "accuracy", range(3)), ({"answer": "verdict"}, "exact_match", [[name] for name in VERDICTS])],
+    [({"options": "kinds"}, "accuracy", VERDICTS), ({"answer": "verdict"}, "exact_match", [[name] for name in VERDICTS])],
 )
 def test_so_is_one_whose_options_are_in_a_field_or_whose_answer_is_written(tmp_path, asked, metric, targets):
     module = COLACausalLM(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)

@@ -42,7 +42,8 @@ class PredictionWriter(BasePredictionWriter):
     ``predict_step`` returns a dict of columns, each with one value per row of the batch: ``prediction``, ``target`` and any
     others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its
     data, is added; rows without one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of
-    several loaders follow one another.
+    several loaders follow one another. A data module with a method ``fields_of(indices)`` adds the row's own fields, except
+    those whose names the prediction has.
 
     A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of
     the first. A ``fast_dev_run`` writes nothing.
@@ -70,9 +71,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        # In plain types: numbers and lists of tensors and arrays, and None where JSON has no such number.
-        text = json.dumps(prediction, default=lambda value: value.tolist())
-        columns = json.loads(text, parse_constant=lambda name: None)
+        columns = _plain(prediction)
         if not _has_indices(trainer, dataloader_idx):
             batch_indices = None  # not those of the last batch that had any, which Lightning gives here
             if trainer.world_size > 1:  # each process would count its own rows from 0, and replace another's
@@ -83,8 +82,12 @@ class PredictionWriter(BasePredictionWriter):
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         first = self._n_rows[dataloader_idx]
         indices = range(first, first + len(rows)) if batch_indices is None else batch_indices
-        for index, row in zip(indices, rows, strict=True):
-            self._lines[dataloader_idx, int(index)] = json.dumps({"index": int(index), **row}, ensure_ascii=False) + "\n"
+        fields_of = getattr(getattr(trainer, "datamodule", None), "fields_of", None)
+        others = _plain(fields_of([*map(int, indices)])) if fields_of else [{}] * len(rows)
+        for index, row, fields in zip(indices, rows, others, strict=True):
+            line = {"index": int(index), **row}
+            line |= {name: value for name, value in fields.items() if name not in line}
+            self._lines[dataloader_idx, int(index)] = json.dumps(line, ensure_ascii=False) + "\n"
         self._n_rows[dataloader_idx] += len(rows)
 
     @override
@@ -106,6 +109,12 @@ class PredictionWriter(BasePredictionWriter):
             with atomic_file(path) as partial:
                 partial.write_text("".join(lines[key] for key in sorted(lines)), encoding="utf-8")
             log.info(message, len(lines), path)
+
+
+def _plain(value: Any) -> Any:
+    """In plain types: numbers and lists of tensors and arrays, text of others, and None where JSON has no such number."""
+    text = json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def _has_indices(trainer: Trainer, dataloader_idx: int) -> bool:

@@ -67,11 +67,11 @@ class Example:
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
-def generated(row: Row, prompt: str, answers: tuple[str, ...]) -> Example:
+def generated(row: Row, prompt: str, answers: tuple[str, ...], delimiter: str = " ") -> Example:
     """A prompt whose answer is generated, and compared with each of the given answers, if any; the first is trained on."""
     if not answers:
         return Example(prompt, (), None, row.place)
-    return Example(prompt, (f" {answers[0]}\n",), 0, row.place, references=answers)
+    return Example(prompt, (f"{delimiter}{answers[0]}\n",), 0, row.place, references=answers)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class SourceDataModule(TokenizedDataModule):
     """
 
     takes_columns = False  # of each source
+    _predicted: Sequence[Rows] = ()  # the rows that predict takes, if each is encoded
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class SourceDataModule(TokenizedDataModule):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """In a worker process nothing is read: batches arrive as rows."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_splits"}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_splits", "_predicted")}
 
     # ------------------------------------------------------------------ sources
 
@@ -271,6 +272,9 @@ class SourceDataModule(TokenizedDataModule):
             if isinstance(encoded, Sized) and not len(encoded):
                 raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
             setattr(self, part, encoded)
+        # A task of the paper skips rows that it cannot use, and then an index is not its row's.
+        is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))
+        self._predicted = parts["test"] if is_whole else []
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -320,6 +324,23 @@ class SourceDataModule(TokenizedDataModule):
         ]
         self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
         return drawn
+
+    def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """The data's own fields of predicted rows, for the file of predictions.
+
+        Args:
+            places: the rows' indices among those that predict takes.
+        """
+        if not self._predicted:
+            return [{} for _ in places]
+        found = []
+        for place in places:
+            for rows in self._predicted:
+                if place < len(rows):
+                    found.append(dict(rows.data[int(rows.numbers[place])]))
+                    break
+                place -= len(rows)
+        return found
 
     # ------------------------------------------------------------------ rows in Arrow
 

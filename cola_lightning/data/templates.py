@@ -69,6 +69,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
             ``null`` if the answer is generated.
+        delimiter: text between the prompt and each option, or the answer; ``null``: a space, if neither the prompt ends nor the
+            option begins with white space. Not used with ``apply_chat_template``.
         label: the field with the right option: its index, from 0, or its text. A number that is the text of an option at
             another index is refused; in a CSV file, where numbers are text, so is one that is none of options which are all
             whole numbers.
@@ -97,6 +99,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         *,
         prompt: str,
         options: list[str] | str | None = None,
+        delimiter: str | None = None,
         label: str = "label",
         answer: str | None = None,
         loss: Loss | None = None,
@@ -119,15 +122,16 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             raise UserError(f"data.metric: expected {', '.join(known)} or null for this task, received {metric!r}")
         check_sizes(generate_rows=generate_rows)
         self.metric, self.generate_rows = metric, generate_rows
-        self.prompt = Template(prompt, "data.prompt")
+        self.delimiter, self.prompt = delimiter, Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
         self.loss = loss or ("answer" if options is None else "options")
 
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
-        options = [option.text for option in self.options] if isinstance(self.options, list) else self.options
-        return self.prompt.text, options
+        if not isinstance(self.options, list):
+            return self.prompt.text, self.options
+        return self.prompt.text, [self._joined(self.prompt.text, option.text) for option in self.options]
 
     @override
     def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
@@ -135,19 +139,30 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             return self.encode_examples([self._example(row) for row in rows])
         return self.encode_rows(rows, self._example, is_learned=part == "train")
 
+    def _joined(self, prompt: str, option: str) -> str:
+        """An option as it follows a prompt."""
+        if self.apply_chat_template:
+            return option
+        if self.delimiter is None and not (prompt[-1:].isspace() or option[:1].isspace()):
+            self._log("a space joins prompt and option (data.delimiter)")
+            return f" {option}"
+        return (self.delimiter or "") + option
+
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)
         if self.answer is not None:
-            if not row.has_target(self.answer):
-                return generated(row, prompt, ())
-            inner, field = _inside(row, self.answer)
-            return generated(row, prompt, (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field))
+            answers: tuple[str, ...] = ()
+            if row.has_target(self.answer):
+                inner, field = _inside(row, self.answer)
+                answers = (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field)
+            return generated(row, prompt, answers, " " if self.delimiter is None else self.delimiter)
         if isinstance(self.options, str):
             inner, field = _inside(row, self.options)
             options = inner.texts(field)
         else:
             options = tuple(option.fill(row) for option in self.options or ())
-        return Example(prompt, options, self._place(row, options), row.place)
+        joined = tuple(self._joined(prompt, option) for option in options)
+        return Example(prompt, joined, self._place(row, options), row.place)
 
     def _place(self, row: Row, options: tuple[str, ...]) -> int | None:
         """The right option's index; None if the label is missing and the row may lack it."""

@@ -271,12 +271,24 @@ class COLACausalLM(LanguageModule):
                 return {"prediction": self.generate(batch), "target": targets, "prompt": batch["prompt"]}
         scores = self.option_scores(batch)
         answers = [None if answer == IGNORE_INDEX else answer for answer in batch["answer"].tolist()]
-        columns = {"prediction": scores.argmax(-1), "target": answers}
-        columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
         if "accepted" in batch:  # several correct options
-            columns["target"] = [row.nonzero().flatten().tolist() or None for row in batch["accepted"]]
+            answers = [row.nonzero().flatten().tolist() or None for row in batch["accepted"]]
+        chosen = scores.argmax(-1).tolist()
+        columns = {"prediction": chosen, "target": answers}
+        if "options" in batch:
+            texts = [[option.strip() for option in options] for options in batch["options"]]
+            columns = {name: [_text(*one) for one in zip(texts, places, strict=True)] for name, places in columns.items()}
+            columns["option"] = chosen
+        columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
         counts = (batch["option_ids"] != IGNORE_INDEX).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
+
+
+def _text(options: list[str], places: int | list[int] | None) -> Any:
+    """The text of an option, or of several, by index."""
+    if isinstance(places, list):
+        return [options[place] for place in places]
+    return None if places is None else options[places]
 
 
 def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
