@@ -93,6 +93,14 @@ def test_they_are_refused_by_name_where_they_would_not_be_apart(tmp_path, archit
         assert torch.isfinite(module.step(one).loss)
 
 
+@pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral", "qwen3_moe"])
+def test_they_are_taken_in_half_precision(tmp_path, architecture):
+    module = causal_lm(tmp_path, architecture, target_modules=None, dtype="bfloat16")
+    module.configure_model()
+    separate = module.step(collate_language(rows_of(module, TEXTS[0]), 1)).loss.item()
+    assert module.step(flattened(module, TEXTS[0])).loss.item() == pytest.approx(separate, rel=0.02)
+
+
 @pytest.fixture
 def of_one_row():
     """The name of an attention that keeps sequences apart as flash attention does: in a batch of a single row."""

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import one_line
-from cola_lightning.hf.logits import HALF, Batch, are_near, evaluating, logits_of, rounding, takes_mask_of_pairs
+from cola_lightning.hf.logits import HALF, UNTOUCHED, Batch, are_near, evaluating, logits_of, rounding, takes_mask_of_pairs
 
 log = logging.getLogger(__name__)
 
-# The tolerance for logits computed in the same way in the same batch, for any dtype: a convolution's small weights show little.
+# The tolerance for float32 logits computed in the same way in the same batch: a convolution with small weights shows little.
 EQUAL = 1e-5
 
 # By what a model keeps sequences apart: positions in rows, as transformers' own masks do; positions in a single row, as flash
@@ -82,15 +82,16 @@ def separation_of(model: Any, *, has_index: bool = False) -> Separation:
     ways: list[Separation] = ["rows", "one row"]
     # Autocast stays as it is: flash attention takes half precision alone.
     tolerance = HALF if torch.is_autocast_enabled(device.type) else rounding(model)
+    untouched = UNTOUCHED if tolerance == HALF else EQUAL
     with evaluating(model):
         alone = logits_of(model, {"input_ids": tokens[None, 5:], "attention_mask": torch.ones_like(tokens[None, 5:])}, 4)
         for way in ways:
             try:
-                both = logits_of(model, separated(packed, way), torch.arange(rows.numel() if way == "one row" else 9))
+                both = logits_of(model, one := separated(packed, way), torch.arange(one["input_ids"].shape[1], device=device))
             except Exception as error:  # whatever a model raises that takes rows of one sequence alone
                 log.info("%s does not take sequences that share a row: %s", type(model).__name__, one_line(str(error)))
                 continue
             behind, behind_other = both.view(2, 9, -1)[:, 5:]
-            if are_near(behind_other, behind, EQUAL) and are_near(behind, alone[0], tolerance):
+            if are_near(behind_other, behind, untouched) and are_near(behind, alone[0], tolerance):
                 return way
     return "pairs" if takes_mask_of_pairs(model) else "none"
