@@ -65,17 +65,17 @@ class AdaptedModel:
         seed: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
         is_saved: store a copy of the base's weights, for a base that cannot be rebuilt.
+        placement: returns the model's placement; None: the model is used as it is, where it is.
+        outside: returns what else is trained outside of the model, by names that begin with ``self.``; each link records it, as
+            it does the model's fully trained modules.
+        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``.
+        may_stack: whether :meth:`cast` to half precision has finished links stacked instead of merged.
 
     Attributes:
         model: the model.
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
-        placement: returns the model's placement; a trainer sets its own.
-        outside: returns what else is trained outside of the model, by names that begin with ``self.``; a Lightning module sets
-            its own, and each link records it as it does the model's fully trained modules.
         first_values: the values outside of the model before the first link.
-        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; to be set before a link begins.
-        may_stack: whether :meth:`cast` to half precision has finished links stacked instead of merged.
 
     Example:
         >>> def build_model():
@@ -88,19 +88,28 @@ class AdaptedModel:
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
     """
 
-    def __init__(self, make_base: Callable[[], nn.Module], seed: int, name: str = "", *, is_saved: bool = False) -> None:
-        self.make_base, self.seed = make_base, seed
+    def __init__(
+        self,
+        make_base: Callable[[], nn.Module],
+        seed: int,
+        name: str = "",
+        *,
+        is_saved: bool = False,
+        placement: Callable[[], Placement] | None = None,
+        outside: Callable[[], dict[str, Tensor]] = dict,
+        trained_factors: TrainedFactors = "both",
+        may_stack: bool = False,
+    ) -> None:
+        self.make_base, self.seed, self.outside = make_base, seed, outside
+        self.placement = self._own_placement if placement is None else placement
+        self.trained_factors, self.may_stack = trained_factors, may_stack
         self.model = make_base()
         self.remember_trained()
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
-        self.placement: Callable[[], Placement] = self._own_placement
-        self.outside: Callable[[], dict[str, Tensor]] = dict
         self.first_values: dict[str, Tensor] = {}
-        self.trained_factors: TrainedFactors = "both"
-        self.may_stack = False
 
     @classmethod
     def of(
@@ -140,8 +149,8 @@ class AdaptedModel:
         check_seed("model.seed", seed)
 
         how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links, experts)
-        adapted = cls(functools.partial(_make_base, build_model, seed, *how), seed)
-        adapted.trained_factors = trained_factors
+        make_base = functools.partial(_make_base, build_model, seed, *how)
+        adapted = cls(make_base, seed, trained_factors=trained_factors)
         adapted.begin_link(rank, alpha)
         return adapted
 
@@ -296,6 +305,38 @@ class AdaptedModel:
         largest = min(layer.max_rank for layer in self.layers.values())
         if rank is not None and rank not in range(1, largest + 1):
             raise UserError(f"rank: expected 1 to {largest}, the largest rank of a link (model.rank), received {rank}")
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training has changed, in plain types and CPU tensors: the finished links and the current one as it is.
+
+        A loop of your own stores the optimizer's state with it; ``torch.load(weights_only=True)`` reads both.
+        """
+        live = [self.live_link()] if self.layers else []
+        chain = Chain([*self.chain.links, *live], self.chain.base)
+        return {"seed": self.seed, "chain": chain.state_dict(), "values": {} if live else self.extras()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
+
+        Raises:
+            UserError: for a chain of another base.
+        """
+        chain = Chain.from_state_dict(state["chain"])
+        self.check_base(chain, None)
+        self.seed = state["seed"]
+        if not self.layers:
+            self.write_extras(state["values"])
+            return
+        live = chain.links[-1]
+        self.go_to(chain.truncate(live.index))
+        self.begin_link(live.rank, live.alpha)
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                for mine, stored in zip(layer.factors, live.factors[name], strict=True):
+                    layout.copy_(mine, stored)
+        self.write_extras(live.extras)
 
     # ------------------------------------------------------------------ from one chain to another
 

@@ -74,6 +74,40 @@ def test_a_loop_that_stops_inside_a_link_goes_on_from_what_torch_saves(tmp_path,
     assert_same_weights(resumed.merged_model(1), model.merged_model(1))
 
 
+@modes
+@pytest.mark.parametrize("links", [0, 1, 2])
+def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_links, links):
+    """The state is that of a run inside a link; it is loaded into a new model, and into one that went further."""
+    model = train(adapted(build_normed, finished_links=finished_links, modules_to_save=["1"]), links=links)
+    optimizer = new_optimizer(model)
+    train_link(model, optimizer)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
+    train_link(model, optimizer)
+    expected = weights(model.model)
+    for other in (adapted(build_normed, finished_links=finished_links, modules_to_save=["1"]), train(model)):
+        stored, of_optimizer = torch.load(tmp_path / "run.pt", weights_only=True)
+        other.load_state_dict(stored)
+        its_optimizer = new_optimizer(other)
+        its_optimizer.load_state_dict(of_optimizer)
+        train_link(other, its_optimizer)
+        assert_bit_equal(weights(other.model), expected)
+        assert len(other.chain) == links
+
+
+def test_a_model_that_is_trained_whole_has_a_state_dict_too():
+    model, other = (adapted(target_modules=None) for _ in range(2))
+    train_link(model, new_optimizer(model))
+    other.load_state_dict(model.state_dict())
+    assert_same_weights(other.model, model.model)
+
+
+def test_both_classes_give_an_optimizer_the_same_parameters():
+    module = toy(trained_factors="B", modules_to_save=[])
+    mine, theirs = module.trained_parameters(), module.adapted.trained_parameters()
+    assert [id(one) for one in mine] == [id(one) for one in theirs]
+    assert len(mine) == 2
+
+
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model = train(adapted())
     model.chain.save(tmp_path / "chain")

@@ -356,12 +356,18 @@ class COLAModule(LightningModule, RecordsArguments):
         run = run_of(self)
         run.choose_seed(None if run.pending is None else run.pending.state.seed)
         assert run.seed is not None
-        adapted = self._adapted = AdaptedModel(self._make_base, run.seed, self.base_name, is_saved=self.save_base)
+        adapted = self._adapted = AdaptedModel(
+            self._make_base,
+            run.seed,
+            self.base_name,
+            is_saved=self.save_base,
+            placement=self._placement,
+            outside=functools.partial(values_outside, self),
+            trained_factors=self.trained_factors,
+            may_stack=self.finished_links == "auto",
+        )
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
-        adapted.placement, adapted.trained_factors = self._placement, self.trained_factors
-        adapted.may_stack = self.finished_links == "auto"
-        adapted.outside = functools.partial(values_outside, self)
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         adapted.remember_first_values()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
@@ -543,8 +549,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     # ------------------------------------------------------------------ training
 
-    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters for the optimizer by name: the current link's, fully trained modules', and those outside the model."""
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters for the optimizer: the current link's, fully trained modules', and those outside of the model."""
+        return [parameter for _, parameter in self.named_trained_parameters()]
+
+    def named_trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The :meth:`trained_parameters` with their names in the module."""
         frozen = {id(factor) for factor in self.adapted.frozen_factors()}
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
 
@@ -553,7 +563,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
         run = run_of(self)
         step = run.position(trainer_of(self)).global_step
-        made: OptimizerLRScheduler = run.optimization.configure(self.trained_parameters(), self.modules_to_save, step)
+        made: OptimizerLRScheduler = run.optimization.configure(self.named_trained_parameters(), self.modules_to_save, step)
         return made
 
     @override

@@ -249,7 +249,7 @@ def _summary(module: "COLAModule") -> str:
     """How many of a module's parameters are trained, and where."""
     text = "model:"
     if not layout.has_fsdp1(module.model):  # which hides sharded parameters in flat ones
-        n_trained = sum(p.numel() for _, p in module.trained_parameters())
+        n_trained = sum(p.numel() for p in module.trained_parameters())
         packed = [part.get_parameter("weight") for part in module.model.modules() if is_quantized(part)]
         n_all = sum(p.numel() for p in [*module.parameters(), *packed])  # a packed weight has two values in a byte
         text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
