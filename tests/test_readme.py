@@ -200,6 +200,7 @@ PRODUCED = {
     ("docs/speed.md", "| task | command |"): rows_of("commands"),
     ("docs/speed.md", "| | task |"): rows_of_prompts,
     ("docs/speed.md", "| | start |"): rows_of("rows"),
+    ("docs/speed.md", "| batches |"): rows_of("packing"),
     ("docs/speed.md", "| vocabulary |"): rows_of("vocabulary"),
     ("docs/results.md", "| paper's task |"): paper_table.rows,
     ("docs/results.md", "| | method | rate |"): lambda: importlib.import_module("benchmarks.digits_splits.table").rows(),
