@@ -213,6 +213,13 @@ def test_a_subclass_may_call_its_own_attributes_what_it_likes(tmp_path):
     assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(), chain={"every_n_train_steps": 5})))
 
 
+def test_a_module_is_exported_by_torch_which_asks_for_its_variables():
+    """As ``to_onnx(dynamo=False)`` does."""
+    module, x = toy(), torch.ones(3, 8)
+    assert {type(value) for value in module.state_dict(keep_vars=True).values()} == {nn.Parameter}
+    assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
+
+
 def test_torchscript_is_for_a_merged_model():
     module = toy()
     with pytest.raises(UserError, match=r"torch\.jit\.script\(module\.merged_model\(\)\)"):

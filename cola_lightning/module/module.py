@@ -586,7 +586,8 @@ class COLAModule(LightningModule, RecordsArguments):
         if self._adapted is None:
             self.make_model()
         state = values_of(self, prefix, keep_vars=keep_vars, into=destination)
-        state[prefix + STATE_KEY] = state_of(self).to_dict()
+        if not keep_vars:  # an export, to ONNX for example, asks for the variables themselves, and takes tensors alone
+            state[prefix + STATE_KEY] = state_of(self).to_dict()
         return state
 
     @override
