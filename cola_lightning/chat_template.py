@@ -3,13 +3,13 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cola_lightning import hub
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UnusableRow, UserError, one_line
 
 Message = dict[str, Any]  # role, content and whatever else the template renders: reasoning_content, tool_calls
 
@@ -32,12 +32,27 @@ class Conversation:
     Attributes:
         messages: the turns.
         tools: JSON schemas of the functions that the assistant may call.
-        n_prompt: how many messages, from the first, are given: assistant turns among them have no loss.
+        trained: the places of the messages that have a loss, in order; each is a turn of the assistant's.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
-    n_prompt: int = 0
+    trained: tuple[int, ...] = ()
+
+    def until(self, place: int) -> "Conversation":
+        """The messages before one of them."""
+        return replace(self, messages=self.messages[:place])
+
+    def without(self, start: int, end: int) -> "Conversation":
+        """The conversation without the messages from ``start`` to before ``end``."""
+        trained = (place - (end - start) * (place >= end) for place in self.trained if not start <= place < end)
+        return replace(self, messages=[*self.messages[:start], *self.messages[end:]], trained=tuple(trained))
+
+    def replaced(self, place: int, content: str) -> "Conversation":
+        """The conversation with another content of one message."""
+        messages = list(self.messages)
+        messages[place] = messages[place] | {"content": content}
+        return replace(self, messages=messages)
 
 
 def user_turn(prompt: str) -> list[Message]:
@@ -107,24 +122,27 @@ class ChatTemplate:
     tokenizer: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def prompt(self, conversation: Conversation, place: str) -> str:
+    def prompt(self, conversation: Conversation) -> str:
         """A conversation with the generation prompt of the assistant's next turn."""
-        return self.render(conversation, place, is_open=True)
+        return self.render(conversation, is_open=True)
 
-    def render(self, conversation: Conversation, place: str, *, is_open: bool, **mode: Any) -> str:
+    def render(self, conversation: Conversation, *, is_open: bool, **mode: Any) -> str:
         """A conversation as text.
 
         Args:
             conversation: its contents may be text or lists of text parts, whichever of the two the template renders.
-            place: names the conversation in messages.
             is_open: whether the generation prompt follows.
             **mode: variables of the template, besides ``kwargs``.
+
+        Raises:
+            UnusableRow: if the template raises an error, as for a system prompt that it does not support.
+            UserError: if the tokenizer has no chat template.
         """
         messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
-        text: str = self._apply(messages, place, tools=conversation.tools, add_generation_prompt=is_open, **mode)
+        text: str = self._apply(messages, tools=conversation.tools, add_generation_prompt=is_open, **mode)
         return text
 
-    def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
+    def _apply(self, messages: list[Message], **options: Any) -> Any:
         if not self.tokenizer.chat_template:
             raise UserError(
                 "model.model_name: its tokenizer has no chat template (data.chat_template of TextDataModule sets one)"
@@ -132,9 +150,9 @@ class ChatTemplate:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False} | how, **self.kwargs)
+            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False} | options, **self.kwargs)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
-            raise UserError(f"{place}: expected turns that the chat template can render, received: {error}") from error
+            raise UnusableRow(f"the chat template refuses the turns: {error}") from error
 
     @cached_property
     def _answered(self) -> tuple[bool, str, str]:
@@ -145,8 +163,8 @@ class ChatTemplate:
             turns = [*[begin] * n_begin, *user_turn(QUESTION), assistant_turn(ANSWER), *user_turn(QUESTION)]
             turns = [_with_content(turn, is_parts=is_parts) for turn in turns]
             try:
-                last, inside = (self._apply(some, "model.model_name") for some in (turns[:-1], turns))
-            except UserError as error:
+                last, inside = (self._apply(some) for some in (turns[:-1], turns))
+            except UnusableRow as error:
                 errors.append(error)
                 continue
             if ANSWER in last:

@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class UnusableRow(UserError):
-    """A row of a data set that cannot be used, while others can: a text that is missing, an option that comes twice."""
+    """The reason why one row of a data set cannot be used, such as an empty response. Other rows can: this one is skipped."""
 
 
 class OutsideError(Exception):

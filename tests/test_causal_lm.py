@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from cola_lightning import COLACausalLM, PredictionWriter, TemplateDataModule, TextDataModule, UserError
-from cola_lightning.data.encoding import collate_language, encode_responses, encode_texts, labels_of
+from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
 from tests.tiny import plain_scores, with_live_link
@@ -131,11 +131,17 @@ def test_options_share_the_computation_of_a_long_prompt_where_attention_allows_i
         assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
 
 
+def responses(module, pairs):
+    """Prompts with their responses, as rows."""
+    encoded = encode_responses(module.tokenizer, [Pair(prompt, 0, response) for prompt, response in pairs], 64)
+    return [row for (row,) in encoded]
+
+
 def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token_share_them(module):
     seen = []
     head = module.model.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].shape[:2]))
     module.step(option_batch(module, [Example(prompt, (" great", " terrible"), 0) for prompt in ("The film. It was", "A")]))
-    rows = encode_responses(module.tokenizer, [("Is the town old? ", "Yes"), ("Is it? ", "Yes")], 64, ["here", "there"])
+    rows = responses(module, [("Is the town old? ", "Yes"), ("Is it? ", "Yes")])
     module.step(collate_language(rows, 1))
     head.remove()
     assert seen == [(2, 1), (2, sum(label != -100 for label in labels_of(rows[0])))]
@@ -155,7 +161,7 @@ def test_any_option_that_is_accepted_counts_as_right(llama):
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(module, loss_on):
     pairs = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
-    rows = encode_responses(module.tokenizer, pairs, 64, ["here"] * 3)
+    rows = responses(module, pairs)
     if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
         rows = [row | {"spans": [0, len(row["input_ids"])]} for row in rows]
     assert len({len(row["input_ids"]) for row in rows}) == 3

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_lightning import TextDataModule, UserError
+from cola_lightning import TextDataModule
 from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
 from cola_lightning.data.chat import encode_conversations
+from cola_lightning.errors import UnusableRow
 from tests import tiny
 
 TEMPLATES = sorted(Path(os.environ.get("COLA_DATA_DIR", "none"), "chat_templates").glob("*.jinja"))
@@ -29,11 +30,14 @@ def turns(*contents, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def encoded(own, messages, max_length=4000, *, tools=None, loss="all", **kwargs):
-    (rows,) = encode_conversations(
-        ChatTemplate(own, kwargs), [Conversation(messages, tools)], max_length, ["line 1"], loss=loss
-    )
-    return rows
+def encoded(own, messages, max_length=4000, *, tools=None, say=str, **how):
+    """The rows of a conversation; the reason is raised if there is one."""
+    trained = tuple(k for k, turn in enumerate(messages) if turn["role"] == "assistant")
+    conversation = Conversation(messages, tools, trained)
+    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, say, **how)
+    if isinstance(rows, UnusableRow):
+        raise rows
+    return [row for row in rows if row.pop("lost") >= 0]
 
 
 def pieces(own, rows):
@@ -87,7 +91,7 @@ def test_all_templates_are_tried():
 def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name, kind):
     own, messages = own_of(name), CONVERSATIONS[kind]
     if name in WITHOUT_SYSTEM and kind == "system":
-        with pytest.raises(UserError, match="System role not supported"):
+        with pytest.raises(UnusableRow, match="System role not supported"):
             encoded(own, messages)
         return
     rows = encoded(own, messages)
@@ -225,13 +229,13 @@ BEHAVIOURS = {
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name, caplog):
+def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name):
     expected = BEHAVIOURS[name]
     own = tiny.chat_tokenizer(expected.chat, *expected.special)
     own.add_tokens(["\n\n"])
-    for _ in range(2):
-        assert pieces(own, encoded(own, expected.messages)) == expected.rows
-    assert [expected.said in line for line in caplog.messages] == [True] * (expected.said is not None)  # once for a template
+    said = []
+    assert pieces(own, encoded(own, expected.messages, say=said.append)) == expected.rows
+    assert [expected.said in line for line in {*said}] == [True] * (expected.said is not None)
     assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == [expected.stop] * (expected.stop is not None)
 
 
@@ -254,30 +258,35 @@ def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK]
     for messages in (TALK, parts, [*parts[:3], TALK[3]], [*TALK[:3], parts[3]]):
         assert pieces(own, encoded(own, messages)) == APPENDED
-        assert ChatTemplate(own).prompt(Conversation(messages[:1]), "line 1") == "[user]Old?</s>[assistant]"
+        assert ChatTemplate(own).prompt(Conversation(messages[:1])) == "[user]Old?</s>[assistant]"
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 REFUSED = {
-    "begins an assistant turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
-    "'No' among them": (template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
-    "'weather' among them": (template(SAID + "</s>"), [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]),
-    "that the chat template can render": (template("{{ 1 // 0 }}"), TALK),
+    "does not begin the assistant's turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
+    "does not render what the assistant says": (
+        template("{{ turn.content if turn.content != 'No' }}</s>"),
+        turns("No or yes?", "No"),
+    ),
+    "does not render function calls": (
+        template(SAID + "</s>"),
+        [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    ),
+    "refuses the turns": (template("{{ 1 // 0 }}"), TALK),
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
     chat, messages = REFUSED[words]
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UnusableRow, match=words):
         encoded(tiny.chat_tokenizer(chat), messages)
 
 
-def test_thoughts_that_a_template_does_not_render_are_told_once(caplog):
-    own = tiny.chat_tokenizer(template(SAID + "</s>"))
-    for _ in range(2):
-        encoded(own, [TALK[0], TALK[3] | {"reasoning_content": "Hm."}])
-    assert caplog.messages == ["the chat template does not render the thoughts of assistant turns"]
+def test_thoughts_that_a_template_does_not_render_are_told():
+    said = []
+    encoded(tiny.chat_tokenizer(template(SAID + "</s>")), [TALK[0], TALK[3] | {"reasoning_content": "Hm."}], say=said.append)
+    assert said == ["the chat template does not render the thoughts of assistant turns"]
 
 
 # ---------------------------------------------------------------------- from data
@@ -316,15 +325,49 @@ def test_the_last_turn_alone_is_trained_where_that_is_asked_for(tmp_path):
     assert [row["input_ids"]] == [whole["input_ids"] for whole in encoded(own, TALK)]
 
 
-def test_a_long_conversation_loses_its_beginning_and_each_row_has_a_loss():
-    chat = template(IF_ASSISTANT + "and loop.last %}...{% endif %}" + SAID + "</s>")
-    own = tiny.chat_tokenizer(chat)
-    rows = encoded(own, turns("Is the town old? " * 9, "No", "Red? " * 9, "Yes"), max_length=9)
-    assert [len(row["input_ids"]) for row in rows] == [9, 9]
-    assert trained(own, rows) == [["...No</s>"], ["...Yes</s>"]]
-    own.chat_template = chat.replace("</s>{% endfor", "</s>and what follows{% endfor")
-    with pytest.raises(UserError, match="line 1: expected words of the assistant in the last 2 tokens"):
-        encoded(own, TALK, max_length=2)
+def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_system_prompt():
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    talk = turns(*(f"{word} {k}" * (3 if k == 0 else 1) for k in range(4) for word in ("Is it", "No")), system="Be brief.")
+    whole = encoded(own, talk)
+    n_tokens = len(whole[0]["input_ids"])
+    for start in range(3, len(talk), 2):  # of each exchange that may be the first one
+        rest = [talk[0], *talk[start:]]
+        expected = encoded(own, rest)
+        n_rest = len(expected[0]["input_ids"])
+        assert encoded(own, talk, n_rest) == encoded(own, rest)
+        assert n_rest < n_tokens
+
+
+@pytest.mark.parametrize("shortens_response", [False, True])
+def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shortens_response):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    question, answer = "the river is long " * 8, "the town is old " * 8
+    before, after = ("<s>[system]\nBe brief.</s>\n[user]\n", "</s>\n[assistant]\n")
+    how = {"shortens_response": shortens_response}
+    n_head = len(own(before + after, add_special_tokens=False)["input_ids"])
+    n_answer = len(own(answer + "</s>", add_special_tokens=False)["input_ids"])
+    ((asked, said, *_),) = pieces(own, encoded(own, turns(question, answer, system="Be brief."), n_head + n_answer + 9, **how))
+    assert said == f"{answer}</s>"
+    assert asked.startswith(before)
+    assert asked.endswith(f"is long {after}")
+    assert len(asked) < len(before + question + after)
+    long = turns("Old?", answer * 9, system="Be brief.")
+    if not shortens_response:
+        with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
+            encoded(own, long, 80)
+    else:
+        (row,) = encoded(own, long, 80, **how)
+        ((asked, said),) = pieces(own, [row])
+        assert (len(row["input_ids"]), asked) == (80, f"{before}Old?{after}")
+        assert (answer * 9).startswith(said)  # without a stop token: it does not stop there
+    with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
+        encoded(own, turns(question, answer), 60, too_long="skip")
+
+
+def test_a_template_that_renders_no_word_of_a_turn_gives_no_row():
+    own = tiny.chat_tokenizer(template(IF_ASSISTANT + "%}{% endif %}"))
+    with pytest.raises(UnusableRow):
+        encoded(own, TALK)
 
 
 def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
@@ -338,7 +381,7 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
     fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     assert main(fit) == 2
-    assert "expected turns that the chat template can render, received: It has no thoughts" in capfd.readouterr().err
+    assert "the chat template refuses the turns: It has no thoughts" in capfd.readouterr().err
     assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
     (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
     run = str(Path(checkpoint).parent.parent / "config.yaml")

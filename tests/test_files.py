@@ -84,7 +84,7 @@ def test_an_empty_answer_is_missing_where_the_format_has_no_null(tmp_path, name)
     instructed = attach(TextDataModule(source, max_new_tokens=4))
     for data in (templated, instructed):
         if name == "rows.csv":
-            with pytest.raises(UserError, match=r"row \d+: .* in the field 'response', received None"):
+            with pytest.raises(UserError, match=r"'response' is null, not .*: .*row \d+"):
                 data.setup("fit")
         data.setup("predict")
     assert {row.example.references for row in templated.test} == {()}
@@ -103,7 +103,7 @@ def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is
         data.setup("predict")
         assert data.can_be_tested is is_label
         if not is_label:
-            with pytest.raises(UserError, match=r"row \d: .* in the field 'label', received '?-1"):
+            with pytest.raises(UserError, match=r"'label' is '-1', not .*: .*row \d|'-1' in the field 'label'.*: .*row \d"):
                 data.setup("test")
     assert {row.example.answer for row in templated.test} == {0 if is_label else None}
     assert {row["labels"] for row in classified.test} == {0 if is_label else -100}

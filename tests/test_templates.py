@@ -74,7 +74,7 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
     """A CSV file, whose values are text, would else mean another option."""
     asked = {"prompt": "Is it?", "options": options}
     if place is None:
-        with pytest.raises(UserError, match=r"row 1: expected .* in the field 'label'"):
+        with pytest.raises(UserError, match=r"row 1: the label .* write it as text|the field 'label' is .*, not one of.*row 1"):
             examples([{"label": label}], tmp_path, **asked)
     else:
         ((row,), _) = examples([{"label": label}], tmp_path, **asked)
@@ -94,8 +94,8 @@ def test_a_row_is_unusable_whose_field_is_inside_a_missing_one(tmp_path):
     rows = [whole] * 99 + [whole | {"a": None}]
     made, _ = examples(rows, tmp_path, prompt="{a.b}", **FIXED)
     assert len(made) == 99
-    with pytest.raises(UserError, match=r"row 50: expected .* in the field 'a', .* \(1 of 50 rows cannot be"):
-        examples(rows[50:], tmp_path, prompt="{a.b}", **FIXED)
+    with pytest.raises(UserError, match=r"1 of 50 rows cannot be used, .*\(the field 'a' is null, not an object: .*row 50\)"):
+        examples(rows[50:], tmp_path, prompt="{a.b}", max_skipped=0.01, **FIXED)
 
 
 def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path):
@@ -146,7 +146,8 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
     assert own.decode(row.prefixes[0] + row.option_ids[0][-1:]) == "<s>[user]\nWhich?</s>\n[assistant]\n blue\n"
     long = {"text": "The river is long. " * 50, "label": 0}
     ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **asked)
-    assert len(row) == 79
+    assert 70 < len(row) < 80
+    assert own.decode(row.prefixes[0]).startswith("<s>[user]\n")
     assert own.decode(row.prefixes[0]).endswith("long. Is it?</s>\n[assistant]\n")
 
 
@@ -199,8 +200,9 @@ def test_a_task_in_yaml_is_fitted_tested_and_predicted_also_without_targets(tmp_
     for subcommand in ("fit", "test"):
         assert main([subcommand, "--config", "config.yaml", "--data.source", "new.json", "--data.test_size", "8"]) == 2
         last = capfd.readouterr().err.strip().splitlines()[-1]
-        assert last.startswith("error: new.json, row ")
-        assert "'verdict'" in last
+        assert last.startswith("error: ")
+        assert "'verdict' is null" in last
+        assert "new.json, row " in last
 
 
 @pytest.mark.parametrize(

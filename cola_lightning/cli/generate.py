@@ -133,7 +133,7 @@ class Session:
 
         self.turns += user_turn(prompt)
         template = ChatTemplate(self.module.tokenizer, self.chat_template_kwargs)
-        text = template.prompt(Conversation(self.turns), "prompt")
+        text = template.prompt(Conversation(self.turns))
         self.decoding = self.decoding.stopping(template.stop_texts)
         self.turns.append(assistant_turn(self.answer(text, template.stop_tokens, is_whole=True)))
 
@@ -145,10 +145,10 @@ class Session:
             ends: tokens that end it, besides the end of text.
             is_whole: whether the text has its special tokens.
         """
-        from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompts
+        from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompt
 
         tokenizer = self.module.tokenizer
-        (ids,) = encode_prompts(tokenizer, [text], sys.maxsize, is_whole=is_whole)
+        ids = encode_prompt(tokenizer, text, sys.maxsize, is_whole=is_whole)
         if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
             raise UserError(f"prompt: expected fewer than {len(ids) + room} tokens, for the model, received {len(ids)}")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))

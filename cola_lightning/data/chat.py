@@ -1,19 +1,18 @@
 """Conversations to train on, as tokens: each assistant turn once, after the prompt that a server would generate it from."""
 
 import bisect
-import functools
 import itertools
-import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
-from cola_lightning.data.encoding import LanguageRow, n_common, response_too_long, tokenize_continued
-from cola_lightning.errors import UserError
+from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, LanguageRow, TooLong, n_common, tokenize_continued
+from cola_lightning.data.rows import each, together
+from cola_lightning.errors import UnusableRow
 
-log = logging.getLogger(__name__)
+Say = Callable[[str], object]  # takes a line for the log
 
 MODE = "enable_thinking"  # the template variable by which a generation prompt opens a thought or does not
 
@@ -45,12 +44,12 @@ def encode_conversations(
     template: ChatTemplate,
     conversations: Sequence[Conversation],
     max_length: int,
-    places: Sequence[str],
+    say: Say,
     *,
-    loss: Literal["all", "last"] = "all",
-    keeps_response: bool = False,
-) -> list[list[LanguageRow]]:
-    """Conversations as tokens, with the loss on what the assistant must generate: each of its turns, with its stop token.
+    too_long: TooLong = "shorten",
+    shortens_response: bool = False,
+) -> list[list[LanguageRow] | UnusableRow]:
+    """Conversations as tokens, with the loss on what the assistant must generate: its trained turns, with their stop tokens.
 
     Each turn is trained once, in its own context: the rendering of the turns before it, with the generation prompt. A template
     that only appends gives one row for the conversation; one that rewrites earlier turns (drops their thoughts, moves the
@@ -58,74 +57,152 @@ def encode_conversations(
 
     Args:
         template: the tokenizer's chat template.
-        conversations: each begins with another role's turn, and ends with the assistant's.
-        max_length: in tokens; a longer row is truncated on the left.
-        places: each conversation's place, for messages.
-        loss: on ``all`` assistant turns, or on the ``last`` one alone.
-        keeps_response: whether to refuse a conversation whose assistant turns would be truncated.
+        conversations: each ends with a turn of the assistant's that is trained.
+        max_length: in tokens.
+        say: takes lines for the log.
+        too_long: whether to shorten or to skip a longer conversation. It loses its oldest exchanges whole, but not its system
+            prompt; then what is asked last loses its beginning.
+        shortens_response: whether a response that leaves its prompt less than a quarter of ``max_length`` loses its end;
+            ``False``: such a conversation is skipped.
 
     Returns:
-        The rows of each conversation.
-
-    Raises:
-        UserError: if the last turn is not the assistant's, the first one is, or the template does not render its words.
+        The rows of each conversation, or the reason why it cannot be used.
     """
-    contexts, counts = [], []
-    for conversation, place in zip(conversations, places, strict=True):
-        ends = [end for end in _ends_of_turns(conversation.messages, place) if end > conversation.n_prompt]
-        ends = ends[-1:] if loss == "last" else ends
-        contexts += [(replace(conversation, messages=conversation.messages[:end]), place) for end in ends]
-        counts.append(len(ends))
-    turns = iter(_turns(template, contexts))
-    rows = []
-    for count, place in zip(counts, places, strict=True):
-        groups = _in_rows(_stopped(template, list(itertools.islice(turns, count))))
-        rows.append([_row(group, max_length, place, keeps_response=keeps_response) for group in groups])
-    return rows
+    done: dict[int, list[LanguageRow] | UnusableRow] = {}
+    lengths: dict[int, int] = {}  # before it is shortened
+    left = dict(enumerate(conversations))
+    while left:
+        shorter = {}
+        for (k, conversation), rows in zip(left.items(), _rows(template, list(left.values()), say), strict=True):
+            if isinstance(rows, UnusableRow):
+                if (one := _without_greeting(conversation)) is None:
+                    done[k] = rows
+                else:
+                    shorter[k] = one
+                continue
+            longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
+            n_lost = lengths.setdefault(k, len(longest.ids)) - min(len(longest.ids), max_length)
+            try:
+                if len(longest.ids) > max_length and too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                one = _shortened(template, conversation, longest, max_length, shortens_response=shortens_response)
+                if one is None:
+                    done[k] = [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
+                else:
+                    shorter[k] = one
+            except UnusableRow as reason:
+                done[k] = reason
+        left = shorter
+    return [done[k] for k in range(len(conversations))]
 
 
-def _ends_of_turns(messages: Sequence[Message], place: str) -> list[int]:
-    """How many messages there are up to each assistant turn."""
-    roles = [turn["role"] for turn in messages]
-    if roles[0] == "assistant":
-        raise UserError(f"{place}: expected a first turn of another role than assistant, received the assistant's")
-    if roles[-1] != "assistant":
-        raise UserError(f"{place}: expected the assistant's turn as the last one, for a loss, received the {roles[-1]}'s")
-    return [k for k, role in enumerate(roles, start=1) if role == "assistant"]
+def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> str:
+    """The prompt for the assistant's next turn, of a conversation that is shortened as in training."""
+    while True:
+        text = template.prompt(conversation)
+        n_over = len(template.tokenizer(text, add_special_tokens=False)["input_ids"]) - max_length
+        if n_over <= 0:
+            return text
+        conversation = _without_oldest(conversation, 0) or _without_beginning(template, conversation, n_over)
 
 
-def _turns(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]]) -> list[Turn]:
-    """The last turn of each conversation, rendered in the mode whose generation prompt it follows, if there is one."""
-    source, turns = str(template.tokenizer.chat_template), _encode(template, contexts)
-    for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
-        strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
-        for k, turn in zip(strays, _encode(template, [contexts[k] for k in strays], **{MODE: mode}), strict=True):
-            if turn.follows_prompt:
-                turns[k] = turn
-                _warn_once(
-                    f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
-                    f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too",
-                    source,
-                )
-    if any(turn.departs for turn in turns):
-        _warn_once(
-            "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not have: "
-            "their loss begins where they depart from it",
-            source,
-        )
-    return turns
+# ---------------------------------------------------------------------- shorter conversations
 
 
-def _encode(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]], **mode: bool) -> list[Turn]:
-    texts: list[tuple[str, str]] = []
-    for conversation, place in contexts:
-        before, turn = replace(conversation, messages=conversation.messages[:-1]), conversation.messages[-1]
-        prompt = template.render(before, place, is_open=True, **mode)
-        whole = template.render(conversation, place, is_open=False, **mode)
-        if not whole.startswith(prompt):
-            whole = _continued(prompt, template.render(before, place, is_open=False, **mode), whole, place)
-        _check_words(template, turn, whole[n_common(prompt, whole) :], place)
-        texts.append((prompt, whole))
+def _shortened(
+    template: ChatTemplate, conversation: Conversation, longest: Turn, max_length: int, *, shortens_response: bool
+) -> Conversation | None:
+    """A shorter conversation; None if it fits, or needs only to lose its response's end.
+
+    Args:
+        template: the tokenizer's chat template.
+        conversation: the conversation.
+        longest: its turn with the longest context.
+        max_length: in tokens.
+        shortens_response: whether the response may lose its end.
+    """
+    if (n_over := len(longest.ids) - max_length) <= 0:
+        return None
+    if (shorter := _without_oldest(conversation, n_over / len(longest.ids))) is not None:
+        return shorter
+    if not shortens_response:
+        return _without_beginning(template, conversation, n_over)
+    least = max_length // PROMPT_SHARE
+    n_over = longest.start - max(max_length - (len(longest.ids) - longest.start), least)
+    try:
+        return _without_beginning(template, conversation, n_over) if n_over > 0 else None
+    except UnusableRow:
+        if longest.start > max_length - least:
+            raise
+        return None  # what is around a short question leaves room for a response
+
+
+def _without_oldest(conversation: Conversation, share: float) -> Conversation | None:
+    """The conversation without its oldest exchanges, about as many as are a share of its text, and at least one.
+
+    The system prompt stays. None if there is only one exchange.
+    """
+    roles = [message["role"] for message in conversation.messages]
+    first = next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+    starts = [place for place, role in enumerate(roles) if role == "user"]
+    if len(starts) < 2:
+        return None
+    ends = list(itertools.accumulate(len(text_of(message["content"])) for message in conversation.messages))
+    fitting = [start for start in starts[1:] if ends[start - 1] <= share * ends[-1]]  # too few rather than too many
+    return conversation.without(first, max([starts[1], *fitting]))
+
+
+def _without_greeting(conversation: Conversation) -> Conversation | None:
+    """The conversation without what the assistant says before the user's first turn, which some templates refuse."""
+    roles = [message["role"] for message in conversation.messages]
+    start = next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+    end = roles.index("user") if "user" in roles else start
+    return conversation.without(start, end) if start < end else None
+
+
+def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tokens: int) -> Conversation:
+    """The conversation whose longest turn, other than the system's and the assistant's, has lost about its first tokens."""
+    asked = [place for place, turn in enumerate(conversation.messages) if turn["role"] not in ("system", "assistant")]
+    texts = {place: text_of(conversation.messages[place]["content"]) for place in asked}
+    place = max(asked, key=lambda place: len(texts[place]), default=None)
+    ids = [] if place is None else template.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
+    if place is None or n_tokens >= len(ids):
+        raise UnusableRow(TOO_LONG)
+    # By characters: half of a character, as text, may have more tokens than the whole one.
+    n_characters = math.ceil(len(texts[place]) * n_tokens / len(ids))
+    return conversation.replaced(place, texts[place][n_characters:])
+
+
+# ---------------------------------------------------------------------- turns in tokens
+
+
+def _rows(template: ChatTemplate, conversations: Sequence[Conversation], say: Say) -> list[list[list[Turn]] | UnusableRow]:
+    """The turns of each conversation, those together that one row trains; or why the conversation cannot be used."""
+    contexts = [[one.until(place + 1) for place in one.trained] for one in conversations]
+    texts = each(lambda some: [_render(template, one, say) for one in some], contexts)
+
+    def turns_of(usable: list[list[tuple[str, str]]]) -> list[list[Turn]]:
+        flat = [one for some, found in zip(contexts, texts, strict=True) if not isinstance(found, UnusableRow) for one in some]
+        turns = iter(_in_a_mode(template, flat, _tokens(template, list(itertools.chain(*usable))), say))
+        return [list(itertools.islice(turns, len(some))) for some in usable]
+
+    found = together(turns_of, texts)
+    return each(lambda turns: _in_rows(_stopped(template, turns)), found)
+
+
+def _render(template: ChatTemplate, conversation: Conversation, say: Say, **mode: bool) -> tuple[str, str]:
+    """The prompt for the last turn of a conversation, and the conversation with it."""
+    before = conversation.until(len(conversation.messages) - 1)
+    prompt = template.render(before, is_open=True, **mode)
+    whole = template.render(conversation, is_open=False, **mode)
+    if not whole.startswith(prompt):
+        whole = _continued(prompt, template.render(before, is_open=False, **mode), whole)
+    _check_words(template, conversation.messages[-1], whole[n_common(prompt, whole) :], say)
+    return prompt, whole
+
+
+def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[Turn]:
+    """Turns of which the prompt and the whole text are given, in tokens."""
     prompts, wholes = [prompt for prompt, _ in texts], [whole for _, whole in texts]
     turns = []
     for (prompt, whole), tokens in zip(
@@ -139,14 +216,34 @@ def _encode(template: ChatTemplate, contexts: Sequence[tuple[Conversation, str]]
     return turns
 
 
-def _continued(prompt: str, before: str, whole: str, place: str) -> str:
+def _in_a_mode(template: ChatTemplate, contexts: Sequence[Conversation], turns: list[Turn], say: Say) -> list[Turn]:
+    """The last turn of each conversation, rendered in the mode whose generation prompt it follows, if there is one."""
+    source = str(template.tokenizer.chat_template)
+    for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
+        strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
+        texts = each(lambda k, mode=mode: _render(template, contexts[k], say, **{MODE: mode}), strays)  # type: ignore[misc]
+        for k, turn in zip(strays, together(lambda some: _tokens(template, some), texts), strict=True):
+            if isinstance(turn, Turn) and turn.follows_prompt:
+                turns[k] = turn
+                say(
+                    f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
+                    f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too"
+                )
+    if any(turn.departs for turn in turns):
+        say(
+            "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not have: "
+            "their loss begins where they depart from it"
+        )
+    return turns
+
+
+def _continued(prompt: str, before: str, whole: str) -> str:
     """A turn after its prompt, where the template renders the turns before it otherwise once it is there.
 
     Args:
         prompt: the turns before it, with the generation prompt.
         before: without the generation prompt.
         whole: with the turn.
-        place: names the conversation in messages.
     """
     n_history = n_common(prompt, before)
     if n_common(prompt, whole) >= n_history:  # they are the same; the turn is not what the generation prompt opens
@@ -154,26 +251,21 @@ def _continued(prompt: str, before: str, whole: str, place: str) -> str:
     lengths = range(1, len(prompt) + 1)  # of the prompt's end; the longest one that is in both
     n_end = bisect.bisect_left(lengths, True, key=lambda n: prompt[-n:] not in whole)
     if n_end < max(1, len(prompt) - n_history):
-        raise UserError(f"{place}: expected a chat template whose generation prompt begins an assistant turn, received another")
+        raise UnusableRow("the chat template's generation prompt does not begin the assistant's turn")
     return prompt + whole[whole.rindex(prompt[-n_end:]) + n_end :]
 
 
-def _check_words(template: ChatTemplate, turn: Message, rendered: str, place: str) -> None:
+def _check_words(template: ChatTemplate, turn: Message, rendered: str, say: Say) -> None:
     """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
     said = text_of(turn["content"])  # of which a template may omit thoughts, and white space
     calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
-    for words in [*(re.findall(r"\w+", said) or said.split())[-1:], *calls]:
-        if words not in rendered:
-            raise UserError(f"{place}: expected a chat template that renders the assistant's words, {words!r} among them")
+    if not all(name in rendered for name in calls):
+        raise UnusableRow("the chat template does not render function calls")
+    if not all(word in rendered for word in (re.findall(r"\w+", said) or said.split())[-1:]):
+        raise UnusableRow("the chat template does not render what the assistant says")
     thoughts = turn.get("reasoning_content") or said.rpartition("</think>")[0].rpartition("<think>")[2]
     if str(thoughts).strip() not in rendered:
-        _warn_once("the chat template does not render the thoughts of assistant turns", template.tokenizer.chat_template)
-
-
-@functools.cache
-def _warn_once(message: str, chat_template: str) -> None:
-    """Warns once for each chat template."""
-    log.warning(message)
+        say("the chat template does not render the thoughts of assistant turns")
 
 
 def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
@@ -206,13 +298,11 @@ def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
     return rows
 
 
-def _row(turns: Sequence[Turn], max_length: int, place: str, *, keeps_response: bool) -> LanguageRow:
-    """The row of turns whose contexts are all in the last one."""
-    ids = turns[-1].ids[-max_length:]
-    n_cut = len(turns[-1].ids) - len(ids)
-    if keeps_response and (n_response := len(turns[-1].ids) - turns[0].start) >= max_length:
-        raise response_too_long(place, n_response, max_length)
-    spans = [(max(turn.start - n_cut, 1), turn.end - n_cut) for turn in turns if turn.end - n_cut > 1]  # a first token is given
+def _row(turns: Sequence[Turn], max_length: int, n_lost: int) -> LanguageRow:
+    """The row of turns whose contexts are all in the last one; a response that is too long loses its end."""
+    ids = turns[-1].ids[:max_length]
+    spans = [(max(turn.start, 1), min(turn.end, len(ids))) for turn in turns]  # a first token is given
+    spans = [(start, end) for start, end in spans if start < end]
     if not spans:
-        raise UserError(f"{place}: expected words of the assistant in the last {max_length} tokens (data.max_length)")
-    return {"input_ids": ids, "spans": [place for span in spans for place in span]}
+        raise UnusableRow("no words of the assistant")
+    return {"input_ids": ids, "spans": [place for span in spans for place in span], "lost": n_lost}

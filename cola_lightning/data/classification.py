@@ -2,16 +2,18 @@
 
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
-from cola_lightning.data.rows import Row, Rows, plain_label
+from cola_lightning.data.encoding import TOO_LONG
+from cola_lightning.data.report import all_usable
+from cola_lightning.data.rows import Row, Rows, each, plain_label, together
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.errors import UserError, shortened_text
+from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
 TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
@@ -97,31 +99,50 @@ class TextClassificationDataModule(SourceDataModule):
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
         inputs = {name: ["int32"] for name in self.tokenizer("a")}
         are_given = getattr(self._module, "are_names_given", True)
-        encode = functools.partial(self._encode, texts, label, names, are_given)
-        options = texts, label, names, are_given, rows.may_lack_targets
+        encode = functools.partial(self._encode, texts, label, names, are_given, part != "predict")
+        options = texts, label, names, are_given, rows.may_lack_targets, part != "predict", self.too_long
         return self.map_rows(rows, inputs | {"labels": "int64"}, *options, encode=encode)
 
     def _encode(
-        self, texts: list[str], label: str, names: list[str] | None, are_given: bool, rows: Sequence[Row]
-    ) -> list[dict[str, Any]]:
-        # Labels first: their errors often reveal a wrong choice of columns or files.
+        self,
+        texts: list[str],
+        label: str,
+        names: list[str] | None,
+        are_given: bool,
+        may_skip: bool,
+        rows: Sequence[Row],
+        say: Callable[[str], object],
+    ) -> list[list[dict[str, Any]] | UnusableRow]:
         places = {name: place for place, name in enumerate(names or [])}
-        labels = [
-            place_of_label(row, label, places, are_given=are_given) if row.has_target(label, names) else IGNORE_INDEX
-            for row in rows
-        ]
         tokenizer = self.tokenizer
-        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-        try:
-            encoded = tokenizer(
-                *([row.text(name) for row in rows] for name in texts), truncation=True, max_length=self.max_length
-            )
-        finally:
-            tokenizer.truncation_side = side
-        for row, ids in zip(rows, encoded["input_ids"], strict=True):
-            if not ids:
-                raise UserError(f"{row.place}: expected at least one token of text in {' and '.join(texts)}, received none")
-        return [{name: values[k] for name, values in encoded.items()} | {"labels": one} for k, one in enumerate(labels)]
+
+        def read(row: Row) -> tuple[int, list[str]]:
+            known = row.has_target(label, names)
+            index = place_of_label(row, label, places, are_given=are_given) if known else IGNORE_INDEX
+            return index, [row.text(name) for name in texts]
+
+        def tokens(some: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
+            columns = zip(*(own for _, own in some), strict=True)
+            side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+            try:
+                inputs = map(list, columns)
+                encoded: Any = tokenizer(*inputs, truncation=True, max_length=self.max_length) if some else {}
+            finally:
+                tokenizer.truncation_side = side
+
+            def row(k: int) -> list[dict[str, Any]]:
+                made = {name: values[k] for name, values in encoded.items()} | {"labels": some[k][0]}
+                if not made["input_ids"]:
+                    raise UnusableRow(f"no text in {' and '.join(texts)}")
+                made["lost"] = sum(_n_own(one) for one in encoded.encodings[k].overflowing) if encoded.encodings else 0
+                if made["lost"] and self.too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                return [made]
+
+            return each(row, range(len(some)))
+
+        made: list[Any] = together(tokens, each(read, rows))
+        return made if may_skip else all_usable(made, (row.place for row in rows))
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,6 +150,11 @@ class TextClassificationDataModule(SourceDataModule):
         # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def _n_own(encoding: Any) -> int:
+    """How many tokens of a ``tokenizers.Encoding`` are the text's own, not special ones."""
+    return int(len(encoding.ids) - sum(encoding.special_tokens_mask))
 
 
 # ---------------------------------------------------------------------- columns and labels
@@ -167,7 +193,8 @@ def name_of_label(row: Row, field: str) -> str | None:
     """A row's label as text: a name without surrounding white space, a whole number, or a class name; None if there is none.
 
     Raises:
-        UserError: if the field is missing, or holds something else.
+        UserError: if the data has no such field.
+        UnusableRow: if it holds something else.
 
     Example:
         >>> [name_of_label(Row({"label": value}, "here"), "label") for value in (" good ", 3, 1.0, True, "", None, -1)]
@@ -177,7 +204,7 @@ def name_of_label(row: Row, field: str) -> str | None:
     if value in (None, -1, ""):
         return None
     if not isinstance(value, int | str):
-        raise row.refused(field, "a label, text or a whole number,")
+        raise row.refused(field, "a label as text or as a whole number")
     names = row.class_names.get(field, [])
     return names[value] if isinstance(value, int) and value in range(len(names)) else str(value)
 
@@ -211,10 +238,10 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given
         are_given: whether the user gave the names and thus their order: any other number is an index.
 
     Raises:
-        UserError: if the label is not known, or missing.
+        UnusableRow: if the label is not known, or missing.
     """
     if (name := name_of_label(row, field)) is None:
-        raise row.refused(field, "a label", -1, "")
+        raise row.refused(field, "a label")
     if name in places:
         return places[name]
     value = plain_label(row[field])
@@ -224,4 +251,4 @@ def place_of_label(row: Row, field: str, places: Mapping[str, int], *, are_given
         return int(value)
     listed = shortened_text(", ".join(places), 200)
     hint = " (an index needs model.label_names)" if is_index else ""
-    raise UserError(f"{row.place}: expected one of the labels {listed} in the field {field!r}, received {name!r}{hint}")
+    raise UnusableRow(f"{name!r} in the field {field!r} is none of the labels {listed}{hint}")

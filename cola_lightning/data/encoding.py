@@ -3,18 +3,37 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cola_lightning.chat_template import end_of_text, n_appended
 from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.data.rows import each
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow
 
-# input_ids, and spans: where each stretch of tokens with a loss begins and ends, one number after the other.
-LanguageRow = dict[str, list[int]]
+# input_ids; spans: where each stretch of tokens with a loss begins and ends, one number after the other; and lost: how many
+# tokens a longer row had.
+LanguageRow = dict[str, Any]
+TooLong = Literal["shorten", "skip"]
+TOO_LONG = "longer than data.max_length"
+PROMPT_SHARE = 4  # a long response leaves its prompt at least a quarter of the longest sequence
+
+
+class Pair(NamedTuple):
+    """A prompt and its response.
+
+    Attributes:
+        prompt: the prompt.
+        n_head: the length of its beginning that it does not lose, in characters: the system prompt.
+        response: the response.
+    """
+
+    prompt: str
+    n_head: int
+    response: str
 
 
 @dataclass(frozen=True)
@@ -148,20 +167,21 @@ def identity_of_tokenizer(tokenizer: Any) -> str | None:
     return digest.hexdigest()
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow]]:
-    """Texts as tokens with a loss on all of them; a text over ``max_length`` becomes several rows, a single token none."""
-    rows, end = [], end_of_text(tokenizer)
+def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow] | UnusableRow]:
+    """Texts as tokens with a loss on all of them; a text over ``max_length`` becomes several rows."""
+    rows, end = list[list[LanguageRow] | UnusableRow](), end_of_text(tokenizer)
     for ids in tokenize(tokenizer, texts):
         ids = _ended(ids, end)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        rows.append([{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1])
+        found: list[LanguageRow] = [{"input_ids": one, "spans": [1, len(one)]} for one in pieces if len(one) > 1]
+        rows.append(found or UnusableRow("no text"))
     return rows
 
 
 def encode_responses(
-    tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int, places: Sequence[str]
-) -> list[LanguageRow]:
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, too_long: TooLong = "shorten"
+) -> list[list[LanguageRow] | UnusableRow]:
     """Prompts with their responses, each pair tokenized as one text; the loss is on the response and its end-of-text token.
 
     A token that spans the boundary of prompt and response counts as the response's, and so do spaces at the prompt's end,
@@ -169,61 +189,67 @@ def encode_responses(
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        pairs: prompt and response. If both together are too long, the prompt is truncated on the left, never the response.
+        pairs: the pairs.
         max_length: of both together, in tokens.
-        places: each pair's place, for messages.
-
-    Raises:
-        UserError: if a response alone is too long, or adds nothing to its prompt.
+        too_long: whether to shorten or to skip a longer pair. First the prompt loses tokens after its beginning-of-sentence
+            token and system prompt, until it has a quarter of ``max_length``; then the response loses its end.
     """
-    prompts, texts = [prompt.rstrip(" ") for prompt, _ in pairs], [prompt + response for prompt, response in pairs]
-    rows, end = [], end_of_text(tokenizer)
-    for text, (_, response), place in zip(tokenize_continued(tokenizer, prompts, texts), pairs, places, strict=True):
+    prompts, texts = [pair.prompt.rstrip(" ") for pair in pairs], [pair.prompt + pair.response for pair in pairs]
+    end = end_of_text(tokenizer)
+
+    def row(one: tuple[Pair, Continued]) -> list[LanguageRow]:
+        pair, text = one
         if text.n_prompt == len(text.ids):
-            raise UserError(f"{place}: expected a response that adds tokens to its prompt, received {response!r}")
-        ids = _ended(text.ids, end)
-        n_response = len(ids) - text.n_prompt
-        if n_response >= max_length:
-            raise response_too_long(place, n_response, max_length)
-        ids = truncate_left(ids, max_length, tokenizer.bos_token_id)
-        rows.append({"input_ids": ids, "spans": [max(len(ids) - n_response, 1), len(ids)]})  # a first token is not predicted
-    return rows
+            raise UnusableRow("no response")
+        ids, n_prompt = _ended(text.ids, end), text.n_prompt
+        if len(ids) > max_length:
+            if too_long == "skip":
+                raise UnusableRow(TOO_LONG)
+            room = max(max_length - (len(ids) - n_prompt), max_length // PROMPT_SHARE)
+            prompt = truncate_left(ids[:n_prompt], room, tokenizer, pair.prompt[: pair.n_head])
+            kept = [*prompt, *ids[n_prompt:]][:max_length]
+            return [_row(kept, len(prompt), len(ids) - len(kept))]
+        return [_row(ids, n_prompt, 0)]
+
+    return each(row, zip(pairs, tokenize_continued(tokenizer, prompts, texts), strict=True))
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int, *, is_whole: bool) -> list[list[int]]:
-    """Prompts for generation as tokens; a longer one is truncated on the left, as in training.
+def _row(ids: list[int], start: int, n_lost: int) -> LanguageRow:
+    return {"input_ids": ids, "spans": [max(start, 1), len(ids)], "lost": n_lost}  # a first token is not predicted
+
+
+def encode_prompt(tokenizer: Any, prompt: str, max_length: int, head: str = "", *, is_whole: bool) -> list[int]:
+    """A prompt for generation as tokens; a longer one is truncated on the left, as in training.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompts: the texts; spaces at their ends are removed, for the model to generate.
+        prompt: the text; spaces at its end are removed, for the model to generate.
         max_length: in tokens.
-        is_whole: whether they are formatted by the chat template; their spaces then stay.
+        head: the beginning of the text that stays.
+        is_whole: whether it is formatted by the chat template; its spaces then stay.
     """
-    if is_whole:
-        return [ids[-max_length:] for ids in tokenize(tokenizer, prompts, is_whole=True)]
-    rows = tokenize(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
-    return [truncate_left(ids, max_length, tokenizer.bos_token_id) for ids in rows]
-
-
-def response_too_long(place: str, n_response: int, max_length: int) -> UserError:
-    """The error for a response that would be truncated."""
-    return UserError(f"{place}: expected a response of fewer than {max_length} tokens (data.max_length), received {n_response}")
+    (ids,) = tokenize(tokenizer, [prompt if is_whole else prompt.rstrip(" ")], is_whole=is_whole)
+    return truncate_left(ids, max_length, tokenizer, head)
 
 
 def _ended(ids: list[int], end: int | None) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def truncate_left(ids: list[int], max_length: int, bos: int | None) -> list[int]:
-    """The last tokens; a beginning-of-sentence token stays in front of them.
+def truncate_left(ids: list[int], max_length: int, tokenizer: Any, head: str = "") -> list[int]:
+    """The last tokens; a beginning-of-sentence token stays in front of them, and so does the beginning of the text.
 
-    Example:
-        >>> truncate_left([0, 5, 6, 7], 3, bos=0), truncate_left([5, 6, 7, 8], 3, bos=0)
-        ([0, 6, 7], [6, 7, 8])
+    Args:
+        ids: the tokens of a text.
+        max_length: how many may stay.
+        tokenizer: a Hugging Face tokenizer.
+        head: the beginning of the text that stays, if it leaves room for other tokens.
     """
     if len(ids) <= max_length:
         return ids
-    return ids[:1] + ids[len(ids) - max_length + 1 :] if ids[0] == bos else ids[-max_length:]
+    n_head = n_common(tokenize(tokenizer, [head])[0], ids) if head else 0
+    n_head = n_head if 0 < n_head < max_length else int(ids[0] == tokenizer.bos_token_id)
+    return ids[:n_head] + ids[len(ids) - max_length + n_head :]
 
 
 def n_common(first: Sequence[Any], second: Sequence[Any]) -> int:

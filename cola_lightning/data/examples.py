@@ -1,8 +1,8 @@
 """Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
 
-import logging
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,15 +11,14 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
-from cola_lightning.data.encoding import n_common, pad_left, tokenize, truncate_left
-from cola_lightning.data.rows import Row, Rows, encode_usable
+from cola_lightning.data.chat import fit_prompt
+from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, TooLong, n_common, pad_left, tokenize, truncate_left
+from cola_lightning.data.report import RowReport, all_usable
+from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
-log = logging.getLogger(__name__)
-
 Loss = Literal["options", "answer"]
-PERCENT_SKIPPED = 1  # at most, of the rows of a part
 ENCODED_TOGETHER = 1_000  # rows
 N_SHOWN = 8  # examples that show whether all have the same options
 
@@ -54,7 +53,7 @@ class Example:
 
     def __post_init__(self) -> None:
         if len(set(self.options)) < len(self.options):
-            raise UnusableRow(f"{self.place}: expected options that differ, received {self.options}")
+            raise UnusableRow("two options are equal")
 
     @property
     def is_generated(self) -> bool:
@@ -87,6 +86,7 @@ class EncodedExample:
         prompt_ids: the prompt, with room left for the answer, if an answer is to be generated; else empty. Without an option,
             all other token fields are empty.
         n_shared: length of the common prefix of all prefixes, without positions at which an option's tokens are predicted.
+        n_lost: how many tokens were too many, and are left out.
     """
 
     example: Example
@@ -95,6 +95,7 @@ class EncodedExample:
     option_ids: list[list[int]]
     prompt_ids: list[int]
     n_shared: int
+    n_lost: int = 0
 
     def __len__(self) -> int:
         return max(map(len, self.prefixes), default=len(self.prompt_ids))
@@ -110,13 +111,14 @@ def encode_examples(
     *,
     is_chat: bool = False,
     is_learned: bool = False,
-) -> list[EncodedExample]:
+    too_long: TooLong = "shorten",
+) -> list[EncodedExample | UnusableRow]:
     """Tokenizes prompt and option as one text; the option's tokens are those that the prompt alone does not have.
 
     White space before a prompt is removed, and so are spaces at the end of a prompt and of an option (not in a chat template):
-    a space between the two belongs to the option. A text that is too long is truncated on the left; a beginning-of-sentence
-    token stays. No option is truncated. If the answer is generated, prompt and option have 50 tokens fewer, the maximum that is
-    generated.
+    a space between the two belongs to the option. A prompt that is too long loses its beginning; a beginning-of-sentence token
+    stays. An answer that is too long loses its end; an option to choose does not. If the answer is generated, prompt and option
+    have 50 tokens fewer, the maximum that is generated.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -124,65 +126,105 @@ def encode_examples(
         max_length: of prompt and option, in tokens.
         is_chat: whether a prompt is a user's turn in the tokenizer's chat template, and its option the assistant's turn.
         is_learned: whether to encode only the right options, for the language-model loss.
+        too_long: whether to shorten or to skip a longer prompt or answer.
+
+    Returns:
+        Each example in tokens, or the reason why it cannot be used: an option that is too long, that adds no token to its
+        prompt, or that differs from another only in spaces.
 
     Raises:
-        UnusableRow: if an option alone is too long, or adds no token to its prompt, or differs from another only in spaces.
         UserError: if ``max_length`` leaves no room.
 
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
     if max_length <= MAX_NEW_TOKENS + 1 and any(example.is_generated for example in examples):
         raise UserError(f"data.max_length: expected over {MAX_NEW_TOKENS + 1} with generated answers, received {max_length}")
-    rooms = [max_length - MAX_NEW_TOKENS if example.is_generated else max_length for example in examples]
-    if is_learned:
-        examples = [example.right() for example in examples]
-    befores = [example.prompt for example in examples]
-    if is_chat:
-        template = ChatTemplate(tokenizer)
-        befores = [template.prompt(Conversation(user_turn(example.prompt)), example.place) for example in examples]
-    afters = [before + option for before, example in zip(befores, examples, strict=True) for option in example.options]
-    if not is_chat:
-        befores, afters = ([text.lstrip().rstrip(" ") for text in some] for some in (befores, afters))
-    prompts, texts = (tokenize(tokenizer, some, is_whole=is_chat) for some in (befores, afters))
-    encoded = []
-    position = 0
-    for example, prompt, room in zip(examples, prompts, rooms, strict=True):
-        own = slice(position, position + len(example.options))
-        position = own.stop
-        if len(set(afters[own])) < len(example.options):
-            raise UnusableRow(f"{example.place}: expected options that differ in more than spaces, received {example.options}")
-        if not prompt:
-            raise UnusableRow(f"{example.place}: expected a prompt of at least one token, received {example.prompt!r}")
-        for ids in texts[own]:
-            _check_option(example, len(ids) - len(prompt), room, max_length)
-        encoded.append(_encode(example, prompt, texts[own], room, tokenizer.bos_token_id))
-    return encoded
+    template = ChatTemplate(tokenizer) if is_chat else None
+
+    def texts(example: Example) -> list[str]:
+        """The prompt, and the prompt with each option."""
+        if is_learned:
+            example = example.right()
+        prompt = template.prompt(Conversation(user_turn(example.prompt))) if template else example.prompt
+        return _stripped([prompt + option for option in ("", *example.options)], is_whole=is_chat)
+
+    def tokens(some: list[list[str]]) -> Iterator[list[list[int]]]:
+        ids = iter(tokenize(tokenizer, [text for one in some for text in one], is_whole=is_chat))
+        return (list(itertools.islice(ids, len(one))) for one in some)
+
+    def encode(one: tuple[Example, Any]) -> EncodedExample:
+        example, ids = one
+        if isinstance(ids, UnusableRow):
+            raise ids
+        room = max_length - MAX_NEW_TOKENS if example.is_generated else max_length
+        n_answer = max(1, room - max(2, room // PROMPT_SHARE)) if example.is_generated else None
+        used = example.right() if is_learned else example
+        return _encode(tokenizer, used, ids, room, n_answer, template, may_shorten=too_long == "shorten")
+
+    return each(encode, zip(examples, together(tokens, each(texts, examples)), strict=True))
 
 
-def _encode(example: Example, prompt: list[int], texts: list[list[int]], room: int, bos: int | None) -> EncodedExample:
-    """Encodes an example, given the tokens of its prompt, and of the prompt with each option."""
+def _stripped(texts: list[str], *, is_whole: bool) -> list[str]:
+    if not is_whole:
+        texts = [text.lstrip().rstrip(" ") for text in texts]
+    if len({*texts[1:]}) < len(texts) - 1:
+        raise UnusableRow("two options differ only in spaces")
+    return texts
+
+
+def _encode(
+    tokenizer: Any,
+    example: Example,
+    tokens: list[list[int]],
+    room: int,
+    n_answer: int | None,
+    template: ChatTemplate | None,
+    *,
+    may_shorten: bool,
+) -> EncodedExample:
+    """Encodes an example.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        example: the example.
+        tokens: of its prompt, and of the prompt with each option.
+        room: how many tokens prompt and option may have.
+        n_answer: how many tokens of an answer stay that is too long; None: an option to choose, which stays whole.
+        template: the chat template of the prompt; None: there is none.
+        may_shorten: whether an example that is too long can be used.
+    """
+    prompt, *texts = tokens
+    if not prompt:
+        raise UnusableRow("the prompt has no tokens")
+    n_option = max((len(ids) - len(prompt) for ids in texts), default=0)
+    if any(len(ids) <= len(prompt) for ids in texts):
+        raise UnusableRow("an option adds no tokens to the prompt")
+    n_lost = max(len(prompt) + n_option - room, 0)
+    if n_lost and not may_shorten:
+        raise UnusableRow(TOO_LONG)
+    if n_option >= room:  # one token of the prompt must stay
+        if n_answer is None:
+            raise UnusableRow(f"an option is {TOO_LONG}")
+        texts, n_option = [ids[: len(prompt) + n_answer] for ids in texts], n_answer
+    if n_lost and template:  # the template's tokens around the prompt stay
+        text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
+        options = [ids[len(prompt) :] for ids in texts]
+        (prompt,) = tokenize(tokenizer, [text], is_whole=True)
+        texts = [prompt + ids for ids in options]
     prefixes: list[list[int]] = []
     prefix_of, option_ids = [], []
-    for text in texts:
-        cut = truncate_left(text, room, bos)
+    for ids in texts:
+        cut = truncate_left(ids, room, tokenizer)
         if cut[:-1] not in prefixes:
             prefixes.append(cut[:-1])
         prefix_of.append(prefixes.index(cut[:-1]))
-        option_ids.append(cut[len(prompt) - len(text) :])
-    prompt_ids = truncate_left(prompt, room, bos) if example.is_generated else []
+        option_ids.append(cut[len(prompt) - len(ids) :])
+    prompt_ids = truncate_left(prompt, room, tokenizer) if example.is_generated else []
     if not texts:
-        return EncodedExample(example, [], [], [], prompt_ids, 0)
+        return EncodedExample(example, [], [], [], prompt_ids, 0, n_lost)
     n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
     n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
-    return EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0))
-
-
-def _check_option(example: Example, n_option: int, room: int, max_length: int) -> None:
-    if n_option < 1:
-        raise UnusableRow(f"{example.place}: expected options that add tokens to the prompt, received {example.options}")
-    if n_option >= room:  # one token of the prompt must stay
-        of = "data.max_length" if room == max_length else f"data.max_length less {MAX_NEW_TOKENS}, for an answer is generated"
-        raise UnusableRow(f"{example.place}: expected options of fewer than {room} tokens ({of}), received one of {n_option}")
+    return EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0), n_lost)
 
 
 # ---------------------------------------------------------------------- batches
@@ -288,43 +330,48 @@ class OptionBatches(TokenizedDataModule):
         """
         return None, None
 
-    def encode_examples(self, examples: Sequence[Example], *, is_learned: bool = False) -> list[EncodedExample]:
+    def encode_examples(self, examples: Sequence[Example], *, is_learned: bool = False) -> list[EncodedExample | UnusableRow]:
         """Encodes examples.
 
         Args:
             examples: the examples.
             is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
+
+        Returns:
+            Each example in tokens, or the reason why it cannot be used.
         """
         if is_learned:
             self._trained = [*self._trained, *examples][:N_SHOWN]
-        how = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
-        return encode_examples(self.tokenizer, examples, self.max_length, **how)
+        options: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
+        return encode_examples(self.tokenizer, examples, self.max_length, too_long=self.too_long, **options)
 
-    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], *, is_learned: bool) -> list[EncodedExample]:
-        """Converts rows to examples and encodes them; a few unusable rows are omitted, with a warning.
+    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], part: str) -> list[EncodedExample]:
+        """Converts rows to examples and encodes them; rows that cannot be used are skipped and counted.
 
         Args:
             rows: the rows of a part.
             example: makes an example of a row.
-            is_learned: whether they are training rows.
-
-        Raises:
-            UserError: if more than one row in a hundred cannot be used.
+            part: ``train``, ``val``, ``test``, or ``predict``, where none is skipped.
         """
 
-        def encode(some: list[Row]) -> list[EncodedExample]:
-            return self.encode_examples([example(row) for row in some], is_learned=is_learned)
+        def encode(some: list[Example]) -> list[EncodedExample | UnusableRow]:
+            return self.encode_examples(some, is_learned=part == "train")
 
-        encoded, errors = list[EncodedExample](), list[UserError]()
+        report, encoded = RowReport(len(rows)), list[EncodedExample]()
         for start in range(0, len(rows), ENCODED_TOGETHER):
-            found, unusable = encode_usable(encode, list(rows[start : start + ENCODED_TOGETHER]), UnusableRow)
-            encoded += found
-            errors += unusable
-        n_unusable, n_rows = len(errors), len(rows)
-        if 100 * n_unusable > PERCENT_SKIPPED * n_rows:
-            raise UserError(f"{errors[0]} ({n_unusable} of {n_rows} rows cannot be used, more than {PERCENT_SKIPPED} %)")
-        if errors:
-            log.warning("%d of %d rows cannot be used, and are skipped; the first: %s", n_unusable, n_rows, errors[0])
+            some = list(rows[start : start + ENCODED_TOGETHER])
+            # A reason inside a reason: an example that was made may have no tokens.
+            found: list[Any] = together(encode, each(example, some))
+            if part == "predict":
+                all_usable(found, (row.place for row in some))
+            for row, one in zip(some, found, strict=True):
+                if isinstance(one, UnusableRow):
+                    report.skip(str(one), row.place)
+                else:
+                    encoded.append(one)
+        report.n_shortened, report.n_lost = sum(one.n_lost > 0 for one in encoded), sum(one.n_lost for one in encoded)
+        report.n_tokens = sum(len(prefix) + 1 for one in encoded for prefix in one.prefixes)
+        self._reports.append(report)
         return encoded
 
     @override
@@ -347,5 +394,5 @@ class OptionDataModule(OptionBatches):
     """
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encodes examples."""
-        return self.encode_examples(examples)
+        """Encodes examples; one that cannot be used is an error."""
+        return all_usable(self.encode_examples(examples), (example.place for example in examples))

@@ -20,8 +20,8 @@ class PromptDataModule(OptionBatches, SourceDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
-    of a single file. Unusable rows (ReCoRD has duplicate entities), up to one in a hundred of each part, are omitted with a
-    warning, except in predictions on a file, whose indices are those of the rows.
+    of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted, except in
+    predictions on a file, whose indices are those of the rows.
 
     Args:
         task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
@@ -98,6 +98,6 @@ class PromptDataModule(OptionBatches, SourceDataModule):
 
     @override
     def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
-        if part == "predict" and is_file(self.sources[0].source):
-            return self.encode_examples([self.task.example(row) for row in rows])
-        return self.encode_rows(rows, self.task.example, is_learned=part == "train")
+        # Of the paper's test rows, some cannot be predicted: ReCoRD has rows with equal options.
+        part = "test" if part == "predict" and not is_file(self.sources[0].source) else part
+        return self.encode_rows(rows, self.task.example, part)

@@ -1,28 +1,33 @@
 """Rows of a data set: their fields by name and type, and the split they are in, in Arrow and memory-mapped by ``datasets``."""
 
 import copy
+import functools
 import hashlib
-import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cola_lightning.constants import WHOLE_NUMBER
+from cola_lightning.data.report import RowReport
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
+S = TypeVar("S")
 T = TypeVar("T")
+# Makes, of each row, rows of tokens or the reason why it cannot be used; calls its second argument with lines for the log.
+Encode = Callable[["list[Row]", Callable[[str], object]], "Sequence[list[dict[str, Any]] | UnusableRow]"]
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
 
 
 class Row(dict[str, Any]):
-    """A row's fields by name. Access to a missing field, or one of another type, raises a UserError.
+    """A row's fields by name. Access to a field that the data does not have raises a UserError.
 
-    Access to a field that is empty in this row raises an :class:`~cola_lightning.errors.UnusableRow`.
+    Access to a field that has no value in this row, or one of another type, raises an
+    :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
         place: its file, or data set and split, and its number in it, from 1.
@@ -44,10 +49,10 @@ class Row(dict[str, Any]):
         fields = ", ".join(repr(shortened_text(name)) for name in self) or "no field"
         raise UserError(f"{self.place}: expected the field {field!r}, received {fields}")
 
-    def refused(self, field: str, expected: str, *empty: Any) -> UserError:
-        """The error for a field's value; of this row alone, if the value is null or one that counts as empty."""
-        kind = UnusableRow if self[field] is None or self[field] in empty else UserError
-        return kind(f"{self.place}: expected {expected} in the field {field!r}, received {self[field]!r}")
+    def refused(self, field: str, expected: str) -> UnusableRow:
+        """The error for a field's value in this row."""
+        value = "null" if self[field] is None else repr(shortened_text(str(self[field])))
+        return UnusableRow(f"the field {field!r} is {value}, not {expected}")
 
     def text(self, field: str) -> str:
         """A field that holds text."""
@@ -59,7 +64,7 @@ class Row(dict[str, Any]):
         """A field that holds a list of at least one text."""
         values = self[field]
         if not isinstance(values, list | tuple) or not values:
-            raise self.refused(field, "a list of texts", [], ())
+            raise self.refused(field, "a list of texts")
         return tuple(Row({field: value}, self.place).text(field) for value in values)
 
     def inner(self, field: str) -> "Row":
@@ -67,33 +72,6 @@ class Row(dict[str, Any]):
         if not isinstance(value := self[field], dict):
             raise self.refused(field, "an object")
         return Row(value, self.place)
-
-    def messages(self, field: str) -> list[dict[str, Any]]:
-        """A field that holds a conversation: turns with ``role`` and ``content``, or ``from`` and ``value``.
-
-        A turn's other fields stay, but for null: Arrow gives each turn the fields of all. A content is a text, a list of text
-        parts or, where tools are called, None.
-        """
-        turns = self[field]
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-            raise self.refused(field, "a list of turns with role and content", [])
-        return [self._turn(without_null(turn)) for turn in turns]
-
-    def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
-        if "role" not in turn and "from" in turn:
-            others = {name: value for name, value in turn.items() if name not in ("from", "value")}
-            turn = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **others}
-        row, content = Row(turn, self.place), turn.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = [{"type": "text", "text": Row(part, self.place).text("text")} for part in content]
-        elif content is not None or not turn.get("tool_calls"):
-            content = row.text("content")
-        return turn | {"role": row.text("role"), "content": content}
-
-    def tools(self, field: str = "tools") -> list[Any] | None:
-        """A field that holds a list or its JSON: schemas of the functions that a conversation's assistant may call."""
-        tools = self.get(field)
-        return (json.loads(tools) if isinstance(tools, str) else without_null(tools)) or None
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -123,7 +101,7 @@ class Row(dict[str, Any]):
         if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text
             value = int(value)
         if not isinstance(value, int) or not 0 <= value < n_labels:
-            raise self.refused(field, f"a label from 0 to {n_labels - 1}", -1, "-1", "")
+            raise self.refused(field, f"a label from 0 to {n_labels - 1}")
         return value
 
 
@@ -222,74 +200,106 @@ class Rows:
         return list(self._selected().unique(field))
 
     def mapped(
-        self,
-        encode: Callable[[list[Row]], Sequence[Mapping[str, Any]]],
-        features: Mapping[str, Any],
-        identity: str | None,
-        num_proc: int | None = None,
-    ) -> Any:
+        self, encode: Encode, features: Mapping[str, Any], identity: str | None, num_proc: int | None = None
+    ) -> tuple[Any, RowReport, list[str]]:
         """Encodes the rows, a thousand at a time, into a data set that is memory-mapped, too, and cached by ``datasets``.
 
         Args:
-            encode: makes rows of the result: several of one row, or none.
+            encode: makes rows of the result, with ``input_ids``.
             features: the types of their columns: ``int32``, say, or ``[int32]`` for a list.
             identity: of ``encode``: what it depends on besides the rows. None: it cannot be known, and nothing is cached.
             num_proc: processes that encode; None: this one.
+
+        Returns:
+            The data set, with a column ``length``; a report on the rows; and what ``encode`` said of them. The last two are
+            stored with the rows, so that a start from the cache has them, too.
         """
         import datasets
+
+        stored = {**features, "length": "int32", "lost": "int32", "skipped": ["string"], "said": ["string"]}
 
         def batch(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
             fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             rows = [self._row(one, int(self.numbers[place])) for one, place in zip(fields, places, strict=True)]
-            encoded = encode(rows)
-            return {name: [row[name] for row in encoded] for name in features}
+            said: dict[str, None] = {}
+            made = list[dict[str, Any]]()
+            for row, outcome in zip(rows, encode(rows, said.setdefault), strict=True):
+                # A row that is skipped leaves one without tokens, which holds the reason.
+                made += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
+            for one in made:
+                one["length"] = len(one.get("input_ids", ()))
+            made[0]["said"] = list(said)  # each row has made at least one
+            return {name: [one.get(name, [] if isinstance(kind, list) else 0) for one in made] for name, kind in stored.items()}
 
         digest = hashlib.sha256(os.urandom(16) if identity is None else identity.encode())
         digest.update(self.numbers.tobytes())
-        digest.update(repr(sorted(features.items())).encode())
+        digest.update(repr(sorted(stored.items())).encode())
         for file in self.data.cache_files:
             status = os.stat(file["filename"])
             digest.update(repr((file["filename"], status.st_size, status.st_mtime_ns)).encode())
         values = {
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
-            for name, kind in features.items()
+            for name, kind in stored.items()
         }
+        fingerprint = digest.hexdigest()[:32]
         with progress_bar_if(len(self) >= WORTH_A_BAR):
-            return self._selected().map(
+            data = self._selected().map(
                 batch,
                 batched=True,
                 with_indices=True,
-                new_fingerprint=digest.hexdigest()[:32],
+                new_fingerprint=fingerprint,
+                cache_file_name=None if identity else f"{_folder_until_exit().name}/{fingerprint}.arrow",
                 num_proc=num_proc,
                 desc=f"{self.place}: preparing rows",
                 remove_columns=self.columns,
                 features=datasets.Features(values),
             )
+        return _without_skipped(data, len(self))
 
 
-def encode_usable(
-    encode: Callable[[list[Row]], Sequence[T]], rows: list[Row], kind: type[UserError]
-) -> tuple[list[T], list[UserError]]:
-    """Encodes rows together and, where one cannot be used, one by one: an unusable row does not stop the others.
+def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport, list[str]]:
+    """Encoded rows that can be used, a report on all of them, and what was said of them."""
+    columns = data.with_format("arrow")
+    flat = {name: columns[name][:].combine_chunks().flatten() for name in ("skipped", "said")}
+    lengths, lost = (data.with_format("numpy")[name][:] for name in ("length", "lost"))
+    report = RowReport(n_rows, int((lost > 0).sum()), int(lost.sum()), int(lengths.sum()))
+    if "spans" in data.column_names:
+        edges = columns["spans"][:].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        report.n_trained = int(edges[1::2].sum() - edges[::2].sum())
+    reasons, places = flat["skipped"][::2].to_pylist(), flat["skipped"][1::2].to_pylist()
+    for reason, place in zip(reasons, places, strict=True):
+        report.skip(reason, place)
+    if reasons:
+        data = data.select(np.flatnonzero(lengths))
+    return data.remove_columns(["lost", "skipped", "said"]), report, flat["said"].unique().to_pylist()
+
+
+@functools.cache
+def _folder_until_exit() -> tempfile.TemporaryDirectory[str]:
+    """A folder for rows that cannot be cached; it is deleted when Python exits."""
+    return tempfile.TemporaryDirectory()
+
+
+def each(make: Callable[[S], T], items: Iterable[S | UnusableRow]) -> list[T | UnusableRow]:
+    """Makes something of each item. Where that cannot be done, the reason stands in its place.
 
     Args:
-        encode: makes rows of the result.
-        rows: the rows.
-        kind: the error for an unusable row.
-
-    Returns:
-        The encoded rows, and the errors of the unusable ones.
+        make: makes something of an item, or raises an UnusableRow.
+        items: the items; a reason among them stays in its place.
     """
-    try:
-        return list(encode(rows)), []
-    except kind:
-        encoded, errors = list[T](), list[UserError]()
-        for row in rows:
-            try:
-                encoded += encode([row])
-            except kind as error:
-                errors.append(error)
-        return encoded, errors
+    made = list[T | UnusableRow]()
+    for item in items:
+        try:
+            made.append(item if isinstance(item, UnusableRow) else make(item))
+        except UnusableRow as reason:
+            made.append(reason)
+    return made
+
+
+def together(make: Callable[[list[S]], Iterable[T]], items: Sequence[S | UnusableRow]) -> list[T | UnusableRow]:
+    """Makes something of all usable items at once, such as their tokens; the reasons among them stay in their places."""
+    made = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
+    return [item if isinstance(item, UnusableRow) else next(made) for item in items]
 
 
 @contextmanager

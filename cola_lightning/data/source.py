@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.encoding import identity_of_tokenizer
-from cola_lightning.data.rows import Row, Rows
+from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
+from cola_lightning.data.report import RowReport
+from cola_lightning.data.rows import Rows
 from cola_lightning.data.splits import (
     Splits,
     TextUnit,
@@ -34,7 +35,7 @@ from cola_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 DRAWN_SHARE, MOST_DRAWN = 0.1, 1_000  # of the training rows, for validation where it has no split
-ENCODING = 1  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 2  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # that a stage needs; other stages: test
@@ -51,7 +52,12 @@ class TokenizedDataModule(EpochDataModule):
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows.
+
+    Attributes:
+        too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted.
     """
+
+    too_long: TooLong = "shorten"
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class TokenizedDataModule(EpochDataModule):
             raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
         self._max_length = max_length
         self._tokenizer_of_worker: Any = None
+        self._reports: list[RowReport] = []  # of the part that is being encoded
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -143,6 +150,10 @@ class SourceDataModule(TokenizedDataModule):
         num_proc: processes that tokenize rows before training; ``null``: the main process does, with its threads.
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
+        max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
+            response; 0: the first one is an error. ``predict`` skips none.
+        too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted: ``shorten`` or
+            ``skip``.
     """
 
     takes_columns = False  # of each source
@@ -168,6 +179,8 @@ class SourceDataModule(TokenizedDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         length_grouped: bool = True,
+        max_skipped: float = 0.05,
+        too_long: TooLong = "shorten",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, max_length, split_seed, num_workers, length_grouped)
         check_shares(train_size=train_size, val_size=val_size or None, test_size=test_size or None)
@@ -176,6 +189,9 @@ class SourceDataModule(TokenizedDataModule):
         self.sources = self._listed()
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
+        if not 0 <= max_skipped <= 1:
+            raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
+        self.max_skipped, self.too_long = max_skipped, too_long
         self._logged: set[str] = set()
 
     @override
@@ -260,7 +276,7 @@ class SourceDataModule(TokenizedDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
-        parts = self.parts(stage)
+        parts, total = self.parts(stage), RowReport()
         for part in reversed(PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit":
                 setattr(self, part, [])
@@ -268,10 +284,17 @@ class SourceDataModule(TokenizedDataModule):
             if not parts.get(part):
                 how = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {how}.")
+            self._reports = []
             encoded = joined([self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]])
+            for report in self._reports:  # of each source
+                total += report
+                self._log(f"{PURPOSES[part]}: {report}")
             if isinstance(encoded, Sized) and not len(encoded):
-                raise UserError(f"data.source: expected rows of at least two tokens, received none in {self.source!r}")
+                reasons = f": {total.reasons()}" if total.skipped else ""
+                raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[part]}{reasons}")
             setattr(self, part, encoded)
+        # Of all parts together: one of few rows may have more by chance.
+        total.check(self.max_skipped, TOO_LONG if self.too_long == "skip" else None)
         # A task of the paper skips rows that it cannot use, and then an index is not its row's.
         is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))
         self._predicted = parts["test"] if is_whole else []
@@ -347,22 +370,24 @@ class SourceDataModule(TokenizedDataModule):
     def map_rows(self, rows: Rows, features: Mapping[str, Any], *options: Any, encode: Any) -> Any:
         """Encodes rows to Arrow, see :meth:`~cola_lightning.data.rows.Rows.mapped`: a column ``length`` is added.
 
+        Rows that cannot be used are skipped and counted; the log says so.
+
         Args:
             rows: the rows.
             features: the types of the columns that ``encode`` makes: ``int32``, or ``[int32]`` for a list.
             *options: plain values on which it depends, besides the rows and the tokenizer.
-            encode: makes dicts of a list of rows.
+            encode: makes of each row dicts, or the reason why it cannot be used; its second argument takes lines for the log.
         """
         tokenizer, kind = identity_of_tokenizer(self.tokenizer), type(self)
         known = tokenizer, __version__, ENCODING, kind.__name__, self.max_length, options
         identity = None
         if tokenizer is not None and kind.__module__.startswith("cola_lightning."):  # code of another's may change unseen
             identity = json.dumps(known, sort_keys=True, default=str)
-
-        def with_lengths(some: list[Row]) -> list[dict[str, Any]]:
-            return [{**row, "length": len(row["input_ids"])} for row in encode(some)]
-
-        return rows.mapped(with_lengths, {**features, "length": "int32"}, identity, self.num_proc)
+        data, report, said = rows.mapped(encode, features, identity, self.num_proc)
+        self._reports.append(report)
+        for line in said:
+            self._log(line)
+        return data
 
     @override
     def lengths(self, data: Any) -> Sequence[int]:

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cola_lightning.data.rows import Row, Rows, encode_usable
+from cola_lightning.data.report import RowReport
+from cola_lightning.data.rows import Encode, Row, Rows
 from cola_lightning.data.splits import Splits, hub_data
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[list[Row]], Sequence[dict[str, Any]]]
 HELD_OUT = 1_000  # the first rows of a split that are read, for validation and for test
 BUFFER = 10_000  # rows that are shuffled together
 
@@ -44,7 +44,14 @@ class Stream:
         return self.first(self.n_held_out)[start:]
 
     def encoded(
-        self, encode: Encode, columns: Sequence[str], seed: int | str, n_processes: int, rank: int, n_workers: int
+        self,
+        encode: Encode,
+        columns: Sequence[str],
+        seed: int | str,
+        n_processes: int,
+        rank: int,
+        n_workers: int,
+        max_skipped: float,
     ) -> Any:
         """The rows that are not held out, shuffled by a buffer, each process its own, and encoded.
 
@@ -55,21 +62,35 @@ class Stream:
             n_processes: the number of processes that share the rows.
             rank: this process's rank.
             n_workers: the loader's worker processes.
+            max_skipped: the largest share of the rows read so far that may be skipped.
 
         Raises:
-            UserError: if rows are held out and there are several processes or workers, each of which would skip other rows.
+            UserError: if rows are held out and there are several processes or workers, each of which would skip other rows;
+                while rows are read, if too many of them are skipped.
         """
         from datasets.distributed import split_dataset_by_node
 
         if self.n_held_out and (n_workers or n_processes > 1):
             raise UserError("data.streaming: expected validation and test splits with several processes or workers")
 
+        report, said = RowReport(), set[str]()
+
+        def say(line: str) -> None:
+            if line not in said:
+                said.add(line)
+                log.info("%s", line)
+
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
-            encoded, errors = encode_usable(encode, rows, UserError)
-            for error in errors:
-                log.warning("a row cannot be used, and is skipped: %s", error)
-            return {name: [row[name] for row in encoded] for name in ("input_ids", "spans")}
+            encoded = encode(rows, say)
+            report.n_rows += len(rows)
+            for reason in (one for one in encoded if isinstance(one, UnusableRow)):
+                if str(reason) not in report.skipped:
+                    log.warning("%s: rows are skipped, the first of them after %d rows: %s", self.place, report.n_rows, reason)
+                report.skip(str(reason), self.place)
+            report.check(max_skipped)
+            used = [row for one in encoded if not isinstance(one, UnusableRow) for row in one]
+            return {name: [row[name] for row in used] for name in ("input_ids", "spans")}
 
         data = self.data.skip(self.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)

@@ -79,7 +79,7 @@ def _multirc(row: Row) -> Example:
 def _copa(row: Row) -> Example:
     conjunctions = {"effect": " so ", "cause": " because "}
     if (question := row.text("question")) not in conjunctions:
-        raise UnusableRow(f"{row.place}: expected cause or effect in the field 'question', received {question!r}")
+        raise row.refused("question", "cause or effect")
     premise = row.text("premise").rstrip().removesuffix(".")
     return labelled(row, premise + conjunctions[question], *(_uncapitalised(row.text(f"choice{k}")) for k in (1, 2)))
 
@@ -93,7 +93,7 @@ def _record(row: Row) -> Example:
     entities, query = row.texts("entities"), row.text("query")
     answers = row.texts("answers") if row.has_target("answers") else ()
     if not set(answers) <= set(entities):
-        raise UnusableRow(f"{row.place}: expected answers among the entities, received {answers}")
+        raise UnusableRow("an answer is none of the entities")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
     accepted = tuple(entities.index(answer) for answer in answers)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"

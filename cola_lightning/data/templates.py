@@ -60,9 +60,6 @@ def _inside(row: Row, path: str) -> tuple[Row, str]:
 class TemplateDataModule(OptionBatches, SourceDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
-    Unusable rows (a text is null, an option is repeated or too long), up to one in a hundred, are omitted with a warning,
-    except in predictions, whose indices are those of the rows.
-
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: name of a configuration of a data set on the hub.
@@ -135,9 +132,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
 
     @override
     def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
-        if part == "predict":
-            return self.encode_examples([self._example(row) for row in rows])
-        return self.encode_rows(rows, self._example, is_learned=part == "train")
+        return self.encode_rows(rows, self._example, part)
 
     def _joined(self, prompt: str, option: str) -> str:
         """An option as it follows a prompt."""
@@ -177,9 +172,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             WHOLE_NUMBER.fullmatch(label) and not all(map(WHOLE_NUMBER.fullmatch, stripped))
         )
         if not is_index:
-            raise inner.refused(field, f"one of the options {stripped}", "")
+            raise inner.refused(field, f"one of the options {', '.join(stripped)}")
         texts = [option.lower() for option in stripped]  # a CSV file has a number as text: it must not mean another option
         is_text = isinstance(label, int) and field not in inner.class_names and str(label).lower() in texts
         if is_text and (place := texts.index(str(label).lower())) != label:
-            raise inner.refused(field, f"text, for the option {stripped[place]!r} has the index {place},")
+            raise UserError(
+                f"{row.place}: the label {label!r} is the text of option {place} and the index of another; write it as text"
+            )
         return inner.label(field, len(options))

@@ -1,78 +1,48 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
-import contextlib
 import functools
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from typing_extensions import override
 
-from cola_lightning.chat_template import (
-    ChatTemplate,
-    Conversation,
-    Message,
-    assistant_turn,
-    find_chat_template,
-    text_of,
-    unknown_tokens,
-    user_turn,
-)
-from cola_lightning.data.chat import encode_conversations
+from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
+from cola_lightning.data.chat import Say, encode_conversations, fit_prompt
+from cola_lightning.data.columns import Columns, Kind, find_columns
+from cola_lightning.data.conversations import asked, conversation, pair
 from cola_lightning.data.encoding import (
     LanguageRow,
     PromptRow,
     collate_language,
     collate_prompts,
-    encode_prompts,
+    encode_prompt,
     encode_responses,
     encode_texts,
 )
 from cola_lightning.data.packing import Packs, collate_packs
-from cola_lightning.data.rows import Row, Rows
+from cola_lightning.data.report import all_usable
+from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import UserError
-
-Kind = Literal["messages", "prompt", "text"]
-Columns = dict[str, str]  # by part of a row
-
-SYSTEM = {"system": ["system"]}
-
-
-# By part of a row, the names of columns that people use together; in order: those of one list have the same rank.
-CONVENTIONS: list[list[tuple[Kind, dict[str, list[str]]]]] = [
-    [
-        ("messages", {"messages": ["messages"], "tools": ["tools"]}),
-        ("messages", {"messages": ["conversations"], "tools": ["tools"]}),
-        ("messages", {"prompt": ["prompt"], "completion": ["completion"], "tools": ["tools"]}),
-    ],
-    [
-        ("prompt", {"prompt": ["instruction"], "input": ["input", "context"], "response": ["output", "response"], **SYSTEM}),
-        ("prompt", {"prompt": ["prompt"], "response": ["completion", "response"], **SYSTEM}),
-        ("prompt", {"prompt": ["question"], "response": ["answer"], **SYSTEM}),
-    ],
-    [("text", {"text": ["text"]})],
-]
-OPTIONAL = {"tools", "input", "system"}  # and the response in rows to be predicted
-PARTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
+from cola_lightning.errors import UnusableRow, UserError
 
 
 class TextDataModule(SourceDataModule):
     """Text, instructions or conversations with the language-model loss, as data sets of the hub have them.
 
     What a row is follows from its columns, in this order: a conversation (``messages``; ``conversations``; ``prompt`` and
-    ``completion`` as lists of turns); an instruction (``instruction`` with ``input`` or ``context`` if there is one, and
-    ``output`` or ``response``; ``prompt`` with ``completion`` or ``response``; ``question`` with ``answer``; each with
-    ``system`` if there is one); ``text``. Other columns are ignored.
+    ``completion`` as lists of turns); a prompt with its response (``instruction``, with ``input`` or ``context``, and
+    ``output``; ``prompt`` and ``completion``; ``question`` and ``answer``; and others that docs/data.md lists); ``text``. A
+    ``system`` column is the system prompt. Other columns are ignored.
 
     The loss is on all tokens of a text, on the response alone, or on the assistant's turns of a conversation, each with the
     token at which it ends. Instructions are formatted by the tokenizer's chat template if it has one, as a user's turn and the
     assistant's; without one, the response directly follows its prompt. A text longer than ``max_length`` is split into several
-    rows; a prompt or a conversation is truncated on the left.
+    rows. A longer prompt loses tokens after its system prompt, and then its response loses its end; a longer conversation
+    loses its oldest turns.
 
     Predict generates: the response to a prompt (the row's response is the target), the assistant's answer to the last turn of a
     conversation (if the assistant has the last turn, it is the target), or the continuation of a text.
@@ -148,11 +118,10 @@ class TextDataModule(SourceDataModule):
     def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
         given = rows.columns_given or self.columns
-        kind, columns = find_columns(rows.columns, rows.lists, given, has_response=has_response)
+        reading = find_columns(rows.columns, rows.lists, given, has_response=has_response)
+        kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
-        *before, last = columns.values()
-        taken = f"{', '.join(before)} -> {last}" if "response" in columns else ", ".join(columns.values())
-        self._log_columns(taken, rows.columns, columns.values())
+        self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
         if kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: expected null or true for conversations, received false")
         if kind != "text":
@@ -197,11 +166,11 @@ class TextDataModule(SourceDataModule):
         if isinstance(rows, Stream):
             first = rows.first(1)
             encode = functools.partial(self._encode, *self._find(first))
-            return rows.encoded(encode, first.columns, self.order_seed, *self._processes, self.num_workers)
+            return rows.encoded(encode, first.columns, self.order_seed, *self._processes, self.num_workers, self.max_skipped)
         found = self._find(rows)
-        how = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss
+        options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
-        return self.map_rows(rows, features, *how, encode=functools.partial(self._encode, *found))
+        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, *found))
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -210,35 +179,34 @@ class TextDataModule(SourceDataModule):
         self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
         return packs
 
-    def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row]) -> list[LanguageRow]:
+    def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row], say: Say) -> Sequence[list[LanguageRow] | UnusableRow]:
         """Encodes rows for training or evaluation."""
-        places = [row.place for row in rows]
+        own, n, too_long = self.tokenizer, self.max_length, self.too_long
+        made: Any
         if kind == "text":
-            encoded = encode_texts(self.tokenizer, [row.text(columns["text"]) for row in rows], self.max_length)
+            made = together(lambda some: encode_texts(own, some, n), each(lambda row: row.text(columns["text"]), rows))
         elif kind == "prompt" and not self.applies_chat_template:
-            pairs = [(prompt_text(row, columns), response(row, columns)) for row in rows]
-            return encode_responses(self.tokenizer, pairs, self.max_length, places)
+            pairs = each(lambda row: pair(row, columns), rows)
+            made = together(lambda some: encode_responses(own, some, n, too_long), pairs)
         else:
-            turns = [conversation(row, columns) for row in rows]
-            how: Any = {"loss": self.loss, "keeps_response": kind == "prompt"}
-            encoded = encode_conversations(self._template, turns, self.max_length, places, **how)
-        return list(itertools.chain.from_iterable(encoded))
+            options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
+            found = each(lambda row: conversation(row, columns, self.loss), rows)
+            made = together(lambda some: encode_conversations(self._template, some, n, say, **options), found)
+        return made  # type: ignore[no-any-return]
 
     def _encode_prompts(self, rows: Rows) -> list[PromptRow]:
         """Encodes what is to be answered."""
         kind, columns = self._find(rows, has_response=False)
-        is_chat, template = kind != "text" and self.applies_chat_template, self._template
-        texts, prompts, targets = list[str](), list[Any](), list[str | None]()
-        for row in rows:
-            prompt, turns, target = asked(row, kind, columns)
-            texts.append(template.prompt(turns, row.place) if is_chat else prompt)
-            prompts.append(prompt)
-            targets.append(target)
-        encoded = encode_prompts(self.tokenizer, texts, self._room, is_whole=is_chat)
-        for ids, row in zip(encoded, rows, strict=True):
-            if not ids:
-                raise UserError(f"{row.place}: expected a prompt of at least one token, received {dict(row)}")
-        return [PromptRow(*one) for one in zip(encoded, prompts, targets, strict=True)]
+        is_chat, template, room = kind != "text" and self.applies_chat_template, self._template, self._room
+
+        def prompt_row(row: Row) -> PromptRow:
+            prompt, turns, target, head = asked(row, kind, columns)
+            text = fit_prompt(template, turns, room) if is_chat else prompt
+            if not (ids := encode_prompt(self.tokenizer, text, room, head * (not is_chat), is_whole=is_chat)):
+                raise UnusableRow("the prompt has no tokens")
+            return PromptRow(ids, prompt, target)
+
+        return all_usable(each(prompt_row, rows), (row.place for row in rows))
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
@@ -305,123 +273,3 @@ class TextDataModule(SourceDataModule):
         if self.streaming:
             return bool(self.test_size) or (self.test_size is None and self._own(self._splits[0], "test") is not None)
         return super().can_be_tested
-
-
-# ---------------------------------------------------------------------- columns
-
-
-def find_columns(
-    names: Sequence[str], lists: Collection[str], given: Mapping[str, str] | None, *, has_response: bool = True
-) -> tuple[Kind, Columns]:
-    """The kind of a data set's rows, and the column of each part of a row.
-
-    Args:
-        names: the data set's columns.
-        lists: those that hold lists.
-        given: ``data.columns``: the column of each part; None: found by their names.
-        has_response: whether a prompt needs a column with its response.
-
-    Raises:
-        UserError: if no convention fits, or two of the same rank; it lists the columns.
-
-    Example:
-        >>> find_columns(["instruction", "input", "output", "text"], [], None)
-        ('prompt', {'prompt': 'instruction', 'input': 'input', 'response': 'output'})
-    """
-    if given is not None:
-        return _given_columns(names, given, has_response=has_response)
-    if not has_response:  # the same columns as in training, if there are those
-        with contextlib.suppress(UserError):
-            return find_columns(names, lists, None)
-    received = "none"
-    for rank in CONVENTIONS:
-        fits = [(kind, found) for kind, parts in rank if (found := _fit(kind, parts, names, lists, has_response))]
-        if len(fits) == 1 and not any(len(columns) > 1 for columns in fits[0][1].values()):
-            return fits[0][0], {part: columns[0] for part, columns in fits[0][1].items()}
-        if fits:
-            both = " and ".join(dict.fromkeys(name for _, found in fits for columns in found.values() for name in columns))
-            received = f"{both}, of which each could be meant"
-            break
-    raise UserError(
-        "data.columns: expected a conversation (messages), a prompt with its response, or text among the columns "
-        f"{', '.join(names)}, received {received}: name them by --data.columns '{{prompt: {names[0]}, response: {names[-1]}}}'"
-    )
-
-
-def _fit(
-    kind: Kind, parts: Mapping[str, Sequence[str]], names: Sequence[str], lists: Collection[str], has_response: bool
-) -> dict[str, list[str]] | None:
-    """The columns of each part; None if one that is needed is not there."""
-    found = {}
-    for part, wanted in parts.items():
-        is_either = part == "tools"  # or their JSON
-        if some := [name for name in wanted if name in names and (is_either or (name in lists) is (kind == "messages"))]:
-            found[part] = some
-    needed = parts.keys() - OPTIONAL - (set() if has_response else {"response"})
-    return found if needed <= found.keys() else None
-
-
-def _given_columns(names: Sequence[str], given: Mapping[str, str], *, has_response: bool) -> tuple[Kind, Columns]:
-    if unknown := [part for part in given if part not in PARTS]:
-        raise UserError(f"data.columns: expected parts of a row, {', '.join(PARTS)}, received {unknown[0]!r}")
-    if missing := [name for name in given.values() if name not in names]:
-        raise UserError(f"data.columns: expected columns of the data, {', '.join(names)}, received {missing[0]!r}")
-    kinds = [kind for kind in get_args(Kind) if kind in given]
-    if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in given):
-        raise UserError(f"data.columns: expected messages, prompt and response, or text, received {', '.join(given) or 'none'}")
-    return kinds[0], dict(given)
-
-
-# ---------------------------------------------------------------------- what they hold
-
-
-def prompt_text(row: Row, columns: Columns) -> str:
-    """An instruction as text: the system prompt, the instruction and its input, with an empty line between."""
-    before, after = ([text] * bool(text) for text in (_optional(row, columns, part) for part in ("system", "input")))
-    return "\n\n".join([*before, row.text(columns["prompt"]), *after])
-
-
-def response(row: Row, columns: Columns) -> str:
-    """The response to an instruction."""
-    if not (text := row.text(columns["response"])):
-        raise UserError(f"{row.place}: expected a response that adds tokens to its prompt, received {text!r}")
-    return text
-
-
-def conversation(row: Row, columns: Columns) -> Conversation:
-    """A conversation, in one column or in two, of which the first is given; or an instruction with its response."""
-    if "messages" not in columns and "completion" not in columns:
-        return Conversation([*_turns(row, columns), assistant_turn(response(row, columns))])
-    tools = row.tools(columns.get("tools", ""))
-    if "messages" in columns:
-        return Conversation(row.messages(columns["messages"]), tools)
-    given = row.messages(columns["prompt"])
-    return Conversation([*given, *row.messages(columns["completion"])], tools, len(given))
-
-
-def asked(row: Row, kind: Kind, columns: Columns) -> tuple[Any, Conversation, str | None]:
-    """What is to be answered, as the data has it and as turns; and the answer that the row has, if any."""
-    if kind == "text":
-        return row.text(columns["text"]), Conversation(()), None
-    if kind == "prompt":
-        field = columns.get("response", "")
-        target = None if row.get(field) is None else row.text(field).strip()
-        return prompt_text(row, columns), Conversation(_turns(row, columns)), target
-    whole = conversation(row, columns)
-    n_asked = whole.n_prompt or len(whole.messages) - (whole.messages[-1]["role"] == "assistant")
-    target = text_of(whole.messages[n_asked]["content"]).strip() if n_asked < len(whole.messages) else None
-    return whole.messages[:n_asked], Conversation(whole.messages[:n_asked], whole.tools), target
-
-
-def _turns(row: Row, columns: Columns) -> list[Message]:
-    """An instruction as a user's turn, after the system's if there is one."""
-    turns = user_turn(prompt_text(row, {part: name for part, name in columns.items() if part != "system"}))
-    system = _optional(row, columns, "system")
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def _optional(row: Row, columns: Columns, part: str) -> str:
-    """A text that a row may lack; empty if it is blank."""
-    field = columns.get(part, "")
-    text = "" if row.get(field) is None else row.text(field)
-    return text if text.strip() else ""

@@ -1,0 +1,135 @@
+"""What a row of text is, found by the names of its columns: a conversation, a prompt with its response, or a text."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cola_lightning.errors import UserError
+
+Kind = Literal["messages", "prompt", "text"]
+Columns = dict[str, str]  # by part of a row
+
+PARTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# Columns with what is asked, the first one that a data set has, and columns that may answer them.
+ANSWERS = {
+    "instruction": ("output", "response", "completion", "answer"),
+    "prompt": ("completion", "response", "output", "answer"),
+    "question": ("answer", "response", "solution", "output"),
+    "query": ("response", "answer", "answers", "output"),
+    "problem": ("solution", "answer", "response"),
+    "input": ("output", "response"),
+    "inputs": ("targets",),
+    "dialogue": ("summary",),
+    "article": ("highlights", "summary"),
+    "document": ("summary",),
+}
+INPUTS = ("input", "context")  # of an instruction
+SYSTEMS = ("system", "system_prompt")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What rows are taken for.
+
+    Attributes:
+        kind: a conversation, a prompt with its response, or a text.
+        columns: the column of each part.
+        others: columns that could have been taken instead, with the part that they would be.
+    """
+
+    kind: Kind
+    columns: Columns
+    others: Columns
+
+    def __str__(self) -> str:
+        """Which columns are taken, for the log."""
+        asked = [name for part, name in self.columns.items() if part not in ("response", "completion", "system", "tools")]
+        answer = [self.columns[part] for part in ("response", "completion") if part in self.columns]
+        text = " -> ".join([", ".join(asked), *answer])
+        text += "".join(f", {part}: {self.columns[part]}" for part in ("system", "tools") if part in self.columns)
+        return text + "".join(f" (or {given(self.columns | {part: name})})" for name, part in self.others.items())
+
+
+def given(columns: Columns) -> str:
+    """The option that names these columns."""
+    return f"--data.columns '{{{', '.join(f'{part}: {name}' for part, name in columns.items())}}}'"
+
+
+def find_columns(
+    names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str] | None, *, has_response: bool = True
+) -> Reading:
+    """What a data set's rows are, by its columns.
+
+    Args:
+        names: the data set's columns.
+        lists: those that hold lists.
+        chosen: ``data.columns``: the column of each part; None: found by their names.
+        has_response: whether a prompt needs a column with its response.
+
+    Raises:
+        UserError: if nothing fits, or two columns could hold the response, which would train different things.
+
+    Example:
+        >>> find_columns(["instruction", "input", "output", "text"], [], None).columns
+        {'prompt': 'instruction', 'input': 'input', 'response': 'output'}
+    """
+    if chosen is not None:
+        return _chosen_columns(names, chosen, has_response=has_response)
+    if not has_response:  # the same columns as in training, if there are those
+        with contextlib.suppress(UserError):
+            return find_columns(names, lists, None)
+    optional = {"tools": ("tools",), "system": SYSTEMS}
+    extra = {part: name for part, some in optional.items() if (name := next((n for n in some if n in names), None))}
+    conversations = [{"messages": name} for name in CONVERSATIONS if name in lists]
+    if {"prompt", "completion"} <= {*lists}:
+        conversations.append({"prompt": "prompt", "completion": "completion"})
+    if len(conversations) > 1:
+        raise _ambiguous(conversations)
+    if conversations:
+        return Reading("messages", conversations[0] | extra, {})
+    texts = [name for name in names if name not in lists]
+    found = {prompt: [one for one in responses if one in texts] for prompt, responses in ANSWERS.items() if prompt in texts}
+    fits = [prompt for prompt, responses in found.items() if responses]
+    # Each with the prompt whose answer it is called most often.
+    responses = {one: min(fits, key=lambda prompt: _rank(prompt, one)) for prompt in fits for one in found[prompt]}
+    if len(responses) > 1:
+        raise _ambiguous({"prompt": prompt, "response": one} for one, prompt in responses.items())
+    if fits or (found and not has_response):
+        (prompt,) = responses.values() or [*found][:1]
+        used = {"prompt": prompt}
+        inputs = [name for name in INPUTS if name in texts and prompt == "instruction"]
+        if inputs:
+            used["input"] = inputs[0]
+        if responses:
+            (used["response"],) = responses
+        others = {name: "prompt" for name in fits if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
+        return Reading("prompt", used | extra, others)
+    if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
+        return Reading("text", {"text": "text"}, {})
+    raise UserError(
+        f"data.columns: found no conversation, no prompt with its response, no text among {', '.join(names)}; name them as in "
+        + given({"prompt": names[0], "response": names[-1]})
+    )
+
+
+def _rank(prompt: str, response: str) -> int:
+    answers = ANSWERS[prompt]
+    return answers.index(response) if response in answers else 99
+
+
+def _ambiguous(readings: Iterable[Columns]) -> UserError:
+    options = " or ".join(given(one) for one in readings)
+    return UserError(f"data.columns: two columns fit, and each would train something else: choose {options}")
+
+
+def _chosen_columns(names: Sequence[str], chosen: Mapping[str, str], *, has_response: bool) -> Reading:
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise UserError(f"data.columns: {unknown[0]!r} is no part of a row; the parts are {', '.join(PARTS)}")
+    if missing := [name for name in chosen.values() if name not in names]:
+        raise UserError(f"data.columns: the data has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    kinds = [kind for kind in get_args(Kind) if kind in chosen]
+    if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in chosen):
+        raise UserError(f"data.columns: name messages, prompt and response, or text; got {', '.join(chosen) or 'none'}")
+    return Reading(kinds[0], dict(chosen), {})

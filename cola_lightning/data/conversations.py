@@ -1,0 +1,231 @@
+"""A row's fields as what is trained: conversations as people store them, and prompts with their responses."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from cola_lightning.chat_template import Conversation, Message, assistant_turn, text_of, user_turn
+from cola_lightning.data.columns import Columns, Kind
+from cola_lightning.data.encoding import Pair
+from cola_lightning.data.rows import Row, without_null
+from cola_lightning.errors import UnusableRow
+
+ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+CALLS = ("function_call", "tool_call")  # roles of turns in which the assistant calls functions, as JSON
+LOSSES = ("weight", "train", "training")  # fields of a turn: 0 or false means no loss
+PART_TEXTS = ("text", "value", "content")  # fields of a part of a turn that may hold its text
+
+Turn = tuple[Message, bool]  # and whether it has a loss
+
+
+# ---------------------------------------------------------------------- conversations
+
+
+def conversation(row: Row, columns: Columns, loss: str = "all") -> Conversation:
+    """A conversation to train on, from one column or from two, of which the first has no loss; or a prompt and its response.
+
+    Args:
+        row: the row.
+        columns: the column of each part.
+        loss: on ``all`` turns of the assistant, or on the ``last`` one alone.
+
+    Raises:
+        UnusableRow: if no turn of the assistant has a loss, or a turn cannot be read.
+    """
+    turns = _turns(row, columns)
+    trained = [place for place, (message, has_loss) in enumerate(turns) if message["role"] == "assistant" and has_loss]
+    if not trained:
+        raise UnusableRow("no assistant turn to train")
+    messages = [message for message, _ in turns[: trained[-1] + 1]]
+    return Conversation(messages, _tools(row, columns), tuple(trained[-1:] if loss == "last" else trained))
+
+
+class Asked(NamedTuple):
+    """What is to be answered.
+
+    Attributes:
+        prompt: as the data has it: a text, or turns.
+        turns: the same as turns; none for a text.
+        target: the answer that the row has; None if it has none.
+        head: the beginning of a prompt that it does not lose if it is too long.
+    """
+
+    prompt: Any
+    turns: Conversation
+    target: str | None
+    head: str = ""
+
+
+def asked(row: Row, kind: Kind, columns: Columns) -> Asked:
+    """What is to be answered in a row."""
+    if kind == "text":
+        return Asked(row.text(columns["text"]), Conversation(()), None)
+    if kind == "prompt":
+        field, (prompt, n_head) = columns.get("response", ""), _prompt(row, columns)
+        target = None if row.get(field) is None else _text(row, field).strip()
+        return Asked(prompt, Conversation(_prompt_turns(row, columns), _tools(row, columns)), target, prompt[:n_head])
+    turns = _turns(row, columns)
+    last = len(turns) - bool(turns and turns[-1][0]["role"] == "assistant")
+    if "completion" in columns:
+        last = next((k for k, (_, has_loss) in enumerate(turns) if has_loss), len(turns))
+    messages = [message for message, _ in turns]
+    if not last:
+        raise UnusableRow("no turn to answer")
+    target = text_of(messages[last]["content"]).strip() if last < len(messages) else None
+    return Asked(messages[:last], Conversation(messages[:last], _tools(row, columns)), target)
+
+
+def _turns(row: Row, columns: Columns) -> list[Turn]:
+    """A row's turns, cleaned: none is empty, and no two neighbours are the user's, the system's or the assistant's."""
+    if "messages" not in columns and "completion" not in columns:
+        return [(message, True) for message in [*_prompt_turns(row, columns), _answer(row, columns)]]
+    turns: list[Turn] = []
+    if "messages" in columns:
+        turns += _given_turns(row, columns["messages"])
+    else:
+        turns += [(message, False) for message, _ in _given_turns(row, columns["prompt"])]
+        turns += _given_turns(row, columns["completion"])
+    system = _optional(row, columns, "system")
+    if system and (not turns or text_of(turns[0][0]["content"]) != system):
+        turns.insert(0, ({"role": "system", "content": system}, False))
+    joined: list[Turn] = []
+    for message, has_loss in turns:
+        # What the assistant says before the user's first turn is context.
+        has_loss = has_loss and any(one["role"] == "user" for one, _ in joined)
+        if not _has_words(message):
+            continue
+        if joined and _can_join(joined[-1], (message, has_loss)):
+            before, _ = joined.pop()
+            both = "\n\n".join(text_of(one["content"]) for one in (before, message))
+            message = before | message | {"content": both}
+        joined.append((message, has_loss))
+    return joined
+
+
+def _has_words(message: Message) -> bool:
+    is_silent = message["role"] == "tool" or message.get("tool_calls") or message.get("reasoning_content")
+    return bool(is_silent or text_of(message["content"]).strip())
+
+
+def _can_join(before: Turn, after: Turn) -> bool:
+    (first, first_loss), (second, second_loss) = before, after
+    is_plain = not any(message.get(name) for message in (first, second) for name in ("tool_calls", "reasoning_content"))
+    same = first["role"] == second["role"] != "tool"
+    return same and is_plain and (first_loss == second_loss or first["role"] != "assistant")
+
+
+def _given_turns(row: Row, field: str) -> Iterator[Turn]:
+    """The turns in a field: ``role`` and ``content``, ``from`` and ``value``, or pairs of ``input`` and ``output``.
+
+    A turn's other fields stay, except for null: Arrow gives each turn the fields of all.
+    """
+    turns = row[field]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise row.refused(field, "a list of turns")
+    for turn in map(without_null, turns):
+        if {"input", "output"} <= turn.keys():
+            yield from ((message, True) for message in [*user_turn(turn["input"]), assistant_turn(turn["output"])])
+            continue
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str):
+            raise UnusableRow("a turn without a role")
+        others = {name: value for name, value in turn.items() if name not in ("from", "value", *LOSSES)}
+        message = {**others, "role": ROLES.get(role, role), "content": _content(content)}
+        if role in CALLS:
+            message |= {"role": "assistant", "content": None, "tool_calls": _calls(text_of(message["content"]))}
+        yield message, all(turn.get(name, True) for name in LOSSES)
+
+
+def _content(content: Any) -> Any:
+    """A turn's content: text, a list of text parts, or None."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [
+        part if isinstance(part, str) else next((part[name] for name in PART_TEXTS if isinstance(part.get(name), str)), None)
+        for part in parts
+        if isinstance(part, dict | str)
+    ]
+    if len(texts) < len(parts) or None in texts:
+        raise UnusableRow("a turn that is not text")
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _calls(text: str) -> list[dict[str, Any]]:
+    """The function calls in a turn's text: JSON of one call or of a list, each with ``name`` and ``arguments``."""
+    found = _json(text, "function call")
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise UnusableRow("an unreadable function call")
+        if isinstance(call.get("arguments"), str):  # JSON in JSON
+            call["arguments"] = _json(call["arguments"], "function call")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _tools(row: Row, columns: Columns) -> list[Any] | None:
+    """Schemas of the functions that the assistant may call: a list, or its JSON."""
+    tools = row.get(columns.get("tools", ""))
+    tools = _json(tools, "list of tools") if isinstance(tools, str) and tools.strip() else without_null(tools)
+    if tools and not isinstance(tools, list):
+        raise UnusableRow("an unreadable list of tools")
+    return tools or None
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UnusableRow(f"an unreadable {what}") from error
+
+
+# ---------------------------------------------------------------------- prompts and responses
+
+
+def pair(row: Row, columns: Columns) -> Pair:
+    """A prompt as text, the system prompt first, and its response."""
+    return Pair(*_prompt(row, columns), _response(row, columns))
+
+
+def _prompt(row: Row, columns: Columns) -> tuple[str, int]:
+    """The system prompt, the instruction and its input, with an empty line between; and the length of the system prompt."""
+    system, after = (_optional(row, columns, part) for part in ("system", "input"))
+    before = f"{system}\n\n" if system else ""
+    return "\n\n".join([before + _text(row, columns["prompt"]), *[after] * bool(after)]), len(before)
+
+
+def _response(row: Row, columns: Columns) -> str:
+    if not (text := _text(row, columns["response"])).strip():
+        raise UnusableRow("no response")
+    return text
+
+
+def _prompt_turns(row: Row, columns: Columns) -> list[Message]:
+    """A prompt as a user's turn, after the system's if there is one."""
+    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"})[0])
+    system = _optional(row, columns, "system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _answer(row: Row, columns: Columns) -> Message:
+    """A response as the assistant's turn; where the data has tools and the response is JSON of calls, the calls."""
+    text = _response(row, columns)
+    if "tools" in columns and text.lstrip().startswith(("[", "{")):
+        try:
+            return assistant_turn("") | {"tool_calls": _calls(text)}
+        except UnusableRow:  # an answer that happens to be JSON
+            pass
+    return assistant_turn(text)
+
+
+def _text(row: Row, field: str) -> str:
+    """A text, or a number as text."""
+    value = row[field]
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.text(field)
+
+
+def _optional(row: Row, columns: Columns, part: str) -> str:
+    """A text that a row may lack; empty if it is blank."""
+    field = columns.get(part, "")
+    text = "" if row.get(field) is None else row.text(field)
+    return text if text.strip() else ""

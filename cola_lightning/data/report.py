@@ -1,0 +1,125 @@
+"""What becomes of the rows of a data set before training: which are used, skipped or shortened, and why."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cola_lightning.errors import UnusableRow, UserError
+
+T = TypeVar("T")
+
+REASONS_SHOWN = 4
+
+
+@dataclass
+class RowReport:
+    """Counts of the rows that were prepared.
+
+    Attributes:
+        n_rows: all rows.
+        n_shortened: the rows that are longer than ``max_length`` and lost tokens.
+        n_lost: the tokens that they lost.
+        n_tokens: the tokens that are used.
+        n_trained: how many of these tokens have a loss; 0 if they have none, as in classification.
+        skipped: for each reason why rows were skipped, their number and the place of the first one.
+
+    Example:
+        >>> report = RowReport(n_rows=52_002, n_shortened=37, n_lost=1_203, n_tokens=11_200_000, n_trained=4_100_000)
+        >>> report.skip("no response", "alpaca, row 12084")
+        >>> print(report)  # doctest: +NORMALIZE_WHITESPACE
+        52,002 rows: 1 skipped (no response: alpaca, row 12084), 37 shortened by 1,203 tokens;
+        11.2 M tokens, 4.1 M of them trained
+    """
+
+    n_rows: int = 0
+    n_shortened: int = 0
+    n_lost: int = 0
+    n_tokens: int = 0
+    n_trained: int = 0
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, place: str, n_rows: int = 1) -> None:
+        """Counts rows that were skipped.
+
+        Args:
+            reason: why.
+            place: the first of these rows, for messages.
+            n_rows: their number.
+        """
+        n_before, first = self.skipped.get(reason, (0, place))
+        self.skipped[reason] = n_before + n_rows, first
+
+    def __iadd__(self, other: "RowReport") -> "RowReport":
+        """Adds the counts of other rows."""
+        for name in ("n_rows", "n_shortened", "n_lost", "n_tokens", "n_trained"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, (n_rows, place) in other.skipped.items():
+            self.skip(reason, place, n_rows)
+        return self
+
+    @property
+    def n_skipped(self) -> int:
+        """The number of rows that were skipped."""
+        return sum(n_rows for n_rows, _ in self.skipped.values())
+
+    def reasons(self) -> str:
+        """Why rows were skipped, the most frequent reason first, each with the place of its first row."""
+        ordered = sorted(self.skipped.items(), key=lambda item: -item[1][0])
+        counts = [f"{n_rows:,} " * (len(ordered) > 1) + f"{reason}: {place}" for reason, (n_rows, place) in ordered]
+        others = [f"{len(ordered) - REASONS_SHOWN} other reasons"] * (len(ordered) > REASONS_SHOWN)
+        return "; ".join(counts[:REASONS_SHOWN] + others)
+
+    def check(self, max_skipped: float, expected: str | None = None) -> None:
+        """Refuses rows of which too many were skipped: most likely their columns mean something else.
+
+        Args:
+            max_skipped: the largest share of the rows that may be skipped.
+            expected: a reason that does not count, because the user asked for it.
+
+        Raises:
+            UserError: if more were skipped; it lists the reasons.
+        """
+        n_expected, _ = self.skipped.get(expected or "", (0, ""))
+        if self.n_skipped - n_expected > max_skipped * self.n_rows:
+            raise UserError(
+                f"{self.n_skipped:,} of {self.n_rows:,} rows cannot be used, more than data.max_skipped {max_skipped:g} allows "
+                f"({self.reasons()})"
+            )
+
+    def __str__(self) -> str:
+        """One line."""
+        lost = [f"{self.n_skipped:,} skipped ({self.reasons()})"] * bool(self.skipped)
+        lost += [f"{self.n_shortened:,} shortened by {self.n_lost:,} tokens"] * bool(self.n_shortened)
+        rows = f"{self.n_rows:,} rows" + ": " * bool(lost) + ", ".join(lost)
+        trained = f", {_rounded(self.n_trained)} of them trained" if self.n_trained else ""
+        return f"{rows}; {_rounded(self.n_tokens)} tokens{trained}"
+
+
+def _rounded(number: int) -> str:
+    """A large number in thousands or millions.
+
+    Example:
+        >>> _rounded(812), _rounded(41_350), _rounded(11_200_000)
+        ('812', '41.4 k', '11.2 M')
+    """
+    if number >= 10**6:
+        return f"{number / 10**6:.1f} M"
+    return f"{number / 1000:.1f} k" if number >= 10**4 else f"{number:,}"
+
+
+def all_usable(outcomes: Iterable[T | UnusableRow], places: Iterable[str]) -> list[T]:
+    """What was made of rows of which none may be skipped.
+
+    Args:
+        outcomes: what was made of each row, or the reason why it cannot be used.
+        places: the rows' places, for the message.
+
+    Raises:
+        UserError: for the first row that cannot be used, with its place and the reason.
+    """
+    made = []
+    for outcome, place in zip(outcomes, places, strict=True):
+        if isinstance(outcome, UnusableRow):
+            raise UserError(f"{place}: {outcome}") from outcome
+        made.append(outcome)
+    return made
