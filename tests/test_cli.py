@@ -229,27 +229,27 @@ def test_a_fast_dev_run_writes_nothing():
 )
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
-    words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", f"--data.source={texts[2]}"]
+    words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
     config = resolved(words)
     read = (
         config["model"]["init_args"]["model_name"],
         config["data"]["init_args"]["prompt"],
-        config["data"]["init_args"]["source"],
+        config["data"]["init_args"]["label"],
     )
     assert list(read) == texts
 
 
 def test_what_is_no_text_is_read_as_yaml():
     words = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
-    words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=x", "--data.train_size=0.5"]
+    words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=[x, y]", "--data.train_size=0.5"]
     config = resolved(words)
     assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
     assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
     expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
     assert config["model"]["init_args"].items() >= expected.items()
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
-    assert config["data"]["init_args"]["train_size"] == 0.5
+    assert (config["data"]["init_args"]["source"], config["data"]["init_args"]["train_size"]) == (["x", "y"], 0.5)
 
 
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
