@@ -33,7 +33,9 @@ def told(capfd, *words):
 def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd):
     lines = told(capfd, "--help")
     assert max(map(len, lines)) <= WIDTH
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(SUBCOMMANDS)
+    indented = [line.split() for line in lines if line.startswith("  ")]
+    assert [words[0] for words in indented if words[0] != "cola"] == list(SUBCOMMANDS)
+    assert {words[1] for words in indented if words[0] == "cola"} < SUBCOMMANDS.keys()  # of the examples
     for name in SUBCOMMANDS:
         assert told(capfd, name, "--help")[0].startswith(f"usage: cola {name}")
     lines = told(capfd, "fit", "--help")

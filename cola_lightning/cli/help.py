@@ -43,6 +43,11 @@ MAIN_OPTIONS = {
     "--trainer.devices auto": "or the number of GPUs",
     "--ckpt_path FILE": "resume from a checkpoint; last: the newest",
 }
+EXAMPLES = (
+    "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
+    "cola generate --checkpoint FILE --chat",
+    "cola export --checkpoint FILE --format merged --output merged",
+)
 # Of options that several commands have.
 LINKS = "first N links only; 0 is the base (default: all)"
 TRUST = "run the Python files that come with the model (default: false)"
@@ -52,8 +57,9 @@ DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-ran
 def overview() -> str:
     """What ``cola --help`` prints: every subcommand, at 80 columns."""
     lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
-    end = "`cola SUBCOMMAND --help` lists its options; `cola --version` the version."
-    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", end])
+    end = "`cola SUBCOMMAND --help` lists its options; `cola --version` shows the version."
+    examples = ["examples:", *(f"  {example}" for example in EXAMPLES)]
+    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", *examples, "", end])
 
 
 def usage(subcommand: str) -> str:
