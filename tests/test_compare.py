@@ -17,7 +17,7 @@ from scipy import stats
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import study
-from cola_lightning.study.command import Comparison
+from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import METHODS, method

@@ -1,68 +1,15 @@
-"""``cola compare``: its options."""
+"""``cola compare``: the command."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from cola_lightning.cli.help import command_parser, parsed
-from cola_lightning.errors import UserError
-from cola_lightning.study.results import Mode
+from cola_lightning.study.comparison import Comparison
 
 DESCRIPTION = (
     "Compares methods on one config, with the same number of optimizer steps. The same command continues a study that was "
     "stopped, and several processes that run it share the work. Options after `--` are options of `cola fit` for every run: "
     "`cola compare --config configs/digits.yaml ... -- --model.rank 2`."
 )
-# The metrics whose direction is known by their name.
-BETTER: dict[str, Mode] = {"val_loss": "min", "val_perplexity": "min"}
-BETTER |= {
-    f"val_{name}": "max" for name in ("accuracy", "auroc", "exact_match", "f1", "matthews_corrcoef", "precision", "recall")
-}
-
-
-@dataclass
-class Comparison:
-    """A comparison of methods.
-
-    Args:
-        config: config file of ``cola fit``. Each run overrides its seed, learning rate and the method's options.
-        output: folder for the table, the figures and the runs.
-        methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link whose rank is the sum over the
-            chain), ``full`` (all parameters), ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link that trains B
-            only). ``cola-4`` is a chain of four links of equal length.
-        seeds: number of runs of each method, with the seeds 0, 1, ...
-        learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
-            The one that is best on validation is reported. Default: the config's.
-        tuning_seeds: number of seeds with which all rates are tried. The other seeds run at the best rate only. Default: all.
-        metric: the validation metric that chooses the rates. The test metric has the same name with ``test_``.
-        mode: whether a lower (``min``) or a higher (``max``) metric is better. Known for ``val_loss``, ``val_perplexity``,
-            ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``, ``val_precision``, ``val_recall`` and
-            ``val_auroc``; needed for any other.
-        also_seeded: options of ``cola fit`` that get each run's seed too, for example ``[data.split_seed]``.
-        keep_checkpoints: keep the runs' checkpoints in their folders.
-    """
-
-    config: str
-    output: str
-    methods: list[str]
-    seeds: int = 3
-    learning_rates: list[float] | dict[str, list[float]] | None = None
-    tuning_seeds: int | None = None
-    metric: str = "val_loss"
-    mode: Mode | None = None
-    also_seeded: list[str] = field(default_factory=list)
-    keep_checkpoints: bool = False
-
-    def __post_init__(self) -> None:
-        self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
-        if isinstance(self.learning_rates, dict) and self.learning_rates.keys() != set(self.methods):
-            given = ", ".join(self.learning_rates) or "none"
-            raise UserError(f"learning_rates: each of {', '.join(self.methods)} needs a list, but there are lists for {given}")
-        quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
-        if self.mode is None and quantity not in BETTER:
-            raise UserError(f"mode: is a lower or a higher {self.metric} better? Add --mode min or --mode max")
-        self.better = self.mode or BETTER[quantity]
-        self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
 
 
 def compare(words: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich
 import yaml
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from cola_lightning.data.splits import files_identity
 from cola_lightning.errors import UserError
+from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_words, check_same, resolved
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import method, option_of_model
@@ -20,9 +21,6 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.run import LOG, RESULT, claim_run, execute
 from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.writing import atomic_file
-
-if TYPE_CHECKING:
-    from cola_lightning.study.command import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class Study:
         UserError: for an invalid comparison.
     """
 
-    def __init__(self, asked: "Comparison", fit_words: Sequence[str]) -> None:
+    def __init__(self, asked: Comparison, fit_words: Sequence[str]) -> None:
         self.asked, self.output = asked, Path(asked.output)
         self.words = ["--config", asked.config, *fit_words]
         self.config = resolved(self.words)
