@@ -80,7 +80,7 @@ MISTAKES = [
     (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + "--metric val_mse", "mode: "),
-    (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: expected a list for each of lora"),
+    (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "-- --model.rank null", "model.rank: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
 ]
@@ -252,8 +252,8 @@ REFUSALS = {
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-2",), "trainer: max_steps or max_epochs"),
         (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), "methods: known only after a run"),
-        (("cola-9", {}, {"max_epochs": 3}), "methods: at most 3 links"),
-        (("lora", (), (), ()), r"model: rank, .* 'own\.Module'"),
+        (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
+        (("lora", (), (), ()), r"model: a study sets rank, but own\.Module"),
     ],
 }
 
