@@ -52,6 +52,42 @@ def imdb(split, k):
     return {"text": text, "label": -1 if split == "unsupervised" else k % 2}, [text, "pos" if k % 2 else "neg"]
 
 
+def asked_under(system, *names):
+    """Rows of a prompt and its response under a system prompt."""
+
+    def row(split, k):
+        texts = ["Be brief", f"Name film {split} {k}", f"Film {split} {k}!"]
+        return dict(zip((system, *names), texts, strict=True)) | {"id": f"{k}"}, texts
+
+    return row
+
+
+def dirty(row, *places, **changed):
+    """The same rows, of which some are changed so that they cannot be trained."""
+    return lambda split, k: (row(split, k)[0] | (changed if k in places else {}), row(split, k)[1])
+
+
+def capybara(split, k):
+    texts = [f"Name film {split} {k}", f"Film {split} {k}!"]
+    return {"source": "own", "conversation": [{"input": texts[0], "output": texts[1]}]}, texts
+
+
+def slim_orca(split, k):
+    texts = ["Be brief", f"Name film {split} {k}", f"Film {split} {k}!"]
+    turns = [{"from": one, "value": text} for one, text in zip(("system", "human", "gpt"), texts, strict=True)]
+    return {"conversations": [turn | {"weight": (None, 0, 1)[place]} for place, turn in enumerate(turns)]}, texts
+
+
+def thoughts(split, k):
+    row, texts = asked_under("system", "u", "a")(split, k)
+    turns = [{"from": "user", "value": row["u"]}, {"from": "assistant", "value": row["a"]}]
+    return {"system": row["system"], "conversations": turns}, texts
+
+
+def cosmopedia(split, k):
+    return {"prompt": f"Write of film {k}", "text": f"Film {split} {k}!", "format": "blog"}, [f"Film {split} {k}!"]
+
+
 ALPACA = columns("instruction", "input", "output", text="Below is an instruction.")
 TLDR = columns("prompt", "completion")
 CHAT = conversations("messages", "role", "content", "user", "assistant")
@@ -71,7 +107,7 @@ class Set:
 
 
 SETS = {
-    "tatsu-lab/alpaca": Set(ALPACA, "instruction input output", "train"),
+    "tatsu-lab/alpaca": Set(dirty(ALPACA, 3, output=""), "instruction input output", "train"),
     "databricks/databricks-dolly-15k": Set(
         columns("instruction", "context", "response", category="qa"), "instruction context response"
     ),
@@ -94,12 +130,44 @@ SETS = {
         "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule",
     ),
     "EdinburghNLP/xsum": Set(
-        columns("document", "summary", id="7"),
-        "document summary",
+        columns("document", "summary", id="7"), "document summary", "train validation test", validation="validation"
+    ),
+    "knkarthick/samsum": Set(
+        columns("dialogue", "summary", id="7"), "dialogue summary", "train validation test", validation="validation"
+    ),
+    "abisee/cnn_dailymail": Set(
+        columns("article", "highlights", id="7"),
+        "article highlights",
         "train validation test",
-        "--data.columns '{prompt: document, response: summary}'",
+        "--data.subset 3.0.0",
+        "1.0.0 3.0.0",
         validation="validation",
     ),
+    "ise-uiuc/Magicoder-OSS-Instruct-75K": Set(
+        columns("problem", "solution", lang="c", raw_index=1, index=2, seed="int", openai_fingerprint="x"), "problem solution"
+    ),
+    "AI-MO/NuminaMath-CoT": Set(
+        lambda split, k: (CHAT(split, k)[0] | {"source": "x", "problem": "?", "solution": "!"}, CHAT(split, k)[1]),
+        "messages",
+        "train test",
+    ),
+    "meta-math/MetaMathQA": Set(columns("query", "response", type="x", original_question="?"), "query response"),
+    "Open-Orca/OpenOrca": Set(asked_under("system_prompt", "question", "response"), "question response system_prompt", "train"),
+    "Open-Orca/SlimOrca": Set(slim_orca, "conversations"),
+    "LDJnr/Capybara": Set(capybara, "conversation"),
+    "open-thoughts/OpenThoughts-114k": Set(thoughts, "conversations system", "train"),
+    "CohereForAI/aya_dataset": Set(columns("inputs", "targets", language="en"), "inputs targets", "train test"),
+    "bigcode/self-oss-instruct-sc2-exec-filter-50k": Set(
+        columns("instruction", "response", prompt="Write it", concepts="x", id=1), "instruction response prompt", "train"
+    ),
+    "HuggingFaceTB/smoltalk": Set(CHAT, "messages", "train test", "--data.subset all", "all everyday"),
+    "HuggingFaceTB/cosmopedia": Set(cosmopedia, "text", "train"),
+}
+# Sets that the user must choose something for, or convert first, and words of the line that says so.
+REFUSED = {
+    "GAIR/LIMO": (columns("question", "answer", solution="!"), ["response: solution", "response: answer", "--data.columns"]),
+    "glaiveai/glaive-function-calling-v2": (columns("system", "chat"), ["--data.columns", "system", "chat"]),
+    "OpenAssistant/oasst1": (columns("text", "role", parent_id="x"), ["--data.columns", "text", "parent_id"]),
 }
 
 
@@ -137,6 +205,8 @@ def hub(tmp_path_factory):
         hub.add("models", "owner/body", folder / "body")
         for name, made in SETS.items():
             hub.add("datasets", name, files_of(made, folder))
+        for name, (row, _) in REFUSED.items():
+            hub.add("datasets", name, {"train.jsonl": json_lines(row, "train")})
         hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "old")})
         hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "new")})
         yield hub
@@ -157,7 +227,7 @@ def runs(hub, tmp_path_factory):
     commands = {name.replace("/", " "): fit(name, *shlex.split(made.arguments)) for name, made in SETS.items()} | {
         "no split": fit("HuggingFaceH4/ultrachat_200k"),
         "no subset": fit("openai/gsm8k"),
-        "no columns": fit("EdinburghNLP/xsum"),
+        **{name.replace("/", " "): fit(name) for name in REFUSED},
         "old": fit("owner/revised", "--data.revision", hub.old),
         "new": fit("owner/revised"),
         "streamed": fit("trl-lib/tldr", *streamed),
@@ -212,7 +282,7 @@ def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     [
         ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
         ("no subset", ["data.subset", "main", "socratic"]),
-        ("no columns", ["--data.columns", "document", "summary", "id"]),
+        *((name.replace("/", " "), words) for name, (_, words) in REFUSED.items()),
     ],
 )
 def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):

@@ -73,14 +73,14 @@ class RowReport:
         """Refuses rows of which too many were skipped: most likely their columns mean something else.
 
         Args:
-            max_skipped: the largest share of the rows that may be skipped.
+            max_skipped: the largest share of the rows that may be skipped; one row may be skipped anyway, unless this is 0.
             expected: a reason that does not count, because the user asked for it.
 
         Raises:
             UserError: if more were skipped; it lists the reasons.
         """
         n_expected, _ = self.skipped.get(expected or "", (0, ""))
-        if self.n_skipped - n_expected > max_skipped * self.n_rows:
+        if self.n_skipped - n_expected > max(max_skipped * self.n_rows, max_skipped > 0):
             raise UserError(
                 f"{self.n_skipped:,} of {self.n_rows:,} rows cannot be used, more than data.max_skipped {max_skipped:g} allows "
                 f"({self.reasons()})"

@@ -151,7 +151,7 @@ class SourceDataModule(TokenizedDataModule):
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
         max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
-            response; 0: the first one is an error. ``predict`` skips none.
+            response; one may be skipped in any case, unless this is 0. ``predict`` skips none.
         too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted: ``shorten`` or
             ``skip``.
     """
