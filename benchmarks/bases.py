@@ -38,7 +38,7 @@ MODES: list[Mode] = [
     ("nf4", "stack"),
 ]
 PLAIN: Mode = ("bfloat16", "merged as it is")
-EXACT = {("bfloat16", "stack"): "but for one rounding", ("nf4", "stack"): "but for one rounding", PLAIN: "no"}
+EXACT = {("bfloat16", "stack"): "except one rounding", ("nf4", "stack"): "except one rounding", PLAIN: "no"}
 LINKS, RANK = 8, 8
 PAIR = shape(2, 768, 2000)
 BASELINE = "float32 merge, one link"
