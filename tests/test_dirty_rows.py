@@ -235,3 +235,25 @@ def test_function_calls_of_a_real_file_are_trained():
     trained = [own.decode([label for label in labels_of(row) if label != -100]) for row in data.train.select(range(40))]
     assert sum("<tool_call>\n{" in text for text in trained) > 10
     assert not any("function_call" in text or "<tool_response>" in text for text in trained)
+
+
+class Own(TextDataModule):
+    """A data module whose code may change without being seen."""
+
+
+def test_rows_of_a_data_module_of_ones_own_are_not_left_in_the_cache(tmp_path, monkeypatch):
+    folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
+    own = tiny.chat_tokenizer(None)
+
+    def cached(kind):
+        data = tiny.set_up(kind(folder), own, "fit")
+        (file,) = data.train.cache_files
+        return Path(file["filename"])
+
+    first = cached(TextDataModule)
+    assert cached(TextDataModule) == first
+    left = {*first.parent.iterdir()}
+    one, other = cached(Own), cached(Own)
+    assert one != other
+    assert one.parent not in (first.parent, tmp_path)
+    assert {*first.parent.iterdir()} == left

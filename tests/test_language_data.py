@@ -342,7 +342,7 @@ def test_a_task_of_ones_own_skips_a_few_rows_too_but_none_that_is_predicted(tmp_
     for stage in ("fit", "test"):
         data.setup(stage)
     assert [len(part) for part in (data.train, data.val, data.test)] == [99, 99, 99]
-    with pytest.raises(UserError, match=r"test, row 31: the field 'text' is null, not text"):
+    with pytest.raises(UserError, match=r"1 of 100 rows cannot be used \(the field 'text' is null, not text: .*row 31\)"):
         data.setup("predict")
 
 
@@ -359,14 +359,14 @@ UNLABELLED = {
 def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_path, name):
     row, target = UNLABELLED[name]
     source = tiny.write_rows(tmp_path, [row] * 20, ["train"])
-    tiny.write_rows(tmp_path, [row | ({} if None in target.values() else target), row], ["validation"])
-    data = attach(PromptDataModule(name, source, test_size=2, train_size=9, val_size=2))
+    tiny.write_rows(tmp_path, [row | ({} if None in target.values() else target), row, row], ["validation"])
+    data = attach(PromptDataModule(name, source, test_size=3, train_size=9, val_size=2))
     for stage, place in (("fit", "train"), ("validate", "train"), ("test", "validation")):
         known = rf"({next(iter(target))}|label)"
         with pytest.raises(UserError, match=rf"field '{known}' is null.*{place}, row \d+|{place}, row \d+: .*field '{known}'"):
             data.setup(stage)
-    for place, n_rows in ((source, 2), (f"{source}/train.jsonl", 20)):  # of a file, all rows
-        data = attach(PromptDataModule(name, place, test_size=2))
+    for place, n_rows in ((source, 3), (f"{source}/train.jsonl", 20)):  # of a file, all rows
+        data = attach(PromptDataModule(name, place, test_size=3))
         data.setup("predict")
         assert len(data.test) == n_rows
         assert [row.example.answer for row in data.test].count(None) >= n_rows - 1
@@ -378,7 +378,7 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
     [
         ({"text": ""}, TextDataModule, "no text: .*, row 1"),
         ({"prompt": "B", "response": ""}, TextDataModule, "no response: .*, row 1"),
-        ({"sentence": "", "label": 0}, TextClassificationDataModule, "no text in sentence: .*, row 1"),
+        ({"sentence": "", "label": 0}, TextClassificationDataModule, "no text: .*, row 1"),
     ],
 )
 def test_a_row_without_anything_to_learn_is_refused(tmp_path, row, make, message):

@@ -1,8 +1,7 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
-import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.encoding import TOO_LONG
-from cola_lightning.data.report import all_usable
 from cola_lightning.data.rows import Row, Rows, each, plain_label, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
@@ -97,52 +95,42 @@ class TextClassificationDataModule(SourceDataModule):
     def encode(self, rows: Rows, part: str) -> Any:
         texts, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
-        inputs = {name: ["int32"] for name in self.tokenizer("a")}
         are_given = getattr(self._module, "are_names_given", True)
-        encode = functools.partial(self._encode, texts, label, names, are_given, part != "predict")
-        options = texts, label, names, are_given, rows.may_lack_targets, part != "predict", self.too_long
-        return self.map_rows(rows, inputs | {"labels": "int64"}, *options, encode=encode)
-
-    def _encode(
-        self,
-        texts: list[str],
-        label: str,
-        names: list[str] | None,
-        are_given: bool,
-        may_skip: bool,
-        rows: Sequence[Row],
-        say: Callable[[str], object],
-    ) -> list[list[dict[str, Any]] | UnusableRow]:
         places = {name: place for place, name in enumerate(names or [])}
-        tokenizer = self.tokenizer
 
         def read(row: Row) -> tuple[int, list[str]]:
             known = row.has_target(label, names)
             index = place_of_label(row, label, places, are_given=are_given) if known else IGNORE_INDEX
             return index, [row.text(name) for name in texts]
 
-        def tokens(some: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
-            columns = zip(*(own for _, own in some), strict=True)
-            side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-            try:
-                inputs = map(list, columns)
-                encoded: Any = tokenizer(*inputs, truncation=True, max_length=self.max_length) if some else {}
-            finally:
-                tokenizer.truncation_side = side
+        def encode(some: list[Row], say: object) -> list[Any]:
+            return together(self._tokens, each(read, some))
 
-            def row(k: int) -> list[dict[str, Any]]:
-                made = {name: values[k] for name, values in encoded.items()} | {"labels": some[k][0]}
-                if not made["input_ids"]:
-                    raise UnusableRow(f"no text in {' and '.join(texts)}")
-                made["lost"] = sum(_n_own(one) for one in encoded.encodings[k].overflowing) if encoded.encodings else 0
-                if made["lost"] and self.too_long == "skip":
-                    raise UnusableRow(TOO_LONG)
-                return [made]
+        features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
+        options = texts, label, names, are_given, rows.may_lack_targets, self.too_long
+        return self.map_rows(rows, features, *options, encode=encode)
 
-            return each(row, range(len(some)))
+    def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
+        """Rows in tokens, of each of which the label and the texts are given."""
+        if not read:
+            return []
+        tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in read), strict=True)]
+        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+        try:
+            encoded = tokenizer(*inputs, truncation=True, max_length=self.max_length)
+        finally:
+            tokenizer.truncation_side = side
 
-        made: list[Any] = together(tokens, each(read, rows))
-        return made if may_skip else all_usable(made, (row.place for row in rows))
+        def row(k: int) -> list[dict[str, Any]]:
+            lost = encoded.encodings[k].overflowing if encoded.encodings else []
+            made = {name: values[k] for name, values in encoded.items()} | {"labels": read[k][0]}
+            if not made["input_ids"]:
+                raise UnusableRow("no text")
+            if lost and self.too_long == "skip":
+                raise UnusableRow(TOO_LONG)
+            return [made | {"lost": sum(len(one.ids) - sum(one.special_tokens_mask) for one in lost)}]
+
+        return each(row, range(len(read)))
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,11 +138,6 @@ class TextClassificationDataModule(SourceDataModule):
         # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def _n_own(encoding: Any) -> int:
-    """How many tokens of a ``tokenizers.Encoding`` are the text's own, not special ones."""
-    return int(len(encoding.ids) - sum(encoding.special_tokens_mask))
 
 
 # ---------------------------------------------------------------------- columns and labels

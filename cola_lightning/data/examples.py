@@ -13,7 +13,7 @@ from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.chat import fit_prompt
 from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, TooLong, n_common, pad_left, tokenize, truncate_left
-from cola_lightning.data.report import RowReport, all_usable
+from cola_lightning.data.report import RowReport, usable
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
@@ -351,24 +351,17 @@ class OptionBatches(TokenizedDataModule):
         Args:
             rows: the rows of a part.
             example: makes an example of a row.
-            part: ``train``, ``val``, ``test``, or ``predict``, where none is skipped.
+            part: ``train``, ``val``, ``test`` or ``predict``.
         """
 
         def encode(some: list[Example]) -> list[EncodedExample | UnusableRow]:
             return self.encode_examples(some, is_learned=part == "train")
 
-        report, encoded = RowReport(len(rows)), list[EncodedExample]()
+        report, encoded = RowReport(), list[EncodedExample]()
         for start in range(0, len(rows), ENCODED_TOGETHER):
             some = list(rows[start : start + ENCODED_TOGETHER])
-            # A reason inside a reason: an example that was made may have no tokens.
             found: list[Any] = together(encode, each(example, some))
-            if part == "predict":
-                all_usable(found, (row.place for row in some))
-            for row, one in zip(some, found, strict=True):
-                if isinstance(one, UnusableRow):
-                    report.skip(str(one), row.place)
-                else:
-                    encoded.append(one)
+            encoded += usable(found, (row.place for row in some), report)
         report.n_shortened, report.n_lost = sum(one.n_lost > 0 for one in encoded), sum(one.n_lost for one in encoded)
         report.n_tokens = sum(len(prefix) + 1 for one in encoded for prefix in one.prefixes)
         self._reports.append(report)
@@ -395,4 +388,7 @@ class OptionDataModule(OptionBatches):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
-        return all_usable(self.encode_examples(examples), (example.place for example in examples))
+        report = RowReport()
+        encoded = usable(self.encode_examples(examples), (example.place for example in examples), report)
+        report.check(0)
+        return encoded

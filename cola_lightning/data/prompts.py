@@ -96,8 +96,11 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             return self.task.source, self.task.subset
         return str(Path(folder) / name), None
 
+    @property
+    @override
+    def predicts_all(self) -> bool:
+        return is_file(self.sources[0].source)  # of ReCoRD's own test rows, some have equal options
+
     @override
     def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
-        # Of the paper's test rows, some cannot be predicted: ReCoRD has rows with equal options.
-        part = "test" if part == "predict" and not is_file(self.sources[0].source) else part
         return self.encode_rows(rows, self.task.example, part)

@@ -81,10 +81,8 @@ class RowReport:
         """
         n_expected, _ = self.skipped.get(expected or "", (0, ""))
         if self.n_skipped - n_expected > max(max_skipped * self.n_rows, max_skipped > 0):
-            raise UserError(
-                f"{self.n_skipped:,} of {self.n_rows:,} rows cannot be used, more than data.max_skipped {max_skipped:g} allows "
-                f"({self.reasons()})"
-            )
+            limit = f", more than data.max_skipped {max_skipped:g} allows" if max_skipped else ""
+            raise UserError(f"{self.n_skipped:,} of {self.n_rows:,} rows cannot be used{limit} ({self.reasons()})")
 
     def __str__(self) -> str:
         """One line."""
@@ -107,19 +105,19 @@ def _rounded(number: int) -> str:
     return f"{number / 1000:.1f} k" if number >= 10**4 else f"{number:,}"
 
 
-def all_usable(outcomes: Iterable[T | UnusableRow], places: Iterable[str]) -> list[T]:
-    """What was made of rows of which none may be skipped.
+def usable(outcomes: Iterable[T | UnusableRow], places: Iterable[str], report: RowReport) -> list[T]:
+    """What was made of the rows that can be used.
 
     Args:
         outcomes: what was made of each row, or the reason why it cannot be used.
-        places: the rows' places, for the message.
-
-    Raises:
-        UserError: for the first row that cannot be used, with its place and the reason.
+        places: the rows' places.
+        report: counts the rows, and those that are skipped.
     """
     made = []
     for outcome, place in zip(outcomes, places, strict=True):
+        report.n_rows += 1
         if isinstance(outcome, UnusableRow):
-            raise UserError(f"{place}: {outcome}") from outcome
-        made.append(outcome)
+            report.skip(str(outcome), place)
+        else:
+            made.append(outcome)
     return made

@@ -294,9 +294,10 @@ class SourceDataModule(TokenizedDataModule):
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[part]}{reasons}")
             setattr(self, part, encoded)
         # Of all parts together: one of few rows may have more by chance.
-        total.check(self.max_skipped, TOO_LONG if self.too_long == "skip" else None)
-        # A task of the paper skips rows that it cannot use, and then an index is not its row's.
-        is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))
+        skips_none = stage == "predict" and self.predicts_all
+        may_be_long = self.too_long == "shorten" or skips_none
+        total.check(0 if skips_none else self.max_skipped, None if may_be_long else TOO_LONG)
+        is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))  # else an index is not its row's
         self._predicted = parts["test"] if is_whole else []
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
@@ -395,6 +396,11 @@ class SourceDataModule(TokenizedDataModule):
         return data.with_format("numpy")["length"][:] if is_in_arrow else super().lengths(data)
 
     # ------------------------------------------------------------------ defined by a subclass
+
+    @property
+    def predicts_all(self) -> bool:
+        """Whether predict may skip no row, so that a prediction's index is its row's."""
+        return True
 
     @property
     def can_be_tested(self) -> bool:

@@ -21,7 +21,7 @@ from cola_lightning.data.encoding import (
     encode_texts,
 )
 from cola_lightning.data.packing import Packs, collate_packs
-from cola_lightning.data.report import all_usable
+from cola_lightning.data.report import RowReport, usable
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
@@ -206,7 +206,10 @@ class TextDataModule(SourceDataModule):
                 raise UnusableRow("the prompt has no tokens")
             return PromptRow(ids, prompt, target)
 
-        return all_usable(each(prompt_row, rows), (row.place for row in rows))
+        self._reports.append(report := RowReport())
+        made = usable(each(prompt_row, rows), (row.place for row in rows), report)
+        report.n_tokens = sum(map(len, made))
+        return made
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
