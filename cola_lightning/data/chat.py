@@ -69,30 +69,29 @@ def encode_conversations(
         The rows of each conversation, or the reason why it cannot be used.
     """
     done: dict[int, list[LanguageRow] | UnusableRow] = {}
-    lengths: dict[int, int] = {}  # before it is shortened
+    lengths: dict[int, int] = {}  # before a conversation is shortened
     left = dict(enumerate(conversations))
+
+    def encode(found: tuple[int, list[list[Turn]] | UnusableRow]) -> list[LanguageRow] | Conversation:
+        """The rows of a conversation that fits, or a shorter conversation."""
+        k, rows = found
+        if isinstance(rows, UnusableRow):
+            if (shorter := _without_greeting(left[k])) is None:
+                raise rows
+            return shorter
+        longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
+        n_lost = lengths.setdefault(k, len(longest.ids)) - min(len(longest.ids), max_length)
+        if len(longest.ids) > max_length:
+            if too_long == "skip":
+                raise UnusableRow(TOO_LONG)
+            if shorter := _shortened(template, left[k], longest, max_length, shortens_response=shortens_response):
+                return shorter
+        return [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
+
     while left:
-        shorter = {}
-        for (k, conversation), rows in zip(left.items(), _rows(template, list(left.values()), say), strict=True):
-            if isinstance(rows, UnusableRow):
-                if (one := _without_greeting(conversation)) is None:
-                    done[k] = rows
-                else:
-                    shorter[k] = one
-                continue
-            longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
-            n_lost = lengths.setdefault(k, len(longest.ids)) - min(len(longest.ids), max_length)
-            try:
-                if len(longest.ids) > max_length and too_long == "skip":
-                    raise UnusableRow(TOO_LONG)
-                one = _shortened(template, conversation, longest, max_length, shortens_response=shortens_response)
-                if one is None:
-                    done[k] = [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
-                else:
-                    shorter[k] = one
-            except UnusableRow as reason:
-                done[k] = reason
-        left = shorter
+        made = dict(zip(left, each(encode, zip(left, _rows(template, [*left.values()], say), strict=True)), strict=True))
+        done |= {k: one for k, one in made.items() if not isinstance(one, Conversation)}
+        left = {k: one for k, one in made.items() if isinstance(one, Conversation)}
     return [done[k] for k in range(len(conversations))]
 
 
@@ -112,7 +111,7 @@ def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: i
 def _shortened(
     template: ChatTemplate, conversation: Conversation, longest: Turn, max_length: int, *, shortens_response: bool
 ) -> Conversation | None:
-    """A shorter conversation; None if it fits, or needs only to lose its response's end.
+    """A shorter conversation than one that is too long; None if only its response needs to lose its end.
 
     Args:
         template: the tokenizer's chat template.
@@ -121,8 +120,7 @@ def _shortened(
         max_length: in tokens.
         shortens_response: whether the response may lose its end.
     """
-    if (n_over := len(longest.ids) - max_length) <= 0:
-        return None
+    n_over = len(longest.ids) - max_length
     if (shorter := _without_oldest(conversation, n_over / len(longest.ids))) is not None:
         return shorter
     if not shortens_response:
