@@ -130,17 +130,19 @@ def n_processes() -> int:
     return torch.distributed.get_world_size() if has_processes() else 1
 
 
-def sum_over_processes(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
-    """The sums of numbers over all processes; all of them must call this.
+def sum_over_processes(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """The sums of numbers over all processes, in float64 on the device; all of them must call this.
 
     Args:
         values: this process' numbers.
         device: of the process group's tensors.
     """
-    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device if has_processes() else "cpu")
+    sums = torch.zeros(len(values), dtype=torch.float64, device=device)
+    for place, value in zip(sums, values, strict=True):
+        place += value  # a number, too, without a copy from the host
     if has_processes():
         torch.distributed.all_reduce(sums)
-    return sums.tolist()
+    return sums
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ def check_seed(field: str, seed: int | None) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, numpy and torch inside the block; afterwards their states are restored.
 
+    Of several GPUs, only the present one's generator is seeded: there is one of them for each process.
+
     Args:
         seed: at least 0; numpy takes its last 32 bits.
 
@@ -37,13 +39,15 @@ def seeded(seed: int) -> Iterator[None]:
         True
     """
     pythons, numpys = random.getstate(), np.random.get_state()
-    # A data worker that was forked may not touch CUDA.
-    is_worker = torch.utils.data.get_worker_info() is not None
-    with torch.random.fork_rng(() if is_worker else range(torch.cuda.device_count())):
-        if is_worker or _has_accelerator():
+    is_worker = torch.utils.data.get_worker_info() is not None  # which may not touch CUDA if it was forked
+    uses_cuda = not is_worker and torch.cuda.is_available()
+    with torch.random.fork_rng([torch.cuda.current_device()] if uses_cuda else ()):
+        # torch.manual_seed seeds all devices, and formats a call stack for each kind that is not in use: milliseconds a batch.
+        torch.default_generator.manual_seed(seed)
+        if uses_cuda:
+            torch.cuda.manual_seed(seed)
+        elif not is_worker and _has_accelerator():
             torch.manual_seed(seed)
-        else:  # torch.manual_seed formats a call stack for each kind of accelerator that is not in use: milliseconds a batch
-            torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -24,6 +24,7 @@ from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.callbacks import check_strategy
 from cola_lightning.chain.link import begin_link
 from cola_lightning.chain.schedule import frozen_factor
+from cola_lightning.errors import NonFiniteError
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 
@@ -258,20 +259,23 @@ def test_a_knot_leaves_the_float32_precision_as_it_was():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_a_nan_stops_the_run_before_the_step_and_names_it(tmp_path):
+@pytest.mark.parametrize("next_is", ["a step", "a checkpoint", "a knot", "the end"])
+def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_is):
     class Poisoned(Toy):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return loss * math.nan if self.trainer.global_step == 13 else loss
 
     module = toy(Poisoned)
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True)
-    run = trainer(tmp_path, checkpoint, chain={"every_n_train_steps": 5}, max_epochs=3, enable_checkpointing=True)
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 13 \(epoch 1\), in link 2"):
-        run.fit(module, batches())
-    assert all(torch.isfinite(p).all() for p in module.parameters())
+    every = 1 if next_is == "a checkpoint" else 5
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True, every_n_train_steps=every)
+    knots, max_steps = 7 if next_is == "a knot" else 5, 14 if next_is == "the end" else -1
+    chain, how = {"every_n_train_steps": knots}, {"max_epochs": 3, "max_steps": max_steps, "enable_checkpointing": True}
+    with pytest.raises(NonFiniteError, match=rf"loss is nan at step 13 \(epoch 1\), in link {13 // knots}"):
+        trainer(tmp_path, checkpoint, chain=chain, **how).fit(module, batches())
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for name, value in state.items() if name != "cola")
+    assert all(torch.isfinite(factor).all() for link in module.chain.links for pair in link.factors.values() for factor in pair)
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")

@@ -418,7 +418,14 @@ def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch)
             return batches()
 
     off = [f"--trainer.{what}=false" for what in ("logger", "enable_checkpointing", "enable_progress_bar")]
-    args = ["fit", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.001", "--trainer.max_epochs=2", *off]
+    args = [
+        "fit",
+        "--optimizer=torch.optim.AdamW",
+        "--optimizer.lr=0.001",
+        "--optimizer.fused=true",
+        "--trainer.max_epochs=2",
+        *off,
+    ]
     with pytest.warns(UserWarning, match="will be overridden"):
         module = LightningCLI(Fed, args=args, seed_everything_default=3, save_config_callback=None).model
     by_hand = fitted(tmp_path, toy(rank=2, alpha=16, lr_schedule="constant"), max_epochs=2)

@@ -17,6 +17,16 @@ def speed():
     del sys.modules["speed"]
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_has_no_more_operations_than_pefts_under_transformers_trainer_and_waits_once(accumulation):
+    launches = importlib.import_module("launches")
+    cola, peft, model = (launches.a_step(side, accumulation) for side in launches.SIDES)
+    assert 0 < cola["operations"] <= launches.LIMIT * peft["operations"]
+    assert 0 < cola["kernels"] <= launches.LIMIT * peft["kernels"]
+    assert cola["waits"] == model["waits"] + 1, cola["where"]
+
+
 @pytest.fixture(scope="module")
 def bases(speed):
     yield importlib.import_module("bases")

@@ -3,8 +3,9 @@
 import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,9 +16,11 @@ from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
 from cola_lightning.hf.generation import generate
+from cola_lightning.hf.host import arrays_of, to_device
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     BY_TOKEN,
+    Arrays,
     Batch,
     check_decoder,
     check_taken,
@@ -113,9 +116,10 @@ class COLACausalLM(LanguageModule):
         else:  # over the right options' tokens
             right = answer.unsqueeze(1)
             lengths = (batch["option_ids"] != IGNORE_INDEX).sum(-1).gather(1, right)
-            size = int(lengths.sum())
+            ids, rights = (self.host_values.of(batch[name]).numpy() for name in ("option_ids", "answer"))
+            size = int((ids[range(len(ids)), rights] != IGNORE_INDEX).sum())
             loss = -(scores.gather(1, right) * lengths).sum() / size
-        loss = loss + router_loss
+        loss = loss + router_loss if has_router_loss(self.model) else loss
         if "references" in batch:
             return StepOutput(loss, size)
         chosen = scores.argmax(-1)
@@ -167,21 +171,21 @@ class COLACausalLM(LanguageModule):
     def _scores_and_router_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """The scores of the options, in the cheapest forward passes, and the router's loss of a mixture of experts."""
         self._check_mask(batch)
-        n_positions = batch["option_ids"].shape[-1]
+        n_positions, arrays = batch["option_ids"].shape[-1], arrays_of(self.host_values.of_batch(batch))
         router_loss: Tensor | float = 0.0
         if not self._may_split:
             logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
         elif "n_shared" in batch and not torch.is_grad_enabled() and self._takes_mask_of_pairs:
-            logits = shared_logits(self.model, batch, n_positions)
+            logits = shared_logits(self.model, batch, n_positions, arrays)
         else:
-            logits = logits_by_length(self.model, batch, n_positions)
+            logits = logits_by_length(self.model, batch, n_positions, arrays)
         return _mean_log_probabilities(logits, batch), router_loss
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
         if mask is None or mask.dim() == 2:
             return
-        is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (mask > 0).any())
+        is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (self.host_values.of(mask) > 0).any())
         if not is_clear or not self._takes_mask_of_pairs:
             raise UserError(
                 f"batch: expected attention_mask of rows x length for {type(self.model).__name__}, or, if a mask of pairs of "
@@ -194,26 +198,26 @@ class COLACausalLM(LanguageModule):
         with self._uncompiled():
             return takes_mask_of_pairs(self.model)
 
-    def _separated(self, batch: Batch) -> Batch:
-        """A batch in which the model keeps sequences apart that share a row, if any do.
+    def _separated(self, batch: Batch, host: Batch) -> tuple[Batch, Batch]:
+        """A batch, and its values on the host, in which the model keeps sequences apart that share a row, if any do.
 
         Raises:
             UserError: if they do, and the model cannot.
         """
-        if batch.get("attention_mask") is not None and not is_packed(batch):  # padding, with its positions
-            return batch
+        if batch.get("attention_mask") is not None and not is_packed(host):  # padding, with its positions
+            return batch, host
         has_index = "seq_idx" in batch
         if has_index not in self._separations:
             with self._uncompiled():
                 self._separations[has_index] = separation_of(self.model, has_index=has_index)
         if (separation := self._separations[has_index]) != "none":
-            return separated(batch, separation)
-        if is_packed(batch):
+            return separated(batch, separation), separated(host, "rows" if separation == "pairs" else separation)
+        if is_packed(host):
             raise UserError(
                 f"batch: position_ids start again inside a row, but {type(self.model).__name__} does not keep sequences apart "
                 "that share a row. Give each sequence its own row (data.packing false, a collator that pads)."
             )
-        return batch
+        return batch, host
 
     def _uncompiled(self) -> Any:
         """Inside the block, a compiled model runs as it is: new shapes would have it compiled again, for each token."""
@@ -230,32 +234,36 @@ class COLACausalLM(LanguageModule):
     def _language_step(self, batch: Batch) -> StepOutput:
         check_taken(self.model, batch, READ_HERE)
         self._check_mask(batch)
+        host: Batch = self.host_values.of_batch(batch)
         if may_be_packed(batch):
-            batch = self._separated(batch)
+            batch, host = self._separated(batch, host)
         elif "position_ids" not in batch and (others := batch.keys() & {"seq_idx", "cu_seq_lens_q"}):
             raise UserError(
                 f"batch: {', '.join(sorted(others))} without position_ids keep sequences apart in some layers alone. Add "
                 "position_ids that start again with each sequence (transformers' collator: return_position_ids)."
             )
-        is_of_tokens = batch.keys() <= BY_TOKEN
-        parts = [part for _, part in split_by_length(batch)] if is_of_tokens and self._may_split else [batch]
-        totals, router_losses, counts = zip(*map(self._language_loss, parts), strict=True)
-        return StepOutput(torch.stack(totals).sum() / max(sum(counts), 1) + router_losses[0], sum(counts))
+        arrays = arrays_of(host)
+        may_split = batch.keys() <= BY_TOKEN and self._may_split
+        parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
+        of_parts = (self._language_loss(part, Learned.of(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
+        totals, router_losses, counts = zip(*of_parts, strict=True)
+        total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
+        loss = total / max(size, 1)
+        return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
 
-    def _language_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float, int]:
+    def _language_loss(self, batch: Batch, learned: "Learned") -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # each position predicts the next token
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.dim() == 2:  # a row's first token follows on padding, which predicts nothing
-            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
-        (places,) = (labels != IGNORE_INDEX).any(0).nonzero(as_tuple=True)  # which alone go through the head
-        places = places if len(places) else places.new_zeros(1)
-        labels = labels[:, places]
-        n_tokens = int((labels != IGNORE_INDEX).sum())
-        if self._is_chunked(labels.numel()):
-            return *chunked_loss(self.model, batch, places, labels), n_tokens
+
+        def moved(values: np.ndarray[Any, Any]) -> Tensor:
+            return to_device(torch.from_numpy(values), batch["labels"].device)
+
+        places, labels, n_tokens = moved(learned.places), moved(learned.labels.ravel()), len(learned.indices)
+        if learned.positions is not None and batch.keys() <= BY_TOKEN:  # else an image's tokens may have more than one
+            batch = {"position_ids": moved(learned.positions), **batch}
+        if self._is_chunked(len(labels)):
+            return *chunked_loss(self.model, batch, places, labels, moved(learned.indices)), n_tokens
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
         return total, router_loss, n_tokens
 
     def _is_chunked(self, n_positions: int) -> bool:
@@ -289,6 +297,43 @@ def _text(options: list[str], places: int | list[int] | None) -> Any:
     if isinstance(places, list):
         return [options[place] for place in places]
     return None if places is None else options[places]
+
+
+class Learned(NamedTuple):
+    """What is learned from some rows of a language-model batch, on the host.
+
+    Attributes:
+        places: the positions with a loss in any row, which alone go through the head: at least one.
+        labels: the next tokens there (rows x places), ``IGNORE_INDEX`` without a loss.
+        indices: of the tokens with a loss in the flattened ``labels``.
+        positions: of the tokens in their rows, which begin at 0 after padding; None without a mask of rows x length.
+    """
+
+    places: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    indices: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any] | None
+
+    @classmethod
+    def of(cls, batch: Arrays, rows: list[int], length: int) -> Self:
+        """Finds it.
+
+        Args:
+            batch: ``labels`` and, if there is one of rows x length, ``attention_mask``, on the host.
+            rows: indices of the rows.
+            length: number of their last positions.
+        """
+        given, positions = batch["labels"][rows, -length:], None
+        labels = np.full_like(given, IGNORE_INDEX)
+        labels[:, :-1] = given[:, 1:]  # each position predicts the next token
+        if "attention_mask" in batch:
+            mask = batch["attention_mask"][rows, -length:] != 0
+            labels[~mask] = IGNORE_INDEX  # a row's first token follows on padding, which predicts nothing
+            positions = (mask.cumsum(-1) - 1).clip(min=0)
+        places = np.flatnonzero((labels != IGNORE_INDEX).any(0))
+        places = places if len(places) else np.zeros(1, dtype=places.dtype)
+        labels = labels[:, places]
+        return cls(places, labels, np.flatnonzero(labels != IGNORE_INDEX), positions)
 
 
 def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:

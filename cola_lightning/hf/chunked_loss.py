@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.hf.logits import Batch, forward, kept, router_loss
 
 CHUNKED_ABOVE = 2**28  # bytes of float32 logits
@@ -21,7 +20,7 @@ def n_bytes(model: Any, n_positions: int) -> int:
     return 4 * n_positions * int(model.config.get_text_config().vocab_size)
 
 
-def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
+def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, learned: Tensor) -> tuple[Tensor, Tensor | float]:
     """The sum of the tokens' losses, and the router's loss of a mixture of experts.
 
     The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
@@ -30,7 +29,8 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor) -> tu
         model: a Hugging Face model.
         batch: as in :func:`~cola_lightning.hf.logits.logits_of`.
         places: the positions with a loss in any row.
-        labels: rows x positions, ``IGNORE_INDEX`` without a loss.
+        labels: of all rows and positions in one dimension, -100 without a loss.
+        learned: the indices of those with a loss among all of them, row by row.
     """
     head, inputs = model.get_output_embeddings(), list[Tensor]()
 
@@ -40,14 +40,15 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor) -> tu
 
     with _with_forward(head, skipped):
         output = forward(model, batch, places)
-    is_learned, hidden = labels != IGNORE_INDEX, kept(model, inputs[0], places)
+    hidden = kept(model, inputs[0], places)
     is_plain = output.logits is inputs[0]  # else it scales or caps its logits
 
     def logits_of(chunk: Tensor) -> Tensor:
         logits: Tensor = head(chunk[None])
         return (logits if is_plain else _as_in_model(model, head, chunk[None], logits))[0]
 
-    hidden, labels, size = hidden[is_learned], labels[is_learned], max(1, CHUNK // n_bytes(model, 1))
+    hidden, labels = hidden.flatten(0, 1)[learned], labels[learned]
+    size = max(1, CHUNK // n_bytes(model, 1))
     if torch.is_grad_enabled():
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         total: Tensor = _SumOfLosses.apply(logits_of, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]

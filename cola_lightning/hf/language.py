@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
+from cola_lightning.hf.host import HostValues
 from cola_lightning.hf.metrics import Accuracy
 from cola_lightning.hf.pretrained import Dtype, Pretrained, with_limit
 from cola_lightning.lora.inject import lies_in
@@ -96,6 +97,7 @@ class LanguageModule(COLAModule, ABC):
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
+        self.host_values = HostValues()  # of the batch that was moved to the device last
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
 
@@ -164,13 +166,23 @@ class LanguageModule(COLAModule, ABC):
 
     # ------------------------------------------------------------------ the steps
 
+    # Not an override to Lightning, which would warn of one all who use a data module.
+    @functools.wraps(COLAModule.transfer_batch_to_device)
+    def transfer_batch_to_device(  # type: ignore[override]
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Moves a batch as Lightning does, and stores the values that it had on the host."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self.host_values.remember(batch, moved)
+        return moved
+
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
-        if self.loss_average == "step" and trainer_of(self) is not None:  # without a Trainer, a window has no end
-            return self.step_loss.weigh(output.loss, output.size)
-        self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
-        return output.loss
+        if trainer_of(self) is None:  # without a Trainer, a window has no end
+            self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
+            return output.loss
+        return self.step_loss.weigh(output.loss, output.size if self.loss_average == "step" else None)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

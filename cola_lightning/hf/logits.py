@@ -1,20 +1,24 @@
 """Logits of a causal language model at the requested positions, with as little computation as possible."""
 
 import inspect
+import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.hf.host import to_device
 
 log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
+Arrays = Mapping[str, np.ndarray[Any, Any]]  # a batch's values on the host
 
 # Options share their prompt where that leaves less than half of the tokens to be computed: attention is over all of them.
 WORTH_SHARING = 2
@@ -129,31 +133,34 @@ def has_router_loss(model: Any) -> bool:
 # ---------------------------------------------------------------------- rows of similar length
 
 
-def split_by_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
+def split_by_length(batch: Batch, arrays: Arrays | None = None) -> list[tuple[list[int], Batch]]:
     """Splits a batch into parts of rows of similar length, without the padding that only longer rows of other parts need.
 
     Each part is a separate forward pass, so there are only as many as save time.
 
     Args:
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on the left, and other values per token.
+        arrays: the mask on the host; None: that of the batch.
 
     Returns:
         the row indices and the batch of each part. A batch without padding on the left is one part, itself.
     """
     ids = batch["input_ids"]
-    whole = [(torch.arange(len(ids), device=ids.device), batch)]
+    whole = [(list(range(len(ids))), batch)]
     by_token = {name: batch[name] for name in BY_TOKEN & batch.keys() if batch[name] is not None}
     if "attention_mask" not in by_token or any(some.shape != ids.shape for some in by_token.values()):
         return whole
-    lengths = (ids.shape[1] - batch["attention_mask"].bool().int().argmax(1)).tolist()
+    mask = by_token["attention_mask"].numpy(force=True) if arrays is None else arrays["attention_mask"]
+    lengths = (ids.shape[1] - (mask != 0).argmax(1)).tolist()
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     cuts = cut_by_length([lengths[row] for row in order], pass_cost(ids.device))
     if len(cuts) == 1:
         return whole
-    parts: list[tuple[Tensor, Batch]] = []
+    parts: list[tuple[list[int], Batch]] = []
     for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
-        rows, longest = torch.tensor(order[start:end], device=ids.device), lengths[order[start]]
-        parts.append((rows, {name: value[rows, -longest:] for name, value in by_token.items()}))
+        rows, longest = order[start:end], lengths[order[start]]
+        indices = to_device(torch.tensor(rows), ids.device)
+        parts.append((rows, {name: value[indices, -longest:] for name, value in by_token.items()}))
     return parts
 
 
@@ -187,11 +194,14 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
     return cuts[::-1]
 
 
-def logits_by_length(model: nn.Module, batch: Batch, n_positions: int) -> Tensor:
+def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
     """The logits at the last positions of a batch's rows, in the parts of :func:`split_by_length`."""
-    rows, parts = zip(*split_by_length(batch), strict=True)
+    rows, parts = zip(*split_by_length(batch, arrays), strict=True)
     logits = [logits_of(model, part, n_positions) for part in parts]
-    return logits[0] if len(logits) == 1 else _joined(logits, n_positions)[torch.cat(rows).argsort()]
+    if len(logits) == 1:
+        return logits[0]
+    order = torch.tensor(list(itertools.chain(*rows))).argsort()
+    return _joined(logits, n_positions)[to_device(order, logits[0].device)]
 
 
 def _joined(parts: list[Tensor], n_positions: int) -> Tensor:
@@ -201,7 +211,7 @@ def _joined(parts: list[Tensor], n_positions: int) -> Tensor:
 # ---------------------------------------------------------------------- sequences in one row
 
 
-def shared_logits(model: nn.Module, batch: Batch, n_positions: int) -> Tensor:
+def shared_logits(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
     """The logits at the last positions of an option batch's sequences, with each row's shared prefix computed once.
 
     Args:
@@ -210,16 +220,17 @@ def shared_logits(model: nn.Module, batch: Batch, n_positions: int) -> Tensor:
             ``n_sequences`` and ``n_shared`` (rows): the number of a row's sequences, and of the tokens in their shared prefix,
             without those at the requested positions.
         n_positions: number of positions at the end.
+        arrays: the mask and the numbers on the host.
 
     Shape:
         result: sequences x positions x vocabulary, in float32.
     """
     logits: list[Tensor] = []
-    first = 0
-    for n_sequences, n_shared in zip(batch["n_sequences"].tolist(), batch["n_shared"].tolist(), strict=True):
+    first, all_lengths = 0, arrays["attention_mask"].sum(1).tolist()
+    for n_sequences, n_shared in zip(arrays["n_sequences"].tolist(), arrays["n_shared"].tolist(), strict=True):
         ids, mask = (batch[name][first : first + n_sequences] for name in ("input_ids", "attention_mask"))
+        lengths = all_lengths[first : first + n_sequences]
         first += n_sequences
-        lengths = mask.sum(1).tolist()
         longest = max(lengths)
         if n_sequences * longest < WORTH_SHARING * (n_shared + sum(lengths) - n_sequences * n_shared):
             own = {"input_ids": ids[:, -longest:], "attention_mask": mask[:, -longest:]}

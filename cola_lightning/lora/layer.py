@@ -256,7 +256,9 @@ class LoRALayer(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The current link's A (rank x in) and B (out x rank), as views of the parameters."""
+        """The current link's A (rank x in) and B (out x rank): the parameters, or views of them."""
+        if self.rank == self.max_rank:  # a view of all is an operation, too
+            return self.lora_A, self.lora_B
         return self.lora_A[..., : self.rank, :], self.lora_B[..., : self.rank]
 
     @property

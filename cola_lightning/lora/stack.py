@@ -86,7 +86,7 @@ class Stack:
     def add_to(
         self, y: Tensor, x: Tensor, project_down: Product = F.linear, project_up: Product = F.linear, *more: Tensor
     ) -> Tensor:
-        """The sum of the layer's outputs ``y`` and the links' outputs for the inputs ``x``.
+        """Adds the links' outputs for the inputs ``x`` to the layer's outputs ``y``, in place.
 
         Args:
             y: ... x out.
@@ -101,8 +101,9 @@ class Stack:
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone
             A, B = A.to(y.dtype), B.to(y.dtype)
-        # Nested tensors support no other product than linear.
-        return y + project_up(project_down(x, A, *more), B.mT, *more) if A.shape[-2] else y
+        if A.shape[-2]:  # nested tensors support no other product than linear
+            y += project_up(project_down(x, A, *more), B.mT, *more)
+        return y
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves and casts the factors, as ``nn.Module.to`` does parameters."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     module.adapted.check_next(rank)
+    module.step_loss.check()  # before the link is recorded
     adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
     run.is_tying = True
     rank = run.schedule.rank(module.link + 1) if rank is None else rank

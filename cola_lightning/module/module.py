@@ -80,7 +80,7 @@ class COLAModule(LightningModule, RecordsArguments):
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
             ``seed_everything``, or a random one, which is stored.
-        optimizer: called with the trainable parameters, once per link. Default: AdamW with a learning rate of 1e-3.
+        optimizer: called with the trainable parameters, once per link. Default: AdamW, fused, with a learning rate of 1e-3.
         lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, by transformers' formulas.
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
@@ -134,7 +134,7 @@ class COLAModule(LightningModule, RecordsArguments):
         modules_to_save: Sequence[str] = (),
         modules_to_save_lr: float | None = None,
         seed: int | None = None,
-        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
         lr_schedule: LRSchedule = "linear",
         warmup_steps: float = 0,
         schedule_scope: Literal["link", "run"] = "link",

@@ -109,6 +109,9 @@ class LinkOptimization:
             optimizer = self.make_optimizer(groups)
         except ValueError as error:  # an optimizer's own message for a mistyped value
             raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+        # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
+        # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
         for group in optimizer.param_groups:  # a copy: a schedule modifies a rate that is a tensor in place
             group["lr"] = copy.deepcopy(group["lr"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -62,6 +63,7 @@ class ExactResume(Callback):
 
     def __init__(self, module: "COLAModule") -> None:
         self.module = module
+        self._buffers: dict[str, Tensor] = {}  # copies of persistent buffers, on their device
         self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
 
     @property
@@ -85,8 +87,7 @@ class ExactResume(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            state = self._tensors() if self._buffer_names else {}
-            buffers = {name: layout.gather(state[name]) for name in self._buffer_names if name in state}
+            buffers = self._copied_buffers() if self._buffer_names else {}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self._window = replace(self._window, buffers=buffers, callbacks=states)
@@ -117,7 +118,7 @@ class ExactResume(Callback):
         counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=run.is_validating)
         checkpoint["callbacks"][self.state_key] = {"progress": counters}
         if window is not None:
-            checkpoint["state_dict"] |= window.buffers
+            checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in window.buffers.items()}
             checkpoint["callbacks"] |= window.callbacks
 
     @override
@@ -125,6 +126,16 @@ class ExactResume(Callback):
         stored = checkpoint["callbacks"].get(self.state_key)
         if stored is not None and trainer.state.fn == "fit":
             resume_from(checkpoint, stored["progress"])
+
+    def _copied_buffers(self) -> dict[str, Tensor]:
+        """Copies of the persistent buffers as they are now, on their device and into the same memory each time."""
+        state = self._tensors()
+        own = {name: state[name].detach() for name in self._buffer_names if name in state}
+        places, before = ([(k, v.shape, v.dtype, v.device) for k, v in some.items()] for some in (own, self._buffers))
+        if places != before:  # the first time, or another device or shape
+            self._buffers = {name: torch.empty_like(value) for name, value in own.items()}
+        torch._foreach_copy_(list(self._buffers.values()), list(own.values()))
+        return self._buffers
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in values_of(self.module).items() if isinstance(value, Tensor)}

@@ -10,7 +10,6 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -21,7 +20,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import first_names
 from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.module.batch_seed import BatchSeed
@@ -92,7 +91,7 @@ class RunChecks(Callback):
         _check_whole_windows(trainer)
         self.module.step_loss.begin()
         self._modes = [(part, part.training) for part in pl_module.modules()]
-        self._is_first_step = True
+        self._is_first_step, self._is_loss_shown = True, False
         self._without_gradient: list[str] | None = None  # known after a backward pass
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         length = run_length(trainer, _beginning_of_epoch(trainer, now) if is_resumed else now)
@@ -165,12 +164,22 @@ class RunChecks(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss).all() or torch.is_anomaly_enabled():  # which names the operation, in the backward pass
-            return
-        raise NonFiniteError(
-            f"the training loss is {loss.sum().item()} at step {trainer.global_step} (epoch {trainer.current_epoch}), in link "
-            f"{self.module.link}; a lower learning rate or trainer.gradient_clip_val may help"
-        )
+        self.module.step_loss.add(loss)
+
+    def _check_loss(self, trainer: Trainer) -> None:
+        """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
+        loss = self.module.step_loss.check()
+        if loss is not None and self._is_loss_shown:
+            trainer.progress_bar_metrics["train_loss"] = loss
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._check_loss(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_loss(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,9 +190,12 @@ class RunChecks(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
             parameter.grad = None
-        loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches)
+        self._check_loss(trainer)
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.link}"
+        loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
-            self.module.log("train_loss", loss, prog_bar=True)
+            self.module.log("train_loss", loss)
+        self._is_loss_shown = loss is not None
         names = self._without_gradient
         if not self._is_first_step or names is None:
             return

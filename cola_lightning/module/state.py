@@ -113,8 +113,9 @@ def check_writable_state(module: "COLAModule") -> None:
     """Refuses a state from which no run could go on.
 
     Raises:
-        NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
+        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
+    module.step_loss.check()
     values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
     if run_of(module).is_tying:
