@@ -309,5 +309,5 @@ def test_a_data_set_is_streamed_and_its_first_rows_are_held_out(runs):
     run = runs["streamed, no validation"]
     assert_trained(run, ALPACA)
     trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
-    assert validated == {f"Film train {k}!" for k in range(5)}
+    assert validated == {f"Film train {k}!" for k in range(5) if k != 3}  # which has no response
     assert not trained & {f"Film train {k}!" for k in range(10)}
