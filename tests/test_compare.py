@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 from scipy import stats
 
+from cola_lightning.callbacks.run_watch import Interruption
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import study
@@ -423,3 +425,30 @@ def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, ca
     assert "error: model.target_modules: " in capsys.readouterr().err
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=SHORT) == 0
     assert len(lines(tmp_path)) == 1
+
+
+class StopOnce(Callback):
+    """Stops the first fit after ten steps, as a signal does."""
+
+    def __init__(self, marker: str):
+        self.marker = Path(marker)
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 10 and not self.marker.exists():
+            self.marker.touch()
+            raise Interruption(143)
+
+
+def test_a_run_that_was_stopped_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    marker = tmp_path / "stopped"
+    stop = {"class_path": "tests.test_compare.StopOnce", "init_args": {"marker": str(marker)}}
+
+    def line(name):
+        compare(tmp_path / name, methods="[cola]", seeds=1, fit=[*SHORT, "--trainer.callbacks+", json.dumps(stop)])
+        return [one | {"seconds": 0, "peak_memory": 0} for one in lines(tmp_path / name)]
+
+    assert line("resumed") == []
+    stopped = tmp_path / "resumed" / "runs" / "cola-lr0.02-seed0"
+    assert line("resumed") == line("whole")
+    assert "Restored all states" in (stopped / "log.txt").read_text()

@@ -77,7 +77,8 @@ def _is_alive(claim: Path) -> bool:
 def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
     """Executes a claimed run in a process of its own, and returns whether it has a result.
 
-    So its peak memory is its own, and if it is killed the study goes on.
+    So its peak memory is its own, and if it is killed the study goes on. A run that was stopped before resumes from its last
+    checkpoint, if it is asked for the same.
 
     Args:
         claim: of this process.
@@ -87,8 +88,10 @@ def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
         UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
     """
     folder = claim.parent
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed
-    (folder / ASKED).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    text, path = json.dumps(asked, indent=1), folder / ASKED
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of another run
+        path.write_text(text, encoding="utf-8")
     with (folder / LOG).open("w") as output:
         command = [sys.executable, "-m", "cola_lightning", "compare", "--run", str(folder)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -115,14 +118,21 @@ class Recorder(RunWatch):
         metric: the validation metric's name.
 
     Attributes:
-        facts: fields of the run's Result.
+        facts: fields of the run's Result. They are in its checkpoints, for the process that resumes it.
     """
 
     def __init__(self, metric: str) -> None:
         super().__init__()
         self.metric, self.study = metric, os.getppid()
-        self.curve: list[tuple[int, float]] = []
-        self.facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "curve": self.curve}
+        self.facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "curve": []}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.facts = state_dict
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,11 +141,11 @@ class Recorder(RunWatch):
         assert isinstance(pl_module, COLAModule)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.facts["trainable_parameters"] = sum(parameter.numel() for group in groups for parameter in group["params"])
-        if not pl_module.is_sharded:
+        if not pl_module.is_sharded and "base" not in self.facts:  # of a run that resumes, whose base has links merged
             state, factors = pl_module.model.state_dict(), names_of_factors(pl_module.model)
             of_base = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name not in factors}
             self.facts["base"] = fingerprint_of(of_base)
-        self._started_at = time.perf_counter()
+        self._started_at = time.perf_counter() - self.facts["seconds"]
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -153,7 +163,7 @@ class Recorder(RunWatch):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = trainer.callback_metrics
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self.metric in logged:
-            self.curve.append((trainer.global_step, float(logged[self.metric])))
+            self.facts["curve"].append((trainer.global_step, float(logged[self.metric])))
 
 
 def run(folder: str) -> int:
@@ -172,10 +182,12 @@ def run(folder: str) -> int:
     asked = json.loads((Path(folder) / ASKED).read_text(encoding="utf-8"))
     metric, of_test, facts = asked["metric"], f"test_{asked['metric'].removeprefix('val_')}", asked["result"]
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    recorder, cli = Recorder(metric), None
+    recorder, cli, words = Recorder(metric), None, asked["words"]
+    if (last := Path(folder) / "checkpoints" / "last.ckpt").exists():
+        words += ["--ckpt_path", str(last)]
     with recorder.listening():
         try:
-            cli = COLACLI(["fit", *asked["words"]], recorder)
+            cli = COLACLI(["fit", *words], recorder)
         except NonFiniteError as error:
             log.warning("diverged: %s", error)
         facts |= recorder.facts | {"peak_memory": _peak_memory()}

@@ -146,7 +146,8 @@ class Study:
             in_folder = {"save_dir": str(folder), "name": "", "version": ""}
             changes["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": in_folder}
         known = run._asdict() | {"rank": chosen.rank, "links": chosen.links}
-        return {"words": [*self.words, *as_words(changes)], "metric": self.asked.metric, "result": known}
+        words = [*self.words, *as_words(changes)]
+        return {"words": words, "metric": self.asked.metric, "result": known, "config": self.shared}
 
     def _write(self) -> tuple[list[Row], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
