@@ -15,7 +15,9 @@ from torch import nn
 from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, ChainSchedule, UserError, inject_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
+from cola_lightning.cli.help import ELSEWHERE, known_elsewhere
 from cola_lightning.data import TemplateDataModule, TextDataModule
+from cola_lightning.study.config import resolved
 from cola_lightning.study.methods import method
 from tests import tiny
 from tests.test_cli_language import make_language_folder
@@ -98,6 +100,25 @@ def folder(tmp_path_factory):
         assert main(["fit", "--config", DIGITS, *FAST]) == 0
         assert main(["export", "--checkpoint", LAST, "--format", "chain", "--output", "chain"]) == 0
     return place
+
+
+def test_an_option_of_another_tool_gets_the_one_that_is_meant(monkeypatch, capfd):
+    """And the page on coming from those tools has the same table."""
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    page = Path(DIGITS).parents[1] / "docs" / "cli.md"
+    for names, here in ELSEWHERE.items():
+        assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
+    for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
+        here = known_elsewhere(option)
+        assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2
+        assert capfd.readouterr().err.splitlines()[-1].endswith(f"; here it is {here}")
+    assert main(["fit", "--model.model_name", "x", "--data.source", "y", "--trainer.logger", "tensorboard"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].endswith("; TensorBoardLogger is one")
+
+
+def test_what_is_typed_here_exists():
+    words = [word for here in ELSEWHERE.values() for word in here.split()]
+    assert resolved(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 def contents():

@@ -43,6 +43,33 @@ MAIN_OPTIONS = {
     "--trainer.devices auto": "or the number of GPUs",
     "--ckpt_path FILE": "resume from a checkpoint; last: the newest",
 }
+# Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
+ELSEWHERE = {
+    ("r", "lora_r"): "--model.rank 8",
+    ("lora_alpha",): "--model.alpha 16",
+    ("lora_dropout",): "--model.dropout 0.05",
+    ("lora_target_modules",): "--model.target_modules all-linear",
+    ("load_in_4bit", "quantization_config"): "--model.quantization nf4",
+    ("model_name_or_path", "base_model"): "--model.model_name NAME",
+    ("dataset", "dataset_name", "datasets"): "--data.source NAME",
+    ("max_seq_length", "max_seq_len", "sequence_len"): "--data.max_length 1024",
+    ("per_device_train_batch_size", "micro_batch_size"): "--data.batch_size 8",
+    ("per_device_eval_batch_size",): "--data.eval_batch_size 8",
+    ("learning_rate", "lr"): "--model.optimizer.lr 1e-3",
+    ("weight_decay",): "--model.optimizer.weight_decay 0",
+    ("lr_scheduler_type", "lr_scheduler"): "--model.lr_schedule cosine",
+    ("warmup_ratio",): "--model.warmup_steps 0.03",
+    ("num_train_epochs", "num_epochs"): "--trainer.max_epochs 3",
+    ("gradient_accumulation_steps",): "--trainer.accumulate_grad_batches 4",
+    ("max_grad_norm",): "--trainer.gradient_clip_val 1.0",
+    ("gradient_checkpointing",): "--model.activation_checkpointing true",
+    ("bf16",): "--trainer.precision bf16-mixed",
+    ("logging_steps",): "--trainer.log_every_n_steps 10",
+    ("report_to",): "--trainer.logger WandbLogger",
+    ("output_dir",): "--trainer.default_root_dir FOLDER",
+    ("resume_from_checkpoint",): "--ckpt_path last",
+}
+LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
 EXAMPLES = (
     "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
     "cola generate --checkpoint FILE --chat",
@@ -67,6 +94,17 @@ def usage(subcommand: str) -> str:
     width = max(map(len, MAIN_OPTIONS)) + 2
     lines = [f"  {option:{width}}{text}" for option, text in MAIN_OPTIONS.items()]
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "main options:", *lines])
+
+
+def known_elsewhere(option: str) -> str | None:
+    """What is typed here for an option of peft, transformers, TRL or axolotl; None if it is none of theirs.
+
+    Example:
+        >>> known_elsewhere("model.lora_alpha")
+        '--model.alpha 16'
+    """
+    name = option.rpartition(".")[2]
+    return next((here for names, here in ELSEWHERE.items() if name in names), None)
 
 
 def command_parser(command: str, description: str) -> "ArgumentParser":

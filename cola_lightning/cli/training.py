@@ -35,7 +35,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.callbacks.config_saver import ConfigSaver
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import DESCRIPTION, LINKS, SUBCOMMANDS, usage
+from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, known_elsewhere, usage
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -118,9 +118,13 @@ class COLACLI(LightningCLI):
             config.return_predictions = False  # they are written to a file
 
     def _nearest_option(self, message: str) -> str:
-        """The end of jsonargparse's message about an unknown option: those of similar names."""
+        """The end of jsonargparse's message about an unknown option: what other tools' option is here, or similar names."""
+        if logger := re.search(r'key "trainer.logger".*?(\w+)\W*\Z', message, re.DOTALL):
+            return f"; {LOGGERS[logger[1]]} is one" if logger[1] in LOGGERS else ""
         if not (unknown := UNKNOWN_OPTION.search(message)):
             return ""
+        if here := known_elsewhere(unknown[1]):
+            return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
         classes = CLASSES | dict(OF_CLASS.findall(message))
