@@ -109,7 +109,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(monkeypatch, capfd
     for names, here in ELSEWHERE.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
     for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
-        here = known_elsewhere(option)
+        here = known_elsewhere(option.removeprefix("--"))
         assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2
         assert capfd.readouterr().err.splitlines()[-1].endswith(f"; here it is {here}")
     assert main(["fit", "--model.model_name", "x", "--data.source", "y", "--trainer.logger", "tensorboard"]) == 2
