@@ -30,11 +30,11 @@ def turns(*contents, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def encoded(own, messages, max_length=4000, *, tools=None, say=str, **how):
+def encoded(own, messages, max_length=4000, *, tools=None, notes=None, **how):
     """The rows of a conversation; the reason is raised if there is one."""
     trained = tuple(k for k, turn in enumerate(messages) if turn["role"] == "assistant")
     conversation = Conversation(messages, tools, trained)
-    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, say, **how)
+    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, set() if notes is None else notes, **how)
     if isinstance(rows, UnusableRow):
         raise rows
     return [row for row in rows if row.pop("lost") >= 0]
@@ -233,9 +233,9 @@ def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name):
     expected = BEHAVIOURS[name]
     own = tiny.chat_tokenizer(expected.chat, *expected.special)
     own.add_tokens(["\n\n"])
-    said = []
-    assert pieces(own, encoded(own, expected.messages, say=said.append)) == expected.rows
-    assert [expected.said in line for line in {*said}] == [True] * (expected.said is not None)
+    notes = set()
+    assert pieces(own, encoded(own, expected.messages, notes=notes)) == expected.rows
+    assert [expected.said in note for note in notes] == [True] * (expected.said is not None)
     assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == [expected.stop] * (expected.stop is not None)
 
 
@@ -284,9 +284,9 @@ def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
 
 
 def test_thoughts_that_a_template_does_not_render_are_told():
-    said = []
-    encoded(tiny.chat_tokenizer(template(SAID + "</s>")), [TALK[0], TALK[3] | {"reasoning_content": "Hm."}], say=said.append)
-    assert said == ["the chat template does not render the thoughts of assistant turns"]
+    notes = set()
+    encoded(tiny.chat_tokenizer(template(SAID + "</s>")), [TALK[0], TALK[3] | {"reasoning_content": "Hm."}], notes=notes)
+    assert notes == {"the chat template does not render the thoughts of assistant turns"}
 
 
 # ---------------------------------------------------------------------- from data

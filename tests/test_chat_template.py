@@ -111,6 +111,7 @@ def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path,
     capfd.readouterr()
     assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
     assert capfd.readouterr().out == "Al.\n"
+    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
     assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     exported = transformers.AutoTokenizer.from_pretrained("merged")
     module = COLAModule.load_from_checkpoint(checkpoint)

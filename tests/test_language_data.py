@@ -214,13 +214,13 @@ def test_no_option_is_cut_and_each_adds_tokens_of_its_own():
     assert len(encode_examples(tokenizer, [example], n_option + 1)[0]) == n_option
     for asked, length, expected in [
         (example, n_option, "an option is longer than data.max_length"),
-        (Example("It was", ("", " great"), 0), 500, "an option adds no tokens to the prompt"),
-        (Example("It was", ("Yes", "Yes "), 0), 500, "two options differ only in spaces"),
+        (Example("It was", ("", " great"), 0), 500, "the prompt, or an option, adds no tokens"),
+        (Example("It was", ("Yes", "Yes "), 0), 500, "two options are equal, or differ only in spaces"),
     ]:
         (reason,) = encode_examples(tokenizer, [asked], length)
         assert str(reason) == expected
     (reason,) = encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
-    assert str(reason) == "the prompt has no tokens"
+    assert str(reason) == "the prompt, or an option, adds no tokens"
 
 
 @pytest.mark.parametrize("end", ["eos_token", "sep_token"])  # BERT's tokenizer has no end of text, and ends with [SEP]
@@ -269,7 +269,7 @@ def test_train_and_validation_are_drawn_together_from_train_and_test_from_valida
     assert parts()[0] == train != parts(split_seed=1)[0]
     assert parts(val_size=5)[0] == train  # validation comes last
     assert set(test) <= {f"film number {k} It was" for k in range(10)}
-    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: expected at least 42 rows, received 40"):
+    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: 42 rows are needed, and there are 40"):
         parts(train_size=30)
 
 
@@ -282,7 +282,7 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     assert data.max_length == 64  # the model's own limit
     data.tokenizer.model_max_length = 10**30
     assert data.max_length == 2048
-    with pytest.raises(UserError, match=r"data\.subset: expected null for files on this machine"):
+    with pytest.raises(UserError, match=r"^data\.subset is for a data set of the hub, and .* is on this machine"):
         PromptDataModule("sst2", str(tmp_path), "sub")
 
 

@@ -219,7 +219,7 @@ def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
     (whole, _), (_, part) = fit(9), fit(5)
     part.save_checkpoint(tmp_path / "part.ckpt")
     assert_bit_equal(weights(fit(9, tmp_path / "part.ckpt")[0]), weights(whole))
-    with pytest.raises(UserError, match=r"data\.packing: expected True, for the checkpoint was written inside an epoch"):
+    with pytest.raises(UserError, match=r"data\.packing must be True as in the run that is resumed inside an epoch"):
         fit(9, tmp_path / "part.ckpt", packing=False)
 
 
@@ -242,5 +242,5 @@ def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):
 
 
 def test_rows_of_a_stream_are_not_packed():
-    with pytest.raises(UserError, match=r"data\.packing: rows of a stream cannot be packed"):
+    with pytest.raises(UserError, match=r"data\.streaming reads .* without packing"):
         TextDataModule("someone/rows", streaming=True, packing=True)

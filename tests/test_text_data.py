@@ -152,7 +152,7 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
         assert len([line for line in caplog.messages if line.endswith("(data.chat_template)")]) == 1  # once, of both parts
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         encoded(PAIRS, tmp_path, plain, "fit", chat_template=True)
-    with pytest.raises(UserError, match=r"data\.chat_template: expected null or true for conversations"):
+    with pytest.raises(UserError, match=r"data\.chat_template: conversations need a chat template"):
         encoded(AS_TURNS, tmp_path, chat, "fit", chat_template=False)
     _, data = encoded([{"text": "It is old."}] * 4, tmp_path, chat, "fit")
     assert data.prompt_format == {"kind": "text", "chat_template": False}

@@ -1,8 +1,8 @@
 """Data modules; they import nothing of models or chains, and find what they need at the module that is trained."""
 
 from cola_lightning.data.classification import TextClassificationDataModule
-from cola_lightning.data.prompts import PromptDataModule
 from cola_lightning.data.source import Source
+from cola_lightning.data.tasks import PromptDataModule
 from cola_lightning.data.templates import TemplateDataModule
 from cola_lightning.data.text import TextDataModule
 

@@ -171,7 +171,7 @@ def check_sizes(**sizes: int | None) -> None:
     """Refuses a number of rows below 1; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
         if size is not None and size < 1:
-            raise UserError(f"data.{field}: expected a whole number of at least 1, received {size}")
+            raise UserError(f"data.{field} must be at least 1, got {size}")
 
 
 class EpochDataModule(LightningDataModule, ABC):
@@ -288,33 +288,21 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> EpochLoader:
-        order = self._by_length(self.test) if self._is_order_free else list(range(len(self.test)))
+        trainer, order = self.trainer, list(range(len(self.test)))
+        if trainer is not None and trainer.predicting and not trainer.predict_loop.return_predictions:
+            order = self._evaluation_order(self.test, "limit_predict_batches")  # predictions are written, with their indices
         n_processes, rank = self._processes
         sampler: Any = DistributedEvaluationSampler(order, n_processes, rank) if n_processes > 1 else order
         return self._loader(self.test, self.eval_batch_size, sampler)
-
-    @property
-    def _is_order_free(self) -> bool:
-        """Whether all rows are predicted, and the predictions are not returned but only written, with their indices."""
-        trainer = self.trainer
-        if trainer is None or not trainer.predicting or trainer.predict_loop.return_predictions:
-            return False
-        return self._takes_all("limit_predict_batches")
-
-    def _takes_all(self, limit: str) -> bool:
-        """Whether a limit of the trainer includes all rows of a part."""
-        value = getattr(self.trainer, limit, None)
-        return isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
 
     def _evaluation_loader(self, data: Any, limit: str) -> EpochLoader:
         return self._loader(data, self.eval_batch_size, self._evaluation_order(data, limit))
 
     def _evaluation_order(self, data: Any, limit: str) -> list[int]:
-        # Under a limit, the first rows, not the longest: those could all have one label, whose rows are long.
-        return self._by_length(data) if self._takes_all(limit) else list(range(len(data)))
-
-    def _by_length(self, data: Any) -> list[int]:
-        if type(self).length is EpochDataModule.length:  # all alike: no row need be read
+        """The longest rows first if all are taken; under a limit of the trainer's, the first ones of the data."""
+        value = getattr(self.trainer, limit, None)
+        takes_all = isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
+        if not takes_all or type(self).length is EpochDataModule.length:  # all alike: no row need be read
             return list(range(len(data)))
         lengths = self.lengths(data)
         return sorted(range(len(data)), key=lambda place: -lengths[place])
@@ -343,7 +331,7 @@ class EpochDataModule(LightningDataModule, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         """What the position in an epoch depends on; see :meth:`load_state_dict`."""
-        return self._order() if hasattr(self, "train") else {}
+        return self._order() if isinstance(getattr(self, "train", None), Sized) else {}  # a stream has no length
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -355,6 +343,6 @@ class EpochDataModule(LightningDataModule, ABC):
         for option, value in self._order().items():
             if self._order_of_checkpoint.get(option, value) != value:
                 raise UserError(
-                    f"{option}: expected {self._order_of_checkpoint[option]}, for the checkpoint was written inside an epoch, "
-                    f"received {value}; a checkpoint from the end of an epoch allows another"
+                    f"{option} must be {self._order_of_checkpoint[option]} as in the run that is resumed inside an epoch, got "
+                    f"{value}. A checkpoint from the end of an epoch allows another value."
                 )

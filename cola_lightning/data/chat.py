@@ -4,15 +4,13 @@ import bisect
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
 from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, LanguageRow, TooLong, n_common, tokenize_continued
 from cola_lightning.data.rows import each, together
 from cola_lightning.errors import UnusableRow
-
-Say = Callable[[str], object]  # takes a line for the log
 
 MODE = "enable_thinking"  # the template variable by which a generation prompt opens a thought or does not
 
@@ -44,7 +42,7 @@ def encode_conversations(
     template: ChatTemplate,
     conversations: Sequence[Conversation],
     max_length: int,
-    say: Say,
+    notes: set[str],
     *,
     too_long: TooLong = "shorten",
     shortens_response: bool = False,
@@ -59,7 +57,7 @@ def encode_conversations(
         template: the tokenizer's chat template.
         conversations: each ends with a turn of the assistant's that is trained.
         max_length: in tokens.
-        say: takes lines for the log.
+        notes: lines for the log are added to it.
         too_long: whether to shorten or to skip a longer conversation. It loses its oldest exchanges whole, but not its system
             prompt; then what is asked last loses its beginning.
         shortens_response: whether a response that leaves its prompt less than a quarter of ``max_length`` loses its end;
@@ -68,31 +66,27 @@ def encode_conversations(
     Returns:
         The rows of each conversation, or the reason why it cannot be used.
     """
-    done: dict[int, list[LanguageRow] | UnusableRow] = {}
-    lengths: dict[int, int] = {}  # before a conversation is shortened
-    left = dict(enumerate(conversations))
 
-    def encode(found: tuple[int, list[list[Turn]] | UnusableRow]) -> list[LanguageRow] | Conversation:
-        """The rows of a conversation that fits, or a shorter conversation."""
-        k, rows = found
-        if isinstance(rows, UnusableRow):
-            if (shorter := _without_greeting(left[k])) is None:
-                raise rows
-            return shorter
-        longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
-        n_lost = lengths.setdefault(k, len(longest.ids)) - min(len(longest.ids), max_length)
-        if len(longest.ids) > max_length:
-            if too_long == "skip":
-                raise UnusableRow(TOO_LONG)
-            if shorter := _shortened(template, left[k], longest, max_length, shortens_response=shortens_response):
-                return shorter
-        return [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
+    def encode(conversation: Conversation, rows: list[list[Turn]] | UnusableRow) -> list[LanguageRow]:
+        n_tokens = 0  # of the longest row, before it is shortened
+        while True:
+            if isinstance(rows, UnusableRow):
+                if (shorter := _without_greeting(conversation)) is None:
+                    raise rows
+            else:
+                longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
+                n_tokens = n_tokens or len(longest.ids)
+                if n_tokens > max_length and too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                shorter = _shortened(template, conversation, longest, max_length, shortens_response=shortens_response)
+                if shorter is None:
+                    n_lost = n_tokens - min(len(longest.ids), max_length)
+                    return [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
+            conversation = shorter
+            (rows,) = _rows(template, [conversation], notes)
 
-    while left:
-        made = dict(zip(left, each(encode, zip(left, _rows(template, [*left.values()], say), strict=True)), strict=True))
-        done |= {k: one for k, one in made.items() if not isinstance(one, Conversation)}
-        left = {k: one for k, one in made.items() if isinstance(one, Conversation)}
-    return [done[k] for k in range(len(conversations))]
+    found = _rows(template, conversations, notes)
+    return each(lambda one: encode(*one), zip(conversations, found, strict=True))
 
 
 def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> str:
@@ -111,7 +105,7 @@ def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: i
 def _shortened(
     template: ChatTemplate, conversation: Conversation, longest: Turn, max_length: int, *, shortens_response: bool
 ) -> Conversation | None:
-    """A shorter conversation than one that is too long; None if only its response needs to lose its end.
+    """A shorter conversation, if this one is too long; None if it fits, or if only its response needs to lose its end.
 
     Args:
         template: the tokenizer's chat template.
@@ -120,7 +114,8 @@ def _shortened(
         max_length: in tokens.
         shortens_response: whether the response may lose its end.
     """
-    n_over = len(longest.ids) - max_length
+    if (n_over := len(longest.ids) - max_length) <= 0:
+        return None
     if (shorter := _without_oldest(conversation, n_over / len(longest.ids))) is not None:
         return shorter
     if not shortens_response:
@@ -174,28 +169,30 @@ def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tok
 # ---------------------------------------------------------------------- turns in tokens
 
 
-def _rows(template: ChatTemplate, conversations: Sequence[Conversation], say: Say) -> list[list[list[Turn]] | UnusableRow]:
+def _rows(
+    template: ChatTemplate, conversations: Sequence[Conversation], notes: set[str]
+) -> list[list[list[Turn]] | UnusableRow]:
     """The turns of each conversation, those together that one row trains; or why the conversation cannot be used."""
     contexts = [[one.until(place + 1) for place in one.trained] for one in conversations]
-    texts = each(lambda some: [_render(template, one, say) for one in some], contexts)
+    texts = each(lambda some: [_render(template, one, notes) for one in some], contexts)
 
     def turns_of(usable: list[list[tuple[str, str]]]) -> list[list[Turn]]:
         flat = [one for some, found in zip(contexts, texts, strict=True) if not isinstance(found, UnusableRow) for one in some]
-        turns = iter(_in_a_mode(template, flat, _tokens(template, list(itertools.chain(*usable))), say))
+        turns = iter(_in_a_mode(template, flat, _tokens(template, list(itertools.chain(*usable))), notes))
         return [list(itertools.islice(turns, len(some))) for some in usable]
 
     found = together(turns_of, texts)
     return each(lambda turns: _in_rows(_stopped(template, turns)), found)
 
 
-def _render(template: ChatTemplate, conversation: Conversation, say: Say, **mode: bool) -> tuple[str, str]:
+def _render(template: ChatTemplate, conversation: Conversation, notes: set[str], **mode: bool) -> tuple[str, str]:
     """The prompt for the last turn of a conversation, and the conversation with it."""
     before = conversation.until(len(conversation.messages) - 1)
     prompt = template.render(before, is_open=True, **mode)
     whole = template.render(conversation, is_open=False, **mode)
     if not whole.startswith(prompt):
         whole = _continued(prompt, template.render(before, is_open=False, **mode), whole)
-    _check_words(template, conversation.messages[-1], whole[n_common(prompt, whole) :], say)
+    _check_words(template, conversation.messages[-1], whole[n_common(prompt, whole) :], notes)
     return prompt, whole
 
 
@@ -214,21 +211,21 @@ def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[Tu
     return turns
 
 
-def _in_a_mode(template: ChatTemplate, contexts: Sequence[Conversation], turns: list[Turn], say: Say) -> list[Turn]:
+def _in_a_mode(template: ChatTemplate, contexts: Sequence[Conversation], turns: list[Turn], notes: set[str]) -> list[Turn]:
     """The last turn of each conversation, rendered in the mode whose generation prompt it follows, if there is one."""
     source = str(template.tokenizer.chat_template)
     for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
         strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
-        texts = each(lambda k, mode=mode: _render(template, contexts[k], say, **{MODE: mode}), strays)  # type: ignore[misc]
+        texts = each(lambda k, mode=mode: _render(template, contexts[k], notes, **{MODE: mode}), strays)  # type: ignore[misc]
         for k, turn in zip(strays, together(lambda some: _tokens(template, some), texts), strict=True):
             if isinstance(turn, Turn) and turn.follows_prompt:
                 turns[k] = turn
-                say(
+                notes.add(
                     f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
                     f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too"
                 )
     if any(turn.departs for turn in turns):
-        say(
+        notes.add(
             "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not have: "
             "their loss begins where they depart from it"
         )
@@ -253,7 +250,7 @@ def _continued(prompt: str, before: str, whole: str) -> str:
     return prompt + whole[whole.rindex(prompt[-n_end:]) + n_end :]
 
 
-def _check_words(template: ChatTemplate, turn: Message, rendered: str, say: Say) -> None:
+def _check_words(template: ChatTemplate, turn: Message, rendered: str, notes: set[str]) -> None:
     """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
     said = text_of(turn["content"])  # of which a template may omit thoughts, and white space
     calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
@@ -263,7 +260,7 @@ def _check_words(template: ChatTemplate, turn: Message, rendered: str, say: Say)
         raise UnusableRow("the chat template does not render what the assistant says")
     thoughts = turn.get("reasoning_content") or said.rpartition("</think>")[0].rpartition("<think>")[2]
     if str(thoughts).strip() not in rendered:
-        say("the chat template does not render the thoughts of assistant turns")
+        notes.add("the chat template does not render the thoughts of assistant turns")
 
 
 def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
@@ -278,7 +275,7 @@ def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
         n, stop = len(turn.ids), template.stop_tokens
         if following is not None and turn.is_inside(following):
             if template.special_ids.issuperset(following.ids[n : n + 1]):
-                stop = following.ids[n : n + 1]  # a tool's turn, say, and not the user's
+                stop = following.ids[n : n + 1]  # a tool's turn, notes, and not the user's
             elif template.is_plain:
                 stop = []  # the last turn alone has the end of text
         stopped.append(replace(turn, ids=[*turn.ids, *stop], end=n + len(stop)))

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.encoding import TOO_LONG
+from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, plain_label, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
@@ -58,7 +59,15 @@ class TextClassificationDataModule(SourceDataModule):
         self.label_field = label_field
 
     def _find(self, names: Sequence[str], *, has_label: bool = True) -> tuple[list[str], str]:
-        texts, label = find_texts_and_label(names, self.text_fields, self.label_field, has_label=has_label)
+        """The columns with the text, or the pair of texts, and with the label, if there must be one; logs them once."""
+        listed = ", ".join(names)
+        texts = self.text_fields or next((pair for pair in TEXTS if {*pair} <= {*names}), [])
+        if not 0 < len(texts) <= 2 or not {*texts} <= {*names}:
+            got = f", got {', '.join(texts)}" if texts else ""
+            raise UserError(f"data.text_fields: name one or two of the columns {listed}{got}")
+        label = self.label_field or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
+        if label is None or (has_label and label not in names):
+            raise UserError(f"data.label_field: name one of the columns {listed}{f', got {label}' if label else ''}")
         self._log_columns(f"{', '.join(texts)} -> {label}", names, (*texts, label))
         return texts, label
 
@@ -92,7 +101,7 @@ class TextClassificationDataModule(SourceDataModule):
     # ------------------------------------------------------------------ rows
 
     @override
-    def encode(self, rows: Rows, part: str) -> Any:
+    def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
         texts, label = self._find(rows.columns, has_label=not rows.may_lack_targets)
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
         are_given = getattr(self._module, "are_names_given", True)
@@ -103,12 +112,9 @@ class TextClassificationDataModule(SourceDataModule):
             index = place_of_label(row, label, places, are_given=are_given) if known else IGNORE_INDEX
             return index, [row.text(name) for name in texts]
 
-        def encode(some: list[Row], say: object) -> list[Any]:
-            return together(self._tokens, each(read, some))
-
         features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
         options = texts, label, names, are_given, rows.may_lack_targets, self.too_long
-        return self.map_rows(rows, features, *options, encode=encode)
+        return self.map_rows(rows, features, *options, encode=lambda some, notes: together(self._tokens, each(read, some)))
 
     def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
         """Rows in tokens, of each of which the label and the texts are given."""
@@ -141,35 +147,6 @@ class TextClassificationDataModule(SourceDataModule):
 
 
 # ---------------------------------------------------------------------- columns and labels
-
-
-def find_texts_and_label(
-    names: Sequence[str], texts: Sequence[str] | None, label: str | None, *, has_label: bool = True
-) -> tuple[list[str], str]:
-    """The columns with a classifier's text, or pair of texts, and label.
-
-    Args:
-        names: the data set's columns.
-        texts: ``data.text_fields``; None: found by their names.
-        label: ``data.label_field``; None: found by its name.
-        has_label: whether there must be one.
-
-    Raises:
-        UserError: if none is there; it lists the columns.
-
-    Example:
-        >>> find_texts_and_label(["idx", "sentence1", "sentence2", "label"], None, None)
-        (['sentence1', 'sentence2'], 'label')
-    """
-    listed = ", ".join(names)
-    found = texts or next((pair for pair in TEXTS if {*pair} <= {*names}), None)
-    if found is None or len(found) > 2 or not {*found} <= {*names}:
-        received = "none" if found is None else ", ".join(found)
-        raise UserError(f"data.text_fields: expected one or two of the columns {listed}, received {received}")
-    label = label or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
-    if label is None or (has_label and label not in names):
-        raise UserError(f"data.label_field: expected one of the columns {listed}, received {label or 'none'}")
-    return list(found), label
 
 
 def name_of_label(row: Row, field: str) -> str | None:

@@ -92,8 +92,9 @@ def find_columns(
     texts = [name for name in names if name not in lists]
     found = {prompt: [one for one in responses if one in texts] for prompt, responses in ANSWERS.items() if prompt in texts}
     fits = [prompt for prompt, responses in found.items() if responses]
-    # Each with the prompt whose answer it is called most often.
-    responses = {one: min(fits, key=lambda prompt: _rank(prompt, one)) for prompt in fits for one in found[prompt]}
+    # Each with the prompt whose answer it is called most often, the first of several: later entries replace earlier ones.
+    pairs = [(ANSWERS[prompt].index(one), prompt, one) for prompt in reversed(fits) for one in found[prompt]]
+    responses = {one: prompt for _, prompt, one in sorted(pairs, key=lambda pair: -pair[0])}
     if len(responses) > 1:
         raise _ambiguous({"prompt": prompt, "response": one} for one, prompt in responses.items())
     if fits or (found and not has_response):
@@ -112,11 +113,6 @@ def find_columns(
         f"data.columns: found no conversation, no prompt with its response, no text among {', '.join(names)}; name them as in "
         + given({"prompt": names[0], "response": names[-1]})
     )
-
-
-def _rank(prompt: str, response: str) -> int:
-    answers = ANSWERS[prompt]
-    return answers.index(response) if response in answers else 99
 
 
 def _ambiguous(readings: Iterable[Columns]) -> UserError:

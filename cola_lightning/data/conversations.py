@@ -188,10 +188,16 @@ def pair(row: Row, columns: Columns) -> Pair:
 
 
 def _prompt(row: Row, columns: Columns) -> tuple[str, int]:
-    """The system prompt, the instruction and its input, with an empty line between; and the length of the system prompt."""
-    system, after = (_optional(row, columns, part) for part in ("system", "input"))
+    """The system prompt and what is asked, with an empty line between; and the length of the former, with that line."""
+    system = _optional(row, columns, "system")
     before = f"{system}\n\n" if system else ""
-    return "\n\n".join([before + _text(row, columns["prompt"]), *[after] * bool(after)]), len(before)
+    return before + _question(row, columns), len(before)
+
+
+def _question(row: Row, columns: Columns) -> str:
+    """The instruction and its input, with an empty line between."""
+    after = _optional(row, columns, "input")
+    return _text(row, columns["prompt"]) + (f"\n\n{after}" if after else "")
 
 
 def _response(row: Row, columns: Columns) -> str:
@@ -202,8 +208,7 @@ def _response(row: Row, columns: Columns) -> str:
 
 def _prompt_turns(row: Row, columns: Columns) -> list[Message]:
     """A prompt as a user's turn, after the system's if there is one."""
-    turns = user_turn(_prompt(row, {part: name for part, name in columns.items() if part != "system"})[0])
-    system = _optional(row, columns, "system")
+    turns, system = user_turn(_question(row, columns)), _optional(row, columns, "system")
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 

@@ -158,13 +158,10 @@ def identity_of_tokenizer(tokenizer: Any) -> str | None:
     kind = type(tokenizer)
     if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
         return None
-    digest = hashlib.sha256()
-    identity = (transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__)
+    identity = transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__
     # The backend's serialisation omits split_special_tokens.
-    for part in (*identity, tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template):
-        digest.update(repr(part).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    return digest.hexdigest()
+    own = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
+    return hashlib.sha256(repr((identity, own, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow] | UnusableRow]:

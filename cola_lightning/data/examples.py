@@ -1,5 +1,6 @@
 """Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,12 @@ from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.chat import fit_prompt
 from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, TooLong, n_common, pad_left, tokenize, truncate_left
-from cola_lightning.data.report import RowReport, usable
+from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
 Loss = Literal["options", "answer"]
-ENCODED_TOGETHER = 1_000  # rows
-N_SHOWN = 8  # examples that show whether all have the same options
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,6 @@ class Example:
         accepted: indices of all options that count as right, if there are several.
         references: if the answer is generated: the answers it is compared with.
 
-    Raises:
-        UnusableRow: if two options are equal.
-
     Example:
         >>> Example("The film was dull. It was", (" terrible", " great"), answer=0).right().options
         (' terrible',)
@@ -50,10 +46,6 @@ class Example:
     place: str = "an example"
     accepted: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(set(self.options)) < len(self.options):
-            raise UnusableRow("two options are equal")
 
     @property
     def is_generated(self) -> bool:
@@ -130,7 +122,7 @@ def encode_examples(
 
     Returns:
         Each example in tokens, or the reason why it cannot be used: an option that is too long, that adds no token to its
-        prompt, or that differs from another only in spaces.
+        prompt, or that equals another, or differs from it only in spaces.
 
     Raises:
         UserError: if ``max_length`` leaves no room.
@@ -138,93 +130,63 @@ def encode_examples(
     Source: princeton-nlp/MeZO, large_models/utils.py, encode_prompt.
     """
     if max_length <= MAX_NEW_TOKENS + 1 and any(example.is_generated for example in examples):
-        raise UserError(f"data.max_length: expected over {MAX_NEW_TOKENS + 1} with generated answers, received {max_length}")
+        raise UserError(f"data.max_length must be above {MAX_NEW_TOKENS + 1} if answers are generated, got {max_length}")
     template = ChatTemplate(tokenizer) if is_chat else None
 
     def texts(example: Example) -> list[str]:
         """The prompt, and the prompt with each option."""
-        if is_learned:
-            example = example.right()
-        prompt = template.prompt(Conversation(user_turn(example.prompt))) if template else example.prompt
-        return _stripped([prompt + option for option in ("", *example.options)], is_whole=is_chat)
+        options = [option if is_chat else option.rstrip(" ") for option in example.options]
+        if len({*options}) < len(options):
+            raise UnusableRow("two options are equal, or differ only in spaces")
+        used = example.right() if is_learned else example
+        prompt = template.prompt(Conversation(user_turn(used.prompt))) if template else used.prompt
+        found = [prompt + option for option in ("", *used.options)]
+        return found if is_chat else [text.lstrip().rstrip(" ") for text in found]
 
     def tokens(some: list[list[str]]) -> Iterator[list[list[int]]]:
         ids = iter(tokenize(tokenizer, [text for one in some for text in one], is_whole=is_chat))
         return (list(itertools.islice(ids, len(one))) for one in some)
 
     def encode(one: tuple[Example, Any]) -> EncodedExample:
-        example, ids = one
-        if isinstance(ids, UnusableRow):
-            raise ids
+        example, found = one
+        if isinstance(found, UnusableRow):
+            raise found
+        prompt, *wholes = found
+        befores, options = [ids[: len(prompt)] for ids in wholes], [ids[len(prompt) :] for ids in wholes]
+        if not prompt or not all(options):
+            raise UnusableRow("the prompt, or an option, adds no tokens")
         room = max_length - MAX_NEW_TOKENS if example.is_generated else max_length
-        n_answer = max(1, room - max(2, room // PROMPT_SHARE)) if example.is_generated else None
+        n_option = max(map(len, options), default=0)
+        n_lost = max(len(prompt) + n_option - room, 0)
+        if n_lost and too_long == "skip":
+            raise UnusableRow(TOO_LONG)
+        if n_option >= room:  # one token of the prompt must stay
+            if not example.is_generated:
+                raise UnusableRow(f"an option is {TOO_LONG}")
+            n_option = max(1, room - max(2, room // PROMPT_SHARE))
+            options = [ids[:n_option] for ids in options]
+        if n_lost and template:  # the template's tokens around the prompt stay
+            text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
+            (prompt,) = tokenize(tokenizer, [text], is_whole=True)
+            befores = [prompt for _ in options]
         used = example.right() if is_learned else example
-        return _encode(tokenizer, used, ids, room, n_answer, template, may_shorten=too_long == "shorten")
+        prompt_ids = truncate_left(prompt, room, tokenizer) if used.is_generated else []
+        sequences = [truncate_left(before + ids, room, tokenizer) for before, ids in zip(befores, options, strict=True)]
+        return _with_prefixes(EncodedExample(used, [], [], options, prompt_ids, 0, n_lost), sequences)
 
     return each(encode, zip(examples, together(tokens, each(texts, examples)), strict=True))
 
 
-def _stripped(texts: list[str], *, is_whole: bool) -> list[str]:
-    if not is_whole:
-        texts = [text.lstrip().rstrip(" ") for text in texts]
-    if len({*texts[1:]}) < len(texts) - 1:
-        raise UnusableRow("two options differ only in spaces")
-    return texts
-
-
-def _encode(
-    tokenizer: Any,
-    example: Example,
-    tokens: list[list[int]],
-    room: int,
-    n_answer: int | None,
-    template: ChatTemplate | None,
-    *,
-    may_shorten: bool,
-) -> EncodedExample:
-    """Encodes an example.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        example: the example.
-        tokens: of its prompt, and of the prompt with each option.
-        room: how many tokens prompt and option may have.
-        n_answer: how many tokens of an answer stay that is too long; None: an option to choose, which stays whole.
-        template: the chat template of the prompt; None: there is none.
-        may_shorten: whether an example that is too long can be used.
-    """
-    prompt, *texts = tokens
-    if not prompt:
-        raise UnusableRow("the prompt has no tokens")
-    n_option = max((len(ids) - len(prompt) for ids in texts), default=0)
-    if any(len(ids) <= len(prompt) for ids in texts):
-        raise UnusableRow("an option adds no tokens to the prompt")
-    n_lost = max(len(prompt) + n_option - room, 0)
-    if n_lost and not may_shorten:
-        raise UnusableRow(TOO_LONG)
-    if n_option >= room:  # one token of the prompt must stay
-        if n_answer is None:
-            raise UnusableRow(f"an option is {TOO_LONG}")
-        texts, n_option = [ids[: len(prompt) + n_answer] for ids in texts], n_answer
-    if n_lost and template:  # the template's tokens around the prompt stay
-        text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
-        options = [ids[len(prompt) :] for ids in texts]
-        (prompt,) = tokenize(tokenizer, [text], is_whole=True)
-        texts = [prompt + ids for ids in options]
-    prefixes: list[list[int]] = []
-    prefix_of, option_ids = [], []
-    for ids in texts:
-        cut = truncate_left(ids, room, tokenizer)
-        if cut[:-1] not in prefixes:
-            prefixes.append(cut[:-1])
-        prefix_of.append(prefixes.index(cut[:-1]))
-        option_ids.append(cut[len(prompt) - len(ids) :])
-    prompt_ids = truncate_left(prompt, room, tokenizer) if example.is_generated else []
-    if not texts:
-        return EncodedExample(example, [], [], [], prompt_ids, 0, n_lost)
-    n_free = min(len(prefixes[k]) - len(ids) for k, ids in zip(prefix_of, option_ids, strict=True))
+def _with_prefixes(encoded: EncodedExample, sequences: list[list[int]]) -> EncodedExample:
+    """The encoded example with its prefixes: of each option, what its sequence has before the last token."""
+    if not sequences:
+        return encoded
+    befores = [ids[:-1] for ids in sequences]
+    prefixes = [ids for k, ids in enumerate(befores) if ids not in befores[:k]]
+    n_free = min(len(before) - len(ids) for before, ids in zip(befores, encoded.option_ids, strict=True))
     n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
-    return EncodedExample(example, prefixes, prefix_of, option_ids, prompt_ids, max(n_shared, 0), n_lost)
+    prefix_of = [prefixes.index(ids) for ids in befores]
+    return replace(encoded, prefixes=prefixes, prefix_of=prefix_of, n_shared=max(n_shared, 0))
 
 
 # ---------------------------------------------------------------------- batches
@@ -245,28 +207,23 @@ def collate_options(
     if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
         return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
-    n_options, n_tokens = max(len(row.option_ids) for row in rows), max(len(ids) for row in rows for ids in row.option_ids)
-    option_ids = torch.full((len(rows), n_options, n_tokens), IGNORE_INDEX)
-    option_rows = torch.zeros(len(rows), n_options, dtype=torch.long)
-    first = 0
+    n_options = max(len(row.option_ids) for row in rows)
+    option_ids, option_rows, first = list[list[int]](), torch.zeros(len(rows), n_options, dtype=torch.long), 0
     for i, row in enumerate(rows):
-        for k, (ids, prefix) in enumerate(zip(row.option_ids, row.prefix_of, strict=True)):
-            option_ids[i, k, n_tokens - len(ids) :] = torch.tensor(ids)
-            option_rows[i, k] = first + prefix
+        n_own = len(row.option_ids)
+        option_ids += [*row.option_ids, *[[]] * (n_options - n_own)]
+        option_rows[i, :n_own] = torch.tensor(row.prefix_of) + first
         first += len(row.prefixes)
     if any(row.example.accepted for row in rows):
-        accepted = torch.zeros(len(rows), n_options, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            answers = row.example.accepted or ([] if row.example.answer is None else [row.example.answer])
-            accepted[i, list(answers)] = True
-        batch["accepted"] = accepted
+        right = [row.example.accepted or [row.example.answer] for row in rows]
+        batch["accepted"] = torch.tensor([[k in places for k in range(n_options)] for places in right])
     if len(prefixes) > len(rows):
         batch["n_sequences"] = torch.tensor([len(row.prefixes) for row in rows])
         batch["n_shared"] = torch.tensor([row.n_shared for row in rows])
     return batch | {
         "input_ids": pad_left(prefixes, pad),
         "attention_mask": pad_left([[1] * len(prefix) for prefix in prefixes], 0),
-        "option_ids": option_ids,
+        "option_ids": pad_left(option_ids, IGNORE_INDEX).view(len(rows), n_options, -1),
         "option_rows": option_rows,
         "answer": torch.tensor([IGNORE_INDEX if row.example.answer is None else row.example.answer for row in rows]),
     }
@@ -286,18 +243,18 @@ class OptionBatches(TokenizedDataModule):
     metric: str | None = None
     apply_chat_template = False
     generate_rows: int | None = None
-    _trained: Sequence[Example] = ()  # the first training rows, which show how rows look where no others are evaluated
+
+    @functools.cached_property
+    def _options(self) -> set[tuple[str, ...] | None]:
+        """The different options of the examples that were encoded; None: of those whose answer is generated."""
+        return set()
 
     @override
     def val_dataloader(self) -> Any:
         trainer, n_rows = self.trainer, self.generate_rows
-        if (
-            n_rows is None
-            or trainer is None
-            or not self.val
-            or trainer.state.fn != "fit"
-            or not getattr(trainer.lightning_module, "generate_in_validation", False)
-        ):
+        if n_rows is None or not self.val or trainer is None or trainer.state.fn != "fit":
+            return super().val_dataloader()
+        if not getattr(trainer.lightning_module, "generate_in_validation", False):
             return super().val_dataloader()
         n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
         n_asked = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
@@ -312,16 +269,14 @@ class OptionBatches(TokenizedDataModule):
     @property
     @override
     def prompt_format(self) -> dict[str, Any]:
-        rows = getattr(self, "val", None) or getattr(self, "test", None)
-        examples = [row.example for row in rows or [] if isinstance(row, EncodedExample)] or self._trained
-        if not examples:
+        if not self._options:
             return {}
-        kind = "answer" if examples[0].references else "options"
         prompt, options = self.templates()
-        if kind == "options" and options is None and all(example.options == examples[0].options for example in examples):
-            options = [option.replace("{", "{{").replace("}", "}}") for option in examples[0].options]
-        known = {"prompt": prompt} | ({"options": options} if kind == "options" else {})
-        return {"kind": kind, "chat_template": self.apply_chat_template} | known
+        if None in self._options:
+            return {"kind": "answer", "chat_template": self.apply_chat_template, "prompt": prompt}
+        if options is None and len(self._options) == 1:
+            options = [option.replace("{", "{{").replace("}", "}}") for one in self._options for option in one or ()]
+        return {"kind": "options", "chat_template": self.apply_chat_template, "prompt": prompt, "options": options}
 
     def templates(self) -> tuple[str | None, list[str] | str | None]:
         """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
@@ -340,12 +295,11 @@ class OptionBatches(TokenizedDataModule):
         Returns:
             Each example in tokens, or the reason why it cannot be used.
         """
-        if is_learned:
-            self._trained = [*self._trained, *examples][:N_SHOWN]
+        self._options |= {None if example.is_generated else example.options for example in examples}
         options: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
         return encode_examples(self.tokenizer, examples, self.max_length, too_long=self.too_long, **options)
 
-    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], part: str) -> list[EncodedExample]:
+    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], part: str) -> tuple[list[EncodedExample], RowReport]:
         """Converts rows to examples and encodes them; rows that cannot be used are skipped and counted.
 
         Args:
@@ -353,19 +307,11 @@ class OptionBatches(TokenizedDataModule):
             example: makes an example of a row.
             part: ``train``, ``val``, ``test`` or ``predict``.
         """
-
-        def encode(some: list[Example]) -> list[EncodedExample | UnusableRow]:
-            return self.encode_examples(some, is_learned=part == "train")
-
-        report, encoded = RowReport(), list[EncodedExample]()
-        for start in range(0, len(rows), ENCODED_TOGETHER):
-            some = list(rows[start : start + ENCODED_TOGETHER])
-            found: list[Any] = together(encode, each(example, some))
-            encoded += usable(found, (row.place for row in some), report)
+        encode = functools.partial(self.encode_examples, is_learned=part == "train")
+        encoded, report = rows.encoded(lambda some: together(encode, each(example, some)))
         report.n_shortened, report.n_lost = sum(one.n_lost > 0 for one in encoded), sum(one.n_lost for one in encoded)
         report.n_tokens = sum(len(prefix) + 1 for one in encoded for prefix in one.prefixes)
-        self._reports.append(report)
-        return encoded
+        return encoded, report
 
     @override
     def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
@@ -388,7 +334,9 @@ class OptionDataModule(OptionBatches):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
-        report = RowReport()
-        encoded = usable(self.encode_examples(examples), (example.place for example in examples), report)
-        report.check(0)
+        encoded = list[EncodedExample]()
+        for example, outcome in zip(examples, self.encode_examples(examples), strict=True):
+            if isinstance(outcome, UnusableRow):
+                raise UserError(f"{example.place}: {outcome}")
+            encoded.append(outcome)
         return encoded

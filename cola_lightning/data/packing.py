@@ -18,13 +18,14 @@ class Packs:
     """The rows of a data set in packs: each row is in one of them, and the packs are the same in every epoch.
 
     Args:
-        rows: the data set, of encoded rows.
+        rows: the data set, of encoded rows, in Arrow.
         lengths: the rows' lengths, in tokens.
         max_length: the length of a pack.
         seed: which of several rows of one length is packed first: their order in the data may be by subject.
 
     Example:
-        >>> rows = [{"input_ids": [k] * n, "spans": [1, n]} for k, n in enumerate([5, 3, 2, 4])]
+        >>> import datasets
+        >>> rows = datasets.Dataset.from_list([{"input_ids": [k] * n} for k, n in enumerate([5, 3, 2, 4])])
         >>> [[row["input_ids"] for row in pack] for pack in Packs(rows, [5, 3, 2, 4], 7, seed=0)]
         [[[0, 0, 0, 0, 0], [2, 2]], [[3, 3, 3, 3], [1, 1, 1]]]
     """
@@ -45,9 +46,7 @@ class Packs:
     def __getitems__(self, packs: Sequence[int]) -> list[list[LanguageRow]]:
         """The rows of several packs, read together."""
         places = [self.places[self.ends[pack - 1] if pack else 0 : self.ends[pack]].tolist() for pack in packs]
-        wanted = list(chain.from_iterable(places))
-        read = getattr(self.rows, "__getitems__", None)
-        rows = iter(read(wanted) if read else [self.rows[place] for place in wanted])
+        rows = iter(self.rows.__getitems__(list(chain.from_iterable(places))))
         return [[next(rows) for _ in own] for own in places]
 
 

@@ -1,12 +1,8 @@
 """What becomes of the rows of a data set before training: which are used, skipped or shortened, and why."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from cola_lightning.errors import UnusableRow, UserError
-
-T = TypeVar("T")
+from cola_lightning.errors import UserError
 
 REASONS_SHOWN = 4
 
@@ -22,6 +18,7 @@ class RowReport:
         n_tokens: the tokens that are used.
         n_trained: how many of these tokens have a loss; 0 if they have none, as in classification.
         skipped: for each reason why rows were skipped, their number and the place of the first one.
+        notes: what else the log should say about these rows, each line once.
 
     Example:
         >>> report = RowReport(n_rows=52_002, n_shortened=37, n_lost=1_203, n_tokens=11_200_000, n_trained=4_100_000)
@@ -37,6 +34,7 @@ class RowReport:
     n_tokens: int = 0
     n_trained: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
 
     def skip(self, reason: str, place: str, n_rows: int = 1) -> None:
         """Counts rows that were skipped.
@@ -103,21 +101,3 @@ def _rounded(number: int) -> str:
     if number >= 10**6:
         return f"{number / 10**6:.1f} M"
     return f"{number / 1000:.1f} k" if number >= 10**4 else f"{number:,}"
-
-
-def usable(outcomes: Iterable[T | UnusableRow], places: Iterable[str], report: RowReport) -> list[T]:
-    """What was made of the rows that can be used.
-
-    Args:
-        outcomes: what was made of each row, or the reason why it cannot be used.
-        places: the rows' places.
-        report: counts the rows, and those that are skipped.
-    """
-    made = []
-    for outcome, place in zip(outcomes, places, strict=True):
-        report.n_rows += 1
-        if isinstance(outcome, UnusableRow):
-            report.skip(str(outcome), place)
-        else:
-            made.append(outcome)
-    return made

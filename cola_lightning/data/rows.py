@@ -1,10 +1,8 @@
 """Rows of a data set: their fields by name and type, and the split they are in, in Arrow and memory-mapped by ``datasets``."""
 
 import copy
-import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,9 +15,10 @@ from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 S = TypeVar("S")
 T = TypeVar("T")
-# Makes, of each row, rows of tokens or the reason why it cannot be used; calls its second argument with lines for the log.
-Encode = Callable[["list[Row]", Callable[[str], object]], "Sequence[list[dict[str, Any]] | UnusableRow]"]
+# Makes, of each row, rows of tokens or the reason why it cannot be used. It adds notes to its second argument, for the log.
+Encode = Callable[["list[Row]", set[str]], "Sequence[list[dict[str, Any]] | UnusableRow]"]
 
+ENCODED_TOGETHER = 1_000  # rows
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
 
 
@@ -41,37 +40,35 @@ class Row(dict[str, Any]):
 
     may_lack_target = False
 
-    def __init__(self, fields: dict[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(self, fields: Mapping[str, Any], place: str, class_names: Mapping[str, list[str]] | None = None) -> None:
         super().__init__(fields)
         self.place, self.class_names = place, class_names or {}
 
     def __missing__(self, field: str) -> Any:
         fields = ", ".join(repr(shortened_text(name)) for name in self) or "no field"
-        raise UserError(f"{self.place}: expected the field {field!r}, received {fields}")
+        raise UserError(f"{self.place}: there is no field {field!r} among {fields}")
 
     def refused(self, field: str, expected: str) -> UnusableRow:
         """The error for a field's value in this row."""
         value = "null" if self[field] is None else repr(shortened_text(str(self[field])))
         return UnusableRow(f"the field {field!r} is {value}, not {expected}")
 
+    def _typed(self, field: str, kind: type[T], expected: str) -> T:
+        if not isinstance(value := self[field], kind) or value == []:
+            raise self.refused(field, expected)
+        return value
+
     def text(self, field: str) -> str:
         """A field that holds text."""
-        if not isinstance(value := self[field], str):
-            raise self.refused(field, "text")
-        return value
+        return self._typed(field, str, "text")
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of at least one text."""
-        values = self[field]
-        if not isinstance(values, list | tuple) or not values:
-            raise self.refused(field, "a list of texts")
-        return tuple(Row({field: value}, self.place).text(field) for value in values)
+        return tuple(Row({field: value}, self.place).text(field) for value in self._typed(field, list, "a list of texts"))
 
     def inner(self, field: str) -> "Row":
         """A field that holds an object."""
-        if not isinstance(value := self[field], dict):
-            raise self.refused(field, "an object")
-        return Row(value, self.place)
+        return Row(self._typed(field, dict, "an object"), self.place)
 
     def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
         """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
@@ -138,6 +135,9 @@ class Rows:
         numbers: the positions of these rows in the split; None: all.
 
     Attributes:
+        columns: the names of the fields.
+        lists: the names of the fields that hold lists.
+        class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
         columns_given: the columns that the user has named for their source alone; None: those of the data module.
     """
@@ -146,36 +146,30 @@ class Rows:
     columns_given: Mapping[str, str] | None = None
 
     def __init__(self, data: Any, place: str, numbers: Any = None) -> None:
-        self.data, self.place = data, place
-        self.numbers = np.arange(len(data)) if numbers is None else np.asarray(numbers, dtype=np.int64)
-        features = data.features or {}
-        self.class_names = {name: feature.names for name, feature in features.items() if hasattr(feature, "names")}
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the fields."""
-        return list(self.data.column_names)
-
-    @property
-    def lists(self) -> list[str]:
-        """The names of the fields that hold lists."""
         import datasets
 
+        self.data, self.place = data, place
+        self.numbers = np.arange(len(data)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+        self.columns = list(data.column_names)
+        self.class_names = {name: feature.names for name, feature in data.features.items() if hasattr(feature, "names")}
         kinds = (list, datasets.List, datasets.LargeList)
-        return [name for name, feature in (self.data.features or {}).items() if isinstance(feature, kinds)]
+        self.lists = [name for name, feature in data.features.items() if isinstance(feature, kinds)]
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, some: slice) -> "Rows":
-        return self.of(self.numbers[some])
+    def __getitem__(self, some: Any) -> Any:
+        """Some of the rows, as Rows; or one, as a Row."""
+        if isinstance(some, slice):
+            return self.of(self.numbers[some])
+        return self._row(self.data[int(self.numbers[some])], int(self.numbers[some]))
 
     def __iter__(self) -> Iterator[Row]:
         for number, fields in zip(self.numbers, self._selected(), strict=True):
             yield self._row(fields, int(number))
 
     def _row(self, fields: Mapping[str, Any], number: int) -> Row:
-        row = Row(dict(fields), f"{self.place}, row {number + 1}", self.class_names)
+        row = Row(fields, f"{self.place}, row {number + 1}", self.class_names)
         row.may_lack_target = self.may_lack_targets
         return row
 
@@ -199,9 +193,25 @@ class Rows:
         """The different values of a field."""
         return list(self._selected().unique(field))
 
+    def encoded(self, encode: Callable[[list[Row]], Iterable[T | UnusableRow]]) -> tuple[list[T], RowReport]:
+        """What is made of the rows that can be used, in a list; and a report on all of them.
+
+        Args:
+            encode: makes something of each row, or the reason why it cannot be used; called with a thousand rows at a time.
+        """
+        made, report = list[T](), RowReport(len(self))
+        for start in range(0, len(self), ENCODED_TOGETHER):
+            rows = list(self[start : start + ENCODED_TOGETHER])
+            for row, outcome in zip(rows, encode(rows), strict=True):
+                if isinstance(outcome, UnusableRow):
+                    report.skip(str(outcome), row.place)
+                else:
+                    made.append(outcome)
+        return made, report
+
     def mapped(
         self, encode: Encode, features: Mapping[str, Any], identity: str | None, num_proc: int | None = None
-    ) -> tuple[Any, RowReport, list[str]]:
+    ) -> tuple[Any, RowReport]:
         """Encodes the rows, a thousand at a time, into a data set that is memory-mapped, too, and cached by ``datasets``.
 
         Args:
@@ -211,44 +221,42 @@ class Rows:
             num_proc: processes that encode; None: this one.
 
         Returns:
-            The data set, with a column ``length``; a report on the rows; and what ``encode`` said of them. The last two are
-            stored with the rows, so that a start from the cache has them, too.
+            The data set, with a column ``length``, and a report on the rows. The report is stored with the rows, so that a
+            start from the cache says the same.
         """
         import datasets
+        from datasets.fingerprint import get_temporary_cache_files_directory
 
-        stored = {**features, "length": "int32", "lost": "int32", "skipped": ["string"], "said": ["string"]}
+        stored = {**features, "length": "int32", "lost": "int32", "skipped": ["string"], "notes": ["string"]}
 
         def batch(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
             fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             rows = [self._row(one, int(self.numbers[place])) for one, place in zip(fields, places, strict=True)]
-            said: dict[str, None] = {}
-            made = list[dict[str, Any]]()
-            for row, outcome in zip(rows, encode(rows, said.setdefault), strict=True):
+            notes, made = set[str](), list[dict[str, Any]]()
+            for row, outcome in zip(rows, encode(rows, notes), strict=True):
                 # A row that is skipped leaves one without tokens, which holds the reason.
                 made += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
             for one in made:
                 one["length"] = len(one.get("input_ids", ()))
-            made[0]["said"] = list(said)  # each row has made at least one
+            made[0]["notes"] = sorted(notes)  # each row has made at least one
             return {name: [one.get(name, [] if isinstance(kind, list) else 0) for one in made] for name, kind in stored.items()}
 
-        digest = hashlib.sha256(os.urandom(16) if identity is None else identity.encode())
-        digest.update(self.numbers.tobytes())
-        digest.update(repr(sorted(stored.items())).encode())
-        for file in self.data.cache_files:
-            status = os.stat(file["filename"])
-            digest.update(repr((file["filename"], status.st_size, status.st_mtime_ns)).encode())
+        paths = [file["filename"] for file in self.data.cache_files]
+        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        known = repr((identity or os.urandom(16), sorted(stored.items()), files)).encode()
+        fingerprint = hashlib.sha256(known + self.numbers.tobytes()).hexdigest()[:32]
         values = {
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
             for name, kind in stored.items()
         }
-        fingerprint = digest.hexdigest()[:32]
+        file = None if identity else f"{get_temporary_cache_files_directory()}/{fingerprint}.arrow"  # deleted at the end
         with progress_bar_if(len(self) >= WORTH_A_BAR):
             data = self._selected().map(
                 batch,
                 batched=True,
                 with_indices=True,
                 new_fingerprint=fingerprint,
-                cache_file_name=None if identity else f"{_folder_until_exit().name}/{fingerprint}.arrow",
+                cache_file_name=file,
                 num_proc=num_proc,
                 desc=f"{self.place}: preparing rows",
                 remove_columns=self.columns,
@@ -257,12 +265,12 @@ class Rows:
         return _without_skipped(data, len(self))
 
 
-def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport, list[str]]:
-    """Encoded rows that can be used, a report on all of them, and what was said of them."""
+def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport]:
+    """Encoded rows that can be used, and a report on all of them."""
     columns = data.with_format("arrow")
-    flat = {name: columns[name][:].combine_chunks().flatten() for name in ("skipped", "said")}
+    flat = {name: columns[name][:].combine_chunks().flatten() for name in ("skipped", "notes")}
     lengths, lost = (data.with_format("numpy")[name][:] for name in ("length", "lost"))
-    report = RowReport(n_rows, int((lost > 0).sum()), int(lost.sum()), int(lengths.sum()))
+    report = RowReport(n_rows, int((lost > 0).sum()), int(lost.sum()), int(lengths.sum()), notes={*flat["notes"].to_pylist()})
     if "spans" in data.column_names:
         edges = columns["spans"][:].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         report.n_trained = int(edges[1::2].sum() - edges[::2].sum())
@@ -271,13 +279,7 @@ def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport, list[str]]
         report.skip(reason, place)
     if reasons:
         data = data.select(np.flatnonzero(lengths))
-    return data.remove_columns(["lost", "skipped", "said"]), report, flat["said"].unique().to_pylist()
-
-
-@functools.cache
-def _folder_until_exit() -> tempfile.TemporaryDirectory[str]:
-    """A folder for rows that cannot be cached; it is deleted when Python exits."""
-    return tempfile.TemporaryDirectory()
+    return data.remove_columns(["lost", "skipped", "notes"]), report
 
 
 def each(make: Callable[[S], T], items: Iterable[S | UnusableRow]) -> list[T | UnusableRow]:
@@ -307,11 +309,11 @@ def progress_bar_if(is_shown: bool) -> Iterator[None]:
     """Inside the block: the progress bars of ``datasets``, or none."""
     import datasets
 
-    if is_shown or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
+    are_on = not datasets.are_progress_bars_disabled()
+    if not is_shown:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if are_on:
+            datasets.enable_progress_bars()

@@ -10,24 +10,25 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Rows
+from cola_lightning.data.rows import Encode, Rows
 from cola_lightning.data.splits import (
     Splits,
     TextUnit,
     as_count,
     check_shares,
-    check_source,
     choose_split,
     draw,
     draw_parts,
     files_identity,
     is_file,
+    is_on_hub,
     load_splits,
 )
 from cola_lightning.errors import UserError
@@ -70,11 +71,9 @@ class TokenizedDataModule(EpochDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
         self.length_grouped = length_grouped
-        if max_length < 2:
-            raise UserError(f"data.max_length: expected at least 2 tokens, received {max_length}")
+        check_sizes(max_length=max_length)
         self._max_length = max_length
         self._tokenizer_of_worker: Any = None
-        self._reports: list[RowReport] = []  # of the part that is being encoded
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -156,8 +155,7 @@ class SourceDataModule(TokenizedDataModule):
             ``skip``.
     """
 
-    takes_columns = False  # of each source
-    _predicted: Sequence[Rows] = ()  # the rows that predict takes, if each is encoded
+    _predicted: Any = None  # the rows that predict takes, if each is encoded
 
     def __init__(
         self,
@@ -209,11 +207,11 @@ class SourceDataModule(TokenizedDataModule):
         else:
             listed = [Source(one) if isinstance(one, str) else one for one in self.source]
         for one in listed:
-            check_source(one.source, one.subset, one.revision)
-            if one.columns and not self.takes_columns:
-                raise UserError(f"data.source: columns of a source are for TextDataModule, received {one.columns}")
+            named = [f"data.{name}" for name in ("subset", "revision") if getattr(one, name) is not None]
+            if named and not is_on_hub(one.source):
+                raise UserError(f"{named[0]} is for a data set of the hub, and {one.source!r} is on this machine")
             if not 0 < one.share <= 1:
-                raise UserError(f"data.source: share must be above 0 and at most 1, received {one.share}")
+                raise UserError(f"data.source: share must be above 0 and at most 1, got {one.share}")
         return listed
 
     @functools.cached_property
@@ -284,11 +282,14 @@ class SourceDataModule(TokenizedDataModule):
             if not parts.get(part):
                 how = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {how}.")
-            self._reports = []
-            encoded = joined([self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]])
-            for report in self._reports:  # of each source
+            found = [self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]]
+            encoded = joined([rows for rows, _ in found])
+            for _, report in found:  # of each source
                 total += report
-                self._log(f"{PURPOSES[part]}: {report}")
+                for note in sorted(report.notes):
+                    self._log(note)
+                if report.n_rows:  # of a stream, none is read yet
+                    self._log(f"{PURPOSES[part]}: {report}")
             if isinstance(encoded, Sized) and not len(encoded):
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[part]}{reasons}")
@@ -298,7 +299,7 @@ class SourceDataModule(TokenizedDataModule):
         may_be_long = self.too_long == "shorten" or skips_none
         total.check(0 if skips_none else self.max_skipped, None if may_be_long else TOO_LONG)
         is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))  # else an index is not its row's
-        self._predicted = parts["test"] if is_whole else []
+        self._predicted = ConcatDataset(parts["test"]) if is_whole else None
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -321,14 +322,13 @@ class SourceDataModule(TokenizedDataModule):
         return cast(Rows, self._train(splits) if rows is None else rows).lacking_targets()
 
     def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
-        sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
-        own, parts = {part: self._own(splits, part) for part in ("val", "test")}, dict[str, Any]()
-        drawn = {"train": self.train_size}
-        for part, rows in own.items():
-            if rows is not None and sizes[part] != 0 and part in names:
-                parts |= draw_parts(rows, {part: sizes[part]}, self.split_seed)
-            elif rows is None and (sizes[part] or (part == "val" and sizes[part] is None)):
-                drawn[part] = sizes[part]
+        parts, drawn = dict[str, Any](), {"train": self.train_size}
+        for part, size in (("val", self.val_size), ("test", self.test_size)):
+            rows = self._own(splits, part)
+            if rows is not None and size != 0 and part in names:
+                parts |= draw_parts(rows, {part: size}, self.split_seed)
+            elif rows is None and (size or (part == "val" and size is None)):
+                drawn[part] = size
         if not drawn.keys().isdisjoint(names):
             train = self._train(splits)
             parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
@@ -342,10 +342,7 @@ class SourceDataModule(TokenizedDataModule):
         groups = self.groups(rows) if is_drawn else None
         drawn = draw_parts(rows, sizes, self.split_seed, groups)
         counts = ", ".join(f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items())
-        of_splits = [
-            f"{some.place}: {len(some)}{f' of {len(some.data)}' * (len(some) < len(some.data))} for {PURPOSES[part]}"
-            for part, some in own.items()
-        ]
+        of_splits = [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in own.items()]
         self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
         return drawn
 
@@ -355,40 +352,25 @@ class SourceDataModule(TokenizedDataModule):
         Args:
             places: the rows' indices among those that predict takes.
         """
-        if not self._predicted:
-            return [{} for _ in places]
-        found = []
-        for place in places:
-            for rows in self._predicted:
-                if place < len(rows):
-                    found.append(dict(rows.data[int(rows.numbers[place])]))
-                    break
-                place -= len(rows)
-        return found
+        return [dict(self._predicted[place]) if self._predicted else {} for place in places]
 
     # ------------------------------------------------------------------ rows in Arrow
 
-    def map_rows(self, rows: Rows, features: Mapping[str, Any], *options: Any, encode: Any) -> Any:
+    def map_rows(self, rows: Rows, features: Mapping[str, Any], *options: Any, encode: Encode) -> tuple[Any, RowReport]:
         """Encodes rows to Arrow, see :meth:`~cola_lightning.data.rows.Rows.mapped`: a column ``length`` is added.
-
-        Rows that cannot be used are skipped and counted; the log says so.
 
         Args:
             rows: the rows.
             features: the types of the columns that ``encode`` makes: ``int32``, or ``[int32]`` for a list.
             *options: plain values on which it depends, besides the rows and the tokenizer.
-            encode: makes of each row dicts, or the reason why it cannot be used; its second argument takes lines for the log.
+            encode: makes of each row dicts, or the reason why it cannot be used.
         """
         tokenizer, kind = identity_of_tokenizer(self.tokenizer), type(self)
         known = tokenizer, __version__, ENCODING, kind.__name__, self.max_length, options
         identity = None
         if tokenizer is not None and kind.__module__.startswith("cola_lightning."):  # code of another's may change unseen
             identity = json.dumps(known, sort_keys=True, default=str)
-        data, report, said = rows.mapped(encode, features, identity, self.num_proc)
-        self._reports.append(report)
-        for line in said:
-            self._log(line)
-        return data
+        return rows.mapped(encode, features, identity, self.num_proc)
 
     @override
     def lengths(self, data: Any) -> Sequence[int]:
@@ -409,7 +391,7 @@ class SourceDataModule(TokenizedDataModule):
         if self.test_size == 0 or not (own or self.test_size):
             return False
         try:
-            return all(len(self.encode(rows[:1], "test")) for rows in own)
+            return all(len(self.encode(rows[:1], "test")[0]) for rows in own if isinstance(rows, Rows))  # a stream is not read
         except UserError:  # it has no label, say
             return False
 
@@ -418,8 +400,8 @@ class SourceDataModule(TokenizedDataModule):
         return None
 
     @abstractmethod
-    def encode(self, rows: Rows, part: str) -> Any:
-        """Encodes rows for ``collate``.
+    def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
+        """Encodes rows for ``collate``, and reports which of them were skipped or shortened.
 
         Args:
             rows: the rows.

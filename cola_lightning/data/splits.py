@@ -61,13 +61,6 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in OF_DISK)
 
 
-def check_source(source: str, subset: str | None, revision: str | None = None) -> None:
-    """Refuses a subset or a revision of files on this machine."""
-    for name, value in (("subset", subset), ("revision", revision)):
-        if value is not None and not is_on_hub(source):
-            raise UserError(f"data.{name}: expected null for files on this machine, {source!r}, received {value!r}")
-
-
 def load_splits(
     source: str, subset: str | None = None, revision: str | None = None, text_unit: TextUnit = "paragraph"
 ) -> Splits[Rows]:
@@ -84,12 +77,16 @@ def load_splits(
         UserError: if there is no such file, folder, data set or subset, or it cannot be read.
         HubError: if the data set is on the hub, which cannot be reached.
     """
+    import datasets
+
     path = _path(source)
     if files := _matches(source):
         return {"train": _reader(files, source, text_unit)}
     if path.is_dir() and not _is_saved(path):
         return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_of(path).items()}
-    data = _saved(path) if path.is_dir() else hub_data(source, subset, revision)
+    data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
+    if not isinstance(data, dict):
+        data = {"train": data}
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
@@ -100,7 +97,7 @@ def choose_split(splits: Splits[S], given: str | None, names: Sequence[str], opt
         UserError: for a split that there is not; it lists those that there are.
     """
     if given is not None and given not in splits:
-        raise UserError(f"data.{option}: expected one of the splits {', '.join(splits)}, received {given!r}")
+        raise UserError(f"data.{option}: there is no split {given!r}; the splits are {', '.join(splits)}")
     return next((splits[name]() for name in ([given] if given else names) if name in splits), None)
 
 
@@ -136,26 +133,14 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
             name = path.name[: path.name.lower().rindex(ending)].lower()
-            parts = files.setdefault(split := SHARD.sub("", name), [])
-            parts.append(path)
-            if len(parts) > 1 and name == split:
-                received = " and ".join(part.name for part in parts)
-                raise UserError(f"data.source: expected one file for each split in {str(folder)!r}, received {received}")
+            files.setdefault(SHARD.sub("", name), []).append(path)
     if not files:
-        raise UserError(f"data.source: expected a file train{next(iter(READERS))} or alike in {str(folder)!r}, received none")
+        raise UserError(f"data.source: the folder {str(folder)!r} has no file such as train.csv or train.jsonl")
     return files
 
 
 def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:
     return functools.cache(lambda: Rows(_read(files, text_unit), place))
-
-
-def _saved(folder: Path) -> Mapping[str, Any]:
-    """The splits of a folder that ``datasets`` has saved to disk."""
-    import datasets
-
-    data: Any = datasets.load_from_disk(folder)
-    return data if isinstance(data, dict) else {"train": data}
 
 
 def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -167,18 +152,18 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     import datasets
     from pandas.errors import ParserWarning
 
-    if (ending := _ending(files[0].name)) is None:
-        endings = ", ".join(READERS)
-        raise UserError(f"data.source: expected a file that ends in {endings}, received {str(files[0])!r}")
-    if others := [file for file in files if READERS.get(_ending(file.name) or "") != READERS[ending]]:
-        raise UserError(f"data.source: expected files of one format, received {str(files[0])!r} and {str(others[0])!r}")
-    is_shown = sum(file.stat().st_size for file in files) > WORTH_A_BAR_BYTES
+    ending = _ending(files[0].name)
+    others = [file for file in files if _ending(file.name) != ending]
+    if ending is None or others:
+        found = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
+        raise UserError(f"data.source: files of rows must all have one of the endings {', '.join(READERS)}, got {found}")
+    n_bytes = sum(file.stat().st_size for file in files)
     try:
-        with warnings.catch_warnings(), progress_bar_if(is_shown):
+        with warnings.catch_warnings(), progress_bar_if(n_bytes > WORTH_A_BAR_BYTES):
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
-            how = _csv_options(files[0], "\t" if ending == ".tsv" else ",") if READERS[ending] == "csv" else {}
-            if ending == ".txt":
-                how = {"sample_by": "document" if text_unit == "file" else text_unit}
+            how = {"sample_by": "document" if text_unit == "file" else text_unit} if ending == ".txt" else {}
+            if READERS[ending] == "csv":
+                how = _csv_options(files[0], "\t" if ending == ".tsv" else ",")
             read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
             rows = read([str(file) for file in files], **how)
             if ending == ".txt":
@@ -186,7 +171,7 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"
-        raise UserError(f"data.source: expected rows that can be read, received {str(files[0])!r}: {reason}") from error
+        raise UserError(f"data.source: {str(files[0])!r} cannot be read: {reason}") from error
     if ending == ".tsv":
         _check_quotes(rows, files[0])
     return rows
@@ -199,11 +184,9 @@ def _csv_options(file: Path, sep: str) -> dict[str, Any]:
 
     with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
         names = next(csv.reader(lines, delimiter=sep))
-    if len({*names}) < len(names):  # pandas renames them
-        raise ValueError(f"columns of the same name, {', '.join(names)}")
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    null = {"keep_default_na": False, "na_values": [""]}
-    return {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"} | null
+    options = {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"}
+    return options | {"keep_default_na": False, "na_values": [""]}
 
 
 def _check_quotes(rows: Any, file: Path) -> None:
@@ -211,7 +194,7 @@ def _check_quotes(rows: Any, file: Path) -> None:
     import pyarrow.compute as pc
 
     if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in rows.data.columns):
-        raise UserError(f'{file}: expected cells without tabs; one that begins with a double quote is written """so"" it is"')
+        raise UserError(f'data.source: {file}: a cell that begins with a double quote is written """so"" it is"')
 
 
 # ---------------------------------------------------------------------- the hub
@@ -222,12 +205,12 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
     import datasets
 
     if _ending(source) is not None or not hub.is_repo_id(source):
-        raise UserError(f"data.source: expected a file, a folder or a data set on the hub (owner/name), received {source!r}")
+        raise UserError(f"data.source: {source!r} is no file, no folder and no data set of the hub (owner/name)")
     try:
         with hub.needed_for(f"data.source: {source!r}"):
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.source, data.subset: expected a data set, not {source!r}: {one_line(str(error))}") from error
+        raise UserError(f"data.source, data.subset: {source!r} cannot be loaded: {one_line(str(error))}") from error
 
 
 # ---------------------------------------------------------------------- parts of a split
@@ -237,7 +220,7 @@ def check_shares(**sizes: float | None) -> None:
     """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
     for field, size in sizes.items():
         if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
-            raise UserError(f"data.{field}: expected a whole number of rows, or a share up to 1.0, received {size}")
+            raise UserError(f"data.{field} must be a whole number of rows or a share up to 1.0, got {size}")
 
 
 def as_count(size: float, n_rows: int) -> int:
@@ -266,7 +249,7 @@ def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequen
         UserError: if there are fewer rows than the parts need.
     """
     if sum(sizes) > n_rows:
-        raise UserError(f"{what}: expected at least {sum(sizes)} rows, received {n_rows}")
+        raise UserError(f"{what}: {sum(sizes)} rows are needed, and there are {n_rows}")
     order: Any = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed)).numpy()
     if groups is not None:
         counts, seen = Counter(groups), Counter[object]()

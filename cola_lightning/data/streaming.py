@@ -32,16 +32,17 @@ class Stream:
         self.data, self.place = data, place
         self.n_held_out = 0  # rows, from the first, that are others' rows
 
-    def first(self, n_rows: int) -> Rows:
+    def __getitem__(self, first: slice) -> Rows:
         """Its first rows, read now."""
         import datasets
 
-        return Rows(datasets.Dataset.from_list(list(self.data.take(n_rows)), features=self.data.features), self.place)
+        rows = list(self.data.take(first.stop))[first]
+        return Rows(datasets.Dataset.from_list(rows, features=self.data.features), self.place)
 
     def held_out(self, n_rows: float | None) -> Rows:
         """Its next rows, read now, which are none of its training rows; None: 1,000."""
         start, self.n_held_out = self.n_held_out, self.n_held_out + int(n_rows or HELD_OUT)
-        return self.first(self.n_held_out)[start:]
+        return self[start : self.n_held_out]
 
     def encoded(
         self,
@@ -71,24 +72,21 @@ class Stream:
         from datasets.distributed import split_dataset_by_node
 
         if self.n_held_out and (n_workers or n_processes > 1):
-            raise UserError("data.streaming: expected validation and test splits with several processes or workers")
+            raise UserError("data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0")
 
-        report, said = RowReport(), set[str]()
-
-        def say(line: str) -> None:
-            if line not in said:
-                said.add(line)
-                log.info("%s", line)
+        report = RowReport()
 
         def batch(fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [Row(dict(zip(fields, values, strict=True)), self.place) for values in zip(*fields.values(), strict=True)]
-            encoded = encode(rows, say)
+            encoded = encode(rows, notes := set[str]())
             report.n_rows += len(rows)
-            for reason in (one for one in encoded if isinstance(one, UnusableRow)):
-                if str(reason) not in report.skipped:
-                    log.warning("%s: rows are skipped, the first of them after %d rows: %s", self.place, report.n_rows, reason)
-                report.skip(str(reason), self.place)
+            for reason in (str(one) for one in encoded if isinstance(one, UnusableRow)):
+                notes.add(f"{self.place}: rows are skipped: {reason}")
+                report.skip(reason, self.place)
             report.check(max_skipped)
+            for note in sorted(notes - report.notes):
+                log.info("%s", note)
+            report.notes |= notes
             used = [row for one in encoded if not isinstance(one, UnusableRow) for row in one]
             return {name: [row[name] for row in used] for name in ("input_ids", "spans")}
 

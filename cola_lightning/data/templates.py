@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from cola_lightning.constants import WHOLE_NUMBER
-from cola_lightning.data.base import check_sizes
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, plain_label
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
 AnswerMetric = Literal["f1", "exact_match"]
@@ -35,7 +35,7 @@ class Template(Formatter):
         try:
             list(self.parse(text))
         except ValueError as error:
-            raise UserError(f"{option}: expected text with fields in braces ({{{{ for a brace), received {text!r}") from error
+            raise UserError(f"{option}: fields are in braces, and {{{{ is a brace; {text!r} cannot be read: {error}") from error
         self.text = text
 
     def fill(self, row: Row) -> str:
@@ -73,8 +73,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             whole numbers.
         answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
             on and the best match counts (``answers.text``: a field inside another).
-        loss: over all ``options``, or the language-model loss on the right ``answer`` only; ``null``: ``options`` if there
-            are any.
+        loss: over all ``options`` (``null``), or the language-model loss on the right ``answer`` only, as always if it is
+            generated.
         metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
             ``matthews_corrcoef`` of options; ``f1`` (over words) or ``exact_match`` of a generated answer. ``null``:
             accuracy of options, both metrics of an answer.
@@ -108,21 +108,17 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         if (options is None) is (answer is None):
-            received = "neither" if options is None else "both"
-            raise UserError(f"data.options, data.answer: expected one of the two, received {received}")
-        if loss == "options" and options is None:
-            raise UserError("data.loss: expected null or answer where the answer is generated, received options")
+            raise UserError(f"data.options, data.answer: set one of the two, not {'neither' if options is None else 'both'}")
         known = get_args(AnswerMetric if options is None else OptionMetric)
         if isinstance(options, str):  # they differ by row, and so does what an index means
             known = ("accuracy",)
         if metric not in (None, *known):
-            raise UserError(f"data.metric: expected {', '.join(known)} or null for this task, received {metric!r}")
-        check_sizes(generate_rows=generate_rows)
+            raise UserError(f"data.metric must be {', '.join(known)} or null for this task, got {metric!r}")
         self.metric, self.generate_rows = metric, generate_rows
         self.delimiter, self.prompt = delimiter, Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
-        self.loss = loss or ("answer" if options is None else "options")
+        self.loss = "answer" if options is None else loss or "options"
 
     @override
     def templates(self) -> tuple[str | None, list[str] | str | None]:
@@ -131,7 +127,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         return self.prompt.text, [self._joined(self.prompt.text, option.text) for option in self.options]
 
     @override
-    def encode(self, rows: Rows, part: str) -> list[EncodedExample]:
+    def encode(self, rows: Rows, part: str) -> tuple[list[EncodedExample], RowReport]:
         return self.encode_rows(rows, self._example, part)
 
     def _joined(self, prompt: str, option: str) -> str:
@@ -168,15 +164,11 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         label: Any = inner[field] if isinstance(inner[field], bool) else plain_label(inner[field])
         if label in stripped:
             return stripped.index(label)
-        is_index = not isinstance(label, str) or (
-            WHOLE_NUMBER.fullmatch(label) and not all(map(WHOLE_NUMBER.fullmatch, stripped))
-        )
-        if not is_index:
+        are_numbers = all(map(WHOLE_NUMBER.fullmatch, stripped))
+        if isinstance(label, str) and (are_numbers or not WHOLE_NUMBER.fullmatch(label)):
             raise inner.refused(field, f"one of the options {', '.join(stripped)}")
         texts = [option.lower() for option in stripped]  # a CSV file has a number as text: it must not mean another option
         is_text = isinstance(label, int) and field not in inner.class_names and str(label).lower() in texts
         if is_text and (place := texts.index(str(label).lower())) != label:
-            raise UserError(
-                f"{row.place}: the label {label!r} is the text of option {place} and the index of another; write it as text"
-            )
+            raise UnusableRow(f"the label {label!r} is the text of option {place} and the index of another; write it as text")
         return inner.label(field, len(options))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
-from cola_lightning.data.chat import Say, encode_conversations, fit_prompt
+from cola_lightning.data.chat import encode_conversations, fit_prompt
 from cola_lightning.data.columns import Columns, Kind, find_columns
 from cola_lightning.data.conversations import asked, conversation, pair
 from cola_lightning.data.encoding import (
@@ -21,7 +21,7 @@ from cola_lightning.data.encoding import (
     encode_texts,
 )
 from cola_lightning.data.packing import Packs, collate_packs
-from cola_lightning.data.report import RowReport, usable
+from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
@@ -76,8 +76,6 @@ class TextDataModule(SourceDataModule):
         UserError: for invalid files, rows and sizes.
     """
 
-    takes_columns = True
-
     def __init__(
         self,
         source: tuple[str | Source, ...] | str,
@@ -99,12 +97,10 @@ class TextDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, max_length=max_length, **rows)
         self.streaming = streaming
-        if streaming and (not isinstance(source, str) or not is_on_hub(source) or self.train_size is not None):
-            raise UserError(f"data.streaming: expected one data set on the hub, without data.train_size, received {source!r}")
-        if streaming and any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size)):
-            raise UserError("data.streaming: expected data.val_size and data.test_size as numbers of rows, received a share")
-        if streaming and packing:
-            raise UserError("data.packing: rows of a stream cannot be packed. Set data.packing or data.streaming to false.")
+        has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
+        is_one = isinstance(source, str) and is_on_hub(source) and self.train_size is None
+        if streaming and (packing or has_shares or not is_one):
+            raise UserError("data.streaming reads one data set of the hub, without packing, train_size, or shares as sizes")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
@@ -123,7 +119,7 @@ class TextDataModule(SourceDataModule):
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
         if kind == "messages" and self.chat_template is False:
-            raise UserError("data.chat_template: expected null or true for conversations, received false")
+            raise UserError("data.chat_template: conversations need a chat template. Set it to null or true.")
         if kind != "text":
             how = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
             self._log(f"prompts are {how} chat template (data.chat_template)")
@@ -152,7 +148,12 @@ class TextDataModule(SourceDataModule):
     @override
     def setup(self, stage: str) -> None:
         if isinstance(self.chat_template, str):
-            self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
+            try:
+                self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
+            except UserError:
+                if stage == "fit" or not getattr(self.trainer, "ckpt_path", None):
+                    raise
+                self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
             if unknown := unknown_tokens(self.tokenizer):
                 self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
         super().setup(stage)
@@ -160,13 +161,14 @@ class TextDataModule(SourceDataModule):
             self.train = self._packed(self.train)
 
     @override
-    def encode(self, rows: Any, part: str) -> Any:
+    def encode(self, rows: Any, part: str) -> tuple[Any, RowReport]:
         if part == "predict":
             return self._encode_prompts(rows)
         if isinstance(rows, Stream):
-            first = rows.first(1)
+            first = rows[:1]
             encode = functools.partial(self._encode, *self._find(first))
-            return rows.encoded(encode, first.columns, self.order_seed, *self._processes, self.num_workers, self.max_skipped)
+            options: Any = self.order_seed, *self._processes, self.num_workers, self.max_skipped
+            return rows.encoded(encode, first.columns, *options), RowReport()  # they are read and counted in training
         found = self._find(rows)
         options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
@@ -179,7 +181,9 @@ class TextDataModule(SourceDataModule):
         self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
         return packs
 
-    def _encode(self, kind: Kind, columns: Columns, rows: Sequence[Row], say: Say) -> Sequence[list[LanguageRow] | UnusableRow]:
+    def _encode(
+        self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
+    ) -> Sequence[list[LanguageRow] | UnusableRow]:
         """Encodes rows for training or evaluation."""
         own, n, too_long = self.tokenizer, self.max_length, self.too_long
         made: Any
@@ -191,13 +195,15 @@ class TextDataModule(SourceDataModule):
         else:
             options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
             found = each(lambda row: conversation(row, columns, self.loss), rows)
-            made = together(lambda some: encode_conversations(self._template, some, n, say, **options), found)
+            made = together(lambda some: encode_conversations(self._template, some, n, notes, **options), found)
         return made  # type: ignore[no-any-return]
 
-    def _encode_prompts(self, rows: Rows) -> list[PromptRow]:
+    def _encode_prompts(self, rows: Rows) -> tuple[list[PromptRow], RowReport]:
         """Encodes what is to be answered."""
         kind, columns = self._find(rows, has_response=False)
-        is_chat, template, room = kind != "text" and self.applies_chat_template, self._template, self._room
+        is_chat, template = kind != "text" and self.applies_chat_template, self._template
+        # It leaves room for the response.
+        room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
         def prompt_row(row: Row) -> PromptRow:
             prompt, turns, target, head = asked(row, kind, columns)
@@ -206,10 +212,9 @@ class TextDataModule(SourceDataModule):
                 raise UnusableRow("the prompt has no tokens")
             return PromptRow(ids, prompt, target)
 
-        self._reports.append(report := RowReport())
-        made = usable(each(prompt_row, rows), (row.place for row in rows), report)
+        made, report = rows.encoded(lambda some: each(prompt_row, some))
         report.n_tokens = sum(map(len, made))
-        return made
+        return made, report
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
@@ -217,11 +222,6 @@ class TextDataModule(SourceDataModule):
         if self.decoding.max_new_tokens > room:
             self._log(f"data.max_new_tokens: {room}, half of the model's longest sequence")
         return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
-
-    @property
-    def _room(self) -> int:
-        """The maximum length of a prompt that leaves room for the response."""
-        return min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
     @override
     def collate(self, rows: list[Any]) -> dict[str, Any]:
@@ -265,14 +265,3 @@ class TextDataModule(SourceDataModule):
     @override
     def _order(self) -> dict[str, Any]:
         return {"data.packing": self.packing, **super()._order()}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.streaming else super().state_dict()
-
-    @property
-    @override
-    def can_be_tested(self) -> bool:
-        if self.streaming:
-            return bool(self.test_size) or (self.test_size is None and self._own(self._splits[0], "test") is not None)
-        return super().can_be_tested
