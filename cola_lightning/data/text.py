@@ -27,7 +27,7 @@ from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import HubError, UnusableRow, UserError
 
 
 class TextDataModule(SourceDataModule):
@@ -150,7 +150,7 @@ class TextDataModule(SourceDataModule):
         if isinstance(self.chat_template, str):
             try:
                 self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
-            except UserError:
+            except (HubError, UserError):
                 if stage == "fit" or not getattr(self.trainer, "ckpt_path", None):
                     raise
                 self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
