@@ -245,7 +245,7 @@ class OptionBatches(TokenizedDataModule):
     generate_rows: int | None = None
 
     @functools.cached_property
-    def _options(self) -> set[tuple[str, ...] | None]:
+    def _options_seen(self) -> set[tuple[str, ...] | None]:
         """The different options of the examples that were encoded; None: of those whose answer is generated."""
         return set()
 
@@ -269,13 +269,13 @@ class OptionBatches(TokenizedDataModule):
     @property
     @override
     def prompt_format(self) -> dict[str, Any]:
-        if not self._options:
+        if not self._options_seen:
             return {}
         prompt, options = self.templates()
-        if None in self._options:
+        if None in self._options_seen:
             return {"kind": "answer", "chat_template": self.apply_chat_template, "prompt": prompt}
-        if options is None and len(self._options) == 1:
-            options = [option.replace("{", "{{").replace("}", "}}") for one in self._options for option in one or ()]
+        if options is None and len(self._options_seen) == 1:
+            options = [option.replace("{", "{{").replace("}", "}}") for one in self._options_seen for option in one or ()]
         return {"kind": "options", "chat_template": self.apply_chat_template, "prompt": prompt, "options": options}
 
     def templates(self) -> tuple[str | None, list[str] | str | None]:
@@ -295,7 +295,7 @@ class OptionBatches(TokenizedDataModule):
         Returns:
             Each example in tokens, or the reason why it cannot be used.
         """
-        self._options |= {None if example.is_generated else example.options for example in examples}
+        self._options_seen |= {None if example.is_generated else example.options for example in examples}
         options: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
         return encode_examples(self.tokenizer, examples, self.max_length, too_long=self.too_long, **options)
 
