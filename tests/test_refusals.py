@@ -258,7 +258,7 @@ REFUSALS = {
         ({"prompt": "{txt}", **FIXED}, "rows.jsonl, row 2: 'txt' among 'label', 'text'"),
         ({"prompt": "{none}", **FIXED}, "data.source: .*'none' is null, not text: rows.jsonl, row"),
         ({"options": ["a", "a "]}, "data.source: differ only in spaces: rows.jsonl, row"),
-        ({"options": [" 1", " 3", " 2", " 4"], "label": "size"}, r"rows.jsonl, row \d+: text of option 1"),
+        ({"options": [" 1", " 3", " 2", " 4"], "label": "size"}, r"data\.source: text of option 1 .*: rows.jsonl, row"),
         ({"options": [LONG, "b"], "max_length": 9}, r"data.source: longer than data\.max_length: rows.jsonl, row"),
     ],
     text_row: [

@@ -74,7 +74,9 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
     """A CSV file, whose values are text, would else mean another option."""
     asked = {"prompt": "Is it?", "options": options}
     if place is None:
-        with pytest.raises(UserError, match=r"row 1: the label .* write it as text|the field 'label' is .*, not one of.*row 1"):
+        with pytest.raises(
+            UserError, match=r"the label .* write it as text: .*row 1|the field 'label' is .*, not one of.*row 1"
+        ):
             examples([{"label": label}], tmp_path, **asked)
     else:
         ((row,), _) = examples([{"label": label}], tmp_path, **asked)

@@ -184,6 +184,8 @@ def _csv_options(file: Path, sep: str) -> dict[str, Any]:
 
     with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
         names = next(csv.reader(lines, delimiter=sep))
+    if len({*names}) < len(names):  # pandas renames them
+        raise ValueError(f"columns of the same name, {', '.join(names)}")
     features = datasets.Features({name: datasets.Value("string") for name in names})
     options = {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"}
     return options | {"keep_default_na": False, "na_values": [""]}

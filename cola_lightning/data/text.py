@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from typing_extensions import override
 
@@ -151,7 +151,7 @@ class TextDataModule(SourceDataModule):
             try:
                 self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
             except (HubError, UserError):
-                if stage == "fit" or not getattr(self.trainer, "ckpt_path", None):
+                if not getattr(cast(Any, self.trainer).lightning_module, "has_trained_template", False):
                     raise
                 self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
             if unknown := unknown_tokens(self.tokenizer):

@@ -97,6 +97,7 @@ class LanguageModule(COLAModule, ABC):
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
+        self.has_trained_template = False  # whether the tokenizer's chat template is a checkpoint's, of data.chat_template
         self.host_values = HostValues()  # of the batch that was moved to the device last
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
@@ -131,6 +132,7 @@ class LanguageModule(COLAModule, ABC):
         pending = run_of(self).pending
         if pending is not None and "template" in pending.state.prompt_format:  # of data.chat_template
             tokenizer.chat_template = pending.state.prompt_format["template"]
+            self.has_trained_template = True
         if self.pretrained.gguf_file is not None:  # its configuration takes seconds; most use rotary positions, without a limit
             return tokenizer
         return with_limit(tokenizer, self.pretrained.config())
