@@ -34,7 +34,7 @@ from memory import mib
 
 PROMPT, RESPONSE = 60, 157  # tokens, on average
 BATCH_SIZE = 8
-RATIO_LIMIT, MB_LIMIT, SECOND_LIMIT = 1.3, 1200, 3.0  # of the first start's seconds, of both peaks, of the second's seconds
+RATIO_LIMIT, MB_LIMIT, SECOND_LIMIT = 1.1, 1200, 3.0  # of the first start's seconds, of both peaks, of the second's seconds
 Result = dict[str, Any]
 
 

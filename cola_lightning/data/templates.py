@@ -68,9 +68,9 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
             ``null`` if the answer is generated.
         delimiter: text between the prompt and each option, or the answer; ``null``: a space, if neither the prompt ends nor the
             option begins with white space. Not used with ``apply_chat_template``.
-        label: the field with the right option: its index, from 0, or its text. A number that is the text of an option at
-            another index is refused; in a CSV file, where numbers are text, so is one that is none of options which are all
-            whole numbers.
+        label: the field with the right option: its index, from 0, or its text. A row cannot be used if it is a number that is
+            the text of an option at another index; or, in a CSV file, where numbers are text, if it is a number, all options
+            are, and it is none of them.
         answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
             on and the best match counts (``answers.text``: a field inside another).
         loss: over all ``options`` (``null``), or the language-model loss on the right ``answer`` only, as always if it is
