@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.seeding import check_seed, derive_seed, seeded
+from cola_lightning.seeding import derive_seed, seeded
 
 BATCHES_GROUPED = 50  # batches whose rows are sorted by length together
 
@@ -151,8 +151,7 @@ class EpochLoader(DataLoader[Any]):
     @override
     def __iter__(self) -> Any:
         # A generator: otherwise workers fetch the epoch's first rows at once, before the run knows its epoch and position.
-        if isinstance(self.dataset, SeededBatches):
-            self.dataset.epoch = getattr(self.sampler, "epoch", 0)
+        cast(SeededBatches, self.dataset).epoch = getattr(self.sampler, "epoch", 0)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,7 +209,6 @@ class EpochDataModule(LightningDataModule, ABC):
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
-        check_seed("data.split_seed", split_seed)
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
         self._order_of_checkpoint: dict[str, Any] = {}
