@@ -25,7 +25,7 @@ from speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, sha
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from cola_lightning import COLACausalLM
+from cola_lightning import COLACausalLM, LoRAConfig
 from cola_lightning.lora.inject import lora_class
 from cola_lightning.lora.linear4bit import quantize
 
@@ -98,7 +98,8 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
             model[0].weight.add_((B @ A).to(before.dtype))
         update = model[0].weight.double() - before.double()
     else:
-        layer = lora_class(model[0]).adapt_(model[0], RANK, RANK, finished_links=finished_links)  # type: ignore
+        config = LoRAConfig(rank=RANK, alpha=RANK, finished_links=finished_links)  # type: ignore
+        layer = lora_class(model[0]).adapt_(model[0], config)  # type: ignore
         before = layer.full_weight().clone()
         for A, B in links:
             layer.add_finished_link(A, B, 1.0)

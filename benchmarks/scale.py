@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
-from cola_lightning import inject_lora, lora_layers
+from cola_lightning import LoRAConfig, inject_lora, lora_layers
 from cola_lightning.hf.logits import logits_of
 from cola_lightning.module.activation_checkpointing import checkpoint_activations
 
@@ -84,7 +84,7 @@ def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if method.finished_links is not None:
-        inject_lora(model, TARGETS, RANK, ALPHA, finished_links=method.finished_links)
+        inject_lora(model, LoRAConfig(TARGETS, rank=RANK, alpha=ALPHA, finished_links=method.finished_links))
     for layer in lora_layers(model).values():
         for _ in range(method.n_finished if layer.stack is not None else 0):
             layer.stack.push(*layer.factors, layer.scaling)

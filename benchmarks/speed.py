@@ -36,7 +36,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, inject_lora
+from cola_lightning import ChainOfLoRA, COLACausalLM, LoRAConfig, inject_lora
 
 TARGETS = ["q_proj", "v_proj"]
 TIME_LIMITS, MEMORY_LIMITS = {64: 0.72, 256: 0.58}, {64: 0.80, 256: 0.62}  # ours over peft's, by tokens a row
@@ -138,7 +138,7 @@ def peft_experts_step(config: Qwen3MoeConfig, batch: Batch) -> Work:
 def cola_experts_step(config: Qwen3MoeConfig, batch: Batch) -> Work:
     """A step of this package's links on experts."""
     model = build(config)
-    inject_lora(model, EXPERTS, rank=8, alpha=16)
+    inject_lora(model, LoRAConfig(EXPERTS, rank=8, alpha=16))
     return training_step(model, lambda: model(**batch).loss)
 
 

@@ -3,7 +3,6 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -25,10 +24,9 @@ from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import begin_link, record_link
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import check_factors, inject_lora, strip_lora, unstack
+from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.lora.inject import inject_lora, strip_lora, unstack
 from cola_lightning.lora.layer import (
-    FinishedLinks,
-    Init,
     LoRALayer,
     is_quantized,
     is_quantized_model,
@@ -60,16 +58,19 @@ class AdaptedModel:
     The current link is trained in ``model``; :meth:`tie_knot` finishes it and begins the next.
 
     Args:
-        make_base: makes the adapted base, the same each time: ``build_model`` under :func:`seeded_build`, and then
-            :func:`~cola_lightning.inject_lora`.
-        seed: each link's A is drawn from it, the link's index and the layer's name.
+        build_model: makes the base, the same each time; it may draw from the global generators of Python, numpy and torch,
+            which are seeded.
+        config: the layers to adapt, and what their links are like; or a function that returns it, once the base is built.
+        seed: of all random draws: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
         is_saved: store a copy of the base's weights, for a base that cannot be rebuilt.
         placement: returns the model's placement; None: the model is used as it is, where it is.
         outside: returns what else is trained outside of the model, by names that begin with ``self.``; each link records it, as
             it does the model's fully trained modules.
-        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``.
-        may_stack: whether :meth:`cast` to half precision has finished links stacked instead of merged.
+        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
+
+    Raises:
+        UserError: for an invalid model or values.
 
     Attributes:
         model: the model.
@@ -80,7 +81,7 @@ class AdaptedModel:
     Example:
         >>> def build_model():
         ...     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        >>> adapted = AdaptedModel.of(build_model, target_modules=["0", "2"], rank=2, alpha=4, seed=0)
+        >>> adapted = AdaptedModel(build_model, LoRAConfig(["0", "2"], rank=2, alpha=4), seed=0)
         >>> link = adapted.tie_knot()
         >>> link.index, adapted.link, len(adapted.chain)
         (0, 1, 1)
@@ -90,71 +91,36 @@ class AdaptedModel:
 
     def __init__(
         self,
-        make_base: Callable[[], nn.Module],
-        seed: int,
-        name: str = "",
+        build_model: Callable[[], nn.Module],
+        config: LoRAConfig | Callable[[], LoRAConfig],
         *,
+        seed: int = 0,
+        name: str = "",
         is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
         outside: Callable[[], dict[str, Tensor]] = dict,
         trained_factors: TrainedFactors = "both",
-        may_stack: bool = False,
     ) -> None:
-        self.make_base, self.seed, self.outside = make_base, seed, outside
+        check_seed("model.seed", seed)
+        self.build_model, self._config, self.seed, self.outside = build_model, config, seed, outside
         self.placement = self._own_placement if placement is None else placement
-        self.trained_factors, self.may_stack = trained_factors, may_stack
-        self.model = make_base()
+        self.trained_factors = trained_factors
+        self.model = self.make_base()
         self.remember_trained()
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
         self.first_values: dict[str, Tensor] = {}
-
-    @classmethod
-    def of(
-        cls,
-        build_model: Callable[[], nn.Module],
-        *,
-        target_modules: str | Sequence[str] | None = "all-linear",
-        experts: bool = False,
-        rank: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        modules_to_save: Sequence[str] = (),
-        finished_links: FinishedLinks = "auto",
-        seed: int = 0,
-        trained_factors: TrainedFactors = "both",
-    ) -> "AdaptedModel":
-        """An adapted model whose first link has begun.
-
-        Args:
-            build_model: makes the base; it may draw from the global generators of Python, numpy and torch, which are seeded.
-            target_modules: layers to adapt, see :func:`~cola_lightning.inject_lora`; None trains all, without links.
-            experts: whether ``all-linear`` includes mixtures of experts.
-            rank: largest rank of a link, and the first link's.
-            alpha: a link's update is scaled by ``alpha / rank``.
-            dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` or ``gaussian``.
-            modules_to_save: names, or dotted name endings, of fully trained modules.
-            finished_links: ``merge``, ``stack`` or ``auto``, see :func:`~cola_lightning.inject_lora`.
-            seed: of all random draws.
-            trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
-
-        Raises:
-            UserError: for an invalid model or values.
-        """
-        check_factors(rank, alpha, dropout, init, finished_links)
-        check_seed("model.seed", seed)
-
-        how = (target_modules, rank, alpha, dropout, modules_to_save, init, finished_links, experts)
-        make_base = functools.partial(_make_base, build_model, seed, *how)
-        adapted = cls(make_base, seed, trained_factors=trained_factors)
-        adapted.begin_link(rank, alpha)
-        return adapted
+        if self.layers:
+            self.begin_link(self.config.rank, self.config.alpha)
 
     # ------------------------------------------------------------------ its parts
+
+    @property
+    def config(self) -> LoRAConfig:
+        """The layers that are adapted, and what their links are like."""
+        return self._config() if callable(self._config) else self._config
 
     @property
     def layers(self) -> dict[str, LoRALayer]:
@@ -435,6 +401,13 @@ class AdaptedModel:
 
     # ------------------------------------------------------------------ the base
 
+    def make_base(self) -> nn.Module:
+        """Builds the base and adapts it: the same one each time."""
+        with seeded_build(self.seed):
+            model = self.build_model()
+            inject_lora(model, self.config)
+        return model
+
     def rebuild_base(self) -> nn.Module:
         """The adapted base without any link: rebuilt and checked, or with the stored weights.
 
@@ -461,13 +434,13 @@ class AdaptedModel:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
         It upcasts only to float64, and then the whole model; a layer into which links are merged is never downcast, but with
-        ``may_stack`` its finished links are stacked from here on, and the layer is cast.
+        ``finished_links: auto`` they are stacked from here on, and the layer is cast.
 
         Raises:
             UserError: if sharded layers would have to be cast.
         """
         is_sharded = layout.is_model_sharded(self.model)
-        if self.may_stack and dtype.itemsize < 4 and self.merges:
+        if self.config.finished_links == "auto" and dtype.itemsize < 4 and self.merges:
             chain = self.chain
             if len(chain):
                 self._write_base(self.model)
@@ -557,17 +530,6 @@ class AdaptedModel:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
-
-
-def _make_base(
-    build_model: Callable[[], nn.Module], seed: int, target_modules: str | Sequence[str] | None, *how: Any
-) -> nn.Module:
-    """The base that :meth:`AdaptedModel.of` adapts: a function of the module, for pickle."""
-    with seeded_build(seed):
-        model = build_model()
-        if target_modules is not None:
-            inject_lora(model, target_modules, *how)
-    return model
 
 
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from cola_lightning import LoRALinear, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, strip_lora
 from tests import tiny
 from tests.toy import with_trained_link
 
@@ -45,7 +45,7 @@ class Model(nn.Module):
 )
 def test_targets_follow_pefts_rule(target_modules, expected):
     model = Model()
-    assert inject_lora(model, target_modules, rank=2, alpha=4) == expected == list(lora_layers(model))
+    assert inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4)) == expected == list(lora_layers(model))
     if target_modules != "all-linear":  # PEFT knows output embeddings of its own models only
         peft_model = get_peft_model(Model(), LoraConfig(target_modules=target_modules, r=2)).base_model.model
         assert [name for name, part in peft_model.named_modules() if hasattr(part, "lora_A")] == expected
@@ -53,7 +53,7 @@ def test_targets_follow_pefts_rule(target_modules, expected):
 
 def test_only_links_and_saved_modules_train():
     model = Model()
-    inject_lora(model, ["q_proj"], rank=2, alpha=4, modules_to_save=["head"])
+    inject_lora(model, LoRAConfig(["q_proj"], rank=2, alpha=4, modules_to_save=["head"]))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     factors = {f"layers.{i}.q_proj.lora_{f}" for i in (0, 1) for f in "AB"}
     assert trainable == factors | {"head.weight", "head.bias"}
@@ -77,10 +77,10 @@ def view_of(kind):
 def test_a_weight_that_is_another_is_refused(kind):
     model = view_of(kind)
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'query', whose weight is shared"):
-        inject_lora(model, ["query"], rank=2, alpha=4)
+        inject_lora(model, LoRAConfig(["query"], rank=2, alpha=4))
     with pytest.raises(UserError, match=r"^model\.modules_to_save: .*'query', whose weight is shared"):
-        inject_lora(model, ["own"], rank=2, alpha=4, modules_to_save=["query"])
-    assert inject_lora(model, ["own"], rank=2, alpha=4) == ["own"]
+        inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4, modules_to_save=["query"]))
+    assert inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4)) == ["own"]
 
 
 def test_weights_that_are_parts_of_one_buffer_are_not_shared():
@@ -88,7 +88,7 @@ def test_weights_that_are_parts_of_one_buffer_are_not_shared():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     for k in (0, 1):
         model[k].weight = nn.Parameter(flat[16 * k : 16 * (k + 1)].view(4, 4))
-    assert inject_lora(model, "all-linear", rank=2, alpha=4) == ["0", "1"]
+    assert inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=4)) == ["0", "1"]
 
 
 # ---------------------------------------------------------------------- adapting changes nothing else of a layer
@@ -135,7 +135,7 @@ def adorned():
 def test_what_hangs_on_a_layer_stays_on_it(twin, finished_links):
     model, x = adorned(), torch.randn(3, 6)
     expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
-    inject_lora(model, ["0"], rank=2, alpha=4, finished_links=finished_links)
+    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=4, finished_links=finished_links))
     model = twin(model)
     for is_stripped in (False, True):
         layer = model[0]
@@ -171,7 +171,7 @@ def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_i
     model, x = nn.Sequential(nn.Linear(4, 4), CHANGED[change](nn.Linear(4, 4))).eval(), torch.randn(2, 4)
     expected, types = model(x), [type(module) for module in model.modules()]
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', wh"):
-        inject_lora(model, target_modules, rank=2, alpha=4)
+        inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
     assert [type(module) for module in model.modules()] == types
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(model(x), expected)
@@ -212,7 +212,7 @@ def test_an_encoder_layer_of_torchs_evaluates_with_its_links(is_padded, twin, fi
         return y if pads is None else y[~pads]
 
     base = outputs(is_fused=True)
-    inject_lora(model, ["linear1", "linear2"], rank=2, alpha=4, finished_links=finished_links)
+    inject_lora(model, LoRAConfig(["linear1", "linear2"], rank=2, alpha=4, finished_links=finished_links))
     model = twin(with_links(model))
     expected = outputs(is_fused=False)
     assert (expected - base).abs().max() > 0.1
@@ -239,7 +239,7 @@ def test_a_subclass_that_computes_as_linear_does_is_adapted(caplog):
     model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bias=True)).eval()
     ids = torch.arange(12).view(2, 6)
     parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    names = inject_lora(model, "all-linear", rank=2, alpha=4)
+    names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=4))
     assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
     assert told(caplog) == []
     assert {type(layer) for layer in lora_layers(model).values()} == {LoRALinear}
@@ -261,8 +261,8 @@ class Router(nn.Linear):
 def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
     model = nn.Sequential(Plain(4, 4), Router(4, 4))
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router$"):
-        inject_lora(model, ["1"], rank=1, alpha=1)
-    assert inject_lora(model, "all-linear", rank=1, alpha=1) == ["0"]
+        inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
+    assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
     (message,) = told(caplog)
     assert message.endswith(": Router (1)")
     strip_lora(model)
@@ -272,17 +272,17 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
 def test_weights_that_no_linear_layers_hold_are_told_of_and_no_others(caplog):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     mixtral = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
-    inject_lora(transformers.MixtralForCausalLM(mixtral), "all-linear", rank=2, alpha=4)
-    inject_lora(encoder(), "all-linear", rank=1, alpha=1)
+    inject_lora(transformers.MixtralForCausalLM(mixtral), LoRAConfig("all-linear", rank=2, alpha=4))
+    inject_lora(encoder(), LoRAConfig("all-linear", rank=1, alpha=1))
     with pytest.raises(UserError, match="NonDynamicallyQuantizableLinear"):
-        inject_lora(nn.MultiheadAttention(8, 2), ["out_proj"], rank=2, alpha=4)
+        inject_lora(nn.MultiheadAttention(8, 2), LoRAConfig(["out_proj"], rank=2, alpha=4))
     told_of_experts, told_of_attention = told(caplog)
     assert "MixtralExperts (model.layers.0.mlp.experts)" in told_of_experts
     assert not {"embed_tokens", "lm_head"} & set(re.split(r"\W", told_of_experts))
     assert "NonDynamicallyQuantizableLinear (layers.0.self_attn.out_proj)" in told_of_attention
     caplog.clear()
     for architecture in ("opt", "llama", "gpt2", "gpt_neox", "phi3", "bert", "roberta", "bart"):
-        inject_lora(transformers.AutoModel.from_config(tiny.config(architecture)), "all-linear", rank=2, alpha=4)
+        inject_lora(transformers.AutoModel.from_config(tiny.config(architecture)), LoRAConfig("all-linear", rank=2, alpha=4))
     parts = {"conv": nn.Conv2d(3, 8, 3), "body": nn.Linear(8, 8), "head": Router(8, 8), "place": nn.Embedding(9, 8)}
-    inject_lora(nn.ModuleDict(parts), "all-linear", rank=1, alpha=1, modules_to_save=["head"])
+    inject_lora(nn.ModuleDict(parts), LoRAConfig("all-linear", rank=1, alpha=1, modules_to_save=["head"]))
     assert told(caplog) == []

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from cola_lightning import AdaptedModel, Chain, UserError
+from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
 from cola_lightning.adapted_model import base_weights
 from cola_lightning.chain.report import report
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
-ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0}
+ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
 modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
 
 
@@ -21,8 +21,8 @@ def build_toy():
     return Toy.build_model(None)
 
 
-def adapted(build=build_toy, **arguments):
-    return AdaptedModel.of(build, **ARGUMENTS | arguments)
+def adapted(build=build_toy, seed=0, **arguments):
+    return AdaptedModel(build, LoRAConfig(**ARGUMENTS | arguments), seed=seed)
 
 
 def train_link(model, optimizer):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError, inject_lora, lora_layers
+from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, UserError, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests import tiny
@@ -31,7 +31,7 @@ def test_one_link_equals_pefts_lora_for_50_steps(name, device):
     ours = AutoModelForCausalLM.from_config(tiny.config(name)).to(device)
     how = {"target_modules": STEPPED[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
     theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **how))
-    assert inject_lora(ours, STEPPED[name], rank=4, alpha=8)
+    assert inject_lora(ours, LoRAConfig(STEPPED[name], rank=4, alpha=8))
     peft_modules = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
         for layer_name, layer in lora_layers(ours).items():

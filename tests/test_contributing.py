@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cola_lightning
-from cola_lightning import AdaptedModel, PromptDataModule
+from cola_lightning import AdaptedModel, LoRAConfig, PromptDataModule
 from cola_lightning.chain import schedule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
@@ -59,7 +59,7 @@ def test_a_layer_type_has_what_every_layer_has(finished_links):
     def make():
         torch.manual_seed(0)
         arguments = {"target_modules": ["0", "2"], "rank": 3, "alpha": 6, "dropout": 0.3, "finished_links": finished_links}
-        return AdaptedModel.of(lambda: nn.Sequential(nn.Embedding(20, 8), nn.Tanh(), nn.Linear(8, 4)), **arguments)
+        return AdaptedModel(lambda: nn.Sequential(nn.Embedding(20, 8), nn.Tanh(), nn.Linear(8, 4)), LoRAConfig(**arguments))
 
     adapted, ids = make(), torch.arange(20).view(4, 5)
     assert type(adapted.layers["0"]) is names["LoRAEmbedding"]

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import AdaptedModel, COLACausalLM, inject_lora, lora_layers, strip_lora
+from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.lora.experts import LoRAExpertsProjection
 from tests import tiny
@@ -51,7 +51,7 @@ def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
     ours = base(architecture)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=PROJECTIONS)
     theirs = get_peft_model(copy.deepcopy(ours), config)
-    assert inject_lora(ours, PROJECTIONS, rank=4, alpha=8)
+    assert inject_lora(ours, LoRAConfig(PROJECTIONS, rank=4, alpha=8))
     wrappers = {f"{name}.lora_A": part for name, part in theirs.base_model.model.named_modules() if hasattr(part, "lora_A")}
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():
@@ -75,7 +75,7 @@ def test_gpt_oss_is_a_loop_over_its_experts():
         for parameter in experts.parameters():
             parameter.normal_()
     plain = copy.deepcopy(experts)
-    inject_lora(model, PROJECTIONS, rank=3, alpha=6)
+    inject_lora(model, LoRAConfig(PROJECTIONS, rank=3, alpha=6))
     up, down = (with_trained_link(layer) for layer in (experts.gate_up_proj, experts.down_proj))
     x, indices, weights = torch.randn(9, 32), torch.randint(4, (9, 2)), torch.rand(9, 2)
     expected = torch.zeros(9, 32)
@@ -116,7 +116,7 @@ def test_every_experts_class_of_transformers_computes_the_same_with_new_links_an
             for parameter in experts.parameters():
                 parameter.normal_(std=0.3)
         model, before = nn.ModuleDict({"experts": experts}), experts(*inputs)
-        assert len(inject_lora(model, r".*_proj", rank=2, alpha=2)) == 2
+        assert len(inject_lora(model, LoRAConfig(r".*_proj", rank=2, alpha=2))) == 2
         assert_near(experts(*inputs), before, 1e-6)
         for layer in lora_layers(model).values():
             with_trained_link(layer)
@@ -169,7 +169,7 @@ def test_the_documents_table_has_these_architectures():
 
 def test_a_change_of_the_models_implementation_of_experts_removes_no_link():
     model = base("qwen3_moe")
-    inject_lora(model, "all-linear", rank=2, alpha=2, experts=True)
+    inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
     for layer in lora_layers(model).values():
         with_trained_link(layer)
     expected = tiny.logits(model)
@@ -182,14 +182,14 @@ def test_a_change_of_the_models_implementation_of_experts_removes_no_link():
 
 def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
     caplog.set_level("INFO")
-    names = inject_lora(base("qwen3_moe"), "all-linear", rank=2, alpha=2)
+    names = inject_lora(base("qwen3_moe"), LoRAConfig("all-linear", rank=2, alpha=2))
     assert not [name for name in names if ".experts." in name]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts), " in caplog.text
     assert "model.experts true adapts experts" in caplog.text
     caplog.clear()
     model = base("qwen3_moe")
     experts_of(model)._is_expert_parallel = True
-    names = inject_lora(model, "all-linear", rank=2, alpha=2, experts=True)
+    names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
     assert [name for name in names if ".experts." in name] == [f"model.layers.1.mlp.{name}" for name in PROJECTIONS]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts)" in caplog.text
     assert "2 projections of experts have links of 896 parameters" in caplog.text
@@ -198,7 +198,7 @@ def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
 def test_a_projection_alone_is_adapted_by_name_and_the_others_stay_parameters():
     model = base("deepseek_v3")
     before, expected = dict(model.named_parameters()), tiny.logits(model)
-    names = inject_lora(model, ["down_proj"], rank=2, alpha=2)
+    names = inject_lora(model, LoRAConfig(["down_proj"], rank=2, alpha=2))
     assert [name for name in names if ".experts." in name] == ["model.layers.1.mlp.experts.down_proj"]
     assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj") is before["model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(tiny.logits(model), expected)
@@ -234,7 +234,7 @@ def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode):
     def build():
         return base("qwen3_moe", num_hidden_layers=1)
 
-    adapted = AdaptedModel.of(build, experts=True, rank=2, alpha=2, finished_links=mode)
+    adapted = AdaptedModel(build, LoRAConfig(experts=True, rank=2, alpha=2, finished_links=mode))
     for layer in adapted.layers.values():
         with_trained_link(layer)
     adapted.tie_knot()

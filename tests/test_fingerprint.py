@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola_lightning import Chain, UserError, inject_lora
+from cola_lightning import Chain, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.base import check_same_base, describe_base
 from tests.toy import Toy, batches, toy, trainer
 
@@ -65,7 +65,7 @@ def test_what_is_trained_whole_may_begin_otherwise(trained):
 def described(*layers, dtype=torch.float32, finished_links="merge"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), *layers).to(dtype)
-    inject_lora(model, ["0"], rank=1, alpha=1, finished_links=finished_links)
+    inject_lora(model, LoRAConfig(["0"], rank=1, alpha=1, finished_links=finished_links))
     return describe_base(model)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from cola_lightning import LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer
+from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer
 from cola_lightning.lora import inject
 from tests.test_layers import Grid, LoRAGrid
 
@@ -25,13 +25,13 @@ def model():
 
 def test_all_linear_means_what_is_registered_as_linear():
     with pytest.raises(UserError, match=r"^model\.target_modules: .* '1', which is a Grid$"):
-        inject_lora(model(), ["1"], rank=1, alpha=1)
+        inject_lora(model(), LoRAConfig(["1"], rank=1, alpha=1))
     register_lora_layer(Grid)(LoRAGrid)
-    assert inject_lora(model(), "all-linear", rank=1, alpha=1) == ["0", "2"]
+    assert inject_lora(model(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "2"]
     register_lora_layer(Grid, is_linear=True)(LoRAGrid)
-    assert inject_lora(model(), "all-linear", rank=1, alpha=1) == ["0", "1", "2"]
+    assert inject_lora(model(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "1", "2"]
     with pytest.raises(UserError, match=r"^model\.target_modules: .* or Grid .* '0', which is a Tanh$"):
-        inject_lora(nn.Sequential(nn.Tanh()), ["0"], rank=1, alpha=1)
+        inject_lora(nn.Sequential(nn.Tanh()), LoRAConfig(["0"], rank=1, alpha=1))
 
 
 def test_a_type_of_another_package_is_named_and_its_class_made_once_a_model_has_one():
@@ -42,10 +42,10 @@ def test_a_type_of_another_package_is_named_and_its_class_made_once_a_model_has_
         made.append(LoRAGrid)
         return LoRAGrid
 
-    inject_lora(nn.Sequential(nn.Linear(4, 2)), "all-linear", rank=1, alpha=1)
+    inject_lora(nn.Sequential(nn.Linear(4, 2)), LoRAConfig("all-linear", rank=1, alpha=1))
     assert not made
     adapted = model()
-    inject_lora(adapted, ["1"], rank=1, alpha=1)
+    inject_lora(adapted, LoRAConfig(["1"], rank=1, alpha=1))
     assert type(lora_layers(adapted)["1"]) is LoRAGrid
 
 
@@ -57,7 +57,7 @@ def test_a_class_of_ones_own_takes_the_place_of_the_one_that_there_was():
 
     adapted, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(3, 4)
     expected = adapted(x)
-    inject_lora(adapted, "all-linear", rank=1, alpha=1)
+    inject_lora(adapted, LoRAConfig("all-linear", rank=1, alpha=1))
     nn.init.ones_(adapted[0].lora_B)
     torch.testing.assert_close(adapted(x), expected + 3 * x @ adapted[0].delta_weight().T)
 
@@ -85,7 +85,7 @@ def images(n=40):
 
 @pytest.mark.parametrize(("target_modules", "expected"), [("all-linear", ["4"]), (r"[024]", TARGETS), (["2", "4"], ["2", "4"])])
 def test_all_linear_leaves_convolutions_which_are_adapted_by_name(target_modules, expected):
-    assert inject_lora(network(), target_modules, rank=2, alpha=4) == expected
+    assert inject_lora(network(), LoRAConfig(target_modules, rank=2, alpha=4)) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_all_linear_leaves_convolutions_which_are_adapted_by_name(target_modules
 def test_a_convolution_of_which_a_link_would_be_another_is_refused_and_nothing_changed(layer, named):
     model, kind = nn.Sequential(layer), type(layer)
     with pytest.raises(UserError, match=rf"^model\.target_modules: .*'0'.*{named}"):
-        inject_lora(model, "0", rank=2, alpha=1)
+        inject_lora(model, LoRAConfig("0", rank=2, alpha=1))
     assert type(model[0]) is kind
 
 
@@ -110,7 +110,7 @@ def test_one_link_equals_pefts_lora_for_50_steps(build, shape):
     ours = build()
     targets = [name for name, module in ours.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
     theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0))
-    inject_lora(ours, targets, rank=4, alpha=8)
+    inject_lora(ours, LoRAConfig(targets, rank=4, alpha=8))
     peft_modules = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():

@@ -10,7 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from cola_lightning import AdaptedModel, Chain, LoRALayer, LoRALinear, UserError, inject_lora, register_lora_layer, strip_lora
+from cola_lightning import (
+    AdaptedModel,
+    Chain,
+    LoRAConfig,
+    LoRALayer,
+    UserError,
+    inject_lora,
+    register_lora_layer,
+    strip_lora,
+)
 from cola_lightning.lora import inject
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection
 from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
@@ -196,7 +205,7 @@ def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, m
     model, x = nn.Sequential(base), inputs(kind, dtype)
     expected, values = model(x), weights(base)
     parameters, plain_class = dict(base.named_parameters()), type(base)
-    inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
+    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=2, finished_links=mode))
     wide = torch.float32 if mode == "merge" else dtype
     assert base.dtype == wide
     assert model(x).dtype == dtype
@@ -208,7 +217,7 @@ def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, m
     assert torch.equal(model(x), expected)
 
     before = dense_weight(base).double()
-    inject_lora(model, ["0"], rank=2, alpha=2, finished_links=mode)
+    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=2, finished_links=mode))
     finished = with_trained_link(base).delta_weight().double()
     base.finish()
     if mode == "stack":  # where it is in the precision of the base
@@ -271,14 +280,14 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training(kind, mode):
 
 
 def test_complex_inputs_are_dropped_too():
-    layer = with_trained_link(LoRALinear.adapt_(nn.Linear(6, 5, dtype=torch.complex64), rank=3, alpha=1, dropout=0.5))
+    layer = with_trained_link(adapt_layer(nn.Linear(6, 5, dtype=torch.complex64), 3, 1, dropout=0.5))
     x = torch.randn(7, 6, dtype=torch.complex64)
     assert not torch.equal(layer(x), layer(x))
     dropped = layer.lora_dropout(x)
     assert torch.equal(dropped.real == 0, dropped.imag == 0)
     assert torch.equal(dropped[dropped != 0], 2 * x[dropped != 0])
     with pytest.raises(RuntimeError, match="dtype"):  # as of a plain layer: the imaginary part is not lost without a word
-        LoRALinear.adapt_(nn.Linear(6, 5), rank=3, alpha=1)(x)
+        adapt_layer(nn.Linear(6, 5), 3, 1)(x)
 
 
 @pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
@@ -290,7 +299,7 @@ def test_A_is_drawn_as_peft_draws_it(base, init, std):
 
 
 def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_global_one_alone():
-    layers = [LoRALinear.adapt_(nn.Linear(6, 5).to(dtype), rank=3, alpha=1) for dtype in (torch.float32, torch.float64)]
+    layers = [adapt_layer(nn.Linear(6, 5).to(dtype), 3, 1) for dtype in (torch.float32, torch.float64)]
     state = torch.random.get_rng_state()
     for layer in layers:
         layer.reset(torch.Generator().manual_seed(7))
@@ -301,8 +310,8 @@ def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_globa
 @variants
 def test_a_chain_is_copied_kept_replayed_to_the_bit_and_gone_back_in(kind, mode, tmp_path):
     def adapted_model():
-        how = {"target_modules": ["0"], "rank": 4, "alpha": 6, "seed": 1, "finished_links": mode}
-        return AdaptedModel.of(lambda: nn.Sequential(LAYERS[kind][0](), nn.Tanh()), **how)
+        how = {"target_modules": ["0"], "rank": 4, "alpha": 6, "finished_links": mode}
+        return AdaptedModel(lambda: nn.Sequential(LAYERS[kind][0](), nn.Tanh()), LoRAConfig(**how), seed=1)
 
     model, x = adapted_model(), inputs(kind)
     outputs = [model.model(x)]

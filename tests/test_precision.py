@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from cola_lightning import AdaptedModel, COLACausalLM, LastCheckpoint
+from cola_lightning import AdaptedModel, COLACausalLM, LastCheckpoint, LoRAConfig
 from cola_lightning.export.verify import logits_of
 from tests import tiny
 from tests.toy import (
@@ -118,7 +118,7 @@ def test_by_default_links_are_merged_into_float32_and_stacked_on_half_precision(
 
 @pytest.mark.parametrize(("dtype", "is_stacked"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, False)])
 def test_by_default_the_dtype_of_the_base_decides(dtype, is_stacked):
-    adapted = AdaptedModel.of(lambda: nn.Sequential(nn.Linear(4, 3, dtype=dtype)), rank=2, alpha=4)
+    adapted = AdaptedModel(lambda: nn.Sequential(nn.Linear(4, 3, dtype=dtype)), LoRAConfig(rank=2, alpha=4))
     assert (adapted.model[0].stack is not None) == is_stacked
     assert adapted.model[0].weight.dtype == dtype
 

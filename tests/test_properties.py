@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cola_lightning import UserError
-from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning import AdaptedModel, LoRAConfig, UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
@@ -53,9 +52,7 @@ LINKS = st.lists(st.tuples(st.integers(1, 3), st.floats(0.5, 8)), min_size=1, ma
 
 
 def adapted(rank=3):
-    return AdaptedModel.of(
-        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), target_modules="all-linear", rank=rank, seed=0
-    )
+    return AdaptedModel(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), LoRAConfig(rank=rank))
 
 
 def trained(links):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, EpochDataModule, UserError, inject_lora
+from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, EpochDataModule, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
 from cola_lightning.lora import linear4bit
@@ -85,7 +85,7 @@ def test_a_base_is_the_same_however_many_threads_make_it():
             linear4bit.quantize(model, torch.float32)
         finally:
             torch.set_num_threads(1)
-        inject_lora(model, ["0"], rank=2, alpha=4, finished_links="stack")
+        inject_lora(model, LoRAConfig(["0"], rank=2, alpha=4, finished_links="stack"))
         found.add(describe_base(model).fingerprint)
     assert len(found) == 1
 

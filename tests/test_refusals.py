@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, ChainSchedule, UserError, inject_lora
+from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE, known_elsewhere
@@ -158,10 +158,10 @@ def inject(is_adapted=False, **arguments):
     model = nn.ModuleDict({"body": body, "head": nn.Linear(8, 3)})
     how = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4}
     if is_adapted:
-        inject_lora(model, **how)
+        inject_lora(model, LoRAConfig(**how))
     before = [type(part) for part in model.modules()]
     try:
-        inject_lora(model, **how | arguments)
+        inject_lora(model, LoRAConfig(**how | arguments))
     finally:
         assert [type(part) for part in model.modules()] == before
 
@@ -228,7 +228,7 @@ REFUSALS = {
         ({"activation_checkpointing": True}, r"model\.activation_checkpointing"),
         ({"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})}, "model: NoBase"),
     ],
-    (lambda rank: AdaptedModel.of(lambda: Toy.build_model(None), rank=2, alpha=4).tie_knot(rank)): [({"rank": 3}, "rank")],
+    (lambda rank: AdaptedModel(lambda: Toy.build_model(None), LoRAConfig(rank=2)).tie_knot(rank)): [({"rank": 3}, "rank")],
     fit: [
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),

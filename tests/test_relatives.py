@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adafactor, AdamW
 
-from cola_lightning import AdaptedModel, LoRALinear, UserError
+from cola_lightning import AdaptedModel, LoRAConfig, LoRALinear, UserError
 from cola_lightning.chain.schedule import frozen_factor
-from cola_lightning.lora.layer import DRAWS
+from cola_lightning.lora.config import DRAWS
 from cola_lightning.module.optimization import copy_state
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
@@ -29,7 +29,7 @@ def factors(module):
 @pytest.mark.parametrize("drawn", ["A", "B"])
 @pytest.mark.parametrize("init", DRAWS)
 def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
-    layer = LoRALinear.adapt_(nn.Linear(5, 7), rank=3, alpha=6, init=init)
+    layer = LoRALinear.adapt_(nn.Linear(5, 7), LoRAConfig(rank=3, alpha=6, init=init))
     x = torch.randn(4, 5)
     before = layer(x)
     layer.reset(torch.Generator().manual_seed(1), rank=2, drawn=drawn)
@@ -40,7 +40,7 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
     assert not other.any()
     assert drawn_factor[:2].ne(0).all()
     assert not drawn_factor[2:].any()
-    theirs = LoRALinear.adapt_(nn.Linear(drawn_factor.shape[1], 2), rank=3, alpha=6, init=init)
+    theirs = LoRALinear.adapt_(nn.Linear(drawn_factor.shape[1], 2), LoRAConfig(rank=3, alpha=6, init=init))
     theirs.reset(torch.Generator().manual_seed(1), rank=2)
     assert torch.equal(drawn_factor, theirs.lora_A)  # as the A of the transposed layer would be
 
@@ -65,7 +65,7 @@ def test_a_link_of_rac_lora_is_a_projected_gradient_step(tmp_path):
     x, y = next(iter(batches()))
     seen = set()
     for seed in range(4):
-        adapted = AdaptedModel.of(base, target_modules=["0"], rank=2, alpha=4, seed=seed, trained_factors="random")
+        adapted = AdaptedModel(base, LoRAConfig(target_modules=["0"], rank=2, alpha=4), seed=seed, trained_factors="random")
         layer, before = adapted.layers["0"], adapted.merged_model()[0].weight.detach()
         plain = adapted.merged_model()
         F.mse_loss(plain(x), y).backward()

@@ -34,7 +34,7 @@ def test_the_head_is_found_trained_whole_and_drawn_from_the_seed(tmp_path, archi
     def trained(seed):
         module = classifier(tmp_path, architecture, num_labels=3, seed=seed)
         module.configure_model()
-        assert module.modules_to_save == [head]
+        assert module.lora_config.modules_to_save == [head]
         return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
 
     first, again, other = trained(0), trained(0), trained(1)
@@ -113,7 +113,7 @@ def test_its_checkpoint_trains_the_same_modules_again(tmp_path, save_base):
     run.fit(module, datamodule=data_of(tmp_path / "rows.jsonl"))
     run.save_checkpoint(tmp_path / "end.ckpt")
     again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert again.modules_to_save == module.modules_to_save == ["bert.pooler", "classifier"]
+    assert again.lora_config.modules_to_save == module.lora_config.modules_to_save == ["bert.pooler", "classifier"]
     assert_bit_equal(weights(again.model), weights(module.model))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import ChainOfLoRA, COLAModule
+from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig
 from cola_lightning.lora import linear4bit
 from cola_lightning.lora.inject import lora_class
 
@@ -103,7 +103,8 @@ def plain_layer(layer):
 
 def adapt_layer(layer, rank, alpha, dropout=0.0, init="kaiming", finished_links="merge"):
     """A LoRA layer on the same parameters; the layer is not changed."""
-    return lora_class(layer).adapt_(_shallow_copy(layer), rank, alpha, dropout, init, finished_links)
+    config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init, finished_links=finished_links)
+    return lora_class(layer).adapt_(_shallow_copy(layer), config)
 
 
 def _shallow_copy(module):

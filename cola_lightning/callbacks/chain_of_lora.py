@@ -183,7 +183,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.module.target_modules is not None:
+        if self.module.adapted.layers:
             self._report(self.module.live_link(), trainer, "live at the end")
 
     def _report(self, link: Link, trainer: Trainer, what: str) -> None:
@@ -231,8 +231,8 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
             )
     if not module.automatic_optimization:
         raise UserError("model: expected automatic optimization, received automatic_optimization = False")
-    if module.target_modules is None and schedule.has_knots:
+    if module.lora_config.target_modules is None and schedule.has_knots:
         raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
-    largest = module.max_rank
+    largest = module.lora_config.rank
     if schedule.ranks and max(schedule.ranks) > largest:
         raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")

@@ -78,7 +78,8 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     if hasattr(module, "pretrained"):
         base = _named_base(module, adapted, options, reference, dtype)
     elif options.base_folder is None:
-        base = AdapterBase(adapted.merged_model(0), module.base_name, module.modules_to_save, "module.merged_model(0)")
+        saved = module.lora_config.modules_to_save
+        base = AdapterBase(adapted.merged_model(0), module.base_name, saved, "module.merged_model(0)")
     else:
         what = f"{type(module).__name__}, whose base is not loaded by transformers"
         raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
@@ -149,7 +150,7 @@ def _named_base(
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     cast_floats(named.eval(), next(base.parameters()).dtype)
-    saved = [*module.modules_to_save, *pretrained.new_modules(named, new_weights)]
+    saved = [*module.lora_config.modules_to_save, *pretrained.new_modules(named, new_weights)]
     in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
     if different := _differing(named.state_dict(), base.state_dict(), [*saved, *in_4_bits]):
         raise UserError(

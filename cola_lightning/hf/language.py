@@ -3,7 +3,7 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -90,7 +90,7 @@ class LanguageModule(COLAModule, ABC):
         self.quantization = quantization
         if quantization is not None:
             check_quantization(quantization)
-            if self.target_modules is None:
+            if self.lora_config.target_modules is None:
                 raise UserError(
                     "model.target_modules: expected layers to adapt with model.quantization, for 4-bit weights cannot be "
                     "trained, received null"
@@ -146,8 +146,8 @@ class LanguageModule(COLAModule, ABC):
         model, new_weights = self.pretrained.model_and_new_weights(auto_class, is_empty=is_empty, **self.model_fields())
         if not is_empty:
             self.new_weights = new_weights
-        if not self.modules_to_save:
-            self.modules_to_save = self.choose_modules_to_save(model)
+        if not self.lora_config.modules_to_save:
+            self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
         if self.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # added to the tokenizer alone
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.quantization is not None:
@@ -161,7 +161,7 @@ class LanguageModule(COLAModule, ABC):
         """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()  # the body is "" where it is the model itself
-        wide = [*self.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        wide = [*self.lora_config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         skip = [name for module, name in names.items() if module is head or lies_in(name, wide)]
         skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), skip)

@@ -66,7 +66,8 @@ class LoRAConv2d(LoRAConvolution, nn.Conv2d):
     """``nn.Conv2d`` with a link.
 
     Example:
-        >>> layer = LoRAConv2d.adapt_(nn.Conv2d(3, 8, kernel_size=5), rank=2, alpha=4)
+        >>> from cola_lightning import LoRAConfig
+        >>> layer = LoRAConv2d.adapt_(nn.Conv2d(3, 8, kernel_size=5), LoRAConfig(rank=2, alpha=4))
         >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
         (torch.Size([2, 75]), torch.Size([8, 2]), torch.Size([8, 3, 5, 5]))
     """

@@ -53,8 +53,9 @@ class LoRAExpertsProjection(LoRALayer, ExpertsProjection):
     """A projection of experts with a link: A and B are those of each expert.
 
     Example:
+        >>> from cola_lightning import LoRAConfig
         >>> plain = ExpertsProjection(nn.Parameter(torch.ones(6, 3, 4)), weight_is_transposed=False)
-        >>> layer = LoRAExpertsProjection.adapt_(plain, rank=2, alpha=4)
+        >>> layer = LoRAExpertsProjection.adapt_(plain, LoRAConfig(rank=2, alpha=4))
         >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
         (torch.Size([6, 2, 4]), torch.Size([6, 3, 2]), torch.Size([6, 3, 4]))
     """

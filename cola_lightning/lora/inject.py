@@ -6,11 +6,11 @@ merged into.
 """
 
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from cola_lightning.errors import UserError, nearest
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, experts_as_layers, is_experts
-from cola_lightning.lora.layer import DRAWS, FinishedLinks, Init, LoRALayer, cast_, is_quantized, lora_layers
+from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
 from cola_lightning.lora.linear import LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
 
@@ -128,17 +129,7 @@ def __getattr__(name: str) -> Any:
 # ---------------------------------------------------------------------- into a model, and out again
 
 
-def inject_lora(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    modules_to_save: Sequence[str] = (),
-    init: Init = "kaiming",
-    finished_links: FinishedLinks = "auto",
-    experts: bool = False,
-) -> list[str]:
+def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Makes the target layers LoRA layers, in place, and freezes everything else.
 
     They remain the same objects, with their parameters, buffers, hooks and attributes; only their class changes.
@@ -146,19 +137,7 @@ def inject_lora(
 
     Args:
         model: the model to adapt.
-        target_modules: PEFT's rule. A string is a regular expression for a layer's whole name; a list holds names or dotted
-            name endings; ``all-linear`` is every linear layer (Linear, Conv1D, Linear4bit) except the output embeddings and
-            ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone.
-        rank: largest rank of a link, and the first link's.
-        alpha: updates are scaled by ``alpha / rank``.
-        dropout: probability of dropping an input of A while training.
-        modules_to_save: names or dotted name endings of fully trained modules (a new head).
-        init: how A is drawn, see :meth:`LoRALayer.adapt_`.
-        finished_links: ``merge`` adds them to the targets' weights, which (with their biases) are cast to float32 where they
-            are in half precision; ``stack`` stores them beside the weights, which are never modified; ``auto`` is ``stack``
-            where a target is in half precision or 4 bits, else ``merge``.
-        experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
-            ``up_proj``, ``down_proj``): rank times experts is many parameters. By name they are always found.
+        config: the target layers, and what their links are like. Without ``target_modules`` the model stays as it is.
 
     Returns:
         The names of the adapted layers, in the model's order.
@@ -168,33 +147,28 @@ def inject_lora(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> inject_lora(model, ["0"], rank=2, alpha=4)
+        >>> inject_lora(model, LoRAConfig(target_modules=["0"], rank=2, alpha=4))
         ['0']
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora_A', '0.lora_B']
-
-    Source: Hu et al., arXiv 2106.09685, section 4; for the matching rule, PEFT's ``LoraConfig.target_modules``.
     """
-    check_factors(rank, alpha, dropout, init, finished_links)
+    if config.target_modules is None:
+        return []
     if lora_layers(model):
         raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
-    with experts_as_layers(model, is_wanted=experts or target_modules != ALL_LINEAR):
-        how = {"rank": rank, "alpha": alpha, "dropout": dropout, "init": init, "finished_links": finished_links}
-        return _inject(model, target_modules, list(modules_to_save), how)
+    with experts_as_layers(model, is_wanted=config.experts or config.target_modules != ALL_LINEAR):
+        return _inject(model, config.target_modules, config)
 
 
-def _inject(
-    model: nn.Module, target_modules: str | Sequence[str], modules_to_save: list[str], how: dict[str, Any]
-) -> list[str]:
-    """Adapts the targets, see :func:`inject_lora`; ``how`` is what each layer's ``adapt_`` is given."""
-    saved = _matches(model, modules_to_save, "model.modules_to_save")
+def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:
+    """Adapts the targets, see :func:`inject_lora`."""
+    saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
-    classes = {name: _class_for(name, layer, how["finished_links"]) for name, layer in targets.items()}
-    if how["finished_links"] == "auto":
-        is_narrow = any(layer.get_parameter("weight").dtype.itemsize < 4 for layer in targets.values())  # of 4 bits, too
-        how = how | {"finished_links": "stack" if is_narrow else "merge"}
+    classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
+    is_stacking = config.should_stack(layer.get_parameter("weight") for layer in targets.values())  # all of them, or none
+    config = replace(config, finished_links="stack" if is_stacking else "merge")
     if inside := [name for name in names if is_inside(name, saved)]:
         raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
 
@@ -203,7 +177,7 @@ def _inject(
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, **how)
+        classes[name].adapt_(layer, config)
     of_experts: list[Any] = [layer for layer in targets.values() if isinstance(layer, ExpertsProjection)]
     if of_experts:
         n_values = sum(factor.numel() for layer in of_experts for factor in (layer.lora_A, layer.lora_B))
@@ -264,19 +238,6 @@ def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         if is_quantized(layer):
             dequantize_(layer, torch.float32)
     return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
-
-
-def check_factors(rank: int, alpha: float, dropout: float, init: str, finished_links: str) -> None:
-    """Refuses values that no link could have, before any model is made."""
-    for name, value, is_valid, expected in (
-        ("rank", rank, rank >= 1, "a whole number of at least 1"),
-        ("alpha", alpha, 0 < alpha < math.inf, "a number above 0"),
-        ("dropout", dropout, 0 <= dropout < 1, "a probability from 0 to below 1"),
-        ("init", init, init in DRAWS, ", ".join(DRAWS)),
-        ("finished_links", finished_links, finished_links in get_args(FinishedLinks), " or ".join(get_args(FinishedLinks))),
-    ):
-        if not is_valid:
-            raise UserError(f"model.{name}: expected {expected}, received {value!r}")
 
 
 def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
@@ -352,7 +313,7 @@ def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) ->
             )
 
 
-def _class_for(name: str, layer: nn.Module, finished_links: FinishedLinks) -> type[LoRALayer]:
+def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
     """The LoRA class for a target, which must be a layer that can have links."""
     found = lora_class(layer)
     if found is None:
@@ -363,7 +324,7 @@ def _class_for(name: str, layer: nn.Module, finished_links: FinishedLinks) -> ty
         )
     if (reason := _obstacle(layer) or found.obstacle(layer)) is not None:
         raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
-    if finished_links == "merge" and is_quantized(layer):
+    if config.finished_links == "merge" and is_quantized(layer):
         raise UserError(f"model.finished_links: expected stack for the quantised weight of {name!r}, received merge")
     return found
 

@@ -16,7 +16,6 @@ stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -27,30 +26,14 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
+from cola_lightning.lora.config import DRAWS, Init, LoRAConfig
 from cola_lightning.lora.stack import Stack
-
-Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
-FinishedLinks = Literal["auto", "merge", "stack"]
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
     *("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack"),
     *("base_class", "base_dtype", "source_dtype"),
 )
-
-
-def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
-    """Kaiming uniform with a = sqrt(5), PEFT's default: between plus and minus 1 / sqrt(n) for rows of n values."""
-    nn.init.kaiming_uniform_(rows.flatten(end_dim=-2), a=math.sqrt(5), generator=generator)
-
-
-def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
-    """Normal, with a standard deviation of 1 / rank."""
-    nn.init.normal_(rows, std=1 / rows.shape[-2], generator=generator)
-
-
-# Functions that write the rows of a factor, from a generator.
-DRAWS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
 @torch.no_grad()
@@ -178,39 +161,27 @@ class LoRALayer(nn.Module):
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def adapt_(
-        cls,
-        layer: Any,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        finished_links: Literal["merge", "stack"] = "merge",
-    ) -> Self:
+    def adapt_(cls, layer: Any, config: LoRAConfig) -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
             layer: the layer to adapt, of the base class.
-            rank: largest rank of a link, and the first link's.
-            alpha: the update is scaled by ``alpha / rank``.
-            dropout: probability of dropping an input of A while training.
-            init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-            finished_links: ``merge`` adds them to the weight, which is cast to float32 where it is in half precision; ``stack``
-                stores them beside it, and never modifies it.
+            config: what its links are like.
         """
         (n_in, n_out), matrices = cls.matrix_sizes(layer), cls.matrices(layer)
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
-        dtype, device = adapted._prepare_weight(finished_links), layer.weight.device
+        is_stacking, device = config.should_stack([layer.weight]), layer.weight.device
+        dtype = adapted._prepare_weight(is_stacking=is_stacking)
         adapted.base_dtype, adapted.stack = dtype, None
-        if finished_links == "stack":
+        if is_stacking:
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
-        adapted.lora_dropout = LinkDropout(dropout) if dropout else nn.Identity()
-        adapted.init, adapted.rank, adapted.alpha = init, rank, alpha
+        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, config.rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, config.rank, dtype=wide, device=device))
+        adapted.lora_dropout = LinkDropout(config.dropout) if config.dropout else nn.Identity()
+        adapted.init, adapted.rank, adapted.alpha = config.init, config.rank, config.alpha
         adapted.reset()
         return adapted
 
@@ -237,10 +208,10 @@ class LoRALayer(nn.Module):
         """
         self.register_forward_hook(_call_forward)
 
-    def _prepare_weight(self, finished_links: Literal["merge", "stack"]) -> torch.dtype:
+    def _prepare_weight(self, *, is_stacking: bool) -> torch.dtype:
         """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
-        if finished_links == "merge":
+        if not is_stacking:
             _upcast(self)
         return self.weight.dtype
 
@@ -420,7 +391,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     Example:
         >>> from cola_lightning import inject_lora
         >>> model = nn.Sequential(nn.Linear(4, 2))
-        >>> _ = inject_lora(model, "all-linear", rank=1, alpha=1)
+        >>> _ = inject_lora(model, LoRAConfig("all-linear", rank=1))
         >>> list(lora_layers(model))
         ['0']
     """

@@ -13,7 +13,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     """``nn.Linear`` with a link.
 
     Example:
-        >>> layer = LoRALinear.adapt_(nn.Linear(4, 3), rank=2, alpha=4)
+        >>> from cola_lightning import LoRAConfig
+        >>> layer = LoRALinear.adapt_(nn.Linear(4, 3), LoRAConfig(rank=2, alpha=4))
         >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
         (torch.Size([2, 4]), torch.Size([3, 2]), torch.Size([3, 4]))
     """

@@ -123,7 +123,7 @@ def lora_linear_4bit() -> type[LoRALayer]:
         compute_dtype: torch.dtype | None
 
         @override
-        def _prepare_weight(self, finished_links: Literal["merge", "stack"]) -> torch.dtype:
+        def _prepare_weight(self, *, is_stacking: bool) -> torch.dtype:
             self.source_dtype = self.weight.quant_type
             return self.compute_dtype or torch.float32
 

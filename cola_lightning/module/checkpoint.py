@@ -31,6 +31,7 @@ from typing_extensions import override
 import cola_lightning
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.run import run_of
 from cola_lightning.writing import atomic_file
 
@@ -166,16 +167,25 @@ class RecordsArguments:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """The plain defaults of a class' arguments; of this package's classes also those of the base's, which they pass on."""
+    """The plain defaults of a class' arguments."""
     defaults: dict[str, Any] = {}
-    for owner in (one for one in cls.__mro__ if "__init__" in vars(one)):
-        for parameter in inspect.signature(owner.__init__).parameters.values():  # type: ignore[misc]
-            if is_recorded(parameter.name) and parameter.default is not parameter.empty:
-                with suppress(TypeError):
-                    defaults.setdefault(parameter.name, plain(parameter.default, is_marked=True))
-        if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
-            break
+    for parameter in _parameters(cls):
+        if is_recorded(parameter.name) and parameter.default is not parameter.empty:
+            with suppress(TypeError):
+                defaults[parameter.name] = plain(parameter.default, is_marked=True)
     return defaults
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
+    owners = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
+    found: dict[str, inspect.Parameter] = {}
+    for owner in (*owners, LoRAConfig):
+        parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
+        if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
+            return list((dict(parameters) | found).values())
+        found = {name: one for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} | found
+    return list(found.values())
 
 
 def class_path(cls: type) -> str:
@@ -255,9 +265,9 @@ def read_arguments(path: str | PathLike[str], cls: type) -> dict[str, Any]:
 
 def _of_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some arguments that a class takes."""
-    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    return {name: value for name, value in arguments.items() if takes_any or name in parameters}
+    parameters = _parameters(cls)
+    takes_any, names = any(one.kind is one.VAR_KEYWORD for one in parameters), {one.name for one in parameters}
+    return {name: value for name, value in arguments.items() if takes_any or name in names}
 
 
 def _unmarked(value: Any) -> Any:

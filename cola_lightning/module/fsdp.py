@@ -87,7 +87,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
             f"trainer.strategy: expected data_parallel_size: {mesh.size()} and tensor_parallel_size: 1, for adapted layers are "
             f"sharded, and not split by tensor parallelism; received tensor_parallel_size {n_tensor}"
         )
-    if isinstance(strategy, FSDPStrategy) and module.target_modules is None:
+    if isinstance(strategy, FSDPStrategy) and module.lora_config.target_modules is None:
         raise UserError(
             "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp for full fine-tuning (model.target_modules is "
             "null), received fsdp"
@@ -121,7 +121,7 @@ def shard_module(strategy: Strategy, module: Any) -> None:
         module.is_wrapped_by_fsdp1 = True
     elif not layout.is_model_sharded(module.model):
         mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
-        with without_trained(module.model) if module.target_modules is not None else nullcontext():
+        with without_trained(module.model) if module.lora_config.target_modules is not None else nullcontext():
             module.shard_model(mesh)
 
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,8 +25,7 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, LRSchedule
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
-from cola_lightning.lora.inject import check_factors, inject_lora
-from cola_lightning.lora.layer import FinishedLinks, Init
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
 from cola_lightning.module.batch_seed import BatchSeed
 from cola_lightning.module.checkpoint import (
@@ -54,7 +53,7 @@ from cola_lightning.module.state import (
     values_outside,
 )
 from cola_lightning.module.step_loss import StepLoss
-from cola_lightning.seeding import check_seed, seeded_build
+from cola_lightning.seeding import check_seed
 from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
@@ -68,15 +67,6 @@ class COLAModule(LightningModule, RecordsArguments):
     :class:`~cola_lightning.callbacks.ChainOfLoRA` decides when a link is finished; without it the run is one link: plain LoRA.
 
     Args:
-        target_modules: layers to adapt, by PEFT's rule: a regular expression for the whole name, a list of name suffixes,
-            or ``all-linear`` (the default). ``null`` trains every parameter without links: full fine-tuning, for comparisons.
-        experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts, each expert with a link
-            of its own: rank times experts is many parameters, and the log says how many. ``target_modules`` may name them, too.
-        rank: largest rank of a link.
-        alpha: a link's update is scaled by ``alpha / rank``.
-        dropout: probability of dropping an input of A while training.
-        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-        modules_to_save: names (or name suffixes) of fully trained modules, such as a new head.
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
             ``seed_everything``, or a random one, which is stored.
@@ -91,9 +81,6 @@ class COLAModule(LightningModule, RecordsArguments):
         kept_optimizer_state: the share of the optimizer state of A and B, the entries with the largest first moments, that a
             knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer. Not for 8-bit or factored states (AdamW8bit,
             Adafactor), unless 1: all.
-        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``
-            never modifies a weight and stores the finished links as one frozen low-rank pair per layer; ``auto`` merges into a
-            base in float32 and stacks on one in half precision (its own dtype, or by ``bf16-true``) or in 4 bits.
         init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
             training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
@@ -101,6 +88,11 @@ class COLAModule(LightningModule, RecordsArguments):
         compile: apply ``torch.compile`` to the model; it compiles once per rank, for training and for validation.
         activation_checkpointing: store only the inputs of the model's blocks and recompute the rest in the backward pass: less
             memory, more time, the same gradients.
+        **lora: which layers get links, and what the links are like: the arguments of :class:`~cola_lightning.LoRAConfig`, such
+            as ``target_modules``, ``rank`` and ``alpha``.
+
+    Attributes:
+        lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments.
 
     Raises:
         UserError: for invalid values.
@@ -122,16 +114,11 @@ class COLAModule(LightningModule, RecordsArguments):
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
 
+    # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
+    # is defined, checked and documented once.
     def __init__(
         self,
         *,
-        target_modules: str | list[str] | None = "all-linear",
-        experts: bool = False,
-        rank: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        modules_to_save: Sequence[str] = (),
         modules_to_save_lr: float | None = None,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
@@ -141,20 +128,20 @@ class COLAModule(LightningModule, RecordsArguments):
         knot_warmup_steps: float = 0,
         trained_factors: TrainedFactors = "both",
         kept_optimizer_state: float = 0,
-        finished_links: FinishedLinks = "auto",
         init_chain: str | None = None,
         init_links: int | None = None,
         save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        **lora: Any,
     ) -> None:
         super().__init__()
-        check_factors(rank, alpha, dropout, init, finished_links)
+        self.lora_config = LoRAConfig(**lora)
         check_seed("model.seed", seed)
         if init_links is not None and init_chain is None:
             raise UserError(f"model.init_links: expected null, or model.init_chain with it, received {init_links} alone")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
-        schedule = ChainSchedule(default_rank=int(rank), default_alpha=float(alpha))
+        schedule = ChainSchedule(default_rank=int(self.lora_config.rank), default_alpha=float(self.lora_config.alpha))
         seed = None if seed is None else int(seed)
         run = self._cola_run = Run(schedule, seed, seed)
         run.optimization = LinkOptimization(
@@ -167,15 +154,10 @@ class COLAModule(LightningModule, RecordsArguments):
             kept_optimizer_state,
             run,
         )
-        self.target_modules, self.modules_to_save = target_modules, list(modules_to_save)
-        self.max_rank, self.finished_links, self.save_base = int(rank), finished_links, save_base
-        self.trained_factors, self.step_loss = trained_factors, StepLoss()
+        self.save_base, self.trained_factors, self.step_loss = save_base, trained_factors, StepLoss()
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
-        # As given: a subclass may have attributes of its own with these names, such as a dropout layer.
-        options = {"rank": int(rank), "alpha": float(alpha), "dropout": float(dropout), "init": init, "experts": experts}
-        self.link_options: dict[str, Any] = options
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
         self.register_load_state_dict_pre_hook(restore_nested)  # type: ignore[no-untyped-call]
@@ -272,7 +254,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @functools.cached_property
     def rank(self) -> int:
         """The largest rank of a link, as given. A subclass may define another ``rank``, such as its process'."""
-        return self.max_rank
+        return self.lora_config.rank
 
     @property
     def seed(self) -> int | None:
@@ -357,14 +339,14 @@ class COLAModule(LightningModule, RecordsArguments):
         run.choose_seed(None if run.pending is None else run.pending.state.seed)
         assert run.seed is not None
         adapted = self._adapted = AdaptedModel(
-            self._make_base,
-            run.seed,
-            self.base_name,
+            self._build_base,
+            functools.partial(getattr, self, "lora_config"),  # in which build_model may choose modules_to_save
+            seed=run.seed,
+            name=self.base_name,
             is_saved=self.save_base,
             placement=self._placement,
             outside=functools.partial(values_outside, self),
             trained_factors=self.trained_factors,
-            may_stack=self.finished_links == "auto",
         )
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
@@ -373,22 +355,17 @@ class COLAModule(LightningModule, RecordsArguments):
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         if self.first_chain is not None:
             adapted.start_from(self.first_chain)
-        if self.target_modules is not None:
+        if adapted.layers:
             adapted.begin_link(run.schedule.rank(self.link), run.schedule.alpha(self.link))
         if self.activation_checkpointing:
             self.checkpoint_activations()
 
-    def _make_base(self) -> nn.Module:
+    def _build_base(self) -> nn.Module:
         before = {name: dict(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
-        assert self.seed is not None
-        with seeded_build(self.seed):
-            model = self.build_model()
-            if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
-                for name, entries in before.items():
-                    vars(self)[name].update(entries)
-            if self.target_modules is not None:
-                how = self.link_options | {"modules_to_save": self.modules_to_save, "finished_links": self.finished_links}
-                inject_lora(model, self.target_modules, **how)
+        model = self.build_model()
+        if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
+            for name, entries in before.items():
+                vars(self)[name].update(entries)
         return model
 
     def _placement(self) -> Placement:
@@ -457,7 +434,7 @@ class COLAModule(LightningModule, RecordsArguments):
             The finished link.
 
         Raises:
-            UserError: if the module trains without links, or the rank is above ``self.max_rank``.
+            UserError: if the module trains without links, or the rank is above ``model.rank``.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
@@ -563,7 +540,8 @@ class COLAModule(LightningModule, RecordsArguments):
         """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
         run = run_of(self)
         step = run.position(trainer_of(self)).global_step
-        made: OptimizerLRScheduler = run.optimization.configure(self.named_trained_parameters(), self.modules_to_save, step)
+        trained, saved = self.named_trained_parameters(), self.lora_config.modules_to_save
+        made: OptimizerLRScheduler = run.optimization.configure(trained, saved, step)
         return made
 
     @override

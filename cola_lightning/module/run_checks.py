@@ -269,7 +269,8 @@ def _summary(module: "COLAModule") -> str:
         return text
     rank, alpha = module.adapted.live
     text += f", link {module.link} of rank {rank} and alpha {alpha:g} on {len(module.adapted.layers)} layers"
-    return text + (f", and all of {', '.join(module.modules_to_save)}" if module.modules_to_save else "")
+    saved = module.lora_config.modules_to_save
+    return text + (f", and all of {', '.join(saved)}" if saved else "")
 
 
 def _check_frozen(module: "COLAModule") -> None:

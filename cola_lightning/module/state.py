@@ -103,7 +103,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
         first_values=adapted.first_values,
         callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
         scheduled=[[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)],
-        modules_to_save=module.modules_to_save,
+        modules_to_save=list(module.lora_config.modules_to_save),
         prompt_format=prompt_format_of(trainer),
         data=data_of(trainer),
     )
@@ -267,7 +267,7 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
     """
     mine, schedule = module.adapted.cast_dtype, run_of(module).schedule
     if _dtype_of(module, state) != mine:
-        choices = f"{module.trainer.precision} and {module.finished_links}"
+        choices = f"{module.trainer.precision} and {module.lora_config.finished_links}"
         raise UserError(
             f"trainer.precision, model.finished_links: expected those that cast adapted weights to {state.dtype}, as in the "
             f"checkpoint's run, received {choices}, which cast them to {str(mine).removeprefix('torch.')}"

@@ -194,7 +194,7 @@ def run(folder: str) -> int:
         found: dict[str, float | None] = dict.fromkeys((metric, of_test))
         if cli is not None:
             module, trainer, how = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
-            if module.target_modules is not None:
+            if module.lora_config.target_modules is not None:
                 links = module.full_chain().links
                 knots = [link.end_step for link in links[:-1]]
                 facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
