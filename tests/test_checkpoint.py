@@ -112,9 +112,12 @@ def test_a_module_goes_back_and_forth_between_checkpoints_of_its_run(tmp_path):
         assert_bit_equal(weights(module), other)
 
 
-def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
+@pytest.mark.parametrize("calls_super", [True, False])
+def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, calls_super):
     class Notes:
         def on_save_checkpoint(self, checkpoint):
+            if calls_super:
+                super().on_save_checkpoint(checkpoint)
             checkpoint["notes"] = 1
 
         def on_load_checkpoint(self, checkpoint):
@@ -125,16 +128,21 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
             pass
 
         def configure_callbacks(self):
-            return Callback()
+            return [*super().configure_callbacks(), Callback()] if calls_super else Callback()
 
     module, loaded = run(tmp_path, make(Forgetful)), make(Forgetful)
     trainer(tmp_path).validate(loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False)
     for other in (Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", rank=6), loaded):
         assert other.notes == 1
         assert_bit_equal(weights(other), weights(module))
+    resumed = run(tmp_path, make(Forgetful), tmp_path / "step=7.ckpt")
+    assert_bit_equal(weights(resumed), weights(module))
     module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert (written["notes"], "cola" in written["state_dict"]) == (1, True)
+    nn.init.constant_(module.model[0].lora_B, torch.nan)
+    with pytest.raises(NonFiniteError):
+        module.trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
 
 
 class Wider(Toy):

@@ -56,16 +56,27 @@ class NeedsSetup(Toy):
         return super().build_model()
 
 
-class WithoutSuper(Toy):
+class InConfigureModel(Toy):
     def configure_model(self):
         self.width = self.model[0].out_features
+        super().configure_model()
 
 
-@pytest.mark.parametrize("cls", [InInit, NeedsSetup, WithoutSuper])
+@pytest.mark.parametrize("cls", [InInit, NeedsSetup, InConfigureModel])
 def test_a_model_that_is_asked_for_early_or_late_is_the_one_that_a_fit_makes(tmp_path, cls):
     module = fitted(tmp_path, toy(cls))
     assert module.width == 12
     assert_bit_equal(weights(module), weights(fitted(tmp_path, toy())))
+
+
+def test_a_configure_model_that_forgets_super_is_refused_in_one_line(tmp_path):
+    class Forgetful(Toy):
+        def configure_model(self):
+            self.width = self.model[0].out_features
+
+    for make_use in (lambda module: fitted(tmp_path, module), Toy.merged_model, Toy.state_dict):
+        with pytest.raises(UserError, match=r"^Forgetful\.configure_model must call super\(\)\.configure_model\(\)"):
+            make_use(toy(Forgetful))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
@@ -188,6 +199,7 @@ def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(t
 def test_what_configure_model_makes_is_made_once(tmp_path):
     class Headed(Toy):
         def configure_model(self):
+            super().configure_model()
             self.head = nn.Linear(6, 6)
 
         def training_step(self, batch, batch_idx):

@@ -89,6 +89,7 @@ def test_a_second_name_for_a_part_of_the_model_is_no_part_outside(tmp_path, capl
             return model
 
         def configure_model(self):
+            super().configure_model()
             self.second = self.model[2]
 
     module = fit(tmp_path, toy(Aliased), epochs=3)

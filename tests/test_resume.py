@@ -268,7 +268,7 @@ def assert_same_state(ours, theirs):
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert first_difference(ours[part], theirs[part], part) is None
     for part in ("epoch_progress", "epoch_loop.batch_progress"):
-        progress = [one["callbacks"]["RunChecks"]["progress"][part] for one in (ours, theirs)]
+        progress = [one["callbacks"]["FitCallback"]["progress"][part] for one in (ours, theirs)]
         assert first_difference(*progress, part) is None
 
 

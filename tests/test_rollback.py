@@ -219,6 +219,7 @@ def test_where_all_is_trained_the_values_are_enough():
     class PartlyFrozen(Toy):
         def configure_model(self):
             self.model[0].requires_grad_(False)
+            super().configure_model()
 
     state = toy(target_modules=None).state_dict()
     changed = {name: value + 1 for name, value in state.items() if name != "cola"}

@@ -211,7 +211,7 @@ def upgraded(checkpoint: Any, name: str = "the checkpoint") -> Any:
         state["trained"] = [*live["extras"], *_as_extras(dict.fromkeys(live.get("outside", ())))]
     state["position"], state["init_chain_source"] = [checkpoint["epoch"], end], state.pop("origin")
     state["first_values"] = _as_extras(state.pop("outside", {}))
-    callbacks = {"RunChecks": {"progress": progress}} if (progress := state.pop("progress", {})) else {}
+    callbacks = {"FitCallback": {"progress": progress}} if (progress := state.pop("progress", {})) else {}
     own = {name: part for name, part in checkpoint.items() if name != "cola"}
     if "callbacks" in own:
         own["callbacks"] = own["callbacks"] | callbacks

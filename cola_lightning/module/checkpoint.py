@@ -345,7 +345,7 @@ def load_module(
     if strict and not module.strict_loading:
         raise UserError(f"strict: expected None or False, as {cls.__name__}.strict_loading is False, received True")
     run_of(module).pending = opened
-    module.configure_model()
+    module.make_model()
     module.on_load_checkpoint(checkpoint)
     strict = module.strict_loading if strict is None else strict
     keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)

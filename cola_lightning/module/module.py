@@ -4,13 +4,13 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,23 +27,19 @@ from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.activation_checkpointing import checkpoint_activations, disable_activation_checkpointing
-from cola_lightning.module.batch_seed import BatchSeed
 from cola_lightning.module.checkpoint import (
     RecordsArguments,
     class_path,
     device_of,
     load_module,
     read_arguments,
-    readable,
 )
+from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.knot import tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
-from cola_lightning.module.rewind import ExactResume
 from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.run_checks import RunChecks
 from cola_lightning.module.state import (
-    check_writable_state,
     data_of,
     load_state,
     prompt_format_of,
@@ -285,7 +281,8 @@ class COLAModule(LightningModule, RecordsArguments):
     def configure_model(self) -> None:
         """Makes the model and its first link, once, and prepares it for the Trainer's precision and strategy, if there is one.
 
-        A subclass' ``configure_model`` runs first, and needs no ``super()``.
+        A subclass' own ``configure_model`` must call ``super().configure_model()``, and what it freezes before that counts as
+        frozen in the base.
         """
         self._ensure_model()
         if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
@@ -304,9 +301,18 @@ class COLAModule(LightningModule, RecordsArguments):
         self._is_configured = True
 
     def make_model(self) -> None:
-        """Makes and configures the model where no Trainer has done so; a second call changes nothing."""
+        """Makes and configures the model where no Trainer has done so; a second call changes nothing.
+
+        Raises:
+            UserError: for a subclass whose ``configure_model`` leaves ``super()`` out.
+        """
         if not self._is_configured:
             self.configure_model()
+        if not self._is_configured:
+            raise UserError(
+                f"{type(self).__name__}.configure_model must call super().configure_model(), which casts, shards and compiles "
+                "the model"
+            )
 
     def _ensure_model(self) -> None:
         """Makes the model, unless it is made or is being made: Lightning calls configure_model late, and many read it before.
@@ -407,10 +413,15 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
     def trainer(self, trainer: Trainer | None) -> None:
-        """Attaches a Trainer; Lightning goes through the children for that, for which the model need not be made."""
+        """Attaches a Trainer, and to the Trainer this module's callback; a subclass may override ``configure_callbacks``.
+
+        Lightning goes through the children for that, for which the model need not be made.
+        """
         is_making, self._is_making = self._is_making, True
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         self._is_making = is_making
+        if isinstance(trainer, Trainer) and trainer.lightning_module is self:
+            attach(self, trainer)
 
     @override
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -544,14 +555,6 @@ class COLAModule(LightningModule, RecordsArguments):
         made: OptimizerLRScheduler = run.optimization.configure(trained, saved, step)
         return made
 
-    @override
-    def configure_callbacks(self) -> list[Callback]:
-        """This module's part in its runs; a subclass' callbacks are added to it, also without ``super()``."""
-        trainer = trainer_of(self)
-        callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-        is_there = any(isinstance(callback, RunChecks) and callback.module is self for callback in callbacks)
-        return [] if is_there else [BatchSeed(self), RunChecks(self), ExactResume(self)]
-
     # ------------------------------------------------------------------ state
 
     @override
@@ -585,14 +588,9 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to write what no run could go on from; a subclass' own hook runs after this one, also without ``super()``.
-
-        Raises:
-            NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
-        """
-        check_writable_state(self)
-        checkpoint["state_dict"][STATE_KEY] = state_of(self).to_dict()  # weight averaging has put a copy's there
-        checkpoint |= readable(checkpoint)
+        """Completes a checkpoint of weights alone, for which Lightning calls no callback: see :func:`prepare_checkpoint`."""
+        if "callbacks" not in checkpoint:
+            prepare_checkpoint(self, checkpoint)
 
     @classmethod
     @override
@@ -642,51 +640,6 @@ class COLAModule(LightningModule, RecordsArguments):
         raise UserError(
             "to_torchscript: expected a plain model, received a COLAModule: torch.jit.script(module.merged_model())"
         )
-
-    # ------------------------------------------------------------------ subclasses
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Runs our part of three hooks also where a subclass, or a mixin of it, overrides them without ``super()``."""
-        super().__init_subclass__(**kwargs)
-        for name, with_ours in WITH_OURS.items():
-            own = getattr(cls, name)
-            if own is not getattr(COLAModule, name) and not hasattr(own, "runs_ours"):
-                hook = functools.wraps(own)(with_ours(own))
-                hook.runs_ours = True  # type: ignore[attr-defined]
-                setattr(cls, name, hook)
-
-
-def _with_our_model(own: Callable[[Any], None]) -> Callable[[Any], None]:
-    def configure_model(self: COLAModule) -> None:
-        own(self)
-        COLAModule.configure_model(self)  # a second time, if ``own`` has called it: that changes nothing
-
-    return configure_model
-
-
-def _with_our_callbacks(own: Callable[[Any], Any]) -> Callable[[Any], list[Callback]]:
-    def configure_callbacks(self: COLAModule) -> list[Callback]:
-        given = own(self)
-        others = [given] if isinstance(given, Callback) else given
-        others = [one for one in others if not isinstance(one, BatchSeed | RunChecks | ExactResume)]
-        return [*COLAModule.configure_callbacks(self), *others]
-
-    return configure_callbacks
-
-
-def _with_our_checks(own: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
-    def on_save_checkpoint(self: COLAModule, checkpoint: dict[str, Any]) -> None:
-        COLAModule.on_save_checkpoint(self, checkpoint)
-        own(self, checkpoint)
-
-    return on_save_checkpoint
-
-
-WITH_OURS: dict[str, Callable[[Any], Any]] = {
-    "configure_model": _with_our_model,
-    "configure_callbacks": _with_our_callbacks,
-    "on_save_checkpoint": _with_our_checks,
-}
 
 
 def _compile_options() -> dict[str, Any]:

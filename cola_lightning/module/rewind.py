@@ -9,24 +9,18 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; onl
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
-from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.module.run import run_of
-from cola_lightning.module.state import values_of
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 Progress = dict[str, Any]
 
@@ -54,91 +48,74 @@ class Window:
     callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ExactResume(Callback):
-    """Has each checkpoint of a fit say where the run resumes, which may be before where the run is.
+class Rewind:
+    """Where a fit would resume if a checkpoint were written now, which may be before where the fit is."""
 
-    Args:
-        module: the module of the fit.
-    """
-
-    def __init__(self, module: "COLAModule") -> None:
-        self.module = module
+    def __init__(self) -> None:
+        self._persistent: Set[str] = frozenset()
         self._buffers: dict[str, Tensor] = {}  # copies of persistent buffers, on their device
         self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
 
-    @property
-    @override
-    def state_key(self) -> str:
-        """The name of its state in checkpoints, also in those that another class has written."""
-        return "RunChecks"
+    def begin_fit(self, trainer: Trainer, module: nn.Module, names: Set[str]) -> None:
+        """Begins a fit: at batch 0, unless it resumes inside an epoch.
 
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = layout.plain_names(dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._buffer_names = sorted(self._tensors().keys() - set(parameters))
-        run_of(self.module).is_validating = False
-        # Batch 0, unless the fit resumes inside an epoch.
+        Args:
+            trainer: the Trainer of the fit.
+            module: its module.
+            names: of the values in checkpoints; those of buffers among them are stored as the window's first batch found them.
+        """
+        self._persistent = _named_buffers(module).keys() & names
         self._window = beginning_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
 
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Begins an epoch."""
         self._window = beginning_window(trainer, 0)
 
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._window is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            buffers = self._copied_buffers() if self._buffer_names else {}
+    def begin_window(self, trainer: Trainer, module: nn.Module) -> None:
+        """Stores what the window's first batch is about to change."""
+        if self._window is not None:
+            buffers = self._copied_buffers(module) if self._persistent else {}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self._window = replace(self._window, buffers=buffers, callbacks=states)
-        align_logged_step(trainer)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._window = beginning_window(trainer, batch_idx + 1)
+    def end_window(self, trainer: Trainer, batch_idx: int) -> None:
+        """Goes on to the window that begins with this batch of the epoch."""
+        self._window = beginning_window(trainer, batch_idx)
 
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            run_of(self.module).is_validating = True
-            align_logged_step(trainer)
+    def write(self, checkpoint: dict[str, Any], trainer: Trainer, key: str, *, is_validating: bool) -> None:
+        """Has a checkpoint of a fit say where the run resumes.
 
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run_of(self.module).is_validating = False
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        run = run_of(self.module)
-        if run.trainer is not trainer:  # not of a fit
-            return
-        counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=run.is_validating)
-        checkpoint["callbacks"][self.state_key] = {"progress": counters}
+        Args:
+            checkpoint: the checkpoint that Lightning is about to write.
+            trainer: the Trainer of the fit.
+            key: the entry of its callbacks in which this is stored.
+            is_validating: whether a validation inside the fit has begun and not ended.
+        """
+        counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=is_validating)
+        checkpoint["callbacks"][key] = {"progress": counters}
         if window is not None:
             checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in window.buffers.items()}
             checkpoint["callbacks"] |= window.callbacks
 
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        stored = checkpoint["callbacks"].get(self.state_key)
-        if stored is not None and trainer.state.fn == "fit":
+    def read(self, checkpoint: Mapping[str, Any], key: str) -> None:
+        """Has Lightning resume a fit from where :meth:`write` says."""
+        if (stored := checkpoint["callbacks"].get(key)) is not None:
             resume_from(checkpoint, stored["progress"])
 
-    def _copied_buffers(self) -> dict[str, Tensor]:
+    def _copied_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """Copies of the persistent buffers as they are now, on their device and into the same memory each time."""
-        state = self._tensors()
-        own = {name: state[name].detach() for name in self._buffer_names if name in state}
+        own = {name: value.detach() for name, value in _named_buffers(module).items() if name in self._persistent}
         places, before = ([(k, v.shape, v.dtype, v.device) for k, v in some.items()] for some in (own, self._buffers))
         if places != before:  # the first time, or another device or shape
             self._buffers = {name: torch.empty_like(value) for name, value in own.items()}
         torch._foreach_copy_(list(self._buffers.values()), list(own.values()))
         return self._buffers
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in values_of(self.module).items() if isinstance(value, Tensor)}
+
+def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    named = dict(module.named_buffers(remove_duplicate=False))
+    return dict(zip(layout.plain_names(named), named.values(), strict=True))
 
 
 def beginning_window(trainer: Trainer, batch_idx: int) -> Window:

@@ -1,0 +1,286 @@
+"""A module's part in the runs of a Trainer: it begins fits, seeds batches, checks steps, and has checkpoints resume exactly."""
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from cola_lightning.chain.checkpoint import STATE_KEY
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
+from cola_lightning.module import checks
+from cola_lightning.module.checkpoint import AtomicCheckpointIO, readable
+from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
+from cola_lightning.module.optimization import warn_of_half_precision
+from cola_lightning.module.rewind import Rewind, align_logged_step
+from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
+from cola_lightning.module.state import check_writable_state, state_of, values_of
+from cola_lightning.seeding import derive_seed, seeded
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
+
+log = logging.getLogger(__name__)
+
+
+class FitCallback(Callback):
+    """The one callback of a module. The module attaches it to each of its Trainers.
+
+    It is a callback, and not the module's own hooks, because a subclass may override those without ``super()``.
+
+    Each training batch, and each batch of a fit's validation, has its own seed, for the global generators. It depends on the
+    module's seed and on the batch's place: process, epoch and index; in a validation process, optimizer step, loader and index.
+    Fits of a module that has been trained before draw other numbers than those fits did.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: "COLAModule") -> None:
+        self.module = module
+        self._rewind = Rewind()
+        self._batch = ExitStack()  # the scope of a batch's seed
+
+    # ------------------------------------------------------------------ the beginning and the end of a run
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module, run = self.module, run_of(self.module)
+        if pl_module is not module:  # a later module of the Trainer's, which is not of this package
+            trainer.callbacks = [one for one in trainer.callbacks if one is not self]  # type: ignore[attr-defined]
+            return
+        check_sharding(trainer.strategy, module)
+        replicate_trained(trainer.strategy)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(run.pending)
+        if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
+        checks.check_one_seed(run.seed)
+        if stage == "fit":
+            run.length = None  # set again when training starts
+            run.trainer_ref = weakref.ref(trainer)
+            now = FitPosition(trainer.current_epoch, trainer.global_step)
+            if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
+                run.link_start = now
+                run.n_before += run.left_at is not None and run.left_at.global_step > 0
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
+                run.use(ChainSchedule())  # in place of an earlier fit's
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
+        adapted = self.module.adapted
+        warn_of_half_precision(adapted.model)
+        checks.check_frozen(adapted, run_of(self.module).schedule)
+        if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
+            adapted.remember_first_values()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, run = self.module, run_of(self.module)
+        for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        checks.check_whole_windows(trainer)
+        module.step_loss.begin()
+        self._modes = [(part, part.training) for part in pl_module.modules()]
+        self._is_first_step, self._is_loss_shown = True, False
+        self._without_gradient: list[str] | None = None  # known after a backward pass
+        now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
+        run.length = run_length(trainer, checks.beginning_of_epoch(trainer, now) if is_resumed else now)
+        run.schedule = run.schedule.in_run(run.length)
+        self._start_optimization(trainer, is_resumed=is_resumed)
+        self._check_links(run.length)
+        log.info("%s", checks.summary(module.adapted, [*module.parameters()], module.trained_parameters()))
+        run.is_validating = False
+        self._rewind.begin_fit(trainer, module, values_of(module).keys())
+
+    def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
+        """Resumes the current link's optimizer, or begins the link as the schedule says."""
+        run = run_of(self.module)
+        self._is_state_unchecked = run.schedule.has_knots
+        if is_resumed:
+            run.restore_metrics(trainer)
+            run.optimization.resume(trainer)
+            return
+        if checks.begin_as_scheduled(self.module.adapted, run.schedule):
+            run.begin_metrics(trainer)
+        if trainer.global_step:  # the first rate was set before the run's length was known
+            trainer.strategy.setup_optimizers(trainer)
+
+    def _check_links(self, length: RunLength) -> None:
+        """Checks options against the remaining links of this fit, as far as their lengths are known."""
+        module, run = self.module, run_of(self.module)
+        if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
+            run.optimization.check_without_horizon(length)
+            return
+        lengths = run.schedule.links(run.link_start, length)
+        checks.warn_of_lengths(run.schedule, lengths, module.link)
+        run.optimization.check_lengths(lengths)
+        links = range(module.link, module.link + len(lengths) - 1)
+        module.adapted.reserve_stacks([run.schedule.rank(link) for link in links])
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_loss(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer, pl_module)
+        if run_of(self.module).is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
+            for part, is_training in self._modes:
+                part.training = is_training
+
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cleans up at the end of a Trainer's run, and stores where it ended."""
+        self._batch.close()
+        run = run_of(self.module)
+        if trainer.state.fn == "fit":
+            run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
+        if trainer.state.fn in ("fit", "validate") and self.module.is_made:
+            run.earlier_metrics = run.metrics(trainer)  # which the Trainer clears when its next run begins
+        fitter = run.trainer
+        if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
+            pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
+
+    # ------------------------------------------------------------------ epochs and batches
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = run_of(self.module)
+        if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
+            run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
+        self._rewind.begin_epoch(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._seed(trainer.global_rank, trainer.current_epoch, batch_idx)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._rewind.begin_window(trainer, pl_module)
+        align_logged_step(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch.close()
+        if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
+            self._is_state_unchecked = False
+            run_of(self.module).optimization.check_state(trainer.optimizers, self.module.adapted)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._rewind.end_window(trainer, batch_idx + 1)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch.close()  # of an epoch that a hook has cut short
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._check_loss(trainer)
+            run_of(self.module).is_validating = True
+            align_logged_step(trainer)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if run_of(self.module).is_validating:
+            self._seed("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._batch.close()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run_of(self.module).is_validating = False
+
+    def _seed(self, *place: object) -> None:
+        """Seeds the global generators for a batch; they are restored after it."""
+        self._batch.close()
+        assert self.module.seed is not None
+        n_before = run_of(self.module).n_before
+        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place, *[f"after {n_before}"] * (n_before > 0))))
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.module.step_loss.add(loss)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
+            self._without_gradient = checks.without_gradient(self.module.model)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
+            parameter.grad = None
+        self._check_loss(trainer)
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.link}"
+        loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
+        if loss is not None:
+            pl_module.log("train_loss", loss)
+        self._is_loss_shown = loss is not None
+        if self._is_first_step and self._without_gradient is not None:
+            self._is_first_step = False
+            if trainer.is_global_zero:
+                checks.warn_of_no_gradient(self._without_gradient, self.module.model)
+
+    def _check_loss(self, trainer: Trainer) -> None:
+        """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
+        loss = self.module.step_loss.check()
+        if loss is not None and self._is_loss_shown:
+            trainer.progress_bar_metrics["train_loss"] = loss
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        prepare_checkpoint(self.module, checkpoint)
+        run = run_of(self.module)
+        if run.trainer is trainer:  # of a fit
+            self._rewind.write(checkpoint, trainer, self.state_key, is_validating=run.is_validating)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self._rewind.read(checkpoint, self.state_key)
+
+
+def attach(module: "COLAModule", trainer: Trainer) -> None:
+    """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(one, FitCallback) and one.module is module for one in callbacks):
+        others = [one for one in callbacks if not isinstance(one, FitCallback)]  # one of another module
+        last = [one for one in others if isinstance(one, Checkpoint)]
+        first = [one for one in others if one not in last]
+        trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
+
+
+def prepare_checkpoint(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
+    """Completes a checkpoint, and refuses one from which no run could go on.
+
+    Raises:
+        NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
+    """
+    check_writable_state(module)
+    checkpoint["state_dict"][STATE_KEY] = state_of(module).to_dict()  # weight averaging has put a copy's there
+    checkpoint |= readable(checkpoint)
