@@ -21,8 +21,8 @@ ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightni
 
 
 def imports(path, is_top_level=False):
-    """Dotted names that a file imports, but for those that only a type checker needs."""
-    tree = ast.parse(re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", path.read_text()))
+    """Dotted names that a file imports, also for a type checker alone."""
+    tree = ast.parse(path.read_text())
     nodes = tree.body if is_top_level else list(ast.walk(tree))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return plain + [f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,16 +19,15 @@ from typing_extensions import override
 from cola_lightning.chain.checkpoint import STATE_KEY
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module import checks
+from cola_lightning.module.base import AdaptedModule
 from cola_lightning.module.checkpoint import AtomicCheckpointIO, readable
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step
 from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import check_writable_state, state_of, values_of
+from cola_lightning.module.state import check_writable_state, state_of
+from cola_lightning.module.values import values_of
 from cola_lightning.seeding import derive_seed, seeded
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class FitCallback(Callback):
         module: the module.
     """
 
-    def __init__(self, module: "COLAModule") -> None:
+    def __init__(self, module: AdaptedModule) -> None:
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
@@ -104,7 +103,7 @@ class FitCallback(Callback):
         self._check_links(run.length)
         log.info("%s", checks.summary(module.adapted, [*module.parameters()], module.trained_parameters()))
         run.is_validating = False
-        self._rewind.begin_fit(trainer, module, values_of(module).keys())
+        self._rewind.begin_fit(trainer, module, values_of(module, module.adapted).keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
@@ -265,7 +264,7 @@ class FitCallback(Callback):
             self._rewind.read(checkpoint, self.state_key)
 
 
-def attach(module: "COLAModule", trainer: Trainer) -> None:
+def attach(module: AdaptedModule, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(one, FitCallback) and one.module is module for one in callbacks):
@@ -275,7 +274,7 @@ def attach(module: "COLAModule", trainer: Trainer) -> None:
         trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
 
 
-def prepare_checkpoint(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
+def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:

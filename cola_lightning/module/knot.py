@@ -1,20 +1,16 @@
 """Ties a knot in a run: finishes the link in the model, records its steps and metrics, and makes the next optimizer."""
 
-from typing import TYPE_CHECKING
-
 from lightning.pytorch.callbacks import BaseFinetuning
 
 from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import UserError
+from cola_lightning.module.base import AdaptedModule
 from cola_lightning.module.optimization import add_groups_of
 from cola_lightning.module.run import run_of, trainer_of
 
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
-
-def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Link:
+def tie_knot(module: AdaptedModule, rank: int | None, alpha: float | None) -> Link:
     """Finishes a module's current link and begins the next; see :meth:`~cola_lightning.COLAModule.tie_knot`."""
     module.adapted.check_next(rank)
     module.step_loss.check()  # before the link is recorded
@@ -30,13 +26,13 @@ def tie_knot(module: "COLAModule", rank: int | None, alpha: float | None) -> Lin
     return link
 
 
-def begin_at(module: "COLAModule", start: FitPosition) -> None:
+def begin_at(module: AdaptedModule, start: FitPosition) -> None:
     """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     run_of(module).link_start = start
     _make_optimizers(module)
 
 
-def _make_optimizers(module: "COLAModule") -> None:
+def _make_optimizers(module: AdaptedModule) -> None:
     """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
 
     After a fit they are those of the checkpoint that its Trainer may write. Their state is empty, as a next fit's is.

@@ -5,82 +5,31 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from cola_lightning import layout
-from cola_lightning.adapted_model import weight_of
 from cola_lightning.chain.chain import Chain, check_links
 from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
-from cola_lightning.chain.link import OUTSIDE, Link
+from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import describe_link, link_fields
 from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.module.base import AdaptedModule
 from cola_lightning.module.checkpoint import plain
 from cola_lightning.module.run import run_of, trainer_of
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
+from cola_lightning.module.values import aliases, frozen_names, is_frozen, values_of
 
 
 class StateDictError(UserError, RuntimeError):
     """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, with its message."""
 
 
-# ---------------------------------------------------------------------- values
-
-
-def values_of(module: "COLAModule", prefix: str = "", *, keep_vars: bool = True, into: Any = None) -> dict[str, Any]:
-    """The parameters, buffers and extra states of a module that training may change: no frozen ones of the model's.
-
-    Args:
-        module: the module.
-        prefix: begins the names.
-        keep_vars: see ``nn.Module.state_dict``.
-        into: a state dict to add them to; None: a new one.
-    """
-    if layout.has_fsdp1(module):
-        state = layout.state_dict(module, prefix, keep_vars=keep_vars)
-    else:
-        state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
-    omitted = {*_frozen_names(module), *_aliases(module)}
-    for name in list(state):
-        own = name.removeprefix(prefix)
-        if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
-            del state[name]
-    return state
-
-
-def values_outside(module: "COLAModule") -> dict[str, Tensor]:
-    """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
-    first = module.adapted.first_values
-    return {
-        name: value
-        for key, value in values_of(module).items()
-        if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
-        if (name := OUTSIDE + key) in first or not _is_frozen(value)
-    }
-
-
-def _frozen_names(module: "COLAModule") -> list[str]:
-    return [f"model.{name}" for name in module.adapted.frozen_names()]
-
-
-def _aliases(module: "COLAModule") -> list[str]:
-    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time."""
-    model = module.adapted.model
-    inside = {id(value) for value in (*model.parameters(), *model.buffers())}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    names = [name for name, value in named if id(value) in inside]
-    return [name for name in layout.plain_names(names) if not name.startswith("model.")]
-
-
 # ---------------------------------------------------------------------- the rest of the state
 
 
-def state_of(module: "COLAModule") -> CheckpointState:
+def state_of(module: AdaptedModule) -> CheckpointState:
     """The state of a module besides its trained values."""
     adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
     live = None
@@ -109,7 +58,7 @@ def state_of(module: "COLAModule") -> CheckpointState:
     )
 
 
-def check_writable_state(module: "COLAModule") -> None:
+def check_writable_state(module: AdaptedModule) -> None:
     """Refuses a state from which no run could go on.
 
     Raises:
@@ -146,7 +95,7 @@ def _of_data_module(trainer: Any, name: str) -> dict[str, Any]:
 
 
 def load_state(
-    module: "COLAModule", load: Callable[..., Any], received: Mapping[str, Any], *, strict: bool, assign: bool
+    module: AdaptedModule, load: Callable[..., Any], received: Mapping[str, Any], *, strict: bool, assign: bool
 ) -> Any:
     """Loads a state dict of a module: restores the chain, then loads the values.
 
@@ -161,13 +110,13 @@ def load_state(
         StateDictError: if a name is missing or unknown.
         UserError: if the chain was trained on another base, or is shorter than requested.
     """
-    own, state = values_of(module), None
+    own, state = values_of(module, module.adapted), None
     is_all_in_values = module.adapted.live is None and not module.adapted.frozen_names()
     if STATE_KEY in received or (strict and not is_all_in_values):
         state = CheckpointState.from_dict(received.get(STATE_KEY))
         check_restorable(module, state)
     missing = [name for name in own if name not in received]
-    unexpected = received.keys() - {STATE_KEY, *own, *_frozen_names(module), *_aliases(module)}
+    unexpected = received.keys() - {STATE_KEY, *own, *frozen_names(module.adapted), *aliases(module, module.adapted)}
     if strict and (missing or unexpected):
         raise StateDictError(
             f"checkpoint: expected values for all that this module trains, and for nothing else. Missing key(s) in "
@@ -175,13 +124,13 @@ def load_state(
         )
     values = {name: _laid_out(value, own.get(name)) for name, value in received.items() if name != STATE_KEY}
     if state is not None and not restore(module, state):
-        values = {name: value for name, value in values.items() if _is_frozen(own.get(name))}  # the others are of a later link
+        values = {name: value for name, value in values.items() if is_frozen(own.get(name))}  # the others are of a later link
     result = load(values, strict=False, assign=assign)
     result.missing_keys[:] = missing  # what is frozen is not missing
     return result
 
 
-def _requested_links(module: "COLAModule", state: CheckpointState) -> tuple[Chain, bool]:
+def _requested_links(module: AdaptedModule, state: CheckpointState) -> tuple[Chain, bool]:
     """The finished links to restore, and whether the current one of the state is to follow them."""
     pending = run_of(module).pending
     total, links = len(state.chain) + 1, None if pending is None else pending.links
@@ -191,7 +140,7 @@ def _requested_links(module: "COLAModule", state: CheckpointState) -> tuple[Chai
     return state.chain.truncate(links), False
 
 
-def check_restorable(module: "COLAModule", state: CheckpointState) -> None:
+def check_restorable(module: AdaptedModule, state: CheckpointState) -> None:
     """Refuses a state of another base, or with fewer links than requested; to resume a fit also one with other options.
 
     Raises:
@@ -204,7 +153,7 @@ def check_restorable(module: "COLAModule", state: CheckpointState) -> None:
         _check_same_choices(module, state)
 
 
-def restore(module: "COLAModule", state: CheckpointState) -> bool:
+def restore(module: AdaptedModule, state: CheckpointState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested (``links`` of the pending checkpoint), a link begins after them, and what else is trained gets
@@ -238,7 +187,7 @@ def restore(module: "COLAModule", state: CheckpointState) -> bool:
     return True
 
 
-def restore_nested(module: "COLAModule", state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def restore_nested(module: AdaptedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Restores a module inside another one, such as Lightning's weight averaging, before its values are loaded.
 
     Adds the frozen values, which no state dict contains: their absence would be an error there.
@@ -253,13 +202,13 @@ def restore_nested(module: "COLAModule", state_dict: dict[str, Any], prefix: str
                 state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
 
 
-def _dtype_of(module: "COLAModule", state: CheckpointState) -> torch.dtype:
+def _dtype_of(module: AdaptedModule, state: CheckpointState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
     dtype: torch.dtype = module.adapted.cast_dtype if state.dtype is None else getattr(torch, state.dtype)
     return dtype
 
 
-def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
+def _check_same_choices(module: AdaptedModule, state: CheckpointState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
@@ -292,10 +241,6 @@ def _check_same_choices(module: "COLAModule", state: CheckpointState) -> None:
 def _laid_out(value: Any, own: Any) -> Any:
     """A value in the layout of the module's own."""
     return layout.lay_out(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
-
-
-def _is_frozen(value: Any) -> bool:
-    return isinstance(value, nn.Parameter) and not value.requires_grad
 
 
 def _quoted(names: Iterable[str]) -> str:
