@@ -156,11 +156,6 @@ class AdaptedModule(LightningModule, RecordsArguments):
         """Epoch and optimizer step at which the current link began."""
         return run_of(self).link_start
 
-    @functools.cached_property
-    def rank(self) -> int:
-        """The largest rank of a link, as given. A subclass may define another ``rank``, such as its process'."""
-        return self.lora_config.rank
-
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""

@@ -23,7 +23,7 @@ from cola_lightning.module.base import AdaptedModule
 from cola_lightning.module.checkpoint import AtomicCheckpointIO, readable
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
-from cola_lightning.module.rewind import Rewind, align_logged_step
+from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
 from cola_lightning.module.state import check_writable_state, state_of
 from cola_lightning.module.values import values_of
@@ -164,7 +164,7 @@ class FitCallback(Callback):
         run = run_of(self.module)
         if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
             run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
-        self._rewind.begin_epoch(trainer)
+        self._rewind.expect_window(trainer, 0)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -182,7 +182,7 @@ class FitCallback(Callback):
             self._is_state_unchecked = False
             run_of(self.module).optimization.check_state(trainer.optimizers, self.module.adapted)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._rewind.end_window(trainer, batch_idx + 1)
+            self._rewind.expect_window(trainer, batch_idx + 1)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +261,7 @@ class FitCallback(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            self._rewind.read(checkpoint, self.state_key)
+            resume_rewound(checkpoint, self.state_key)
 
 
 def attach(module: AdaptedModule, trainer: Trainer) -> None:

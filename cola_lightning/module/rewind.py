@@ -52,8 +52,8 @@ class Rewind:
     """Where a fit would resume if a checkpoint were written now, which may be before where the fit is."""
 
     def __init__(self) -> None:
-        self._persistent: Set[str] = frozenset()
-        self._buffers: dict[str, Tensor] = {}  # copies of persistent buffers, on their device
+        self._persistent: Set[str] = frozenset()  # names of the buffers that checkpoints contain
+        self._buffers: dict[str, Tensor] = {}  # copies of these, on their device
         self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
 
     def begin_fit(self, trainer: Trainer, module: nn.Module, names: Set[str]) -> None:
@@ -62,26 +62,32 @@ class Rewind:
         Args:
             trainer: the Trainer of the fit.
             module: its module.
-            names: of the values in checkpoints; those of buffers among them are stored as the window's first batch found them.
+            names: of the values that checkpoints contain.
         """
         self._persistent = _named_buffers(module).keys() & names
-        self._window = beginning_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
+        self.expect_window(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1)
 
-    def begin_epoch(self, trainer: Trainer) -> None:
-        """Begins an epoch."""
-        self._window = beginning_window(trainer, 0)
+    def expect_window(self, trainer: Trainer, batch_idx: int) -> None:
+        """Notes that a window begins with the next batch.
+
+        Args:
+            trainer: the Trainer of the fit.
+            batch_idx: index of that batch in the epoch.
+        """
+        states = list[dict[str, Any]]()
+        if batch_idx:  # before an epoch, a loader may still have the state of the end of the last
+            # Those whose state Lightning stores, in its order; a loader of this package has an empty state.
+            loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
+            states = [copy.deepcopy(loader.state_dict()) for loader in loaders]
+        self._window = Window(trainer.current_epoch, batch_idx, states)
 
     def begin_window(self, trainer: Trainer, module: nn.Module) -> None:
-        """Stores what the window's first batch is about to change."""
+        """Stores what the first batch of the window may change."""
         if self._window is not None:
             buffers = self._copied_buffers(module) if self._persistent else {}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self._window = replace(self._window, buffers=buffers, callbacks=states)
-
-    def end_window(self, trainer: Trainer, batch_idx: int) -> None:
-        """Goes on to the window that begins with this batch of the epoch."""
-        self._window = beginning_window(trainer, batch_idx)
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer, key: str, *, is_validating: bool) -> None:
         """Has a checkpoint of a fit say where the run resumes.
@@ -92,16 +98,15 @@ class Rewind:
             key: the entry of its callbacks in which this is stored.
             is_validating: whether a validation inside the fit has begun and not ended.
         """
-        counters, window = rewound_progress(checkpoint, trainer, self._window, is_validating=is_validating)
+        given, window = checkpoint["loops"]["fit_loop"], self._window
+        counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
+        batch_idx = _rewind(counters, trainer, is_validating=is_validating)
         checkpoint["callbacks"][key] = {"progress": counters}
-        if window is not None:
+        if window is not None and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
+            if any(given["state_dict"].get(LOADERS, ())):
+                counters[LOADERS] = window.loaders
             checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in window.buffers.items()}
             checkpoint["callbacks"] |= window.callbacks
-
-    def read(self, checkpoint: Mapping[str, Any], key: str) -> None:
-        """Has Lightning resume a fit from where :meth:`write` says."""
-        if (stored := checkpoint["callbacks"].get(key)) is not None:
-            resume_from(checkpoint, stored["progress"])
 
     def _copied_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """Copies of the persistent buffers as they are now, on their device and into the same memory each time."""
@@ -118,52 +123,13 @@ def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
     return dict(zip(layout.plain_names(named), named.values(), strict=True))
 
 
-def beginning_window(trainer: Trainer, batch_idx: int) -> Window:
-    """The window whose first batch comes next.
-
-    Args:
-        trainer: the Trainer of the fit.
-        batch_idx: index of that batch in the epoch.
-    """
-    states = list[dict[str, Any]]()
-    if batch_idx:  # before an epoch, a loader may still have the state of the end of the last
-        # Those whose state Lightning stores, in its order; a loader of this package has an empty state.
-        loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
-        states = [copy.deepcopy(loader.state_dict()) for loader in loaders]
-    return Window(trainer.current_epoch, batch_idx, states)
-
-
-def rewound_progress(
-    checkpoint: Mapping[str, Any], trainer: Trainer, window: Window | None, *, is_validating: bool
-) -> tuple[Progress, Window | None]:
-    """The counters of a fit that its resume needs, by Lightning's names.
-
-    Args:
-        checkpoint: the checkpoint that Lightning is about to write.
-        trainer: the Trainer of the fit.
-        window: the accumulation window that has begun, or begins with the next batch.
-        is_validating: whether a validation inside the fit has begun and not ended.
-
-    Returns:
-        The counters, and the window in which the run will resume, if its first batch had begun. In that case the counters also
-        contain the states of loaders that have one.
-    """
-    given = checkpoint["loops"]["fit_loop"]
-    counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
-    batch_idx = _rewind(counters, trainer, is_validating=is_validating)
-    if window is None or (trainer.current_epoch, batch_idx) != (window.epoch, window.batch_idx):
-        return counters, None
-    if any(given["state_dict"].get(LOADERS, ())):
-        counters[LOADERS] = window.loaders
-    return counters, window
-
-
-def resume_from(checkpoint: Mapping[str, Any], counters: Progress) -> None:
-    """Has Lightning resume from :func:`rewound_progress`."""
-    given = checkpoint["loops"]["fit_loop"]
-    given.update({name: value for name, value in counters.items() if name != LOADERS})
-    if LOADERS in counters:
-        given["state_dict"][LOADERS] = counters[LOADERS]
+def resume_rewound(checkpoint: Mapping[str, Any], key: str) -> None:
+    """Has Lightning resume a fit from where :meth:`Rewind.write` says."""
+    if (stored := checkpoint["callbacks"].get(key)) is not None:
+        given, counters = checkpoint["loops"]["fit_loop"], stored["progress"]
+        given.update({name: value for name, value in counters.items() if name != LOADERS})
+        if LOADERS in counters:
+            given["state_dict"][LOADERS] = counters[LOADERS]
 
 
 def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:
