@@ -285,7 +285,8 @@ def test_a_file_of_hyperparameters_counts_more_than_the_checkpoint(tmp_path):
     (tmp_path / "hparams.yaml").write_text("dropout: 0.5\nunknown: 1\n")
     loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml")
     assert loaded.model[0].lora_dropout.p == 0.5
-    assert Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml", dropout=0.2).rank == 2
+    loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml", dropout=0.2)
+    assert (loaded.lora_config.rank, loaded.lora_config.dropout) == (2, 0.2)
 
 
 class PlainToy(LightningModule):
