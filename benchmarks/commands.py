@@ -29,7 +29,6 @@ from cola_lightning.hf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
 UNITS = ("seconds", "mib")
-SIDES = {"cola": "`cola fit`", "peft": "peft, Trainer"}
 LORA = ["--model.target_modules", "[q_proj, v_proj]", "--model.rank", "8", "--model.alpha", "16"]
 OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
 DATA = ["--data.chat_template", "false"]
@@ -94,14 +93,14 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The table: medians over the rounds, and those of ours over peft's within a round."""
+    """The table: medians over the rounds of both sides, and of their ratio within a round."""
     table = []
     for result in results:
-        rounds = result["rounds"]
-        for side in ("cola", "peft"):
-            cells = [f"{statistics.median(one[side][unit] for one in rounds):,.0f}" for unit in UNITS]
-            ratios = [statistics.median(one[side][unit] / one["peft"][unit] for one in rounds) for unit in UNITS]
-            table.append([result["task"], SIDES[side], *cells, *(f"{ratio:.2f}" for ratio in ratios)])
+        cells = [result["task"]]
+        for unit in UNITS:
+            cells += [f"{statistics.median(one[side][unit] for one in result['rounds']):,.0f}" for side in ("cola", "peft")]
+            cells.append(f"{statistics.median(one['cola'][unit] / one['peft'][unit] for one in result['rounds']):.2f}")
+        table.append(cells)
     return table
 
 
@@ -122,7 +121,7 @@ def main() -> None:
             both = commands(base, write_rows(task, options.rows, folder), folder)
             rounds = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
             lines.add({"task": task, "rows": options.rows, "rounds": rounds})
-    show(["task", "command", "seconds", "MiB", "seconds / peft's", "MiB / peft's"], rows(lines.results))
+    show(["task", "seconds", "peft's", "ratio", "MiB", "peft's", "ratio"], rows(lines.results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ runs ``cola compare`` on ``configs/domain_shift.yaml`` (the commands below, whic
 studies is a folder of ``benchmarks/domain_shift``, with a line a run in ``results.jsonl``. A second call does what is missing.
 A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the base's pre-training, once, 13.
 
-    python benchmarks/domain_shift.py --figure
+    python benchmarks/domain_shift.py --table
 
 draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md.
 
@@ -15,13 +15,13 @@ draws ``domain_shift.png`` from the lines that are there, and prints the tables 
 runs all of it anew, in an empty folder; the figure is ``FOLDER.png``.
 """
 
-import argparse
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-from studies import compare, run
+from studies import compare, grouped, main
 
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import Result, at_best_rates, read
@@ -55,21 +55,19 @@ class Stage:
     variant: str = ""
 
     @property
-    def folder(self) -> Path:
-        """Of the study."""
-        return FOLDER / f"rank-{self.rank}-steps-{self.steps}{'-' if self.variant else ''}{self.variant}"
+    def name(self) -> str:
+        """Of the study, and of its folder."""
+        return f"rank-{self.rank}-steps-{self.steps}{'-' if self.variant else ''}{self.variant}"
 
     @property
-    def words(self) -> list[str]:
+    def place(self) -> str:
+        """The first cell of its rows."""
+        return f"rank {self.rank}, {self.steps:,} steps"
+
+    def words(self, folder: Path) -> list[str]:
         """What follows ``cola``."""
-        rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
-        options = {
-            "config": str(CONFIG),
-            "output": str(self.folder),
-            "methods": f"[{', '.join(self.rates)}]",
-            "seeds": self.seeds,
-        }
-        options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": f"{{{rates}}}"}
+        options = {"config": str(CONFIG), "output": str(folder / self.name), "methods": [*self.rates], "seeds": self.seeds}
+        options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": self.rates}
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
         if self.variant == "decay-in-each-link":
@@ -78,9 +76,13 @@ class Stage:
             of_fit |= {"chain.every_n_train_steps": "null", "chain.at_steps": f"[{self.steps // 4}]"}
         return compare(options, of_fit)
 
-    def best(self) -> dict[str, list[Result]]:
-        """Each method's results at its best rate, from the lines that are there."""
-        return at_best_rates(read(self.folder / "results.jsonl"), "min", range(self.tuning_seeds))
+    def results(self, folder: Path) -> list[Result]:
+        """What the lines that are there say."""
+        return read(folder / self.name / "results.jsonl")
+
+    def best(self, folder: Path) -> dict[str, list[Result]]:
+        """Each method's results at its best rate."""
+        return at_best_rates(self.results(folder), "min", range(self.tuning_seeds))
 
 
 NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
@@ -118,60 +120,62 @@ STAGES = [
 ]
 
 
-def studies(variant: str = "") -> list[Stage]:
+def calls(folder: Path) -> Iterator[list[str]]:
+    """The studies, each as what follows ``cola``."""
+    return (stage.words(folder) for stage in STAGES)
+
+
+def studies(folder: Path, variant: str = "") -> list[Stage]:
     """The last stage of each study that has lines, by rank and steps."""
-    found = {stage.folder: stage for stage in STAGES if stage.variant == variant and (stage.folder / "results.jsonl").exists()}
+    stages = (stage for stage in STAGES if stage.variant == variant)
+    found = {stage.name: stage for stage in stages if (folder / stage.name / "results.jsonl").exists()}
     return sorted(found.values(), key=lambda stage: (stage.rank, stage.steps))
 
 
-def rows() -> list[list[str]]:
+def rows(folder: Path = FOLDER) -> list[list[str]]:
     """The first table of docs/results.md: a row for each method of each study, from the lines that are there."""
     table = []
-    for stage in studies():
-        place = f"rank {stage.rank}, {stage.steps:,} steps"
-        for row in sorted(summarize(stage.best()), key=lambda row: [*NAMES].index(row.method)):
-            table.append([place, *short_cells(row, NAMES[row.method])])
-    return table
+    for stage in studies(folder):
+        for row in sorted(summarize(stage.best(folder)), key=lambda row: [*NAMES].index(row.method)):
+            table.append([stage.place, *short_cells(row, NAMES[row.method])])
+    return grouped(table)
 
 
-def rows_of_scopes() -> list[list[str]]:
+def rows_of_scopes(folder: Path = FOLDER) -> list[list[str]]:
     """What docs/results.md says of the two schedules: the same runs with one decay over the run and with one in each link."""
     table = []
-    for stage in studies("decay-in-each-link"):
-        over_run = read(replace(stage, variant="").folder / "results.jsonl")
-        for name, of_method in stage.best().items():
+    for stage in studies(folder, "decay-in-each-link"):
+        over_run = replace(stage, variant="").results(folder)
+        for name, of_method in stage.best(folder).items():
             runs = {(one.seed, one.learning_rate): one.test for one in over_run if one.method == name}
             tests = [(runs.get((one.seed, one.learning_rate)), one.test) for one in of_method]
             pairs = [(run, link) for run, link in tests if run is not None and link is not None]
             run, link = (fmean(values) for values in zip(*pairs, strict=True))
             cells = [NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"]
-            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *cells])
-    return table
+            table.append([stage.place, *cells])
+    return grouped(table)
 
 
-def rows_of_one_base() -> list[list[str]]:
+def rows_of_one_base(folder: Path = FOLDER) -> list[list[str]]:
     """What docs/results.md says of the runs that began from the same weights."""
-    return [
-        [f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, NAMES[row.method])]
-        for stage in studies("one-base")
-        for row in summarize(stage.best())
-    ]
+    stages = studies(folder, "one-base")
+    return [[stage.place, *short_cells(row, NAMES[row.method])] for stage in stages for row in summarize(stage.best(folder))]
 
 
-def rows_of_one_knot() -> list[list[str]]:
+def rows_of_one_knot(folder: Path = FOLDER) -> list[list[str]]:
     """What docs/results.md says of one early knot: that chain and LoRA, on the same seeds."""
     table = []
-    for stage in studies("knot-at-a-quarter"):
-        one_knot = stage.best()
+    for stage in studies(folder, "knot-at-a-quarter"):
+        one_knot = stage.best(folder)
         seeds = {result.seed for result in one_knot["cola"]}
-        both = {"lora": replace(stage, variant="").best()["lora"]} | one_knot
+        both = {"lora": replace(stage, variant="").best(folder)["lora"]} | one_knot
         same = {name: [result for result in results if result.seed in seeds] for name, results in both.items()}
         for row in summarize(same):
-            table.append([f"rank {stage.rank}, {stage.steps:,} steps", *short_cells(row, NAMES[row.method])])
-    return table
+            table.append([stage.place, *short_cells(row, NAMES[row.method])])
+    return grouped(table)
 
 
-def draw(path: Path) -> None:
+def draw(folder: Path) -> None:
     """The validation loss over the steps, a panel for each study that has lines: ranks beside, lengths below each other.
 
     Full fine-tuning has no rank: it is in each panel of its length.
@@ -179,7 +183,7 @@ def draw(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = {(stage.rank, stage.steps): stage.best() for stage in studies()}
+    shown = {(stage.rank, stage.steps): stage.best(folder) for stage in studies(folder)}
     full = {steps: {"full": results["full"]} for (_, steps), results in shown.items() if "full" in results}
     ranks, lengths = (sorted(set(values)) for values in zip(*shown, strict=True))
     figure = Figure(figsize=(6.0 * len(ranks), 3.5 * len(lengths) + 0.6), layout="constrained")
@@ -196,24 +200,8 @@ def draw(path: Path) -> None:
     labels = [label for label in [*NAMES.values(), "full fine-tuning, at its end"] if label in in_legend]
     lines = [in_legend[label] for label in labels]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(labels))
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
-    """Runs what is missing, then draws the figure."""
-    global FOLDER
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", action="store_true", help="only draw the figure")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the studies (default: %(default)s)")
-    options = parser.parse_args()
-    FOLDER = options.output
-    if not options.figure:
-        for stage in STAGES:
-            run(stage.words)
-    for row in [*rows(), *rows_of_scopes(), *rows_of_one_knot(), *rows_of_one_base()]:
-        print(f"| {' | '.join(row)} |")
-    draw(FOLDER.with_name(f"{FOLDER.name}.png"))
+    figure.savefig(folder.with_name(f"{folder.name}.png"), dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, FOLDER, calls, [rows, rows_of_scopes, rows_of_one_knot, rows_of_one_base], draw)

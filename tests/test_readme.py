@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import domain_shift, paper_table
+from benchmarks import digits_splits, domain_shift, paper_table, studies
 from cola_lightning import Chain
 from cola_lightning.cli import main
 from tests import tiny
@@ -179,43 +179,25 @@ def rows_of_speed(name, *columns):
     return [[f"{n} tokens a row", *(f"{ratios[column, n]:.2f}" for column in columns)] for n in (64, 256)]
 
 
-def rows_of_half():
-    same = {line["model"]: str(line["same"]) for line in lines_of("half")}
-    dtypes, models = ("float32", "bfloat16"), ("module", "merged", "adapter")
-    return [[f"in {dtype}", *(same[f"{model}, {dtype}"] for model in models)] for dtype in dtypes]
-
-
 def rows_of_splits():
     """LoRA and the chain at each rank, and what is trained with more parameters at rank 1."""
-    rows = importlib.import_module("benchmarks.digits_splits.table").rows()
     shown = {"LoRA": "124", "10 links": "124", "LoRA of the summed rank": "1", "full fine-tuning": "1"}
-    return [row for row in rows if row[0].removeprefix("rank ") in shown.get(row[1], "")]
-
-
-def rows_of_prompts():
-    """Without those that compare with the protocol, and those of padding."""
-    return [row for row in rows_of("prompts")() if "protocol" not in row[0] and "padded" not in row[0]]
+    return studies.grouped(row for row in digits_splits.rows() if row[0].removeprefix("rank ") in shown.get(row[1], ""))
 
 
 STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
-EXPERTS_STEPS = [f"{unit}: cola experts / peft experts" for unit in ("seconds", "mib_above_model")]
-# Those of domain_shift are printed by `python benchmarks/domain_shift.py --figure`.
+# Those of domain_shift are printed by `python benchmarks/domain_shift.py --table`.
 PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
-    ("docs/scaling.md", "| computed |"): rows_of_half,
     ("docs/scaling.md", "| model | full"): lambda: importlib.import_module("scale").rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
-    ("docs/speed.md", "| experts |"): lambda: rows_of_speed("experts", *EXPERTS_STEPS),
-    ("docs/speed.md", "| task | command |"): rows_of("commands"),
-    ("docs/speed.md", "| | task |"): rows_of_prompts,
+    ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
     ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
     ("docs/speed.md", "| batches |"): rows_of("packing"),
     ("docs/speed.md", "| vocabulary |"): rows_of("vocabulary"),
     ("docs/results.md", "| paper's task |"): paper_table.rows,
     ("docs/results.md", "| | method | rate |"): rows_of_splits,
-    ("docs/results.md", "| | method | seeds |"): domain_shift.rows_of_scopes,
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
-    ("docs/results.md", "| one base |"): domain_shift.rows_of_one_base,
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
 }
 
@@ -226,6 +208,22 @@ def test_a_table_is_its_benchmarks(page, header, monkeypatch):
     tables = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
     (found,) = [body.splitlines() for first, body in tables if first.startswith(header)]
     assert found == [f"| {' | '.join(row)} |" for row in PRODUCED[page, header]()]
-    kills = lines_of("kills")
-    n_equal = sum(not kill["wrong"] for kill in kills)
-    assert f"{n_equal} of {len(kills)} by `python benchmarks/kills.py`" in PAGES["docs/guarantees.md"]
+
+
+def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
+    time, memory = (
+        [f"{line['ratio']:.2f}" for line in lines_of("experts") if line["what"].startswith(unit)] for unit in ("seconds", "mib")
+    )
+    of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
+    for page, sentence in [
+        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python benchmarks/kills.py`"),
+        ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
+        ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
+        ("speed", f"{time[0]} of peft's time and {memory[0]} of its memory"),
+        ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
+        ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
+        ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
+    ]:
+        assert sentence in " ".join(PAGES[f"docs/{page}.md"].split())
