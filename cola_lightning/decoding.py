@@ -36,15 +36,12 @@ class Decoding:
             group: prefix of the fields' names in messages: ``data.``.
         """
         if not 0 < self.top_p <= 1:
-            raise UserError(f"{group}top_p: expected a probability above 0, 1 at most, received {self.top_p}")
+            raise UserError(f"{group}top_p: must be above 0 and at most 1, got {self.top_p}")
         changed = [name for name in ("temperature", "top_p") if getattr(self, name) != getattr(Decoding, name)]
         if changed and not self.do_sample:
-            raise UserError(
-                f"{group}{changed[0]}: expected {group}do_sample true with it, for the most probable token is taken without "
-                f"it, received {getattr(self, changed[0])} alone"
-            )
+            raise UserError(f"{group}{changed[0]}: needs {group}do_sample true. Otherwise the most probable token is chosen")
         if "" in self.stop:
-            raise UserError(f"{group}stop: expected texts of at least one character, received an empty one")
+            raise UserError(f"{group}stop: must not contain an empty text")
 
     def stopping(self, texts: Iterable[str]) -> "Decoding":
         """The same, with more texts at which generation ends."""

@@ -17,7 +17,7 @@ TRIED = re.compile(
 
 
 class UserError(ValueError):
-    """A mistake in what the user wrote: one line that names the field, what was expected and what was received.
+    """A mistake in what the user wrote: one line that names the option, what is wrong and what to do.
 
     The command line prints it as ``error: ...`` and exits with status 2, without a traceback.
     """
@@ -35,7 +35,7 @@ class OutsideError(Exception):
 
 
 class HubError(OutsideError):
-    """The Hugging Face hub is needed and does not answer."""
+    """The Hugging Face hub is needed and cannot be reached."""
 
 
 class ExportError(OutsideError):
@@ -100,7 +100,7 @@ def one_line(message: str) -> str:
         ...     Parser key "rank":
         ...       Expected a <class 'int'>. Got value: two
         ...   Expected a <class 'NoneType'>''')
-        "model.rank: expected int, received 'two'"
+        "model.rank: must be int, got 'two'"
     """
     fields = re.findall(r'Parser key "([^"]+)":', message)
     lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
@@ -110,5 +110,5 @@ def one_line(message: str) -> str:
     paragraph = itertools.takewhile(lambda line: not line[:indent].strip(), lines)
     said = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
     said = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", said)
-    said = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"expected \1, received '\2'", said)
+    said = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", said)
     return f"{'.'.join(fields)}: {said}"

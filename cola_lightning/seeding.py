@@ -19,7 +19,7 @@ def check_seed(field: str, seed: int | None) -> None:
         UserError: naming the field.
     """
     if seed is not None and not 0 <= seed < 2**32:
-        raise UserError(f"{field}: expected a whole number from 0 to 2**32 - 1, received {seed}")
+        raise UserError(f"{field}: must be between 0 and 2**32 - 1, got {seed}")
 
 
 @contextmanager

@@ -86,8 +86,8 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
     is_here = path.is_dir() and path.samefile(os.curdir)  # the folder of the shell would be replaced
     if in_the_way or is_here or (path.exists() and not path.is_dir()):
         raise UserError(
-            f"{field}: expected a folder that does not exist or is empty (with overwrite: one without folders in it), received "
-            f"{str(path)!r}"
+            f"{field}: {str(path)!r} is in use. Choose a folder that does not exist or is empty (with overwrite: one that "
+            "contains no folders)"
         )
 
 
@@ -101,8 +101,8 @@ def check_writable(field: str, folder: str | Path) -> None:
     path = Path(os.path.realpath(folder))
     existing = next(place for place in (path, *path.parents) if place.exists())
     if "://" not in str(folder) and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        why = f"{existing} is a file, or without write permission"
-        raise UserError(f"{field}: expected a folder that can be written, received {str(folder)!r}: {why}")
+        why = f"{existing} is a file, or you have no write permission"
+        raise UserError(f"{field}: cannot write to {str(folder)!r}: {why}")
 
 
 @contextmanager

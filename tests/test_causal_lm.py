@@ -255,7 +255,7 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, ar
     module.configure_model()
     packed, _ = packed_texts(module)
     for _ in range(2):
-        with pytest.raises(UserError, match="batch: expected attention_mask of rows x length"):
+        with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
             module.step(packed)
 
 
@@ -270,7 +270,7 @@ def test_so_they_are_in_a_model_that_ignores_without_a_word_what_keeps_them_apar
         return inner(input_ids=input_ids, **given)
 
     llama.model.forward = forward
-    with pytest.raises(UserError, match="batch: expected attention_mask of rows x length"):
+    with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
         llama.step(packed_texts(llama)[0])
 
 
@@ -285,7 +285,7 @@ def test_packed_sequences_are_taken_in_half_precision(tmp_path, architecture, dt
 @pytest.mark.parametrize("mask", [torch.ones(1, 1, 9, 9), torch.ones(1, 9, 9)], ids=["numbers to be added", "no heads"])
 def test_a_mask_that_could_mean_anything_is_refused(llama, mask):
     ids = torch.full((1, 9), 5)
-    with pytest.raises(UserError, match="batch: expected attention_mask of rows x length"):
+    with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
         llama.step({"input_ids": ids, "labels": ids, "attention_mask": mask})
 
 
@@ -293,13 +293,13 @@ def test_a_mask_that_could_mean_anything_is_refused(llama, mask):
 
 
 def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"model\.model_name: .* whose logits change with that padding"):
+    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with that padding"):
         causal_lm(tmp_path, "roberta").configure_model()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
-    with pytest.raises(UserError, match=r"model\.model_name: .* whose logits change with a later token"):
+    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with a later token"):
         causal_lm(tmp_path, "bert", scale=1, dtype=dtype).configure_model()
     causal_lm(tmp_path, "bert", scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
 

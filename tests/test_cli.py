@@ -70,9 +70,9 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(c
     header = Path("runs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "val_accuracy", "link", "link_update_norm"} <= set(header)
     assert run("validate", *checkpoint_of(0)) == 0
-    assert "without --ckpt_path" not in capfd.readouterr().out
+    assert "no --ckpt_path" not in capfd.readouterr().out
     assert run("validate", *checkpoint_of(0)[:2]) == 0
-    assert "validate: without --ckpt_path, this is the base alone" in capfd.readouterr().out
+    assert "validate: no --ckpt_path given; using the base" in capfd.readouterr().out
     assert run("predict", *checkpoint_of(0)) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
     rows = tiny.read_rows(path)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cola_lightning.callbacks import ChainProgressBar
 from cola_lightning.cli import main
-from cola_lightning.cli.help import MAIN_OPTIONS, SUBCOMMANDS, WIDTH
+from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
 from cola_lightning.study.config import resolved
 from tests.toy import ValidatedToy, batches, toy, trainer
 
@@ -37,9 +37,14 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     assert [words[0] for words in indented if words[0] != "cola"] == list(SUBCOMMANDS)
     assert {words[1] for words in indented if words[0] == "cola"} < SUBCOMMANDS.keys()  # of the examples
     for name in SUBCOMMANDS:
-        assert told(capfd, name, "--help")[0].startswith(f"usage: cola {name}")
+        lines = told(capfd, name, "--help")
+        assert lines[0].startswith(f"usage: cola {name}")
+        assert f"  {EXAMPLES[name].splitlines()[0]}" in lines
+        assert max(map(len, lines)) <= WIDTH
+        assert not [line for line in lines if "(type:" in line or "<class" in line or "``" in line or line.count("efault:") > 1]
     lines = told(capfd, "fit", "--help")
-    assert [line.split("  ")[1] for line in lines[3 : 3 + len(MAIN_OPTIONS)]] == list(MAIN_OPTIONS)
+    lines = lines[lines.index("main options:") + 1 :]
+    assert [line.split("  ")[1] for line in lines[: len(MAIN_OPTIONS)]] == list(MAIN_OPTIONS)
     config = resolved(["--model.model_name=x", "--data.source=x"])
     for option, _, value in (option.removeprefix("--").partition(" ") for option in MAIN_OPTIONS):
         if value.isupper() or option == "trainer.max_epochs":  # no default; three where nothing limits the run

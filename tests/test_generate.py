@@ -134,8 +134,8 @@ def test_what_does_not_generate_is_one_line_and_status_2(trained, tmp_path, capf
     for words, message in [
         ([tmp_path / "classifier.ckpt", "--prompt", "It"], "COLACausalLM"),
         ([tmp_path, "--prompt", "It"], "docs/checkpoints.md"),
-        ([path, "--prompt", "It is " * 200], "prompt: expected fewer than 128 tokens"),
-        ([path, "--chat"], "chat: expected a tokenizer with a chat template"),
+        ([path, "--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
+        ([path, "--chat"], "chat: the model's tokenizer has no chat template"),
     ]:
         assert main(["generate", "--checkpoint", *map(str, words)]) == 2
         out, err = capfd.readouterr()

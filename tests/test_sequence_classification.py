@@ -254,7 +254,7 @@ def test_another_number_of_labels_than_the_datas_is_refused(tmp_path):
     made = classifier(tmp_path)
     made.configure_model()  # with two labels, for nobody has said how many there are
     for module in (classifier(tmp_path, num_labels=2), made):
-        with pytest.raises(UserError, match=r"model\.num_labels: expected 3, the data's labels great"):
+        with pytest.raises(UserError, match=r"model\.num_labels: is \d, but the data has 3: .*great"):
             trainer(tmp_path, max_steps=1).fit(module, datamodule=data_of(tmp_path / "rows.jsonl", NAMED))
 
 

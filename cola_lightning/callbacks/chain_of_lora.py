@@ -79,7 +79,7 @@ class ChainOfLoRA(Callback):
         )
         self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
-            raise UserError("chain.monitor, chain.min_delta, chain.mode: expected chain.patience with them, received none")
+            raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
         self._asked_at: int | None = None
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
@@ -142,8 +142,8 @@ class ChainOfLoRA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.plateau is not None and not sum(trainer.num_val_batches):
             raise UserError(
-                "chain.patience: expected a run with validation (its rows, a validation_step, and a trainer.limit_val_batches "
-                "above 0), received one without"
+                "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
+                "trainer.limit_val_batches above 0"
             )
 
     @override
@@ -155,8 +155,7 @@ class ChainOfLoRA(Callback):
             if trainer.sanity_checking and len(trainer.num_sanity_val_batches) > 1:
                 return  # where Lightning shows no metric of one of several loaders
             raise UserError(
-                f"chain.monitor: expected one of {', '.join(sorted(logged)) or 'the metrics that validation logs'}, "
-                f"received {name}"
+                f"chain.monitor: {name} is not logged in validation. Logged are {', '.join(sorted(logged)) or 'no metrics'}"
             )
         if not trainer.sanity_checking:
             # The mean over the processes, so that all of them tie a knot, or none; of a copy, for it is reduced in place.
@@ -212,27 +211,27 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if isinstance(strategy, DeepSpeedStrategy) or isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
-            "trainer.strategy: expected ddp, fsdp or ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml), received "
-            f"{type(strategy).__name__}: DeepSpeed's engine owns the optimizer that a knot must replace, and from processes "
-            "that are forked or spawned the chain does not return"
+            f"trainer.strategy: {type(strategy).__name__} cannot train a chain: DeepSpeed's engine owns the optimizer that a "
+            "knot replaces, and processes that are forked or spawned do not return the chain. Use ddp, fsdp or "
+            "ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml)"
         )
 
 
 def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
     """Refuses, before training, a trainer or module with which a chain would be wrong."""
     if not isinstance(module, COLAModule):
-        raise UserError(f"model: expected a COLAModule, in which ChainOfLoRA ties knots, received a {type(module).__name__}")
+        raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
     check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder | StochasticWeightAveraging | WeightAveraging):
             raise UserError(
-                "trainer.callbacks: expected none that sets one link's rate or averages weights across knots (runs can be "
-                f"averaged as merged models, after them), received {type(callback).__name__}"
+                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
+                "of several runs.)"
             )
     if not module.automatic_optimization:
-        raise UserError("model: expected automatic optimization, received automatic_optimization = False")
+        raise UserError("model: ChainOfLoRA needs automatic optimization, but automatic_optimization is False")
     if module.lora_config.target_modules is None and schedule.has_knots:
-        raise UserError("model.target_modules: expected layers to adapt for a chain with knots, received null")
+        raise UserError("model.target_modules: a chain with knots needs layers to adapt, got null")
     largest = module.lora_config.rank
     if schedule.ranks and max(schedule.ranks) > largest:
-        raise UserError(f"chain.ranks: expected at most {largest}, which is model.rank, received {max(schedule.ranks)}")
+        raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(schedule.ranks)}")

@@ -76,8 +76,8 @@ class PredictionWriter(BasePredictionWriter):
             batch_indices = None  # not those of the last batch that had any, which Lightning gives here
             if trainer.world_size > 1:  # each process would count its own rows from 0, and replace another's
                 raise UserError(
-                    "predict: expected a loader that batches rows with indices (no IterableDataset) where "
-                    f"{trainer.world_size} processes share its rows, received another; trainer.devices 1 takes any"
+                    f"predict: on {trainer.world_size} processes it needs a map-style dataset. Use trainer.devices 1 for an "
+                    "IterableDataset"
                 )
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         first = self._n_rows[dataloader_idx]

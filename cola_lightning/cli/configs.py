@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.cli.help import WIDTH, command_parser, parsed
+from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent.parent
@@ -22,10 +22,8 @@ def configs(words: Sequence[str]) -> None:
     Raises:
         UserError: for an unknown name, and a file that already exists.
     """
-    parser = command_parser("configs", "Lists the configurations that come with cola_lightning, or copies some of them.")
-    parser.add_argument(
-        "names", nargs="*", default=[], metavar="NAME", help="configurations to copy, or all (default: list them)"
-    )
+    parser = command_parser("configs", SUBCOMMANDS["configs"])
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="configs to copy, or all (default: list them)")
     parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="folder to copy to")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     options = parsed(parser, words)
@@ -39,13 +37,13 @@ def configs(words: Sequence[str]) -> None:
         return
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
     if unknown := [name for name in requested if name not in found]:
-        raise UserError(f"names: expected {', '.join(found)}, received {unknown[0]!r}{nearest(unknown[0], found)}")
+        raise UserError(f"names: there is no config {unknown[0]!r}{nearest(unknown[0], found)} (all: {', '.join(found)})")
     # A folder of the same name has a configuration's data.
     paths = [path for name in requested for path in (found[name], *sorted(found[name].with_suffix("").rglob("*.csv")))]
     targets = {path: options.output / path.relative_to(FOLDER) for path in paths}
     existing = [] if options.overwrite else [str(target) for target in targets.values() if target.exists()]
     if existing:
-        raise UserError(f"output: expected no file of that name, received {existing[0]!r}, which --overwrite replaces")
+        raise UserError(f"output: {existing[0]!r} exists already. Add --overwrite to replace it")
     for path, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())

@@ -59,8 +59,8 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
         return 0
     first = words[0] if words else ""
     if not first.startswith("-") and first not in SUBCOMMANDS:
-        received = f"{first!r}{nearest(first, SUBCOMMANDS)}" if words else "none"
-        raise UserError(f"cola: expected {', '.join(SUBCOMMANDS)}, received {received} (cola --help describes them)")
+        problem = f"there is no subcommand {first!r}{nearest(first, SUBCOMMANDS)}" if words else "add a subcommand"
+        raise UserError(f"cola: {problem} ({', '.join(SUBCOMMANDS)}; cola --help describes them)")
     if first.startswith("-") or first in ("fit", "validate", "test", "predict"):
         from cola_lightning.cli.training import train
 
@@ -82,7 +82,7 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
     from jsonargparse import ArgumentError
 
     if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.filename is not None:
-        return f"cola: expected a file or folder that may be used, received {str(error.filename)!r}: {error.strerror}", 2
+        return f"cola: cannot use {str(error.filename)!r}: {error.strerror}", 2
     if isinstance(error, ArgumentError):
         return one_line(str(error)) + "".join(getattr(error, "__notes__", [])), 2
     return next(((one_line(str(cause)), 2) for cause in causes(error) if _is_refused_by_lightning(cause)), None)

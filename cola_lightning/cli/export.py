@@ -52,22 +52,22 @@ def export(words: Sequence[str]) -> None:
     )
     parser.add_argument("--public", action="store_true", help="with push_to_hub: a new repository is public")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
-    parser.add_argument("--no_verify", action="store_true", help="do not reload the export to compare its logits")
+    parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
     options = parsed(parser, words)
     if options.public and options.push_to_hub is None:
-        raise UserError("public: expected push_to_hub with it, received none")
+        raise UserError("public: needs --push_to_hub")
     from cola_lightning.export.module import export_module
     from cola_lightning.export.verify import ExportOptions
     from cola_lightning.module import COLAModule, find_class
 
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
-    asked = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
-    asked.check(options.checkpoint)
+    export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
+    export_options.check(options.checkpoint)
     opened = OpenedCheckpoint.open(options.checkpoint)
     state = opened.state
     chain = chain_of(opened.contents["state_dict"], state, options.links)
-    if asked.format == "chain":
-        lines = export_module(None, chain, asked)
+    if export_options.format == "chain":
+        lines = export_module(None, chain, export_options)
     else:
         check_arguments(state.module, "export")
         find_class(state.module["class_path"])
@@ -76,8 +76,8 @@ def export(words: Sequence[str]) -> None:
         )  # not every class has the argument
         with quiet():
             module = COLAModule.load_from_checkpoint(opened, links=options.links, **trust)
-        lines = export_module(module, chain, asked, module.adapted, state.prompt_format, state.data)
+        lines = export_module(module, chain, export_options, module.adapted, state.prompt_format, state.data)
     print("\n".join(lines))
-    print(f"written: {asked.folder}")
+    print(f"written: {export_options.folder}")
     if options.push_to_hub is not None:
-        print(f"uploaded: {upload(asked.folder, options.push_to_hub, is_public=options.public)}")
+        print(f"uploaded: {upload(export_options.folder, options.push_to_hub, is_public=options.public)}")

@@ -31,15 +31,15 @@ def generate(words: Sequence[str]) -> None:
     decoding.check()
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
-        raise UserError("prompt: expected text, by --prompt or on standard input, received none")
+        raise UserError("prompt: is empty. Pass it by --prompt or on standard input")
     logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     module, prompt_format = _loaded(options.checkpoint, options.links, options.trust_remote_code)
     is_chat = options.chat or bool(prompt_format.get("chat_template"))
     if is_chat and not module.tokenizer.chat_template:
-        raise UserError("chat: expected a tokenizer with a chat template, received one without")
+        raise UserError("chat: the model's tokenizer has no chat template")
     kind = prompt_format.get("kind")
     if kind == "options":
-        print("note: it was trained to choose among options, not to generate: `cola predict` chooses", file=sys.stderr)
+        print("note: this model was trained to choose among options, not to generate text. Use `cola predict`", file=sys.stderr)
     if kind == "answer" and not decoding.stop:
         decoding = replace(decoding, stop=("\n",))  # the training answers end with it
     if options.seed is not None:
@@ -57,7 +57,7 @@ def generate(words: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("generate", f"{SUBCOMMANDS['generate']} The text is streamed to standard output.")
+    parser = command_parser("generate", SUBCOMMANDS["generate"])
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="a conversation: a turn per line, up to an empty one or Ctrl-D")
@@ -76,8 +76,8 @@ def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[st
     """The checkpoint's module, for evaluation, and the format of its training prompts."""
     if path.is_dir():
         raise UserError(
-            f"checkpoint: expected a checkpoint file, received the folder {str(path)!r}; transformers, peft and vLLM generate "
-            "with an export (docs/checkpoints.md, Use an export)"
+            f"checkpoint: {str(path)!r} is a folder, and not a checkpoint file. To generate with an export, use transformers, "
+            "peft or vLLM (docs/checkpoints.md, Use an export)"
         )
     opened = OpenedCheckpoint.open(path)
     arguments = opened.state.module
@@ -90,8 +90,7 @@ def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[st
     found = find_class(arguments["class_path"])
     if not issubclass(found, COLACausalLM):
         raise UserError(
-            "checkpoint: expected one of a causal language model (COLACausalLM), which generates, received "
-            f"{str(path)!r}, of a {found.__name__}"
+            f"checkpoint: {str(path)!r} is of a {found.__name__}, which does not generate text: only a COLACausalLM does"
         )
     given: dict[str, Any] = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
     with quiet():
@@ -150,7 +149,7 @@ class Session:
         tokenizer = self.module.tokenizer
         ids = encode_prompt(tokenizer, text, sys.maxsize, is_whole=is_whole)
         if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
-            raise UserError(f"prompt: expected fewer than {len(ids) + room} tokens, for the model, received {len(ids)}")
+            raise UserError(f"prompt: must have fewer than {len(ids) + room} tokens for this model, got {len(ids)}")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
         batch = collate_prompts([PromptRow(ids, text, None)], tokenizer.pad_token_id, decoding, list(ends))
         batch |= {name: batch[name].to(self.module.device) for name in ("prompt_ids", "prompt_mask")}

@@ -1,12 +1,15 @@
 """``cola --help``, without the slow imports of a fit, and the parsers of the commands that are not LightningCLI's."""
 
+import argparse
+import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 WIDTH = 80
 SUBCOMMANDS = {
@@ -70,11 +73,18 @@ ELSEWHERE = {
     ("resume_from_checkpoint",): "--ckpt_path last",
 }
 LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
-EXAMPLES = (
-    "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
-    "cola generate --checkpoint FILE --chat",
-    "cola export --checkpoint FILE --format merged --output merged",
-)
+EXAMPLES = {
+    "fit": "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
+    "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path FILE",
+    "test": "cola test --config runs/version_0/config.yaml --ckpt_path FILE",
+    "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path FILE",
+    "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
+    "generate": "cola generate --checkpoint FILE --chat",
+    "inspect": "cola inspect --checkpoint FILE --plot chain.png",
+    "configs": "cola configs quickstart",
+    "export": "cola export --checkpoint FILE --format merged --output merged",
+}
+SHOWN = ("fit", "generate", "export")  # in `cola --help`
 # Of options that several commands have.
 LINKS = "first N links only; 0 is the base (default: all)"
 TRUST = "run the Python files that come with the model (default: false)"
@@ -85,7 +95,7 @@ def overview() -> str:
     """What ``cola --help`` prints: every subcommand, at 80 columns."""
     lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
     end = "`cola SUBCOMMAND --help` lists its options; `cola --version` shows the version."
-    examples = ["examples:", *(f"  {example}" for example in EXAMPLES)]
+    examples = ["examples:", *(f"  {EXAMPLES[name]}" for name in SHOWN)]
     return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", *examples, "", end])
 
 
@@ -93,7 +103,7 @@ def usage(subcommand: str) -> str:
     """The usage of a LightningCLI subcommand: the main options, in place of a line that lists all of the Trainer's."""
     width = max(map(len, MAIN_OPTIONS)) + 2
     lines = [f"  {option:{width}}{text}" for option, text in MAIN_OPTIONS.items()]
-    return "\n".join([f"cola {subcommand} [OPTIONS]", "", "main options:", *lines])
+    return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
 
 
 def known_elsewhere(option: str) -> str | None:
@@ -107,11 +117,36 @@ def known_elsewhere(option: str) -> str | None:
     return next((here for names, here in ELSEWHERE.items() if name in names), None)
 
 
+@functools.cache
+def help_formatter() -> "type[DefaultHelpFormatter]":
+    """How ``--help`` is written: without Python types, and with a default only where the text does not name it."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
+        def _get_help_string(self, action: argparse.Action) -> str:
+            text = re.sub(r"(?::\w+:)?`+~?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
+            if action.required:
+                return f"{text} (required)"
+            if "efault:" in text or isinstance(action.default, dict) or action.default in (None, False, [], argparse.SUPPRESS):
+                return text
+            return f"{text} (default: %(default)s)"
+
+    return Formatter
+
+
 def command_parser(command: str, description: str) -> "ArgumentParser":
     """The parser of a command, without options: it raises errors, and accepts no abbreviated options."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(prog=f"cola {command}", description=description, exit_on_error=False, allow_abbrev=False)
+    return ArgumentParser(
+        prog=f"cola {command}",
+        description=description,
+        epilog=f"example:\n  {EXAMPLES[command]}",
+        formatter_class=help_formatter(),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
 
 
 def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":

@@ -35,7 +35,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.callbacks.config_saver import ConfigSaver
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, known_elsewhere, usage
+from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -45,6 +45,20 @@ from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
+GROUPS = {  # titles and descriptions in `--help`
+    "model": (
+        "The model (`--model.help CLASS` lists the options of a class)",
+        "COLACausalLM (the default), COLASequenceClassifier, or a class of your own.",
+    ),
+    "data": (
+        "The data (`--data.help CLASS` lists the options of a class)",
+        "TextDataModule (the default), TemplateDataModule,\n"
+        "TextClassificationDataModule, PromptDataModule, or a class of your own.",
+    ),
+    "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
+    "last": ("When last.ckpt, the newest state of a fit, is written", "After each epoch and validation, and at the end. Also:"),
+    "trainer": ("Lightning's Trainer", None),
+}
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
 CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
@@ -61,7 +75,7 @@ class COLACLI(LightningCLI):
         self.words = sys.argv[1:] if args is None else list(args)
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
-        strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+        strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": help_formatter()}
         own = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
         super().__init__(
             COLAModule,
@@ -89,8 +103,9 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(Trainer, "trainer")
         unnamed = {group: {"class_path": name} for group, name in CLASSES.items() if not names_class(group, self.words)}
         parser.set_defaults(unnamed)  # beside another class, the defaults of this one would stay
-        for group in CLASSES:
-            parser.groups[group].title = f"The {group} (`--{group}.help CLASS` lists a class' options)"  # type: ignore[index]
+        for name, (title, description) in GROUPS.items():
+            group = parser.groups[name]  # type: ignore[index]
+            group.title, group.description = title, description
         self.options = parser
 
     @override
@@ -111,9 +126,9 @@ class COLACLI(LightningCLI):
             has_limit = trainer.max_epochs is not None or trainer.max_steps != -1 or trainer.max_time is not None
             if not has_limit and not trainer.fast_dev_run:  # saved in the run's configuration, as if it had been given
                 trainer.max_epochs = EPOCHS
-                log.info("trainer.max_epochs: %d, for none of max_epochs, max_steps and max_time is given", EPOCHS)
+                log.info("No trainer.max_epochs, max_steps or max_time given; using max_epochs %d", EPOCHS)
         elif config.ckpt_path is None:
-            log.warning("%s: without --ckpt_path, this is the base alone, or with model.init_chain", self.subcommand)
+            log.warning("%s: no --ckpt_path given; using the base, and model.init_chain if given", self.subcommand)
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written to a file
 
@@ -152,7 +167,7 @@ class COLACLI(LightningCLI):
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
                 places += folder.glob(f"{run}/checkpoints/last.ckpt")
             if not (found := [place for place in places if place.is_file()]):
-                raise UserError(f"ckpt_path: expected the last.ckpt of an earlier run in {str(root)!r}, received none there")
+                raise UserError(f"ckpt_path: no earlier run in {str(root)!r} has a last.ckpt")
             config.ckpt_path = str(self._newest_of_same_run(found))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
@@ -175,8 +190,8 @@ class COLACLI(LightningCLI):
                 return place
             others.append(f"{place} ({different})")
         raise UserError(
-            "ckpt_path: expected a run with the same options of model, data and chain for last, received others, each "
-            f"with what differs: {', '.join(others[:5])}"
+            "ckpt_path: no earlier run has the same options of model, data and chain as this one. The newest, with an option "
+            f"that differs: {', '.join(others[:5])}"
         )
 
     def _check_links(self) -> None:
@@ -186,9 +201,11 @@ class COLACLI(LightningCLI):
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
             return
         if config.ckpt_path is not None:
-            raise UserError(f"links: expected none with ckpt_path: fit resumes the whole chain, received {self.links}")
+            raise UserError(
+                "links: fit resumes the whole chain of ckpt_path. To start from some of its links, use model.init_chain"
+            )
         if (config.model.get("init_args") or {}).get("init_chain") is None:
-            raise UserError(f"links: expected ckpt_path or model.init_chain with it, received {self.links} alone")
+            raise UserError("links: needs ckpt_path or model.init_chain")
         config.model.init_args.init_links, config.links = self.links, None
 
     # ------------------------------------------------------------------ the run
@@ -211,9 +228,8 @@ class COLACLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
         if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
-            raise UserError(
-                "trainer.precision: expected bf16-mixed, bf16-true or 32-true on a CPU, where Lightning replaces 16-mixed by "
-                f"bf16-mixed; received {config.precision}"
+            raise UserError(  # Lightning would replace it by bf16-mixed
+                f"trainer.precision: {config.precision} does not work on a CPU. Use bf16-mixed, bf16-true or 32-true"
             )
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         self.watch.log_dir = trainer.log_dir if trainer.loggers else None

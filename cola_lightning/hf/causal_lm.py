@@ -188,9 +188,9 @@ class COLACausalLM(LanguageModule):
         is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (self.host_values.of(mask) > 0).any())
         if not is_clear or not self._takes_mask_of_pairs:
             raise UserError(
-                f"batch: expected attention_mask of rows x length for {type(self.model).__name__}, or, if a mask of pairs of "
-                "tokens keeps packed sequences apart in it, one of rows x 1 x length x length with booleans or with numbers to "
-                f"be added (0, or far below); received {mask.dtype} of shape {tuple(mask.shape)}"
+                f"batch: attention_mask must be rows x length for {type(self.model).__name__}, or, for packed sequences, "
+                "rows x 1 x length x length with booleans or numbers to be added (0, or far below), if the model takes it; "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
 
     @functools.cached_property

@@ -59,8 +59,8 @@ class COLASequenceClassifier(LanguageModule):
         counts |= set() if label_names is None else {len(label_names), len(set(label_names))}
         if len(counts) > 1 or min(counts, default=2) < 2:
             raise UserError(
-                "model.num_labels, model.label_names: expected at least 2 labels that differ, their number or as many of both, "
-                f"received {num_labels} and {label_names}"
+                "model.num_labels, model.label_names: there must be at least 2 labels, and as many different names as labels, "
+                f"got {num_labels} and {label_names}"
             )
         self.num_labels, self.metric = int(max(counts, default=2)), metric
         self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
@@ -96,9 +96,7 @@ class COLASequenceClassifier(LanguageModule):
         if self._is_number_given and set(found) <= set(places):
             found = places
         if len(found) < 2 or ((self._is_number_given or self.is_made) and len(found) != self.num_labels):
-            raise UserError(
-                f"model.num_labels: expected {len(found)}, the data's labels {', '.join(found)}, received {self.num_labels}"
-            )
+            raise UserError(f"model.num_labels: is {self.num_labels}, but the data has {len(found)}: {', '.join(found)}")
         self._set_labels(self._in_models_order(found))
 
     def _set_labels(self, names: Sequence[str]) -> None:

@@ -42,28 +42,28 @@ def generate(
 
     decoding = Decoding(**batch["decoding"]) if "decoding" in batch else ANSWER
     ends = {*ends, *batch.get("end_tokens", ())}
-    how: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.do_sample}
+    options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.do_sample}
     if decoding.do_sample:  # top_k: transformers' own default is 50
-        how |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     if decoding.stop:
-        how["stop_strings"] = list(decoding.stop)
-    how |= {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
+        options["stop_strings"] = list(decoding.stop)
+    options |= {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
     hidden = ends & set(tokenizer.added_tokens_decoder)  # special or not
-    with _only(GenerationConfig(**how), model):  # type: ignore[no-untyped-call]
+    with _sole_generation_config(GenerationConfig(**options), model):  # type: ignore[no-untyped-call]
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
             generation_config=model.generation_config,
             tokenizer=tokenizer,  # which stop strings need
             synced_gpus=is_sharded,
-            streamer=streamer and _Without(hidden, streamer),
+            streamer=streamer and _FilteredStreamer(hidden, streamer),
         )
     new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
     return [decoding.cut(text, is_open=False)[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-class _Without:
-    """A streamer that does not receive certain tokens."""
+class _FilteredStreamer:
+    """Passes generated tokens on to a streamer, except the hidden ones."""
 
     def __init__(self, hidden: Collection[int], streamer: Any) -> None:
         self.hidden, self.end, self._put = torch.tensor(list(hidden), dtype=torch.long), streamer.end, streamer.put
@@ -74,7 +74,7 @@ class _Without:
 
 
 @contextmanager
-def _only(config: Any, model: Any) -> Iterator[None]:
+def _sole_generation_config(config: Any, model: Any) -> Iterator[None]:
     """Makes this the only generation config: transformers fills in values of the model's own, a penalty for example."""
     before, model.generation_config = model.generation_config, config
     try:

@@ -92,8 +92,7 @@ class LanguageModule(COLAModule, ABC):
             check_quantization(quantization)
             if self.lora_config.target_modules is None:
                 raise UserError(
-                    "model.target_modules: expected layers to adapt with model.quantization, for 4-bit weights cannot be "
-                    "trained, received null"
+                    "model.target_modules: must not be null with model.quantization, because 4-bit weights cannot be trained"
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed

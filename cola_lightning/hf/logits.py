@@ -318,9 +318,8 @@ def check_decoder(model: Any) -> None:
     is_padded = are_near(padded, alone[:, -1:], rounding(model))
     if not is_padded or not are_near(changed[:, :-1], alone[:, :-1], UNTOUCHED):
         raise UserError(
-            "model.model_name: expected a decoder that can be padded on the left, received "
-            f"{type(model).__name__}, whose logits change with {'a later token' if is_padded else 'that padding'} (an encoder, "
-            "or is_decoder is false in its config.json)"
+            f"model.model_name: {type(model).__name__} is not a decoder that can be padded on the left: its logits change with "
+            f"{'a later token' if is_padded else 'that padding'}. Is it an encoder, or is_decoder false in its config.json?"
         )
 
 

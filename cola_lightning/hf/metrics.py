@@ -21,8 +21,8 @@ class Accuracy(MeanMetric):
         super().update((predictions == targets).float())
 
 
-class OfAllRows(Metric):
-    """A metric that is not a mean over rows, and stores them all.
+class AllRowsMetric(Metric):
+    """A metric that is no mean over rows, so it stores the predictions and targets of all rows.
 
     Args:
         value: the metric of predictions, targets and the largest number of options.
@@ -92,7 +92,7 @@ class OfAnswers(SQuAD):
 # By their names: of predictions, targets and the number of options, and of generated answers and their references.
 METRICS: dict[str, Callable[[], Metric]] = {
     "accuracy": Accuracy,
-    "f1": partial(OfAllRows, f1),
-    "matthews_corrcoef": partial(OfAllRows, matthews_corrcoef),
+    "f1": partial(AllRowsMetric, f1),
+    "matthews_corrcoef": partial(AllRowsMetric, matthews_corrcoef),
 }
 ANSWER_METRICS = {name: partial(OfAnswers, name) for name in ("f1", "exact_match")}

@@ -27,8 +27,8 @@ def package_folder(model_name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"model.model_name: expected the import name of an installed package after {PACKAGE_PREFIX}, "
-            f"received {model_name!r}: is it installed in this environment?"
+            f"model.model_name: no package is installed here for {model_name!r}. After {PACKAGE_PREFIX} comes the name by "
+            "which Python imports it"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -85,10 +85,10 @@ class Pretrained:
         Raises:
             UserError: if there are no such files, or the class cannot load them.
         """
-        how = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
+        options = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
         place = self.place
         with broken_files_refused("model.model_name", "a model", auto_class, self.model_name):
-            return auto_class.from_pretrained(place, **how, **arguments)
+            return auto_class.from_pretrained(place, **options, **arguments)
 
     def config(self, **fields: Any) -> Any:
         """The model's configuration, with some of its fields given."""
@@ -102,7 +102,7 @@ class Pretrained:
 
         tokenizer = self.load(AutoTokenizer)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers' result for a folder without its files
-            raise UserError(f"model.model_name: expected files of a tokenizer, received none in {self.model_name!r}")
+            raise UserError(f"model.model_name: {self.model_name!r} has no tokenizer files")
         return with_padding(tokenizer)
 
     def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
@@ -116,10 +116,12 @@ class Pretrained:
         Returns:
             The model, and the names of the newly initialised weights, which the files do not contain; none if ``is_empty``.
         """
-        how: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         if is_empty:
-            return auto_class.from_config(self.config(**fields), trust_remote_code=self.trust_remote_code, **how).train(), []
-        model, info = self.load(auto_class, output_loading_info=True, **how, **fields)
+            return auto_class.from_config(
+                self.config(**fields), trust_remote_code=self.trust_remote_code, **options
+            ).train(), []
+        model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
@@ -156,7 +158,7 @@ def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> 
     try:
         yield
     except (OSError, ValueError) as error:
-        message = f"{field}: expected {kind} that {auto_class.__name__} can load, received {place!r}: {one_line(str(error))}"
+        message = f"{field}: {auto_class.__name__} cannot load {kind} from {place!r}: {one_line(str(error))}"
         raise UserError(message) from error
 
 

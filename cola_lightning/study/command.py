@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from cola_lightning.cli.help import command_parser, parsed
 from cola_lightning.study.comparison import Comparison
 
-DESCRIPTION = (
-    "Compares methods on one config, with the same number of optimizer steps. The same command continues a study that was "
-    "stopped, and several processes that run it share the work. Options after `--` are options of `cola fit` for every run: "
-    "`cola compare --config configs/digits.yaml ... -- --model.rank 2`."
-)
+DESCRIPTION = """\
+Compares methods on one config, with the same number of optimizer steps.
+The same command continues a study that was stopped, and several processes that
+run it share the work. Options after `--` are options of `cola fit` for each run."""
 
 
 def compare(words: Sequence[str]) -> int:
@@ -31,9 +30,9 @@ def compare(words: Sequence[str]) -> int:
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
-    asked = Comparison(**parsed(parser, words[:cut]).as_dict())
+    comparison = Comparison(**parsed(parser, words[:cut]).as_dict())
     from cola_lightning.callbacks import RunWatch
     from cola_lightning.study.study import Study
 
     with RunWatch().listening():
-        return Study(asked, words[cut + 1 :]).run()
+        return Study(comparison, words[cut + 1 :]).run()

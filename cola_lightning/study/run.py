@@ -36,7 +36,7 @@ from cola_lightning.study.results import Result, write
 
 log = logging.getLogger(__name__)
 
-ASKED, LOG, RESULT = "run.json", "log.txt", "result.json"
+OPTIONS, LOG, RESULT = "run.json", "log.txt", "result.json"
 TOUCH_EVERY, DEAD_AFTER = 1.0, 600.0  # seconds
 
 
@@ -74,21 +74,21 @@ def _is_alive(claim: Path) -> bool:
         return False
 
 
-def execute(claim: Path, asked: Mapping[str, Any]) -> bool:
+def execute(claim: Path, options: Mapping[str, Any]) -> bool:
     """Executes a claimed run in a process of its own, and returns whether it has a result.
 
     So its peak memory is its own, and if it is killed the study goes on. A run that was stopped before resumes from its last
-    checkpoint, if it is asked for the same.
+    checkpoint, if it has the same options.
 
     Args:
         claim: of this process.
-        asked: see :func:`run`.
+        options: see :func:`run`.
 
     Raises:
         UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
     """
     folder = claim.parent
-    text, path = json.dumps(asked, indent=1), folder / ASKED
+    text, path = json.dumps(options, indent=1), folder / OPTIONS
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of another run
         path.write_text(text, encoding="utf-8")
@@ -179,10 +179,10 @@ def run(folder: str) -> int:
     Raises:
         UserError: if the run has no such metric.
     """
-    asked = json.loads((Path(folder) / ASKED).read_text(encoding="utf-8"))
-    metric, of_test, facts = asked["metric"], f"test_{asked['metric'].removeprefix('val_')}", asked["result"]
+    options = json.loads((Path(folder) / OPTIONS).read_text(encoding="utf-8"))
+    metric, of_test, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    recorder, cli, words = Recorder(metric), None, asked["words"]
+    recorder, cli, words = Recorder(metric), None, options["words"]
     if (last := Path(folder) / "checkpoints" / "last.ckpt").exists():
         words += ["--ckpt_path", str(last)]
     with recorder.listening():
@@ -193,7 +193,7 @@ def run(folder: str) -> int:
         facts |= recorder.facts | {"peak_memory": _peak_memory()}
         found: dict[str, float | None] = dict.fromkeys((metric, of_test))
         if cli is not None:
-            module, trainer, how = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
+            module, trainer, arguments = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
             if module.lora_config.target_modules is not None:
                 links = module.full_chain().links
                 knots = [link.end_step for link in links[:-1]]
@@ -202,8 +202,8 @@ def run(folder: str) -> int:
                 one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor is not None
             ]
             kept = [one.best_model_path for one in keeping]
-            how["ckpt_path"] = next(filter(None, kept), None)  # the best, where the config keeps them; else what is in memory
-            of_loaders = [*trainer.validate(module, **how), *trainer.test(module, **how)]
+            arguments["ckpt_path"] = next(filter(None, kept), None)  # the best; None: what is in memory
+            of_loaders = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
             found = {name: value for metrics in of_loaders for name, value in metrics.items()}
     for name in (metric, of_test):
         if name not in found:

@@ -32,25 +32,25 @@ class Study:
     """A comparison, from its first run to its table.
 
     Args:
-        asked: the command's options.
+        comparison: the options of the command.
         fit_words: options of ``cola fit`` for every run.
 
     Raises:
         UserError: for an invalid comparison.
     """
 
-    def __init__(self, asked: Comparison, fit_words: Sequence[str]) -> None:
-        self.asked, self.output = asked, Path(asked.output)
-        self.words = ["--config", asked.config, *fit_words]
+    def __init__(self, comparison: Comparison, fit_words: Sequence[str]) -> None:
+        self.comparison, self.output = comparison, Path(comparison.output)
+        self.words = ["--config", comparison.config, *fit_words]
         self.config = resolved(self.words)
         optimizer, seed = option_of_model(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
         for name, value in {"model.seed": seed, "ckpt_path": self.config["ckpt_path"]}.items():
             if value is not None:
                 raise UserError(f"{name}: must be null, because a study starts each run from its own seed, got {value!r}")
-        rates = asked.learning_rates or [float(optimizer["init_args"]["lr"])]
-        self.rates = rates if isinstance(rates, dict) else dict.fromkeys(asked.methods, rates)
-        self.methods = {name: method(name, self.config) for name in asked.methods}
-        for options in [dict.fromkeys(asked.also_seeded, 0), *(one.options for one in self.methods.values())]:
+        rates = comparison.learning_rates or [float(optimizer["init_args"]["lr"])]
+        self.rates = rates if isinstance(rates, dict) else dict.fromkeys(comparison.methods, rates)
+        self.methods = {name: method(name, self.config) for name in comparison.methods}
+        for options in [dict.fromkeys(comparison.also_seeded, 0), *(one.options for one in self.methods.values())]:
             resolved([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
         source = self.config["data"].get("init_args", {}).get("source")
         sources = [
@@ -58,7 +58,7 @@ class Study:
         ]
         files = [files_identity(one) for one in sources if isinstance(one, str)]
         self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
-        self.shared |= {"also_seeded": asked.also_seeded, "metric": asked.metric, "mode": asked.better}
+        self.shared |= {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
         self.shared |= files[0] if len(files) == 1 else {"files": files} if files else {}
         self.failed: set[Run] = set()
 
@@ -80,7 +80,7 @@ class Study:
                 if not any(self._execute(run) for run in missing):  # the first that no other process executes
                     time.sleep(WAIT)
         table, warning = self._write()
-        rich.print(on_screen(table, self.asked.metric))
+        rich.print(on_screen(table, self.comparison.metric))
         if warning:
             log.warning(warning)
         return 0 if self.failed <= self._results().keys() else 1  # another process may have had more success
@@ -104,13 +104,13 @@ class Study:
 
         Once a method's runs for tuning are finished, those of the other seeds follow, at its best rate.
         """
-        runs, tuned_by = [], self.asked.tuned_by
+        runs, tuned_by = [], self.comparison.tuned_by
         for name, rates in self.rates.items():
             tuning = [Run(name, rate, seed) for seed in tuned_by for rate in rates]
             runs += tuning
             if all(run in results for run in tuning):
-                best = best_rates([results[run] for run in tuning], self.asked.better, tuned_by)[name]
-                runs += [Run(name, best, seed) for seed in range(len(tuned_by), self.asked.seeds)]
+                best = best_rates([results[run] for run in tuning], self.comparison.better, tuned_by)[name]
+                runs += [Run(name, best, seed) for seed in range(len(tuned_by), self.comparison.seeds)]
         return sorted(runs, key=lambda run: run.seed)
 
     def _execute(self, run: Run) -> bool:
@@ -121,14 +121,14 @@ class Study:
             return False
         self.bar.update(self.task, description=name)
         try:
-            is_finished = execute(claim, self._asked(run, folder))
+            is_finished = execute(claim, self._options_of(run, folder))
         finally:
             claim.unlink(missing_ok=True)
             if not self._results():  # the next command may have another config
                 (self.output / CONFIG).unlink(missing_ok=True)
         if is_finished:
-            log.info("finished: %s: %s %.4f", name, self.asked.metric, self._results()[run].value(self.asked.better))
-            if not self.asked.keep_checkpoints:
+            log.info("finished: %s: %s %.4f", name, self.comparison.metric, self._results()[run].value(self.comparison.better))
+            if not self.comparison.keep_checkpoints:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self._write()
         else:
@@ -136,25 +136,25 @@ class Study:
             log.error("failed: %s", folder / LOG)
         return True
 
-    def _asked(self, run: Run, folder: Path) -> dict[str, Any]:
+    def _options_of(self, run: Run, folder: Path) -> dict[str, Any]:
         """What the run's process has to know."""
         chosen = self.methods[run.method]
         changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "trainer.default_root_dir": str(folder)}
-        changes |= dict.fromkeys(("seed_everything", *self.asked.also_seeded), run.seed)
+        changes |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
         changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
         if self.config["trainer"]["logger"] in (None, True):  # metrics.csv and checkpoints in the folder itself
             in_folder = {"save_dir": str(folder), "name": "", "version": ""}
             changes["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": in_folder}
         known = run._asdict() | {"rank": chosen.rank, "links": chosen.links}
         words = [*self.words, *as_words(changes)]
-        return {"words": words, "metric": self.asked.metric, "result": known, "config": self.shared}
+        return {"words": words, "metric": self.comparison.metric, "result": known, "config": self.shared}
 
     def _write(self) -> tuple[list[Row], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
-        results, metric = self._results(), self.asked.metric
+        results, metric = self._results(), self.comparison.metric
         write(results.values(), self.output / RESULTS)
         mine = [results[run] for run in self._wanted(results) if run in results]
-        chosen = at_best_rates(mine, self.asked.better, self.asked.tuned_by)
+        chosen = at_best_rates(mine, self.comparison.better, self.comparison.tuned_by)
         table, warning = summarize(chosen), warning_about(chosen)
         (self.output / "table.md").write_text(as_markdown(table, metric, warning), encoding="utf-8")
         (self.output / "table.csv").write_text(as_csv(table), encoding="utf-8")
