@@ -44,7 +44,7 @@ MAIN_OPTIONS = {
     "--trainer.precision 32-true": "or bf16-mixed and others",
     "--trainer.accumulate_grad_batches 1": "batches per optimizer step",
     "--trainer.devices auto": "or the number of GPUs",
-    "--ckpt_path FILE": "resume from a checkpoint; last: the newest",
+    "--ckpt_path FILE": "a checkpoint to resume from; or last",
 }
 # Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
 ELSEWHERE = {

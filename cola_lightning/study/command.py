@@ -8,7 +8,7 @@ from cola_lightning.study.comparison import Comparison
 DESCRIPTION = """\
 Compares methods on one config, with the same number of optimizer steps.
 The same command continues a study that was stopped, and several processes that
-run it share the work. Options after `--` are options of `cola fit` for each run."""
+run it share the work. Options after `--` are those of `cola fit`, for each run."""
 
 
 def compare(words: Sequence[str]) -> int:
