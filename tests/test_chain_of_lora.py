@@ -359,3 +359,57 @@ def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, c
     assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
     for how in ({"dropout": 0.1}, {"target_modules": None}):
         assert warnings_of_a_fit(tmp_path, toy(**how), caplog) == []
+
+
+# ---------------------------------------------------------------------- on_knot
+
+
+class Halving(Toy):
+    """Gives each link half of the finished one's rank, and notes what it was called with."""
+
+    def on_knot(self, link):
+        assert self.link == link.index + 1
+        self.begin_link(rank=link.rank // 2)
+        self.log("finished_rank", float(link.rank))
+
+
+class Listener(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_knot(self, trainer, pl_module, link):
+        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.live[0]))
+
+
+def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_path):
+    listener, module = Listener(), toy(Halving, rank=4)
+    run = trainer(tmp_path, listener, chain={"every_n_train_steps": 4}, max_steps=12)
+    run.fit(module, batches())
+    assert listener.seen == [(4, 4, 2), (8, 2, 1)]
+    assert [link.rank for link in module.full_chain().links] == [4, 2, 1]
+    assert run.callback_metrics["finished_rank"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_a_link_begun_again_in_on_knot_is_the_one_of_that_rank_and_resumes_exactly(tmp_path):
+    by_schedule, whole, resumed = toy(rank=4), toy(Halving, rank=4), toy(Halving, rank=4)
+    chain = {"every_n_train_steps": 4}
+    trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches())
+
+    def fit(module, **how):
+        saving = ModelCheckpoint(
+            tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}", enable_version_counter=False
+        )
+        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(), **how)
+
+    fit(whole)
+    assert_bit_equal(weights(whole), weights(by_schedule))
+    fit(resumed, ckpt_path=tmp_path / "step=6.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_link_that_has_been_trained_cannot_begin_again(tmp_path):
+    module = toy()
+    trainer(tmp_path, max_steps=2).fit(module, batches())
+    with pytest.raises(UserError, match="has been trained"):
+        module.begin_link(rank=1)

@@ -131,7 +131,12 @@ class ChainOfLoRA(Callback):
         if trainer.world_size > 1 and self._is_own_rule:  # which may read values that differ between the processes
             is_due = trainer.strategy.reduce_boolean_decision(bool(is_due), all=False)
         if is_due:
-            self._report(self.module.tie_knot(), trainer, "finished")
+            link = self.module.tie_knot()
+            self._report(link, trainer, "finished")
+            self.module.on_knot(link)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "on_knot"):
+                    callback.on_knot(trainer, self.module, link)
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,6 +26,18 @@ def tie_knot(module: AdaptedModule, rank: int | None, alpha: float | None) -> Li
     return link
 
 
+def begin_link(module: AdaptedModule, rank: int | None, alpha: float | None) -> None:
+    """Begins the current link again, before its first step; see :meth:`~cola_lightning.COLAModule.begin_link`."""
+    adapted, run = module.adapted, run_of(module)
+    adapted.check_next(rank)
+    if any(layer.has_begun for layer in adapted.layers.values()):
+        raise UserError("begin_link: the current link has been trained; tie a knot to begin another one")
+    assert adapted.live is not None
+    before = adapted.live
+    adapted.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
+    begin_at(module, run.position(trainer_of(module)))
+
+
 def begin_at(module: AdaptedModule, start: FitPosition) -> None:
     """Corrects the moment at which the current link begins, before its first step, and its learning-rate schedule."""
     run_of(module).link_start = start

@@ -28,7 +28,7 @@ from cola_lightning.module.checkpoint import (
     read_arguments,
 )
 from cola_lightning.module.fit import attach, prepare_checkpoint
-from cola_lightning.module.knot import tie_knot
+from cola_lightning.module.knot import begin_link, tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.state import (
@@ -185,6 +185,29 @@ class COLAModule(AdaptedModule):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         return tie_knot(self, rank, alpha)
+
+    def begin_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
+        """Begins the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
+
+        Its optimizer is new and has no state, also with ``kept_optimizer_state``.
+
+        Args:
+            rank: of the link; None: as it is.
+            alpha: of the link; None: as it is.
+
+        Raises:
+            UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
+        """
+        begin_link(self, rank, alpha)
+
+    def on_knot(self, link: Link) -> None:
+        """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.
+
+        A callback's ``on_knot(trainer, pl_module, link)`` is called after it. On several processes each one calls it.
+
+        Args:
+            link: the finished link.
+        """
 
     def live_link(self) -> Link:
         """The current link as it is now: what a knot would record.
