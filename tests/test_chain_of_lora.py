@@ -390,17 +390,17 @@ def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_pa
     assert run.callback_metrics["finished_rank"] == 2
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty", "ignore:You're resuming from a checkpoint")
 def test_a_link_begun_again_in_on_knot_is_the_one_of_that_rank_and_resumes_exactly(tmp_path):
     by_schedule, whole, resumed = toy(rank=4), toy(Halving, rank=4), toy(Halving, rank=4)
     chain = {"every_n_train_steps": 4}
-    trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches())
+    trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches(3))
 
     def fit(module, **how):
         saving = ModelCheckpoint(
             tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}", enable_version_counter=False
         )
-        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(), **how)
+        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(3), **how)
 
     fit(whole)
     assert_bit_equal(weights(whole), weights(by_schedule))

@@ -57,7 +57,7 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 2, ("docs/python.md", 0): 1, ("docs/python.md", 1): 2, ("docs/python.md", 2): 3}
+N_LINKS = {("README.md", 0): 2} | {("docs/python.md", k): n for k, n in enumerate((1, 2, 2, 3))}
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
@@ -76,6 +76,9 @@ def test_an_example_runs(place, model_and_rows, capsys):
         assert found == pytest.approx(said, abs=0.12)
         assert found == sorted(found)
     if place == ("docs/python.md", 2):
+        first, *others = json.loads(out.rpartition("ranks: ")[2])
+        assert first == 8 > max(others)
+    if place == ("docs/python.md", 3):
         losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
         assert losses[2] < losses[1] < losses[0] < 1.5
         assert "rank 3\nSequential(" in out
