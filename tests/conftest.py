@@ -24,21 +24,14 @@ import torch
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
-LONG = [
-    "test_kills.py",
-    "test_notebooks.py",
-    "test_cli_language.py",
-    "test_hub.py",
-    "test_distributed.py",
-    "test_compare.py",
-    "test_cli.py",
-]
+LONG = ["kills", "notebooks", "cli_language", "hub", "distributed", "compare", "cli", "speed", "real_rows", "scale"]
+LONG += ["rows_in_arrow", "layering", "running", "wheel"]
 
 
 def pytest_collection_modifyitems(items):
     """Puts files in the order in which xdist hands them out: the long ones, then those of many tests."""
     n_tests = collections.Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in LONG, -n_tests[item.path]))
+    items.sort(key=lambda item: (item.path.stem.removeprefix("test_") not in LONG, -n_tests[item.path]))
 
 
 def pytest_collection_finish():

@@ -11,6 +11,7 @@ import pytest
 
 from cola_lightning.cli import main
 from tests import forked, tiny
+from tests.test_distributed import as_torchrun
 
 CONFIG = """
 seed_everything: 0
@@ -145,9 +146,7 @@ NO_VALIDATION = ["--data.val_size", "0"]
     ("source", "splits", "sizes", "command"),
     [
         ("own/train.jsonl", "train", [], "predict"),
-        ("own/train.jsonl", "train", NO_VALIDATION, "predict"),
         ("own", "train", NO_VALIDATION, "predict"),
-        ("own", "train validation", NO_VALIDATION, "predict"),
         ("own", "train test", NO_VALIDATION, "test"),
         ("own", "train", ["--data.test_size", "2"], "test"),
     ],
@@ -213,8 +212,12 @@ def test_two_processes_are_one():
     """With batches of half the size; what they predict comes back once a row, in order."""
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     checkpoint = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
-    for arguments in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], ["predict", *checkpoint]):
-        forked.run("-m", "cola_lightning", *arguments, check=True)  # it starts the second
+    fit_on_two = ["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"]
+    forked.run("-m", "cola_lightning", *fit_on_two, check=True)  # it starts the second
+    started = [forked.Command("-m", "cola_lightning", "predict", *checkpoint, env=own) for own in as_torchrun(2)]
+    for process in started:
+        done = process.finish(timeout=240)
+        assert done.returncode == 0, done.stderr
     rows = predicted()
     assert fit() == 0
     assert main(["predict", *checkpoint, "--trainer.strategy", "auto", "--trainer.devices", "1"]) == 0

@@ -1,6 +1,8 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
+import contextlib
 import csv
+import functools
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -171,11 +174,17 @@ class Runs:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Without the figures, which take longer than all else."""
+    """Without the figures, which take longer than all else; each config is resolved once."""
     made = Runs()
-    for name, stands_in in {"execute": made, "draw_curves": lambda *_: None, "draw_points": lambda *_: None}.items():
+    instead = {"execute": made, "draw_curves": lambda *_: None, "draw_points": lambda *_: None}
+    for name, stands_in in (instead | {"resolved": lambda words: known_config(*words)}).items():
         monkeypatch.setattr(study, name, stands_in)
     return made
+
+
+@functools.cache
+def known_config(*words):
+    return resolved(words)
 
 
 def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
@@ -401,14 +410,42 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
     assert "diverged" in (tmp_path / "table.md").read_text()
 
 
+class ForkedRun(forked.Command):
+    """In the place of ``subprocess.Popen``."""
+
+    def __init__(self, command, stdout, stderr):
+        super().__init__(*command[1:], log=stdout.name)
+
+    def poll(self):
+        return self._process.exitcode
+
+    def terminate(self):
+        self._process.terminate()
+
+    def wait(self):
+        self.returncode = self.finish().returncode
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """Runs of studies in this process are forked."""
+    module = sys.modules["cola_lightning.study.run"]
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=ForkedRun, STDOUT=None))
+    monkeypatch.setattr(module, "TOUCH_EVERY", 0.1)
+
+
+@pytest.mark.usefixtures("_forked")
 def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, capsys):
     """As does one whose run refuses its options, with other ones: there is no result yet that binds it."""
     words = ["--config", DIGITS, "--output", tmp_path, "--methods", "[lora]", "--seeds", "1", "--"]
     command = ["-m", "cola_lightning", "compare", *words, "--trainer.max_epochs"]
 
     def processes():
-        found = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-        return [path for path in found if str(tmp_path).encode() in path.read_bytes() and b"--run" in path.read_bytes()]
+        commands = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # of a process that has just ended
+                commands.append(path.read_bytes())
+        return [command for command in commands if str(tmp_path).encode() in command and b"--run" in command]
 
     metrics = tmp_path / "runs" / "lora-lr0.02-seed0" / "metrics.csv"
     for signal_, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
@@ -439,8 +476,8 @@ class StopOnce(Callback):
             raise Interruption(143)
 
 
-def test_a_run_that_was_stopped_resumes(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.usefixtures("_forked")
+def test_a_run_that_was_stopped_resumes(tmp_path):
     marker = tmp_path / "stopped"
     stop = {"class_path": "tests.test_compare.StopOnce", "init_args": {"marker": str(marker)}}
 

@@ -112,7 +112,7 @@ WRONG = [None, "8", "x", -1, 0.5, float("nan"), float("inf"), [], [1], [None], {
 
 
 def wrong_fields(whole):
-    """A JSON document with each field, at every depth, missing or of another type."""
+    """A JSON document with each field, at every depth, missing or of another type: at each a third of all that it could be."""
 
     def places(value, place=()):
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -120,8 +120,8 @@ def wrong_fields(whole):
             yield (*place, key)
             yield from places(part, (*place, key))
 
-    for *parents, last in list(places(json.loads(whole))):
-        for value in [..., *WRONG]:
+    for k, (*parents, last) in enumerate(places(json.loads(whole))):
+        for value in [..., *WRONG][k % 3 :: 3]:
             document = json.loads(whole)
             part = functools.reduce(operator.getitem, parents, document)
             if value is ...:
@@ -134,16 +134,16 @@ def wrong_fields(whole):
 @pytest.mark.parametrize(
     ("write", "name", "kind", "check", "fewest_refused"),
     [
-        (write_checkpoint, "", 400, assert_same, 300),
-        (write_chain, "chain.json", 400, assert_same, 300),
-        (write_chain, "chain.safetensors", 400, assert_same, 300),
-        (write_chain, "chain.json", wrong_fields, assert_usable, 300),
+        (write_checkpoint, "", 150, assert_same, 110),
+        (write_chain, "chain.json", 150, assert_same, 110),
+        (write_chain, "chain.safetensors", 150, assert_same, 110),
+        (write_chain, "chain.json", wrong_fields, assert_usable, 100),
         # Nothing of PEFT's tells another number from the right one; what is read is one that can be used.
-        (write_adapter, "adapter_config.json", 200, assert_usable, 0),
-        (write_adapter, "adapter_model.safetensors", 200, assert_usable, 0),
-        (write_adapter, "adapter_config.json", wrong_fields, assert_usable, 100),
-        (write_chain_as_adapter, "adapter_model.safetensors", 200, assert_usable, 0),
-        (write_chain_as_adapter, "adapter_config.json", wrong_fields, assert_usable, 100),
+        (write_adapter, "adapter_config.json", 80, assert_usable, 0),
+        (write_adapter, "adapter_model.safetensors", 80, assert_usable, 0),
+        (write_adapter, "adapter_config.json", wrong_fields, assert_usable, 33),
+        (write_chain_as_adapter, "adapter_model.safetensors", 80, assert_usable, 0),
+        (write_chain_as_adapter, "adapter_config.json", wrong_fields, assert_usable, 33),
     ],
 )
 def test_what_is_damaged_is_refused_in_one_line_or_unharmed(stored, tmp_path, write, name, kind, check, fewest_refused):

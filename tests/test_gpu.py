@@ -31,7 +31,9 @@ pytestmark = [
 # ---------------------------------------------------------------------- a chain on a device
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.gpu] * (name != "bf16, stack")) for name in MODES]
+)
 def chained(request, device, tmp_path_factory):
     """A run of three links of two steps on the device, and its checkpoint after each step."""
     dtype, quantization, finished_links = MODES[request.param]

@@ -5,11 +5,10 @@ What is loaded, and from where, is the libraries' own; the hub is a stand-in on 
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,12 +94,12 @@ CHAT = conversations("messages", "role", "content", "user", "assistant")
 
 @dataclass
 class Set:
-    """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and what a user adds."""
+    """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and a user's arguments."""
 
     row: Callable
     said: str
     splits: str | None = None
-    arguments: str = ""
+    arguments: dict[str, str] = field(default_factory=dict)
     subsets: str = "default"
     train: str = "train"
     validation: str = "train"  # from which rows are drawn
@@ -116,18 +115,17 @@ SETS = {
         CHAT,
         "messages",
         "train_sft test_sft train_gen test_gen",
-        "--data.train_split train_sft --data.val_split test_sft",
+        {"train_split": "train_sft", "val_split": "test_sft"},
         train="train_sft",
         validation="test_sft",
     ),
-    "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", "--data.subset main", "main socratic"),
+    "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
     "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
     "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
     "stanfordnlp/imdb": Set(
         imdb,
         "text label",
         "train test unsupervised",
-        "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule",
     ),
     "EdinburghNLP/xsum": Set(
         columns("document", "summary", id="7"), "document summary", "train validation test", validation="validation"
@@ -139,7 +137,7 @@ SETS = {
         columns("article", "highlights", id="7"),
         "article highlights",
         "train validation test",
-        "--data.subset 3.0.0",
+        {"subset": "3.0.0"},
         "1.0.0 3.0.0",
         validation="validation",
     ),
@@ -160,7 +158,7 @@ SETS = {
     "bigcode/self-oss-instruct-sc2-exec-filter-50k": Set(
         columns("instruction", "response", prompt="Write it", concepts="x", id=1), "instruction response prompt", "train"
     ),
-    "HuggingFaceTB/smoltalk": Set(CHAT, "messages", "train test", "--data.subset all", "all everyday"),
+    "HuggingFaceTB/smoltalk": Set(CHAT, "messages", "train test", {"subset": "all"}, "all everyday"),
     "HuggingFaceTB/cosmopedia": Set(cosmopedia, "text", "train"),
 }
 # Sets that the user must choose something for, or convert first, and words of the line that says so.
@@ -216,32 +214,25 @@ def hub(tmp_path_factory):
 def runs(hub, tmp_path_factory):
     """What each command did: its exit status, its log, and the texts of its batches."""
 
-    def fit(source, *arguments):
-        model = [] if "--model" in arguments else ["--model.model_name", "owner/chat", "--data", "TextDataModule"]
-        command = ["fit", *model, *arguments, "--data.source", source, "--trainer.max_steps", "2"]
-        command += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", "runs", "--trainer.val_check_interval", "1"]
-        command += ["--trainer.enable_progress_bar", "false"]
-        return [*command, "--trainer.callbacks", "[{class_path: tests.hub_run.Texts}]"]
+    def fit(source, *arguments, model="--model.model_name owner/chat --data TextDataModule"):
+        command = f"fit {model} --data.source {source} --trainer.max_steps 2 --trainer.val_check_interval 1 "
+        command += "--trainer.accelerator cpu --trainer.default_root_dir runs --trainer.enable_progress_bar false"
+        return [*command.split(), "--trainer.callbacks", "[{class_path: tests.hub_run.Texts}]", *arguments]
 
-    streamed = ["--data.streaming", "true", "--data.val_size", "5"]
-    commands = {name.replace("/", " "): fit(name, *shlex.split(made.arguments)) for name, made in SETS.items()} | {
+    body = "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule"
+    streamed, each_epoch = ["--data.streaming", "true", "--data.val_size", "5"], ["--chain.every_n_epochs", "1"]
+    commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
+        "stanfordnlp/imdb": fit("stanfordnlp/imdb", model=body),
         "no split": fit("HuggingFaceH4/ultrachat_200k"),
-        "no subset": fit("openai/gsm8k"),
-        **{name.replace("/", " "): fit(name) for name in REFUSED},
-        "old": fit("owner/revised", "--data.revision", hub.old),
-        "new": fit("owner/revised"),
+        "no subset": {"source": "openai/gsm8k"},
+        **{name: {"source": name} for name in REFUSED},
+        "old": {"source": "owner/revised", "revision": hub.old},
+        "new": {"source": "owner/revised"},
         "streamed": fit("trl-lib/tldr", *streamed),
         "streamed, no validation": fit("tatsu-lab/alpaca", *streamed, "--data.test_size", "5"),
-        "by names alone": [
-            "fit",
-            "--model.model_name",
-            "owner/chat",
-            "--data.source",
-            "tatsu-lab/alpaca",
-            "--chain.every_n_epochs",
-            "1",
-        ],
+        "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
     }
+    commands = {name.replace("/", " "): command for name, command in commands.items()}
     folder = tmp_path_factory.mktemp("runs")
     (folder / "commands.json").write_text(json.dumps(commands))
     command = [sys.executable, "-m", "tests.hub_run", str(folder / "commands.json")]
@@ -282,12 +273,13 @@ def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     [
         ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
         ("no subset", ["data.subset", "main", "socratic"]),
-        *((name.replace("/", " "), words) for name, (_, words) in REFUSED.items()),
+        *((name, words) for name, (_, words) in REFUSED.items()),
     ],
 )
 def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
-    assert runs[name].status == 2, runs[name].log
-    last = runs[name].log.strip().splitlines()[-1]
+    run = runs[name.replace("/", " ")]
+    assert run.status == 2, run.log
+    last = run.log.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert [word for word in words if not re.search(rf"(?<!\w){word}\b", last)] == []
 

@@ -158,8 +158,13 @@ STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5,
 STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
 STOPS += [("validation", k) for k in (0, 1, 4, 5, 11, 17)] + [("validation_end", k) for k in (0, 1, 3)]
 STOPS += [("epoch_end", k) for k in (0, 1)] + [("epoch_start", k) for k in (0, 1, 2)]
-FEW = [("batch_start", 9), ("backward", 13), ("batch_end", 2), ("batch_end", 7), ("batch_end", 15)]
-FEW += [("epoch_end", 1), ("epoch_start", 2)]
+# The first and the last batch, and around knot, window, validation and epoch.
+MAIN = [("batch_start", 0), ("batch_start", 12), ("forward", 4), ("backward", 1), ("backward", 13), ("batch_end", 2)]
+MAIN += [("batch_end", 7), ("batch_end", 23), ("validation", 1), ("validation", 5), ("validation_end", 0)]
+MAIN += [("epoch_end", 0), ("epoch_start", 1)]
+SEVERAL = [("batch_start", 9), ("backward", 13), ("batch_end", 2), ("batch_end", 7), ("batch_end", 15)]
+SEVERAL += [("epoch_end", 1), ("epoch_start", 2)]
+FEW = [("batch_start", 9), ("backward", 13), ("batch_end", 7), ("epoch_end", 1)]
 
 
 class Outside(Normed):
@@ -194,6 +199,7 @@ ONE = {"accumulate_grad_batches": 1}
 # What a run is like: the options of fit, made anew for each.
 RUNS = {
     "windows of three batches": dict,
+    "windows of three batches, everywhere": dict,
     "windows of one": lambda: ONE,
     "windows of one, everywhere": lambda: ONE,
     "another window in each epoch": lambda: ONE | {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3, 2: 2})]},
@@ -219,8 +225,9 @@ RUNS = {
 }
 # Where it is stopped, if not at the few; a list is of stops of one run.
 PLACES = {
-    "windows of three batches": STOPS,
-    "windows of one, everywhere": STOPS,
+    "windows of three batches": MAIN,
+    "windows of one": SEVERAL,
+    **dict.fromkeys(["windows of three batches, everywhere", "windows of one, everywhere"], STOPS),
     "another window in each epoch": [("backward", 12), ("batch_end", 18)],
     "validation every five batches": [*FEW, ("validation", 4), ("batch_end", 4)],
     "no validation": [*FEW, ("batch_end", 23)],
@@ -229,14 +236,14 @@ PLACES = {
     "early stopping, windows of one": [[("validation", 1), ("batch_start", 0)], [("validation_end", 1), ("batch_start", 0)]],
     "torchdata's loader": [("batch_start", 8), *FEW],
     # Its order is drawn anew at an epoch's end, and before its first optimizer step.
-    "torchdata's loader, shuffled": FEW[1:-2],
-    "torchdata's loader, shuffled, windows of one": FEW[:-2],
+    "torchdata's loader, shuffled": SEVERAL[1:-2],
+    "torchdata's loader, shuffled, windows of one": SEVERAL[:-2],
     "beside a longer loader": [("batch_end", 32)],
 }
 PLACES |= dict.fromkeys(
-    ["bf16, merged", "bf16-mixed", "float64, a layer outside", "experts", "experts, bf16, stacked"], FEW[:3]
+    ["bf16, merged", "bf16-mixed", "float64, a layer outside", "experts", "experts, bf16, stacked"], FEW[:2]
 )
-PLACES |= dict.fromkeys(["its own optimizer and scheduler", "a schedule over ours", "ours without its schedule"], FEW[4:5])
+PLACES |= dict.fromkeys(["its own optimizer and scheduler", "a schedule over ours", "ours without its schedule"], SEVERAL[4:5])
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13

@@ -6,7 +6,7 @@ import random
 
 from tests import forked, tiny
 
-N_ROWS, N_WORDS = 10_000, (40, 80)  # of prompt and response
+N_ROWS, N_WORDS = 5_000, (40, 80)  # of prompt and response
 # Own memory for a token, in bytes, after the start that tokenizes and after the one from the cache: lists of Python's numbers
 # would need about 75, arrays of ids and labels 8. datasets.map, beside which this was chosen, holds 7 and 0.3.
 LIMITS = [20, 4]

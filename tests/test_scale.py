@@ -61,8 +61,9 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scal
     assert planned < (tmp_path / "run.ckpt").stat().st_size < planned + OVERHEAD
 
 
-@pytest.mark.parametrize("method", METHODS, indirect=True)
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("architecture", "method"), [*(("llama", name) for name in METHODS), ("opt", "LoRA")], indirect=["method"]
+)
 def test_activations_are_those_of_a_real_forward_pass(scale, method, architecture, monkeypatch):
     monkeypatch.setattr(scale, "AsOnAGPU", contextlib.nullcontext)  # on the CPU it is as on the CPU
     planned = scale.activations(config(architecture), method, ROWS, LENGTH)
@@ -100,16 +101,18 @@ def saved_by(scale, method, architecture, n_layers):
     return counts
 
 
-def test_the_results_are_what_is_computed_now(scale):
+@pytest.mark.parametrize(
+    "method", ["LoRA", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])], indirect=True
+)
+def test_the_results_are_what_is_computed_now(scale, method):
     lines = (Path(__file__).parent.parent / "benchmarks" / "scale.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]
     trained = {result["model"]: result["trained"] for result in results if result["method"] == "full fine-tuning"}
     llama = {"Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824}
     llama |= {"Llama-2-7B": 6_738_415_616, "Llama-3-8B": 8_030_261_248}
     assert trained == {"OPT-1.3B": 1_315_758_080} | llama
-    for method in scale.METHODS:
-        found = [one for one in results if (one["model"], one["method"]) == ("OPT-1.3B", method.name)]
-        assert found == list(scale.plan("OPT-1.3B", scale.MODELS["OPT-1.3B"], method))
+    found = [one for one in results if (one["model"], one["method"]) == ("OPT-1.3B", method.name)]
+    assert found == list(scale.plan("OPT-1.3B", scale.MODELS["OPT-1.3B"], method))
 
 
 def test_a_base_in_4_bits_is_as_large_as_a_quantized_one(tmp_path, scale):
