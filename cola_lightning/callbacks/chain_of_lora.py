@@ -17,7 +17,6 @@ from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, Plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
-from cola_lightning.module.knot import begin_at
 from cola_lightning.module.run import run_of
 
 log = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ class ChainOfLoRA(Callback):
         self._last_step = now.global_step
         if now.global_step == self.module.link_start.global_step:
             if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
-                begin_at(self.module, now)
+                run_of(self.module).optimization.begin_link(self.module, self.module.adapted, now)
             return
         if now.global_step == self._asked_at:  # inside an accumulation window
             return

@@ -28,7 +28,6 @@ from cola_lightning.module.checkpoint import (
     read_arguments,
 )
 from cola_lightning.module.fit import attach, prepare_checkpoint
-from cola_lightning.module.knot import begin_link, tie_knot
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.state import (
@@ -184,7 +183,17 @@ class COLAModule(AdaptedModule):
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        return tie_knot(self, rank, alpha)
+        self.adapted.check_next(rank)
+        self.step_loss.check()  # before the link is recorded
+        adapted, run, trainer = self.adapted, run_of(self), trainer_of(self)
+        run.is_tying = True
+        rank = run.schedule.rank(self.link + 1) if rank is None else rank
+        alpha = run.schedule.alpha(self.link + 1) if alpha is None else alpha
+        link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
+        run.optimization.begin_link(self, adapted, run.position(trainer))
+        run.begin_metrics(trainer)
+        run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
+        return link
 
     def begin_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
         """Begins the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
@@ -198,7 +207,14 @@ class COLAModule(AdaptedModule):
         Raises:
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
-        begin_link(self, rank, alpha)
+        adapted, run = self.adapted, run_of(self)
+        adapted.check_next(rank)
+        if any(layer.has_begun for layer in adapted.layers.values()):
+            raise UserError("begin_link: the current link has been trained; tie a knot to begin another one")
+        assert adapted.live is not None
+        before = adapted.live
+        adapted.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
+        run.optimization.begin_link(self, adapted, run.position(trainer_of(self)))
 
     def on_knot(self, link: Link) -> None:
         """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import LRSchedule, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import FitPosition, LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import lies_in
-from cola_lightning.module.run import Run
+from cola_lightning.module.run import Run, trainer_of
 
 log = logging.getLogger(__name__)
 
@@ -196,10 +197,37 @@ class LinkOptimization:
                 f"received the share {self.knot_warmup_steps:g}"
             )
 
-    def keep_state(self, before: Sequence[Optimizer], now: Sequence[Optimizer], adapted: AdaptedModel) -> None:
-        """Copies optimizer state to a new link's optimizers: the retained share of the factors', all of other parameters'."""
-        if self.kept_optimizer_state:
-            for old, new in zip(before, now, strict=True):
+    def begin_link(self, module: LightningModule, adapted: AdaptedModel, start: FitPosition) -> None:
+        """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
+
+        In a fit they get the retained share of the factors' state, and all of the other parameters' state. After a fit they are
+        those of the checkpoint that its Trainer may write, without state, as in a next fit.
+
+        Args:
+            module: the module of the run.
+            adapted: its adapted model.
+            start: the moment of the run at which the link begins.
+
+        Raises:
+            UserError: if a subclass' ``configure_optimizers`` returns the same optimizer again.
+        """
+        trainer, self.run.link_start = trainer_of(module), start
+        is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+        trainer = trainer if is_fitting else self.run.trainer  # also in a validation of the fit
+        if trainer is None or trainer.lightning_module is not module or not (is_fitting or trainer.optimizers):
+            return
+        before = trainer.optimizers
+        trainer.strategy.setup_optimizers(trainer)
+        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            for old, new in zip(before, trainer.optimizers, strict=True):
+                add_groups_of(old, new)
+        if is_fitting and any(new is old for new in trainer.optimizers for old in before):  # its moments would outlive the link
+            raise UserError(
+                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
+                "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
+            )
+        if is_fitting and self.kept_optimizer_state:
+            for old, new in zip(before, trainer.optimizers, strict=True):
                 copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
 
     def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
