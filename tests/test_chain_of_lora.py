@@ -281,7 +281,7 @@ def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
     for callback in (LearningRateFinder(), EMAWeightAveraging()):
-        with pytest.raises(UserError, match=rf"trainer\.callbacks: .* {type(callback).__name__}"):
+        with pytest.raises(UserError, match=rf"trainer\.callbacks: {type(callback).__name__}"):
             trainer(tmp_path, callback, chain={}, max_epochs=1).fit(toy(), batches())
     with pytest.raises(UserError, match=r"trainer\.strategy: "):
         check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
