@@ -1,4 +1,4 @@
-"""What holds on a device: chains on bases of several kinds, on the CPU and by ``pytest -m gpu`` on CUDA; the benchmark for it.
+"""What holds on a device: chains on bases of several kinds by ``pytest -m gpu``, one of them always on the CPU; its benchmark.
 
 One link against peft is in test_adapter.py, and DDP, FSDP1 and FSDP2 are in test_distributed.py.
 """
