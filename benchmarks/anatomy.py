@@ -175,7 +175,7 @@ def measure(chains: Mapping[str, Chain]) -> dict[str, Any]:
         {
             "start_step": link.start_step,
             "norm": link.norm(),
-            "relative_norm": of_link.mean_norm,
+            "relative_norm": _mean([layer.relative_norm for layer in of_link.layers.values()]),
             "effective_rank": of_link.effective_rank,
             "singular_values": [list(layer.singular_values) for layer in of_link.layers.values()],
         }

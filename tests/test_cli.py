@@ -67,6 +67,7 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(c
     command = next(line for line in said.splitlines() if line.startswith("use it: cola "))
     assert run(*command.partition(" (")[0].split()[3:]) == 0
     assert "test_accuracy" in capfd.readouterr().out
+    assert "test_accuracy" in Path("runs/version_0/test/version_0/metrics.csv").read_text()
     header = Path("runs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "val_accuracy", "link", "link_update_norm"} <= set(header)
     assert run("validate", *checkpoint_of(0)) == 0
@@ -74,7 +75,7 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(c
     assert run("validate", *checkpoint_of(0)[:2]) == 0
     assert "validate: no --ckpt_path given; using the base" in capfd.readouterr().out
     assert run("predict", *checkpoint_of(0)) == 0
-    (path,) = Path("runs").rglob("predictions.jsonl")
+    (path,) = Path("runs/version_0").rglob("predictions.jsonl")
     rows = tiny.read_rows(path)
     assert [row["index"] for row in rows] == list(range(270))
     assert {tuple(row) for row in rows} == {("index", "prediction", "target")}

@@ -55,6 +55,21 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
     assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
 
 
+def test_a_run_is_named_by_its_folder_as_an_argument_or_an_option(capsys):
+    told = []
+    for words in (["inspect", "runs/version_0"], ["inspect", "--checkpoint", LAST], ["inspect", "chain"]):
+        assert main(words) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2]
+    assert main(["export", "runs/version_0", "--format", "chain", "--output", "again"]) == 0
+    assert Path("again/chain.json").read_bytes() == Path("chain/chain.json").read_bytes()
+    assert main(["test", "--config", DIGITS, "--ckpt_path", "runs/version_0"]) == 0
+    capsys.readouterr()
+    for words in ([], ["chain", "--checkpoint", "chain"]):
+        assert main(["inspect", *words]) == 2
+        assert capsys.readouterr().err == "error: checkpoint: name one: cola inspect PATH\n"
+
+
 def test_what_is_written_in_the_users_home_is_there(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["inspect", "--checkpoint", "~/own/chain", "--plot=~/chain.png"]) == 0

@@ -78,7 +78,8 @@ def test_a_report_is_what_the_full_updates_say(chain):
             assert len(layer.singular_values) == finished.rank
             assert layer.effective_rank == pytest.approx(effective_rank(torch.linalg.svdvals(updates[name])))
         assert one.update_norm == pytest.approx(math.hypot(*norms.values()))
-        assert one.mean_norm == pytest.approx(sum(relative.values()) / len(relative))
+        of_base = math.hypot(*chain.base.weight_norms.values())
+        assert one.relative_norm == pytest.approx(math.hypot(*norms.values()) / of_base)
         assert one.max_norm == pytest.approx(max(relative.values()))
         ranks = [layer.effective_rank for layer in one.layers.values()]
         assert one.effective_rank == pytest.approx(sum(ranks) / len(ranks))

@@ -59,6 +59,19 @@ def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
     assert "a_model_package" not in sys.modules
 
 
+def test_a_package_with_one_gguf_file_and_no_other_model_means_that_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "packed_model"
+    folder.mkdir()
+    (folder / "small.gguf").touch()
+    assert Pretrained("package:packed_model").gguf_file == "small.gguf"
+    (folder / "large.gguf").touch()
+    with pytest.raises(UserError, match=r"^model\.gguf_file: 'package:packed_model' .* large\.gguf, small\.gguf$"):
+        COLACausalLM("package:packed_model")
+    (folder / "config.json").touch()
+    assert Pretrained("package:packed_model").gguf_file is None
+
+
 def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.json").write_text("{")

@@ -22,6 +22,20 @@ class ChainProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        """This epoch's batches in all. Lightning's own number leaves out those before a resume, and takes steps for batches."""
+        trainer = self.trainer
+        n_batches = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return n_batches
+        done, window = (
+            (trainer.fit_loop.batch_idx + 1) % n_batches,
+            trainer.accumulate_grad_batches,
+        )  # 0 of an epoch that is over
+        return min(n_batches, done - done % window + (trainer.max_steps - trainer.global_step) * window)
+
     @override
     def _get_train_description(self, current_epoch: int) -> str:
         """Replaces Lightning's, whose last epoch is -2 if ``max_steps`` limits the run."""

@@ -37,8 +37,8 @@ class Chain:
     Example:
         >>> factors = {"fc": (torch.ones(1, 3), torch.ones(2, 1))}
         >>> chain = Chain([Link(0, rank=1, alpha=1.0, start_step=0, end_step=10, factors=factors)])
-        >>> chain.delta("fc").shape, chain.total_rank("fc")
-        (torch.Size([2, 3]), 1)
+        >>> chain.delta("fc").shape, chain.total_rank("fc"), chain[-1]
+        (torch.Size([2, 3]), 1, Link 0: rank 1, alpha 1, 1 layers, steps 0 to 10)
     """
 
     links: list[Link] = field(default_factory=list)
@@ -46,6 +46,10 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.links)
+
+    def __getitem__(self, index: int) -> Link:
+        """A link, by its index; -1 is the last."""
+        return self.links[index]
 
     def __repr__(self) -> str:
         """The base's name and a line for each link; tensors are not shown."""

@@ -75,6 +75,14 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
     return upgraded(contents, name_of(source))
 
 
+def in_run(source: Any) -> Any:
+    """The newest state of a run whose folder is given; anything else as it is."""
+    if not isinstance(source, str | PathLike) or "://" in str(source):
+        return source
+    last = Path(name_of(source)) / "checkpoints" / "last.ckpt"
+    return last if last.is_file() else source
+
+
 def name_of(source: Any) -> str:
     """The path of a file, open or not, for messages and comparisons."""
     return os.path.expanduser(str(source if isinstance(source, str | PathLike) else getattr(source, "name", source)))
@@ -101,13 +109,14 @@ class OpenedCheckpoint:
         """Opens the checkpoint of a COLA module, and reads it.
 
         Args:
-            source: its path, its URL, or an open file.
+            source: its path, its run's folder, its URL, or an open file.
             field: the path's name in messages.
             weights_only: see :func:`read_archive`.
 
         Raises:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
+        source = in_run(source)
         contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
         given = contents.get("state_dict") if isinstance(contents, dict) else None
         state = given.get(STATE_KEY) if isinstance(given, dict) else None
@@ -265,15 +274,15 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     """Reads a chain without its base.
 
     Args:
-        path: a checkpoint, whose current link becomes the chain's last; a chain folder; or the folder of a PEFT LoRA, which is
-            one link.
+        path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
+            PEFT LoRA, which is one link.
         links: the number of links, from the first; None: all.
         field: the path's name in messages.
 
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(os.path.expanduser(in_run(path)))
     if path.is_file():
         opened = OpenedCheckpoint.open(path, field)
         return chain_of(opened.contents["state_dict"], opened.state, links)
@@ -287,6 +296,7 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     else:
         what = "holds none of these" if path.is_dir() else "does not exist"
         raise UserError(
-            f"{field}: expected a checkpoint, a chain folder or a PEFT adapter, received {str(path)!r}, which {what}"
+            f"{field}: expected a run's folder, a checkpoint, a chain folder or a PEFT adapter, received {str(path)!r}, which "
+            f"{what}"
         )
     return chain if links is None else chain.truncate(links)

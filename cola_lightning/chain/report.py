@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError
@@ -49,9 +50,9 @@ class LinkReport:
 
     Attributes:
         steps: optimizer steps that it was trained for.
-        mean_norm: mean of the layers' relative norms; None if none is known.
-        max_norm: the largest of the layers' relative norms.
         update_norm: Frobenius norm over all layers.
+        relative_norm: it divided by that of the base's adapted weights; None if that is unknown or zero.
+        max_norm: the largest of the layers' relative norms; None if none is known.
         effective_rank: mean of the layers' effective ranks.
         total_rank: sum of the ranks of this link and those before it.
         metrics: validation metrics at its end, or all metrics if there are none.
@@ -62,9 +63,9 @@ class LinkReport:
     rank: int
     alpha: float
     steps: int
-    mean_norm: float | None
-    max_norm: float | None
     update_norm: float
+    relative_norm: float | None
+    max_norm: float | None
     effective_rank: float
     total_rank: int
     metrics: dict[str, float]
@@ -113,22 +114,21 @@ def report(chain: Chain) -> list[LinkReport]:
         >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
         (10, [0.5, 0.5], 2.0)
     """
-    weight_norms = chain.base.weight_norms
     total_ranks = itertools.accumulate(link.rank for link in chain.links)
-    return [_report_link(link, rank, weight_norms) for link, rank in zip(chain.links, total_ranks, strict=True)]
+    return [_report_link(link, rank, chain.base) for link, rank in zip(chain.links, total_ranks, strict=True)]
 
 
-def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:
-    layers = {name: _report_layer(link, name, weight_norms.get(name)) for name in link.factors}
-    known = torch.tensor([n for layer in layers.values() if (n := layer.relative_norm) is not None], dtype=torch.float64)
+def _report_link(link: Link, total_rank: int, base: BaseIdentity) -> LinkReport:
+    layers = {name: _report_layer(link, name, base.weight_norms.get(name)) for name in link.factors}
+    update_norm = math.hypot(*(layer.norm for layer in layers.values()))
     return LinkReport(
         index=link.index,
         rank=link.rank,
         alpha=link.alpha,
         steps=link.end_step - link.start_step,
-        mean_norm=float(known.mean()) if len(known) else None,
-        max_norm=float(known.max()) if len(known) else None,
-        update_norm=math.hypot(*(layer.norm for layer in layers.values())),
+        update_norm=update_norm,
+        relative_norm=update_norm / base.norm if base.norm else None,
+        max_norm=max((n for layer in layers.values() if (n := layer.relative_norm) is not None), default=None),
         effective_rank=statistics.fmean(layer.effective_rank for layer in layers.values()),
         total_rank=total_rank,
         metrics={name: value for name, value in link.metrics.items() if name.startswith("val_")} or dict(link.metrics),
@@ -149,12 +149,12 @@ def table(reports: Sequence[LinkReport]) -> "Table":
     from rich.table import Column, Table
     from rich.text import Text
 
-    names = ["link", "rank", "alpha", "steps", "mean\n‖ΔW‖\n/‖W₀‖", "max\n‖ΔW‖\n/‖W₀‖", "effective\nrank", "total\nrank"]
+    names = ["link", "rank", "alpha", "steps", "‖ΔW‖\n/‖W₀‖", "max\nlayer", "effective\nrank", "total\nrank"]
     numbers = [Column(name, justify="right", no_wrap=True) for name in names]
     metrics = Column("metrics", overflow="fold")
     rows = Table(*numbers, metrics, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for link in reports:
-        norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.mean_norm, link.max_norm)]
+        norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.relative_norm, link.max_norm)]
         cells = [f"{link.index}", f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
         cells += [f"{link.effective_rank:.2f}", f"{link.total_rank}"]
         metrics_text = ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items())
@@ -193,7 +193,7 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
 
 
 def _draw_norms(axes: "Axes", reports: Sequence[LinkReport]) -> None:
-    is_relative = all(link.mean_norm is not None for link in reports)
+    is_relative = all(link.relative_norm is not None for link in reports)
     norms = [[layer.relative_norm if is_relative else layer.norm for layer in link.layers.values()] for link in reports]
     known = [torch.tensor([norm for norm in of_link if norm is not None], dtype=torch.float64) for of_link in norms]
     spread = torch.stack([torch.stack([values.min(), values.mean(), values.max()]) for values in known], dim=1)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, command_parser, parsed
+from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_checkpoint, command_parser, parsed
 from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet, upload
 
@@ -21,7 +21,7 @@ def export(words: Sequence[str]) -> None:
         ExportError: if the export does not pass its verification; it is then deleted.
     """
     parser = command_parser("export", SUBCOMMANDS["export"])
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
+    add_checkpoint(parser, "a run's folder, or a checkpoint in it")
     parser.add_argument(
         "--format",
         required=True,

@@ -10,8 +10,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, command_parser, parsed
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments, in_run
+from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_checkpoint, command_parser, parsed
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hub import quiet
@@ -58,7 +58,7 @@ def generate(words: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = command_parser("generate", SUBCOMMANDS["generate"])
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="a checkpoint that a fit wrote")
+    add_checkpoint(parser, "a run's folder, or a checkpoint in it")
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="a conversation: a turn per line, up to an empty one or Ctrl-D")
     parser.add_argument("--links", type=int | None, metavar="K", help=LINKS)
@@ -74,7 +74,7 @@ def _parser() -> ArgumentParser:
 
 def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[str, Any]]:
     """The checkpoint's module, for evaluation, and the format of its training prompts."""
-    if path.is_dir():
+    if path.is_dir() and in_run(path) == path:
         raise UserError(
             f"checkpoint: {str(path)!r} is a folder, and not a checkpoint file. To generate with an export, use transformers, "
             "peft or vLLM (docs/checkpoints.md, Use an export)"

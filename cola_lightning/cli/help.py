@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cola_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -79,10 +81,10 @@ EXAMPLES = {
     "test": "cola test --config runs/version_0/config.yaml --ckpt_path FILE",
     "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path FILE",
     "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
-    "generate": "cola generate --checkpoint FILE --chat",
-    "inspect": "cola inspect --checkpoint FILE --plot chain.png",
+    "generate": "cola generate runs/version_0 --chat",
+    "inspect": "cola inspect runs/version_0 --plot chain.png",
     "configs": "cola configs quickstart",
-    "export": "cola export --checkpoint FILE --format merged --output merged",
+    "export": "cola export runs/version_0 --format merged --output merged",
 }
 SHOWN = ("fit", "generate", "export")  # in `cola --help`
 # Of options that several commands have.
@@ -149,9 +151,24 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
     )
 
 
+def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
+    """Adds the checkpoint of a command: its first argument, or ``--checkpoint``.
+
+    Args:
+        parser: the command's.
+        kinds: what it may be, for ``--help``.
+    """
+    parser.add_argument("path", nargs="?", type=Path | None, metavar="PATH", help=kinds)
+    parser.add_argument("--checkpoint", type=Path | None, metavar="PATH", help="the same, as an option")
+
+
 def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
     options = parser.parse_args(list(words))
+    if "path" in options:
+        if (options.path is None) == (options.checkpoint is None):
+            raise UserError(f"checkpoint: name one: {parser.prog} PATH")
+        options.checkpoint = options.checkpoint or options.path
     for name, value in vars(options).items():
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))

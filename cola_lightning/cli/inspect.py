@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, command_parser, parsed
+from cola_lightning.cli.help import LINKS, SUBCOMMANDS, add_checkpoint, command_parser, parsed
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -18,7 +18,7 @@ def inspect(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
     """
     parser = command_parser("inspect", SUBCOMMANDS["inspect"])
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, a chain folder, or a PEFT adapter")
+    add_checkpoint(parser, "a run's folder, a checkpoint, a chain folder, or a PEFT adapter")
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
     parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values")
     parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")

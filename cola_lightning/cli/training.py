@@ -173,6 +173,7 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
+            config.ckpt_path = self.opened.path  # of a run's folder, the file in it
 
     def _newest_of_same_run(self, places: Sequence[Path]) -> Path:
         """The newest of some checkpoints whose run had this command's model, data and chain.
@@ -217,7 +218,9 @@ class COLACLI(LightningCLI):
         check_writable("trainer.default_root_dir", root)
         if not config.barebones:
             if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
-                kwargs["logger"] = CSVLogger(root, name="runs")
+                run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
+                is_evaluated = self.subcommand != "fit" and self.opened is not None and (run / "config.yaml").is_file()
+                kwargs["logger"] = CSVLogger(run, name=self.subcommand) if is_evaluated else CSVLogger(root, name="runs")
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):

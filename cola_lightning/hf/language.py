@@ -57,7 +57,8 @@ class LanguageModule(COLAModule, ABC):
             ``dtype``. It needs the extra ``nf4``, and cannot be merged into. ``null``: none.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
-        gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``.
+        gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``. ``null``: that of a
+            package which holds no other model.
         loss_average: the training loss is the mean over all rows (or tokens, if the loss is of tokens) of an optimizer
             ``step``, with its accumulated batches and all processes, or over those of a ``batch``, with each batch and process
             alike.

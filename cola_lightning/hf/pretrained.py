@@ -44,7 +44,11 @@ class Pretrained:
         dtype: of the weights in memory.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None: transformers' choice.
         trust_remote_code: run the Python files that come with the model.
-        gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises.
+        gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises. A package that holds
+            nothing but one GGUF file needs no name.
+
+    Raises:
+        UserError: if a package has several GGUF files, and none is named.
     """
 
     model_name: str
@@ -53,6 +57,16 @@ class Pretrained:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
+
+    def __post_init__(self) -> None:
+        """Finds the GGUF file of a package that has no other model."""
+        if self.gguf_file or not self.model_name.startswith(PACKAGE_PREFIX):
+            return
+        folder = package_folder(self.model_name)
+        files = [] if (folder / "config.json").exists() else sorted(path.name for path in folder.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"model.gguf_file: {self.model_name!r} has several files, name one of {', '.join(files)}")
+        object.__setattr__(self, "gguf_file", next(iter(files), None))
 
     @property
     def name(self) -> str:
