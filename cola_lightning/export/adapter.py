@@ -68,11 +68,16 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         Lines to report: the errors of recompression, the rank, the base, and the comparison.
 
     Raises:
-        UserError: for values that an adapter cannot hold, a base that is not the one of its name.
+        UserError: for values that an adapter cannot hold, and a base that peft cannot load by its name, or not this one.
         ExportError: if the adapter that is loaded again gives other logits.
     """
     from peft import PeftModel
 
+    if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
+        raise UserError(
+            f"base_folder: needed here, because peft cannot load {module.base_name!r} by its name. The base is written to that "
+            "folder, which the adapter then names."
+        )
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
     if hasattr(module, "pretrained"):
@@ -98,8 +103,6 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
     metadata = {LINKS_KEY: json.dumps(describe(chain.links, chain.base))} if rank == total else {}
     lines += [f"one adapter of rank {rank}", f"its base: {base.code}"]
-    if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
-        lines.append("peft cannot load its base by that name: base_folder (--base_folder DIR) writes one that it can")
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         config.save_pretrained(str(partial))
         written = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
