@@ -16,7 +16,7 @@ def entry_point() -> None:
         sys.stdout.reconfigure(errors="replace")  # a generated text has any character
     # Lightning's own use of torch's tree utilities: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-    # Lightning's advice for short runs, whose metrics each validation logs anyway.
+    # Lightning's advice for short runs, whose interval is then a tenth of the run.
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     # Its log lines that say nothing about the run.
     noise = ("💡 Tip:", "TPU available:", "HPU available:")

@@ -1,5 +1,7 @@
 """The command line as a user meets it: what it writes, what it says, and its exit status. Mistakes: tests/test_refusals.py."""
 
+import csv
+import json
 import os
 import signal
 import sys
@@ -158,6 +160,34 @@ def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeyp
     assert run("test", "--config", DIGITS, *FAST, *given, "--ckpt_path", "last") == 0
 
 
+def logged(version, name):
+    rows = csv.DictReader(Path(f"runs/version_{version}/metrics.csv").read_text().splitlines())
+    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+
+def test_a_short_fit_is_logged_ten_times_and_validates_at_its_end_and_resumes_exactly(capfd):
+    short = ["--trainer.log_every_n_steps", "null", "--chain.every_n_epochs", "null", "--trainer.max_epochs", "-1"]
+    assert fit(*short, "--trainer.max_steps", "12") == 0  # nine are an epoch
+    assert list(logged(0, "train_loss")) == list(range(12))
+    assert list(logged(0, "val_loss")) == [8, 11]
+    capfd.readouterr()
+    assert run("inspect", LAST, "--json") == 0
+    assert json.loads(capfd.readouterr().out)[0]["metrics"]["val_loss"] == pytest.approx(logged(0, "val_loss")[11])
+    assert fit(*short, "--trainer.max_steps", "15", "--ckpt_path", LAST) == 0
+    assert fit(*short, "--trainer.max_steps", "15") == 0
+    resumed, whole = (state_of(checkpoint_of(version)[-1])["state_dict"] for version in (1, 2))
+    assert logged(1, "val_loss")[14] == logged(2, "val_loss")[14]
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items() if "lora_" in name)
+
+
+def test_the_last_validation_is_not_made_twice_nor_left_out_by_epochs_without_one():
+    assert fit("--trainer.check_val_every_n_epoch", "2", "--trainer.log_every_n_steps", "5") == 0
+    assert list(logged(0, "val_loss")) == [17, 26]
+    assert list(logged(0, "train_loss")) == [4, 9, 14, 19, 24, 26]
+    assert fit() == 0
+    assert list(logged(1, "val_loss")) == [8, 17, 26]
+
+
 def test_without_a_logger_everything_goes_to_the_root_folder():
     arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
     assert fit(*arguments) == 0
@@ -273,6 +303,8 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
 OWN = """
+import csv
+import json
 import os
 import signal
 

@@ -28,6 +28,7 @@ from cola_lightning.callbacks import (
     ChainProgressBar,
     Interruption,
     LastCheckpoint,
+    LossesOfShortRuns,
     PredictionWriter,
     RunWatch,
     check_strategy,
@@ -225,6 +226,7 @@ class COLACLI(LightningCLI):
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
                 callbacks.append(ChainProgressBar())
+            callbacks.append(LossesOfShortRuns(is_interval_given=config.log_every_n_steps is not None))
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         if config.enable_model_summary is None:  # the module's own log line says more
