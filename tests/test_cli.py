@@ -350,7 +350,7 @@ def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_
         assert kind in map(type, causes(caught.value))
     capfd.readouterr()
     assert fit("--model", "own_code.Refused") == 2
-    assert capfd.readouterr().err.startswith("error: model.rank: ")
+    assert capfd.readouterr().err.startswith("error: model.rank ")
 
 
 @pytest.mark.usefixtures("_own")

@@ -25,7 +25,7 @@ class LossesOfShortRuns(Callback):
         self.is_interval_given = is_interval_given
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         length = run_of(pl_module).known_length()
         if length is not None and not self.is_interval_given:
             trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))

@@ -26,15 +26,11 @@ class ChainProgressBar(RichProgressBar):
     @override
     def total_train_batches(self) -> int | float:
         """This epoch's batches in all. Lightning's own number leaves out those before a resume, and takes steps for batches."""
-        trainer = self.trainer
-        n_batches = trainer.num_training_batches
+        trainer, n_batches, window = self.trainer, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         if trainer.max_steps < 0:
             return n_batches
-        done, window = (
-            (trainer.fit_loop.batch_idx + 1) % n_batches,
-            trainer.accumulate_grad_batches,
-        )  # 0 of an epoch that is over
-        return min(n_batches, done - done % window + (trainer.max_steps - trainer.global_step) * window)
+        done = (trainer.fit_loop.batch_idx + 1) % n_batches // window * window  # of an epoch that is over: 0
+        return min(n_batches, done + (trainer.max_steps - trainer.global_step) * window)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:

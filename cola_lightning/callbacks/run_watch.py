@@ -26,7 +26,12 @@ class RunWatch(Callback):
 
     A second signal always stops at once, and then nothing more is written. (After Lightning's own handling a fit ends with
     status 0, Ctrl-C may come in the middle of an optimizer step, and processes may stop at different batches.)
+
+    Attributes:
+        validates_at_end: whether the fit it watches does; a study validates after it.
     """
+
+    validates_at_end = True
 
     def __init__(self) -> None:
         self.log_dir: str | None = None  # of the run's logger

@@ -1,7 +1,6 @@
 """The identity of the base that a chain was trained on: its name, fingerprints of its values, and the checks against them."""
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -43,11 +42,6 @@ class BaseIdentity:
     weight_norms: dict[str, float] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
     labels: list[str] | None = None
-
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of all adapted weights together; 0 if it is not known."""
-        return math.hypot(*self.weight_norms.values())
 
     def __str__(self) -> str:
         return f"{self.name!r} (fingerprint {self.fingerprint[:12]})"

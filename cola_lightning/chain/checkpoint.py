@@ -77,8 +77,6 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
 
 def in_run(source: Any) -> Any:
     """The newest state of a run whose folder is given; anything else as it is."""
-    if not isinstance(source, str | PathLike) or "://" in str(source):
-        return source
     last = Path(name_of(source)) / "checkpoints" / "last.ckpt"
     return last if last.is_file() else source
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link, core_of_product
 from cola_lightning.errors import UserError
@@ -115,19 +114,19 @@ def report(chain: Chain) -> list[LinkReport]:
         (10, [0.5, 0.5], 2.0)
     """
     total_ranks = itertools.accumulate(link.rank for link in chain.links)
-    return [_report_link(link, rank, chain.base) for link, rank in zip(chain.links, total_ranks, strict=True)]
+    return [_report_link(link, rank, chain.base.weight_norms) for link, rank in zip(chain.links, total_ranks, strict=True)]
 
 
-def _report_link(link: Link, total_rank: int, base: BaseIdentity) -> LinkReport:
-    layers = {name: _report_layer(link, name, base.weight_norms.get(name)) for name in link.factors}
-    update_norm = math.hypot(*(layer.norm for layer in layers.values()))
+def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:
+    layers = {name: _report_layer(link, name, weight_norms.get(name)) for name in link.factors}
+    update_norm, base_norm = math.hypot(*(layer.norm for layer in layers.values())), math.hypot(*weight_norms.values())
     return LinkReport(
         index=link.index,
         rank=link.rank,
         alpha=link.alpha,
         steps=link.end_step - link.start_step,
         update_norm=update_norm,
-        relative_norm=update_norm / base.norm if base.norm else None,
+        relative_norm=update_norm / base_norm if base_norm else None,
         max_norm=max((n for layer in layers.values() if (n := layer.relative_norm) is not None), default=None),
         effective_rank=statistics.fmean(layer.effective_rank for layer in layers.values()),
         total_rank=total_rank,

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments, in_run
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments
 from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_checkpoint, command_parser, parsed
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
@@ -74,11 +74,6 @@ def _parser() -> ArgumentParser:
 
 def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[str, Any]]:
     """The checkpoint's module, for evaluation, and the format of its training prompts."""
-    if path.is_dir() and in_run(path) == path:
-        raise UserError(
-            f"checkpoint: {str(path)!r} is a folder, and not a checkpoint file. To generate with an export, use transformers, "
-            "peft or vLLM (docs/checkpoints.md, Use an export)"
-        )
     opened = OpenedCheckpoint.open(path)
     arguments = opened.state.module
     check_arguments(arguments, "generate")

@@ -28,13 +28,13 @@ from cola_lightning.callbacks import (
     ChainProgressBar,
     Interruption,
     LastCheckpoint,
-    LossesOfShortRuns,
     PredictionWriter,
     RunWatch,
     check_strategy,
     run_folder,
 )
 from cola_lightning.callbacks.config_saver import ConfigSaver
+from cola_lightning.callbacks.last_checkpoint import LossesOfShortRuns
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
 from cola_lightning.errors import UserError, nearest
@@ -226,7 +226,8 @@ class COLACLI(LightningCLI):
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
                 callbacks.append(ChainProgressBar())
-            callbacks.append(LossesOfShortRuns(is_interval_given=config.log_every_n_steps is not None))
+            if self.watch.validates_at_end:
+                callbacks.append(LossesOfShortRuns(is_interval_given=config.log_every_n_steps is not None))
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         if config.enable_model_summary is None:  # the module's own log line says more

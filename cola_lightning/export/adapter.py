@@ -75,8 +75,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
 
     if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
         raise UserError(
-            f"base_folder: needed here, because peft cannot load {module.base_name!r} by its name. The base is written to that "
-            "folder, which the adapter then names."
+            f"base_folder: needed for {module.base_name!r}, which peft cannot load by that name: the base is written there"
         )
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on

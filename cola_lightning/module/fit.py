@@ -26,6 +26,7 @@ from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
 from cola_lightning.module.state import check_writable_state, state_of
+from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.module.values import values_of
 from cola_lightning.seeding import derive_seed, seeded
 
@@ -102,6 +103,7 @@ class FitCallback(Callback):
         self._start_optimization(trainer, is_resumed=is_resumed)
         self._check_links(run.length)
         log.info("%s", checks.summary(module.adapted, [*module.parameters()], module.trained_parameters()))
+        self._log = TrainingLog(trainer, module)
         run.is_validating = False
         self._rewind.begin_fit(trainer, module, values_of(module, module.adapted).keys())
 
@@ -178,6 +180,7 @@ class FitCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch.close()
+        self._log.flush(trainer)
         if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
             self._is_state_unchecked = False
             run_of(self.module).optimization.check_state(trainer.optimizers, self.module.adapted)
@@ -208,7 +211,10 @@ class FitCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run_of(self.module).is_validating = False
+        run = run_of(self.module)
+        if run.is_validating:
+            self._log.restart_clock()
+        run.is_validating = False
 
     def _seed(self, *place: object) -> None:
         """Seeds the global generators for a batch; they are restored after it."""
@@ -238,6 +244,7 @@ class FitCallback(Callback):
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
+        self._log.add(trainer, optimizer)
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:

@@ -121,6 +121,8 @@ class Recorder(RunWatch):
         facts: fields of the run's Result. They are in its checkpoints, for the process that resumes it.
     """
 
+    validates_at_end = False
+
     def __init__(self, metric: str) -> None:
         super().__init__()
         self.metric, self.study = metric, os.getppid()

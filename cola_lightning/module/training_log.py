@@ -1,0 +1,82 @@
+"""What a fit's loggers are told besides metrics: its configuration once, and each logged step's rate, gradient norm and speed.
+
+Not by ``self.log``: what is logged there is stored with the link, and a speed differs from run to run.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from cola_lightning import layout
+from cola_lightning.module.base import AdaptedModule
+from cola_lightning.module.checkpoint import class_path, is_recorded
+from cola_lightning.module.run import run_of
+from cola_lightning.module.state import data_of
+from cola_lightning.module.step_loss import Late
+
+
+class TrainingLog:
+    """The log of one fit, which begins with its configuration.
+
+    Args:
+        trainer: the Trainer of the fit.
+        module: the module.
+    """
+
+    def __init__(self, trainer: Trainer, module: AdaptedModule) -> None:
+        self.module = module
+        self._waiting: tuple[int, dict[str, float], Late | None] | None = None  # the present step's, if logged
+        self.restart_clock()
+        for logger in trainer.loggers:
+            logger.log_hyperparams(configuration(trainer, module))
+
+    def restart_clock(self) -> None:
+        """Begins to measure the speed: at the start, at a logged step, and after a validation, which is no training."""
+        self._since, self._n_before = time.perf_counter(), self.module.step_loss.n_tokens
+
+    def add(self, trainer: Any, optimizer: Optimizer) -> None:
+        """Takes the values of an optimizer step, before it, if Lightning will log it."""
+        every, step = trainer.log_every_n_steps, trainer.global_step  # counted from 0, as Lightning logs it
+        if not trainer.loggers or not every or not ((step + 1) % every == 0 or trainer.should_stop):
+            return
+        values = {"lr": float(optimizer.param_groups[0]["lr"]), "link": float(self.module.link)}
+        if n_tokens := self.module.step_loss.n_tokens - self._n_before:  # of this process, whose others have about as many
+            values["tokens_per_second"] = n_tokens * trainer.world_size / (time.perf_counter() - self._since)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        is_whole = not any(map(layout.is_sharded, gradients))  # else the norm needs all processes
+        self._waiting = step, values, Late(get_total_norm(gradients)) if is_whole else None
+        self.restart_clock()
+
+    def flush(self, trainer: Trainer) -> None:
+        """Logs the values that are waiting, at the end of the batch, where Lightning reads the loss from the device."""
+        if self._waiting is None:
+            return
+        (step, values, norm), self._waiting = self._waiting, None
+        for logger in trainer.loggers:
+            logger.log_metrics(values | ({} if norm is None else {"grad_norm": norm.read()}), step=step)
+
+
+def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str, Any]]:
+    """The plain options of a fit: of model, data, chain and optimizer; no secret, and nothing that is not set."""
+    arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    of_data = {} if data is None else {"class_path": class_path(type(data))} | data_of(trainer) | _plain(vars(data))
+    found = {
+        "model": {"class_path": arguments["class_path"]} | arguments["defaults"] | arguments["init_args"],
+        "data": of_data,
+        "chain": asdict(run_of(module).schedule),
+        "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
+    }
+    return {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers, texts or pairs of numbers, without what is private, a secret or Lightning's."""
+    kinds, others = bool | int | float | str | tuple, vars(LightningDataModule())
+    own = {name: value for name, value in values.items() if name[0] != "_" and name not in others and is_recorded(name)}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in own.items() if isinstance(value, kinds)}

@@ -1,0 +1,136 @@
+"""What a run tells its loggers: its configuration, and for each logged step its rate, gradient norm, speed and link."""
+
+import csv
+import importlib
+import math
+import time
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from cola_lightning import COLACausalLM
+from tests import tiny
+from tests.test_step_loss import LENGTHS, Shuffled, batches_of, rows_of
+from tests.toy import batches, toy, trainer
+
+OPTIONS = {
+    "model/rank": 4,
+    "data/batch_size": 1,
+    "chain/every_n_train_steps": 2,
+    "optimizer/class_path": "torch.optim.adamw.AdamW",
+}
+VALUES = {"lr", "grad_norm", "tokens_per_second", "link"}
+
+
+class Norms(Callback):
+    """Notes the norm of all gradients at each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        self.found.append(float(torch.cat(gradients).norm()))
+
+
+class Secretive(COLACausalLM):
+    """With an argument that no file may hold."""
+
+    def __init__(self, model_name, hub_token=None, **others):
+        super().__init__(model_name, **others)
+
+
+def fit(folder, logger):
+    """Four steps with a knot and clipping, of which every second is logged."""
+    module = Secretive(tiny.folder(folder / "model"), hub_token="hf_secret", rank=4, seed=0)
+    data = Shuffled(batches_of(rows_of(LENGTHS[:4]), 1))
+    how = {"max_epochs": 1, "log_every_n_steps": 2, "gradient_clip_val": 1e-3, "limit_val_batches": 0}
+    norms = Norms()
+    trainer(folder, norms, logger=logger, chain={"every_n_train_steps": 2}, **how).fit(module, data)
+    return module, norms.found
+
+
+def rows_of_csv(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_a_step_is_logged_with_its_rate_norm_and_speed_and_links_do_not_store_them(tmp_path):
+    start = time.perf_counter()
+    module, norms = fit(tmp_path, CSVLogger(tmp_path, name="run"))
+    seconds = time.perf_counter() - start
+    folder = tmp_path / "run" / "version_0"
+    logged = {row["step"]: row for row in rows_of_csv(folder) if "grad_norm" in row}
+    assert logged.keys() == {1, 3}
+    assert [row["grad_norm"] for row in logged.values()] == pytest.approx([norms[1], norms[3]], rel=1e-4)  # not clipped
+    assert [row["link"] for row in logged.values()] == [0, 1]
+    assert [row["lr"] for row in logged.values()] == pytest.approx([5e-4, 5e-4])  # linear, over two steps
+    assert all(row["tokens_per_second"] > sum(LENGTHS[2:4]) / seconds for row in logged.values())
+    assert not VALUES & module.chain[0].metrics.keys()
+    text = (folder / "hparams.yaml").read_text()
+    assert "secret" not in text
+    told = yaml.safe_load(text)
+    assert {name: told[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
+    assert told["optimizer"]["lr"] == 1e-3
+
+
+def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):
+    trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(toy(), batches())
+    rows = rows_of_csv(tmp_path / "run" / "version_0")
+    assert [sorted(row) for row in rows if "lr" in row] == [["grad_norm", "link", "lr", "step"]]
+
+
+def of_tensorboard(folder):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(folder / "board")
+    fit(folder, logger)
+    found = loader.EventAccumulator(logger.log_dir).Reload()
+    values = {name: [event.value for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    hparams = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    content = found._plugin_to_tag_to_content["hparams"]["_hparams_/session_start_info"]
+    return values, hparams.FromString(content).session_start_info.hparams
+
+
+def of_mlflow(folder):
+    mlflow = pytest.importorskip("mlflow")
+    store = f"file:{folder}/mlruns"
+    logger = MLFlowLogger(tracking_uri=store)
+    fit(folder, logger)
+    client = mlflow.MlflowClient(store)
+    names = client.get_run(logger.run_id).data.metrics
+    values = {name: [one.value for one in client.get_metric_history(logger.run_id, name)] for name in names}
+    return values, client.get_run(logger.run_id).data.params
+
+
+def of_wandb(folder):
+    wandb = pytest.importorskip("wandb")
+    values = {}
+
+    class Noted(WandbLogger):
+        def log_metrics(self, metrics, step=None):
+            super().log_metrics(metrics, step)
+            for name, value in metrics.items():
+                values.setdefault(name, []).append(value)
+
+    logger = Noted(save_dir=folder, offline=True)
+    fit(folder, logger)
+    told = {f"{part}/{name}": value for part, values in logger.experiment.config.items() for name, value in values.items()}
+    wandb.finish()
+    return values, told
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("read", [of_tensorboard, of_mlflow, of_wandb], ids=["TensorBoard", "MLflow", "W&B"])
+def test_loggers_hold_the_values_and_the_options(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    values, options = read(tmp_path)
+    logged = VALUES - {"link"} | {"train_loss"}  # a knot is logged with its link, too
+    assert {name: len(values[name]) for name in logged} == dict.fromkeys(logged, 2)
+    assert max(values["link"]) == 1
+    assert all(math.isfinite(value) for name in VALUES for value in values[name])
+    assert OPTIONS.keys() <= options.keys()
+    assert "hf_secret" not in str(options)
