@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -327,18 +327,8 @@ class AdaptedModel:
         """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots."""
         device = self.placement().device
         for layers in self.by_unit():
-            for name, layer in layers.items():
-                if layer.stack is not None:
-                    layer.stack.reserve(chain.total_rank(name))
             chain.replay(layers, device, start=self.link)
         self.chain = Chain(list(chain.links), chain.base)
-
-    def reserve_stacks(self, ranks: Sequence[int]) -> None:
-        """Allocates the stacks for links of these ranks after the finished ones, at most for a weight's full rank."""
-        total = sum(ranks) + sum(link.rank for link in self.chain.links)
-        for layer in self.layers.values():
-            if layer.stack is not None:
-                layer.stack.reserve(min(total, layer.lora_A.shape[-1], layer.lora_B.shape[-2]))
 
     def forget_links(self, base: BaseIdentity) -> None:
         """Clears the chain and the stacks, for weights that hold no link any more."""

@@ -250,3 +250,14 @@ def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode):
         gradients.append([layer.lora_A.grad for layer in lora_layers(model).values()])
     for mine in gradients[1:]:
         torch.testing.assert_close(mine, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # as above
+@pytest.mark.parametrize(("dtype", "is_one_graph"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_links_on_experts_end_a_compiled_graph_in_float32_alone(dtype, is_one_graph):
+    model = base("qwen3_moe", num_hidden_layers=1).to(dtype)
+    inject_lora(model, LoRAConfig(["q_proj", *PROJECTIONS], rank=2, alpha=2, finished_links="stack"))
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model.model)(input_ids=torch.randint(2, 400, (2, 10)), use_cache=False)
+    assert (found.graph_break_count == 0) == is_one_graph
+    assert all("torch.compiler.disable" in one.reason for one in found.break_reasons)

@@ -63,18 +63,18 @@ def make(**arguments):
     return toy(Whole, **{"rank": 4, "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
 
 
-@pytest.mark.parametrize("mode", ["merge", "stack"])
-def test_each_rank_is_compiled_once_for_training_and_once_for_validation_and_loaded_as_any_other(tmp_path, graphs, mode):
-    chain, x = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1, 2]}, torch.randn(3, 8)
+@pytest.mark.parametrize(("mode", "ranks", "n"), [("merge", [2, 1, 2, 1, 2], 2), ("stack", [2, 2, 2, 2, 2], 4)])  # 0, 2, 4, 8
+def test_each_rank_and_size_of_a_stack_is_compiled_once_in_training_and_in_validation(tmp_path, graphs, mode, ranks, n):
+    chain, x = {"every_n_epochs": 1, "ranks": ranks}, torch.randn(3, 8)
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
-    assert len(graphs) == 2 * 2
+    assert 2 * 2 <= len(graphs) <= 2 * n  # dynamo may take a size that has changed for any
     plain = fit(tmp_path / "plain", make(finished_links=mode), chain)
     torch.testing.assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(module.merged_model()(x), module.model.eval()(x))
     loaded = Whole.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert not loaded.should_compile
     torch.testing.assert_close(loaded.model(x), module.model(x))
-    assert len(graphs) <= 2 * 2 + 1  # the module's own, in evaluation without a trainer
+    assert len(graphs) <= 2 * n + 1  # the module's own, in evaluation without a trainer
 
 
 def language_model(folder, architecture, **arguments):
@@ -104,7 +104,9 @@ def assert_same_gradients(mine, theirs):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("architecture", "chunked"), [("llama", False), ("llama", True), ("gemma2", True)])
+@pytest.mark.parametrize(
+    ("architecture", "chunked"), [(k, False) for k in ("llama", "gpt2", "qwen3")] + [("llama", True), ("gemma2", True)]
+)
 def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
     monkeypatch.setitem(tiny.CONFIGS, "gemma2", lambda: transformers.Gemma2Config(**tiny.SIZES, **tiny.BODY, head_dim=8))
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions

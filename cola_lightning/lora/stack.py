@@ -26,7 +26,7 @@ class Stack:
         matrices: the first sizes of A and B, for a pair of them for each expert.
 
     Attributes:
-        A: capacity x in, or for experts, experts x capacity x in.
+        A: capacity x in, or for experts, experts x capacity x in. The capacity is a power of two.
         B: capacity x out, likewise: a row for each rank here, too, so that a part of it is contiguous.
         rank: how many rows are in use; those beyond it are zero.
 
@@ -51,24 +51,14 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the stack, reserved rows included."""
+        """The memory of the stack, with the room for further links."""
         return self.A.nbytes + self.B.nbytes
-
-    def reserve(self, rank: int) -> None:
-        """Allocates memory for this total rank and copies the rows in use; up to it, nothing is allocated again."""
-        if rank <= self.A.shape[-2]:
-            return
-        with torch.inference_mode(False):  # for a knot in a validation: the next training step uses these tensors
-            A, B = (factor.new_zeros(*factor.shape[:-2], rank, factor.shape[-1]) for factor in (self.A, self.B))
-        for mine, theirs in ((A, self.A), (B, self.B)):
-            mine[..., : self.rank, :] = theirs[..., : self.rank, :]
-        self.A, self.B = A, B
 
     @torch.no_grad()
     def push(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Adds a link: ``lora_A`` is rank x in, ``lora_B`` out x rank."""
         end = self.rank + lora_A.shape[-2]
-        self.reserve(end)
+        self._grow(end)
         wide = torch.promote_types(lora_B.dtype, self.B.dtype)
         lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, wide) * scaling
         # B is small compared with A: fp16 would store it as subnormal numbers. Scaling by a power of two is exact.
@@ -77,8 +67,15 @@ class Stack:
         self.B[..., self.rank : end, :] = lora_B.mT * shift
         self.rank = end
 
+    def _grow(self, rank: int) -> None:
+        """Makes room for this total rank, up to the next power of two: a compiled model is compiled anew for each size."""
+        missing = (1 << (rank - 1).bit_length()) - self.A.shape[-2]
+        if missing > 0:
+            with torch.inference_mode(False):  # for a knot in a validation: the next training step uses these tensors
+                self.A, self.B = (F.pad(factor, (0, 0, 0, missing)) for factor in (self.A, self.B))
+
     def clear(self) -> None:
-        """Removes the links; their memory stays reserved."""
+        """Removes the links; their memory stays allocated."""
         self.A.zero_()
         self.B.zero_()
         self.rank = 0
@@ -96,7 +93,7 @@ class Stack:
             *more: what both need besides, such as which rows are which expert's.
         """
         A, B = self.A, self.B
-        if not torch.compiler.is_compiling():  # compiled, all of it: a constant shape needs no recompilation
+        if not torch.compiler.is_compiling():  # compiled, with the zeros behind it: their shape changes more rarely
             A, B = A[..., : self.rank, :], B[..., : self.rank, :]
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if A.dtype != y.dtype and not is_autocast:  # the weight is cast for its product alone

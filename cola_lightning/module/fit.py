@@ -129,8 +129,6 @@ class FitCallback(Callback):
         lengths = run.schedule.links(run.link_start, length)
         checks.warn_of_lengths(run.schedule, lengths, module.link)
         run.optimization.check_lengths(lengths)
-        links = range(module.link, module.link + len(lengths) - 1)
-        module.adapted.reserve_stacks([run.schedule.rank(link) for link in links])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
