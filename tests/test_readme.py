@@ -194,6 +194,7 @@ PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| model | full"): lambda: importlib.import_module("scale").rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
+    ("docs/speed.md", "| accumulated batches |"): rows_of("launches"),
     ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
     ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
     ("docs/speed.md", "| batches |"): rows_of("packing"),

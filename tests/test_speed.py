@@ -1,9 +1,11 @@
 """What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack."""
 
 import importlib
+import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +21,25 @@ def speed():
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_step_has_no_more_operations_than_pefts_under_transformers_trainer_and_waits_once(accumulation):
+def test_a_step_has_few_operations_above_the_models_and_waits_once(accumulation):
     launches = importlib.import_module("launches")
-    cola, peft, model = (launches.a_step(side, accumulation) for side in launches.SIDES)
-    assert 0 < cola["operations"] <= launches.LIMIT * peft["operations"]
-    assert 0 < cola["kernels"] <= launches.LIMIT * peft["kernels"]
+    cola, model = (launches.a_step(side, accumulation) for side in ("cola", "model"))
+    assert model["operations"] < cola["operations"] <= launches.budget(model, accumulation)
     assert cola["waits"] == model["waits"] + 1, cola["where"]
+
+
+def test_a_step_has_no_more_operations_than_pefts_under_transformers_trainer():
+    """As counted; not here, where each version of transformers and peft may change theirs."""
+    launches = importlib.import_module("launches")
+    lines = [json.loads(line) for line in Path(launches.__file__).with_suffix(".jsonl").read_text().splitlines()]
+    found = {(line["accumulation"], line["side"]): line for line in lines}
+    assert len(found) == len(launches.ACCUMULATIONS) * len(launches.SIDES)
+    for accumulation in launches.ACCUMULATIONS:
+        cola, peft, model = (found[accumulation, side] for side in launches.SIDES)
+        assert cola["operations"] <= peft["operations"]
+        assert cola["kernels"] <= peft["kernels"]
+        assert cola["waits"] == model["waits"] + 1
+        assert cola["operations"] <= launches.budget(model, accumulation)
 
 
 @pytest.fixture(scope="module")
