@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from cola_lightning import AdaptedModel, COLACausalLM, LastCheckpoint, LoRAConfig
 from cola_lightning.export.verify import logits_of
 from tests import tiny
 from tests.toy import (
+    Toy,
     ValidatedToy,
     adapt_layer,
     assert_bit_equal,
@@ -96,6 +97,61 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_resumes_to_the_bit(t
     assert_bit_equal(weights(resumed), weights(module))
     x = next(iter(batches()))[0]
     assert torch.equal(resumed.eval().model(x), module.eval().model(x))
+
+
+# ---------------------------------------------------------------------- fused optimizers
+
+
+class Clipped(Toy):
+    """Remembers the norm of the gradients with which the optimizer stepped."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.norm = nn.utils.get_total_norm([parameter.grad for parameter in self.trained_parameters()])
+
+
+def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path):
+    """Torch's GradScaler has a fused optimizer unscale its gradients in its step, and Lightning then refuses to clip them."""
+    module = toy(Clipped)
+    trainer(tmp_path, max_steps=2, gradient_clip_val=1e-3, **options("16-mixed")).fit(module, batches(2))
+    assert module.trainer.optimizers[0].param_groups[0]["fused"]
+    assert module.norm == pytest.approx(1e-3, rel=1e-3)
+
+
+class Late(Toy):
+    """Its second layer gets its first gradient in the second batch."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.model[:2](batch[0])
+        return (hidden if batch_idx == 0 else self.model[2](hidden)).square().mean()
+
+
+def test_sgd_trains_also_with_the_fused_of_the_default_optimizer(tmp_path):
+    """Which ``--model.optimizer SGD`` inherits; torch's fused SGD with momentum fails at a gradient that comes late."""
+    trained = []
+    for fused in (True, None):
+        module = toy(Late, optimizer=lambda p, fused=fused: SGD(p, lr=0.1, momentum=0.9, fused=fused))
+        trainer(tmp_path, max_epochs=1).fit(module, batches(4))
+        trained.append(weights(module))
+    assert_bit_equal(*trained)
+    assert trained[0]["model.2.lora_B"].any()
+
+
+class Complex(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 12, dtype=torch.complex64), nn.Linear(12, 6, dtype=torch.complex64))
+
+    def training_step(self, batch, batch_idx):
+        return (self.model(batch[0] + 0j) - batch[1]).abs().square().mean()
+
+
+def test_the_default_optimizer_trains_complex_weights_too(tmp_path):
+    module = toy(Complex)
+    trainer(tmp_path, max_epochs=1).fit(module, batches(4))
+    assert module.model[0].lora_B.is_complex()
+    assert module.model[0].lora_B.any()
+
+
+# ---------------------------------------------------------------------- by default
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])

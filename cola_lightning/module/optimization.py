@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -113,6 +113,9 @@ class LinkOptimization:
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
         # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:  # torch's fused SGD fails where a parameter gets its first gradient late
+            if group.get("fused") and (isinstance(optimizer, SGD) or any(p.is_complex() for p in group["params"])):
+                group["fused"] = None
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
         for group in optimizer.param_groups:  # a copy: a schedule modifies a rate that is a tensor in place
             group["lr"] = copy.deepcopy(group["lr"])
