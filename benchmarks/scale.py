@@ -6,7 +6,7 @@ plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, wit
 result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md. Links of rank 8 on
 the queries and values, two in a chain; 8 rows of 512 tokens a GPU, padded on the left, with a loss at one position a row;
 AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with
-``finished_links: merge``, all in full fine-tuning.
+``finished_links: merge``, all in full fine-tuning. ``COLA float32`` is a base in float32 under bf16-mixed.
 
 * ``memory``, bytes on a GPU: ``base``: the model's weights; ``links``: A and B in float32; ``stack``: the finished link beside
   the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter;
@@ -67,6 +67,7 @@ class Method:
     name: str
     finished_links: Literal["merge", "stack"] | None
     n_finished: int = 0
+    dtype: torch.dtype = torch.bfloat16  # of the base
 
     @property
     def is_autocast(self) -> bool:
@@ -75,14 +76,13 @@ class Method:
 
 
 METHODS = [Method("LoRA", "stack"), Method("COLA merge", "merge", 1), Method("COLA stack", "stack", 1)]
-METHODS += [Method("full fine-tuning", None)]
+METHODS += [Method("COLA float32", "merge", 1, torch.float32), Method("full fine-tuning", None, 0, torch.float32)]
 
 
 def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.Module:
     """The model as it is trained, with its finished links; on the meta device it takes no memory."""
-    dtype = torch.float32 if method.finished_links is None else torch.bfloat16
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=method.dtype, attn_implementation="sdpa").train()
     if method.finished_links is not None:
         inject_lora(model, LoRAConfig(TARGETS, rank=RANK, alpha=ALPHA, finished_links=method.finished_links))
     for layer in lora_layers(model).values():
@@ -267,7 +267,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return table
 
 
-OPTIONS = ["model", "full fine-tuning", "a chain", "`stack`", "`stack`, one row"]
+OPTIONS = ["model", "full fine-tuning", "float32", "a chain", "`stack`", "`stack`, one row"]
 OPTIONS += ["`stack`, checkpointing", "nf4, checkpointing"]
 
 
@@ -276,11 +276,13 @@ def rows_of_options(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     found = {(result["model"], result["method"]): result for result in results if result["layout"] == "1 GPU"}
     table = []
     for model in dict.fromkeys(model for model, _ in found):
-        full, merge, stack = (found[model, method] for method in ("full fine-tuning", "COLA merge", "COLA stack"))
+        full, wide, merge, stack = (
+            found[model, method] for method in ("full fine-tuning", "COLA float32", "COLA merge", "COLA stack")
+        )
         held, kept = sum(stack["memory"].values()), stack["activations"]
         of_row = kept["copies"] + (kept["all"] - kept["copies"]) // ROWS
         quantized = held - stack["memory"]["base"] + stack["base_in_4_bits"]
-        sizes = [sum(each["memory"].values()) + each["activations"]["all"] for each in (full, merge)]
+        sizes = [sum(each["memory"].values()) + each["activations"]["all"] for each in (full, wide, merge)]
         sizes += [held + kept["all"], held + of_row, held + kept["checkpointed"], quantized + kept["checkpointed"]]
         table.append([model, *(_gb(size) for size in sizes)])
     return table

@@ -15,7 +15,7 @@ from cola_lightning import COLACausalLM
 from tests import tiny
 from tests.toy import trainer
 
-METHODS = ["LoRA", "COLA merge", "COLA stack", "full fine-tuning"]
+METHODS = ["LoRA", "COLA merge", "COLA stack", "COLA float32", "full fine-tuning"]
 ROWS, LENGTH, LAYERS = 3, 16, 2
 OVERHEAD = 64_000  # of a checkpoint beside its tensors: their names and places, the loops' state, the recipe
 
@@ -44,7 +44,7 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scal
     is_full = method.finished_links is None
     chain = {"target_modules": None if is_full else scale.TARGETS, "rank": scale.RANK, "alpha": scale.ALPHA, "seed": 0}
     chain |= {} if is_full else {"finished_links": method.finished_links}
-    module = COLACausalLM(tiny.folder(tmp_path), dtype="float32" if is_full else "bfloat16", **chain)
+    module = COLACausalLM(tiny.folder(tmp_path), dtype=str(method.dtype).removeprefix("torch."), **chain)
     run = trainer(tmp_path, chain=None if is_full else {"at_steps": [1] if method.n_finished else []}, max_steps=2)
     ids = torch.randint(3, 300, (2, 2, 8))
     run.fit(module, DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None))
