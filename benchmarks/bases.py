@@ -59,7 +59,7 @@ class RandomCausalLM(COLACausalLM):
         """Makes the model, without any file."""
         model = build(self.config).to(getattr(torch, self.pretrained.dtype))
         if self.quantization is not None:
-            self._quantize(model)
+            self.quantize_base(model)
         return model
 
     @torch.no_grad()

@@ -3,8 +3,7 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,21 +20,22 @@ from cola_lightning.chain.base import (
     describe_base,
 )
 from cola_lightning.chain.chain import check_links
-from cola_lightning.chain.link import begin_link, record_link
+from cola_lightning.chain.link import add_links, begin_link, record_link
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
+from cola_lightning.chain.store import pack, unpack
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.lora.inject import inject_lora, strip_lora, unstack
+from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import (
     LoRALayer,
     is_quantized,
     is_quantized_model,
     lora_layers,
-    names_of_factors,
 )
-from cola_lightning.lora.linear4bit import dequantize
+from cola_lightning.merge import merge
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.weights import cast_floats, deep_copy
+from cola_lightning.trained import TrainedValues, base_weights
+from cola_lightning.weights import cast_floats
 
 
 class Placement(NamedTuple):
@@ -76,7 +76,7 @@ class AdaptedModel:
         model: the model.
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
-        first_values: the values outside of the model before the first link.
+        trained: what training changes besides the links.
 
     Example:
         >>> def build_model():
@@ -102,16 +102,15 @@ class AdaptedModel:
         trained_factors: TrainedFactors = "both",
     ) -> None:
         check_seed("model.seed", seed)
-        self.build_model, self._config, self.seed, self.outside = build_model, config, seed, outside
+        self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._own_placement if placement is None else placement
         self.trained_factors = trained_factors
         self.model = self.make_base()
-        self.remember_trained()
+        self.trained = TrainedValues(self.model, outside)
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: expected false for a base in 4 bits, received true")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
-        self.first_values: dict[str, Tensor] = {}
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
 
@@ -165,44 +164,6 @@ class AdaptedModel:
         frozen = self.frozen_factor
         return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
 
-    def remember_trained(self) -> None:
-        """Has the parameters that require gradients now count as trained from here on, also while they are frozen."""
-        names = layout.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
-
-    def frozen_names(self) -> list[str]:
-        """Names of the parameters that are not trained, each under all of its names; see :meth:`remember_trained`."""
-        return [name for name in self._frozen_now() if name not in self._trained]
-
-    def _frozen_now(self) -> list[str]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return layout.plain_names(name for name, parameter in named if not parameter.requires_grad)
-
-    def trained_values(self) -> dict[str, Tensor]:
-        """What training changes besides the links: fully trained parameters, and persistent buffers, themselves."""
-        return base_values(self.model, without=set(self.frozen_names())) | self.outside()
-
-    def recorded_values(self) -> dict[str, Tensor]:
-        """The :meth:`trained_values` that a link records: all but buffers outside of the model that have not changed."""
-        values, first = self.trained_values(), self.first_values
-        buffers = [name for name in values.keys() & first.keys() if not isinstance(values[name], nn.Parameter)]
-        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), first[name])}
-        return {name: value for name, value in values.items() if name not in constant}
-
-    def extras(self) -> dict[str, Tensor]:
-        """CPU copies of the :meth:`recorded_values`."""
-        return {name: layout.gather(value) for name, value in self.recorded_values().items()}
-
-    def write_extras(self, extras: Mapping[str, Tensor]) -> None:
-        """Writes a chain's :meth:`extras` into the present values; names that are unknown here are ignored."""
-        own = layout.state_dict(self.model) | self.outside()
-        for name in own.keys() & extras.keys():
-            layout.copy_(own[name], extras[name])
-
-    def remember_first_values(self) -> None:
-        """Stores the values outside of the model, before training; those already stored are not replaced."""
-        self.first_values = {name: layout.gather(value) for name, value in self.outside().items()} | self.first_values
-
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
         names = {id(layer): name for name, layer in self.layers.items()}
@@ -237,7 +198,7 @@ class AdaptedModel:
         """
         self.check_next(None)
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return record_link(self.layers, index=self.link, extras=self.extras(), **metadata)
+        return record_link(self.layers, index=self.link, extras=self.trained.copies(), **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
@@ -274,26 +235,28 @@ class AdaptedModel:
 
     # ------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
-        """What training has changed, in plain types and CPU tensors: the finished links and the current one as it is.
+    def state_dict(self) -> dict[str, Tensor]:
+        """What training has changed, in CPU tensors: the finished links and the current one as it is.
 
-        A loop of your own stores the optimizer's state with it; ``torch.load(weights_only=True)`` reads both.
+        A loop of your own stores the optimizer's state with it.
         """
         live = [self.live_link()] if self.layers else []
-        chain = Chain([*self.chain.links, *live], self.chain.base)
-        return {"seed": self.seed, "chain": chain.state_dict(), "values": {} if live else self.extras()}
+        return pack(
+            [*self.chain.links, *live], self.chain.base, {"seed": self.seed, "values": {} if live else self.trained.copies()}
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
 
         Raises:
             UserError: for a chain of another base.
         """
-        chain = Chain.from_state_dict(state["chain"])
+        links, base, facts = unpack(state, "the state dict")
+        chain = Chain(links, base)
         self.check_base(chain, None)
-        self.seed = state["seed"]
+        self.seed = facts["seed"]
         if not self.layers:
-            self.write_extras(state["values"])
+            self.trained.write(facts["values"])
             return
         live = chain.links[-1]
         self.go_to(chain.truncate(live.index))
@@ -302,7 +265,7 @@ class AdaptedModel:
             for name, layer in self.layers.items():
                 for mine, stored in zip(layer.factors, live.factors[name], strict=True):
                     layout.copy_(mine, stored)
-        self.write_extras(live.extras)
+        self.trained.write(live.extras)
 
     # ------------------------------------------------------------------ from one chain to another
 
@@ -320,14 +283,15 @@ class AdaptedModel:
             if self.merges:
                 self._write_base(self.model)
             self.forget_links(chain.base)
-            self.write_extras(extras)
+            self.trained.write(extras)
         self.replay(chain)
 
     def replay(self, chain: Chain) -> None:
         """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots."""
         device = self.placement().device
         for layers in self.by_unit():
-            chain.replay(layers, device, start=self.link)
+            for name, layer in layers.items():
+                add_links(name, layer, chain.links[self.link :], device)
         self.chain = Chain(list(chain.links), chain.base)
 
     def forget_links(self, base: BaseIdentity) -> None:
@@ -371,7 +335,7 @@ class AdaptedModel:
             check_same_base(chain.base, self.chain.base)
         elif chain.links:  # of PEFT, whose base is not known
             check_same_layers(chain.layers, self.chain.base.weight_norms)
-        links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained_values()
+        links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
             own = {name for name, value in frozen.items() if _is_equal(layout.gather(state[name]), value)}
@@ -379,11 +343,11 @@ class AdaptedModel:
             links[-1] = replace(links[-1], extras=extras)
         self.replay(Chain(links, self.chain.base))
         if links:
-            load_extras(links[-1].extras, trained)
+            self.trained.load(links[-1].extras)
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
-        names, extras = self.trained_values().keys(), self.first_values | (chain.links[-1].extras if chain.links else {})
+        names, extras = self.trained.values().keys(), self.trained.first | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
         weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
@@ -466,7 +430,14 @@ class AdaptedModel:
 
     # ------------------------------------------------------------------ a plain copy
 
-    def merged_model(self, links: int | None = None) -> nn.Module:
+    def merged_model(
+        self,
+        links: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        in_place: bool = False,
+    ) -> nn.Module:
         """A plain copy of the model with the chain merged into its weights: no LoRA layers, no cost at inference.
 
         If the model is sharded, the copy is made on the CPU, from the rebuilt base, and nothing is gathered. (With full
@@ -474,10 +445,10 @@ class AdaptedModel:
 
         Args:
             links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
-
-        Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); without links, in its own
-            dtype.
+            dtype: to which each weight is rounded once its links are added; None: float32, whatever the model was trained in
+                (float64 where that was float64); without links, the model's own.
+            device: where the copy is; None: where the model is.
+            in_place: this model is not needed any more: its memory is used, and it must not be used again.
 
         Raises:
             UserError: if there are fewer links.
@@ -485,38 +456,35 @@ class AdaptedModel:
         total = self.link + 1
         links = total if links is None else links
         check_links(links, total)
-        chain, layers = self.chain if links == total else self.chain.truncate(links), self.layers.values()
-        placement = self.placement()
-        is_stacked = any(layer.stack is not None for layer in layers)
+        layers, placement, is_training = self.layers.values(), self.placement(), self.model.training
+        added = self.chain.links[:links] + ([self.live_link()] if links == total and layers else [])
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
-        is_copied = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
-        if is_copied:
-            model: nn.Module = deep_copy(self.model)
-            if links < total:
-                for layer in lora_layers(model).values():
-                    nn.init.zeros_(layer.lora_B)
-                model.load_state_dict(self.extras_after(chain), strict=False)
+        is_stacked = bool(layers) and not self.merges
+        is_own = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
+        wide = torch.promote_types(self.cast_dtype, torch.float32)
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if is_own:
+            model, extras = self.model, {} if links == total else self.extras_after(self.chain.truncate(links))
+            added = added[-1:] if self.merges else added  # the others are in the weights
         else:
-            model = self.rebuild_base()
-            model.train(self.model.training)
-            if links == total and layers:
-                chain = Chain([*chain.links, self.live_link()])
-            extras = chain.links[-1].extras if chain.links else {}
-            model.load_state_dict(self.extras() if links == total else extras, strict=False)
+            extras = self.trained.copies() if links == total else added[-1].extras if added else {}
+            if in_place:
+                self.model.to("meta")
+            model = self.rebuild_base().train(is_training)
             if links and is_narrowed:
                 cast_floats(model, self.cast_dtype)
-        unstack(model)
-        dtype = torch.promote_types(self.cast_dtype, torch.float32)
-        if is_quantized_model(self.model):
-            dequantize(model, dtype)
-        if layers:
-            cast_floats(model, dtype)
-        if is_stacked or not is_copied:
-            chain.replay(lora_layers(model), placement.device)
-        strip_lora(model, merge=True, dtype=dtype)
-        devices = {parameter.device for parameter in self.model.parameters()}
-        if not (is_copied or placement.is_sharded) and len(devices) == 1:  # a rebuilt one is on the CPU
-            model.to(devices.pop())
+            if device is None and not placement.is_sharded and len(devices) == 1:  # a rebuilt one is on the CPU
+                device = devices.pop()
+        model = merge(
+            model,
+            added,
+            wide,
+            compute_device=placement.device,
+            dtype=wide if dtype is None and layers else dtype,
+            device=device,
+            in_place=in_place or not is_own,
+        )
+        model.load_state_dict(extras, strict=False)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
@@ -532,45 +500,3 @@ def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Te
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
         if theirs != ours:
             raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
-
-
-def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
-    state, factors = layout.state_dict(model), names_of_factors(model)
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
-    }
-
-
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of the :func:`base_values`."""
-    return {name: layout.gather(value) for name, value in base_values(model).items()}
-
-
-def weight_of(name: str) -> str:
-    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
-    return re.sub(r"\.weight\..*", ".weight", name)
-
-
-def load_extras(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Writes a chain's values of fully trained parameters and buffers into the present ones.
-
-    Raises:
-        UserError: for a value without a counterpart of its shape, and for two values of a parameter that has two names.
-    """
-    first: dict[int, str] = {}
-    for name, value in values.items():
-        if name not in own or own[name].shape != value.shape:
-            raise UserError(
-                "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
-                f"{name!r} of shape {tuple(value.shape)}"
-            )
-        other = first.setdefault(layout.local(own[name]).data_ptr() or id(value), name)
-        if other != name and not torch.equal(value, values[other].to(value.dtype)):  # peft trains each alone
-            raise UserError(
-                f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
-            )
-    for name, value in values.items():
-        layout.copy_(own[name], value)

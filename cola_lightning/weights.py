@@ -8,25 +8,34 @@ import torch
 from torch import Tensor, nn
 
 
-def deep_copy(model: nn.Module, *, is_on_cpu: bool = False) -> Any:
-    """A deep copy of a model, also if a forward pass has left results in its attributes: these are copied without their graph.
+def deep_copy(
+    model: nn.Module,
+    memo: dict[int, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A deep copy of a model, each of whose tensors is copied directly to its new device and dtype; no gradients.
 
-    (Torch refuses to copy such a tensor: an auxiliary loss, say, or the weight of an old-style weight norm.)
+    Also if a forward pass has left results in its attributes (an auxiliary loss, say): these are copied without their graph.
 
     Args:
         model: the model.
-        is_on_cpu: copy tensors to the CPU, one by one, and not first on their device; no gradients.
+        memo: by ``id``, what is copied already, see ``copy.deepcopy``; it is added to.
+        device: where the copies are; None: where the tensors are.
+        dtype: of floating-point tensors; None: their own.
     """
-    memo = {}
+    memo = {} if memo is None else memo
     for module in model.modules():
         for value in _parts(vars(module)):
-            if is_on_cpu and type(value) in (Tensor, nn.Parameter):
-                copied = value.detach().to("cpu", copy=True)
+            if not isinstance(value, Tensor) or id(value) in memo:
+                continue
+            if type(value) in (Tensor, nn.Parameter) or not value.is_leaf:
+                to = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                copied = value.detach().to(value.device if device is None else device, to, copy=True)
                 memo[id(value)] = nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
-            elif is_on_cpu and isinstance(value, nn.Parameter):  # one in 4 bits, for example, copies itself, on its device
-                memo[id(value)] = copy.deepcopy(value).cpu()
-            elif isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            elif device is not None and isinstance(value, nn.Parameter):  # one in 4 bits, for example, copies itself
+                memo[id(value)] = copy.deepcopy(value).to(device)
     return copy.deepcopy(model, memo)
 
 

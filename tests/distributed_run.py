@@ -247,7 +247,7 @@ def held(module):
                 A, B = layer.stack.factors
                 delta = (B @ A).T if layer.weight_is_transposed else B @ A
                 found[name] += delta.view(layer.delta_weight().shape).cpu()
-    state = {name: layout.gather(value) for name, value in module.state_dict().items() if name != "cola"}
+    state = {name: layout.gather(value) for name, value in module.state_dict().items() if not name.startswith("chain.")}
     return found | {name: value for name, value in state.items() if ".lora_" not in name}
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
-from cola_lightning.adapted_model import base_weights
 from cola_lightning.chain.report import report
+from cola_lightning.trained import base_weights
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
@@ -135,7 +135,7 @@ def test_it_goes_back_with_what_is_trained_whole_and_with_buffers(finished_links
     how = {"target_modules": ["0"], "modules_to_save": ["3"], "finished_links": finished_links}
     model = train(adapted(build_normed, **how))
     x, expected = next(iter(batches()))[0], model.merged_model(links).eval()
-    recorded = model.chain.links[links - 1].extras if links else adapted(build_normed, **how).extras()
+    recorded = model.chain.links[links - 1].extras if links else adapted(build_normed, **how).trained.copies()
     assert_bit_equal({name: expected.state_dict()[name] for name in recorded}, recorded)
     model.go_to(model.chain.truncate(links))
     assert_same_weights(model.model[3], expected[3])
@@ -156,6 +156,17 @@ def test_merged_copies_are_where_the_model_is_and_in_its_mode(finished_links):
     model = adapted()
     model.model.to("meta")  # for a device that is not the CPU, on any machine
     assert {parameter.device.type for parameter in model.merged_model(0).parameters()} == {"meta"}
+
+
+@modes
+@pytest.mark.parametrize("links", [0, 2, None])
+def test_a_merged_copy_in_half_precision_is_rounded_once_and_the_model_stays(finished_links, links):
+    model = train(adapted(finished_links=finished_links), links=2)
+    before, whole = weights(model.model), model.merged_model(links)
+    half = model.merged_model(links, dtype=torch.bfloat16, device="cpu")
+    assert_bit_equal(weights(half), {name: value.bfloat16() for name, value in weights(whole).items()})
+    assert_bit_equal(weights(model.model), before)
+    assert_bit_equal(weights(model.merged_model(links, in_place=True)), weights(whole))
 
 
 # ---------------------------------------------------------------------- unusual bases

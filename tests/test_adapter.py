@@ -164,7 +164,7 @@ def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(
     assert "trained modules alone" not in caplog.text
     begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), init_links=1, **how)
     expected = module.merged_model(1)
-    expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.extras()}, strict=False)
+    expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.trained.copies()}, strict=False)
     assert difference(tiny.logits(begun.model), tiny.logits(expected)) <= 1e-5
     assert "trained modules alone" in caplog.text  # an adapter holds the last head alone
     model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft", is_trainable=True)

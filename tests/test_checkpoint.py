@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from cola_lightning import Chain, ChainOfLoRA, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import DiskError, NonFiniteError
 from tests.test_resume import Data, Normed, Outside
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -40,10 +41,11 @@ def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
 def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
     whole = run(tmp_path, make())
     checkpoint = torch.load(tmp_path / "step=20.ckpt", weights_only=True)
-    assert sorted(checkpoint["state_dict"]) == ["cola"] + [f"model.{n}.lora_{f}" for n in (0, 2) for f in "AB"]
-    chain = Chain.from_state_dict(checkpoint["state_dict"]["cola"]["chain"])
-    assert [(link.rank, link.start_step, link.end_step) for link in chain.links] == [(4, 0, 8), (2, 8, 16)]
-    live = checkpoint["state_dict"]["cola"]["live"]
+    factors = [f"{part}.{n}.lora_{f}" for part in ("chain.0", "chain.1", "model") for n in (0, 2) for f in "AB"]
+    assert sorted(checkpoint["state_dict"]) == sorted([*factors, "chain.metadata", "chain.callback_metrics.train_loss"])
+    state = StoredState.of(checkpoint["state_dict"])
+    assert [(link.rank, link.start_step, link.end_step) for link in state.chain.links] == [(4, 0, 8), (2, 8, 16)]
+    live = state.facts["live"]
     assert (live["rank"], live["alpha"], list(live["metrics"])) == (6, 4.0, ["train_loss"])
     resumed = run(tmp_path, make(), tmp_path / "step=20.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
@@ -60,8 +62,8 @@ def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_pa
     whole = averaged(tmp_path, make())
     resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
-    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]["cola"]  # of the run and not of the copy
-    assert (state["position"], state["live"]["end_step"]) == ([0, 5], 5)
+    state = StoredState.of(torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"])  # of the run, not of the copy
+    assert (state.facts["position"], state.facts["live"]["end_step"]) == ([0, 5], 5)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -139,7 +141,7 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, call
     assert_bit_equal(weights(resumed), weights(module))
     module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
-    assert (written["notes"], "cola" in written["state_dict"]) == (1, True)
+    assert (written["notes"], "chain.metadata" in written["state_dict"]) == (1, True)
     nn.init.constant_(module.model[0].lora_B, torch.nan)
     with pytest.raises(NonFiniteError):
         module.trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
@@ -165,7 +167,7 @@ def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, 
         with pytest.raises(UserError, match=rf"^{field}\b.*: expected"):
             run(tmp_path, module, ckpt_path=path)
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["state_dict"]["cola"]
+    del checkpoint["state_dict"]["chain.metadata"]
     torch.save(checkpoint, tmp_path / "plain.ckpt")
     with pytest.raises(UserError, match="holds no chain"):
         run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")

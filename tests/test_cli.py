@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings, strategies
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.errors import causes
 from cola_lightning.study.config import resolved
@@ -51,7 +52,7 @@ def state_of(checkpoint):
 
 
 def links_of(checkpoint):
-    return state_of(checkpoint)["state_dict"]["cola"]["chain"]["description"]["links"]
+    return StoredState.of(state_of(checkpoint)["state_dict"]).chain.links
 
 
 def checkpoint_of(version):

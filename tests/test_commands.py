@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from cola_lightning import Chain
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError
 from tests import forked
@@ -94,8 +95,8 @@ def test_links_go_back_from_a_checkpoint_and_from_a_chain(capfd):
 
 def test_a_new_run_from_some_links_saves_a_config_that_tests_it():
     assert main([*FROM_CHAIN, "--links", "1"]) == 0
-    state = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["state_dict"]["cola"]
-    assert len(state["chain"]["description"]["links"]) == 1 + 2
+    state = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert len(StoredState.of(state).chain) == 1 + 2
     shutil.rmtree("chain")  # the checkpoint holds it
     config = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1/checkpoints/last.ckpt"]
     assert main(["test", *config]) == 0
@@ -126,23 +127,22 @@ def another_base(path):
 def edit_checkpoint(change):
     def edit(path):
         checkpoint = torch.load(path, weights_only=True)
-        change(checkpoint["state_dict"]["cola"])
-        torch.save(checkpoint, path)
+        state = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("chain.base_weights.")}
+        metadata = json.loads(bytes(state["chain.metadata"].tolist()))
+        change(metadata)
+        state["chain.metadata"] = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
+        torch.save(checkpoint | {"state_dict": state}, path)
 
     return edit
 
 
 def set_base(**facts):
-    def change(state):
-        state["base_weights"] = None
-        state["chain"]["description"]["base"] |= facts
-
-    return edit_checkpoint(change)
+    return edit_checkpoint(lambda metadata: metadata["base"].update(facts))
 
 
 DAMAGE = [
     (truncate, LAST, TEST, "ckpt_path: "),
-    (edit_checkpoint(lambda state: state.update(format_version=5)), LAST, TEST, "chain: expected format version 2 to 4"),
+    (edit_checkpoint(lambda metadata: metadata.update(format_version=5)), LAST, TEST, "chain: expected format version 1"),
     (set_base(fingerprint=64 * "0"), LAST, TEST, "base: "),
     (set_base(dtypes=["float64"]), LAST, FIT, "base: .*in float32 and not in float64"),
     (set_base(weight_norms={"0": 1.0}), LAST, TEST, "model.target_modules: .*with '2'"),

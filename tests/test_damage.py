@@ -207,7 +207,7 @@ def test_wherever_a_checkpoint_is_read_a_changed_bit_is_seen(stored, tmp_path, m
 
 def test_a_file_of_another_kind_is_refused(stored, tmp_path):
     path, checkpoint = tmp_path / "foreign.ckpt", torch.load(stored(write_checkpoint), weights_only=True)
-    torch.save({"state_dict": {"cola": 3}}, path)
+    torch.save({"state_dict": {"chain.metadata": 3}}, path)
     with pytest.raises(UserError, match=r"^checkpoint"):
         read_chain(path)
     torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # torch's old format, without checksums

@@ -1,5 +1,6 @@
 """Exports are the model, under plain transformers and under peft, and are there whole or not at all."""
 
+import gc
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifier, UserError
 from cola_lightning.chain.checkpoint import read_chain
@@ -427,6 +428,37 @@ def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path)
     with pytest.raises(UserError, match=r"^format: expected merged, .*'0', a Conv2d"):
         module.export(tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def bytes_in_use():
+    """Of all tensors that exist, each memory once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch, format_, finished_links):
+    name = tiny.folder(tmp_path / "base")
+    module = COLACausalLM(name, target_modules=["q_proj", "v_proj"], rank=4, seed=0, finished_links=finished_links)
+    path = saved(tiny.three_links(module), tmp_path)
+    size, found = sum(parameter.nbytes for parameter in module.model.parameters()), []
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def counting(cls, *args, **arguments):
+        found.append(bytes_in_use() - others)
+        return load(cls, *args, **arguments)
+
+    del module
+    others = bytes_in_use()
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
+    assert command(path, format_, tmp_path / "out") == 0
+    assert len(found) >= 2
+    assert max(found) < size  # the chain and logits, but no second model
 
 
 # ---------------------------------------------------------------------- a base that is not what its name stands for

@@ -19,8 +19,10 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.model_summary import ModelSummary
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, LastCheckpoint, PredictionWriter, UserError
@@ -119,7 +121,7 @@ def test_whatever_goes_through_a_module_finds_its_model():
     names = {name for name, _ in toy(target_modules=["0"]).named_parameters()}
     assert {"model.0.weight", "model.0.lora_A", "model.2.weight"} <= names
     assert sum(p.numel() for p in toy().parameters() if p.requires_grad) == 2 * (8 + 12) + 2 * (12 + 6)
-    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"} | {"cola"}
+    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"} | {"chain.metadata"}
     assert not toy().eval().model.training
     module = toy()
     module.load_state_dict(toy().state_dict() | {"model.0.lora_B": torch.ones(12, 2)})
@@ -225,11 +227,27 @@ def test_a_subclass_may_call_its_own_attributes_what_it_likes(tmp_path):
     assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(), chain={"every_n_train_steps": 5})))
 
 
-def test_a_module_is_exported_by_torch_which_asks_for_its_variables():
-    """As ``to_onnx(dynamo=False)`` does."""
-    module, x = toy(), torch.ones(3, 8)
-    assert {type(value) for value in module.state_dict(keep_vars=True).values()} == {nn.Parameter}
+def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
+    module = fitted(tmp_path, toy(), chain={"every_n_train_steps": 4})
+    state = module.state_dict()
+    save_file(state, tmp_path / "state.safetensors")
+    averaged, again = AveragedModel(module), AveragedModel(toy())
+    averaged.update_parameters(module)
+    again.load_state_dict(averaged.state_dict())
+    assert_bit_equal(weights(again.module), weights(module))
+    for received in ({name: value.cpu() for name, value in state.items()}, load_file(tmp_path / "state.safetensors")):
+        loaded = toy()
+        loaded.load_state_dict(received)
+        assert_bit_equal(weights(loaded), weights(module))
+        assert (loaded.link, loaded.link_start, len(loaded.chain)) == (2, module.link_start, 2)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_module_is_exported_by_torch(tmp_path):
+    module, x = fitted(tmp_path, toy(), chain={"every_n_train_steps": 4}).eval(), torch.ones(3, 8)
     assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
+    graph, _ = torch.jit._get_trace_graph(module, (x,), strict=False)  # as to_onnx(dynamo=False) does, which needs onnx
+    assert len(list(graph.inputs())) == 1 + len(module.state_dict())
 
 
 def test_torchscript_is_for_a_merged_model():

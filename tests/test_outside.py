@@ -145,4 +145,4 @@ def test_a_head_that_a_hook_makes_is_recorded_too(tmp_path):
             self.head = nn.Linear(6, 6)
 
     module = fit(tmp_path, toy(Late), epochs=2)
-    assert list(module.chain.links[0].extras) == list(module.adapted.first_values) == ["self.head.weight", "self.head.bias"]
+    assert list(module.chain.links[0].extras) == list(module.adapted.trained.first) == ["self.head.weight", "self.head.bias"]

@@ -14,6 +14,7 @@ import yaml
 
 from benchmarks import digits_splits, domain_shift, paper_table, studies
 from cola_lightning import Chain
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from tests import tiny
 from tests.test_configs import at_tiny_size
@@ -149,7 +150,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
         assert ("loaded again" in capsys.readouterr().out) is (words[0] == "export"), words
     resumed, rolled_back = (torch.load(f"runs/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
     assert resumed["global_step"] == 8
-    assert len(rolled_back["state_dict"]["cola"]["chain"]["description"]["links"]) == 2 + 2
+    assert len(StoredState.of(rolled_back["state_dict"]).chain) == 2 + 2
     assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
     assert len(Chain.load("chain")) == 2
 

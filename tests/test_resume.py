@@ -301,7 +301,7 @@ def test_an_optimizer_step_that_failed_halfway_is_not_written(tmp_path):
         fit(tmp_path, module=toy(Normed, **ARGUMENTS, optimizer=lambda p: Failing(p, lr=1e-2)))
     written = torch.load(last(tmp_path), weights_only=True)  # at the end of the epoch
     assert written["global_step"] == 3
-    assert all(value.abs().max() < 1e3 for name, value in written["state_dict"].items() if name != "cola")
+    assert all(value.abs().max() < 1e3 for name, value in written["state_dict"].items() if not name.startswith("chain."))
 
 
 def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import LastCheckpoint, UserError
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.lora.stack import Stack
 from tests.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
@@ -88,7 +89,7 @@ def test_four_links_are_those_of_a_run_that_merges(tmp_path, precision, toleranc
 def test_no_weight_is_written_and_none_is_in_a_checkpoint(trained):
     assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
     checkpoint = torch.load(trained.paths[-1], weights_only=True)
-    assert all(".lora_" in name for name in checkpoint["state_dict"] if name != "cola")
+    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
     assert not list(trained.module.buffers())  # which DDP would send at each step
 
 
@@ -201,8 +202,8 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     module = fit(tmp_path, make(finished_links=mode, save_base=True), LastCheckpoint(), precision="bf16-true")
     base = toy().merged_model(0).state_dict()
     assert_bit_equal(module.merged_model(0).state_dict(), base)
-    state = torch.load(last(tmp_path), weights_only=True)["state_dict"]["cola"]
-    assert_bit_equal(state["base_weights"], base)
+    state = StoredState.of(torch.load(last(tmp_path), weights_only=True)["state_dict"])
+    assert_bit_equal(state.facts["base_weights"], base)
     other, x = make(Elsewhere, finished_links=mode, save_base=True), torch.randn(3, 8)
     trainer(tmp_path, chain={}).validate(other, batches(2), ckpt_path=last(tmp_path), verbose=False)
     assert torch.equal(other.merged_model()(x), module.merged_model()(x))

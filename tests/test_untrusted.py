@@ -50,10 +50,12 @@ def fitted(tmp_path, module):
 def rewritten(path, *, class_path=None, hyper_parameters=None, **init_args):
     """The checkpoint with another class and other arguments, as its author may write them."""
     checkpoint = torch.load(path, weights_only=True)
-    module = checkpoint["state_dict"]["cola"]["module"]
+    metadata = json.loads(bytes(checkpoint["state_dict"]["chain.metadata"].tolist()))
+    module = metadata["facts"]["module"]
     assert "trust_remote_code" not in module["init_args"]
     module["init_args"] |= init_args
     module["class_path"] = class_path or module["class_path"]
+    checkpoint["state_dict"]["chain.metadata"] = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
     checkpoint["hyper_parameters"] = checkpoint.get("hyper_parameters", {}) | (hyper_parameters or init_args)
     torch.save(checkpoint, path)
     return path

@@ -4,19 +4,17 @@ A checkpoint stores the chain instead of weights. Replay passes each link throug
 weights, or the factors stacked beside them, are equal bit for bit.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.link import Link
-from cola_lightning.chain.store import decode, describe, layers_of, named_tensors, read_files, write_files
-from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.layer import LoRALayer
+from cola_lightning.chain.store import layers_of, read_files, write_files
+from cola_lightning.errors import UserError
 from cola_lightning.writing import atomic_folder
 
 
@@ -62,13 +60,7 @@ class Chain:
         self.links.append(link)
 
     def delta(self, name: str) -> Tensor:
-        """The whole chain's update of one layer: the sum of its links' updates (out x in).
-
-        Raises:
-            UserError: for a layer that no link has.
-        """
-        if name not in self.layers:
-            raise UserError(f"name: expected a layer of the chain, received {name!r}{nearest(name, self.layers)}")
+        """The whole chain's update of one layer: the sum of its links' updates (out x in)."""
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
 
     def total_rank(self, name: str) -> int:
@@ -94,29 +86,6 @@ class Chain:
         if len(self) > len(other):
             return False
         return all(mine.is_same_update(theirs) for mine, theirs in zip(self.links, other.links, strict=False))
-
-    def replay(self, layers: Mapping[str, LoRALayer], device: torch.device | str = "cpu", start: int = 0) -> None:
-        """Applies the links from ``start`` on to the layers, as their knots did: merged into the weights, or stacked.
-
-        Args:
-            layers: the adapted layers by name, or some of them.
-            device: where the products are computed: the training's device gives equal bits.
-            start: the first link that has not been applied to the layers.
-        """
-        for link in self.links[start:]:
-            for name, layer in layers.items():
-                if name in link.factors:
-                    lora_A, lora_B = link.factors[name]
-                    layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The chain as plain types and tensors, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
-        return {"description": describe(self.links, self.base), "tensors": named_tensors(self.links)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], where: str = "the state dict") -> Self:
-        """The chain from its :meth:`state_dict`."""
-        return cls(*decode(state["description"], state["tensors"], where))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the chain as a folder, atomically.

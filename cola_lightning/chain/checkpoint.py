@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -19,17 +19,15 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
-from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.chain.store import JSON_NAME, VERSION, check_version, describe_link, link_fields
+from cola_lightning.chain.store import JSON_NAME, METADATA, link_fields, unpack
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STATE_KEY = "cola"  # in a module's state dict: all that is not a trained value, as CheckpointState.to_dict gives it
+STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
 
 
 @contextmanager
@@ -72,7 +70,7 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
         raise UserError(
             f"{field}: expected a checkpoint file, received {name_of(source)!r}, which cannot be read ({reason})"
         ) from error
-    return upgraded(contents, name_of(source))
+    return contents
 
 
 def in_run(source: Any) -> Any:
@@ -84,6 +82,41 @@ def in_run(source: Any) -> Any:
 def name_of(source: Any) -> str:
     """The path of a file, open or not, for messages and comparisons."""
     return os.path.expanduser(str(source if isinstance(source, str | PathLike) else getattr(source, "name", source)))
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What a module's state dict holds besides the values that training changes.
+
+    Attributes:
+        chain: the finished links.
+        facts: all else, by name; :func:`cola_lightning.module.state.facts_of` lists it.
+    """
+
+    chain: Chain
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, state_dict: Mapping[str, Any], name: str = "the state dict", field: str = "state_dict", prefix: str = ""
+    ) -> Self:
+        """The state in a module's state dict.
+
+        Args:
+            state_dict: the state dict.
+            name: its name, for messages.
+            field: what holds it, for messages.
+            prefix: begins the module's names.
+
+        Raises:
+            UserError: if it holds none, or one of no known format version.
+        """
+        start = prefix + STATE_PREFIX
+        packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
+        if not isinstance(packed.get(METADATA), Tensor):
+            raise UserError(f"{field}: expected one of a COLA module, received {name!r}, which holds no chain")
+        links, base, facts = unpack(packed, name)
+        return cls(Chain(links, base), facts)
 
 
 @dataclass
@@ -99,7 +132,7 @@ class OpenedCheckpoint:
 
     path: str
     contents: dict[str, Any]
-    state: "CheckpointState"
+    state: StoredState
     links: int | None = None
 
     @classmethod
@@ -117,8 +150,7 @@ class OpenedCheckpoint:
         source = in_run(source)
         contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
         given = contents.get("state_dict") if isinstance(contents, dict) else None
-        state = given.get(STATE_KEY) if isinstance(given, dict) else None
-        return cls(name, contents, CheckpointState.from_dict(state, field, name))
+        return cls(name, contents, StoredState.of(given if isinstance(given, dict) else {}, name, field))
 
     def take(self) -> dict[str, Any]:
         """Hands the contents to the caller, which may change them; empty on a second call."""
@@ -126,114 +158,11 @@ class OpenedCheckpoint:
         return contents
 
 
-@dataclass(frozen=True)
-class CheckpointState:
-    """The state of a module besides its trained values, with which it is in the module's state dict.
-
-    Attributes:
-        module: how the module was constructed: ``class_path``, ``init_args``, ``not_plain``.
-        chain: the finished links.
-        live: the current link without its tensors, see :func:`~cola_lightning.chain.store.describe_link`; None without links.
-        trained: names of what else is trained, in a link's extras.
-        dtype: the dtype to which the precision plugin cast adapted layers; None without links.
-        link_start: epoch and step at which the current link began.
-        position: the present epoch and step.
-        has_knots: whether the run's schedule has knots.
-        seed: seed of all random draws.
-        init_chain_source: path of the chain that the run began from, and the requested number of its links.
-        base_weights: the base's weights, if they are stored (``save_base``).
-        first_values: values trained outside the model, as they were before the first link.
-        callback_metrics: the metrics that the Trainer last logged.
-        scheduled: requested rank and alpha of each link up to the live one.
-        modules_to_save: names of the fully trained modules; None: not known.
-        prompt_format: the data module's prompt format for a language model; empty if there is none.
-        data: which data the run is on; empty if that is not known.
-        n_before: how many fits had trained the module before this one.
-    """
-
-    module: dict[str, Any]
-    chain: Chain
-    live: dict[str, Any] | None
-    trained: list[str]
-    dtype: str | None
-    link_start: FitPosition
-    position: FitPosition
-    has_knots: bool
-    seed: int
-    init_chain_source: list[str | int | None]
-    base_weights: dict[str, Tensor] | None
-    first_values: dict[str, Tensor] = field(default_factory=dict)
-    callback_metrics: dict[str, Tensor] = field(default_factory=dict)
-    scheduled: list[list[float]] = field(default_factory=list)
-    modules_to_save: list[str] | None = None
-    prompt_format: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    n_before: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The state as plain types and tensors, which ``torch.load(weights_only=True)`` reads."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        written = {"chain": self.chain.state_dict(), "link_start": list(self.link_start), "position": list(self.position)}
-        return {"format_version": VERSION} | plain | written
-
-    @classmethod
-    def from_dict(cls, given: Any, field: str = "state_dict", name: str = "the state dict") -> Self:
-        """The state from :meth:`to_dict`.
-
-        Args:
-            given: the value at ``STATE_KEY`` in a state dict.
-            field: what holds it, for messages.
-            name: its name, for messages.
-
-        Raises:
-            UserError: if it is of no known format version.
-        """
-        if not isinstance(given, dict):
-            raise UserError(f"{field}: expected one of a COLA module, received {name!r}, which holds no chain")
-        check_version(given.get("format_version"), name)
-        positions = {key: FitPosition(*given[key]) for key in ("link_start", "position")}
-        return from_stored(cls, given | positions | {"chain": Chain.from_state_dict(given["chain"], name)})
-
-
-def upgraded(checkpoint: Any, name: str = "the checkpoint") -> Any:
-    """A checkpoint of an earlier format as this release writes it; to be deleted with the last one that somebody has.
-
-    Raises:
-        UserError: for a format that no release of this package has had.
-    """
-    if not isinstance(checkpoint, dict) or not isinstance(given := checkpoint.get("cola"), dict):
-        return checkpoint
-    check_version(given.get("format_version"), name)
-    state, live = {"trained": [], **given}, given["live"]
-    if given["format_version"] == 2:
-        links = [link | {"extras": link["extras"] | _as_extras(link.get("outside", {}))} for link in given["chain"]["links"]]
-        chain = Chain([from_stored(Link, link) for link in links], from_stored(BaseIdentity, given["chain"]["base"]))
-        state["chain"] = chain.state_dict()
-    start, end = given["link_start"][1], checkpoint["global_step"]
-    if live is not None:
-        link = Link(
-            len(state["chain"]["description"]["links"]), live["rank"], live["alpha"], start, end, {}, {}, live["metrics"]
-        )
-        state["live"] = describe_link(link)
-        state["trained"] = [*live["extras"], *_as_extras(dict.fromkeys(live.get("outside", ())))]
-    state["position"], state["init_chain_source"] = [checkpoint["epoch"], end], state.pop("origin")
-    state["first_values"] = _as_extras(state.pop("outside", {}))
-    callbacks = {"FitCallback": {"progress": progress}} if (progress := state.pop("progress", {})) else {}
-    own = {name: part for name, part in checkpoint.items() if name != "cola"}
-    if "callbacks" in own:
-        own["callbacks"] = own["callbacks"] | callbacks
-    return own | {"state_dict": checkpoint["state_dict"] | {STATE_KEY: state}}
-
-
-def _as_extras(outside: Mapping[str, Any]) -> dict[str, Any]:
-    return {OUTSIDE + name: value for name, value in outside.items()}
-
-
 def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
     """Refuses a checkpoint that lacks some of its module's constructor arguments.
 
     Args:
-        arguments: :attr:`CheckpointState.module`.
+        arguments: the state's ``module``.
         method: the module's method that does in Python what is refused.
 
     Raises:
@@ -246,7 +175,7 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
         )
 
 
-def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int | None = None) -> Chain:
+def chain_of(state_dict: Mapping[str, Any], state: StoredState, links: int | None = None) -> Chain:
     """The chain in a module's state dict: its finished links, and the current link in its current state.
 
     Args:
@@ -254,7 +183,7 @@ def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int |
         state: its decoded state.
         links: the number of links, from the first; None: all.
     """
-    chain, live = state.chain, state.live
+    chain, live = state.chain, state.facts["live"]
     if live is not None:  # None: trained without links
         factors, rank = {}, live["rank"]
         for name in chain.base.weight_norms:
@@ -262,7 +191,7 @@ def chain_of(state_dict: Mapping[str, Any], state: CheckpointState, links: int |
             factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
         extras = {
             name: state_dict[name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}"]
-            for name in state.trained
+            for name in state.facts["trained"]
         }
         chain = Chain([*chain.links, Link(**link_fields(live), factors=factors, extras=extras)], chain.base)
     return chain if links is None else chain.truncate(links)

@@ -1,7 +1,7 @@
 """A link: one low-rank update, from its initialisation to its knot, and its record."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,6 +104,21 @@ def record_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
         lora_A, lora_B = layer.factors
         factors[name] = layout.gather(lora_A), layout.gather(lora_B)
     return Link(rank=first.rank, alpha=first.alpha, factors=factors, **metadata)
+
+
+def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.device | str) -> None:
+    """Applies finished links to a layer, as their knots did: merged into its weight, or stacked.
+
+    Args:
+        name: the layer's, in the links.
+        layer: the layer.
+        links: the links, some of which may not have this layer.
+        device: where the products are computed: the training's device gives equal bits.
+    """
+    for link in links:
+        if name in link.factors:
+            lora_A, lora_B = link.factors[name]
+            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling)
 
 
 def begin_link(

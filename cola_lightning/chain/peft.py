@@ -160,7 +160,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
     start = 0
     for fields in described:
         end, scaling = start + fields["rank"], fields["alpha"] / fields["rank"]
-        factors = {name: (A[..., start:end, :], B[..., start:end] / scaling) for name, (A, B) in whole.factors.items()}
+        factors = {name: (A[..., start:end, :].clone(), B[..., start:end] / scaling) for name, (A, B) in whole.factors.items()}
         chain.append(Link(**fields, factors=factors, extras=whole.extras if end == whole.rank else {}))
         start = end
     return chain

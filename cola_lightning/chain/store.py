@@ -1,28 +1,28 @@
-"""How a chain is stored: a description for JSON, and named tensors.
+"""How a chain is stored: a description for JSON, and tensors by name.
 
-The same in a checkpoint, in a chain folder, in a state dict and in the metadata of a PEFT adapter.
+The same in a state dict, and so in a checkpoint, in a chain folder, and in the metadata of a PEFT adapter.
 """
 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity, from_stored
-from cola_lightning.chain.link import OUTSIDE, Link
+from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError
 
-VERSION = 4  # of all that is stored; how the earlier ones differ: decode, and chain.checkpoint.upgraded
-READABLE = (2, 3, 4)
+VERSION = 1  # of all that is stored
 
+METADATA = "metadata"  # the name of the tensor that holds the JSON of packed tensors
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields, which contain the tensors'
 
@@ -36,17 +36,13 @@ def check_version(version: Any, where: str) -> None:
     """Refuses a format version that this release cannot read.
 
     Raises:
-        UserError: which says whether the version is newer, older, or invalid.
+        UserError: which says which version it is.
     """
-    if version in READABLE and type(version) is int:
-        return
-    what = "it is damaged, or another program's"
-    if type(version) is int and version > 0:
-        what = f"{'a newer' if version > VERSION else 'an older'} release is needed"
-    raise UserError(
-        f"chain: expected format version {READABLE[0]} to {VERSION}, which this release of cola_lightning reads, "
-        f"received {'none' if version is None else repr(version)} in {where}: {what}"
-    )
+    if version != VERSION or type(version) is not int:
+        raise UserError(
+            f"chain: expected format version {VERSION}, which this release of cola_lightning reads, received "
+            f"{'none' if version is None else repr(version)} in {where}"
+        )
 
 
 # ---------------------------------------------------------------------- the codec
@@ -63,10 +59,10 @@ def describe(links: Sequence[Link], base: BaseIdentity) -> dict[str, Any]:
 
 
 def named_tensors(links: Sequence[Link]) -> dict[str, Tensor]:
-    """A chain's tensors: ``links.{k}.{layer}.lora_A`` and ``.lora_B``, ``links.{k}.extras.{name}``."""
+    """A chain's tensors: ``{k}.{layer}.lora_A`` and ``.lora_B``, ``{k}.extras.{name}``."""
     tensors: dict[str, Tensor] = {}
     for link in links:
-        start = f"links.{link.index}"
+        start = f"{link.index}"
         for name, (lora_A, lora_B) in link.factors.items():
             tensors |= {f"{start}.{name}.lora_A": lora_A, f"{start}.{name}.lora_B": lora_B}
         tensors |= {f"{start}.extras.{name}": value for name, value in link.extras.items()}
@@ -83,12 +79,11 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
     check_version(description["format_version"], where)
     links = []
     for described in description["links"]:
-        fields, start = link_fields(described), f"links.{described['index']}."
-        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        fields, start = link_fields(described), f"{described['index']}."
+        own = {name.removeprefix(start): tensor.cpu() for name, tensor in tensors.items() if name.startswith(start)}
         targets = [name for name in description["targets"] if f"{name}.lora_A" in own]
         factors = {name: (own.pop(f"{name}.lora_A"), own.pop(f"{name}.lora_B")) for name in targets}
-        # Before version 4, extras outside of the model had this other beginning.
-        extras = {re.sub(r"^outside\.", f"extras.{OUTSIDE}", name).removeprefix("extras."): own[name] for name in own}
+        extras = {name.removeprefix("extras."): value for name, value in own.items()}
         links.append(Link(**fields, factors=factors, extras=extras))
     return links, from_stored(BaseIdentity, description["base"])
 
@@ -108,6 +103,47 @@ def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
 def layers_of(links: Sequence[Link]) -> list[str]:
     """The names of the layers that the links adapt, in the model's order."""
     return list(dict.fromkeys(name for link in links for name in link.factors))
+
+
+# ---------------------------------------------------------------------- tensors alone
+
+
+def pack(links: Sequence[Link], base: BaseIdentity, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A chain, and facts beside it, as tensors by name: what every reader and writer of state dicts takes.
+
+    The chain's :func:`named_tensors`; a fact that is a dict of tensors as ``{fact}.{name}``; and all else as JSON, whose bytes
+    are the tensor ``metadata``.
+
+    Args:
+        links: the links.
+        base: their base.
+        facts: by name, each for JSON, or a dict of tensors.
+    """
+    groups = {fact: value for fact, value in facts.items() if _is_of_tensors(value)}
+    others = {fact: value for fact, value in facts.items() if fact not in groups}
+    text = json.dumps(describe(links, base) | {"facts": others})
+    grouped = {f"{fact}.{name}": value for fact, values in groups.items() for name, value in values.items()}
+    return named_tensors(links) | grouped | {METADATA: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def unpack(tensors: Mapping[str, Tensor], where: str) -> tuple[list[Link], BaseIdentity, dict[str, Any]]:
+    """The links, their base, and the facts, from :func:`pack`.
+
+    Raises:
+        UserError: for an unknown format version.
+    """
+    description = json.loads(bytes(tensors[METADATA].tolist()))
+    links, base = decode(description, tensors, where)
+    facts: dict[str, Any] = description["facts"]
+    for name, value in tensors.items():
+        fact, _, own = name.partition(".")
+        if own and not fact.isdigit():
+            facts.setdefault(fact, {})[own] = value.cpu()
+    return links, base, facts
+
+
+def _is_of_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
 
 
 # ---------------------------------------------------------------------- a folder

@@ -69,14 +69,14 @@ def export(words: Sequence[str]) -> None:
     if export_options.format == "chain":
         lines = export_module(None, chain, export_options)
     else:
-        check_arguments(state.module, "export")
-        find_class(state.module["class_path"])
+        check_arguments(state.facts["module"], "export")
+        find_class(state.facts["module"]["class_path"])
         trust: dict[str, Any] = (
             {"trust_remote_code": True} if options.trust_remote_code else {}
         )  # not every class has the argument
         with quiet():
             module = COLAModule.load_from_checkpoint(opened, links=options.links, **trust)
-        lines = export_module(module, chain, export_options, module.adapted, state.prompt_format, state.data)
+        lines = export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
     print("\n".join(lines))
     print(f"written: {export_options.folder}")
     if options.push_to_hub is not None:

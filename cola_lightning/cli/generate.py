@@ -75,7 +75,7 @@ def _parser() -> ArgumentParser:
 def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[str, Any]]:
     """The checkpoint's module, for evaluation, and the format of its training prompts."""
     opened = OpenedCheckpoint.open(path)
-    arguments = opened.state.module
+    arguments = opened.state.facts["module"]
     check_arguments(arguments, "generate")
     import torch
 
@@ -90,7 +90,7 @@ def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[st
     given: dict[str, Any] = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
     with quiet():
         module: Any = COLAModule.load_from_checkpoint(opened, links=links, **given)
-    return module.to(torch.accelerator.current_accelerator() or "cpu").eval(), opened.state.prompt_format
+    return module.to(torch.accelerator.current_accelerator() or "cpu").eval(), opened.state.facts["prompt_format"]
 
 
 def _standard_input() -> str:

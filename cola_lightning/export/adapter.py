@@ -19,10 +19,11 @@ from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, loading_again, reference_of
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, lies_in
 from cola_lightning.lora.layer import is_quantized
+from cola_lightning.lora.linear4bit import dequantize
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.weights import cast_floats
 from cola_lightning.writing import atomic_folder
@@ -73,17 +74,17 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     """
     from peft import PeftModel
 
-    if options.base_folder is None and hasattr(module, "pretrained") and not module.pretrained.is_found_by_name:
+    if options.base_folder is None and module.named_base is not None and not module.named_base.is_found_by_name:
         raise UserError(
             f"base_folder: needed for {module.base_name!r}, which peft cannot load by that name: the base is written there"
         )
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
-    if hasattr(module, "pretrained"):
+    if module.named_base is not None:
         base = _named_base(module, adapted, options, reference, dtype)
     elif options.base_folder is None:
-        saved = module.lora_config.modules_to_save
-        base = AdapterBase(adapted.merged_model(0), module.base_name, saved, "module.merged_model(0)")
+        model = adapted.merged_model(0, in_place=True)
+        base = AdapterBase(model, module.base_name, module.lora_config.modules_to_save, "module.merged_model(0)")
     else:
         what = f"{type(module).__name__}, whose base is not loaded by transformers"
         raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
@@ -127,42 +128,57 @@ def _named_base(
 ) -> AdapterBase:
     """The base as a user of the adapter loads it, by its name; if a folder for it is given, it is written there.
 
-    Its weights are compared, and then replaced by those that were trained on, which may differ where these were rounded or in 4
-    bits. With them its logits are compared, too, without links, so that no recompression hides another function of them.
+    Its values are compared with those that were trained on, and get their rounding. Its logits are compared, too, without
+    links, so that no recompression hides another function of them. The two bases are in memory one after the other.
 
     Raises:
-        UserError: if weights differ.
+        UserError: if values differ.
         ExportError: if logits differ.
     """
     import transformers
 
-    base: Any = adapted.merged_model(0)
-    pretrained = module.pretrained
-    if (folder := options.base_folder) is not None:
-        if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
-            with atomic_folder(folder) as partial:
-                written: Any = adapted.merged_model(0)
-                cast_floats(written, getattr(torch, pretrained.dtype))
-                written.save_pretrained(partial)
-                module.tokenizer.save_pretrained(partial)
-        pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+    in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
+    base: Any = adapted.merged_model(0, in_place=True)
+    pretrained, folder = module.named_base, options.base_folder
+    expected = None if reference is None else ReferenceLogits.of(base, reference.inputs)
     fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
     if fields and base.config.pad_token_id is not None:  # where a text ends
         fields["pad_token_id"] = base.config.pad_token_id
+    whole = module.lora_config.modules_to_save
+    saved = [*whole, *pretrained.new_modules(base, module.new_weights), *(in_4_bits if folder else ())]
+    trained, wide = base.state_dict(), next(base.parameters()).dtype
+    known = {name: value for name, value in trained.items() if lies_in(name, saved)} | (adapted.base_weights or {})
+    digests = {name: digest_of(value) for name, value in trained.items()}
+    if folder is not None:
+        if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
+            with atomic_folder(folder) as partial:
+                cast_floats(base, getattr(torch, pretrained.dtype))
+                base.save_pretrained(partial)
+                module.tokenizer.save_pretrained(partial)
+        pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+    del trained
+    base.to("meta")  # the end of it
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
-    cast_floats(named.eval(), next(base.parameters()).dtype)
-    saved = [*module.lora_config.modules_to_save, *pretrained.new_modules(named, new_weights)]
-    in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
-    if different := _differing(named.state_dict(), base.state_dict(), [*saved, *in_4_bits]):
+    saved = [*whole, *pretrained.new_modules(named, new_weights)]
+    if in_4_bits and folder is None:
+        module.quantize_base(named)
+        dequantize(named, wide)
+    cast_floats(named.eval(), wide)
+    different = sorted(digests.keys() - named.state_dict().keys())
+    for name, value in named.state_dict().items():
+        rounded = (value, value.to(dtype).to(value.dtype))  # the second: as a precision may have cast it
+        found = next((one for one in rounded if digest_of(one) == digests.get(name)), None)
+        different += [name] if found is None else []
+        value.copy_(known.get(name, value) if found is None else found)
+    if different := [name for name in different if not lies_in(name, [*saved, *in_4_bits])]:
         raise UserError(
             f"format: expected merged, for the base of {type(module).__name__} is not {pretrained.name!r}: {different[0]!r} "
             "differs, and an adapter is put on the base that it names; received peft"
         )
-    named.load_state_dict(base.state_dict())
-    if reference is not None:
+    if expected is not None:
         how = f"expected --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
-        ReferenceLogits.of(base, reference.inputs).compare(named, how)
+        expected.compare(named, how)
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
     given |= {"revision": pretrained.revision} if pretrained.revision else {}
     given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}
@@ -173,24 +189,6 @@ def _named_base(
     name = os.path.expanduser(pretrained.model_name)
     code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
     return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class))
-
-
-def _differing(named: Mapping[str, Tensor], base: Mapping[str, Tensor], skipped: Sequence[str]) -> list[str]:
-    """The names of values that are not the same in two bases, even if the first is rounded to half precision.
-
-    Args:
-        named: the state of the base that was loaded by its name.
-        base: the state of the base that the chain was trained on.
-        skipped: names, or dotted name endings, of what is not compared.
-    """
-
-    def is_same(name: str) -> bool:
-        if name not in base or name not in named:
-            return False
-        mine, theirs = base[name], named[name]
-        return any(torch.equal(mine, theirs.to(dtype).to(mine.dtype)) for dtype in (mine.dtype, torch.bfloat16, torch.float16))
-
-    return [name for name in sorted(base.keys() | named.keys()) if not lies_in(name, skipped) and not is_same(name)]
 
 
 # ---------------------------------------------------------------------- its factors

@@ -52,7 +52,7 @@ class Card:
 
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
-        pretrained = getattr(self.module, "pretrained", None)
+        pretrained = self.module.named_base
         base = self.module.base_name if pretrained is None else pretrained.model_name
         told = self.module.constructor_arguments | {"data": self.data}
         told = {name: told[name] for name in ("class_path", "init_args", "data") if told[name]}

@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain
@@ -15,10 +15,10 @@ from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, loading_again, reference_of
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
-from cola_lightning.weights import cast_floats, deep_copy
+from cola_lightning.weights import deep_copy
 from cola_lightning.writing import atomic_folder
 
 STATE_DICT_NAME = "model.safetensors"
@@ -35,7 +35,7 @@ def export_trained(module: Any, options: ExportOptions, prompt_format: Mapping[s
             "load_from_checkpoint in one process, exports it from a checkpoint"
         )
     adapted = copy.copy(module.adapted)
-    adapted.model = deep_copy(module.model, is_on_cpu=True).cpu()
+    adapted.model = deep_copy(module.model, device="cpu").cpu()
     adapted.placement = lambda: Placement(adapted.model, torch.device("cpu"), is_sharded=False)
     return export_module(module, module.full_chain(), options, adapted, prompt_format, data)
 
@@ -65,7 +65,8 @@ def export_module(
         UserError: for a folder that is not empty, or a module that cannot be exported in this format.
         ExportError: for an export that differs from the module; it is removed.
     """
-    options.check(module.pretrained.model_name if hasattr(module, "pretrained") else chain.base.name)
+    named = None if module is None else module.named_base
+    options.check(chain.base.name if named is None else named.model_name)
     if (options.format == "peft" and not chain.links) or (options.format == "chain" and not chain.base.weight_norms):
         raise UserError(
             f"format: expected merged without links (model.target_modules: null, or links: 0), received {options.format}"
@@ -77,7 +78,7 @@ def export_module(
     export = _export_merged if options.format == "merged" else export_adapter
     with quiet():
         lines = export(module, adapted, chain, options, card)
-    if outside := [name for name, value in module.adapted.outside().items() if value.requires_grad]:
+    if outside := [name for name, value in module.adapted.trained.outside().items() if value.requires_grad]:
         lines.append(f"not in it, for it was trained outside of self.model: {', '.join(outside)}")
     return lines
 
@@ -101,43 +102,48 @@ def _export_merged(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     """Writes a plain model: a Hugging Face folder with its tokenizer, or else the state dict in ``model.safetensors``."""
     from transformers import PreTrainedModel
 
-    model: Any = adapted.merged_model()
-    dtype = options.dtype or (module.pretrained.dtype if hasattr(module, "pretrained") else "float32")
-    cast_floats(model, getattr(torch, dtype))
+    was_quantized, reference = is_quantized_model(adapted.model), reference_of(module, adapted, options)
+    dtype = options.dtype or ("float32" if module.named_base is None else module.named_base.dtype)
+    model: Any = adapted.merged_model(dtype=getattr(torch, dtype), in_place=True)
     tokenizer, prompt_format = card.tokenizer, card.prompt_format
     if prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):  # ends as `cola generate`
         template = ChatTemplate(tokenizer, prompt_format.get("chat_template_kwargs", {}))
         ends = {*end_tokens(model, tokenizer), *(template.stop_tokens if prompt_format["chat_template"] else ())}
         model.generation_config.eos_token_id = sorted(ends) or None
-    reference = reference_of(module, adapted, options)
-    is_of_transformers = isinstance(model, PreTrainedModel)  # other libraries' save_pretrained has arguments of its own
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
-        if is_of_transformers:
+        if isinstance(model, PreTrainedModel):  # other libraries' save_pretrained has arguments of its own
             model.save_pretrained(partial)
             name = type(model).__name__
             loading = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{FOLDER}")'
             card.write(partial, "merged model", loading)
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
-            tensors = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+            seen, tensors = set[int](), dict[str, torch.Tensor]()
+            for name, value in model.state_dict().items():
+                tensors[name] = value.clone() if value.data_ptr() in seen else value.contiguous()
+                seen.add(value.data_ptr())
             save_file(tensors, partial / STATE_DICT_NAME)
-        if options.verify:
-            with loading_again():
-                if is_of_transformers:
-                    again = type(model).from_pretrained(partial, dtype=model.dtype)
-                else:
-                    again = copy.deepcopy(model)
-                    again.load_state_dict(load_file(partial / STATE_DICT_NAME))
-            line = _compare(model, again, reference)
-        else:
-            line = "not compared"
-    was_quantized = is_quantized_model(adapted.model)
+        line = _load_again(model, partial, reference) if options.verify else "not compared"
     return [line, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else [line]
 
 
-def _compare(written: nn.Module, again: nn.Module, reference: ReferenceLogits | None) -> str:
-    """Compares the loaded model with the written one, to the bit, and with the module's logits."""
-    ours = again.state_dict()
-    if different := [name for name, value in written.state_dict().items() if not torch.equal(ours[name], value)]:
+def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -> str:
+    """Compares what is loaded from the folder with the written model, to the bit, and with the module's logits.
+
+    The written model is used up, so that the two are not in memory together.
+    """
+    from transformers import PreTrainedModel
+
+    before, again = {name: digest_of(value) for name, value in written.state_dict().items()}, written
+    is_of_transformers = isinstance(written, PreTrainedModel)
+    with loading_again():
+        if is_of_transformers:
+            dtype = written.dtype
+            written.to("meta")
+            again = type(written).from_pretrained(folder, dtype=dtype)
+        else:
+            again.load_state_dict(load_file(folder / STATE_DICT_NAME))
+    after = again.state_dict()
+    if different := [name for name, digest in before.items() if digest_of(after[name]) != digest]:
         raise ExportError(f"{different[0]!r} was loaded again with another value than was written")
     if reference is None:
         return "loaded again, the weights are the same to the bit; no logits were compared, for no input is known"

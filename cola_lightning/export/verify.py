@@ -1,5 +1,6 @@
 """What is verified of an export: its options before anything is loaded, and its logits once it is written."""
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -123,6 +124,12 @@ class ReferenceLogits:
         if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
             raise ExportError(f"{line}: it is not kept")
         return line
+
+
+def digest_of(value: Tensor) -> bytes:
+    """A hash of all of a tensor's bits."""
+    bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(bits.numpy().data).digest()
 
 
 def reference_of(module: Any, adapted: AdaptedModel, options: ExportOptions) -> ReferenceLogits | None:

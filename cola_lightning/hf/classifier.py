@@ -152,8 +152,8 @@ class COLASequenceClassifier(LanguageModule):
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
         pending = run_of(self).pending
-        if pending is not None and pending.state.modules_to_save:
-            return pending.state.modules_to_save
+        if pending is not None and pending.state.facts["modules_to_save"]:
+            return list(pending.state.facts["modules_to_save"])
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
         new = self.pretrained.new_modules(model, self.new_weights)

@@ -125,13 +125,18 @@ class LanguageModule(COLAModule, ABC):
     def base_name(self) -> str:
         return self.pretrained.name
 
+    @property
+    @override
+    def named_base(self) -> Pretrained:
+        return self.pretrained
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
         tokenizer = self.pretrained.tokenizer()
         pending = run_of(self).pending
-        if pending is not None and "template" in pending.state.prompt_format:  # of data.chat_template
-            tokenizer.chat_template = pending.state.prompt_format["template"]
+        if pending is not None and "template" in pending.state.facts["prompt_format"]:  # of data.chat_template
+            tokenizer.chat_template = pending.state.facts["prompt_format"]["template"]
             self.has_trained_template = True
         if self.pretrained.gguf_file is not None:  # its configuration takes seconds; most use rotary positions, without a limit
             return tokenizer
@@ -151,10 +156,10 @@ class LanguageModule(COLAModule, ABC):
         if self.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # added to the tokenizer alone
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.quantization is not None:
-            self._quantize(model)
+            self.quantize_base(model)
         return cast(nn.Module, model)
 
-    def _quantize(self, model: Any) -> None:
+    def quantize_base(self, model: Any) -> None:
         """Quantises the pretrained body: no head, be it new or the language model's, and no fully trained module.
 
         Nor those that transformers keeps in float32: a model may read such a weight's dtype.

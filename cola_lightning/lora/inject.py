@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -191,14 +191,13 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     return names
 
 
-def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
+def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
     """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
 
     Args:
         model: an adapted model.
         merge: add each current link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
             adapted are de-quantised for that, into new parameters.
-        dtype: of the plain layers, to which merged weights are rounded; None: the base's, as it came or as it was cast.
 
     Raises:
         UserError: if links are not in the weights (a link has been trained, or links are stacked) and ``merge`` is False.
@@ -207,17 +206,18 @@ def strip_lora(model: nn.Module, *, merge: bool = False, dtype: torch.dtype | No
     lost = [name for name, layer in layers.items() if layer.has_begun or (layer.stack and layer.stack.rank)]
     if lost and not merge:
         raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
-    dtypes = {name: dtype or _base_dtype(layer) for name, layer in layers.items()}
-    stacked = unstack(model) if merge else {}
-    for name, layer in lora_layers(model).items():
-        if name in stacked:
-            layer.add_finished_link(*stacked[name], 1.0)
+    for layer in layers.values():
+        dtype, stack = _base_dtype(layer), layer.stack
         if merge:
+            begin_merging(layer, torch.promote_types(layer.dtype, torch.float32))
+            if stack is not None:
+                lora_A, lora_B = (factor.to(layer.weight.dtype) for factor in stack.factors)
+                layer.add_finished_link(lora_A, lora_B, 1.0)
             layer.finish()
         layer.strip_()
         for parameter in layer.parameters(recurse=False):
             if parameter.is_floating_point():
-                cast_(parameter, dtypes[name])
+                cast_(parameter, dtype)
     close_experts(model)
 
 
@@ -228,16 +228,14 @@ def _base_dtype(layer: LoRALayer) -> torch.dtype:
     return dtype
 
 
-def unstack(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Makes stacking layers merging ones, in place: no finished links, weights in float32 at least, none in 4 bits.
-
-    Returns:
-        The stacked factors: A (rank x in) and B (out x rank) by the layer's name.
-    """
-    for layer in lora_layers(model).values():
-        if is_quantized(layer):
-            dequantize_(layer, torch.float32)
-    return {name: layer.unstack() for name, layer in lora_layers(model).items() if layer.stack is not None}
+def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
+    """Has a layer merge links into its weight, in a wide dtype: without its stack, and not in 4 bits."""
+    if is_quantized(layer):
+        dequantize_(layer, wide)
+    layer.stack = None
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None and parameter.is_floating_point():
+            cast_(parameter, wide)
 
 
 def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:

@@ -299,17 +299,6 @@ class LoRALayer(nn.Module):
         else:
             self.stack.push(lora_A, lora_B, scaling)
 
-    def unstack(self) -> tuple[Tensor, Tensor]:
-        """Makes this stacking layer a merging one: its weight in float32 at least, without finished links.
-
-        Returns:
-            The stacked factors in the weight's dtype, A (rank x in) and B (out x rank).
-        """
-        assert self.stack is not None
-        (A, B), self.stack = self.stack.factors, None
-        _upcast(self)
-        return A.to(self.weight.dtype), B.to(self.weight.dtype)
-
     def reset(
         self,
         generator: torch.Generator | None = None,

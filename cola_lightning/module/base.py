@@ -22,7 +22,7 @@ from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.activation_checkpointing import checkpoint_activations
-from cola_lightning.module.checkpoint import RecordsArguments, class_path
+from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.step_loss import StepLoss
@@ -112,6 +112,11 @@ class AdaptedModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
+    def named_base(self) -> Any:
+        """For exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there."""
+        return None
+
+    @property
     def labels_of_base(self) -> list[str] | None:
         """A classifier's labels, which are a part of the base's identity; None: not known."""
         return None
@@ -165,7 +170,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
         pending = run_of(self).pending
-        is_pending = pending is not None and pending.state.base_weights is not None
+        is_pending = pending is not None and "base_weights" in pending.state.facts
         return is_pending or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
@@ -204,7 +209,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
                 f"{type(self.model).__name__} (a wrapper goes into build_model; model.compile: true compiles in place)"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
-            self.adapted.remember_trained()
+            self.adapted.trained.remember()
         if (dtype := torch.get_default_dtype()) != torch.float32:  # what Lightning's precision will cast the model to
             self.adapted.cast(dtype)
         if (trainer := trainer_of(self)) is not None:
@@ -255,7 +260,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
     def _make_model(self) -> None:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
         run = run_of(self)
-        run.choose_seed(None if run.pending is None else run.pending.state.seed)
+        run.choose_seed(None if run.pending is None else run.pending.state.facts["seed"])
         assert run.seed is not None
         adapted = self._adapted = AdaptedModel(
             self._build_base,
@@ -270,7 +275,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
-        adapted.remember_first_values()
+        adapted.trained.remember_first()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         if self.first_chain is not None:
             adapted.start_from(self.first_chain)

@@ -1,58 +1,26 @@
-"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again.
-
-A module is made again from its class and plain constructor arguments, which are recorded, so that the file alone is enough.
-"""
+"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again."""
 
 import functools
-import inspect
 import logging
-import pydoc
-import re
-from argparse import Namespace
-from collections import UserString
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
-from enum import Enum
-from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.serialization import config
 from typing_extensions import override
 
-import cola_lightning
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.module.arguments import SECRET, find_class, plain, stored_arguments
 from cola_lightning.module.run import run_of
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
-
-OPTIMIZATION = ("optimizer_states", "lr_schedulers")  # Lightning's names
-
-# Neither written to a checkpoint nor taken from one: arguments of the training, of which inference needs none, and those by
-# which another person's file could have code executed.
-NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
-NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # the latter may name a kernel of the hub
-
-# Names of arguments that no file may hold. (``pad_token``, ``max_new_tokens`` and such are no secrets.)
-SECRET = re.compile(
-    r"(\A|_)(password|passwd|secret|credentials?|(api|access|private|secret)_?key)\Z"
-    r"|\A((use|auth|hf|hub|huggingface|api|access|bearer|refresh|session|secret|wandb|github)_)*token\Z",
-    re.IGNORECASE,
-)
-
-# The keys under which the resolved values of a configuration, and the attributes of a namespace, are recorded.
-CONFIG, NAMESPACE = "_omegaconf_", "_namespace_"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -93,11 +61,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Entries of a checkpoint as ``torch.load(weights_only=True)`` reads them: no numpy numbers, only plain hyperparameters.
+    """The hyperparameters of a checkpoint as ``torch.load(weights_only=True)`` reads them: only plain ones.
 
     Classes of hyperparameters are removed from the checkpoint.
     """
-    entries = {name: _with_plain_numbers(checkpoint[name]) for name in OPTIMIZATION if name in checkpoint}
+    entries: dict[str, Any] = {}
     for owner in (LightningModule, LightningDataModule):
         checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
         for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
@@ -112,196 +80,9 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def _with_plain_numbers(value: Any) -> Any:
-    """A state without numpy's numbers, such as a rate of ``np.logspace``."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {key: _with_plain_numbers(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_with_plain_numbers, value))
-    return value
-
-
 @functools.cache
 def _warn_once(what: str) -> None:
     log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
-
-
-# ---------------------------------------------------------------------- a module's class and arguments
-
-
-class RecordsArguments:
-    """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
-
-    (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
-
-    Attributes:
-        constructor_arguments: ``class_path``; the plain ``init_args``; ``defaults`` of others, which may change later; and
-            ``not_plain``: names of arguments without a plain value.
-    """
-
-    constructor_arguments: dict[str, Any]
-
-    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
-        """Records the arguments, by name, as they are before ``__init__`` may change them."""
-        self = super().__new__(cls)
-        recorded: dict[str, Any] = {"class_path": class_path(cls), "init_args": {}, "not_plain": [], "defaults": {}}
-        with suppress(TypeError):  # __init__ will raise it
-            bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-            parameters = list(bound.signature.parameters.values())[1:]  # without self
-            given = dict(list(bound.arguments.items())[1:])
-            for parameter in parameters:
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    given |= given.pop(parameter.name, {})
-                if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and parameter.name in given:
-                    given[parameter.name] = object()  # not plain: it has no name by which it could be given again
-            for name in filter(is_recorded, given):
-                try:
-                    recorded["init_args"][name] = plain(given[name], is_marked=True)
-                except TypeError:
-                    recorded["not_plain"].append(name)
-            recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in given}
-        self.__dict__["constructor_arguments"] = recorded
-        return self
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The plain defaults of a class' arguments."""
-    defaults: dict[str, Any] = {}
-    for parameter in _parameters(cls):
-        if is_recorded(parameter.name) and parameter.default is not parameter.empty:
-            with suppress(TypeError):
-                defaults[parameter.name] = plain(parameter.default, is_marked=True)
-    return defaults
-
-
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
-    owners = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
-    found: dict[str, inspect.Parameter] = {}
-    for owner in (*owners, LoRAConfig):
-        parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
-        if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
-            return list((dict(parameters) | found).values())
-        found = {name: one for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} | found
-    return list(found.values())
-
-
-def class_path(cls: type) -> str:
-    """The import path of a class: the public one for this package's classes, whose files may move."""
-    if cls.__module__.startswith("cola_lightning.") and getattr(cola_lightning, cls.__name__, None) is cls:
-        return f"cola_lightning.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def is_recorded(name: str) -> bool:
-    """Whether an argument of this name is stored: not what only training needs, what may be executed, or a secret.
-
-    Example:
-        >>> [name for name in ("rank", "pad_token", "token", "hf_token", "api_key", "optimizer") if is_recorded(name)]
-        ['rank', 'pad_token']
-    """
-    return name not in NOT_RECORDED and not SECRET.search(name)
-
-
-def plain(value: Any, *, is_marked: bool = False) -> Any:
-    """The value in types that ``torch.load(weights_only=True)`` reads: built-in ones, tensors, dtypes, devices and sizes.
-
-    Args:
-        value: the value.
-        is_marked: mark what was a configuration of OmegaConf's or a namespace, so that :func:`stored_arguments` makes it again.
-
-    Raises:
-        TypeError: if it cannot be expressed in them.
-    """
-    if value is None or type(value) in (bool, Tensor, torch.dtype, torch.device, torch.Size):
-        return value
-    part = functools.partial(plain, is_marked=is_marked)
-    if isinstance(value, np.generic):
-        return part(value.item())
-    for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
-        if isinstance(value, kind) and not isinstance(value, Enum):  # which would not be one of its class when it comes back
-            return kind(value)
-    if isinstance(value, PathLike):
-        return str(value)
-    if type(value).__module__.startswith("omegaconf."):
-        from omegaconf import OmegaConf
-
-        contents = part(OmegaConf.to_container(value, resolve=True))
-        return {CONFIG: contents} if is_marked else contents
-    if isinstance(value, Namespace):
-        return {NAMESPACE: part(vars(value))} if is_marked else part(vars(value))
-    # A list, a tuple, or another library's equivalent.
-    if isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview):
-        return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
-    if isinstance(value, Mapping):
-        return {part(key): part(item) for key, item in value.items()}
-    raise TypeError(f"expected plain values, received {type(value).__name__}")
-
-
-def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments that a checkpoint holds, as far as a class takes them.
-
-    Args:
-        cls: the class to be made.
-        recorded: the ``constructor_arguments`` of the checkpoint's module.
-    """
-    stored = recorded.get("defaults", {}) | recorded.get("init_args", {})  # an older checkpoint has no defaults
-    return {name: _unmarked(value) for name, value in _of_class(cls, stored).items() if is_recorded(name)}
-
-
-def read_arguments(path: str | PathLike[str], cls: type) -> dict[str, Any]:
-    """The arguments in a file of hyperparameters that a class takes, as Lightning reads them."""
-    reads: dict[str, Callable[[Any], Any]] = {
-        ".csv": load_hparams_from_tags_csv,
-        ".yaml": load_hparams_from_yaml,
-        ".yml": load_hparams_from_yaml,
-    }
-    if (read := reads.get(Path(path).suffix.lower())) is None or not Path(path).is_file():
-        raise UserError(f"hparams_file: expected a .csv, .yml or .yaml file, received {str(path)!r}")
-    return _of_class(cls, read(path))
-
-
-def _of_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that a class takes."""
-    parameters = _parameters(cls)
-    takes_any, names = any(one.kind is one.VAR_KEYWORD for one in parameters), {one.name for one in parameters}
-    return {name: value for name, value in arguments.items() if takes_any or name in names}
-
-
-def _unmarked(value: Any) -> Any:
-    """A plain value with OmegaConf's configurations and namespaces in place of what :func:`plain` writes for them."""
-    if isinstance(value, Mapping) and value.keys() == {CONFIG}:
-        from omegaconf import OmegaConf
-
-        return OmegaConf.create(_literal(value[CONFIG]))
-    if isinstance(value, Mapping) and value.keys() == {NAMESPACE}:
-        return Namespace(**_unmarked(value[NAMESPACE]))
-    if isinstance(value, Mapping):
-        return {key: _unmarked(part) for key, part in value.items()}
-    return type(value)(map(_unmarked, value)) if type(value) in (list, tuple) else value
-
-
-def _literal(value: Any) -> Any:
-    """Resolved values of a configuration: an interpolation in a file, which may call a resolver, is text."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    if isinstance(value, Mapping):
-        return {key: _literal(part) for key, part in value.items()}
-    return [_literal(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def find_class(path: str) -> type:
-    """The class at an import path; it may be nested in another.
-
-    Raises:
-        UserError: if it cannot be imported.
-    """
-    found = pydoc.locate(path)
-    if isinstance(found, type):
-        return found
-    raise UserError(f"checkpoint: expected its module's class to be importable from here, received {path!r}, which is not")
 
 
 # ---------------------------------------------------------------------- a module from a file
@@ -330,7 +111,7 @@ def load_module(
     """
     opened = source if isinstance(source, OpenedCheckpoint) else OpenedCheckpoint.open(source, weights_only=weights_only)
     opened = replace(opened, links=links)
-    checkpoint, recorded = opened.contents, opened.state.module
+    checkpoint, recorded = opened.contents, opened.state.facts["module"]
     made = _class_of(recorded["class_path"], cls)
     if made is not None and issubclass(made, cls):
         cls = made

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import STATE_KEY
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module import checks
 from cola_lightning.module.base import AdaptedModule
@@ -85,7 +84,7 @@ class FitCallback(Callback):
         warn_of_half_precision(adapted.model)
         checks.check_frozen(adapted, run_of(self.module).schedule)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
-            adapted.remember_first_values()
+            adapted.trained.remember_first()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -286,5 +285,5 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
         NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
     """
     check_writable_state(module)
-    checkpoint["state_dict"][STATE_KEY] = state_of(module).to_dict()  # weight averaging has put a copy's there
+    checkpoint["state_dict"] |= state_of(module)  # weight averaging has put a copy's there
     checkpoint |= readable(checkpoint)

@@ -14,29 +14,19 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.checkpoint import STATE_KEY
 from cola_lightning.chain.schedule import ChainSchedule, LRSchedule, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.activation_checkpointing import disable_activation_checkpointing
+from cola_lightning.module.arguments import read_arguments
 from cola_lightning.module.base import AdaptedModule
-from cola_lightning.module.checkpoint import (
-    device_of,
-    load_module,
-    read_arguments,
-)
+from cola_lightning.module.checkpoint import device_of, load_module
 from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.state import (
-    data_of,
-    load_state,
-    prompt_format_of,
-    restore_nested,
-    state_of,
-)
+from cola_lightning.module.state import StateDictError, data_of, prepare_loading, prompt_format_of, state_of
 from cola_lightning.module.values import values_of
 from cola_lightning.seeding import check_seed
 from cola_lightning.weights import cast_floats
@@ -148,7 +138,7 @@ class COLAModule(AdaptedModule):
             kept_optimizer_state,
             run,
         )
-        self.register_load_state_dict_pre_hook(restore_nested)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
 
     @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
     def trainer(self, trainer: Trainer | None) -> None:
@@ -276,7 +266,13 @@ class COLAModule(AdaptedModule):
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
         return export_trained(self, options, prompt_format_of(trainer_of(self)), data_of(trainer_of(self)))
 
-    def merged_model(self, links: int | None = None) -> nn.Module:
+    def merged_model(
+        self,
+        links: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> nn.Module:
         """A plain copy of the model with the chain merged into its weights, without LoRA layers.
 
         Parameters trained outside of ``self.model`` are not in the copy; a warning names them. If the model is sharded, the
@@ -285,16 +281,16 @@ class COLAModule(AdaptedModule):
 
         Args:
             links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
-
-        Returns:
-            The model in float32, whatever it was trained in (in float64 where that was float64); if ``target_modules`` is
-            null, in its own dtype.
+            dtype: to which each weight is rounded once its links are added; None: float32, whatever the model was trained in
+                (float64 where that was float64); if ``target_modules`` is null, its own.
+            device: where the copy is; None: where the model is.
 
         Raises:
             UserError: if there are fewer links.
         """
         self.make_model()
-        model, values = self.adapted.merged_model(links), self.adapted.outside()
+        model = self.adapted.merged_model(links, dtype=dtype, device=device)
+        values = self.adapted.trained.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         if self.activation_checkpointing:
@@ -326,19 +322,17 @@ class COLAModule(AdaptedModule):
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
-        Its entry ``cola`` holds the finished links and all else with which :meth:`load_state_dict` restores the module, in
-        plain types and tensors: the state dict is the state, and a checkpoint of Lightning's contains it.
+        Its entries ``chain.*`` hold the finished links and all else with which :meth:`load_state_dict` restores the module. All
+        entries are tensors, and a checkpoint of Lightning's contains them.
         """
-        if self._adapted is None:
-            self.make_model()
+        self.make_model()
         state = values_of(self, self.adapted, prefix, keep_vars=keep_vars, into=destination)
-        if not keep_vars:  # an export, to ONNX for example, asks for the variables themselves, and takes tensors alone
-            state[prefix + STATE_KEY] = state_of(self).to_dict()
+        state |= state_of(self, prefix)
         return state
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a :meth:`state_dict`, with its names and shapes checked; finished links are replayed, or removed.
+        """Loads a :meth:`state_dict`; finished links are replayed, or removed.
 
         Args:
             state_dict: as :meth:`state_dict` returns it.
@@ -346,10 +340,15 @@ class COLAModule(AdaptedModule):
             assign: see ``nn.Module.load_state_dict``.
 
         Raises:
-            UserError: if a name is missing or unknown, a shape differs, or the links were trained on another base.
+            UserError: if a name is missing or unknown, or the links were trained on another base.
         """
-        self.make_model()
-        return load_state(self, super().load_state_dict, state_dict, strict=strict, assign=assign)
+        names = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if strict and (names.missing_keys or names.unexpected_keys):
+            raise StateDictError(
+                "checkpoint: expected values for all that this module trains, and for nothing else. Missing key(s) in "
+                f"state_dict: {sorted(names.missing_keys)}. Unexpected key(s) in state_dict: {sorted(names.unexpected_keys)}"
+            )
+        return names
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

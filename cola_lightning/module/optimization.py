@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -117,8 +118,10 @@ class LinkOptimization:
             if group.get("fused") and (isinstance(optimizer, SGD) or any(p.is_complex() for p in group["params"])):
                 group["fused"] = None
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
-        for group in optimizer.param_groups:  # a copy: a schedule modifies a rate that is a tensor in place
-            group["lr"] = copy.deepcopy(group["lr"])
+        for group in optimizer.param_groups:
+            # numpy's numbers, of np.logspace for example, would make a checkpoint unreadable for torch.load(weights_only=True)
+            group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
+            group["lr"] = copy.deepcopy(group["lr"])  # a copy: a schedule modifies a rate that is a tensor in place
         given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(given)
         if self.lr_schedule == "constant" and any(group["lr"] is None for group in given):  # it sets its own rates

@@ -4,22 +4,23 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain.chain import Chain, check_links
-from cola_lightning.chain.checkpoint import STATE_KEY, CheckpointState
+from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
 from cola_lightning.chain.link import Link
-from cola_lightning.chain.store import describe_link, link_fields
+from cola_lightning.chain.schedule import FitPosition
+from cola_lightning.chain.store import METADATA, describe_link, link_fields, pack
 from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.module.arguments import plain
 from cola_lightning.module.base import AdaptedModule
-from cola_lightning.module.checkpoint import plain
 from cola_lightning.module.run import run_of, trainer_of
-from cola_lightning.module.values import aliases, frozen_names, is_frozen, values_of
+from cola_lightning.module.values import aliases, is_frozen, values_of
+from cola_lightning.trained import weight_of
 
 
 class StateDictError(UserError, RuntimeError):
@@ -29,33 +30,48 @@ class StateDictError(UserError, RuntimeError):
 # ---------------------------------------------------------------------- the rest of the state
 
 
-def state_of(module: AdaptedModule) -> CheckpointState:
-    """The state of a module besides its trained values."""
+def state_of(module: AdaptedModule, prefix: str = "") -> dict[str, Tensor]:
+    """A module's state besides its trained values: its finished links, and its :func:`facts_of`.
+
+    Args:
+        module: the module.
+        prefix: begins the names.
+    """
+    chain = module.adapted.chain
+    packed = pack(chain.links, chain.base, facts_of(module))
+    return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
+
+
+def facts_of(module: AdaptedModule) -> dict[str, Any]:
+    """What is stored of a module besides its trained values and its finished links; :func:`restore` reads it.
+
+    A fact that a later release adds is missing in earlier files: read it with ``get``.
+    """
     adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
     live = None
     if adapted.live is not None:
         rank, alpha = adapted.live
         live = describe_link(Link(module.link, rank, alpha, factors={}, **run.metadata(trainer)))
-    return CheckpointState(
-        module=module.constructor_arguments,
-        trained=list(adapted.recorded_values()) if live else [],
-        chain=adapted.chain,
-        live=live,
-        dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
-        link_start=run.link_start,
-        position=run.position(trainer),
-        n_before=run.n_before,
-        has_knots=run.schedule.has_knots,
-        seed=adapted.seed,
-        init_chain_source=module.init_chain_source,
-        base_weights=adapted.base_weights,
-        first_values=adapted.first_values,
-        callback_metrics={name: value.detach().cpu() for name, value in trainer.callback_metrics.items()} if trainer else {},
-        scheduled=[[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)],
-        modules_to_save=list(module.lora_config.modules_to_save),
-        prompt_format=prompt_format_of(trainer),
-        data=data_of(trainer),
-    )
+    logged = trainer.callback_metrics if trainer else {}
+    facts = {
+        "module": module.constructor_arguments,  # how it is made again
+        "live": live,  # the current link, without its tensors
+        "trained": list(adapted.trained.recorded()) if live else [],  # names of what else a link records
+        "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
+        "link_start": list(run.link_start),
+        "position": list(run.position(trainer)),
+        "n_before": run.n_before,
+        "has_knots": run.schedule.has_knots,
+        "seed": adapted.seed,
+        "init_chain_source": module.init_chain_source,
+        "first_values": adapted.trained.first,
+        "callback_metrics": {name: value.detach().cpu().clone() for name, value in logged.items()},
+        "scheduled": [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)],
+        "modules_to_save": list(module.lora_config.modules_to_save),
+        "prompt_format": prompt_format_of(trainer),
+        "data": data_of(trainer),
+    }
+    return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
 
 def check_writable_state(module: AdaptedModule) -> None:
@@ -94,43 +110,38 @@ def _of_data_module(trainer: Any, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- loading
 
 
-def load_state(
-    module: AdaptedModule, load: Callable[..., Any], received: Mapping[str, Any], *, strict: bool, assign: bool
-) -> Any:
-    """Loads a state dict of a module: restores the chain, then loads the values.
+def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Restores a module from a state dict before torch loads its values, also for a module inside another one.
 
-    Args:
-        module: the module.
-        load: torch's ``load_state_dict`` of the module.
-        received: the state dict.
-        strict: whether it must have exactly the module's names.
-        assign: see ``nn.Module.load_state_dict``.
+    A hook of torch's, which may change the state dict. It takes our own entries from it, and adds what no state dict of ours
+    contains: the frozen values, the module's own.
 
     Raises:
-        StateDictError: if a name is missing or unknown.
         UserError: if the chain was trained on another base, or is shorter than requested.
     """
-    own, state = values_of(module, module.adapted), None
-    is_all_in_values = module.adapted.live is None and not module.adapted.frozen_names()
-    if STATE_KEY in received or (strict and not is_all_in_values):
-        state = CheckpointState.from_dict(received.get(STATE_KEY))
+    module.make_model()
+    _, _, missing_keys, *_ = args
+    has_current = True
+    packed = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix + STATE_PREFIX)}
+    if packed:
+        state = StoredState.of(packed, prefix=prefix)
         check_restorable(module, state)
-    missing = [name for name in own if name not in received]
-    unexpected = received.keys() - {STATE_KEY, *own, *frozen_names(module.adapted), *aliases(module, module.adapted)}
-    if strict and (missing or unexpected):
-        raise StateDictError(
-            f"checkpoint: expected values for all that this module trains, and for nothing else. Missing key(s) in "
-            f"state_dict: {_quoted(missing)}. Unexpected key(s) in state_dict: {_quoted(unexpected)}"
-        )
-    values = {name: _laid_out(value, own.get(name)) for name, value in received.items() if name != STATE_KEY}
-    if state is not None and not restore(module, state):
-        values = {name: value for name, value in values.items() if is_frozen(own.get(name))}  # the others are of a later link
-    result = load(values, strict=False, assign=assign)
-    result.missing_keys[:] = missing  # what is frozen is not missing
-    return result
+        has_current = restore(module, state)
+    elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
+        missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
+    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), values_of(module, module.adapted, prefix)
+    others = aliases(module)
+    if not has_current:  # the values of what is trained are of a later link
+        state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
+    for name in trained.keys() & state_dict.keys():
+        state_dict[name] = _laid_out(state_dict[name], trained[name])
+    for name, value in values.items():
+        own = name.removeprefix(prefix)
+        if name not in trained and weight_of(own) == own:  # frozen, or another name for a value of the model
+            state_dict.setdefault(name, state_dict.get(f"{prefix}{others.get(own, own)}", value))
 
 
-def _requested_links(module: AdaptedModule, state: CheckpointState) -> tuple[Chain, bool]:
+def _requested_links(module: AdaptedModule, state: StoredState) -> tuple[Chain, bool]:
     """The finished links to restore, and whether the current one of the state is to follow them."""
     pending = run_of(module).pending
     total, links = len(state.chain) + 1, None if pending is None else pending.links
@@ -140,20 +151,20 @@ def _requested_links(module: AdaptedModule, state: CheckpointState) -> tuple[Cha
     return state.chain.truncate(links), False
 
 
-def check_restorable(module: AdaptedModule, state: CheckpointState) -> None:
+def check_restorable(module: AdaptedModule, state: StoredState) -> None:
     """Refuses a state of another base, or with fewer links than requested; to resume a fit also one with other options.
 
     Raises:
         UserError: for the first that differs.
     """
     chain, _ = _requested_links(module, state)
-    module.adapted.check_base(chain, state.base_weights)
+    module.adapted.check_base(chain, state.facts.get("base_weights"))
     trainer = trainer_of(module)
     if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(module, state)
 
 
-def restore(module: AdaptedModule, state: CheckpointState) -> bool:
+def restore(module: AdaptedModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested (``links`` of the pending checkpoint), a link begins after them, and what else is trained gets
@@ -162,86 +173,67 @@ def restore(module: AdaptedModule, state: CheckpointState) -> bool:
     Returns:
         Whether the trained values that are stored with the state belong to it.
     """
-    trainer, adapted, run = trainer_of(module), module.adapted, run_of(module)
+    trainer, adapted, run, facts = trainer_of(module), module.adapted, run_of(module), state.facts
     chain, has_current = _requested_links(module, state)
     dtype = _dtype_of(module, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
-    adapted.take_base(chain, state.base_weights)
+    adapted.take_base(chain, facts.get("base_weights"))
     if dtype != adapted.cast_dtype:
         adapted.cast(dtype)
     adapted.go_to(chain)
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         module.double()
-    run.seed = adapted.seed = state.seed
-    run.link_start, adapted.first_values = state.link_start, dict(state.first_values)
-    run.n_before = state.n_before
+    run.seed = adapted.seed = facts["seed"]
+    run.link_start, run.n_before = FitPosition(*facts["link_start"]), facts["n_before"]
+    adapted.trained.first = dict(facts["first_values"])
     if not has_current:
-        adapted.write_extras(adapted.extras_after(chain))
+        adapted.trained.write(adapted.extras_after(chain))
         run.left_at = None
         run.begin_metrics(trainer)
         adapted.begin_link(run.schedule.rank(adapted.link), run.schedule.alpha(adapted.link))
         return False
-    run.left_at = state.position
-    if state.live is not None:
-        adapted.resume_link(state.live["rank"], state.live["alpha"])
-    run.load_metrics(link_fields(state.live)["metrics"] if state.live else {}, state.callback_metrics)
+    run.left_at = FitPosition(*facts["position"])
+    if facts["live"] is not None:
+        adapted.resume_link(facts["live"]["rank"], facts["live"]["alpha"])
+    run.load_metrics(link_fields(facts["live"])["metrics"] if facts["live"] else {}, facts["callback_metrics"])
     return True
 
 
-def restore_nested(module: AdaptedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Restores a module inside another one, such as Lightning's weight averaging, before its values are loaded.
-
-    Adds the frozen values, which no state dict contains: their absence would be an error there.
-    """
-    if prefix:
-        if (given := state_dict.pop(prefix + STATE_KEY, None)) is not None:
-            state = CheckpointState.from_dict(given)
-            check_restorable(module, state)
-            restore(module, state)
-        for name, parameter in module.model.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
-                state_dict.setdefault(f"{prefix}model.{name}", parameter.detach())
-
-
-def _dtype_of(module: AdaptedModule, state: CheckpointState) -> torch.dtype:
+def _dtype_of(module: AdaptedModule, state: StoredState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
-    dtype: torch.dtype = module.adapted.cast_dtype if state.dtype is None else getattr(torch, state.dtype)
+    dtype: torch.dtype = getattr(torch, state.facts["dtype"]) if state.facts["dtype"] else module.adapted.cast_dtype
     return dtype
 
 
-def _check_same_choices(module: AdaptedModule, state: CheckpointState) -> None:
+def _check_same_choices(module: AdaptedModule, state: StoredState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
         UserError: for the first that differs.
     """
-    mine, schedule = module.adapted.cast_dtype, run_of(module).schedule
+    mine, schedule, facts = module.adapted.cast_dtype, run_of(module).schedule, state.facts
     if _dtype_of(module, state) != mine:
-        choices = f"{module.trainer.precision} and {module.lora_config.finished_links}"
         raise UserError(
-            f"trainer.precision, model.finished_links: expected those that cast adapted weights to {state.dtype}, as in the "
-            f"checkpoint's run, received {choices}, which cast them to {str(mine).removeprefix('torch.')}"
+            f"trainer.precision, model.finished_links: expected those that cast adapted weights to {facts['dtype']}, as in the "
+            f"checkpoint's run, received {module.trainer.precision} and {module.lora_config.finished_links}, which cast them "
+            f"to {str(mine).removeprefix('torch.')}"
         )
-    if (seed := run_of(module).given_seed) not in (None, state.seed):
-        raise UserError(f"model.seed, or seed_everything: expected {state.seed}, the checkpoint's, received {seed}")
-    if module.init_chain is not None and module.init_chain_source != state.init_chain_source:
+    if (seed := run_of(module).given_seed) not in (None, facts["seed"]):
+        raise UserError(f"model.seed, or seed_everything: expected {facts['seed']}, the checkpoint's, received {seed}")
+    if module.init_chain is not None and module.init_chain_source != facts["init_chain_source"]:
         raise UserError(
             "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
-            f"{state.init_chain_source}, received {module.init_chain_source}"
+            f"{facts['init_chain_source']}, received {module.init_chain_source}"
         )
-    if state.has_knots and not schedule.has_knots:
+    if facts["has_knots"] and not schedule.has_knots:
         raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
-    planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(state.scheduled))]
-    if state.live is not None and planned != state.scheduled:
+    planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(facts["scheduled"]))]
+    if facts["live"] is not None and planned != facts["scheduled"]:
         raise UserError(
             "model.rank, model.alpha, chain.ranks, chain.alphas: expected the ranks and alphas of the checkpoint's run, "
-            f"{state.scheduled}, one pair for each link, received {planned}"
+            f"{facts['scheduled']}, one pair for each link, received {planned}"
         )
 
 
 def _laid_out(value: Any, own: Any) -> Any:
     """A value in the layout of the module's own."""
     return layout.lay_out(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in sorted(names)) or "none"

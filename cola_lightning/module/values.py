@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cola_lightning import layout
-from cola_lightning.adapted_model import AdaptedModel, weight_of
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.link import OUTSIDE
+from cola_lightning.trained import weight_of
 
 
 def values_of(
@@ -27,7 +28,7 @@ def values_of(
         state = layout.state_dict(module, prefix, keep_vars=keep_vars)
     else:
         state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
-    omitted = {*frozen_names(adapted), *aliases(module, adapted)}
+    omitted = {*frozen_names(adapted), *aliases(module)}
     for name in list(state):
         own = name.removeprefix(prefix)
         if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
@@ -37,7 +38,7 @@ def values_of(
 
 def values_outside(module: LightningModule, adapted: AdaptedModel) -> dict[str, Tensor]:
     """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
-    first = adapted.first_values
+    first = adapted.trained.first
     return {
         name: value
         for key, value in values_of(module, adapted).items()
@@ -48,16 +49,19 @@ def values_outside(module: LightningModule, adapted: AdaptedModel) -> dict[str, 
 
 def frozen_names(adapted: AdaptedModel) -> list[str]:
     """The names in the module of the model's parameters that are not trained."""
-    return [f"model.{name}" for name in adapted.frozen_names()]
+    return [f"model.{name}" for name in adapted.trained.frozen_names()]
 
 
-def aliases(module: LightningModule, adapted: AdaptedModel) -> list[str]:
-    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time."""
-    model = adapted.model
-    inside = {id(value) for value in (*model.parameters(), *model.buffers())}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    names = [name for name, value in named if id(value) in inside]
-    return [name for name in layout.plain_names(names) if not name.startswith("model.")]
+def aliases(module: LightningModule) -> dict[str, str]:
+    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time.
+
+    Returns:
+        By the other name, the value's name in the module's model.
+    """
+    found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
+    inside = {key: name for name, key in named if name.startswith("model.")}
+    return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
 
 
 def is_frozen(value: Any) -> bool:
