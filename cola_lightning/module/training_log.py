@@ -13,8 +13,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from cola_lightning import layout
+from cola_lightning.module.arguments import class_path, is_recorded
 from cola_lightning.module.base import AdaptedModule
-from cola_lightning.module.checkpoint import class_path, is_recorded
 from cola_lightning.module.run import run_of
 from cola_lightning.module.state import data_of
 from cola_lightning.module.step_loss import Late
