@@ -105,6 +105,7 @@ class Set:
     validation: str = "train"  # from which rows are drawn
 
 
+OF_THREE = {"splits": "train validation test", "validation": "validation"}
 SETS = {
     "tatsu-lab/alpaca": Set(dirty(ALPACA, 3, output=""), "instruction input output", "train"),
     "databricks/databricks-dolly-15k": Set(
@@ -120,26 +121,17 @@ SETS = {
         validation="test_sft",
     ),
     "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
-    "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
+    "trl-lib/tldr": Set(TLDR, "prompt completion", **OF_THREE),
     "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
-    "stanfordnlp/imdb": Set(
-        imdb,
-        "text label",
-        "train test unsupervised",
-    ),
-    "EdinburghNLP/xsum": Set(
-        columns("document", "summary", id="7"), "document summary", "train validation test", validation="validation"
-    ),
-    "knkarthick/samsum": Set(
-        columns("dialogue", "summary", id="7"), "dialogue summary", "train validation test", validation="validation"
-    ),
+    "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised"),
+    "EdinburghNLP/xsum": Set(columns("document", "summary", id="7"), "document summary", **OF_THREE),
+    "knkarthick/samsum": Set(columns("dialogue", "summary", id="7"), "dialogue summary", **OF_THREE),
     "abisee/cnn_dailymail": Set(
         columns("article", "highlights", id="7"),
         "article highlights",
-        "train validation test",
-        {"subset": "3.0.0"},
-        "1.0.0 3.0.0",
-        validation="validation",
+        arguments={"subset": "3.0.0"},
+        subsets="1.0.0 3.0.0",
+        **OF_THREE,
     ),
     "ise-uiuc/Magicoder-OSS-Instruct-75K": Set(
         columns("problem", "solution", lang="c", raw_index=1, index=2, seed="int", openai_fingerprint="x"), "problem solution"
@@ -292,7 +284,7 @@ def test_a_revision_is_an_older_state_of_a_set(runs, name):
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
     run = runs["by names alone"]
     assert run.status == 0, run.log
-    for said in ("trainer.max_epochs: 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
+    for said in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
         assert said in run.log
 
 
