@@ -362,8 +362,8 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert main(["fit", *fit]) == 0
     assert main(["test", *fit, "--ckpt_path", str(tmp_path / "fit/runs/version_0/checkpoints/last.ckpt")]) == 0
     folder = tmp_path / "study" / "runs" / "cola-lr0.02-seed0"
-    logged = [tmp_path / f"fit/runs/version_{k}" for k in (0, 1)] + [folder]
-    fitted, tested, mine = (table(path / "metrics.csv") for path in logged)
+    of_fit = tmp_path / "fit/runs/version_0"
+    fitted, tested, mine = (table(path / "metrics.csv") for path in (of_fit, of_fit / "test/version_0", folder))
     val = [float(row["val_accuracy"]) for row in fitted if row.get("val_accuracy")]
     assert [value for _, value in line["curve"]] == pytest.approx(val, abs=0)
     assert line["validation"] == val[-1]
