@@ -105,7 +105,7 @@ def assert_same_gradients(mine, theirs):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "chunked"), [(k, False) for k in ("llama", "gpt2", "qwen3")] + [("llama", True), ("gemma2", True)]
+    ("architecture", "chunked"), [(k, False) for k in ("llama", "opt", "gpt2", "qwen3")] + [("llama", True), ("gemma2", True)]
 )
 def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
     monkeypatch.setitem(tiny.CONFIGS, "gemma2", lambda: transformers.Gemma2Config(**tiny.SIZES, **tiny.BODY, head_dim=8))

@@ -105,7 +105,7 @@ class COLACausalLM(LanguageModule):
 
     @override
     def compile_model(self, **options: Any) -> None:
-        cast(Any, self.model).base_model.compile(**options)  # without the head, which a chunked loss calls by itself
+        cast(Any, self.model).get_decoder().compile(**options)  # without the head, which a chunked loss calls by itself
 
     @override
     def step(self, batch: Batch) -> StepOutput:
