@@ -198,8 +198,6 @@ PRODUCED = {
     ("docs/speed.md", "| accumulated batches |"): rows_of("launches"),
     ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
     ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
-    ("docs/speed.md", "| batches |"): rows_of("packing"),
-    ("docs/speed.md", "| vocabulary |"): rows_of("vocabulary"),
     ("docs/results.md", "| paper's task |"): paper_table.rows,
     ("docs/results.md", "| | method | rate |"): rows_of_splits,
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
@@ -221,12 +219,18 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     time, memory = (
         [f"{line['ratio']:.2f}" for line in lines_of("experts") if line["what"].startswith(unit)] for unit in ("seconds", "mib")
     )
+    packing = {row[0]: row[2] for row in rows_of("packing")()}
+    (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
         ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python benchmarks/kills.py`"),
         ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
         ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
         ("speed", f"{time[0]} of peft's time and {memory[0]} of its memory"),
+        ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
+        ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
+        ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
+        ("speed", f"in {wide[5]} and {wide[3]} seconds (`python benchmarks/vocabulary.py`)"),
         ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
         ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
         ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
