@@ -17,6 +17,7 @@ from cola_lightning.chain.base import (
     check_same_base,
     check_same_labels,
     check_same_layers,
+    check_same_shapes,
     describe_base,
 )
 from cola_lightning.chain.chain import check_links
@@ -316,7 +317,7 @@ class AdaptedModel:
         elif weights is not self.base_weights:
             check_same_labels(chain.base, self.chain.base)
             check_same_layers(chain.base.weight_norms, self.chain.base.weight_norms)
-            _check_same_shapes(weights, base_weights(self.model))
+            check_same_shapes(weights, base_weights(self.model))
 
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
         """Loads the stored weights of a chain's base, if there are any; call :meth:`check_base` first."""
@@ -493,10 +494,3 @@ class AdaptedModel:
 def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a value equals the other after a cast to its dtype."""
     return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))
-
-
-def _check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | received.keys()):
-        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
-        if theirs != ours:
-            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
