@@ -3,9 +3,10 @@
 Not by ``self.log``: what is logged there is stored with the link, and a speed differs from run to run.
 """
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -72,11 +73,17 @@ def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str
         "chain": asdict(run_of(module).schedule),
         "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
     }
-    return {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
+    given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(given, default=_as_plain))
+    return plain
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are numbers, texts or pairs of numbers, without what is private, a secret or Lightning's."""
     kinds, others = bool | int | float | str | tuple, vars(LightningDataModule())
     own = {name: value for name, value in values.items() if name[0] != "_" and name not in others and is_recorded(name)}
-    return {name: [*value] if isinstance(value, tuple) else value for name, value in own.items() if isinstance(value, kinds)}
+    return {name: value for name, value in own.items() if isinstance(value, kinds)}
+
+
+def _as_plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

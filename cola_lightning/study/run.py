@@ -129,12 +129,12 @@ class Recorder(RunWatch):
         self.facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "curve": []}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.facts
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["study"] = self.facts  # a state_dict would have Lightning warn wherever this callback is missing
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.facts = state_dict
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.facts = checkpoint["study"]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
