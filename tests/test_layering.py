@@ -46,6 +46,12 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
     assert len({row_of(name) for name in arrows}) == sum(map(len, ROWS))
 
 
+def test_no_file_is_longer_than_500_lines():
+    lengths = {name: len(path.read_text().splitlines()) for path, name in PATHS.items()}
+    assert len(lengths) > 80
+    assert {name: n for name, n in lengths.items() if n > 500} == {}
+
+
 @pytest.mark.parametrize(
     ("words", "left_alone"),
     [

@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain
 from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.link import OUTSIDE
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
@@ -26,7 +28,7 @@ from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.step_loss import StepLoss
-from cola_lightning.module.values import values_outside
+from cola_lightning.trained import weight_of
 
 
 class AdaptedModule(LightningModule, RecordsArguments):
@@ -269,7 +271,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
             name=self.base_name,
             is_saved=self.save_base,
             placement=self._placement,
-            outside=self._outside,
+            outside=functools.partial(values_outside, self),
             trained_factors=self.trained_factors,
         )
         if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
@@ -291,9 +293,6 @@ class AdaptedModule(LightningModule, RecordsArguments):
             for name, entries in before.items():
                 vars(self)[name].update(entries)
         return model
-
-    def _outside(self) -> dict[str, Tensor]:
-        return values_outside(self, self.adapted)
 
     def _placement(self) -> Placement:
         """The placement of the model: in all of a strategy's wrappers, on the training device."""
@@ -336,6 +335,58 @@ class AdaptedModule(LightningModule, RecordsArguments):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._ensure_model()
         return super().named_parameters(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------- the values that its state dict contains
+
+
+def values_of(module: AdaptedModule, prefix: str = "", *, keep_vars: bool = True, into: Any = None) -> dict[str, Any]:
+    """The parameters, buffers and extra states of a module that training may change: no frozen ones of the model's.
+
+    Args:
+        module: the module.
+        prefix: begins the names.
+        keep_vars: see ``nn.Module.state_dict``.
+        into: a state dict to add them to; None: a new one.
+    """
+    if layout.has_fsdp1(module):
+        state = layout.state_dict(module, prefix, keep_vars=keep_vars)
+    else:
+        state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
+    omitted = {*(f"model.{name}" for name in module.adapted.trained.frozen_names()), *aliases(module)}
+    for name in list(state):
+        own = name.removeprefix(prefix)
+        if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
+            del state[name]
+    return state
+
+
+def values_outside(module: AdaptedModule) -> dict[str, Tensor]:
+    """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
+    first = module.adapted.trained.first
+    return {
+        name: value
+        for key, value in values_of(module).items()
+        if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
+        if (name := OUTSIDE + key) in first or not is_frozen(value)
+    }
+
+
+def aliases(module: AdaptedModule) -> dict[str, str]:
+    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time.
+
+    Returns:
+        By the other name, the value's name in the module's model.
+    """
+    found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
+    inside = {key: name for name, key in named if name.startswith("model.")}
+    return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether a value is a parameter that needs no gradient."""
+    return isinstance(value, nn.Parameter) and not value.requires_grad
 
 
 def _compile_options() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module import checks
-from cola_lightning.module.base import AdaptedModule
+from cola_lightning.module.base import AdaptedModule, values_of
 from cola_lightning.module.checkpoint import AtomicCheckpointIO, readable
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
@@ -26,7 +26,6 @@ from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewou
 from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
 from cola_lightning.module.state import check_writable_state, state_of
 from cola_lightning.module.training_log import TrainingLog
-from cola_lightning.module.values import values_of
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class FitCallback(Callback):
         log.info("%s", checks.summary(module.adapted, [*module.parameters()], module.trained_parameters()))
         self._log = TrainingLog(trainer, module)
         run.is_validating = False
-        self._rewind.begin_fit(trainer, module, values_of(module, module.adapted).keys())
+        self._rewind.begin_fit(trainer, module, values_of(module).keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""

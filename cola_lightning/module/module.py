@@ -21,13 +21,12 @@ from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.activation_checkpointing import disable_activation_checkpointing
 from cola_lightning.module.arguments import read_arguments
-from cola_lightning.module.base import AdaptedModule
+from cola_lightning.module.base import AdaptedModule, values_of
 from cola_lightning.module.checkpoint import device_of, load_module
 from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.state import StateDictError, data_of, prepare_loading, prompt_format_of, state_of
-from cola_lightning.module.values import values_of
 from cola_lightning.seeding import check_seed
 from cola_lightning.weights import cast_floats
 
@@ -326,7 +325,7 @@ class COLAModule(AdaptedModule):
         entries are tensors, and a checkpoint of Lightning's contains them.
         """
         self.make_model()
-        state = values_of(self, self.adapted, prefix, keep_vars=keep_vars, into=destination)
+        state = values_of(self, prefix, keep_vars=keep_vars, into=destination)
         state |= state_of(self, prefix)
         return state
 

@@ -17,9 +17,8 @@ from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.chain.store import METADATA, describe_link, link_fields, pack
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.arguments import plain
-from cola_lightning.module.base import AdaptedModule
+from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
 from cola_lightning.module.run import run_of, trainer_of
-from cola_lightning.module.values import aliases, is_frozen, values_of
 from cola_lightning.trained import weight_of
 
 
@@ -129,7 +128,7 @@ def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: s
         has_current = restore(module, state)
     elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
-    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), values_of(module, module.adapted, prefix)
+    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), values_of(module, prefix)
     others = aliases(module)
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
