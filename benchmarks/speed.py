@@ -11,8 +11,8 @@ They take turns: a ratio is the median over rounds of two times of one round. A 
 what the interpreter and the libraries hold before there is a model.
 
 ``--experts`` compares links on experts alone, of a Qwen3-MoE with 64 experts of which a token has 8 (2 layers, 512 wide,
-experts 256 wide): ``cola experts`` and ``peft experts``, with the model's own loss. Results go to ``experts.jsonl``; a peak is
-above the model's weights, too.
+experts 256 wide): ``cola experts`` and ``peft experts``, with the model's own loss. A peak is above the
+model's weights, too.
 """
 
 import argparse
@@ -216,17 +216,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256], help="tokens a row (default: 64 256)")
     parser.add_argument("--experts", action="store_true", help="links on experts instead")
-    parser.add_argument("--output", type=Path, help="the results, written anew (default: speed.jsonl, or experts.jsonl)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
     parser.add_argument("--small", action="store_true", help="a small model, to see it run: the limits are not made for it")
     options = parser.parse_args()
     how = options.lengths, options.repeats
     if options.experts:
-        results, name = measure_experts(mixture(1, 128) if options.small else mixture(2, 512), *how), "experts.jsonl"
+        results = measure_experts(mixture(1, 128) if options.small else mixture(2, 512), *how)
     else:
-        results, name = measure(*((SMALL, SMALL) if options.small else (FULL, CHAINED)), *how), "speed.jsonl"
+        results = measure(*((SMALL, SMALL) if options.small else (FULL, CHAINED)), *how)
     warnings.simplefilter("ignore")  # Lightning's advice
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    lines, table = Lines(options.output or Path(__file__).with_name(name), is_new=True), []
+    lines, table = Lines(options.output), []
+    lines.results = [
+        line for line in lines.results if ("experts" in line["what"]) is not options.experts
+    ]  # of the other models
     for unit, mine, other, length, limit, values in results:
         what, value = f"{unit}: {mine} / {other}", ratio(values, mine, other)
         lines.add({"what": what, "length": length, unit: values, "ratio": value, "limit": limit})
