@@ -104,7 +104,7 @@ class AdaptedModel:
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, outside)
         if is_saved and is_quantized_model(self.model):
-            raise UserError("model.save_base: expected false for a base in 4 bits, received true")
+            raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
         if self.layers:
@@ -224,10 +224,10 @@ class AdaptedModel:
     def check_next(self, rank: int | None) -> None:
         """Refuses a model without links, and a rank for the next link that is above theirs (None: not given)."""
         if not self.layers:
-            raise UserError("model.target_modules: expected layers to adapt for a link, received null")
+            raise UserError("model.target_modules: a link needs layers to adapt, got null")
         largest = min(layer.max_rank for layer in self.layers.values())
         if rank is not None and rank not in range(1, largest + 1):
-            raise UserError(f"rank: expected 1 to {largest}, the largest rank of a link (model.rank), received {rank}")
+            raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
 
     # ------------------------------------------------------------------ state
 
@@ -403,8 +403,7 @@ class AdaptedModel:
                 if layer.dtype != dtype and is_sharded:
                     expected, received = (str(one).removeprefix("torch.") for one in (layer.dtype, dtype))
                     raise UserError(
-                        "trainer.precision: expected one that leaves adapted layers in "
-                        f"{expected}, in which they were sharded, received one for {received}"
+                        f"trainer.precision: the adapted layers were sharded in {expected}, and cannot be cast to {received}"
                     )
                 cast_floats(layer, dtype)
         if dtype == torch.float64 and not is_sharded:

@@ -75,14 +75,12 @@ class TrainedValues:
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise UserError(
-                    "model.init_chain: expected values for what is fully trained here (model.modules_to_save), received "
-                    f"{name!r} of shape {tuple(value.shape)}"
+                    f"model.init_chain: has values for {name!r} of shape {tuple(value.shape)}, which is not fully trained here "
+                    "(model.modules_to_save)"
                 )
             other = first.setdefault(layout.local(own[name]).data_ptr() or id(value), name)
             if other != name and not torch.equal(value, values[other].to(value.dtype)):  # peft trains each alone
-                raise UserError(
-                    f"model.init_chain: expected one value for {other!r} and {name!r}, which are tied here, received two"
-                )
+                raise UserError(f"model.init_chain: has two values for {other!r} and {name!r}, which are tied here")
         self.write(values)
 
 

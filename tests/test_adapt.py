@@ -76,9 +76,9 @@ def view_of(kind):
 @pytest.mark.parametrize("kind", ["tied", "a part", "transposed", "a buffer"])
 def test_a_weight_that_is_another_is_refused(kind):
     model = view_of(kind)
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*'query', whose weight is shared"):
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'.*query' is shared"):
         inject_lora(model, LoRAConfig(["query"], rank=2, alpha=4))
-    with pytest.raises(UserError, match=r"^model\.modules_to_save: .*'query', whose weight is shared"):
+    with pytest.raises(UserError, match=r"^model\.modules_to_save: .*'.*query' is shared"):
         inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4, modules_to_save=["query"]))
     assert inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4)) == ["own"]
 
@@ -260,7 +260,7 @@ class Router(nn.Linear):
 
 def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
     model = nn.Sequential(Plain(4, 4), Router(4, 4))
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router$"):
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1' is a Router"):
         inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
     assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
     (message,) = told(caplog)

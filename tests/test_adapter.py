@@ -194,7 +194,7 @@ def test_an_adapted_heads_own_weight_must_be_the_bases(tmp_path):
     assert module.chain.links[0].extras == {}
     name = "base_model.model.lm_head.base_layer.weight"
     edit_tensors(tmp_path, lambda values: values | {name: values[name] + 1e-3})
-    with pytest.raises(UserError, match=r"\(model\.modules_to_save\), received 'lm_head\.weight'"):
+    with pytest.raises(UserError, match=r"'lm_head\.weight' .*\(model\.modules_to_save\)"):
         module_from(tmp_path, "llama", **targets).configure_model()
 
 
@@ -240,15 +240,15 @@ def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
     assert len(read_adapter(tmp_path / "peft")) == 1
     spoil, message = REFUSED[reason]
     spoil(tmp_path)
-    with pytest.raises(UserError, match=rf"^adapter: expected .*received .*{message}.*$"):
+    with pytest.raises(UserError, match=rf"^adapter: .*{message}.*$"):
         read_adapter(tmp_path / "peft")
 
 
 @pytest.mark.parametrize(
     ("arguments", "fields", "message"),
     [
-        ({"target_modules": ["q_proj"]}, {}, "the chain's layers, .*without 'model.*v_proj'"),
-        ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*\(model\.modules_to_save\), received 'lm_head"),
+        ({"target_modules": ["q_proj"]}, {}, "layers of the chain, .*'model.*v_proj'"),
+        ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*'lm_head.*\(model\.modules_to_save\)"),
     ],
     ids=["fewer layers", "a head"],
 )

@@ -77,7 +77,7 @@ def test_a_later_version_is_refused(tmp_path):
     Chain([make_link(0, 2)], BaseIdentity("a")).save(tmp_path)
     path = tmp_path / "chain.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": VERSION + 1}))
-    with pytest.raises(UserError, match=r"^chain: .* received 2 "):
+    with pytest.raises(UserError, match=r"^chain: .* has 2"):
         Chain.load(tmp_path)
 
 
@@ -94,5 +94,5 @@ def test_a_chain_of_another_base_is_refused_by_name():
             return model
 
     module = Other(target_modules=["0", "2"], modules_to_save=["4"], rank=3, seed=0, init_chain=str(FIXTURES / "chain-1"))
-    with pytest.raises(UserError, match=r"'fixture' \(fingerprint .* received another, 'another' \("):
+    with pytest.raises(UserError, match=r"'fixture' \(fingerprint .* this is 'another' \("):
         module.configure_model()

@@ -164,12 +164,12 @@ def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, 
     others = [(make(Wider), "model" if save_base else "base"), (make(target_modules=["2"]), r"model\.target_modules")]
     others += [(make(seed=7), r"model\.seed")] if save_base else [(make(seed=7), "base"), (make(Double), "base")]
     for module, field in others:
-        with pytest.raises(UserError, match=rf"^{field}\b.*: expected"):
+        with pytest.raises(UserError, match=rf"^{field}\b.*: "):
             run(tmp_path, module, ckpt_path=path)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["state_dict"]["chain.metadata"]
     torch.save(checkpoint, tmp_path / "plain.ckpt")
-    with pytest.raises(UserError, match="holds no chain"):
+    with pytest.raises(UserError, match="contains no chain"):
         run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
 
 
@@ -205,7 +205,7 @@ def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
     if target_modules is None:
         with pytest.raises(UserError, match=r"model\.target_modules"):
             run(tmp_path, make(Costly), ckpt_path=path, chain={})
-        with pytest.raises(UserError, match="received null"):
+        with pytest.raises(UserError, match="got null"):
             module.tie_knot()
 
 

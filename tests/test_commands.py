@@ -142,10 +142,10 @@ def set_base(**facts):
 
 DAMAGE = [
     (truncate, LAST, TEST, "ckpt_path: "),
-    (edit_checkpoint(lambda metadata: metadata.update(format_version=5)), LAST, TEST, "chain: expected format version 1"),
+    (edit_checkpoint(lambda metadata: metadata.update(format_version=5)), LAST, TEST, "chain: .*reads format version 1"),
     (set_base(fingerprint=64 * "0"), LAST, TEST, "base: "),
     (set_base(dtypes=["float64"]), LAST, FIT, "base: .*in float32 and not in float64"),
-    (set_base(weight_norms={"0": 1.0}), LAST, TEST, "model.target_modules: .*with '2'"),
+    (set_base(weight_norms={"0": 1.0}), LAST, TEST, "model.target_modules: .*'2'"),
     (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "chain: "),
     (truncate, "chain/chain.json", INSPECT, "chain: "),
     (another_base, "chain/chain.json", FROM_CHAIN, "base: "),

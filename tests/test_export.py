@@ -425,7 +425,7 @@ def test_exports_give_the_logits_of_a_module_with_convolutions(tmp_path, argumen
 
 def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path):
     module = tiny.three_links(ConvToy(dilation=2))
-    with pytest.raises(UserError, match=r"^format: expected merged, .*'0', a Conv2d"):
+    with pytest.raises(UserError, match=r"^format: .*'0', a Conv2d.* Use merged"):
         module.export(tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
 
@@ -494,7 +494,7 @@ def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, n
         setattr(module, attribute, value)
     tiny.three_links(module)
     for how in ({}, {"max_rank": 2}):
-        with pytest.raises((UserError, ExportError), match=r"expected (--format )?merged"):
+        with pytest.raises((UserError, ExportError), match=r"[Uu]se (--format )?merged"):
             module.export(tmp_path / "out", "peft", **how)
     assert not (tmp_path / "out").exists()
 
@@ -514,7 +514,7 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, format_, overwrite, monke
     with monkeypatch.context() as patch:
         wrong = ReferenceLogits({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
         patch.setattr(verify, "reference_logits", lambda *_: wrong)
-        with pytest.raises(ExportError, match="not kept"):
+        with pytest.raises(ExportError, match="deleted"):
             module.export(output, format_, overwrite=overwrite)
         assert contents(tmp_path) == before
         assert output.exists() == overwrite

@@ -398,7 +398,7 @@ REFUSED = {
 def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_written(tmp_path):
     fit(tmp_path, ("batch_end", 12))
     for field, options in REFUSED.items():
-        with pytest.raises(UserError, match=rf"^[^:]*{field}\b.*(: expected| must be )"):
+        with pytest.raises(UserError, match=rf"^[^:]*{field}\b"):
             fit(tmp_path / "other", ckpt_path=last(tmp_path), **options())
     assert not list((tmp_path / "other").rglob("*.ckpt"))
 

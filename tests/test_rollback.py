@@ -97,7 +97,7 @@ def test_init_chain_merges_what_the_chain_holds(tmp_path):
         assert len(module.chain) == expected
         torch.testing.assert_close(module.model(x), first.merged_model(expected)(x))
         assert torch.equal(module.merged_model(0)[0].weight, first.merged_model(0)[0].weight)
-    with pytest.raises(UserError, match=r"^links: .* received 5$"):
+    with pytest.raises(UserError, match=r"^links: .* got 5$"):
         make(init_chain=str(path), init_links=5).configure_model()
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
             for layer in lora_layers(loaded.model).values():
                 assert layer.lora_A.any()
                 assert bool(layer.lora_B.any()) == (links == 4)
-    with pytest.raises(UserError, match=r"^links: .* received 5"):
+    with pytest.raises(UserError, match=r"^links: .* got 5"):
         WithHead.load_from_checkpoint(path, links=5)
 
 

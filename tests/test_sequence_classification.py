@@ -57,7 +57,7 @@ def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_
     assert {names[id(p)] for p in head["params"]} == {name for name in names.values() if name.startswith("classifier.")}
     assert chain is None or (module.link == 1 and all(".lora_" in names[id(p)] for p in others["params"]))
     causal = COLACausalLM(tiny.folder(tmp_path / "opt", "opt"), rank=2, modules_to_save_lr=1e-3)
-    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: expected modules_to_save with it"):
+    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: needs model\.modules_to_save"):
         trainer(tmp_path, max_steps=1).fit(causal, datamodule=tiny.reviews())
 
 
@@ -237,7 +237,7 @@ def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path,
         lambda: COLASequenceClassifier.load_from_checkpoint(path, **order).configure_model(),
         lambda: trainer(tmp_path, max_steps=1).fit(classifier(tmp_path, **order, init_chain=str(path)), datamodule=data),
     ):
-        with pytest.raises(UserError, match=r"model\.label_names: expected \['great', .*\], on which the chain was trained"):
+        with pytest.raises(UserError, match=r"model\.label_names: must be \['great', .*\], on which the chain was trained"):
             use()
 
 

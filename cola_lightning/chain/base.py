@@ -110,9 +110,9 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
         where = f"in {' and '.join(received.dtypes)} and not in {' and '.join(expected.dtypes)}"
     if where is not None:
         raise UserError(
-            f"base: expected the one on which the chain was trained, {expected}, received another, {received}, {where}: "
-            "the same model, revision, seed and target_modules are needed, and a build_model that makes the same base again "
-            "(it may draw from the global generators, which are seeded for it); or save_base: true in training"
+            f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
+            "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
+            "generators, which are seeded for it), or train with save_base: true"
         )
 
 
@@ -136,7 +136,7 @@ def check_same_labels(expected: BaseIdentity, received: BaseIdentity) -> None:
     """
     theirs, mine = expected.labels, received.labels
     if None not in (theirs, mine) and theirs != mine:
-        raise UserError(f"model.label_names: expected {theirs}, on which the chain was trained, received {mine}")
+        raise UserError(f"model.label_names: must be {theirs}, on which the chain was trained, got {mine}")
 
 
 def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
@@ -150,8 +150,8 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
         UserError: naming a layer that only one of them adapts.
     """
     if alone := sorted(set(expected) ^ set(received)):
-        how = "with" if alone[0] in received else "without"
-        raise UserError(f"model.target_modules: expected the chain's layers, received others, {how} {alone[0]!r}")
+        missing = "the chain" if alone[0] in received else "this module"
+        raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
 
 
 def check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
@@ -163,4 +163,4 @@ def check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Ten
     for name in sorted(expected.keys() | received.keys()):
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
         if theirs != ours:
-            raise UserError(f"model: expected the checkpoint's base, with {name!r} of shape {theirs}, received {ours}")
+            raise UserError(f"model: {name!r} has shape {theirs} in the checkpoint's base, but {ours} here")

@@ -21,7 +21,7 @@ from cola_lightning.writing import atomic_folder
 def check_links(links: int, total: int) -> None:
     """Refuses a number of links that a chain of ``total`` links does not have."""
     if not 0 <= links <= total:
-        raise UserError(f"links: expected 0 to {total}, the length of the chain, received {links}")
+        raise UserError(f"links: must be between 0 and {total}, the length of the chain, got {links}")
 
 
 @dataclass(repr=False)

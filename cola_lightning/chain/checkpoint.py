@@ -67,9 +67,7 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
         if weights_only and isinstance(error, pickle.UnpicklingError):
             reason += "; weights_only=False reads one that holds objects, if you trust it"
-        raise UserError(
-            f"{field}: expected a checkpoint file, received {name_of(source)!r}, which cannot be read ({reason})"
-        ) from error
+        raise UserError(f"{field}: {name_of(source)!r} cannot be read as a checkpoint ({reason})") from error
     return contents
 
 
@@ -114,7 +112,7 @@ class StoredState:
         start = prefix + STATE_PREFIX
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
-            raise UserError(f"{field}: expected one of a COLA module, received {name!r}, which holds no chain")
+            raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
         links, base, facts = unpack(packed, name)
         return cls(Chain(links, base), facts)
 
@@ -170,8 +168,8 @@ def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
     """
     if arguments["not_plain"]:
         raise UserError(
-            f"checkpoint: expected a {arguments['class_path']} made with plain arguments, received one whose "
-            f"{arguments['not_plain'][0]!r} is not plain: load it in Python, and call its {method}()"
+            f"checkpoint: {arguments['not_plain'][0]!r} of {arguments['class_path']} is not a plain value. Load the checkpoint "
+            f"in Python, and call {method}() of the module"
         )
 
 
@@ -221,9 +219,6 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
             what = "an adapter holds the last link's trained modules alone (model.modules_to_save)"
             log.warning("%s: %s: with %d of its %d links they begin as in the base", field, what, links, len(chain))
     else:
-        what = "holds none of these" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"{field}: expected a run's folder, a checkpoint, a chain folder or a PEFT adapter, received {str(path)!r}, which "
-            f"{what}"
-        )
+        what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
+        raise UserError(f"{field}: {str(path)!r} {what}")
     return chain if links is None else chain.truncate(links)

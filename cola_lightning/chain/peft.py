@@ -50,7 +50,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         return {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         what = f"a file that cannot be read ({one_line(str(error))})"
-        raise UserError(f"adapter: expected {CONFIG_NAME} of PEFT in {str(folder)!r}, received {what}") from error
+        raise UserError(f"adapter: {CONFIG_NAME} in {str(folder)!r} is {what}") from error
 
 
 def read_adapter(folder: str | Path) -> Chain:
@@ -65,7 +65,7 @@ def read_adapter(folder: str | Path) -> Chain:
     config = adapter_config(folder)
     for name, value in config.items():
         if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
-            raise UserError(f"adapter: expected an ordinary LoRA in {str(folder)!r}, received one with {name} {value!r}")
+            raise UserError(f"adapter: {str(folder)!r} is not an ordinary LoRA: it has {name} {value!r}")
     try:
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
@@ -75,9 +75,7 @@ def read_adapter(folder: str | Path) -> Chain:
     except (*DAMAGE, RecursionError, re.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"adapter: expected a whole LoRA of PEFT in {str(folder)!r}, received a damaged one ({one_line(repr(error))})"
-        ) from error
+        raise UserError(f"adapter: the LoRA in {str(folder)!r} is damaged ({one_line(repr(error))})") from error
 
 
 def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> Link:
@@ -93,7 +91,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     unknown += [name for name, (lora_A, lora_B) in pairs.items() if len(lora_A) != lora_B.shape[1]]  # of groups
     if not pairs or unknown:
         raise UserError(
-            f"adapter: expected the factors of linear layers and convolutions in {where}, received {(unknown or ['none'])[0]!r}"
+            f"adapter: {where} may contain factors of linear layers and convolutions only, got {(unknown or ['none'])[0]!r}"
         )
     scaled = {}
     for name, pair in pairs.items():

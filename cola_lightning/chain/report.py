@@ -174,7 +174,7 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
         UserError: if there is no link, or if the path is not a ``.png`` file.
     """
     if not reports or path.suffix.lower() != ".png":
-        raise UserError(f"plot: expected a .png file, and at least one link, received {str(path)!r} and {len(reports)} links")
+        raise UserError(f"plot: needs a .png file and at least one link, got {str(path)!r} and {len(reports)} links")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -116,21 +116,21 @@ class ChainSchedule:
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UserError(f"chain: expected at most one of {', '.join(KNOT_OPTIONS)}, received {' and '.join(given)}")
+            raise UserError(f"chain: {' and '.join(given)} cannot be combined. Use at most one of {', '.join(KNOT_OPTIONS)}")
         for name in ("every_n_epochs", "every_n_train_steps", "knots", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"chain.{name}: expected a whole number of at least 1, received {getattr(self, name)}")
+                raise UserError(f"chain.{name}: must be at least 1, got {getattr(self, name)}")
         knots, name = self.at_epochs or self.at_steps or (), "at_epochs" if self.at_epochs else "at_steps"
         if any(b <= a for a, b in itertools.pairwise((0, *knots))):
-            raise UserError(f"chain.{name}: expected an increasing list of whole numbers from 1, received {list(knots)}")
+            raise UserError(f"chain.{name}: must increase, from 1 on, got {list(knots)}")
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
         if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
-            raise UserError(f"chain.until: expected a share between 0 and 1, with chain.knots, received {self.until:g}")
+            raise UserError(f"chain.until: must be between 0 and 1, and needs chain.knots, got {self.until:g}")
         if not all(rank >= 1 and rank % 1 == 0 for rank in self.ranks or ()):
-            raise UserError(f"chain.ranks: expected whole numbers from 1, received {self.ranks}")
+            raise UserError(f"chain.ranks: must be whole numbers from 1, got {self.ranks}")
         if not all(0 < alpha < math.inf for alpha in self.alphas or ()):
-            raise UserError(f"chain.alphas: expected numbers above 0, received {self.alphas}")
+            raise UserError(f"chain.alphas: must be positive, got {self.alphas}")
 
     @property
     def has_knots(self) -> bool:
@@ -184,7 +184,7 @@ class ChainSchedule:
         if self.knots is None:
             return self
         if run.end_step == math.inf:
-            raise UserError("chain.knots: expected a run of known length (trainer.max_steps), received one without an end")
+            raise UserError("chain.knots: needs to know how long the run is. Set trainer.max_steps or trainer.max_epochs")
         knots = {round(self.until * run.end_step * k / self.knots) for k in range(1, self.knots + 1)}
         return replace(self, knots=None, until=UNTIL, at_steps=sorted(knots - {0}))  # fewer, in a short trial run
 

@@ -40,8 +40,8 @@ def check_version(version: Any, where: str) -> None:
     """
     if version != VERSION or type(version) is not int:
         raise UserError(
-            f"chain: expected format version {VERSION}, which this release of cola_lightning reads, received "
-            f"{'none' if version is None else repr(version)} in {where}"
+            f"chain: this release of cola_lightning reads format version {VERSION}, but {where} has "
+            f"{'none' if version is None else repr(version)}"
         )
 
 
@@ -163,7 +163,7 @@ def write_files(links: Sequence[Link], base: BaseIdentity, folder: Path) -> None
 def read_files(folder: Path) -> Chained:
     """The links of a chain folder and their base; see :meth:`~cola_lightning.chain.Chain.load`."""
     if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
-        raise UserError(f"chain: expected a folder with {JSON_NAME} and {TENSORS_NAME}, received {str(folder)!r}")
+        raise UserError(f"chain: {str(folder)!r} has no {JSON_NAME} and {TENSORS_NAME}")
     try:
         description = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
         check_version(description["format_version"], str(folder / JSON_NAME))
@@ -174,7 +174,7 @@ def read_files(folder: Path) -> Chained:
     except DAMAGE as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"chain: expected a whole chain in {str(folder)!r}, received a damaged one ({error!r})") from error
+        raise UserError(f"chain: the chain in {str(folder)!r} is damaged ({error!r})") from error
 
 
 def _sha256_of_json(description: Mapping[str, Any]) -> str:

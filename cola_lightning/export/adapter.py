@@ -21,7 +21,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
 from cola_lightning.lora.experts import is_experts
-from cola_lightning.lora.inject import is_linear, lies_in
+from cola_lightning.lora.inject import is_linear, is_within
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.linear4bit import dequantize
 from cola_lightning.seeding import derive_seed, seeded
@@ -87,7 +87,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         base = AdapterBase(model, module.base_name, module.lora_config.modules_to_save, "module.merged_model(0)")
     else:
         what = f"{type(module).__name__}, whose base is not loaded by transformers"
-        raise UserError(f"base_folder: expected none for a {what}, received {str(options.base_folder)!r}")
+        raise UserError(f"base_folder: is not used for a {what}")
     factors, lines = concatenate(chain), []
     rank = total = sum(link.rank for link in chain.links)
     if options.max_rank is not None and options.max_rank < total:
@@ -147,7 +147,7 @@ def _named_base(
     whole = module.lora_config.modules_to_save
     saved = [*whole, *pretrained.new_modules(base, module.new_weights), *(in_4_bits if folder else ())]
     trained, wide = base.state_dict(), next(base.parameters()).dtype
-    known = {name: value for name, value in trained.items() if lies_in(name, saved)} | (adapted.base_weights or {})
+    known = {name: value for name, value in trained.items() if is_within(name, saved)} | (adapted.base_weights or {})
     digests = {name: digest_of(value) for name, value in trained.items()}
     if folder is not None:
         if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
@@ -171,13 +171,13 @@ def _named_base(
         found = next((one for one in rounded if digest_of(one) == digests.get(name)), None)
         different += [name] if found is None else []
         value.copy_(known.get(name, value) if found is None else found)
-    if different := [name for name in different if not lies_in(name, [*saved, *in_4_bits])]:
+    if different := [name for name in different if not is_within(name, [*saved, *in_4_bits])]:
         raise UserError(
-            f"format: expected merged, for the base of {type(module).__name__} is not {pretrained.name!r}: {different[0]!r} "
-            "differs, and an adapter is put on the base that it names; received peft"
+            f"format: peft cannot be used, because the base of {type(module).__name__} is not {pretrained.name!r}, which the "
+            f"adapter would name: {different[0]!r} differs. Use merged"
         )
     if expected is not None:
-        how = f"expected --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
+        how = f"use --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
         expected.compare(named, how)
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
     given |= {"revision": pretrained.revision} if pretrained.revision else {}
@@ -258,7 +258,7 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
         is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
         if (is_convolution and set(layer.dilation) != {1}) or not (is_convolution or is_linear(layer)):
             what = f"PEFT has no LoRA, or another, for {name!r}, a {layer}"
-            raise UserError(f"format: expected merged, for {what}; received peft")
+            raise UserError(f"format: {what}. Use merged")
         if is_convolution:
             size = layer.kernel_size
             weights[name] = lora_A.reshape(-1, layer.in_channels, *size), lora_B[(..., *[None] * len(size))]
@@ -320,7 +320,5 @@ def _values_saved(chain: Chain, base: nn.Module, saved: Sequence[str]) -> dict[s
     if changed := [
         name for name, value in trained.items() if name in state.keys() - values.keys() and not torch.equal(state[name], value)
     ]:
-        raise UserError(
-            f"format: expected merged, for training has changed {changed[0]!r}, which an adapter cannot hold; received peft"
-        )
+        raise UserError(f"format: training has changed {changed[0]!r}, which an adapter cannot store. Use merged")
     return values

@@ -31,8 +31,8 @@ def export_trained(module: Any, options: ExportOptions, prompt_format: Mapping[s
         return export_module(module, module.full_chain(), options)
     if module.is_sharded:  # to compare logits, every process would have to write
         raise UserError(
-            f"format: expected chain for a sharded model, received {options.format}: `cola export`, or "
-            "load_from_checkpoint in one process, exports it from a checkpoint"
+            f"format: a sharded model can only be exported as chain, got {options.format}. Use `cola export`, or "
+            "load_from_checkpoint in one process, on a checkpoint"
         )
     adapted = copy.copy(module.adapted)
     adapted.model = deep_copy(module.model, device="cpu").cpu()
@@ -69,7 +69,7 @@ def export_module(
     options.check(chain.base.name if named is None else named.model_name)
     if (options.format == "peft" and not chain.links) or (options.format == "chain" and not chain.base.weight_norms):
         raise UserError(
-            f"format: expected merged without links (model.target_modules: null, or links: 0), received {options.format}"
+            f"format: without links (model.target_modules: null, or links: 0) only merged can be exported, got {options.format}"
         )
     if adapted is None:
         return _export_chain(chain, options)
@@ -91,7 +91,7 @@ def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
         with loading_again():
             again = Chain.load(partial)
         if len(again) != len(chain) or not again.is_beginning_of(chain):
-            raise ExportError("the chain was loaded again with other factors than were written: it is not kept")
+            raise ExportError("the chain has other factors after loading it again, so the export was deleted")
         return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 
@@ -144,7 +144,7 @@ def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
     after = again.state_dict()
     if different := [name for name, digest in before.items() if digest_of(after[name]) != digest]:
-        raise ExportError(f"{different[0]!r} was loaded again with another value than was written")
+        raise ExportError(f"{different[0]!r} has another value after loading it again")
     if reference is None:
         return "loaded again, the weights are the same to the bit; no logits were compared, for no input is known"
     return reference.compare(again, "loaded again")

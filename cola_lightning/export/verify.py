@@ -63,17 +63,15 @@ class ExportOptions:
         of_formats = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
         for option, formats in of_formats.items():
             if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: expected --format {' or '.join(formats)} with it, received {self.format}")
+                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
-            raise UserError(f"max_rank: expected at least 1, received {self.max_rank}")
+            raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
         if self.format == "peft" and importlib.util.find_spec("peft") is None:
-            raise UserError("format: expected the package peft, received none: pip install peft")
+            raise UserError("format: needs the package peft: pip install peft")
         check_free(self.folder, overwrite=self.overwrite)
         path = Path(os.path.expanduser(source))
         if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(
-                f"output: expected a folder that does not hold the base or the checkpoint, received {str(self.folder)!r}"
-            )
+            raise UserError(f"output: {str(self.folder)!r} contains the base or the checkpoint. Choose another folder")
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def loading_again() -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # transformers raises the former for a file that lacks something, too
-        raise ExportError(f"the export could not be loaded again: it is not kept ({one_line(str(error))})") from error
+        raise ExportError(f"the export could not be loaded again, so it was deleted ({one_line(str(error))})") from error
 
 
 # ---------------------------------------------------------------------- logits
@@ -122,7 +120,7 @@ class ReferenceLogits:
         line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
         is_half = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in model.parameters())
         if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
-            raise ExportError(f"{line}: it is not kept")
+            raise ExportError(f"{line}. It was deleted")
         return line
 
 

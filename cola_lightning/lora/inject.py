@@ -155,7 +155,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.target_modules is None:
         return []
     if lora_layers(model):
-        raise UserError("model: expected a model without LoRA layers, received one that is adapted already")
+        raise UserError("model: it already has LoRA layers")
     with experts_as_layers(model, is_wanted=config.experts or config.target_modules != ALL_LINEAR):
         return _inject(model, config.target_modules, config)
 
@@ -170,7 +170,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     is_stacking = config.should_stack(layer.get_parameter("weight") for layer in targets.values())  # all of them, or none
     config = replace(config, finished_links="stack" if is_stacking else "merge")
     if inside := [name for name in names if is_inside(name, saved)]:
-        raise UserError(f"model.modules_to_save: expected modules that hold no target, received the target {inside[0]!r}")
+        raise UserError(f"model.modules_to_save: contains the target {inside[0]!r} (model.target_modules)")
 
     model.requires_grad_(False)
     for module in model.modules():
@@ -205,7 +205,7 @@ def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
     layers = lora_layers(model)
     lost = [name for name, layer in layers.items() if layer.has_begun or (layer.stack and layer.stack.rank)]
     if lost and not merge:
-        raise UserError(f"merge: expected True, for layer {lost[0]!r} has links that would be lost; received False")
+        raise UserError(f"merge: layer {lost[0]!r} has links that merge=False would discard")
     for layer in layers.values():
         dtype, stack = _base_dtype(layer), layer.stack
         if merge:
@@ -253,7 +253,7 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
             others.setdefault(type(module).__name__, name)
     passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
     if not names:
-        raise UserError(f"model.target_modules: expected linear layers for all-linear, received {passed_over or 'none'}")
+        raise UserError(f"model.target_modules: all-linear found no linear layers, but {passed_over or 'no matrices'}")
     if passed_over:
         hint = " (model.experts true adapts experts)" if any(map(is_experts, model.modules())) else ""
         log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s%s", passed_over, hint)
@@ -269,13 +269,13 @@ def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "mode
             try:
                 hits = [name for name in named if re.fullmatch(pattern, name)]
             except re.error as error:
-                raise UserError(f"{field}: expected a regular expression, received {pattern!r}: {error}") from error
+                raise UserError(f"{field}: {pattern!r} is no regular expression: {error}") from error
         else:
             hits = [name for name in named if name == pattern or name.endswith(f".{pattern}")]
         if not hits:
             adaptable_first = sorted(named, key=lambda name: lora_class(named[name]) is None)
             near = nearest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in adaptable_first))
-            raise UserError(f"{field}: expected the name of a module of the model, received {pattern!r}{near}")
+            raise UserError(f"{field}: the model has no module {pattern!r}{near}")
         found.update(hits)
     return [name for name in named if name in found]
 
@@ -285,7 +285,7 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def lies_in(name: str, modules: Iterable[str]) -> bool:
+def is_within(name: str, modules: Iterable[str]) -> bool:
     """Whether a name lies in one of the modules, which are given by their names or dotted name endings."""
     return any(f".{module}." in f".{name}." for module in modules)
 
@@ -306,8 +306,7 @@ def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) ->
             field = "model.target_modules" if adapted else "model.modules_to_save"
             module = (adapted or trained)[0].rpartition(".")[0]
             raise UserError(
-                f"{field}: expected modules with weights of their own, received {module!r}, whose weight is shared "
-                f"({' = '.join(shared)})"
+                f"{field}: the weight of {module!r} is shared ({' = '.join(shared)}), so it cannot be trained alone"
             )
 
 
@@ -317,13 +316,13 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
     if found is None:
         kinds = [key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in _entries]
         raise UserError(
-            f"model.target_modules: expected layers of type {', '.join(kinds[:-1])} or {kinds[-1]} (register_lora_layer adds "
-            f"others), received {name!r}, which is a {type(layer).__name__}"
+            f"model.target_modules: {name!r} is a {type(layer).__name__}, but only layers of type {', '.join(kinds[:-1])} or "
+            f"{kinds[-1]} can be adapted (register_lora_layer adds others)"
         )
     if (reason := _obstacle(layer) or found.obstacle(layer)) is not None:
-        raise UserError(f"model.target_modules: expected layers to which a link can be added, received {name!r}, {reason}")
+        raise UserError(f"model.target_modules: a link cannot be added to {name!r}, {reason}")
     if config.finished_links == "merge" and is_quantized(layer):
-        raise UserError(f"model.finished_links: expected stack for the quantised weight of {name!r}, received merge")
+        raise UserError(f"model.finished_links: must be stack for the quantized weight of {name!r}, got merge")
     return found
 
 

@@ -14,8 +14,8 @@ def checkpoint_activations(model: Any) -> None:
     enable = _method(model, "enable")
     if enable is None:
         raise UserError(
-            "model.activation_checkpointing: expected a Hugging Face model, or a module that overrides "
-            f"checkpoint_activations, received a {type(model).__name__}"
+            f"model.activation_checkpointing: {type(model).__name__} is not a Hugging Face model. Override "
+            "checkpoint_activations of your module"
         )
     enable({"use_reentrant": False})
     model.disable_input_require_grads()  # needed by reentrant checkpointing alone; it would cost a gradient of the embeddings

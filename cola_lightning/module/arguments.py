@@ -175,7 +175,7 @@ def read_arguments(path: str | PathLike[str], cls: type) -> dict[str, Any]:
         ".yml": load_hparams_from_yaml,
     }
     if (read := reads.get(Path(path).suffix.lower())) is None or not Path(path).is_file():
-        raise UserError(f"hparams_file: expected a .csv, .yml or .yaml file, received {str(path)!r}")
+        raise UserError(f"hparams_file: {str(path)!r} must be a .csv, .yml or .yaml file that exists")
     return _of_class(cls, read(path))
 
 
@@ -234,4 +234,4 @@ def find_class(path: str) -> type:
     found = pydoc.locate(path)
     if isinstance(found, type):
         return found
-    raise UserError(f"checkpoint: expected its module's class to be importable from here, received {path!r}, which is not")
+    raise UserError(f"checkpoint: the class of its module, {path!r}, cannot be imported from here")

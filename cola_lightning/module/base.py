@@ -81,7 +81,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
         Returns:
             The base, with its pretrained weights; its target layers are then adapted in place.
         """
-        raise UserError(f"model: expected a class with a build_model() that returns its base, received {type(self).__name__}")
+        raise UserError(f"model: {type(self).__name__} needs a build_model() that returns its base")
 
     def checkpoint_activations(self) -> None:
         """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
@@ -207,8 +207,8 @@ class AdaptedModule(LightningModule, RecordsArguments):
         self._ensure_model()
         if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
             raise UserError(
-                "model: expected what build_model() returned, received another that was assigned to self.model: "
-                f"{type(self.model).__name__} (a wrapper goes into build_model; model.compile: true compiles in place)"
+                f"model: a {type(self.model).__name__} was assigned to self.model, in place of what build_model() returned. A "
+                "wrapper belongs into build_model; model.compile: true compiles in place"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
             self.adapted.trained.remember()
@@ -245,8 +245,8 @@ class AdaptedModule(LightningModule, RecordsArguments):
         trainer = trainer_of(self)
         if trainer is not None and trainer.lightning_module not in (None, self):
             raise UserError(
-                f"{type(self).__name__}: expected to be the Trainer's own module, received one inside a "
-                f"{type(trainer.lightning_module).__name__}: AdaptedModel is made for that"
+                f"{type(self).__name__}: cannot be used inside a {type(trainer.lightning_module).__name__}. Use an "
+                "AdaptedModel there"
             )
         self._is_making = True
         try:

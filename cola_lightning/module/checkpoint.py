@@ -124,7 +124,7 @@ def load_module(
             log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
     module = cls(**stored_arguments(cls, recorded) | given)
     if strict and not module.strict_loading:
-        raise UserError(f"strict: expected None or False, as {cls.__name__}.strict_loading is False, received True")
+        raise UserError(f"strict: cannot be True, because {cls.__name__}.strict_loading is False")
     run_of(module).pending = opened
     module.make_model()
     module.on_load_checkpoint(checkpoint)

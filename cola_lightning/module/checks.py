@@ -24,8 +24,8 @@ def check_one_seed(seed: int | None) -> None:
     """
     if len(seeds := set(layout.gather_objects(seed))) > 1:
         raise UserError(
-            "model.seed: expected a number, or seed_everything, for a model that is accessed before processes are joined, "
-            f"each of which drew its own; received null and {len(seeds)} processes"
+            "model.seed: set it, or seed_everything. The model was accessed before the processes were joined, so they drew "
+            f"{len(seeds)} different seeds"
         )
 
 
@@ -46,8 +46,8 @@ def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
         return True
     if is_requested:
         raise UserError(
-            "model.rank, model.alpha, chain.ranks, chain.alphas: expected the rank and alpha with which link "
-            f"{adapted.link} has been trained, {adapted.live}, received {planned}"
+            f"model.rank, model.alpha, chain.ranks, chain.alphas: link {adapted.link} has been trained with {adapted.live}, "
+            f"and cannot go on with {planned}"
         )
     return False
 
@@ -113,8 +113,8 @@ def check_frozen(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
     """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
     if schedule.has_knots and (trained := [name for name, layer in adapted.layers.items() if layer.weight.requires_grad]):
         raise UserError(
-            f"model: expected frozen weights under a chain, received a trainable one in the adapted layer {trained[0]!r} (of "
-            "LightningModule.unfreeze, say)"
+            f"model: the base weight of layer {trained[0]!r} is trainable, but a chain needs it frozen. Did you call "
+            "unfreeze()?"
         )
 
 
@@ -123,8 +123,8 @@ def check_whole_windows(trainer: Trainer) -> None:
     done, window = trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches
     if done % max(1, window) and done != trainer.num_training_batches:
         raise UserError(
-            f"trainer.accumulate_grad_batches: expected a divisor of {done}, the batches of its epoch that the checkpoint has "
-            f"completed, received {window}"
+            f"trainer.accumulate_grad_batches: must divide {done}, the number of batches of the epoch before the checkpoint, "
+            f"got {window}"
         )
 
 

@@ -78,19 +78,19 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
     is_sharded = module.is_made and layout.is_model_sharded(module.model)
     if module.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
         raise UserError(
-            "trainer.strategy: expected a new module, for FSDP's wrappers are not made twice, and FSDP2's shards fit no other "
-            f"strategy: {type(module).__name__}.load_from_checkpoint makes one; received one that a strategy has sharded"
+            "trainer.strategy: this module has already been sharded. Load a new one with "
+            f"{type(module).__name__}.load_from_checkpoint"
         )
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
     if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
         raise UserError(
-            f"trainer.strategy: expected data_parallel_size: {mesh.size()} and tensor_parallel_size: 1, for adapted layers are "
-            f"sharded, and not split by tensor parallelism; received tensor_parallel_size {n_tensor}"
+            f"trainer.strategy: tensor parallelism is not supported, got tensor_parallel_size {n_tensor}. Use "
+            f"data_parallel_size {mesh.size()} and tensor_parallel_size 1"
         )
     if isinstance(strategy, FSDPStrategy) and module.lora_config.target_modules is None:
         raise UserError(
-            "trainer.strategy: expected ModelParallelStrategy (FSDP2) or ddp for full fine-tuning (model.target_modules is "
-            "null), received fsdp"
+            "trainer.strategy: fsdp does not work with full fine-tuning (model.target_modules is null). Use "
+            "ModelParallelStrategy (FSDP2) or ddp"
         )
 
 
@@ -112,9 +112,7 @@ def shard_module(strategy: Strategy, module: Any) -> None:
     if not shards(strategy):
         return
     if is_quantized_model(module.model):
-        raise UserError(
-            "trainer.strategy: expected ddp, or one device, for a base in 4 bits, received one that shards its parameters"
-        )
+        raise UserError("trainer.strategy: a 4-bit base cannot be sharded. Use ddp or one device")
     if isinstance(strategy, FSDPStrategy):
         if not module.is_wrapped_by_fsdp1:
             _configure_fsdp1(strategy, module)

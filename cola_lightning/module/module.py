@@ -112,7 +112,7 @@ class COLAModule(AdaptedModule):
         config = LoRAConfig(**lora)
         check_seed("model.seed", seed)
         if init_links is not None and init_chain is None:
-            raise UserError(f"model.init_links: expected null, or model.init_chain with it, received {init_links} alone")
+            raise UserError("model.init_links: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         schedule = ChainSchedule(default_rank=int(config.rank), default_alpha=float(config.alpha))
         seed = None if seed is None else int(seed)
@@ -344,7 +344,7 @@ class COLAModule(AdaptedModule):
         names = super().load_state_dict(state_dict, strict=False, assign=assign)
         if strict and (names.missing_keys or names.unexpected_keys):
             raise StateDictError(
-                "checkpoint: expected values for all that this module trains, and for nothing else. Missing key(s) in "
+                "checkpoint: it must contain what this module trains, and nothing else. Missing key(s) in "
                 f"state_dict: {sorted(names.missing_keys)}. Unexpected key(s) in state_dict: {sorted(names.unexpected_keys)}"
             )
         return names
@@ -400,9 +400,7 @@ class COLAModule(AdaptedModule):
         Raises:
             UserError: always; it says what to script.
         """
-        raise UserError(
-            "to_torchscript: expected a plain model, received a COLAModule: torch.jit.script(module.merged_model())"
-        )
+        raise UserError("to_torchscript: a COLAModule cannot be scripted. Use torch.jit.script(module.merged_model())")
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.

@@ -20,7 +20,7 @@ from typing_extensions import override
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import FitPosition, LRSchedule, RunLength, lr_factor, warmup_length
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import lies_in
+from cola_lightning.lora.inject import is_within
 from cola_lightning.module.run import Run, trainer_of
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class LinkOptimization:
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept_optimizer_state <= 1:
-            raise UserError(f"model.kept_optimizer_state: expected a share from 0 to 1, received {self.kept_optimizer_state}")
+            raise UserError(f"model.kept_optimizer_state: must be between 0 and 1, got {self.kept_optimizer_state}")
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit."""
@@ -110,7 +110,7 @@ class LinkOptimization:
         try:
             optimizer = self.make_optimizer(groups)
         except ValueError as error:  # an optimizer's own message for a mistyped value
-            raise UserError(f"model.optimizer: expected values that it takes, received: {error}") from error
+            raise UserError(f"model.optimizer: {error}") from error
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
         # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -136,10 +136,10 @@ class LinkOptimization:
         """The trained parameters: in one group, or in two if fully trained modules have their own learning rate."""
         if self.modules_to_save_lr is None:
             return [p for _, p in trained]
-        is_saved = {name: lies_in(name, modules_to_save) for name, _ in trained}
+        is_saved = {name: is_within(name, modules_to_save) for name, _ in trained}
         others, saved = ([p for name, p in trained if is_saved[name] is wanted] for wanted in (False, True))
         if not saved:
-            raise UserError("model.modules_to_save_lr: expected modules_to_save with it, received none")
+            raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
         return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _lr_factor(self, step: int) -> float:
@@ -177,7 +177,7 @@ class LinkOptimization:
         for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
             shortest = min(links, default=math.inf)
             if shortest < steps:
-                raise UserError(f"model.{name}: expected at most {shortest}, the shortest link's steps, received {steps:g}")
+                raise UserError(f"model.{name}: must be at most {shortest}, the steps of the shortest link, got {steps:g}")
 
     def check_without_horizon(self, run: RunLength) -> None:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
@@ -193,14 +193,13 @@ class LinkOptimization:
         of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
         if of_length and (missing or self.schedule_scope == "link"):
             raise UserError(
-                f"model.lr_schedule: expected {' and '.join(missing)}, as the length of the run or of its links is not known "
-                f"beforehand, or constant with model.warmup_steps in steps; received {self.lr_schedule} with warmup_steps "
-                f"{self.warmup_steps:g}"
+                f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
+                "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
             )
         if 0 < self.knot_warmup_steps < 1:
             raise UserError(
-                "model.knot_warmup_steps: expected a number of steps, as the length of a link is not known beforehand, "
-                f"received the share {self.knot_warmup_steps:g}"
+                "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
+                f"{self.knot_warmup_steps:g}"
             )
 
     def begin_link(self, module: LightningModule, adapted: AdaptedModel, start: FitPosition) -> None:
@@ -229,8 +228,8 @@ class LinkOptimization:
                 add_groups_of(old, new)
         if is_fitting and any(new is old for new in trainer.optimizers for old in before):  # its moments would outlive the link
             raise UserError(
-                "configure_optimizers: expected a new optimizer from each call, one for each link, received the same twice (of "
-                "LightningCLI's optimizer there is one: model.optimizer makes as many as there are links)"
+                "configure_optimizers: must return a new optimizer for each link, but returned the same one twice. On the "
+                "command line, use model.optimizer and not LightningCLI's optimizer"
             )
         if is_fitting and self.kept_optimizer_state:
             for old, new in zip(before, trainer.optimizers, strict=True):
@@ -326,8 +325,8 @@ def refuse_state(optimizer: Optimizer, factors: Container[int]) -> None:
                 continue
             if value.shape != parameter.shape or not value.is_floating_point():
                 raise UserError(
-                    f"model.kept_optimizer_state: expected 0 or 1 with {type(optimizer).__name__}, whose {name} has other "
-                    "values than a number for each entry of a factor"
+                    f"model.kept_optimizer_state: must be 0 or 1 with {type(optimizer).__name__}, because its {name} is not a "
+                    "number for each entry of a factor"
                 )
 
 

@@ -212,24 +212,23 @@ def _check_same_choices(module: AdaptedModule, state: StoredState) -> None:
     mine, schedule, facts = module.adapted.cast_dtype, run_of(module).schedule, state.facts
     if _dtype_of(module, state) != mine:
         raise UserError(
-            f"trainer.precision, model.finished_links: expected those that cast adapted weights to {facts['dtype']}, as in the "
-            f"checkpoint's run, received {module.trainer.precision} and {module.lora_config.finished_links}, which cast them "
-            f"to {str(mine).removeprefix('torch.')}"
+            f"trainer.precision, model.finished_links: {module.trainer.precision} and {module.lora_config.finished_links} cast "
+            f"adapted weights to {str(mine).removeprefix('torch.')}, but in the checkpoint's run they had {facts['dtype']}"
         )
     if (seed := run_of(module).given_seed) not in (None, facts["seed"]):
-        raise UserError(f"model.seed, or seed_everything: expected {facts['seed']}, the checkpoint's, received {seed}")
+        raise UserError(f"model.seed, or seed_everything: must be {facts['seed']} as in the checkpoint, got {seed}")
     if module.init_chain is not None and module.init_chain_source != facts["init_chain_source"]:
         raise UserError(
-            "model.init_chain: expected null or what the checkpoint's run began from, with as many links, "
-            f"{facts['init_chain_source']}, received {module.init_chain_source}"
+            f"model.init_chain: the checkpoint's run began from {facts['init_chain_source']}, and not from "
+            f"{module.init_chain_source}. Leave it out"
         )
     if facts["has_knots"] and not schedule.has_knots:
-        raise UserError("chain: expected a chain with knots, as the run that wrote the checkpoint had, received none")
+        raise UserError("chain: the run that wrote the checkpoint had knots, so this one needs them too")
     planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(facts["scheduled"]))]
     if facts["live"] is not None and planned != facts["scheduled"]:
         raise UserError(
-            "model.rank, model.alpha, chain.ranks, chain.alphas: expected the ranks and alphas of the checkpoint's run, "
-            f"{facts['scheduled']}, one pair for each link, received {planned}"
+            "model.rank, model.alpha, chain.ranks, chain.alphas: the links of the checkpoint's run had the ranks and alphas "
+            f"{facts['scheduled']}, and here they have {planned}"
         )
 
 
