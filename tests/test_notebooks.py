@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-PICTURES = {"anatomy_of_a_chain": 5, "quickstart": 4, "your_own_module": 3}
+PICTURES = {"anatomy_of_a_chain": 5, "quickstart": 4, "research": 1, "your_own_module": 3}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jupyter's own packages
