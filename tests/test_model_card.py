@@ -190,7 +190,7 @@ def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny_package", raising=False)
     packaged = tiny.three_links(COLACausalLM("package:tiny_package", **ARGUMENTS))
-    with pytest.raises(UserError, match=r"^base_folder: needed for 'package:tiny_package', which peft cannot load"):
+    with pytest.raises(UserError, match=r"^base_folder must be given: peft cannot load 'package:tiny_package'"):
         packaged.export(tmp_path / "alone", "peft")
     written = tmp_path / "written"
     assert str(written) in packaged.export(tmp_path / "out", "peft", base_folder=written)[-2]

@@ -27,10 +27,9 @@ class ChainProgressBar(RichProgressBar):
     def total_train_batches(self) -> int | float:
         """This epoch's batches in all. Lightning's own number leaves out those before a resume, and takes steps for batches."""
         trainer, n_batches, window = self.trainer, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if trainer.max_steps < 0:
-            return n_batches
+        n_steps = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else n_batches
         done = (trainer.fit_loop.batch_idx + 1) % n_batches // window * window  # of an epoch that is over: 0
-        return min(n_batches, done + (trainer.max_steps - trainer.global_step) * window)
+        return min(n_batches, done + n_steps * window)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:

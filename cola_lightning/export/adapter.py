@@ -75,9 +75,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     from peft import PeftModel
 
     if options.base_folder is None and module.named_base is not None and not module.named_base.is_found_by_name:
-        raise UserError(
-            f"base_folder: needed for {module.base_name!r}, which peft cannot load by that name: the base is written there"
-        )
+        raise UserError(f"base_folder must be given: peft cannot load {module.base_name!r} by its name, only from a folder")
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
     if module.named_base is not None:
