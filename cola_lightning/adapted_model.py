@@ -31,7 +31,7 @@ from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_mode
 from cola_lightning.merge import merge
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.trained import TrainedValues, base_weights
-from cola_lightning.weights import cast_floats
+from cola_lightning.weights import cast_floats, free
 
 
 class Placement(NamedTuple):
@@ -464,7 +464,7 @@ class AdaptedModel:
         else:
             extras = self.trained.copies() if links == total else added[-1].extras if added else {}
             if in_place:
-                self.model.to("meta")
+                free(self.model)
             model = self.rebuild_base().train(is_training)
             if links and is_narrowed:
                 cast_floats(model, self.cast_dtype)

@@ -1,7 +1,9 @@
 """Copies and casts of whole models."""
 
 import copy
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,3 +66,13 @@ def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False
         return tensor.to(dtype) if is_cast else tensor
 
     model._apply(cast)  # type: ignore[no-untyped-call]
+
+
+def free(model: nn.Module) -> None:
+    """Frees the memory of a model that is not needed any more, whoever still refers to it.
+
+    glibc keeps what is freed for later tensors of that size; a model that is then loaded from a file does not use it.
+    """
+    model.to("meta")
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -25,7 +25,7 @@ from cola_lightning.lora.inject import is_linear, is_within
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.linear4bit import dequantize
 from cola_lightning.seeding import derive_seed, seeded
-from cola_lightning.weights import cast_floats
+from cola_lightning.weights import cast_floats, free
 from cola_lightning.writing import atomic_folder
 
 # Names of layers that PEFT, beside experts, takes for those that transformers 4 had for each expert.
@@ -155,7 +155,7 @@ def _named_base(
                 module.tokenizer.save_pretrained(partial)
         pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
     del trained
-    base.to("meta")  # the end of it
+    free(base)
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
         named, new_weights = pretrained.model_and_new_weights(getattr(transformers, module.auto_class), **fields)
     saved = [*whole, *pretrained.new_modules(named, new_weights)]
