@@ -2,7 +2,7 @@
 
 ``python benchmarks/exports.py`` takes six steps of the quickstart, with a link for every two, and exports the checkpoint as a
 merged model and as an adapter, each in a new process, whose peak of resident memory it prints next to that of a process that
-only loads the model. It takes about three minutes on one core.
+only loads the model. It takes about six minutes on one core.
 """
 
 import subprocess
