@@ -21,7 +21,7 @@ from cola_lightning.chain.base import (
     describe_base,
 )
 from cola_lightning.chain.chain import check_links
-from cola_lightning.chain.link import add_links, begin_link, record_link
+from cola_lightning.chain.link import add_links, begin_link, own_values, record_link
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.chain.store import pack, unpack
 from cola_lightning.errors import UserError
@@ -107,6 +107,7 @@ class AdaptedModel:
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
+        self._live: tuple[int, float] | None = None
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
 
@@ -131,8 +132,7 @@ class AdaptedModel:
     @property
     def live(self) -> tuple[int, float] | None:
         """Rank and alpha of the current link; None for a model without links."""
-        layer = next(iter(self.layers.values()), None)
-        return None if layer is None else (layer.rank, layer.alpha)
+        return self._live
 
     @property
     def cast_dtype(self) -> torch.dtype:
@@ -176,12 +176,24 @@ class AdaptedModel:
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
         rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
+        self._live = rank, alpha
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
-    def resume_link(self, rank: int, alpha: float) -> None:
-        """Sets the layers' rank and alpha for a link whose factors are loaded separately."""
+    def resume_link(self, link: Link) -> None:
+        """Sets the layers' rank and alpha for a link whose factors are loaded separately.
+
+        Raises:
+            UserError: if a layer would have another rank or scaling in it.
+        """
+        self._live = link.rank, link.alpha
         for layer in self.layers.values():
-            layer.rank, layer.alpha = int(rank), float(alpha)
+            layer.rank, layer.alpha = layer.values_in(*self._live)
+        if (mine := own_values(self.layers, *self._live)) != link.own_values:
+            name = min(name for name, _ in mine.items() ^ link.own_values.items())
+            raise UserError(
+                f"model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain; here {name!r} has "
+                "another rank or scaling"
+            )
 
     def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
@@ -193,8 +205,9 @@ class AdaptedModel:
             UserError: for a model without links.
         """
         self.check_next(None)
+        assert self._live is not None
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return record_link(self.layers, index=self.link, extras=self.trained.copies(), **metadata)
+        return record_link(self.layers, *self._live, index=self.link, extras=self.trained.copies(), **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
@@ -225,7 +238,7 @@ class AdaptedModel:
         """Refuses a model without links, and a rank for the next link that is above theirs (None: not given)."""
         if not self.layers:
             raise UserError("model.target_modules: a link needs layers to adapt, got null")
-        largest = min(layer.max_rank for layer in self.layers.values())
+        largest = self.config.rank
         if rank is not None and rank not in range(1, largest + 1):
             raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
 
@@ -257,6 +270,7 @@ class AdaptedModel:
         live = chain.links[-1]
         self.go_to(chain.truncate(live.index))
         self.begin_link(live.rank, live.alpha)
+        self.resume_link(live)
         with torch.no_grad():
             for name, layer in self.layers.items():
                 for mine, stored in zip(layer.factors, live.factors[name], strict=True):

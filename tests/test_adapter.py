@@ -117,7 +117,7 @@ def test_a_module_that_begins_with_an_adapter_gives_pefts_logits_and_goes_on(tmp
         assert difference(link.delta(name), delta.T if part.fan_in_fan_out else delta) <= 1e-6
     largest = 5 if "rank_pattern" in fields else 3
     assert {A.shape[0] for A, _ in link.factors.values()} == {B.shape[1] for _, B in link.factors.values()} == {largest}
-    assert (link.rank, link.scaling, link.index, link.extras) == (largest, 1.0, 0, {})
+    assert (link.rank, link.own_values, link.index, link.extras) == (largest, {}, 0, {})
 
     expected, module = tiny.logits(model), module_from(tmp_path, architecture)
     assert difference(tiny.logits(module.merged_model(0)), expected) > 1e-2

@@ -223,6 +223,7 @@ REFUSALS = {
         ({"seed": 2**32}, r"model\.seed"),
         ({"finished_links": "merged"}, r"model\.finished_links"),
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
+        ({"lr_ratio_B": 0}, r"model\.lr_ratio_B"),
         ({"init_links": 2}, r"model\.init_links"),
         ({"init_chain": "nowhere"}, r"model\.init_chain: 'nowhere' does not exist"),
         ({"activation_checkpointing": True}, r"model\.activation_checkpointing"),
@@ -274,6 +275,7 @@ REFUSALS = {
         (("cola-2",), "trainer: max_steps or max_epochs"),
         (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), "methods: known only after a run"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
+        (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
         (("lora", (), (), ()), r"model: a study sets rank, but own\.Module"),
     ],
 }

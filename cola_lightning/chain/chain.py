@@ -65,7 +65,7 @@ class Chain:
 
     def total_rank(self, name: str) -> int:
         """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
-        return sum(link.rank for link in self.links if name in link.factors)
+        return sum(link.factors[name][0].shape[-2] for link in self.links if name in link.factors)
 
     def truncate(self, n: int) -> "Chain":
         """A chain of the first n links; the links are shared, not copied.

@@ -183,15 +183,16 @@ def chain_of(state_dict: Mapping[str, Any], state: StoredState, links: int | Non
     """
     chain, live = state.chain, state.facts["live"]
     if live is not None:  # None: trained without links
-        factors, rank = {}, live["rank"]
+        factors, fields = {}, link_fields(live)
         for name in chain.base.weight_norms:
             lora_A, lora_B = (state_dict[f"model.{name}.lora_{factor}"] for factor in "AB")
+            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
             factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
         extras = {
             name: state_dict[name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}"]
             for name in state.facts["trained"]
         }
-        chain = Chain([*chain.links, Link(**link_fields(live), factors=factors, extras=extras)], chain.base)
+        chain = Chain([*chain.links, Link(**fields, factors=factors, extras=extras)], chain.base)
     return chain if links is None else chain.truncate(links)
 
 

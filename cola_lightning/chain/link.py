@@ -19,6 +19,8 @@ OUTSIDE = "self."  # begins a name among a link's extras that is no name in the 
 class Link:
     """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
 
+    A layer may have a rank and a scaling of its own (``rank_pattern``, ``alpha_pattern``, ``rslora``).
+
     Attributes:
         index: its place in the chain, from 0.
         rank: rank of its factors.
@@ -29,6 +31,7 @@ class Link:
         extras: what else training changes, with the values at the knot: fully trained parameters, and buffers, by name in the
             model. Names in a Lightning module, outside of its model, begin with ``self.``.
         metrics: the metrics last logged before the knot.
+        own_values: rank and scaling of the layers that have others than ``rank`` and ``alpha / rank``, by name.
     """
 
     index: int
@@ -39,6 +42,7 @@ class Link:
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    own_values: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line; tensors are not shown."""
@@ -46,18 +50,17 @@ class Link:
         metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items() if name.startswith("val_"))
         return f"Link {self.index}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
-    @property
-    def scaling(self) -> float:
-        """The factor ``alpha / rank`` in front of B A."""
-        return self.alpha / self.rank
+    def scaling(self, name: str) -> float:
+        """The factor in front of a layer's B A."""
+        return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1]
 
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
-        return low_rank_delta(*self.factors[name], self.scaling)
+        return low_rank_delta(*self.factors[name], self.scaling(name))
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
-        if self.scaling != other.scaling or self.factors.keys() != other.factors.keys():
+        if self.factors.keys() != other.factors.keys() or any(self.scaling(one) != other.scaling(one) for one in self.factors):
             return False
         pairs = [
             (mine, theirs)
@@ -69,8 +72,11 @@ class Link:
     def norm(self) -> float:
         """Frobenius norm of the link's update over all layers."""
         # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
-        squares = sum(float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) for A, B in self.factors.values())
-        return abs(self.scaling) * math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
+        squares = sum(
+            self.scaling(name) ** 2 * float(((B.mH @ B) * (A @ A.mH).conj()).sum().real)
+            for name, (A, B) in self.factors.items()
+        )
+        return math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
 def is_of_experts(lora_A: Tensor) -> bool:
@@ -91,19 +97,26 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, r @ s.mT, p
 
 
-def record_link(layers: Mapping[str, LoRALayer], **metadata: Any) -> Link:
+def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
+    """The :attr:`Link.own_values` of the layers' current link, which has this rank and alpha."""
+    values = {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
+    return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
+
+
+def record_link(layers: Mapping[str, LoRALayer], rank: int, alpha: float, **metadata: Any) -> Link:
     """The record of the layers' current link, finished or not; the layers are unchanged.
 
     Args:
-        layers: the adapted layers by name; they share rank and alpha.
+        layers: the adapted layers by name.
+        rank: the link's.
+        alpha: the link's.
         **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras`` and ``metrics``.
     """
-    first = next(iter(layers.values()))
     factors = {}
     for name, layer in layers.items():
         lora_A, lora_B = layer.factors
         factors[name] = layout.gather(lora_A), layout.gather(lora_B)
-    return Link(rank=first.rank, alpha=first.alpha, factors=factors, **metadata)
+    return Link(rank=rank, alpha=alpha, factors=factors, own_values=own_values(layers, rank, alpha), **metadata)
 
 
 def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.device | str) -> None:
@@ -118,7 +131,7 @@ def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.
     for link in links:
         if name in link.factors:
             lora_A, lora_B = link.factors[name]
-            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling)
+            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
 
 
 def begin_link(
@@ -135,4 +148,5 @@ def begin_link(
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.reset(generator, rank=rank, alpha=alpha, drawn=drawn)
+        own_rank, own_alpha = layer.values_in(rank, alpha)
+        layer.reset(generator, rank=own_rank, alpha=own_alpha, drawn=drawn)

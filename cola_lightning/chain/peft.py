@@ -16,6 +16,7 @@ from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import DAMAGE, check_version, link_fields
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -138,10 +139,9 @@ def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
 def _value_of(config: dict[str, Any], name: str, field: str, pattern: str) -> Any:
     """A layer's value of a field that has patterns.
 
-    Source: ``peft.utils.other.get_pattern_key`` and ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
+    Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
     """
-    patterns = config.get(pattern) or {}
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
+    return value_of(config.get(pattern), name, config.get(field, 8))
 
 
 def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
@@ -153,12 +153,14 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
     """
     check_version(description.get("format_version"), where)
     chain, described = Chain(base=from_stored(BaseIdentity, description["base"])), list(map(link_fields, description["links"]))
-    if sum(fields["rank"] for fields in described) != whole.rank:
-        raise ValueError(f"the links are not those of rank {whole.rank} in all")
-    start = 0
+    ends = dict.fromkeys(whole.factors, 0)
     for fields in described:
-        end, scaling = start + fields["rank"], fields["alpha"] / fields["rank"]
-        factors = {name: (A[..., start:end, :].clone(), B[..., start:end] / scaling) for name, (A, B) in whole.factors.items()}
-        chain.append(Link(**fields, factors=factors, extras=whole.extras if end == whole.rank else {}))
-        start = end
+        link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
+        for name, (lora_A, lora_B) in whole.factors.items():
+            start = ends[name]
+            end = ends[name] = start + link.own_values.get(name, (link.rank, None))[0]
+            link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
+        chain.append(link)
+    if max(ends.values()) != whole.rank:
+        raise ValueError(f"the links are not those of rank {whole.rank} in all")
     return chain

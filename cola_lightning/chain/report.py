@@ -33,7 +33,7 @@ class LayerReport:
     Attributes:
         norm: Frobenius norm of dW.
         relative_norm: the norm divided by that of the base's weight; None if that is unknown or zero.
-        singular_values: the ``rank`` largest of dW, or of all experts' together, largest first.
+        singular_values: the largest of dW, as many as the layer's rank, or of all experts' together, largest first.
         effective_rank: see :func:`effective_rank`; the mean of the experts'.
     """
 
@@ -136,8 +136,9 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
 
 
 def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
-    values = singular_values(*link.factors[name], link.scaling).reshape(-1, link.rank)  # a row for each expert, or one
-    norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[: link.rank]
+    rank = link.factors[name][0].shape[-2]
+    values = singular_values(*link.factors[name], link.scaling(name)).reshape(-1, rank)  # a row for each expert, or one
+    norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[:rank]
     mean_rank = statistics.fmean(map(effective_rank, values))
     return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
 
@@ -205,11 +206,13 @@ def _draw_norms(axes: "Axes", reports: Sequence[LinkReport]) -> None:
 def _draw_singular_values(axes: "Axes", reports: Sequence[LinkReport]) -> None:
     from matplotlib import colormaps
 
-    largest = max(link.rank for link in reports)
+    largest = max(len(layer.singular_values) for link in reports for layer in link.layers.values())
     spread = torch.full((3, len(reports), largest), math.nan, dtype=torch.float64)
     for place, link in enumerate(reports):
-        values = torch.tensor([layer.singular_values for layer in link.layers.values()], dtype=torch.float64)
-        spread[:, place, : link.rank] = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        values = torch.full((len(link.layers), largest), math.nan, dtype=torch.float64)  # of layers of different ranks
+        for row, layer in zip(values, link.layers.values(), strict=True):
+            row[: len(layer.singular_values)] = torch.tensor(layer.singular_values, dtype=torch.float64)
+        spread[:, place] = values.nanquantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
     spread[1][spread[1] == 0] = math.nan  # a gap: a log scale has no zero
     shown = sorted({*(2**power for power in range(largest.bit_length())), largest})  # enough to show how fast they decay
     for k, shade in zip(shown, torch.linspace(0, 0.85, len(shown)).tolist(), strict=True):

@@ -91,13 +91,15 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
 def describe_link(link: Link) -> dict[str, Any]:
     """A link without its tensors; a non-finite metric is null."""
     metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
-    return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics}
+    own_values = {"own_values": link.own_values} if link.own_values else {}
+    return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics} | own_values
 
 
 def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a link from :func:`describe_link`; a null metric becomes NaN."""
     metrics = {name: math.nan if value is None else value for name, value in described["metrics"].items()}
-    return {name: described[name] for name in DESCRIBED} | {"metrics": metrics}
+    own_values = {name: (rank, scaling) for name, (rank, scaling) in described.get("own_values", {}).items()}
+    return {name: described[name] for name in DESCRIBED} | {"metrics": metrics, "own_values": own_values}
 
 
 def layers_of(links: Sequence[Link]) -> list[str]:

@@ -87,15 +87,18 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         what = f"{type(module).__name__}, whose base is not loaded by transformers"
         raise UserError(f"base_folder: is not used for a {what}")
     factors, lines = concatenate(chain), []
-    rank = total = sum(link.rank for link in chain.links)
+    rank = total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
     if options.max_rank is not None and options.max_rank < total:
         rank = options.max_rank
         for name, pair in factors.items():
+            if pair[0].shape[-2] <= rank:  # by its rank_pattern
+                continue
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
     experts = [name for name, (lora_A, _) in factors.items() if is_of_experts(lora_A)]
-    config = peft_config(base, [name for name in factors if name not in experts], experts, rank)
+    ranks = {f"^{re.escape(name)}": A.shape[-2] for name, (A, _) in factors.items() if A.shape[-2] != rank}
+    config = peft_config(base, [name for name in factors if name not in experts], experts, rank, ranks)
     tensors = _values_saved(chain, base.model, config.modules_to_save or ())
     for name, (lora_A, lora_B) in as_peft_weights(base.model, factors).items():
         tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
@@ -201,7 +204,7 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     factors = {}
     for name in chain.layers:
         lora_A = torch.cat([link.factors[name][0] for link in chain.links], dim=-2)
-        lora_B = torch.cat([link.factors[name][1] * link.scaling for link in chain.links], dim=-1)
+        lora_B = torch.cat([link.factors[name][1] * link.scaling(name) for link in chain.links], dim=-1)
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 
@@ -266,8 +269,8 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 # ---------------------------------------------------------------------- its configuration, and other values
 
 
-def peft_config(base: AdapterBase, layers: list[str], experts: list[str], rank: int) -> Any:
-    """The ``LoraConfig`` of an adapter whose scaling is 1.
+def peft_config(base: AdapterBase, layers: list[str], experts: list[str], rank: int, ranks: dict[str, int]) -> Any:
+    """The ``LoraConfig`` of an adapter whose scaling is 1; ``ranks`` are those of the layers that have others, by pattern.
 
     ``target_modules`` are the last parts of the layers' names, if these match no other layer, else an expression for the full
     names; ``target_parameters`` are the names of the experts' projections, and the weights of layers that PEFT would take for
@@ -287,6 +290,8 @@ def peft_config(base: AdapterBase, layers: list[str], experts: list[str], rank: 
         revision=base.revision,
         r=rank,
         lora_alpha=rank,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
         target_modules=endings if found == set(layers) else "|".join(map(re.escape, layers)),
         target_parameters=[*experts, *(f"{name}.weight" for name in renamed)] or None,
         modules_to_save=saved_by_peft(base) or None,

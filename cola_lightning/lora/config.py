@@ -1,9 +1,10 @@
 """The options of a chain's links, declared, documented and checked in one place."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from cola_lightning.errors import UserError
 
 Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
 FinishedLinks = Literal["auto", "merge", "stack"]
+Scaling = Literal["lora", "rslora"]
 
 
 def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
@@ -28,6 +30,23 @@ def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
 DRAWS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
+def is_matched(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the layer of this name.
+
+    Example:
+        >>> [is_matched(pattern, "model.layers.3.q_proj") for pattern in ("q_proj", "layers.[0-3].*", "proj", "^q_proj")]
+        [True, True, False, False]
+
+    Source: ``peft.utils.other.get_pattern_key``.
+    """
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def value_of(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """A layer's value: that of the first pattern that matches its name, or else the default."""
+    return next((value for pattern, value in (patterns or {}).items() if is_matched(pattern, name)), default)
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers get links, and what the links are like.
@@ -37,11 +56,19 @@ class LoRAConfig:
             dotted name endings, or ``all-linear`` (the default): every linear layer (Linear, Conv1D, Linear4bit) except the
             output embeddings and ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone. ``null`` trains
             every parameter without links: full fine-tuning, for comparisons.
+        exclude_modules: modules that are not adapted, nor the layers in them, by the same rule.
+        layers_to_transform: adapt only the targets in these layers (or in this one), counted from 0: the first number in a name
+            after a list's, such as the 3 of ``model.layers.3.mlp.up_proj``.
         experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
             ``up_proj``, ``down_proj``), each expert with a link of its own: rank times experts is many parameters, and the log
             says how many. ``target_modules`` may name them, too.
         rank: largest rank of a link, and the first link's.
         alpha: a link's update is scaled by ``alpha / rank``.
+        rank_pattern: other ranks for some layers, by patterns of their names, the first match counts: a pattern is a regular
+            expression for a whole name or a dotted name ending. In a link of another rank than ``rank``, these change in
+            proportion (rounded, at least 1).
+        alpha_pattern: other alphas, likewise.
+        scaling: ``lora``, or ``rslora``: an update is scaled by ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         dropout: probability of dropping an input of A while training.
         init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
         modules_to_save: names (or dotted name endings) of fully trained modules, such as a new head.
@@ -56,13 +83,19 @@ class LoRAConfig:
         >>> LoRAConfig(["q_proj", "v_proj"], rank=4, alpha=8).rank
         4
 
-    Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4; the names are those of PEFT's ``LoraConfig``.
+    Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4; Kalajdzievski, "A Rank Stabilization Scaling Factor for
+        Fine-Tuning with LoRA" (arXiv 2312.03732); the names are those of PEFT's ``LoraConfig``.
     """
 
     target_modules: str | list[str] | None = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
     experts: bool = False
     rank: int = 8
     alpha: float = 16
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    scaling: Scaling = "lora"
     dropout: float = 0.0
     init: Init = "kaiming"
     modules_to_save: Sequence[str] = ()
@@ -72,6 +105,9 @@ class LoRAConfig:
         for name, is_valid, valid in (
             ("rank", self.rank >= 1, "a whole number of at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "a number above 0"),
+            ("rank_pattern", all(rank >= 1 for rank in (self.rank_pattern or {}).values()), "whole numbers of at least 1"),
+            ("alpha_pattern", all(0 < a < math.inf for a in (self.alpha_pattern or {}).values()), "numbers above 0"),
+            ("scaling", self.scaling in get_args(Scaling), " or ".join(get_args(Scaling))),
             ("dropout", 0 <= self.dropout < 1, "a probability from 0 to below 1"),
             ("init", self.init in DRAWS, " or ".join(DRAWS)),
             ("finished_links", self.finished_links in get_args(FinishedLinks), " or ".join(get_args(FinishedLinks))),

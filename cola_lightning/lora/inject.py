@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.lora.config import LoRAConfig, is_matched
 from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, experts_as_layers, is_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
@@ -164,6 +164,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
+    names = _selected(model, names, config)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -177,7 +178,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, config)
+        classes[name].adapt_(layer, config, name)
     of_experts: list[Any] = [layer for layer in targets.values() if isinstance(layer, ExpertsProjection)]
     if of_experts:
         n_values = sum(factor.numel() for layer in of_experts for factor in (layer.lora_A, layer.lora_B))
@@ -258,6 +259,28 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
         hint = " (model.experts true adapts experts)" if any(map(is_experts, model.modules())) else ""
         log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s%s", passed_over, hint)
     return names
+
+
+def _selected(model: nn.Module, names: list[str], config: LoRAConfig) -> list[str]:
+    """The targets without ``exclude_modules`` and outside of ``layers_to_transform``; each pattern must match one of them."""
+    excluded = _matches(model, config.exclude_modules or [], "model.exclude_modules")
+    left = [name for name in names if not is_inside(name, excluded)]
+    if (wanted := config.layers_to_transform) is not None:
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        # The first number after a list's name, as in PEFT (``check_target_module_exists``), which wants a name before it.
+        places = {name: re.match(r"(?:.*?\.)?[^.]*\.(\d+)\.", name) for name in left}
+        layers = {name: int(place[1]) for name, place in places.items() if place}
+        left = [name for name in layers if layers[name] in wanted]
+        if unknown := set(wanted) - set(layers.values()):
+            known = f"0 to {max(layers.values())}" if layers else "none"
+            raise UserError(f"model.layers_to_transform: no target is in layer {min(unknown)}; the model's layers are {known}")
+    if not left:
+        raise UserError("model.exclude_modules, model.layers_to_transform: they leave no layer to adapt")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or ():
+            if not any(is_matched(pattern, name) for name in left):
+                raise UserError(f"model.{field}: {pattern!r} matches the name of no adapted layer, such as {left[0]!r}")
+    return left
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:

@@ -16,6 +16,7 @@ stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -26,12 +27,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, Init, LoRAConfig
+from cola_lightning.lora.config import DRAWS, Init, LoRAConfig, Scaling, value_of
 from cola_lightning.lora.stack import Stack
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
     *("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack"),
+    *("rank_share", "alpha_share", "scaling_rule"),
     *("base_class", "base_dtype", "source_dtype"),
 )
 
@@ -45,7 +47,7 @@ def low_rank_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, is_transpo
     Args:
         lora_A: the first factor.
         lora_B: the second factor.
-        scaling: alpha / rank.
+        scaling: the layer's, alpha / rank.
         is_transposed: whether the result is in x out.
 
     Shape:
@@ -96,6 +98,9 @@ class LoRALayer(nn.Module):
         lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
+        rank_share: the layer's largest rank divided by that of the model's links; 1 without a ``rank_pattern``.
+        alpha_share: likewise, of alphas.
+        scaling_rule: ``lora`` or ``rslora``.
         stack: the finished links, if they are not merged; else None.
         base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
@@ -110,6 +115,9 @@ class LoRALayer(nn.Module):
     init: Init
     rank: int
     alpha: float
+    rank_share: float
+    alpha_share: float
+    scaling_rule: Scaling
     stack: Stack | None
     base_class: Any
     base_dtype: torch.dtype
@@ -161,13 +169,15 @@ class LoRALayer(nn.Module):
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def adapt_(cls, layer: Any, config: LoRAConfig) -> Self:
+    def adapt_(cls, layer: Any, config: LoRAConfig, name: str = "") -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
             layer: the layer to adapt, of the base class.
             config: what its links are like.
+            name: its name in the model, for the patterns of the config.
         """
+        rank, alpha = value_of(config.rank_pattern, name, config.rank), value_of(config.alpha_pattern, name, config.alpha)
         (n_in, n_out), matrices = cls.matrix_sizes(layer), cls.matrices(layer)
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
@@ -178,10 +188,12 @@ class LoRALayer(nn.Module):
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, config.rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, config.rank, dtype=wide, device=device))
+        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
         adapted.lora_dropout = LinkDropout(config.dropout) if config.dropout else nn.Identity()
-        adapted.init, adapted.rank, adapted.alpha = config.init, config.rank, config.alpha
+        adapted.init, adapted.rank, adapted.alpha = config.init, rank, alpha
+        adapted.rank_share, adapted.alpha_share = rank / config.rank, alpha / config.alpha
+        adapted.scaling_rule = config.scaling
         adapted.reset()
         return adapted
 
@@ -222,8 +234,12 @@ class LoRALayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor ``alpha / rank`` in front of B A."""
-        return self.alpha / self.rank
+        """The factor in front of B A: ``alpha / rank``, or by ``rslora`` ``alpha / sqrt(rank)``."""
+        return self.alpha / (self.rank if self.scaling_rule == "lora" else math.sqrt(self.rank))
+
+    def values_in(self, rank: int, alpha: float) -> tuple[int, float]:
+        """This layer's rank and alpha in a link with these."""
+        return max(1, round(self.rank_share * rank)), self.alpha_share * alpha
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

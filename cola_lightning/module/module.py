@@ -42,6 +42,7 @@ class COLAModule(AdaptedModule):
 
     Args:
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
+        lr_ratio_B: the learning rate of the links' B, divided by that of all else (LoRA+: 2 to 16).
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
             ``seed_everything``, or a random one, which is stored.
         optimizer: called with the trainable parameters, once per link. Default: AdamW, fused, with a learning rate of 1e-3.
@@ -85,7 +86,8 @@ class COLAModule(AdaptedModule):
         >>> module.link, type(module.merged_model()[0]).__name__
         (1, 'Linear')
 
-    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
+    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1. ``lr_ratio_B``: Hayou et al., "LoRA+" (arXiv
+        2402.12354).
     """
 
     # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
@@ -94,6 +96,7 @@ class COLAModule(AdaptedModule):
         self,
         *,
         modules_to_save_lr: float | None = None,
+        lr_ratio_B: float = 1,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
         lr_schedule: LRSchedule = "linear",
@@ -130,6 +133,7 @@ class COLAModule(AdaptedModule):
         run.optimization = LinkOptimization(
             optimizer,
             modules_to_save_lr,
+            lr_ratio_B,
             lr_schedule,
             warmup_steps,
             schedule_scope,

@@ -64,6 +64,7 @@ class LinkOptimization:
     Attributes:
         make_optimizer: makes an optimizer from parameters, or from parameter groups.
         modules_to_save_lr: the initial learning rate of fully trained modules; None: the links'.
+        lr_ratio_B: the learning rate of the links' B divided by that of A.
         lr_schedule: see :class:`~cola_lightning.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
@@ -74,6 +75,7 @@ class LinkOptimization:
 
     make_optimizer: OptimizerCallable
     modules_to_save_lr: float | None
+    lr_ratio_B: float
     lr_schedule: LRSchedule
     warmup_steps: float
     schedule_scope: Literal["link", "run"]
@@ -88,6 +90,8 @@ class LinkOptimization:
     def __post_init__(self) -> None:
         if not 0 <= self.kept_optimizer_state <= 1:
             raise UserError(f"model.kept_optimizer_state: must be between 0 and 1, got {self.kept_optimizer_state}")
+        if not 0 < self.lr_ratio_B < math.inf:
+            raise UserError(f"model.lr_ratio_B: must be a number above 0, got {self.lr_ratio_B}")
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit."""
@@ -122,6 +126,8 @@ class LinkOptimization:
             # numpy's numbers, of np.logspace for example, would make a checkpoint unreadable for torch.load(weights_only=True)
             group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
             group["lr"] = copy.deepcopy(group["lr"])  # a copy: a schedule modifies a rate that is a tensor in place
+        if self.lr_ratio_B != 1:
+            optimizer.param_groups[1]["lr"] *= self.lr_ratio_B
         given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(given)
         if self.lr_schedule == "constant" and any(group["lr"] is None for group in given):  # it sets its own rates
@@ -133,14 +139,21 @@ class LinkOptimization:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _parameter_groups(self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str]) -> list[Any]:
-        """The trained parameters: in one group, or in two if fully trained modules have their own learning rate."""
-        if self.modules_to_save_lr is None:
+        """The trained parameters: in one group, or in more if B or fully trained modules have their own learning rates."""
+        if self.modules_to_save_lr is None and self.lr_ratio_B == 1:
             return [p for _, p in trained]
-        is_saved = {name: is_within(name, modules_to_save) for name, _ in trained}
-        others, saved = ([p for name, p in trained if is_saved[name] is wanted] for wanted in (False, True))
+        others, of_B, saved = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+        for name, p in trained:
+            if self.modules_to_save_lr is not None and is_within(name, modules_to_save):
+                saved.append(p)
+            else:
+                (of_B if self.lr_ratio_B != 1 and name.endswith(".lora_B") else others).append(p)
+        groups = [{"params": others}, *([{"params": of_B}] if self.lr_ratio_B != 1 else [])]
+        if self.modules_to_save_lr is None:
+            return groups
         if not saved:
             raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
-        return [{"params": others}, {"params": saved, "lr": self.modules_to_save_lr}]
+        return [*groups, {"params": saved, "lr": self.modules_to_save_lr}]
 
     def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the link's k-th step.
@@ -278,8 +291,8 @@ def add_groups_of(old: Optimizer, new: Optimizer) -> None:
 def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[Any, ...]]:
     """By the id of each factor: the entries that the last finished link and the current one share, up to their rank."""
     entries: dict[int, tuple[Any, ...]] = {}
-    for layer in adapted.layers.values():
-        used = slice(min([layer.rank, *(link.rank for link in adapted.chain.links[-1:])]))
+    for name, layer in adapted.layers.items():
+        used = slice(min([layer.rank, *(link.factors[name][0].shape[-2] for link in adapted.chain.links[-1:])]))
         entries |= {id(layer.lora_A): (..., used, slice(None)), id(layer.lora_B): (..., used)}
     return entries
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.chain import Chain, check_links
 from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.link import Link, own_values
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.chain.store import METADATA, describe_link, link_fields, pack
 from cola_lightning.errors import NonFiniteError, UserError
@@ -50,7 +50,8 @@ def facts_of(module: AdaptedModule) -> dict[str, Any]:
     live = None
     if adapted.live is not None:
         rank, alpha = adapted.live
-        live = describe_link(Link(module.link, rank, alpha, factors={}, **run.metadata(trainer)))
+        values = own_values(adapted.layers, rank, alpha)
+        live = describe_link(Link(module.link, rank, alpha, factors={}, own_values=values, **run.metadata(trainer)))
     logged = trainer.callback_metrics if trainer else {}
     facts = {
         "module": module.constructor_arguments,  # how it is made again
@@ -192,7 +193,7 @@ def restore(module: AdaptedModule, state: StoredState) -> bool:
         return False
     run.left_at = FitPosition(*facts["position"])
     if facts["live"] is not None:
-        adapted.resume_link(facts["live"]["rank"], facts["live"]["alpha"])
+        adapted.resume_link(Link(**link_fields(facts["live"]), factors={}))
     run.load_metrics(link_fields(facts["live"])["metrics"] if facts["live"] else {}, facts["callback_metrics"])
     return True
 

@@ -72,6 +72,9 @@ def _cola(name: str, config: Config, chain: ChainOf) -> Method:
 def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain(name, config)
+    given = config["model"].get("init_args", {})
+    if given.get("rank_pattern") or given.get("alpha_pattern") or given.get("scaling") == "rslora":
+        raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
     scaling = option_of_model(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
     return Method(name, 1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
