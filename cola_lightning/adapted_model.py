@@ -188,12 +188,8 @@ class AdaptedModel:
         self._live = link.rank, link.alpha
         for layer in self.layers.values():
             layer.rank, layer.alpha = layer.values_in(*self._live)
-        if (mine := own_values(self.layers, *self._live)) != link.own_values:
-            name = min(name for name, _ in mine.items() ^ link.own_values.items())
-            raise UserError(
-                f"model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain; here {name!r} has "
-                "another rank or scaling"
-            )
+        if own_values(self.layers, *self._live) != link.own_values:
+            raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
 
     def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
