@@ -107,7 +107,8 @@ def one_line(message: str) -> str:
     if not (fields and lines):
         return " ".join(message.split())
     indent = len(lines[0]) - len(lines[0].lstrip())
-    paragraph = itertools.takewhile(lambda line: not line[:indent].strip(), lines)
+    paragraph = [*itertools.takewhile(lambda line: not line[:indent].strip(), lines)]
+    paragraph.sort(key=lambda line: "Got value" not in line)  # else by the order in which a union's types were tried
     said = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
     said = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", said)
     said = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", said)
