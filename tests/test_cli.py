@@ -373,4 +373,4 @@ def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(nu
     assert state_of(LAST)["epoch"] >= 0
     assert not list(Path("runs").rglob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]
-    assert str(Path(LAST).absolute()) in command
+    assert command.endswith("--config runs/version_0/config.yaml --ckpt_path runs/version_0")

@@ -57,8 +57,8 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capfd):
     assert main(["fit", *words, *at_tiny_size(name, tmp_path)]) == 0, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", FOR_NEWCOMERS)
-def test_a_newcomers_config_fits_a_screen_and_says_what_it_needs(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_fits_a_screen_and_says_what_it_needs(name):
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert len(lines) <= 40
     assert any(line.startswith("#   cola fit --config configs/") for line in lines)

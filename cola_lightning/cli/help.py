@@ -46,7 +46,7 @@ MAIN_OPTIONS = {
     "--trainer.precision 32-true": "or bf16-mixed and others",
     "--trainer.accumulate_grad_batches 1": "batches per optimizer step",
     "--trainer.devices auto": "or the number of GPUs",
-    "--ckpt_path FILE": "a checkpoint to resume from; or last",
+    "--ckpt_path RUN": "a run's folder or checkpoint; or last",
 }
 # Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
 ELSEWHERE = {
@@ -77,9 +77,9 @@ ELSEWHERE = {
 LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
 EXAMPLES = {
     "fit": "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
-    "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path FILE",
-    "test": "cola test --config runs/version_0/config.yaml --ckpt_path FILE",
-    "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path FILE",
+    "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path runs/version_0",
+    "test": "cola test --config runs/version_0/config.yaml --ckpt_path runs/version_0",
+    "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path runs/version_0",
     "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
     "generate": "cola generate runs/version_0 --chat",
     "inspect": "cola inspect runs/version_0 --plot chain.png",

@@ -35,7 +35,7 @@ from cola_lightning.callbacks import (
 )
 from cola_lightning.callbacks.config_saver import ConfigSaver
 from cola_lightning.callbacks.last_checkpoint import LossesOfShortRuns
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
 from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
@@ -268,18 +268,23 @@ class COLACLI(LightningCLI):
 
     def _log_command(self, what: str, subcommand: str) -> None:
         """Logs the checkpoint's path, and a command for it."""
-        config = Path(run_folder(self.trainer)) / "config.yaml"  # on all processes: run_folder broadcasts
+        folder = Path(run_folder(self.trainer))  # on all processes: run_folder broadcasts
         kind = LastCheckpoint if subcommand == "fit" else ModelCheckpoint  # a fit resumes from the newest state
         paths = [one.best_model_path for one in self.trainer.checkpoint_callbacks if isinstance(one, kind)]
         path = next(filter(None, paths), None)
+        config = folder / "config.yaml"
         if path is None or not config.exists() or not self.trainer.is_global_zero:  # a fit with nothing left to do saves none
             return
-        log.info("checkpoint: %s", path)
-        if subcommand == "generate":
-            words = ["--checkpoint", path, "--prompt", "TEXT"]
-        else:
-            words = ["--config", str(config), "--ckpt_path", path]
+        log.info("checkpoint: %s", shortest(path))
+        place = shortest(folder if Path(path) == in_run(folder) else path)
+        of_config = ["--config", shortest(config), "--ckpt_path", place]
+        words = [place, "--prompt", "TEXT"] if subcommand == "generate" else of_config
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))
+
+
+def shortest(path: str | Path) -> str:
+    """A path as people type it: relative where it is in the current folder."""
+    return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def names_class(group: str, words: Sequence[str]) -> bool:
