@@ -1,8 +1,10 @@
 """What Lightning's users do with any module, done with a COLA module."""
 
+import inspect
 import json
 import math
 import pickle
+import pydoc
 import sys
 from argparse import Namespace
 from collections import OrderedDict, UserList, UserString
@@ -25,7 +27,16 @@ from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, LastCheckpoint, PredictionWriter, UserError
+from cola_lightning import (
+    ChainOfLoRA,
+    COLACausalLM,
+    COLAModule,
+    COLASequenceClassifier,
+    LastCheckpoint,
+    LoRAConfig,
+    PredictionWriter,
+    UserError,
+)
 from cola_lightning.chain.checkpoint import read_chain
 from tests import tiny
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -424,6 +435,22 @@ def test_numbers_of_numpy_are_plain_in_a_checkpoint(tmp_path):
     loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt")
     assert (loaded.link, loaded.adapted.live) == (2, (1, 3))
     assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_help_shows_all_options_of_a_module_with_their_defaults():
+    for cls in (COLACausalLM, COLASequenceClassifier, COLAModule):
+        shown = inspect.signature(cls).parameters
+        assert shown.keys() >= {"optimizer", "seed", *inspect.signature(LoRAConfig).parameters}
+        assert all(one.default is not one.empty for name, one in shown.items() if name != "model_name")
+        assert "rank: int = 8" in pydoc.render_doc(cls)
+
+    class Own(Toy):
+        def __init__(self, width, **options):
+            super().__init__(**options)
+
+    assert inspect.signature(Toy) == inspect.signature(COLAModule)
+    assert list(inspect.signature(Own).parameters) == ["width", "options"]
+    assert list(inspect.signature(toy()).parameters) == ["args", "kwargs"]  # of a call
 
 
 def test_the_defaults_of_this_package_are_recorded(tmp_path):

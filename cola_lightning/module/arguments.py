@@ -37,6 +37,19 @@ SECRET = re.compile(
 MARK = "_type_"  # in recorded arguments: the key of an object that stands for what JSON does not have
 
 
+class WholeSignature:
+    """The signature of a class, for ``help`` and completion, with the options that this package's classes pass on."""
+
+    def __get__(self, instance: object, cls: type) -> inspect.Signature | None:
+        """None where Python itself finds it: for a class of the user's with an ``__init__``, and for a call of a module."""
+        owner = next(one for one in cls.__mro__ if "__init__" in vars(one))
+        if instance is not None or not owner.__module__.startswith("cola_lightning."):
+            return None
+        own = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
+        given = [one if one.name in own else one.replace(kind=one.KEYWORD_ONLY) for one in _parameters(cls)]
+        return inspect.Signature(given[1:])
+
+
 class RecordsArguments:
     """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
 
@@ -48,6 +61,7 @@ class RecordsArguments:
     """
 
     constructor_arguments: dict[str, Any]
+    __signature__ = WholeSignature()
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
@@ -84,13 +98,15 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
     """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
-    owners = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
+    classes = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
     found: dict[str, inspect.Parameter] = {}
-    for owner in (*owners, LoRAConfig):
-        parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
-        if not owner.__module__.startswith("cola_lightning."):  # another class may give its base's arguments itself
-            return list((dict(parameters) | found).values())
-        found = {name: one for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD} | found
+    for owner in (*classes[:-1], LoRAConfig):  # the last, AdaptedModule, gets its arguments from COLAModule
+        is_passing_on = owner.__module__.startswith("cola_lightning.")
+        for name, parameter in inspect.signature(owner.__init__).parameters.items():  # type: ignore[misc]
+            if parameter.kind is not parameter.VAR_KEYWORD or not is_passing_on:
+                found.setdefault(name, parameter)
+        if not is_passing_on:  # another class may give its base's arguments itself
+            break
     return list(found.values())
 
 
