@@ -1,7 +1,5 @@
 """The method in plain torch: the same links and weights as under Lightning, forward, back, and from another chain."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -9,8 +7,6 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
-from cola_lightning.chain.report import report
-from cola_lightning.trained import base_weights
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
@@ -60,21 +56,6 @@ def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finis
 
 
 @modes
-def test_a_loop_that_stops_inside_a_link_goes_on_from_what_torch_saves(tmp_path, finished_links):
-    model = train(adapted(finished_links=finished_links), links=1)
-    optimizer = new_optimizer(model)
-    train_link(model, optimizer)
-    torch.save((model, optimizer), tmp_path / "run.pt")
-    resumed, its_optimizer = torch.load(tmp_path / "run.pt", weights_only=False)
-    train_link(model, optimizer)
-    train_link(resumed, its_optimizer)
-    for one in (model, resumed):
-        one.tie_knot()
-    assert_same_weights(resumed.model, model.model)
-    assert_same_weights(resumed.merged_model(1), model.merged_model(1))
-
-
-@modes
 @pytest.mark.parametrize("links", [0, 1, 2])
 def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_links, links):
     """The state is that of a run inside a link; it is loaded into a new model, and into one that went further."""
@@ -99,13 +80,6 @@ def test_a_model_that_is_trained_whole_has_a_state_dict_too():
     train_link(model, new_optimizer(model))
     other.load_state_dict(model.state_dict())
     assert_same_weights(other.model, model.model)
-
-
-def test_both_classes_give_an_optimizer_the_same_parameters():
-    module = toy(trained_factors="B", modules_to_save=[])
-    mine, theirs = module.trained_parameters(), module.adapted.trained_parameters()
-    assert [id(one) for one in mine] == [id(one) for one in theirs]
-    assert len(mine) == 2
 
 
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
@@ -167,77 +141,3 @@ def test_a_merged_copy_in_half_precision_is_rounded_once_and_the_model_stays(fin
     assert_bit_equal(weights(half), {name: value.bfloat16() for name, value in weights(whole).items()})
     assert_bit_equal(weights(model.model), before)
     assert_bit_equal(weights(model.merged_model(links, in_place=True)), weights(whole))
-
-
-# ---------------------------------------------------------------------- unusual bases
-
-
-class Mixing(nn.Module):
-    """With a parameter that has a factor's name."""
-
-    def __init__(self):
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x):
-        return x @ self.lora_A
-
-
-def test_a_parameter_of_the_base_may_have_a_factors_name(tmp_path):
-    def make():
-        return adapted(lambda: nn.Sequential(*build_toy(), Mixing()), modules_to_save=["3"])
-
-    model = train(make(), links=2)
-    first, last = (link.extras["3.lora_A"] for link in model.chain.links)
-    assert not torch.equal(first, last)
-    assert torch.equal(model.merged_model(1)[3].lora_A, first)
-    model.chain.save(tmp_path / "chain")
-    other = make()
-    other.start_from(Chain.load(tmp_path / "chain"))
-    assert torch.equal(other.model[3].lora_A, last)
-    assert "3.lora_A" in base_weights(other.model)
-
-
-class Remembering(nn.Module):
-    """Keeps what a forward pass computed, as for an auxiliary loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 6)
-        self.losses, self.seen = {}, []
-
-    def forward(self, x):
-        hidden = self.first(x).tanh()
-        self.losses["size"] = hidden.square().mean()
-        self.seen = [hidden]
-        return self.last(hidden)
-
-
-def test_a_model_may_keep_what_it_computed():
-    model, x = train(adapted(Remembering, target_modules=["first"]), links=2), next(iter(batches()))[0]
-    expected = model.model(x)
-    merged = model.merged_model()
-    assert merged.losses["size"].item() == model.model.losses["size"].item()
-    torch.testing.assert_close(merged(x), expected)
-    assert model.model.seen[0].requires_grad
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 12, dtype=torch.complex64), nn.Linear(12, 6)
-
-    def forward(self, x):
-        return self.last(self.first(x.to(torch.complex64)).abs())
-
-
-def test_complex_weights_are_adapted():
-    model, x = train(adapted(Complex)), next(iter(batches()))[0]
-    link, kept = model.chain.links[1], report(model.chain)[1]
-    torch.testing.assert_close(model.merged_model()(x), model.model(x))
-    first = torch.linalg.svdvals(link.delta("first").to(torch.complex128))
-    torch.testing.assert_close(torch.tensor(kept.layers["first"].singular_values), first[:2].float())
-    norm = math.hypot(first.norm(), link.delta("last").norm())
-    assert (kept.update_norm, link.norm()) == (pytest.approx(norm), pytest.approx(norm))
-    model.cast(torch.float64)
-    assert [layer.dtype for layer in model.layers.values()] == [torch.complex64, torch.float64]

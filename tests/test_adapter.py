@@ -15,7 +15,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, Use
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests import tiny
-from tests.toy import batches, toy, trainer
+from tests.toy import batches, difference, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -90,10 +90,6 @@ def edit(folder, **fields):
 def edit_tensors(folder, edited):
     path = folder / "peft" / "adapter_model.safetensors"
     save_file(edited(load_file(path)), path)
-
-
-def difference(mine, theirs):
-    return (mine - theirs).abs().max().item()
 
 
 EXPRESSION = r"^model\.layers\.[1-9]\..*q_proj"  # for layers that are to be of other ranks and alphas than the rest
@@ -183,31 +179,6 @@ def test_a_head_comes_along(tmp_path):
     model = with_adapter(base, tmp_path / "peft", **fields)
     module = COLASequenceClassifier(name, num_labels=3, target_modules=["query", "value"], init_chain=str(tmp_path / "peft"))
     assert difference(tiny.logits(module.model), tiny.logits(model)) <= 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_an_adapted_heads_own_weight_must_be_the_bases(tmp_path):
-    targets = {"target_modules": ["q_proj", "lm_head"]}
-    expected = tiny.logits(lora(tmp_path, "llama", **targets))
-    module = module_from(tmp_path, "llama", **targets)
-    assert difference(tiny.logits(module.model), expected) <= 1e-5
-    assert module.chain.links[0].extras == {}
-    name = "base_model.model.lm_head.base_layer.weight"
-    edit_tensors(tmp_path, lambda values: values | {name: values[name] + 1e-3})
-    with pytest.raises(UserError, match=r"'lm_head\.weight' .*\(model\.modules_to_save\)"):
-        module_from(tmp_path, "llama", **targets).configure_model()
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft's, of this very difference
-def test_tied_modules_that_peft_has_trained_apart_are_refused(tmp_path):
-    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
-    lora(tmp_path, "opt", **whole)
-    with pytest.raises(UserError, match=r"'lm_head\.weight' and '.*embed_tokens\.weight', which are tied here"):
-        module_from(tmp_path, "opt", **whole).configure_model()
-    head, tokens = (f"base_model.model.{name}.weight" for name in ("lm_head", "model.decoder.embed_tokens"))
-    edit_tensors(tmp_path, lambda values: values | {tokens: values[head].clone()})
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "peft")
-    assert difference(tiny.logits(module_from(tmp_path, "opt", **whole).model), tiny.logits(model)) <= 1e-5
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -3,15 +3,14 @@
 import pytest
 import torch
 import transformers
-from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from cola_lightning import COLACausalLM, PredictionWriter, TemplateDataModule, TextDataModule, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
 from tests.tiny import plain_scores, with_live_link
-from tests.toy import assert_bit_equal, trainer, weights
+from tests.toy import trainer
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
 GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
@@ -199,16 +198,6 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
 
 
-def test_so_has_that_of_options(tmp_path):
-    losses = []
-    for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
-        module = with_live_link(causal_lm(tmp_path, "mixtral", changes=changes, target_modules=".*_proj")).eval()
-        batch = option_batch(module, MANY)
-        losses.append(module.step(batch).loss)
-        router_loss = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
-    assert losses[1].item() == pytest.approx((losses[0] + 0.5 * router_loss).item(), abs=1e-4)
-
-
 def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(llama):
     batch = option_batch(llama, EXAMPLES[:1])
     expected, inner = llama.option_scores(batch), llama.model.forward
@@ -249,46 +238,6 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
         assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("architecture", NOT_APART)
-def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, architecture):
-    module = causal_lm(tmp_path, architecture, scale=1, target_modules=None)
-    module.configure_model()
-    packed, _ = packed_texts(module)
-    for _ in range(2):
-        with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
-            module.step(packed)
-
-
-@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_so_they_are_in_a_model_that_ignores_without_a_word_what_keeps_them_apart(llama, ignored):
-    inner = llama.model.forward
-
-    def forward(input_ids, attention_mask=None, position_ids=None, **others):
-        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
-        if attention_mask.dim() == 4:
-            del given[ignored]
-        return inner(input_ids=input_ids, **given)
-
-    llama.model.forward = forward
-    with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
-        llama.step(packed_texts(llama)[0])
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("architecture", ["mixtral", "opt", "gpt_neox"])
-def test_packed_sequences_are_taken_in_half_precision(tmp_path, architecture, dtype):
-    module = causal_lm(tmp_path, architecture, target_modules=None, dtype=dtype)
-    module.configure_model()
-    assert torch.isfinite(module.step(packed_texts(module)[0]).loss)
-
-
-@pytest.mark.parametrize("mask", [torch.ones(1, 1, 9, 9), torch.ones(1, 9, 9)], ids=["numbers to be added", "no heads"])
-def test_a_mask_that_could_mean_anything_is_refused(llama, mask):
-    ids = torch.full((1, 9), 5)
-    with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
-        llama.step({"input_ids": ids, "labels": ids, "attention_mask": mask})
-
-
 # ---------------------------------------------------------------------- models that are refused
 
 
@@ -305,31 +254,6 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
 
 
 # ---------------------------------------------------------------------- runs
-
-
-@pytest.mark.parametrize(("length_grouped", "accumulate"), [(False, 1), (True, 3)])
-def test_a_run_resumed_inside_an_epoch_is_the_run_itself(tmp_path, length_grouped, accumulate):
-    rows = [{"town": " ".join(["long"] * (k % 7)), "label": k % 2} for k in range(40)]
-    source = tiny.write_rows(tmp_path / "rows", rows)
-    asked = {"prompt": "Is a {town} town old?", "options": [" Yes", " No"], "batch_size": 4}
-
-    def fit(*callbacks, ckpt_path=None):
-        module = causal_lm(tmp_path, "opt", dropout=0.2)
-        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=14, accumulate_grad_batches=accumulate)
-        data = TemplateDataModule(source, **asked, length_grouped=length_grouped)
-        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
-        return module
-
-    class Save(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            path = tmp_path / f"{trainer.global_step}.ckpt"
-            if trainer.global_step in (3, 4, 9) and not path.exists():
-                trainer.save_checkpoint(path, weights_only=False)
-
-    whole = fit(Save())
-    assert whole.link == 3
-    for step in (3, 4, 9):
-        assert_bit_equal(weights(fit(ckpt_path=tmp_path / f"{step}.ckpt")), weights(whole))
 
 
 def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path):

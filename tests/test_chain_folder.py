@@ -79,20 +79,3 @@ def test_a_later_version_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": VERSION + 1}))
     with pytest.raises(UserError, match=r"^chain: .* has 2"):
         Chain.load(tmp_path)
-
-
-# ---------------------------------------------------------------------- bases
-
-
-def test_a_chain_of_another_base_is_refused_by_name():
-    class Other(Fixed):
-        base_name = "another"
-
-        def build_model(self):
-            model = super().build_model()
-            torch.nn.init.ones_(model[0].weight)
-            return model
-
-    module = Other(target_modules=["0", "2"], modules_to_save=["4"], rank=3, seed=0, init_chain=str(FIXTURES / "chain-1"))
-    with pytest.raises(UserError, match=r"'fixture' \(fingerprint .* this is 'another' \("):
-        module.configure_model()

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,11 +147,10 @@ OPENED_OR_CLOSED = template(
 )
 DROPPED = template(IF_ASSISTANT + "and loop.last %}<think></think>{% endif %}" + SAID + "</s>")
 RETURNED = template(SAID + "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}")
-ENDED = template(SAID + "<|end|>{{ between }}{% if loop.last and not add_generation_prompt %}</s>{% endif %}")
-SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' %}{% set ns = namespace() %}
-{%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
-{%- endfor %}{% for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
-{% if system and IS_LAST %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
+ENDED = template(SAID + "<|end|>{% if loop.last and not add_generation_prompt %}</s>{% endif %}")
+SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' %}
+{%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
+{% if system and loop.last %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
 {%- endfor %}"""
 MOVED = [
     ["[INST] Be brief. Old?[/INST]", " No</s>"],
@@ -160,7 +158,6 @@ MOVED = [
 ]
 BRIEF = (("[INST]", "[/INST]"), turns("Old?", "No", "Red?", "Yes", system="Be brief."))
 UNENDED, ROLES = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>"), ("<|user|>", "<|assistant|>", "<|tool|>")
-WITH_TOOL = [*TALK[:2], {"role": "tool", "content": "9"}, TALK[3]]
 COUNTED = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
 BEHAVIOURS = {
     "only appends": Behaviour(template(SAID + "</s>"), APPENDED),
@@ -183,12 +180,6 @@ BEHAVIOURS = {
         turns("Old?", "No"),
         said="enable_thinking: false",
     ),
-    "has a mode that leaves it open": Behaviour(
-        OPENED_OR_CLOSED,
-        [["[user]Old?</s>[assistant]<think>\n", "Hm.</think>No</s>"]],
-        THOUGHT,
-        turns("Old?", "<think>\nHm.</think>No"),
-    ),
     "ends the last turn with another token": Behaviour(
         RETURNED,
         [
@@ -204,20 +195,10 @@ BEHAVIOURS = {
         ("<|end|>",),
         stop="<|end|>",
     ),
-    "has a blank before that": Behaviour(
-        ENDED.replace("{{ between }}", " "),
-        [["[user]Old?<|end|> [assistant]", "No<|end|>", " [user]Red?<|end|> [assistant]", "Yes<|end|>", " </s>"]],
-        ("<|end|>",),
-        stop="<|end|>",
-    ),
-    # Of which the first is in the generation prompt's rendering, and no longer in that with the answer.
-    "moves the system prompt to the last turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.last"), MOVED, *BRIEF),
-    "moves it to the last user turn": Behaviour(SYSTEM.replace("IS_LAST", "loop.index0 == ns.last"), MOVED, *BRIEF),
+    # Which is in the generation prompt's rendering, and no longer in that with the answer.
+    "moves the system prompt to the last turn": Behaviour(SYSTEM, MOVED, *BRIEF),
     "ends a turn with the next one's token": Behaviour(
         UNENDED, [["<|user|>Old?<|assistant|>", "No<|user|>", "Red?<|assistant|>", "Yes<|user|>"]], ROLES, stop="<|user|>"
-    ),
-    "ends a turn with the tool's token": Behaviour(
-        UNENDED, [["<|user|>Old?<|assistant|>", "No<|tool|>", "9<|assistant|>", "Yes<|user|>"]], ROLES, WITH_TOOL, "<|user|>"
     ),
     "has no tokens of its own": Behaviour(
         template(": " + SAID, "assistant:", "{{ turn.role }}"),
@@ -283,12 +264,6 @@ def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
         encoded(tiny.chat_tokenizer(chat), messages)
 
 
-def test_thoughts_that_a_template_does_not_render_are_told():
-    notes = set()
-    encoded(tiny.chat_tokenizer(template(SAID + "</s>")), [TALK[0], TALK[3] | {"reasoning_content": "Hm."}], notes=notes)
-    assert notes == {"the chat template does not render the thoughts of assistant turns"}
-
-
 # ---------------------------------------------------------------------- from data
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}
@@ -315,14 +290,6 @@ def test_tools_their_calls_and_thoughts_reach_the_template_without_nulls(tmp_pat
     data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": CALLED[:3], "tools": tools}]))
     (prompt,) = tiny.set_up(data, own, "predict").test
     assert own.decode(prompt.prompt_ids) == f"{first}{call}[tool]It is old.</s>[assistant]"
-
-
-def test_the_last_turn_alone_is_trained_where_that_is_asked_for(tmp_path):
-    own = tiny.chat_tokenizer(tiny.CHAT)
-    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": TALK}]), loss="last")
-    (row,) = tiny.set_up(data, own, "test").test
-    assert trained(own, [row]) == [["Yes</s>"]]
-    assert [row["input_ids"]] == [whole["input_ids"] for whole in encoded(own, TALK)]
 
 
 def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_system_prompt():
@@ -364,16 +331,9 @@ def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shor
         encoded(own, turns(question, answer), 60, too_long="skip")
 
 
-def test_a_template_that_renders_no_word_of_a_turn_gives_no_row():
-    own = tiny.chat_tokenizer(template(IF_ASSISTANT + "%}{% endif %}"))
-    with pytest.raises(UnusableRow):
-        encoded(own, TALK)
-
-
 def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
     """The template renders nothing without them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     tiny.folder("model")
     chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + tiny.CHAT
     tiny.chat_tokenizer(chat).save_pretrained("model")

@@ -2,18 +2,16 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 
-from cola_lightning import COLACausalLM, COLAModule, TextDataModule, UserError
+from cola_lightning import COLAModule, TextDataModule, UserError
 from cola_lightning.chat_template import CHATML, find_chat_template, unknown_tokens
 from cola_lightning.cli import main
 from cola_lightning.data.encoding import labels_of
 from tests import tiny
-from tests.toy import trainer
 
 TALK = [
     {"role": "user", "content": "Who?"},
@@ -94,7 +92,6 @@ trainer: {max_epochs: 60, accelerator: cpu, enable_progress_bar: false, enable_m
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cola"])
     tiny.folder(Path("model"), max_position_embeddings=256)
     Path("own.jinja").write_text(CHATML)
     Path("talks.jsonl").write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 4)
@@ -117,12 +114,3 @@ def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path,
     module = COLAModule.load_from_checkpoint(checkpoint)
     assert exported.apply_chat_template(TALK, tokenize=False) == CHATML_TALK
     assert module.tokenizer.chat_template == exported.chat_template == CHATML
-
-
-def test_a_fit_in_python_has_the_template_in_its_tokenizer(tmp_path):
-    module = COLACausalLM(
-        tiny.folder(tmp_path / "model", max_position_embeddings=256), target_modules=["q_proj"], rank=2, seed=0
-    )
-    data = TextDataModule(tiny.write_rows(tmp_path / "rows", [{"messages": TALK}]), chat_template="chatml")
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
-    assert module.tokenizer.chat_template.endswith(CHATML)

@@ -4,14 +4,13 @@ import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import DiskError, NonFiniteError
-from tests.test_resume import Data, Normed, Outside
+from tests.test_resume import Data, Normed
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
@@ -51,19 +50,6 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
     assert_bit_equal(weights(resumed), weights(whole))
     assert resumed.chain.is_beginning_of(whole.chain)
     assert resumed.link == whole.link == 3
-
-
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:Be aware that when using `ckpt_path`")
-def test_a_run_that_averages_the_weights_of_its_link_resumes_as_any_other(tmp_path):
-    def averaged(path, module, **arguments):
-        trainer(path, EMAWeightAveraging(decay=0.5), SaveEachStep(path), max_epochs=3).fit(module, batches(), **arguments)
-        return module
-
-    whole = averaged(tmp_path, make())
-    resumed = averaged(tmp_path / "resumed", make(), ckpt_path=tmp_path / "step=10.ckpt")
-    assert_bit_equal(weights(resumed), weights(whole))
-    state = StoredState.of(torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"])  # of the run, not of the copy
-    assert (state.facts["position"], state.facts["live"]["end_step"]) == ([0, 5], 5)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -209,60 +195,12 @@ def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
             module.tie_knot()
 
 
-def test_modules_trained_whole_and_buffers_come_along(tmp_path):
-    whole = run(tmp_path, toy(Normed, **(how := {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 6})))
-    loaded = Normed.load_from_checkpoint(tmp_path / "step=30.ckpt", **how)
-    assert_bit_equal(weights(loaded), weights(whole))
-    buffers = {f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert set(whole.chain.links[0].extras) == {"3.weight", "3.bias"} | buffers
-    x = next(iter(batches()))[0]
-    merged = [whole.merged_model(links).eval() for links in range(5)]
-    assert not any(lora_layers(model) for model in merged)
-    torch.testing.assert_close(merged[4](x), whole.eval().model(x))
-    assert len({model[3].weight.detach().numpy().tobytes() for model in merged}) == 5
-    with pytest.raises(UserError, match=r"^links"):
-        whole.merged_model(5)
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype", "tolerance"), [("bf16-true", torch.float32, 2e-2), ("64-true", torch.float64, 1e-12)]
-)
-def test_a_merged_model_is_of_one_dtype(tmp_path, precision, dtype, tolerance):
-    module, fit = toy(target_modules=["0"], rank=6), trainer(tmp_path, chain=CHAIN, max_epochs=3, precision=precision)
-    fit.fit(module, batches())
-    x = next(iter(batches(dtype=dtype)))[0]
-    for links in range(4):
-        merged = module.merged_model(links)
-        assert {p.dtype for p in merged.parameters()} == {merged(x).dtype} == {dtype}
-    output = module.merged_model()(x)
-    torch.testing.assert_close(output, module.model(x.to(module.dtype)).to(dtype), rtol=tolerance, atol=tolerance)
-
-
-def test_what_is_trained_outside_of_the_model_is_loaded_in_the_runs_precision(tmp_path):
-    module, double = toy(Outside), trainer(tmp_path, max_epochs=1, precision="64-true")
-    double.fit(module, datamodule=Data(batch_size=4))
-    double.save_checkpoint(tmp_path / "one.ckpt")
-    loaded = Outside.load_from_checkpoint(tmp_path / "one.ckpt")
-    assert loaded.outside.weight.dtype == torch.float64
-    assert_bit_equal(weights(loaded), weights(module))
-
-
-def test_a_loaded_module_may_be_trained_on_in_another_way(tmp_path):
-    run(tmp_path, make())
-    how = {"optimizer": lambda p: SGD(p, lr=0.1), "lr_schedule": "constant"}
-    loaded = Toy.load_from_checkpoint(tmp_path / "step=20.ckpt", **how)
-    assert type(loaded.configure_optimizers()["optimizer"]) is SGD  # as a loop of one's own calls it
-    trainer(tmp_path, chain={}, max_epochs=1).fit(loaded, batches())
-    assert (loaded.link, loaded.live_link().end_step) == (2, 10)
-
-
 class Evaluated(ValidatedToy):
     def test_step(self, batch, batch_idx):
         self.log("test_loss", self.training_step(batch, batch_idx))
 
 
-@pytest.mark.parametrize("is_by_another", [False, True])
-def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes_inside_the_epoch(tmp_path, is_by_another):
+def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes_inside_the_epoch(tmp_path):
     def run(steps):
         return trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2, max_steps=steps, limit_val_batches=0)
 
@@ -270,7 +208,7 @@ def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes
     run(-1).fit(whole, datamodule=Data(batch_size=4))
     stopped = run(5)
     stopped.fit(module, datamodule=Data(batch_size=4))
-    (trainer(tmp_path) if is_by_another else stopped).test(module, batches(1), verbose=False)
+    stopped.test(module, batches(1), verbose=False)
     stopped.save_checkpoint(tmp_path / "run.ckpt")
     for one in (module, Evaluated.load_from_checkpoint(tmp_path / "run.ckpt")):
         trainer(tmp_path).test(one, batches(1), verbose=False)

@@ -42,9 +42,7 @@ def test_a_prompted_task_takes_ten_lines(tmp_path):
     made = tasks.find_task("qnli").example(Row(row, "here"))
     assert made.prompt == 'Tea is served hot.\nDoes this answer "Is tea hot?"? Yes or No?\n'
     assert (made.options, made.answer) == (("Yes", "No"), 0)
-    for split in ("train", "validation", "test"):
-        lines = [f'{{"question": "Is it {k}?", "sentence": "It is {k}.", "label": {k % 2}}}\n' for k in range(16)]
-        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    tiny.write_rows(tmp_path, [{"question": f"Is it {k}?", "sentence": f"It is {k}.", "label": k % 2} for k in range(16)])
     module = cola_lightning.COLACausalLM(tiny.folder(tmp_path / "model"), target_modules=["q_proj"], rank=2, seed=0)
     rows = PromptDataModule("QNLI", str(tmp_path), train_size=8, val_size=8, test_size=16, batch_size=4)
     run = trainer(tmp_path, max_epochs=1)

@@ -56,21 +56,7 @@ FOUND = {
         ],
         [("user", "Old?", False), ("assistant", "No.", False), ("user", "Red?", False), ("assistant", "Yes.", True)],
     ),
-    "not to be trained": (
-        [*turns(("u", "Old?")), {"role": "assistant", "content": "No.", "train": False}, *turns(("u", "Red?"), ("a", "Yes."))],
-        [("user", "Old?", False), ("assistant", "No.", False), ("user", "Red?", False), ("assistant", "Yes.", True)],
-    ),
     "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("user", "Old?", False), ("assistant", "No.", True)] * 2),
-    "parts": (
-        [
-            {"role": "user", "content": [{"type": "text", "value": "Old?"}]},
-            {"role": "assistant", "content": [{"type": "text", "content": "No."}]},
-        ],
-        [
-            ("user", [{"type": "text", "text": "Old?"}], False),
-            ("assistant", [{"type": "text", "text": "No."}], True),
-        ],
-    ),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import byte_gpt
-from benchmarks.byte_gpt import COLAByteGPT, PythonSourceDataModule, pretrained, python_sources, windows
+from benchmarks.byte_gpt import COLAByteGPT, PythonSourceDataModule, pretrained
 from cola_lightning import COLAModule
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer, weights
@@ -44,14 +44,3 @@ def test_a_chain_of_the_example_trains_and_is_loaded_again(tmp_path):
     again = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
     assert run.test(again, data, verbose=False) == run.test(module, data, verbose=False)
     assert run.predict(again, data)[0].keys() == {"prediction", "target"}
-
-
-def test_training_validation_and_test_share_no_window():
-    data = PythonSourceDataModule(context=64, eval_size=128)
-    data.setup("fit")
-    text = python_sources()
-    assert len(data.train) == (len(text) * 9 // 10 - 1) // 64
-    assert torch.equal(data.train[:2], windows(text, 64)[:2])
-    val, test = ({bytes(row.tolist()) for row in part} for part in (data.val, data.test))
-    assert len(data.val) == len(data.test) == 128
-    assert len(val & test) < 3  # a row of dashes may come twice

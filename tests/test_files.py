@@ -3,8 +3,6 @@
 import csv
 import gzip
 import json
-import socket
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ import datasets
 import pytest
 import transformers
 
-from cola_lightning import Chain, PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning import Chain, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.splits import load_splits
 from tests import tiny
@@ -109,26 +107,6 @@ def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is
     assert {row["labels"] for row in classified.test} == {0 if is_label else -100}
 
 
-def test_minus_one_may_be_the_answer(tmp_path):
-    source = write(tmp_path / "rows.csv", [{"text": "2 - 3 =", "answer": "-1"}])
-    data = attach(TemplateDataModule(source, prompt="{text}", answer="answer"))
-    data.setup("predict")
-    assert data.test[0].example.references == ("-1",)
-    sst2 = attach(PromptDataModule("SST2", write(tmp_path / "sst2.tsv", [{"sentence": "Fine.", "label": "-1"}])))
-    sst2.setup("predict")
-    assert sst2.test[0].example.answer is None
-
-
-def test_files_are_read_without_the_network(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
-    for name in ("rows.csv", "rows.jsonl"):
-        data = attach(TemplateDataModule(write(tmp_path / name, ROWS[:4]), prompt="{text}", answer="label"))
-        data.setup("predict")
-    assert asked == []
-
-
 @pytest.mark.filterwarnings("default")  # as outside of tests, where a warning is no error
 @pytest.mark.parametrize(
     ("name", "text"),
@@ -201,11 +179,6 @@ def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments,
     assert (first[0] != other[0]) is (sizes[0] < 200)  # all rows stay in their order
 
 
-def test_of_a_large_file_a_thousand_rows_validate(tmp_path):
-    drawn = template(write(tmp_path / "rows.jsonl", [{"text": str(k)} for k in range(12_000)])).parts("fit")
-    assert {part: len(rows) for part, (rows,) in drawn.items()} == {"train": 11_000, "val": 1_000}
-
-
 def test_what_has_a_split_is_not_drawn(tmp_path):
     write(tmp_path / "train.csv", labelled(200))
     write(tmp_path / "test.csv", labelled(10))
@@ -246,14 +219,6 @@ def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path,
     data.setup("predict")
     of_splits = Counter(row.example.place.partition(",")[2].split(",")[0].strip() for row in data.test)
     assert [*of_splits.items()] == asked
-
-
-def test_a_size_beside_a_named_split_is_so_many_rows_of_that_split(tmp_path):
-    for split in ("train", "held", "dev"):
-        write(tmp_path / f"{split}.jsonl", [{"text": f"{split} {k}"} for k in range(20)])
-    data = attach(TextDataModule(str(tmp_path), val_split="held", val_size=5, test_split="dev", test_size=0.5))
-    drawn = [[data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part] for part in parts(data)]
-    assert [Counter(text.partition(" ")[0] for text in part) for part in drawn] == [{"train": 20}, {"held": 5}, {"dev": 10}]
 
 
 def test_sizes_that_cannot_be_are_named(tmp_path):
@@ -310,7 +275,6 @@ trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_mo
 
 def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that_are_told(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     tiny.folder("model", "bert", "AutoModel")
     texts = [f"It was {VERDICTS[k % 3]}, {k} times." for k in range(90)]
     write(tmp_path / "reviews.csv", [{"id": k, "text": text, "label": VERDICTS[k % 3]} for k, text in enumerate(texts)])

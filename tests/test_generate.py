@@ -85,15 +85,6 @@ def test_links_sampling_and_stops(trained, capfd):
     assert printed(capfd, *asked, "--stop", "no such text", stop).strip() == predictions[1].partition(stop)[0].strip()
 
 
-def test_a_prompt_that_yaml_would_read_is_the_same_as_an_option_and_on_standard_input(trained, capfd, monkeypatch):
-    path, _ = trained("chat")
-    for prompt in ("  # It", "null", "[It, is]"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(prompt + "\n"))
-        expected = printed(capfd, "--checkpoint", path)
-        monkeypatch.setattr("sys.stdin", None)
-        assert printed(capfd, "--checkpoint", path, "--prompt", prompt) == expected
-
-
 @pytest.mark.parametrize("kind", ["chat", "template unused"])
 def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch, kind):
     path, _ = trained(kind)

@@ -15,11 +15,3 @@ def test_values_are_those_of_the_host_until_the_device_has_others():
     assert values.of(moved["labels"]).tolist() == [5, 2]
     values.remember([1, 2], [1, 2])  # a batch of another type
     assert values.of(moved["labels"]).tolist() == [5, 2]
-
-
-def test_an_evaluations_batches_have_values_too():
-    values, mine = HostValues(), {"labels": torch.tensor([1, 2])}
-    with torch.inference_mode():
-        moved = {"labels": mine["labels"].clone()}
-        values.remember(mine, moved)
-        assert values.of(moved["labels"]) is mine["labels"]

@@ -106,8 +106,7 @@ def test_a_table_shows_every_number_whole(chain):
     assert table(report(Chain())).row_count == 0
 
 
-@pytest.mark.parametrize("zeros", [[], ["wide"], ["wide", "high"]], ids=str)
-@pytest.mark.parametrize("weight_norms", [{}, {"wide": 3.0, "high": 4.0}], ids=["unknown", "known"])
+@pytest.mark.parametrize(("zeros", "weight_norms"), [([], {}), (["wide", "high"], {"wide": 3.0, "high": 4.0})], ids=str)
 def test_a_picture_of_any_links_is_a_png_and_nothing_is_left_beside_it(zeros, weight_norms, tmp_path):
     links = [link(k, 1 + k % 4, "wide", "high") for k in range(5)]
     for name in zeros:

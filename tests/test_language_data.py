@@ -1,6 +1,5 @@
 """The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
 
-import random
 import re
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
-from cola_lightning.data.splits import draw
 from tests import tiny
 
 
@@ -124,10 +122,6 @@ def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_
     assert [row for pair in zip(*halves, strict=True) for row in pair] == [*whole, whole[0]]
 
 
-def test_rows_of_like_length_come_together_but_for_the_papers_tasks(make):
-    assert make().length_grouped is (make.name not in PAPERS)
-
-
 def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_under_a_limit_takes_the_first(make):
     data = make("fit", "test")
     for name, part in (("val", data.val), ("test", data.test)):
@@ -168,16 +162,6 @@ def test_batches_of_like_length_have_less_padding_and_come_by_chance():
     assert padding(grouped) < 0.1 < padding(batches())
     longest = [max(batch) for batch in grouped]
     assert longest != sorted(longest, reverse=True)
-
-
-def test_a_part_is_drawn_once():
-    first, second = (part.tolist() for part in draw(100, [60, 40], 0, "rows"))
-    assert sorted(first + second) == list(range(100))
-    assert first != sorted(first)
-    before = random.getstate(), torch.get_rng_state()
-    assert [part.tolist() for part in draw(100, [60, 40], 0, "rows")] == [first, second]
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
 
 
 # ---------------------------------------------------------------------- prompts and options as tokens
@@ -332,18 +316,6 @@ def test_more_than_a_share_of_all_rows_is_an_error_and_of_one_part_alone_is_not(
     data.max_skipped = 0
     with pytest.raises(UserError, match=r"the field 'entities' is 'Al', not a list of texts: .* row"):
         data.setup("fit")
-
-
-def test_a_task_of_ones_own_skips_a_few_rows_too_but_none_that_is_predicted(tmp_path):
-    rows = [{"text": f"It was {k}.", "label": k % 2} for k in range(100)]
-    rows[30]["text"] = None
-    source = tiny.write_rows(tmp_path, rows)
-    data = attach(TemplateDataModule(source, prompt="{text}", options=[" no", " yes"]))
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    assert [len(part) for part in (data.train, data.val, data.test)] == [99, 99, 99]
-    with pytest.raises(UserError, match=r"1 of 100 rows cannot be used \(the field 'text' is null, not text: .*row 31\)"):
-        data.setup("predict")
 
 
 UNLABELLED = {

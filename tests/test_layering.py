@@ -56,8 +56,6 @@ def test_no_file_is_longer_than_500_lines():
     ("words", "left_alone"),
     [
         (["--help"], {"torch", "lightning", "transformers"}),
-        (["--version"], {"torch", "lightning", "transformers"}),
-        (["configs"], {"torch", "lightning", "transformers"}),
         (["inspect", "--help"], {"lightning", "transformers", "datasets", "matplotlib"}),
         (["fit", "--help"], {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"}),
     ],

@@ -7,11 +7,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
-from cola_lightning import AdaptedModel, COLACausalLM, LastCheckpoint, LoRAConfig
-from cola_lightning.export.verify import logits_of
-from tests import tiny
+from cola_lightning import AdaptedModel, LastCheckpoint, LoRAConfig
 from tests.toy import (
     Toy,
     ValidatedToy,
@@ -117,40 +115,6 @@ def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path)
     assert module.norm == pytest.approx(1e-3, rel=1e-3)
 
 
-class Late(Toy):
-    """Its second layer gets its first gradient in the second batch."""
-
-    def training_step(self, batch, batch_idx):
-        hidden = self.model[:2](batch[0])
-        return (hidden if batch_idx == 0 else self.model[2](hidden)).square().mean()
-
-
-def test_sgd_trains_also_with_the_fused_of_the_default_optimizer(tmp_path):
-    """Which ``--model.optimizer SGD`` inherits; torch's fused SGD with momentum fails at a gradient that comes late."""
-    trained = []
-    for fused in (True, None):
-        module = toy(Late, optimizer=lambda p, fused=fused: SGD(p, lr=0.1, momentum=0.9, fused=fused))
-        trainer(tmp_path, max_epochs=1).fit(module, batches(4))
-        trained.append(weights(module))
-    assert_bit_equal(*trained)
-    assert trained[0]["model.2.lora_B"].any()
-
-
-class Complex(Toy):
-    def build_model(self):
-        return nn.Sequential(nn.Linear(8, 12, dtype=torch.complex64), nn.Linear(12, 6, dtype=torch.complex64))
-
-    def training_step(self, batch, batch_idx):
-        return (self.model(batch[0] + 0j) - batch[1]).abs().square().mean()
-
-
-def test_the_default_optimizer_trains_complex_weights_too(tmp_path):
-    module = toy(Complex)
-    trainer(tmp_path, max_epochs=1).fit(module, batches(4))
-    assert module.model[0].lora_B.is_complex()
-    assert module.model[0].lora_B.any()
-
-
 # ---------------------------------------------------------------------- by default
 
 
@@ -198,16 +162,3 @@ def test_half_precision_loses_no_link():
     assert_near(merged.weight - before, exact, 1e-4)
     assert_near(B.double() @ A.double(), exact, 1e-2)
     assert (rounded - before - exact).norm() > 0.5 * exact.norm()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_language_model_in_bf16_trains_and_its_merged_copy_gives_its_logits(tmp_path, mode):
-    module = COLACausalLM(tiny.folder(tmp_path, "llama"), dtype="bfloat16", finished_links=mode, rank=2, alpha=4, seed=0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (6, 2, 8)).unbind()]
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
-    run.fit(module, *(torch.utils.data.DataLoader(rows, batch_size=None) for _ in range(2)))
-    probe = {"input_ids": rows[0]["input_ids"]}
-    ours, half = logits_of(module.merged_model(), probe), logits_of(module.model, probe)
-    assert (ours - half).abs().max() <= 2**-5 * ours.abs().max()
-    module.upcast()
-    torch.testing.assert_close(ours, logits_of(module.model, probe), rtol=0, atol=1e-5 * ours.abs().max().item())

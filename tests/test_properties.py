@@ -2,12 +2,10 @@
 
 import math
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from cola_lightning import AdaptedModel, LoRAConfig, UserError
+from cola_lightning import UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
@@ -44,41 +42,6 @@ def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_st
             sizes.append(0)
         sizes[-1] += 1
     assert schedule.links(FitPosition(0, 0), run) == sizes
-
-
-# ---------------------------------------------------------------------- chains
-
-LINKS = st.lists(st.tuples(st.integers(1, 3), st.floats(0.5, 8)), min_size=1, max_size=4)
-
-
-def adapted(rank=3):
-    return AdaptedModel(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), LoRAConfig(rank=rank))
-
-
-def trained(links):
-    """A model with finished links of these ranks and alphas, their factors drawn, and its chain."""
-    model = adapted()
-    for k, (rank, alpha) in enumerate(links):
-        model.begin_link(rank, alpha)
-        with torch.no_grad():
-            for name, layer in model.layers.items():
-                generator = torch.Generator().manual_seed(len(name) + k)
-                layer.lora_B[:, :rank] = torch.randn(layer.lora_B[:, :rank].shape, generator=generator)
-        model.tie_knot(1, 1.0)
-    return model
-
-
-@settings(max_examples=30)
-@given(LINKS, st.data())
-def test_a_truncated_chain_replays_to_what_the_model_was_then(links, data):
-    k, x = data.draw(st.integers(0, len(links))), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    chain, fresh = trained(links).chain, adapted()
-    fresh.replay(chain.truncate(k))
-    assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
-    fresh.go_to(chain)
-    assert torch.equal(fresh.model(x), trained(links).model(x))
-    fresh.go_to(chain.truncate(k))
-    assert torch.equal(fresh.model(x), trained(links[:k]).model(x))
 
 
 # ---------------------------------------------------------------------- templates

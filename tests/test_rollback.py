@@ -190,31 +190,6 @@ def test_a_copy_from_before_a_knot_takes_the_module_back_and_forth(tmp_path):
     assert_bit_equal(weights(module), second)
 
 
-def test_what_cannot_be_loaded_right_is_refused(tmp_path):
-    class Other(Toy):
-        def build_model(self):
-            model = super().build_model()
-            nn.init.ones_(model[0].bias)
-            return model
-
-    state = trained(tmp_path).state_dict()
-    other = toy(Other)
-    before = weights(other)
-    with pytest.raises(UserError, match=r"^base: "):
-        other.load_state_dict(state)
-    assert_bit_equal(weights(other), before)
-    del state["chain.metadata"]
-    with pytest.raises(UserError, match="no chain"):
-        toy().load_state_dict(state)
-
-
-def test_a_module_inside_another_carries_its_chain_too(tmp_path):
-    outer, again = nn.ModuleDict({"inner": trained(tmp_path)}), nn.ModuleDict({"inner": toy()})
-    again["inner"].configure_model()
-    again.load_state_dict(outer.state_dict())
-    assert_bit_equal(weights(again["inner"]), weights(outer["inner"]))
-
-
 def test_where_all_is_trained_the_values_are_enough():
     class PartlyFrozen(Toy):
         def configure_model(self):
@@ -230,16 +205,3 @@ def test_where_all_is_trained_the_values_are_enough():
     for other in (toy(), toy(PartlyFrozen, target_modules=None)):
         with pytest.raises(UserError):
             other.load_state_dict(changed)
-
-
-def test_a_subclass_own_extra_state_is_beside_the_chain():
-    class Counting(Toy):
-        def get_extra_state(self):
-            return torch.ones(1)
-
-        def set_extra_state(self, state):
-            self.counted = state
-
-    module = toy(Counting)
-    module.load_state_dict(module.state_dict())
-    assert module.counted == 1

@@ -1,23 +1,18 @@
 """When knots are tied, and the learning rate of each step, under the Trainer."""
 
-import contextlib
 import itertools
 import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from cola_lightning import ChainOfLoRA, LastCheckpoint, UserError
-from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
-from cola_lightning.study.config import as_words, resolved
-from cola_lightning.study.methods import method
+from cola_lightning import ChainOfLoRA, UserError
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
 from tests.test_chain_of_lora import Watch
-from tests.test_resume import ARGUMENTS, Data, Normed, Recorder, Stopped, last
-from tests.toy import DIGITS, Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import Toy, ValidatedToy, batches, toy, trainer
 
 
 class Scripted(Toy):
@@ -101,22 +96,16 @@ TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
     ("schedule", "run", "start", "lengths"),
     [
         ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), None, [10, 20, 10]),
-        ({"every_n_train_steps": 4}, RunLength(lambda epoch: math.inf, math.inf, max_steps=10), None, [4, 4, 2]),
         ({"every_n_epochs": 2}, TEN_AN_EPOCH, FitPosition(2, 24), [16, 10]),  # a link that began inside an epoch
         ({"every_n_epochs": 1}, RunLength(lambda epoch: 10, 100_000, math.inf), None, [10] * 100_000),  # known at once
     ],
-    ids=["after epochs of another length", "of endless epochs", "inside an epoch", "many epochs"],
+    ids=["after epochs of another length", "inside an epoch", "many epochs"],
 )
 def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
     """``test_properties.py`` has the runs that start at their beginning."""
     start = start or run.epoch_start
     assert ChainSchedule(**schedule).links(start, run) == lengths
     assert ChainSchedule(**schedule).link_steps(start, run) == lengths[0]
-
-
-def test_no_length_is_made_up():
-    assert ChainSchedule().link_steps(START, RunLength(lambda epoch: 10, math.inf, math.inf)) == math.inf
-    assert ChainSchedule(every_n_epochs=1, knots_unknown=True).link_steps(START, TEN_AN_EPOCH) == math.inf
 
 
 # ---------------------------------------------------------------------- a plateau
@@ -153,62 +142,6 @@ def test_a_validation_inside_an_accumulation_window_counts_at_the_next_step(tmp_
     assert ends(module) == [2, 4, 6]
 
 
-def test_a_second_fit_of_a_trainer_goes_on_counting(tmp_path):
-    module = toy(Scripted, lr_schedule="constant")
-    run = trainer(tmp_path, chain={"patience": 2}, max_epochs=2)
-    run.fit(module, batches(), batches(1))
-    assert ends(module) == []
-    run.fit_loop.max_epochs = 4
-    run.fit(module, batches(), batches(1))
-    assert ends(module) == [30]
-
-
-@pytest.mark.parametrize(
-    ("options", "stops"),
-    [
-        ({}, [("batch_end", 7), ("validation", 4), ("validation_end", 1)]),
-        ({"val_check_interval": 0.25}, [("backward", 13), ("batch_end", 2), ("validation_end", 5), ("epoch_end", 1)]),
-    ],
-    ids=["two validations an epoch", "four"],
-)
-def test_a_run_that_was_stopped_ties_the_same_knots(tmp_path, options, stops):
-    def fit(folder, stop=None, ckpt_path=None):
-        module = toy(Normed, **ARGUMENTS | {"schedule_scope": "run"}, optimizer=lambda p: AdamW(p, lr=1e-2))
-        recorder = Recorder(stop)
-        how = {"max_epochs": 3, "accumulate_grad_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 0} | options
-        chain = {"patience": 1, "min_delta": 0.02}
-        run = trainer(folder, recorder, LastCheckpoint(), chain=chain, enable_checkpointing=True, **how)
-        with contextlib.suppress(Stopped):
-            run.fit(module, datamodule=Data(batch_size=4), ckpt_path=ckpt_path)
-        return module, recorder
-
-    whole, expected = fit(tmp_path / "whole")
-    assert whole.link > 1
-    for stop in stops:
-        folder = tmp_path / f"{stop}"
-        _, before = fit(folder, stop)
-        module, after = fit(folder / "resumed", ckpt_path=last(folder))
-        assert ends(module) == ends(whole), stop
-        assert_bit_equal(weights(module), weights(whole))
-        for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
-            assert first | second == all_, stop
-
-
-def test_a_run_that_goes_on_with_another_metric_waits_for_its_values(tmp_path):
-    class Two(Toy):
-        def validation_step(self, batch, batch_idx):
-            step = self.trainer.global_step
-            self.log_dict({"val_loss": 5.0 - step / 100, "val_accuracy": step / 100})
-
-    module, loaders = toy(Two, lr_schedule="constant"), (batches(), batches(1))
-    run = trainer(tmp_path, chain={"patience": 3}, max_epochs=3)
-    run.fit(module, *loaders)
-    run.save_checkpoint(tmp_path / "own.ckpt")
-    chain = {"patience": 3, "monitor": "val_accuracy", "mode": "max"}
-    trainer(tmp_path, chain=chain, max_epochs=6).fit(module, *loaders, ckpt_path=tmp_path / "own.ckpt")
-    assert ends(module) == []
-
-
 def test_a_plateau_of_nothing_is_refused_before_training(tmp_path):
     module = toy(ValidatedToy, lr_schedule="constant")
     with pytest.raises(UserError, match=r"chain\.monitor: val_los is not logged .* val_loss"):
@@ -216,15 +149,6 @@ def test_a_plateau_of_nothing_is_refused_before_training(tmp_path):
     assert module.trainer.global_step == 0
     with pytest.raises(UserError, match=r"chain\.patience: this run has no validation"):
         trainer(tmp_path, chain={"patience": 2}, max_epochs=1).fit(toy(lr_schedule="constant"), batches())
-
-
-def test_a_study_leaves_the_number_of_links_to_its_runs():
-    words = ["--config", DIGITS, "--chain.every_n_epochs", "null", "--chain.patience", "3", "--chain.min_delta", "0.01"]
-    config = resolved(words)
-    assert method("cola", config).options == {}
-    for name in ("lora", "cola-5", "full"):
-        changed = resolved([*words, *as_words(method(name, config).options)])["chain"]
-        assert (changed["patience"], changed["min_delta"]) == (None, 0)
 
 
 # ---------------------------------------------------------------------- rates
@@ -273,21 +197,10 @@ RATES = {
         OF_THE_RUN | {"knot_warmup_steps": 3},
         [a * b for a, b in zip(JAGGED, [*RISE, 0, 1 / 2], strict=True)],
     ),
-    "the run's, warmed up over half of each link": (
-        EVERY_6,
-        OF_THE_RUN | {"knot_warmup_steps": 0.5},
-        [a * b for a, b in zip(JAGGED, [*RISE, 0, 1], strict=True)],
-    ),
-    "the run's, without a knot to warm up after": ({}, OF_THE_RUN | {"knot_warmup_steps": 3}, JAGGED),
     "a share of links of other lengths": (
         {"at_steps": [4, 14]},
         {"lr_schedule": "constant", "knot_warmup_steps": 0.2},
         [1] * 4 + [0, 0.5] + [1] * 8 + [0, 0.5] + [1] * 4,
-    ),
-    "each link's own, warmed up after knots alone": (
-        {"every_n_train_steps": 10},
-        {"knot_warmup_steps": 4},
-        LINEAR + [rate * min(1, k / 4) for k, rate in enumerate(LINEAR)],
     ),
     "a short last link's": (
         {"every_n_train_steps": 12},
@@ -313,40 +226,6 @@ def test_the_rate_of_each_step(tmp_path, name):
 )
 def test_the_trainers_own_limits_are_the_length_of_a_run(tmp_path, fit, length):
     assert rates(tmp_path, {}, fit=fit) == pytest.approx([1 - step / length for step in range(length)])
-
-
-@pytest.mark.parametrize("scope", ["link", "run"])
-def test_a_second_fit_has_a_schedule_of_its_own(tmp_path, scope):
-    watch = Watch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
-    module = toy(optimizer=lambda p: SGD(p, lr=0.01), schedule_scope=scope)
-    trainer(tmp_path, chain={"every_n_epochs": 5}, max_epochs=10).fit(module, batches())
-    second = trainer(tmp_path, watch, chain={"every_n_epochs": 2}, max_epochs=4)
-    second.fit(module, batches())
-    length = 20 if scope == "link" else 40
-    assert [100 * rate for rate in watch.seen] == pytest.approx([1 - step % length / length for step in range(40)])
-    watch.seen.clear()
-    second.fit_loop.max_epochs = 6
-    second.fit(module, batches())
-    expected = [1 - step / 20 for step in range(20)] if scope == "link" else [1 - (40 + step) / 60 for step in range(20)]
-    assert [100 * rate for rate in watch.seen] == pytest.approx(expected)
-
-
-def test_an_epoch_with_another_accumulation_has_its_own_length(tmp_path):
-    scheduler = GradientAccumulationScheduler({0: 1, 1: 5})
-    seen = rates(tmp_path, {"every_n_epochs": 2}, scheduler, fit={"max_epochs": 4})
-    assert seen[:11] == pytest.approx([1 - step / 12 for step in range(11)])
-    assert seen[20] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(("scope", "horizon"), [("link", 8), ("run", 24)])
-def test_epochs_of_another_length_count_from_where_they_begin(tmp_path, scope, horizon):
-    class Shrinking(Toy):
-        def train_dataloader(self):
-            return batches(8 if self.trainer.current_epoch < 2 else 4)
-
-    fit = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
-    seen = rates(tmp_path, {"every_n_epochs": 2}, loaders=[None], fit=fit, cls=Shrinking, schedule_scope=scope)
-    assert seen[16:] == pytest.approx([1 - (step + horizon - 8) / horizon for step in range(8)])  # it ends with the run
 
 
 def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path):
@@ -377,15 +256,11 @@ def test_a_schedule_of_an_unknown_length_is_refused_with_advice_that_works(tmp_p
     assert rates(tmp_path, chain, loaders=[loader, batches(1)], fit=fit, **arguments | advice)
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
-def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path, hook):
+def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path):
     class ByHand(ValidatedToy):
-        """Ties a knot at the end of its first epoch."""
+        def on_train_epoch_end(self):
+            if self.link == 0:
+                self.tie_knot()
 
-    def tie(self, *_):
-        if self.trainer.global_step == 10 and self.link == 0 and not self.trainer.sanity_checking:
-            self.tie_knot()
-
-    setattr(ByHand, hook, tie)
     seen = rates(tmp_path, {"every_n_epochs": 1}, fit={"max_epochs": 3}, cls=ByHand, warmup_steps=0.2)
     assert seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)

@@ -144,35 +144,7 @@ def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(trained, tmp_path):
     assert_close_chains(merging.chain, trained.module.chain, 1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_links_that_tell_nothing_of_a_head_leave_it_as_it_was(tmp_path, mode):
-    plain = fit(tmp_path, make(finished_links=mode, target_modules=["0"]), epochs=2)
-    plain.chain.save(tmp_path / "chain")
-    how = {"finished_links": mode, "target_modules": ["0"], "modules_to_save": ["2"]}
-    module = fit(tmp_path, make(init_chain=str(tmp_path / "chain"), **how), LastCheckpoint(), epochs=2)
-    base = toy().merged_model(0)[2].weight
-    assert not torch.equal(module.model[2].weight, base)
-    assert torch.equal(module.merged_model(1)[2].weight, base)
-    module.adapted.go_to(module.chain.truncate(1))
-    assert torch.equal(module.model[2].weight, base)
-
-
 # ---------------------------------------------------------------------- precisions and bases
-
-
-def test_each_layer_comes_back_in_its_own_dtype(tmp_path):
-    class Mixed(ValidatedToy):
-        def build_model(self):
-            model = super().build_model()
-            model[0].bfloat16()
-            return model
-
-    module = fit(tmp_path, make(Mixed), LastCheckpoint())
-    loaded = Mixed.load_from_checkpoint(last(tmp_path))
-    for each in (module, loaded):
-        assert [layer.weight.dtype for layer in each.adapted.layers.values()] == [torch.bfloat16, torch.float32]
-    x = torch.randn(3, 8)
-    assert torch.equal(loaded.model(x), module.model(x))
 
 
 @pytest.mark.parametrize("targets", [["0"], "all-linear"])

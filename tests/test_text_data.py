@@ -59,16 +59,6 @@ def test_where_nothing_fits_the_columns_are_listed(names, lists):
         find_columns(names, lists, None)
 
 
-def test_what_else_could_have_been_taken_is_said_with_its_option():
-    reading = find_columns(["prompt", "concepts", "instruction", "response", "id"], [], None)
-    said = "instruction -> response (or --data.columns '{prompt: prompt, response: response}')"
-    assert str(reading) == said
-    reading = find_columns(["instruction", "input", "context", "output"], [], None)
-    assert "(or --data.columns '{prompt: instruction, input: context, response: output}')" in str(reading)
-    reading = find_columns(["id", "system_prompt", "question", "response"], [], None)
-    assert str(reading) == "question -> response, system: system_prompt"
-
-
 def test_columns_are_named_where_their_names_say_nothing():
     names, given = ["document", "summary"], {"prompt": "document", "response": "summary"}
     assert find_columns(names, [], given).columns == given

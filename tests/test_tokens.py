@@ -16,7 +16,6 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 BYTES = [f"<0x{k:02X}>" for k in range(256)]
 TEXT = ["It is the old town, isn't it? Yes!\n\nNo, it is the old bridge.\n It was 2024.\tNo... it's"] * 20
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CLIP = r"'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # What tokenizers treat in their own ways at the end of a text, or join to what follows.
 PIECES = list("a?' \n\té\u0301\u200b\u00a0\u0600▁Ġﬁİषﷺ😀")
 PIECES += ["It", "'s", "  ", "\n\n", "\r\n", "e\u0301", "日本", "!?", "12", "2024", "don't", " the", "old town", "क्"]
@@ -28,17 +27,15 @@ def byte_level(**how):
     return pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | how)
 
 
-def split(pattern, behavior="isolated", **how):
-    words = pre_tokenizers.Split(Regex(pattern), behavior, **how)
-    return pre_tokenizers.Sequence([words, byte_level(use_regex=False)])
+def split(pattern):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(use_regex=False)])
 
 
 def bpe(pre_tokenizer, normalizer=None, post=None, added=(), **how):
     own = Tokenizer(models.BPE(**how))
     own.pre_tokenizer, own.normalizer = pre_tokenizer, normalizer
-    suffix = {name: value for name, value in how.items() if name == "end_of_word_suffix"}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, **suffix)
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
     own.train_from_iterator(TEXT, trainer)
     own.add_tokens(list(added))
     own.post_processor = post
@@ -79,17 +76,11 @@ def wordpiece():
 
 
 ADDED = [AddedToken("<sep>"), AddedToken("old town", lstrip=True, rstrip=True), AddedToken("It", single_word=True)]
-SPACES = normalizers.Replace(Regex(r"\s+"), " ")
 TRIMMED = processors.ByteLevel(trim_offsets=True)
 TOKENIZERS = {
     "byte-level BPE, trimmed offsets": lambda: bpe(byte_level(add_prefix_space=True), post=TRIMMED),
     "byte-level BPE, added tokens": lambda: bpe(byte_level(), added=ADDED),
     "byte-level BPE, Llama 3": lambda: wrapped(bpe(split(LLAMA3), normalizers.NFC(), ignore_merges=True)),
-    "byte-level BPE, CLIP": lambda: bpe(
-        split(CLIP, "removed", invert=True),
-        normalizers.Sequence([SPACES, normalizers.Lowercase()]),
-        end_of_word_suffix="</w>",
-    ),
     "BPE without words": sentencepiece_bpe,
     "Unigram, T5": unigram,
     "WordPiece": wordpiece,

@@ -80,6 +80,11 @@ def assert_near(mine, theirs, relative):
     assert torch.linalg.vector_norm(mine.double() - theirs.double()) <= relative * torch.linalg.vector_norm(theirs.double())
 
 
+def difference(mine, theirs):
+    """The largest, of the entries of two tensors."""
+    return (mine - theirs).abs().max().item()
+
+
 def quantized_linear(dtype=torch.float32, bias=True):
     """A linear layer in 4 bits, of a size that bitsandbytes can pack anew."""
     torch.manual_seed(0)
