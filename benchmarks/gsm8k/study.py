@@ -36,7 +36,7 @@ from scipy import stats
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from studies import compare, run  # noqa: E402
+from studies import compare, grouped, run  # noqa: E402
 
 from cola_lightning.study.config import as_words  # noqa: E402
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read  # noqa: E402
@@ -270,7 +270,7 @@ def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[
     return float(mean), float(mean - margin), float(mean + margin)
 
 
-HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "validation", "test", "to LoRA, over rows", "over seeds", "right answers"]
+HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over rows", "over seeds", "right answers"]
 
 
 def rows() -> list[list[str]]:
@@ -279,8 +279,8 @@ def rows() -> list[list[str]]:
     for line in _lines(HERE / "base.jsonl"):
         total = sum(size for _, size in line["rows"])
         mean = sum(loss * size for loss, size in line["rows"]) / total
-        table.append([line["task"], "before training", "", "", "", f"{mean:.4f}", "", "", ""])
-    return table + [row for stage in studies() for row in rows_of(stage)]
+        table.append([line["task"], "before training", "", "", f"{mean:.4f}", "", "", ""])
+    return grouped(table + [row for stage in studies() for row in rows_of(stage)])
 
 
 def studies() -> list[Stage]:
@@ -312,7 +312,6 @@ def rows_of(stage: Stage) -> list[list[str]]:
             NAMES[results[0].method],
             f"{summary.learning_rate:g}",
             str(summary.seeds),
-            "diverged" if summary.validation is None else f"{summary.validation:.4f}",
             shown_test(summary),
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference_over_rows(*zip(*pairs, strict=True))) if pairs else "",
             shown_difference(summary) if summary.low is not None else "",
