@@ -238,6 +238,26 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
         assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("case", [*NOT_APART, "attention_mask", "position_ids"])
+def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, case):
+    """Also in a model that ignores without a word what keeps them apart."""
+    ignored = case not in NOT_APART
+    module = causal_lm(tmp_path, "llama" if ignored else case, scale=3 if ignored else 1, target_modules=None)
+    module.configure_model()
+    inner = module.model.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None, **others):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
+        if attention_mask.dim() == 4:
+            del given[case]
+        return inner(input_ids=input_ids, **given)
+
+    module.model.forward = forward if ignored else inner
+    for _ in range(2):
+        with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
+            module.step(packed_texts(module)[0])
+
+
 # ---------------------------------------------------------------------- models that are refused
 
 

@@ -79,6 +79,25 @@ class Recorder(ChainProgressBar):
         self.shown.append([task.description.strip() for task in self.progress.tasks if task.visible])
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # its order is fixed
+def test_after_a_resume_the_bar_counts_batches_of_the_whole_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(rich, "get_console", lambda: Console(file=io.StringIO(), width=WIDTH))
+    counts = []
+
+    class Counted(ChainProgressBar):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            counts.append((self.train_progress_bar.completed, self.train_progress_bar.total))
+
+    limits = {"max_epochs": -1, "accumulate_grad_batches": 2, "enable_progress_bar": True}
+    first = trainer(tmp_path, max_steps=2, **limits)
+    module = toy()
+    first.fit(module, batches())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    trainer(tmp_path, Counted(), max_steps=7, **limits).fit(module, batches(), ckpt_path=tmp_path / "run.ckpt")
+    assert counts == [*((n, 10) for n in range(5, 11)), *((n, 4) for n in range(1, 5))]
+
+
 @pytest.mark.parametrize(
     ("limit", "chain", "shown"),
     [

@@ -36,7 +36,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changed", ["0.weight", "1.running_mean", "2.bias", "2.weight"])
-@pytest.mark.parametrize("way", ["load", "resume", "init_chain from a checkpoint", "init_chain from a folder"])
+@pytest.mark.parametrize(
+    "way", ["load", "load_state_dict", "resume", "init_chain from a checkpoint", "init_chain from a folder"]
+)
 def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
     class Other(Frozen):
         pass
@@ -45,9 +47,10 @@ def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
     run = trainer(trained, chain={}, max_epochs=3)
     ways = {
         "load": lambda: Other.load_from_checkpoint(checkpoint),
+        "load_state_dict": lambda: toy(Other, **ARGUMENTS).load_state_dict(torch.load(checkpoint)["state_dict"]),
         "resume": lambda: run.fit(toy(Other, **ARGUMENTS), batches(), ckpt_path=checkpoint),
-        "init_chain from a checkpoint": lambda: toy(Other, **ARGUMENTS, init_chain=str(checkpoint)).configure_model(),
-        "init_chain from a folder": lambda: toy(Other, **ARGUMENTS, init_chain=str(trained / "chain")).configure_model(),
+        "a checkpoint as init_chain": lambda: toy(Other, **ARGUMENTS, init_chain=str(checkpoint)).configure_model(),
+        "a folder as init_chain": lambda: toy(Other, **ARGUMENTS, init_chain=str(trained / "chain")).configure_model(),
     }
     with pytest.raises(UserError, match=rf"^base: .* with other values of '{changed}'"):
         ways[way]()

@@ -1,13 +1,15 @@
 """What a run tells its loggers: its configuration, and for each logged step its rate, gradient norm, speed and link."""
 
 import csv
+import importlib
+import math
 import time
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from cola_lightning import COLACausalLM
 from tests import tiny
@@ -79,3 +81,56 @@ def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):
     trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(toy(), batches())
     rows = rows_of_csv(tmp_path / "run" / "version_0")
     assert [sorted(row) for row in rows if "lr" in row] == [["grad_norm", "link", "lr", "step"]]
+
+
+def of_tensorboard(folder):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(folder / "board")
+    fit(folder, logger)
+    found = loader.EventAccumulator(logger.log_dir).Reload()
+    values = {name: [event.value for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    hparams = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    content = found._plugin_to_tag_to_content["hparams"]["_hparams_/session_start_info"]
+    return values, hparams.FromString(content).session_start_info.hparams
+
+
+def of_mlflow(folder):
+    mlflow = pytest.importorskip("mlflow")
+    store = f"file:{folder}/mlruns"
+    logger = MLFlowLogger(tracking_uri=store)
+    fit(folder, logger)
+    client = mlflow.MlflowClient(store)
+    names = client.get_run(logger.run_id).data.metrics
+    values = {name: [one.value for one in client.get_metric_history(logger.run_id, name)] for name in names}
+    return values, client.get_run(logger.run_id).data.params
+
+
+def of_wandb(folder):
+    wandb = pytest.importorskip("wandb")
+    values = {}
+
+    class Noted(WandbLogger):
+        def log_metrics(self, metrics, step=None):
+            super().log_metrics(metrics, step)
+            for name, value in metrics.items():
+                values.setdefault(name, []).append(value)
+
+    logger = Noted(save_dir=folder, offline=True)
+    fit(folder, logger)
+    told = {f"{part}/{name}": value for part, values in logger.experiment.config.items() for name, value in values.items()}
+    wandb.finish()
+    return values, told
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("read", [of_tensorboard, of_mlflow, of_wandb], ids=["TensorBoard", "MLflow", "W&B"])
+def test_loggers_hold_the_values_and_the_options(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    values, options = read(tmp_path)
+    logged = VALUES - {"link"} | {"train_loss"}  # a knot is logged with its link, too
+    assert {name: len(values[name]) for name in logged} == dict.fromkeys(logged, 2)
+    assert max(values["link"]) == 1
+    assert all(math.isfinite(value) for name in VALUES for value in values[name])
+    assert OPTIONS.keys() <= options.keys()
+    assert "hf_secret" not in str(options)
