@@ -18,9 +18,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # Lightning 2.6's own call of jsonargparse's add_instantiator; jsonargparse reads this when it is imported.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
-import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 import pytest
-import torch
 
 sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -37,12 +35,16 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
+
     gc.freeze()  # what is imported stays: the collector goes through a million objects less each time
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where a test runs: on the CPU, and on a GPU by ``pytest -m gpu``."""
+    import torch
+
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     return request.param

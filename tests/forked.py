@@ -2,9 +2,8 @@
 
 ``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
 forked from one that has imported the libraries and knows that base (``fork_server.py``). Its folder, environment, arguments,
-standard streams, signals, coverage and exit status are its own; ``test_forked.py`` compares them with those of a new process.
-A new process it must be where a test is about what is imported, how long that takes, a variable that is read meanwhile, or
-what is said while the interpreter ends.
+standard streams, signals, coverage and exit status are its own. A new process it must be where a test is about what is
+imported, how long that takes, a variable that is read meanwhile, or what is said while the interpreter ends.
 """
 
 import atexit
@@ -21,8 +20,8 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent
 _PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 _BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1"}  # with more threads it could not fork
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.fork_server"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.fork_server"])
 
 
 class Command:
@@ -44,7 +43,7 @@ class Command:
             path.write_text("")
         environment = dict(os.environ if env is None else env)
         given = self.arguments, os.path.abspath(cwd or "."), environment, self._streams, start_new_session
-        self._process = _SERVER.Process(target=_become, args=given)
+        self._process = SERVER.Process(target=_become, args=given)
         with mock.patch.dict(os.environ, _BEFORE_TESTS, clear=True):  # that of the server, which the first command starts
             self._process.start()
         self.pid = self._process.pid

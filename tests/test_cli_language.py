@@ -3,7 +3,6 @@
 import csv
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import datasets
@@ -53,7 +52,6 @@ def make_language_folder(path):
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(make_language_folder(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
 
 
 def fit(config="config.yaml"):
@@ -144,12 +142,7 @@ NO_VALIDATION = ["--data.val_size", "0"]
 
 @pytest.mark.parametrize(
     ("source", "splits", "sizes", "command"),
-    [
-        ("own/train.jsonl", "train", [], "predict"),
-        ("own", "train", NO_VALIDATION, "predict"),
-        ("own", "train test", NO_VALIDATION, "test"),
-        ("own", "train", ["--data.test_size", "2"], "test"),
-    ],
+    [("own/train.jsonl", "train", [], "predict"), ("own", "train test", NO_VALIDATION, "test")],
 )
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, sizes, command, capfd):
@@ -173,51 +166,15 @@ def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, 
             assert ("data.test_size" in error and "cola validate" in error) or "data.val_size" in error
 
 
-def test_patience_needs_validation_rows(capfd):
-    Path("own.jsonl").write_text("".join(f'{{"text": "Film {k}?", "label": {k % 2}}}\n' for k in range(12)))
-    Path("own.yaml").write_text(OF_OWN_DATA + ENDS.replace("every_n_epochs", "patience"))
-    assert main(["fit", "--config", "own.yaml", "--data.source", "own.jsonl", *NO_VALIDATION]) == 2
-    assert "chain.patience" in capfd.readouterr().err.splitlines()[-1]
-
-
-OWN = """
-from cola_lightning import Example, OptionDataModule
-
-
-class Parity(OptionDataModule):
-    prompt_format = {"system": "Be brief."}  # these names mean something in the package's own data modules
-
-    def __init__(self, source: str = "of no file"):
-        super().__init__(4)
-        self.source = source
-
-    def setup(self, stage):
-        examples = [Example(f"The number {n} is", (" even", " odd"), n % 2) for n in range(8)]
-        self.train = self.val = self.test = self.encode(examples)
-"""
-
-
-def test_a_fit_on_data_of_ones_own_is_tested_and_exported(monkeypatch, capfd):
-    Path("own_parity.py").write_text(OWN)
-    monkeypatch.syspath_prepend(".")
-    Path("own.yaml").write_text(f"{OF_OWN_DATA}data: {{class_path: own_parity.Parity}}\n")
-    assert fit("own.yaml") == 0
-    (use,) = said(capfd, "use it: cola ")
-    assert main(shlex.split(use)) == 0
-    checkpoint = "runs/version_0/checkpoints/last.ckpt"
-    assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
-
-
 def test_two_processes_are_one():
     """With batches of half the size; what they predict comes back once a row, in order."""
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     checkpoint = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
-    fit_on_two = ["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"]
-    forked.run("-m", "cola_lightning", *fit_on_two, check=True)  # it starts the second
-    started = [forked.Command("-m", "cola_lightning", "predict", *checkpoint, env=own) for own in as_torchrun(2)]
-    for process in started:
-        done = process.finish(timeout=240)
-        assert done.returncode == 0, done.stderr
+    for words in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], ["predict", *checkpoint]):
+        started = [forked.Command("-m", "cola_lightning", *words, env=own) for own in as_torchrun(2)]
+        for process in started:
+            done = process.finish(timeout=240)
+            assert done.returncode == 0, done.stderr
     rows = predicted()
     assert fit() == 0
     assert main(["predict", *checkpoint, "--trainer.strategy", "auto", "--trainer.devices", "1"]) == 0

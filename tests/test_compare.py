@@ -286,6 +286,7 @@ def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config(
 
 # ---------------------------------------------------------------------- several processes, and those that are killed
 
+
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -307,6 +308,7 @@ sys.exit(compare(output))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs(tmp_path):
     both = [forked.Command("-c", SLOW, tmp_path, cwd=ROOT) for _ in range(2)]
     for done in [one.finish(timeout=300) for one in both]:
@@ -348,7 +350,6 @@ def here(monkeypatch):
         return run(str(claim.parent)) == 0
 
     monkeypatch.setattr(study, "execute", execute)
-    monkeypatch.setattr(sys, "argv", ["cola"])
 
 
 @pytest.mark.usefixtures("here")
@@ -434,11 +435,13 @@ def _forked(monkeypatch):
     monkeypatch.setattr(module, "TOUCH_EVERY", 0.1)
 
 
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 @pytest.mark.usefixtures("_forked")
-def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, capsys):
+def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, capsys, number, status):
     """As does one whose run refuses its options, with other ones: there is no result yet that binds it."""
-    words = ["--config", DIGITS, "--output", tmp_path, "--methods", "[lora]", "--seeds", "1", "--"]
-    command = ["-m", "cola_lightning", "compare", *words, "--trainer.max_epochs"]
+    words = ["--config", DIGITS, "--output", tmp_path, "--methods", "[lora]", "--seeds", "1", "--", "--trainer.max_epochs"]
 
     def processes():
         commands = []
@@ -447,17 +450,14 @@ def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, ca
                 commands.append(path.read_bytes())
         return [command for command in commands if str(tmp_path).encode() in command and b"--run" in command]
 
-    metrics = tmp_path / "runs" / "lora-lr0.02-seed0" / "metrics.csv"
-    for signal_, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        metrics.unlink(missing_ok=True)
-        stopped = forked.Command(*command, "5000", env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
-        wait_for(metrics.exists)
-        assert processes()
-        os.kill(stopped.pid, signal_)
-        done = stopped.finish(timeout=60)
-        assert done.returncode == status, done.stderr
-        wait_for(lambda: not processes(), 20)
-    (tmp_path / "config.yaml").unlink()  # which a killed study leaves
+    stopped = forked.Command("-m", "cola_lightning", "compare", *words, "5000", cwd=tmp_path)
+    wait_for((tmp_path / "runs" / "lora-lr0.02-seed0" / "metrics.csv").exists)
+    assert processes()
+    os.kill(stopped.pid, number)
+    done = stopped.finish(timeout=60)
+    assert done.returncode == status, done.stderr
+    wait_for(lambda: not processes(), 20)
+    (tmp_path / "config.yaml").unlink(missing_ok=True)  # which a killed study leaves
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=["--model.target_modules", "[nosuch]"]) == 2  # said by its process
     assert "error: model.target_modules: " in capsys.readouterr().err
     assert compare(tmp_path, methods="[lora]", seeds=1, fit=SHORT) == 0

@@ -66,27 +66,6 @@ def dirty(row, *places, **changed):
     return lambda split, k: (row(split, k)[0] | (changed if k in places else {}), row(split, k)[1])
 
 
-def capybara(split, k):
-    texts = [f"Name film {split} {k}", f"Film {split} {k}!"]
-    return {"source": "own", "conversation": [{"input": texts[0], "output": texts[1]}]}, texts
-
-
-def slim_orca(split, k):
-    texts = ["Be brief", f"Name film {split} {k}", f"Film {split} {k}!"]
-    turns = [{"from": one, "value": text} for one, text in zip(("system", "human", "gpt"), texts, strict=True)]
-    return {"conversations": [turn | {"weight": (None, 0, 1)[place]} for place, turn in enumerate(turns)]}, texts
-
-
-def thoughts(split, k):
-    row, texts = asked_under("system", "u", "a")(split, k)
-    turns = [{"from": "user", "value": row["u"]}, {"from": "assistant", "value": row["a"]}]
-    return {"system": row["system"], "conversations": turns}, texts
-
-
-def cosmopedia(split, k):
-    return {"prompt": f"Write of film {k}", "text": f"Film {split} {k}!", "format": "blog"}, [f"Film {split} {k}!"]
-
-
 ALPACA = columns("instruction", "input", "output", text="Below is an instruction.")
 TLDR = columns("prompt", "completion")
 CHAT = conversations("messages", "role", "content", "user", "assistant")
@@ -125,33 +104,7 @@ SETS = {
     "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
     "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised"),
     "EdinburghNLP/xsum": Set(columns("document", "summary", id="7"), "document summary", **OF_THREE),
-    "knkarthick/samsum": Set(columns("dialogue", "summary", id="7"), "dialogue summary", **OF_THREE),
-    "abisee/cnn_dailymail": Set(
-        columns("article", "highlights", id="7"),
-        "article highlights",
-        arguments={"subset": "3.0.0"},
-        subsets="1.0.0 3.0.0",
-        **OF_THREE,
-    ),
-    "ise-uiuc/Magicoder-OSS-Instruct-75K": Set(
-        columns("problem", "solution", lang="c", raw_index=1, index=2, seed="int", openai_fingerprint="x"), "problem solution"
-    ),
-    "AI-MO/NuminaMath-CoT": Set(
-        lambda split, k: (CHAT(split, k)[0] | {"source": "x", "problem": "?", "solution": "!"}, CHAT(split, k)[1]),
-        "messages",
-        "train test",
-    ),
-    "meta-math/MetaMathQA": Set(columns("query", "response", type="x", original_question="?"), "query response"),
     "Open-Orca/OpenOrca": Set(asked_under("system_prompt", "question", "response"), "question response system_prompt", "train"),
-    "Open-Orca/SlimOrca": Set(slim_orca, "conversations"),
-    "LDJnr/Capybara": Set(capybara, "conversation"),
-    "open-thoughts/OpenThoughts-114k": Set(thoughts, "conversations system", "train"),
-    "CohereForAI/aya_dataset": Set(columns("inputs", "targets", language="en"), "inputs targets", "train test"),
-    "bigcode/self-oss-instruct-sc2-exec-filter-50k": Set(
-        columns("instruction", "response", prompt="Write it", concepts="x", id=1), "instruction response prompt", "train"
-    ),
-    "HuggingFaceTB/smoltalk": Set(CHAT, "messages", "train test", {"subset": "all"}, "all everyday"),
-    "HuggingFaceTB/cosmopedia": Set(cosmopedia, "text", "train"),
 }
 # Sets that the user must choose something for, or convert first, and words of the line that says so.
 REFUSED = {

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import sklearn.metrics
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule
@@ -78,21 +78,12 @@ def sources(tmp_path_factory):
     folders = []
     for every in (2, 5):
         rows = [{"text": f"It was {'old ' * (k % 4)}{k}", "label": int(k % every == 0)} for k in range(20)]
-        rows = [row | {"said": "old" if row["label"] else "new"} for row in rows]
         folders.append(tiny.write_rows(tmp_path_factory.mktemp("rows"), rows))
     return folders
 
 
-class Old(COLACausalLM):
-    """What it writes is known."""
-
-    def generate(self, batch):
-        return ["old"] * len(batch["prompt"])
-
-
 KINDS = {
     "f1": (COLACausalLM, TemplateDataModule, {"prompt": "{text}", "options": [" no", " yes"], "metric": "f1"}),
-    "answers": (Old, TemplateDataModule, {"prompt": "{text}", "answer": "said"}),
     "classifier": (COLASequenceClassifier, TextClassificationDataModule, {"text_fields": ["text"]}),
 }
 
@@ -132,18 +123,3 @@ def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
     assert alone["test"][0] != pytest.approx(alone["test"][1], abs=1e-3)
     batches = trainer(tmp_path).predict(module, Both())
     assert [[row for batch in some for row in batch["prediction"]] for some in batches] == rows
-
-
-@pytest.mark.parametrize("stage", ["validate", "test"])
-def test_what_an_interrupted_evaluation_has_left_goes_before_the_next(tmp_path, sources, stage):
-    class Interrupt(Callback):
-        def on_validation_batch_end(self, *_):
-            raise InterruptedError
-
-        on_test_batch_end = on_validation_batch_end
-
-    module, (often, seldom) = module_and_data(tmp_path, sources, "f1")
-    expected = getattr(trainer(tmp_path), stage)(module, often, verbose=False)
-    with pytest.raises(InterruptedError):
-        getattr(trainer(tmp_path, Interrupt()), stage)(module, seldom, verbose=False)
-    assert getattr(trainer(tmp_path), stage)(module, often, verbose=False) == expected

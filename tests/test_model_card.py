@@ -93,12 +93,9 @@ def text(source):
     return TextDataModule(source, max_new_tokens=16)
 
 
-OPTIONS = [" {sentence}bad", " {sentence}good"]
 DATA = {
     "options": sst2,
-    "options to a tokenizer that ends texts": sst2,
     "options in the chat template": lambda source: sst2(source, apply_chat_template=True),
-    "options with fields": lambda source: TemplateDataModule(source, prompt="{sentence}Is it {{a}}? ", options=OPTIONS),
     "answer": lambda source: TemplateDataModule(source, prompt="A {sentence}\nIs:", answer="sentence"),
     "response to a tokenizer that ends texts": text,
     "response in the chat template": text,

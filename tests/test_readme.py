@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +38,6 @@ def commands(page):
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
 
 
 # ---------------------------------------------------------------------- examples

@@ -29,8 +29,8 @@ def check_scores(module, task, n_rows, max_length=512):
             assert int(mine.argmax()) == max(range(len(expected)), key=expected.__getitem__)
 
 
-@pytest.mark.parametrize("task", CHOICES)
-@pytest.mark.parametrize("architecture", ["opt", "gpt2"])  # with a beginning of sentence, which stays, and without
+# With a beginning of sentence, which stays, and without.
+@pytest.mark.parametrize(("architecture", "task"), [*(("opt", task) for task in CHOICES), ("gpt2", "MultiRC")])
 def test_scores_on_tiny_models_are_those_of_one_option_at_a_time(tmp_path, architecture, task):
     name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=520)
     module = COLACausalLM(name, target_modules=tiny.targets(architecture), rank=2, alpha=4, seed=0)

@@ -5,15 +5,14 @@ Of each kind of mistake there is one here; damaged files are in ``tests/test_com
 
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import LightningModule
 from torch import nn
 
-from cola_lightning import AdaptedModel, Chain, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
-from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning import AdaptedModel, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE, known_elsewhere
 from cola_lightning.data import TemplateDataModule, TextDataModule
@@ -21,7 +20,7 @@ from cola_lightning.study.config import resolved
 from cola_lightning.study.methods import method
 from tests import tiny
 from tests.test_cli_language import make_language_folder
-from tests.test_lightning_habits import PlainToy
+from tests.test_compare import config
 from tests.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 
 # ---------------------------------------------------------------------- on the command line
@@ -42,13 +41,11 @@ MISTAKES = [
     ("fit --config no.yaml", "data.options: must be str, got 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
     (FIT + "--model.rnak 3", ".*'rnak' is not accepted; .*rank"),
-    (FIT + "--model.init_chain --model.rank 2", ".*expected one argument"),
     (FIT + "--model mine.My", ".*'mine.My': No module named 'mine'"),
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.precision 16-mixed", "trainer.precision: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
-    (FIT + "--trainer.callbacks+=LearningRateFinder", ".*LearningRateFinder cannot be combined"),
     (FIT + "--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
     (FIT + "--trainer.logger CSVLogger --trainer.logger.save_dir a_file", "cola: .*a_file"),
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
@@ -57,21 +54,15 @@ MISTAKES = [
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
     (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path nope.ckpt", "ckpt_path: .*'nope.ckpt'"),
-    (f"test --config {DIGITS} --ckpt_path a_file", "ckpt_path: "),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
     (RESUME + "--seed_everything 5", "model.seed, or seed_everything: "),
     (RESUME + "--model.init_chain chain", "model.init_chain: "),
-    (RESUME + "--trainer.precision 64-true", "trainer.precision, model.finished_links: "),
-    (RESUME + "--model.alpha 3", "model.rank, model.alpha, chain.ranks, chain.alphas: "),
     (BEGIN + "--model.target_modules ['0']", "model.target_modules: "),
     (LANGUAGE + "--data.source nowhere/at/all", "data.source: "),
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
-    (LANGUAGE + "--data.train_size 30", "data.train_size \\+ data.val_size"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (LANGUAGE + "--model.model_name ./nowhere", "model.model_name: "),
-    (LANGUAGE + "--model.target_modules [lm_head]", "model.target_modules: .*the weight of 'lm_head' is shared"),
     (LANGUAGE + "--model.quantization nf4 --model.finished_links merge", "model.finished_links: must be stack"),
     (f"inspect --checkpoint {DIGITS}", "checkpoint: "),
     ("inspect --checkpoint chain --plot x.jpg", "plot: "),
@@ -81,7 +72,6 @@ MISTAKES = [
     (f"export --checkpoint {LAST} --format chain --output out --public", "public: "),
     (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
-    (COMPARE + "--metric val_mse", "mode: "),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "-- --model.rank null", "model.rank: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
@@ -96,15 +86,13 @@ def folder(tmp_path_factory):
         (place / name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["cola"])
         assert main(["fit", "--config", DIGITS, *FAST]) == 0
         assert main(["export", "--checkpoint", LAST, "--format", "chain", "--output", "chain"]) == 0
     return place
 
 
-def test_an_option_of_another_tool_gets_the_one_that_is_meant(monkeypatch, capfd):
+def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
     """And the page on coming from those tools has the same table."""
-    monkeypatch.setattr(sys, "argv", ["cola"])
     page = Path(DIGITS).parents[1] / "docs" / "cli.md"
     for names, here in ELSEWHERE.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
@@ -131,7 +119,6 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     words, message, folder, monkeypatch, capfd
 ):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["cola"])  # LightningCLI warns of arguments that are given twice
     before = contents()
     assert main(words.split()) == 2
     said = capfd.readouterr().err
@@ -147,8 +134,17 @@ def module(**arguments):
     toy(**arguments).configure_model()
 
 
+class PlainToy(LightningModule):
+    """A module that is none of this package's."""
+
+    def __init__(self, **_):
+        super().__init__()
+
+    training_step = configure_optimizers = Toy.training_step
+
+
 def fit(chain=(), trainer_arguments=(), **arguments):
-    module = PlainToy() if arguments.get("cls") is PlainToy else toy(**arguments)
+    module = toy(**arguments)
     trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | dict(trainer_arguments)).fit(module, batches())
 
 
@@ -164,10 +160,6 @@ def inject(is_adapted=False, **arguments):
         inject_lora(model, LoRAConfig(**how | arguments))
     finally:
         assert [type(part) for part in model.modules()] == before
-
-
-def template(prompt="Is it?", **arguments):
-    TemplateDataModule("a/b", prompt=prompt, **arguments)
 
 
 def set_up(data, row, chat=None):
@@ -189,16 +181,9 @@ def text_row(chat=None, **row):
     set_up(TextDataModule("rows.jsonl", max_length=30, max_new_tokens=8), row, chat)
 
 
-def chain_folder(content):
-    Path("chain.json").write_text(content)
-    Path("chain.safetensors").touch()
-    Chain.load(Path())
-
-
 def method_of(name, chain=(), run=(), arguments=("rank", "alpha")):
-    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
-    config = {"model": {"class_path": "own.Module", "init_args": dict.fromkeys(arguments, 4)}, "chain": whens | dict(chain)}
-    method(name, config | {"trainer": {"max_epochs": None, "max_steps": -1} | dict(run)})
+    model = {"class_path": "own.Module", "init_args": dict.fromkeys(arguments, 4)}
+    method(name, config(chain, **dict(run)) | {"model": model})
 
 
 FIXED = {"options": [" no", " yes"]}
@@ -250,30 +235,20 @@ REFUSALS = {
         ({"source": ".", "subset": "sst2"}, r"data\.subset"),
         ({"source": "a/b", "temperature": 0.7}, r"data\.temperature"),
         ({"source": "a/b", "stop": ["\n", ""]}, r"data\.stop"),
-    ],
-    template: [
-        ({"prompt": "{text", **FIXED}, r"data\.prompt"),
-        ({}, r"data\.options, data\.answer: neither"),
+        ({"source": []}, r"data\.source: at least one"),
+        ({"source": ["a/b"], "subset": "main"}, "data.source: each entry"),
+        ({"source": ["a/b"], "streaming": True}, r"data\.streaming"),
     ],
     template_row: [
         ({"prompt": "{txt}", **FIXED}, "rows.jsonl, row 2: 'txt' among 'label', 'text'"),
-        ({"prompt": "{none}", **FIXED}, "data.source: .*'none' is null, not text: rows.jsonl, row"),
-        ({"options": ["a", "a "]}, "data.source: differ only in spaces: rows.jsonl, row"),
-        ({"options": [" 1", " 3", " 2", " 4"], "label": "size"}, r"data\.source: text of option 1 .*: rows.jsonl, row"),
         ({"options": [LONG, "b"], "max_length": 9}, r"data.source: longer than data\.max_length: rows.jsonl, row"),
     ],
     text_row: [
         ({"messages": [USER, ASSISTANT]}, r"model\.model_name: chat template"),
-        ({"messages": [USER, USER], "chat": tiny.CHAT}, "data.source: no assistant turn to train: rows.jsonl, row"),
         ({"prompt": "Old?"}, r"data\.columns"),
-        ({"prompt": "It", "response": ""}, "data.source: no response: rows.jsonl, row"),
     ],
-    read_chain: [((".",), "checkpoint: is no run")],
-    chain_folder: [(('{"format_version": 9}',), "chain: reads format version 1, .* has 9")],
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
-        (("cola-2",), "trainer: max_steps or max_epochs"),
-        (("lora-sum-rank", {"every_n_epochs": 1}, {"max_steps": 20}), "methods: known only after a run"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
         (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
         (("lora", (), (), ()), r"model: a study sets rank, but own\.Module"),

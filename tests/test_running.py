@@ -104,9 +104,7 @@ def assert_same_gradients(mine, theirs):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "chunked"), [(k, False) for k in ("llama", "opt", "gpt2", "qwen3")] + [("llama", True), ("gemma2", True)]
-)
+@pytest.mark.parametrize(("architecture", "chunked"), [("llama", False), ("gpt2", False), ("gemma2", True)])
 def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
     monkeypatch.setitem(tiny.CONFIGS, "gemma2", lambda: transformers.Gemma2Config(**tiny.SIZES, **tiny.BODY, head_dim=8))
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
@@ -122,8 +120,7 @@ def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architectu
     assert_same_gradients(module, plain)
 
 
-@pytest.mark.parametrize("mode", ["merge", "stack"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "mode"), [("llama", "stack"), ("gpt2", "merge")])
 def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, architecture, mode):
     arguments = {"finished_links": mode, "dropout": 0.3}
     twice = language_model(tmp_path, architecture, activation_checkpointing=True, **arguments)

@@ -1,7 +1,6 @@
 """Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -131,20 +130,6 @@ def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_th
     assert data.identity["sources"][1]["share"] == 0.5
 
 
-def test_a_share_is_drawn_by_the_seed_from_each_split(tmp_path):
-    texts, _ = two(tmp_path)
-
-    def drawn(seed):
-        data = attach(TextDataModule([Source(texts, share=0.5)], split_seed=seed))
-        data.setup("fit")
-        return texts_of(data.train, data), texts_of(data.val, data)
-
-    train, val = drawn(0)
-    assert [len(train), len(val)] == [3, 3]
-    assert train == sorted(train)
-    assert drawn(0) == (train, val) != drawn(1)
-
-
 def test_templates_and_classifiers_take_several_sources(tmp_path):
     labels = ["no", "yes", "perhaps"]
     rows = [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)]
@@ -187,17 +172,8 @@ def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
     assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
 
 
-def test_rows_of_several_sources_are_packed_together(tmp_path):
-    data = attach(TextDataModule(two(tmp_path), chat_template=False, packing=True))
-    data.setup("fit")
-    packed = [texts_of(pack, data) for pack in (data.train[k] for k in range(len(data.train)))]
-    assert sum(map(len, packed)) == 6 + 18
-    assert any(len({text.startswith("It was") for text in texts}) == 2 for texts in packed)
-
-
 def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cola"])
     tiny.folder(Path("model"))
     two(Path())
     words = ["fit", "--model.model_name", "model", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
@@ -213,17 +189,3 @@ def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch
     assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
     for source in ("[texts, texts/train.jsonl]", "texts/train.jsonl"):
         assert main([*words, "--data.source", source]) == 0
-
-
-@pytest.mark.parametrize(
-    ("sources", "how", "message"),
-    [
-        ([], {}, r"at least one"),
-        (["a/b"], {"subset": "main"}, r"each entry"),
-        ([Source("a/b", share=0)], {}, r"share must be above 0"),
-        (["a/b"], {"streaming": True}, r"^data\.streaming reads one data set"),
-    ],
-)
-def test_what_a_list_cannot_be_is_one_line(sources, how, message):
-    with pytest.raises(UserError, match=message):
-        TextDataModule(sources, **how)

@@ -1,21 +1,33 @@
-"""What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack."""
+"""What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack.
 
+Seconds are the processor's for this process, which others beside it do not lengthen.
+"""
+
+import functools
 import importlib
 import json
-import multiprocessing
 import sys
+import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests.forked import SERVER
 
 SLACK = 1.25
 
 
 @pytest.fixture(scope="module")
 def speed():
-    """The benchmark, under its own name: so a process that it starts finds it, too."""
-    yield importlib.import_module("speed")
+    """The benchmark, under its own name: so a process that it starts finds it, too, and imports little else."""
+    module = importlib.import_module("speed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "timeit", functools.partial(timeit.timeit, timer=time.process_time))
+        patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
+        yield module
     del sys.modules["speed"]
 
 
@@ -68,29 +80,17 @@ def test_a_step_needs_less_memory_than_pefts(speed):
 
 
 def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
-    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 5):
+    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 3):
         assert speed.ratio(values, mine, other) <= SLACK * limit
 
 
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
     vocabulary = importlib.import_module("vocabulary")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # one new process for both
+    with ProcessPoolExecutor(1, mp_context=SERVER) as pool:  # one new process for both
         cola, whole = (
             pool.submit(vocabulary.peak_above_model, name, 32_000, 300, 64).result() for name in ("cola", "transformers")
         )
     assert 64 < cola <= SLACK * vocabulary.MEMORY_LIMIT * whole
-
-
-def test_ten_small_links_arrive_but_where_bf16_itself_is_merged_into(bases):
-    for mode in bases.MODES:
-        assert bases.error_of_update(mode) <= bases.ERROR_LIMITS[mode[1]]
-    assert 0.75 < bases.error_of_update(bases.PLAIN) < 0.82
-
-
-@pytest.mark.parametrize("mode", [("float32", "merge"), ("bfloat16", "stack"), ("nf4", "stack")])
-def test_a_knot_changes_a_loss_by_a_step_of_the_precision_at_most(bases, speed, mode):
-    limit = 1e-6 if mode[0] == "float32" else 2**-8
-    assert bases.change_at_knots(mode, speed.SMALL) <= limit
 
 
 def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
