@@ -56,7 +56,7 @@ def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
             layer.lora_A.copy_(wrapper.lora_A["default"].weight.view_as(layer.lora_A))
     for mine, other in tiny.losses_of_both(ours, theirs, steps=20):
         assert mine == pytest.approx(other, abs=1e-5)
-    strip_lora(ours, merge=True)
+    strip_lora(ours)
     merged, before = theirs.merge_and_unload().state_dict(), base(architecture).state_dict()
     for name, value in ours.state_dict().items():
         assert difference(value, merged[name]) <= 1e-5, name
@@ -93,7 +93,7 @@ def test_every_experts_class_of_transformers_computes_the_same_with_new_links_an
         for layer in lora_layers(model).values():
             with_trained_link(layer)
         expected = experts(*inputs)
-        strip_lora(model, merge=True)
+        strip_lora(model)
         assert_near(experts(*inputs), expected, 1e-5)
 
 
@@ -153,7 +153,7 @@ def test_a_change_of_the_models_implementation_of_experts_removes_no_link():
     for implementation in ("eager", "batched_mm"):
         model.set_experts_implementation(implementation)
         assert torch.equal(tiny.logits(model), expected)
-    strip_lora(model, merge=True)
+    strip_lora(model)
     assert difference(tiny.logits(model), expected) <= 1e-5
 
 

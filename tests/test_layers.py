@@ -15,7 +15,6 @@ from cola_lightning import (
     Chain,
     LoRAConfig,
     LoRALayer,
-    UserError,
     inject_lora,
     register_lora_layer,
     strip_lora,
@@ -200,7 +199,7 @@ def test_a_finished_link_is_in_the_weight_or_beside_it_to_the_bit(kind, mode):
 
 @variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, mode, dtype):
+def test_stripped_a_layer_is_the_plain_one_again_with_its_links(kind, mode, dtype):
     base = quantized_linear(dtype) if kind == "4-bit" else make(kind).to(dtype)
     model, x = nn.Sequential(base), inputs(kind, dtype)
     expected, values = model(x), weights(base)
@@ -224,9 +223,7 @@ def test_stripped_a_layer_is_the_plain_one_again_with_its_links_if_asked(kind, m
         A, B = (factor.double() for factor in base.stack.factors)
         finished = laid_out(B @ A, base)
     exact = before + finished + with_trained_link(base, seed=3).delta_weight().double()
-    with pytest.raises(UserError, match=r"^merge: .*'0' has links"):
-        strip_lora(model)
-    strip_lora(model, merge=True)
+    strip_lora(model)
     assert type(base) is (nn.Linear if kind == "4-bit" else plain_class)
     assert kind == "4-bit" or base.weight is parameters["weight"]
     assert {value.dtype for value in base.parameters()} == {dtype}

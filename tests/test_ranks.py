@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, stop):
     ("given", "message"),
     [
         ({"layers_to_transform": [1, 7]}, r"model\.layers_to_transform: no target is in layer 7; .* 0 to 1"),
-        ({"exclude_modules": ["model"]}, r"model\.exclude_modules, .* leave no layer"),
+        ({"exclude_modules": ["model"]}, r"model\.target_modules: no layer is left"),
         ({"exclude_modules": ["k_porj"]}, r"model\.exclude_modules: .*'k_porj'; the nearest"),
         ({"rank_pattern": {"v_porj": 2}}, r"model\.rank_pattern: 'v_porj' matches"),
         ({"alpha_pattern": {"v_proj": 0}}, r"model\.alpha_pattern must be numbers above 0"),

@@ -148,13 +148,11 @@ def fit(chain=(), trainer_arguments=(), **arguments):
     trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | dict(trainer_arguments)).fit(module, batches())
 
 
-def inject(is_adapted=False, **arguments):
+def inject(**arguments):
     """An injection that is refused leaves the model as it is."""
     body = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
     model = nn.ModuleDict({"body": body, "head": nn.Linear(8, 3)})
     how = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4}
-    if is_adapted:
-        inject_lora(model, LoRAConfig(**how))
     before = [type(part) for part in model.modules()]
     try:
         inject_lora(model, LoRAConfig(**how | arguments))
@@ -228,8 +226,7 @@ REFUSALS = {
     inject: [
         ({"target_modules": ["q_porj"]}, r"model\.target_modules: the nearest that exist: q_proj"),
         ({"target_modules": ["norm"]}, r"model\.target_modules: 'body\.norm' is a LayerNorm"),
-        ({"modules_to_save": ["body"]}, r"model\.modules_to_save: 'body\.q_proj'"),
-        ({"is_adapted": True}, "model: already has LoRA layers"),
+        ({"modules_to_save": ["body"]}, r"model\.target_modules: no layer is left"),
     ],
     TextDataModule: [
         ({"source": ".", "subset": "sst2"}, r"data\.subset"),

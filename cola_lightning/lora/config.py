@@ -71,7 +71,8 @@ class LoRAConfig:
         scaling: ``lora``, or ``rslora``: an update is scaled by ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         dropout: probability of dropping an input of A while training.
         init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-        modules_to_save: names (or dotted name endings) of fully trained modules, such as a new head.
+        modules_to_save: names (or dotted name endings) of fully trained modules, such as a new head. Layers in them get no
+            links.
         finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``
             never modifies a weight and stores the finished links as one frozen low-rank pair per layer; ``auto`` merges into a
             base in float32 and stacks on one in half precision (its own dtype, or by ``bf16-true``) or in 4 bits.

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig, is_matched
@@ -87,7 +86,7 @@ def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = 
 
 def _find(module: nn.Module) -> _Entry | None:
     """The entry of a module's class; a subclass of a linear layer that inherits its ``forward`` has the entry of that layer."""
-    own: Any = type_before_parametrizations(module)
+    own: Any = type(module)
     if own is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention, which reads its weight and never calls it
         return None
     for base in own.__mro__:
@@ -143,7 +142,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: for what would later fail or be wrong: no match, shared modules or weights, a 4-bit base to merge into, ...
+        UserError: for what would later be wrong: no match, shared modules or weights, a 4-bit base to merge into, ...
+        AttributeError: for a layer whose weight is no parameter, but computed from others at each forward pass.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -154,8 +154,6 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     if config.target_modules is None:
         return []
-    if lora_layers(model):
-        raise UserError("model: it already has LoRA layers")
     with experts_as_layers(model, is_wanted=config.experts or config.target_modules != ALL_LINEAR):
         return _inject(model, config.target_modules, config)
 
@@ -164,14 +162,13 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, names, config)
+    names = _selected(model, names, saved, config)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
-    is_stacking = config.should_stack(layer.get_parameter("weight") for layer in targets.values())  # all of them, or none
+    # All of them, or none. A weight that is recomputed at each forward pass (pruning, weight norm) is no parameter.
+    is_stacking = config.should_stack(layer.get_parameter("weight") for layer in targets.values())
     config = replace(config, finished_links="stack" if is_stacking else "merge")
-    if inside := [name for name in names if is_inside(name, saved)]:
-        raise UserError(f"model.modules_to_save: contains the target {inside[0]!r} (model.target_modules)")
 
     model.requires_grad_(False)
     for module in model.modules():
@@ -184,32 +181,25 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
         n_values = sum(factor.numel() for layer in of_experts for factor in (layer.lora_A, layer.lora_B))
         log.info("model.experts: %s projections of experts have links of %s parameters", len(of_experts), f"{n_values:,}")
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for layer in lora_layers(module).values():
-                layer.close_fused_paths()
+        if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
+            module.activation_relu_or_gelu = 0  # its fused path in evaluation would read the weights, without the links
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
 
 
-def strip_lora(model: nn.Module, *, merge: bool = False) -> None:
+def strip_lora(model: nn.Module) -> None:
     """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
+
+    The model's function stays: each current link, and each stack, is first added to its weight, in float32, rounded once. A
+    4-bit weight that has links is de-quantised for that, into a new parameter.
 
     Args:
         model: an adapted model.
-        merge: add each current link, and each stack, to its weight first: in float32, rounded once. 4-bit weights that are
-            adapted are de-quantised for that, into new parameters.
-
-    Raises:
-        UserError: if links are not in the weights (a link has been trained, or links are stacked) and ``merge`` is False.
     """
-    layers = lora_layers(model)
-    lost = [name for name, layer in layers.items() if layer.has_begun or (layer.stack and layer.stack.rank)]
-    if lost and not merge:
-        raise UserError(f"merge: layer {lost[0]!r} has links that merge=False would discard")
-    for layer in layers.values():
+    for layer in lora_layers(model).values():
         dtype, stack = _base_dtype(layer), layer.stack
-        if merge:
+        if layer.has_begun or (stack is not None and stack.rank):
             begin_merging(layer, torch.promote_types(layer.dtype, torch.float32))
             if stack is not None:
                 lora_A, lora_B = (factor.to(layer.weight.dtype) for factor in stack.factors)
@@ -234,9 +224,7 @@ def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
     if is_quantized(layer):
         dequantize_(layer, wide)
     layer.stack = None
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None and parameter.is_floating_point():
-            cast_(parameter, wide)
+    layer.cast_base_(wide)
 
 
 def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
@@ -252,18 +240,16 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
             names.append(name)
         elif not isinstance(module, NO_MATRICES) and any(p.dim() > 1 and len(p) > 1 for p in module.parameters(recurse=False)):
             others.setdefault(type(module).__name__, name)
-    passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
-    if not names:
-        raise UserError(f"model.target_modules: all-linear found no linear layers, but {passed_over or 'no matrices'}")
-    if passed_over:
+    if others:
+        passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
         hint = " (model.experts true adapts experts)" if any(map(is_experts, model.modules())) else ""
         log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s%s", passed_over, hint)
     return names
 
 
-def _selected(model: nn.Module, names: list[str], config: LoRAConfig) -> list[str]:
-    """The targets without ``exclude_modules`` and outside of ``layers_to_transform``; each pattern must match one of them."""
-    excluded = _matches(model, config.exclude_modules or [], "model.exclude_modules")
+def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:
+    """The targets that no option excludes; each pattern must match one of them."""
+    excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
     left = [name for name in names if not is_inside(name, excluded)]
     if (wanted := config.layers_to_transform) is not None:
         wanted = [wanted] if isinstance(wanted, int) else wanted
@@ -275,7 +261,10 @@ def _selected(model: nn.Module, names: list[str], config: LoRAConfig) -> list[st
             known = f"0 to {max(layers.values())}" if layers else "none"
             raise UserError(f"model.layers_to_transform: no target is in layer {min(unknown)}; the model's layers are {known}")
     if not left:
-        raise UserError("model.exclude_modules, model.layers_to_transform: they leave no layer to adapt")
+        raise UserError(
+            "model.target_modules: no layer is left to adapt, in model.layers_to_transform, outside of model.exclude_modules "
+            "and model.modules_to_save"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field) or ():
             if not any(is_matched(pattern, name) for name in left):
@@ -289,10 +278,7 @@ def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "mode
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if isinstance(patterns, str):
-            try:
-                hits = [name for name in named if re.fullmatch(pattern, name)]
-            except re.error as error:
-                raise UserError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+            hits = [name for name in named if re.fullmatch(pattern, name)]
         else:
             hits = [name for name in named if name == pattern or name.endswith(f".{pattern}")]
         if not hits:
@@ -342,24 +328,11 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
             f"model.target_modules: {name!r} is a {type(layer).__name__}, but only layers of type {', '.join(kinds[:-1])} or "
             f"{kinds[-1]} can be adapted (register_lora_layer adds others)"
         )
-    if (reason := _obstacle(layer) or found.obstacle(layer)) is not None:
+    reason = found.obstacle(layer)
+    if "forward" in vars(layer):  # which would never reach the link
+        reason = "which has a forward of its own (accelerate's hooks set one: remove_hook_from_submodules removes it)"
+    if reason is not None:
         raise UserError(f"model.target_modules: a link cannot be added to {name!r}, {reason}")
     if config.finished_links == "merge" and is_quantized(layer):
         raise UserError(f"model.finished_links: must be stack for the quantized weight of {name!r}, got merge")
     return found
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why a layer of a registered type cannot have a link, with the remedy; None if it can.
-
-    A weight that is recomputed at each forward pass (pruning, weight and spectral norm) cannot be merged into, and an
-    instance's own ``forward`` would never reach the link.
-    """
-    if "forward" in vars(layer):
-        return "which has a forward of its own (accelerate's hooks set one: remove_hook_from_submodules removes it)"
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
-        return (
-            "whose weight is computed at each forward pass: torch.nn.utils (parametrize.remove_parametrizations, "
-            "remove_weight_norm, prune.remove, ...) makes it a parameter"
-        )
-    return None

@@ -77,14 +77,6 @@ def _full_float32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-class LinkDropout(nn.Dropout):
-    """Dropout that also takes complex inputs, which torch's does not: it drops real and imaginary parts together."""
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return x * super().forward(torch.ones_like(x.real)) if x.is_complex() else super().forward(x)
-
-
 class LoRALayer(nn.Module):
     """Base class of adapted layers. Comes before the base layer's class: ``class LoRALinear(LoRALayer, nn.Linear)``.
 
@@ -190,7 +182,7 @@ class LoRALayer(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
         adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
-        adapted.lora_dropout = LinkDropout(config.dropout) if config.dropout else nn.Identity()
+        adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         adapted.init, adapted.rank, adapted.alpha = config.init, rank, alpha
         adapted.rank_share, adapted.alpha_share = rank / config.rank, alpha / config.alpha
         adapted.scaling_rule = config.scaling
@@ -207,25 +199,21 @@ class LoRALayer(nn.Module):
         base_class = self.base_class
         for name in LINK_ATTRIBUTES:
             delattr(self, name)
-        for key in [key for key, hook in self._forward_hooks.items() if hook is _call_forward]:
-            del self._forward_hooks[key]  # a handle is the public way, but not in a copy of this layer
         self.__class__ = base_class
         return self
-
-    def close_fused_paths(self) -> None:
-        """Has torch's fused encoder layers call this layer instead of reading its weight.
-
-        :class:`torch.nn.TransformerEncoderLayer` in evaluation checks whether any part of it has a hook, and if not it computes
-        with the weights themselves, without the links.
-        """
-        self.register_forward_hook(_call_forward)
 
     def _prepare_weight(self, *, is_stacking: bool) -> torch.dtype:
         """Prepares the weight for merging or stacking; returns the layer's compute dtype."""
         self.source_dtype = str(self.weight.dtype).removeprefix("torch.")
         if not is_stacking:
-            _upcast(self)
+            self.cast_base_(torch.promote_types(self.weight.dtype, torch.float32))
         return self.weight.dtype
+
+    def cast_base_(self, dtype: torch.dtype) -> None:
+        """Casts weight and bias in place, not if they are complex or in 4 bits."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.is_floating_point():
+                cast_(parameter, dtype)
 
     @property
     def max_rank(self) -> int:
@@ -368,17 +356,6 @@ class LoRALayer(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
-
-
-def _call_forward(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook that only has to exist; see :meth:`LoRALayer.close_fused_paths`."""
-
-
-def _upcast(layer: Any) -> None:
-    """Casts a layer's weight and bias to float32 if they are in half precision."""
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None and parameter.dtype.itemsize < 4:
-            cast_(parameter, torch.float32)
 
 
 @torch.no_grad()
