@@ -34,9 +34,9 @@ def test_measures_are_scikit_learns_whatever_the_batches(name, n_options, predic
         "accuracy": lambda: sklearn.metrics.accuracy_score(targets, predictions),
     }
     for size in (30, 7, 1):
-        metric = METRICS[name]()
+        metric = METRICS[name](n_options)
         for some in zip(predictions.split(size), targets.split(size), strict=True):
-            metric.update(*some, n_options)
+            metric.update(*some)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A single label was found")
             assert metric.compute().item() == pytest.approx(theirs[name](), abs=1e-6)

@@ -158,8 +158,6 @@ def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_name
     assert module.step(batch | {"token_type_ids": no_types}).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
     with pytest.raises(UserError, match="batch: LlamaForCausalLM does not take length, weights"):
         module.step(batch | {"weights": index, "length": [3, 5], "num_items_in_batch": 8})
-    with pytest.raises(UserError, match="batch: seq_idx without position_ids"):
-        module.step({name: batch[name] for name in ("input_ids", "labels")} | {"seq_idx": index})
 
 
 # ---------------------------------------------------------------------- rows that are packed

@@ -140,7 +140,8 @@ class COLACausalLM(LanguageModule):
             return {name: (ANSWER_METRICS[name], values) for name in ([requested] if requested else ANSWER_METRICS)}
         if requested is None or output.predictions is None:
             return super().measured(batch, output)
-        return {requested: (METRICS[requested], (output.predictions, output.targets, named["option_ids"].shape[1]))}
+        make = functools.partial(METRICS[requested], named["option_ids"].shape[1])
+        return {requested: (make, (output.predictions, output.targets))}
 
     def generate(self, batch: Batch, streamer: Any = None) -> list[str]:
         """The text that the model generates after each prompt of a batch, without surrounding white space.
@@ -239,11 +240,6 @@ class COLACausalLM(LanguageModule):
         host: Batch = self.host_values.of_batch(batch)
         if may_be_packed(batch):
             batch, host = self._separated(batch, host)
-        elif "position_ids" not in batch and (others := batch.keys() & {"seq_idx", "cu_seq_lens_q"}):
-            raise UserError(
-                f"batch: {', '.join(sorted(others))} without position_ids keep sequences apart in some layers alone. Add "
-                "position_ids that start again with each sequence (transformers' collator: return_position_ids)."
-            )
         arrays = arrays_of(host)
         may_split = batch.keys() <= BY_TOKEN and self._may_split
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -131,7 +132,7 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def measured(self, batch: Any, output: StepOutput) -> Measured:
-        return {self.metric: (METRICS[self.metric], (output.predictions, output.targets, self.num_labels))}
+        return {self.metric: (partial(METRICS[self.metric], self.num_labels), (output.predictions, output.targets))}
 
     @override
     def model_fields(self) -> dict[str, Any]:

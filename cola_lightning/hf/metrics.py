@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score, multiclass_matthews_corrcoef
+from torchmetrics.classification import BinaryF1Score, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from torchmetrics.text import SQuAD
-from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 
@@ -17,51 +16,17 @@ class Accuracy(MeanMetric):
     """The share of predictions that equal their targets."""
 
     @override
-    def update(self, predictions: Tensor, targets: Tensor, n_options: int = 0) -> None:  # type: ignore[override]
+    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
         super().update((predictions == targets).float())
 
 
-class AllRowsMetric(Metric):
-    """A metric that is no mean over rows, so it stores the predictions and targets of all rows.
-
-    Args:
-        value: the metric of predictions, targets and the largest number of options.
-    """
-
-    predictions: list[Tensor]
-    targets: list[Tensor]
-    n_options: Tensor
-
-    def __init__(self, value: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-        super().__init__()
-        self.value = value
-        self.add_state("n_options", torch.tensor(2), dist_reduce_fx="max")
-        self.add_state("predictions", [], dist_reduce_fx="cat")
-        self.add_state("targets", [], dist_reduce_fx="cat")
-
-    @override
-    def update(self, predictions: Tensor, targets: Tensor, n_options: int) -> None:
-        self.predictions.append(predictions)
-        self.targets.append(targets)
-        self.n_options = self.n_options.clamp(min=n_options)
+class MatthewsCorrCoef(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
 
     @override
     def compute(self) -> Tensor:
-        return self.value(dim_zero_cat(self.predictions), dim_zero_cat(self.targets), int(self.n_options))
-
-
-def f1(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-    """The F1 of the second of two options; of more options, the mean of their F1."""
-    if n_options == 2:
-        return binary_f1_score(predictions, targets)
-    return multiclass_f1_score(predictions, targets, n_options, average="macro")
-
-
-def matthews_corrcoef(predictions: Tensor, targets: Tensor, n_options: int) -> Tensor:
-    """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
-    if bool((predictions == predictions[0]).all() | (targets == targets[0]).all()):
-        return torch.zeros((), device=predictions.device)
-    return multiclass_matthews_corrcoef(predictions, targets, n_options)
+        is_constant = any((self.confmat.sum(dim) > 0).sum() < 2 for dim in (0, 1))
+        return torch.zeros((), device=self.confmat.device) if is_constant else super().compute()
 
 
 class OfAnswers(SQuAD):
@@ -89,10 +54,10 @@ class OfAnswers(SQuAD):
         return super().compute()[self.name] / 100
 
 
-# By their names: of predictions, targets and the number of options, and of generated answers and their references.
-METRICS: dict[str, Callable[[], Metric]] = {
-    "accuracy": Accuracy,
-    "f1": partial(AllRowsMetric, f1),
-    "matthews_corrcoef": partial(AllRowsMetric, matthews_corrcoef),
+# By their names: of the number of options, a metric of predictions and targets; and one of generated answers and references.
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda n_options: Accuracy(),
+    "f1": lambda n_options: BinaryF1Score() if n_options == 2 else MulticlassF1Score(n_options, average="macro"),
+    "matthews_corrcoef": MatthewsCorrCoef,
 }
 ANSWER_METRICS = {name: partial(OfAnswers, name) for name in ("f1", "exact_match")}

@@ -2,8 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,8 +100,11 @@ class Pretrained:
         """
         options = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
         place = self.place
-        with broken_files_refused("model.model_name", "a model", auto_class, self.model_name):
+        try:
             return auto_class.from_pretrained(place, **options, **arguments)
+        except (OSError, ValueError) as error:
+            what = f"{auto_class.__name__} cannot load a model from {self.model_name!r}"
+            raise UserError(f"model.model_name: {what}: {one_line(str(error))}") from error
 
     def config(self, **fields: Any) -> Any:
         """The model's configuration, with some of its fields given."""
@@ -157,23 +159,6 @@ class Pretrained:
             if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
                 found.append(name)
         return found
-
-
-@contextmanager
-def broken_files_refused(field: str, kind: str, auto_class: Any, place: str) -> Iterator[None]:
-    """Inside the block, an error of ``from_pretrained`` that the files cause becomes a UserError.
-
-    Args:
-        field: where the place was given.
-        kind: what was to be loaded: a model.
-        auto_class: by which of transformers' Auto classes.
-        place: a folder, or a hub id.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        message = f"{field}: {auto_class.__name__} cannot load {kind} from {place!r}: {one_line(str(error))}"
-        raise UserError(message) from error
 
 
 def with_padding(tokenizer: Any) -> Any:
