@@ -73,6 +73,7 @@ class AdaptedModel:
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
         trained: what training changes besides the links.
+        live: rank and alpha of the current link; None for a model without links.
 
     Example:
         >>> def build_model():
@@ -107,7 +108,7 @@ class AdaptedModel:
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_weights(self.model) if is_saved else None
-        self._live: tuple[int, float] | None = None
+        self.live: tuple[int, float] | None = None
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
 
@@ -128,11 +129,6 @@ class AdaptedModel:
     def link(self) -> int:
         """Index of the current link: how many are finished."""
         return len(self.chain)
-
-    @property
-    def live(self) -> tuple[int, float] | None:
-        """Rank and alpha of the current link; None for a model without links."""
-        return self._live
 
     @property
     def cast_dtype(self) -> torch.dtype:
@@ -176,7 +172,7 @@ class AdaptedModel:
     def begin_link(self, rank: int, alpha: float) -> None:
         """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
         rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
-        self._live = rank, alpha
+        self.live = rank, alpha
         begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
 
     def resume_link(self, link: Link) -> None:
@@ -185,10 +181,10 @@ class AdaptedModel:
         Raises:
             UserError: if a layer would have another rank or scaling in it.
         """
-        self._live = link.rank, link.alpha
+        self.live = link.rank, link.alpha
         for layer in self.layers.values():
-            layer.rank, layer.alpha = layer.values_in(*self._live)
-        if own_values(self.layers, *self._live) != link.own_values:
+            layer.rank, layer.alpha = layer.values_in(*self.live)
+        if own_values(self.layers, *self.live) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
 
     def live_link(self, **metadata: Any) -> Link:
@@ -201,9 +197,9 @@ class AdaptedModel:
             UserError: for a model without links.
         """
         self.check_next(None)
-        assert self._live is not None
+        assert self.live is not None
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return record_link(self.layers, *self._live, index=self.link, extras=self.trained.copies(), **metadata)
+        return record_link(self.layers, *self.live, index=self.link, extras=self.trained.copies(), **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.

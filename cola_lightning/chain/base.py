@@ -29,7 +29,7 @@ class BaseIdentity:
 
     Attributes:
         name: the model's name, such as a hub id.
-        fingerprint: a hash of the adapted layers' names, shapes and a sample of their values; empty if the base is unknown.
+        fingerprint: a hash of what is known of ``values``; empty if the base is unknown.
         dtypes: their original dtypes (``nf4``, ``fp4``: 4 bits).
         weight_norms: the Frobenius norm of each adapted weight, by the layer's name.
         values: a hash of shape and sampled values for each parameter and persistent buffer, by name; None if it is trained.
@@ -54,16 +54,15 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
         model: an adapted model with no link merged into its weights.
         name: the model's name.
     """
-    digest = hashlib.sha256()
-    layers = lora_layers(model)
+    layers, values = lora_layers(model), _hashes(model)
     norms = {}
     for layer_name, layer in layers.items():
         weight = layer.full_weight()
-        digest.update(f"{layer_name} {tuple(weight.shape)}".encode() + _bytes(_sample(weight)))
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
-    return BaseIdentity(name, digest.hexdigest(), dtypes, norms, _hashes(model))
+    known = sorted((key, value) for key, value in values.items() if value is not None)
+    return BaseIdentity(name, hashlib.sha256(repr(known).encode()).hexdigest(), dtypes, norms, values)
 
 
 def _hashes(model: nn.Module) -> dict[str, str | None]:
@@ -105,27 +104,20 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     """
     check_same_layers(expected.weight_norms, received.weight_norms)
     check_same_labels(expected, received)
-    where = _difference(expected, received)
-    if expected.dtypes != received.dtypes:
+    mine, theirs = received.values, expected.values
+    alone = mine.keys() ^ theirs.keys()
+    changed = {name for name in mine.keys() - alone if mine[name] != theirs[name] and None not in (mine[name], theirs[name])}
+    if expected.dtypes != received.dtypes or alone or changed:
         where = f"in {' and '.join(received.dtypes)} and not in {' and '.join(expected.dtypes)}"
-    if where is not None:
+        if different := sorted(alone) + sorted(changed):
+            name = different[0]
+            what = "with other values of" if name in changed else "with" if name in mine else "without"
+            where = f"{what} {name!r}" + (f" and {len(different) - 1} more" if len(different) > 1 else "")
         raise UserError(
             f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
             "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
             "generators, which are seeded for it), or train with save_base: true"
         )
-
-
-def _difference(expected: BaseIdentity, received: BaseIdentity) -> str | None:
-    """Where two bases differ; None if everything known of both is equal."""
-    mine, theirs = received.values, expected.values
-    if alone := sorted(mine.keys() ^ theirs.keys()):
-        return f"{'with' if alone[0] in mine else 'without'} {alone[0]!r}"
-    pairs = ((name, value, theirs[name]) for name, value in mine.items())
-    if different := [name for name, value, other in pairs if value != other and None not in (value, other)]:
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        return f"with other values of {different[0]!r}{more}"
-    return None if expected.fingerprint == received.fingerprint else "with other values of adapted layers"
 
 
 def check_same_labels(expected: BaseIdentity, received: BaseIdentity) -> None:

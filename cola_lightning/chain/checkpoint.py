@@ -5,7 +5,6 @@ without a module or Lightning.
 """
 
 import io
-import logging
 import os
 import pickle
 import zipfile
@@ -24,8 +23,6 @@ from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.store import JSON_NAME, METADATA, link_fields, unpack
 from cola_lightning.errors import UserError
-
-log = logging.getLogger(__name__)
 
 STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
 
@@ -201,7 +198,8 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
 
     Args:
         path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
-            PEFT LoRA, which is one link.
+            PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
+            links they begin as in the base.
         links: the number of links, from the first; None: all.
         field: the path's name in messages.
 
@@ -216,9 +214,6 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
         chain = read_adapter(path)
-        if links is not None and links < len(chain) and chain.links[-1].extras:
-            what = "an adapter holds the last link's trained modules alone (model.modules_to_save)"
-            log.warning("%s: %s: with %d of its %d links they begin as in the base", field, what, links, len(chain))
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: {str(path)!r} {what}")

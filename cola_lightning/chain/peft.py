@@ -41,19 +41,6 @@ HARMLESS |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core"
 HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The fields of an adapter's configuration.
-
-    Raises:
-        UserError: if the file cannot be read, or is not a JSON object.
-    """
-    try:
-        return {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        what = f"a file that cannot be read ({one_line(str(error))})"
-        raise UserError(f"adapter: {CONFIG_NAME} in {str(folder)!r} is {what}") from error
-
-
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
 
@@ -63,11 +50,11 @@ def read_adapter(folder: str | Path) -> Chain:
         UserError: for an adapter of another type, or a damaged one.
     """
     folder = Path(folder)
-    config = adapter_config(folder)
-    for name, value in config.items():
-        if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
-            raise UserError(f"adapter: {str(folder)!r} is not an ordinary LoRA: it has {name} {value!r}")
     try:
+        config = {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
+        for name, value in config.items():
+            if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
+                raise UserError(f"adapter: {str(folder)!r} is not an ordinary LoRA: it has {name} {value!r}")
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
             description = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
@@ -100,7 +87,8 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         if len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
             name, own = projection, _value_of(config, projection, "r", "rank_pattern")
             lora_A, lora_B = lora_A.view(-1, own, lora_A.shape[1]), lora_B.view(len(lora_B), own, -1).permute(2, 0, 1)
-        scaled[name] = lora_A, lora_B * _scaling(config, name, lora_A.shape[-2])
+        alpha, own = _value_of(config, name, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
+        scaled[name] = lora_A, lora_B * float(alpha / (own**0.5 if config.get("use_rslora") else own))
     rank, factors = max(lora_A.shape[-2] for lora_A, _ in scaled.values()), {}
     for name, (lora_A, lora_B) in scaled.items():
         missing = rank - lora_A.shape[-2]
@@ -122,18 +110,6 @@ def _projection(config: dict[str, Any], name: str) -> str | None:
     experts, targets = re.sub(r"(\.base_layer)+$", "", name), config.get("target_parameters") or ()
     wrapped = [one for one in PROJECTIONS if any(f".{experts}.{one}".endswith(f".{target}") for target in targets)]
     return f"{experts}.{wrapped[-1 - name.count('.base_layer', len(experts))]}" if wrapped else None
-
-
-def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    """PEFT's factor in front of B A; a pattern's keys are regular expressions for the end of a layer's name.
-
-    Raises:
-        TypeError, ValueError: if a value is not a number, or the layer's rank is not the configuration's.
-    """
-    alpha, expected = _value_of(config, name, "lora_alpha", "alpha_pattern"), _value_of(config, name, "r", "rank_pattern")
-    if expected != rank:
-        raise ValueError(f"rank of {name!r} is {rank}, and not {expected!r}")
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 def _value_of(config: dict[str, Any], name: str, field: str, pattern: str) -> Any:
@@ -161,6 +137,4 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
             end = ends[name] = start + link.own_values.get(name, (link.rank, None))[0]
             link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
         chain.append(link)
-    if max(ends.values()) != whole.rank:
-        raise ValueError(f"the links are not those of rank {whole.rank} in all")
     return chain

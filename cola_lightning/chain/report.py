@@ -22,7 +22,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
 
 
@@ -176,56 +175,29 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
     """
     if not reports or path.suffix.lower() != ".png":
         raise UserError(f"plot: needs a .png file and at least one link, got {str(path)!r} and {len(reports)} links")
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_norms(left, reports)
-    _draw_singular_values(right, reports)
-    for axes in (left, right):
-        axes.set_xlabel("link")
-        axes.set_xlim(reports[0].index - 0.5, reports[-1].index + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-
-
-def _draw_norms(axes: "Axes", reports: Sequence[LinkReport]) -> None:
     is_relative = all(link.relative_norm is not None for link in reports)
     norms = [[layer.relative_norm if is_relative else layer.norm for layer in link.layers.values()] for link in reports]
-    known = [torch.tensor([norm for norm in of_link if norm is not None], dtype=torch.float64) for of_link in norms]
-    spread = torch.stack([torch.stack([values.min(), values.mean(), values.max()]) for values in known], dim=1)
-    _draw(axes, reports, spread, "#0072B2")
-    axes.set_title("update: mean and range over layers")
-    axes.set_ylabel(r"$\Vert\Delta W\Vert_F\;/\;\Vert W_0\Vert_F$" if is_relative else r"$\Vert\Delta W\Vert_F$")
-    axes.set_ylim(bottom=0)
-
-
-def _draw_singular_values(axes: "Axes", reports: Sequence[LinkReport]) -> None:
-    from matplotlib import colormaps
-
-    largest = max(len(layer.singular_values) for link in reports for layer in link.layers.values())
-    spread = torch.full((3, len(reports), largest), math.nan, dtype=torch.float64)
-    for place, link in enumerate(reports):
-        values = torch.full((len(link.layers), largest), math.nan, dtype=torch.float64)  # of layers of different ranks
-        for row, layer in zip(values, link.layers.values(), strict=True):
-            row[: len(layer.singular_values)] = torch.tensor(layer.singular_values, dtype=torch.float64)
-        spread[:, place] = values.nanquantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-    spread[1][spread[1] == 0] = math.nan  # a gap: a log scale has no zero
-    shown = sorted({*(2**power for power in range(largest.bit_length())), largest})  # enough to show how fast they decay
-    for k, shade in zip(shown, torch.linspace(0, 0.85, len(shown)).tolist(), strict=True):
-        _draw(axes, reports, spread[:, :, k - 1], colormaps["viridis"](shade), rf"$\sigma_{{{k}}}$")
-    if (spread > 0).any():
-        axes.set_yscale("log")
-    axes.set_title("singular values: median and quartiles over layers")
-    axes.set_ylabel(r"singular value of $\Delta W$ (zeros omitted)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _draw(axes: "Axes", reports: Sequence[LinkReport], spread: Tensor, color: Any, label: str | None = None) -> None:
-    """A bar from low to high at each link, and a line through the middles; ``spread``: 3 (low, middle, high) x links."""
-    places, (low, middle, high) = [link.index for link in reports], spread.tolist()
-    axes.vlines(places, low, high, color=color, alpha=0.3, linewidth=5)
-    axes.plot(places, middle, "o-", color=color, label=label, markersize=4, clip_on=False)
+    known = [[norm for norm in of_link if norm is not None] for of_link in norms]
+    left.boxplot(known, positions=[link.index for link in reports], whis=(0, 100), manage_ticks=False)
+    left.set(title="update of each layer: quartiles and range", xlabel="link", ylim=(0, None))
+    left.set_ylabel(r"$\Vert\Delta W\Vert_F\;/\;\Vert W_0\Vert_F$" if is_relative else r"$\Vert\Delta W\Vert_F$")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    shades = colormaps["viridis"](torch.linspace(0, 0.85, len(reports)).tolist())
+    for link, shade in zip(reports, shades, strict=True):
+        spectra = zip(*(layer.singular_values for layer in link.layers.values()), strict=False)  # layers may have other ranks
+        medians = [statistics.median(values) or math.nan for values in spectra]  # a gap: a log scale has no zero
+        right.plot(range(1, len(medians) + 1), medians, "o-", color=shade, label=f"link {link.index}", markersize=4)
+    right.set(
+        title="singular values: median over layers", xlabel="place, the largest first", ylabel=r"singular value of $\Delta W$"
+    )
+    right.set_yscale("log")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(frameon=False, loc="outside right upper", ncols=1 + len(reports) // 16)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -117,20 +117,19 @@ class ChainSchedule:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"chain: {' and '.join(given)} cannot be combined. Use at most one of {', '.join(KNOT_OPTIONS)}")
-        for name in ("every_n_epochs", "every_n_train_steps", "knots", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"chain.{name}: must be at least 1, got {getattr(self, name)}")
-        knots, name = self.at_epochs or self.at_steps or (), "at_epochs" if self.at_epochs else "at_steps"
-        if any(b <= a for a, b in itertools.pairwise((0, *knots))):
-            raise UserError(f"chain.{name}: must increase, from 1 on, got {list(knots)}")
+        counts = ("every_n_epochs", "every_n_train_steps", "knots", "patience")
+        for name, is_valid, valid in (
+            *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in counts),
+            *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
+            ("until", 0 < self.until < 1, "between 0 and 1"),
+            ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
+            ("ranks", all(rank >= 1 and rank % 1 == 0 for rank in self.ranks or ()), "whole numbers from 1"),
+            ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
+        ):
+            if not is_valid:
+                raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
         if self.patience is not None:
             object.__setattr__(self, "knots_unknown", True)
-        if not 0 < self.until < 1 or (self.knots is None and self.until != UNTIL):
-            raise UserError(f"chain.until: must be between 0 and 1, and needs chain.knots, got {self.until:g}")
-        if not all(rank >= 1 and rank % 1 == 0 for rank in self.ranks or ()):
-            raise UserError(f"chain.ranks: must be whole numbers from 1, got {self.ranks}")
-        if not all(0 < alpha < math.inf for alpha in self.alphas or ()):
-            raise UserError(f"chain.alphas: must be positive, got {self.alphas}")
 
     @property
     def has_knots(self) -> bool:
@@ -217,6 +216,10 @@ class ChainSchedule:
             lengths.append(stop - start.global_step)
             start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
         return lengths
+
+
+def _increases(knots: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise((0, *knots)))
 
 
 @dataclass(frozen=True)
