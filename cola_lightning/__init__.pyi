@@ -26,7 +26,7 @@ from .lora.inject import register_lora_layer as register_lora_layer
 from .lora.inject import strip_lora as strip_lora
 from .lora.layer import LoRALayer as LoRALayer
 from .lora.layer import lora_layers as lora_layers
-from .lora.linear import LoRALinear as LoRALinear
+from .lora.layer_types import LoRALinear as LoRALinear
 from .module.module import COLAModule as COLAModule
 
 __version__: str

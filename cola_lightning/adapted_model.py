@@ -28,10 +28,9 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_model, lora_layers
-from cola_lightning.merge import merge
+from cola_lightning.merge import cast_floats, free, merge
 from cola_lightning.seeding import check_seed, seeded_build
 from cola_lightning.trained import TrainedValues, base_weights
-from cola_lightning.weights import cast_floats, free
 
 
 class Placement(NamedTuple):

@@ -1,17 +1,22 @@
-"""Merging: an adapted model becomes a plain one, layer by layer, so that no more is in memory than the result and one layer."""
+"""Merging: an adapted model becomes a plain one, layer by layer, so that no more is in memory than the result and one layer.
 
+And the copies and casts of whole models that this needs.
+"""
+
+import copy
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola_lightning.chain.link import Link, add_links
 from cola_lightning.lora.experts import close_experts
 from cola_lightning.lora.inject import begin_merging
 from cola_lightning.lora.layer import lora_layers
 from cola_lightning.lora.linear4bit import dequantize
-from cola_lightning.weights import cast_floats, deep_copy
 
 
 def merge(
@@ -53,3 +58,63 @@ def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | s
     if dtype is not None:
         cast_floats(model, dtype)
     return model if device is None else model.to(device)
+
+
+# ---------------------------------------------------------------------- whole models
+
+
+def deep_copy(
+    model: nn.Module,
+    memo: dict[int, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A deep copy of a model, each of whose tensors is copied directly to its new device and dtype; no gradients.
+
+    Also if a forward pass has left a result in an attribute (an auxiliary loss, say): it is copied without its graph.
+
+    Args:
+        model: the model.
+        memo: by ``id``, what is copied already, see ``copy.deepcopy``; it is added to.
+        device: where the copies are; None: where the tensors are.
+        dtype: of floating-point tensors; None: their own.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if not isinstance(value, Tensor) or id(value) in memo:
+                continue
+            if type(value) in (Tensor, nn.Parameter) or not value.is_leaf:
+                to = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                copied = value.detach().to(value.device if device is None else device, to, copy=True)
+                memo[id(value)] = nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
+            elif device is not None and isinstance(value, nn.Parameter):  # one in 4 bits, for example, copies itself
+                memo[id(value)] = copy.deepcopy(value).to(device)
+    return copy.deepcopy(model, memo)
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False) -> None:
+    """Casts a model's floating-point tensors in place, and no complex ones: ``nn.Module.to`` drops their imaginary part.
+
+    Args:
+        model: the model.
+        dtype: a floating-point one.
+        half_only: whether tensors in float32 and float64 stay as they are.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        is_cast = tensor.is_floating_point() and not (half_only and tensor.dtype.itemsize >= 4)
+        return tensor.to(dtype) if is_cast else tensor
+
+    model._apply(cast)  # type: ignore[no-untyped-call]
+
+
+def free(model: nn.Module) -> None:
+    """Frees the memory of a model that is not needed any more, whoever still refers to it.
+
+    glibc keeps what is freed for later tensors of that size; a model that is then loaded from a file does not use it.
+    """
+    model.to("meta")
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

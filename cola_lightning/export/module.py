@@ -18,7 +18,7 @@ from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
-from cola_lightning.weights import deep_copy, free
+from cola_lightning.merge import deep_copy, free
 from cola_lightning.writing import atomic_folder
 
 STATE_DICT_NAME = "model.safetensors"

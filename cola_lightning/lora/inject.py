@@ -18,10 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig, is_matched
-from cola_lightning.lora.convolution import LoRAConv1d, LoRAConv2d
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, experts_as_layers, is_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
-from cola_lightning.lora.linear import LoRALinear, lora_conv1d
+from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
 
 ALL_LINEAR = "all-linear"

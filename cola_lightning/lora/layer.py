@@ -1,6 +1,6 @@
 r"""A layer plus its current link: :math:`y = W x + b + \frac{\alpha}{r} B A x`.
 
-``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.linear.LoRALinear` *is* the
+``LoRALayer`` is a mixin in front of the layer that it adapts: a :class:`~cola_lightning.lora.layer_types.LoRALinear` *is* the
 original ``nn.Linear``, the same object with another class, and so with the same parameters, buffers, hooks and attributes. It
 gets two more parameters, ``lora_A`` and ``lora_B``. They are allocated once at the largest rank of the chain; a link of rank r
 uses the slices ``lora_A[..., :r, :]`` and ``lora_B[..., :r]``, so a change of rank makes no new parameters and every wrapper

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LoRALayer, is_quantized
-from cola_lightning.lora.linear import LoRALinear
+from cola_lightning.lora.layer_types import LoRALinear
 
 Quantization = Literal["nf4"]
 

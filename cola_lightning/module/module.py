@@ -19,6 +19,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.merge import cast_floats
 from cola_lightning.module.activation_checkpointing import disable_activation_checkpointing
 from cola_lightning.module.arguments import read_arguments
 from cola_lightning.module.base import AdaptedModule, values_of
@@ -28,7 +29,6 @@ from cola_lightning.module.optimization import LinkOptimization, OptimizerCallab
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.state import StateDictError, data_of, prepare_loading, prompt_format_of, state_of
 from cola_lightning.seeding import check_seed
-from cola_lightning.weights import cast_floats
 
 log = logging.getLogger(__name__)
 
