@@ -126,7 +126,7 @@ def megabytes(module: COLACausalLM) -> float:
     """Weights, links and what is stacked, in 1e6 bytes."""
     stacks = [layer.stack for layer in module.adapted.layers.values() if layer.stack is not None]
     tensors = [*module.model.parameters(), *module.model.buffers()]
-    return (sum(tensor.nbytes for tensor in tensors) + sum(stack.nbytes for stack in stacks)) / 1e6
+    return (sum(tensor.nbytes for tensor in tensors) + sum(stack.A.nbytes + stack.B.nbytes for stack in stacks)) / 1e6
 
 
 def measure_steps(

@@ -130,7 +130,7 @@ def sizes(model: nn.Module) -> Sizes:
         block=max(own(block.named_parameters()) for block in blocks),
         root=base - own(blocks.named_parameters()),
         links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
-        stack=sum(layer.stack.nbytes for layer in layers if layer.stack is not None),
+        stack=sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None),
         in_4_bits=base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
     )
 

@@ -35,13 +35,15 @@ class Decoding:
         Args:
             group: prefix of the fields' names in messages: ``data.``.
         """
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"{group}top_p: must be above 0 and at most 1, got {self.top_p}")
-        changed = [name for name in ("temperature", "top_p") if getattr(self, name) != getattr(Decoding, name)]
-        if changed and not self.do_sample:
-            raise UserError(f"{group}{changed[0]}: needs {group}do_sample true. Otherwise the most probable token is chosen")
-        if "" in self.stop:
-            raise UserError(f"{group}stop: must not contain an empty text")
+        needs = f"needs {group}do_sample true. Otherwise the most probable token is chosen"
+        for name, is_valid, what in (
+            ("top_p", 0 < self.top_p <= 1, f"must be above 0 and at most 1, got {self.top_p}"),
+            ("temperature", self.do_sample or self.temperature == Decoding.temperature, needs),
+            ("top_p", self.do_sample or self.top_p == Decoding.top_p, needs),
+            ("stop", "" not in self.stop, "must not contain an empty text"),
+        ):
+            if not is_valid:
+                raise UserError(f"{group}{name}: {what}")
 
     def stopping(self, texts: Iterable[str]) -> "Decoding":
         """The same, with more texts at which generation ends."""

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
-from cola_lightning.chain.store import DAMAGE, check_version, link_fields
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.chain.store import check_version, damage_refused, link_fields
+from cola_lightning.errors import UserError
 from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS
 
@@ -50,7 +50,7 @@ def read_adapter(folder: str | Path) -> Chain:
         UserError: for an adapter of another type, or a damaged one.
     """
     folder = Path(folder)
-    try:
+    with damage_refused(f"adapter: the LoRA in {str(folder)!r}"):
         config = {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
         for name, value in config.items():
             if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
@@ -60,10 +60,6 @@ def read_adapter(folder: str | Path) -> Chain:
             description = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
         link = _as_link(tensors, config, str(folder))
         return Chain([link]) if description is None else _split(link, description, str(folder / TENSORS_NAME))
-    except (*DAMAGE, RecursionError, re.error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"adapter: the LoRA in {str(folder)!r} is damaged ({one_line(repr(error))})") from error
 
 
 def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> Link:

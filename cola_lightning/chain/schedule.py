@@ -203,18 +203,14 @@ class ChainSchedule:
             >>> ChainSchedule(every_n_epochs=2).links(FitPosition(0, 0), run)
             [20, 20, 10]
         """
-        end, lengths = run.end_step, list[int]()
-        epoch = max(start.epoch, run.epoch_start.epoch)  # the length of earlier epochs is not known
-        epoch_start = run.step_at(epoch)
-        while start.global_step < end:  # each epoch once: there may be a hundred thousand
-            knot = stop = self.next_knot(start)
-            if self._counts_epochs and knot < math.inf:
-                while epoch < knot and epoch_start < end:
-                    epoch_start, epoch = epoch_start + run.steps_in_epoch(epoch), epoch + 1
-                stop = epoch_start
-            stop = int(min(stop, end))
-            lengths.append(stop - start.global_step)
-            start = FitPosition(int(knot) if self._counts_epochs and knot < math.inf else start.epoch, stop)
+        lengths, run = list[int](), replace(run, max_epochs=math.inf, max_steps=run.end_step)
+        while start.global_step < run.max_steps:
+            knot = self.next_knot(start)
+            lengths.append(int(self.link_steps(start, run)))
+            epoch = int(knot) if self._counts_epochs and knot < math.inf else start.epoch
+            start = FitPosition(epoch, start.global_step + lengths[-1])
+            if self._counts_epochs and epoch > run.epoch_start.epoch:  # each epoch is counted once: there may be many
+                run = replace(run, epoch_start=start)
         return lengths
 
 

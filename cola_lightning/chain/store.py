@@ -6,19 +6,19 @@ The same in a state dict, and so in a checkpoint, in a chain folder, and in the 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity, from_stored
 from cola_lightning.chain.link import Link
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, one_line
 
 VERSION = 1  # of all that is stored
 
@@ -27,7 +27,6 @@ JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields, which contain the tensors'
 
 DESCRIBED = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields beside its tensors
-DAMAGE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, OSError, SafetensorError)
 
 Chained = tuple[list[Link], BaseIdentity]
 
@@ -43,6 +42,17 @@ def check_version(version: Any, where: str) -> None:
             f"chain: this release of cola_lightning reads format version {VERSION}, but {where} has "
             f"{'none' if version is None else repr(version)}"
         )
+
+
+@contextmanager
+def damage_refused(what: str) -> Iterator[None]:
+    """Inside the block, what damaged or missing files raise becomes a UserError, which begins with what they hold."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # json and safetensors may raise anything for damaged bytes
+        raise UserError(f"{what} is damaged or incomplete ({one_line(repr(error))})") from error
 
 
 # ---------------------------------------------------------------------- the codec
@@ -164,19 +174,13 @@ def write_files(links: Sequence[Link], base: BaseIdentity, folder: Path) -> None
 
 def read_files(folder: Path) -> Chained:
     """The links of a chain folder and their base; see :meth:`~cola_lightning.chain.Chain.load`."""
-    if not (folder / JSON_NAME).is_file() or not (folder / TENSORS_NAME).is_file():
-        raise UserError(f"chain: {str(folder)!r} has no {JSON_NAME} and {TENSORS_NAME}")
-    try:
+    with damage_refused(f"chain: the chain in {str(folder)!r}"):
         description = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
         check_version(description["format_version"], str(folder / JSON_NAME))
         is_same = description.pop(JSON_CHECKSUM) == _sha256_of_json(description)
         if not is_same or description["sha256"] != _sha256(folder / TENSORS_NAME):
             raise ValueError("a checksum differs")
         return decode(description, load_file(folder / TENSORS_NAME), str(folder))
-    except DAMAGE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"chain: the chain in {str(folder)!r} is damaged ({error!r})") from error
 
 
 def _sha256_of_json(description: Mapping[str, Any]) -> str:

@@ -92,7 +92,6 @@ class COLACausalLM(LanguageModule):
     ) -> None:
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
-        self._separations: dict[bool, Separation] = {}  # as tried out, without and with seq_idx
 
     @override
     def build_model(self) -> nn.Module:
@@ -201,6 +200,11 @@ class COLACausalLM(LanguageModule):
         with self._uncompiled():
             return takes_mask_of_pairs(self.model)
 
+    @functools.cached_property
+    def _separation(self) -> Separation:
+        with self._uncompiled():
+            return separation_of(self.model)
+
     def _separated(self, batch: Batch, host: Batch) -> tuple[Batch, Batch]:
         """A batch, and its values on the host, in which the model keeps sequences apart that share a row, if any do.
 
@@ -209,11 +213,7 @@ class COLACausalLM(LanguageModule):
         """
         if batch.get("attention_mask") is not None and not is_packed(host):  # padding, with its positions
             return batch, host
-        has_index = "seq_idx" in batch
-        if has_index not in self._separations:
-            with self._uncompiled():
-                self._separations[has_index] = separation_of(self.model, has_index=has_index)
-        if (separation := self._separations[has_index]) != "none":
+        if (separation := self._separation) != "none":
             return separated(batch, separation), separated(host, "rows" if separation == "pairs" else separation)
         if is_packed(host):
             raise UserError(

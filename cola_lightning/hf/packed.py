@@ -64,21 +64,19 @@ def _starts(positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def separation_of(model: Any, *, has_index: bool = False) -> Separation:
+def separation_of(model: Any) -> Separation:
     """By what a model keeps apart sequences whose positions start again: tried out on nine tokens.
 
     The logits of the second of two sequences must not change with the first, and must equal those of it alone.
 
     Args:
         model: a Hugging Face model.
-        has_index: whether batches have ``seq_idx``, which some state-space layers need.
     """
     n, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
     tokens = (torch.arange(9, device=device) + n // 2) % n
     rows = torch.stack([tokens, torch.cat([(tokens[:5] - 7) % n, tokens[5:]])])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=device).expand(2, -1)
-    index = {"seq_idx": torch.tensor([[0] * 5 + [1] * 4] * 2, dtype=torch.int32, device=device)} if has_index else {}
-    packed = {"input_ids": rows, "labels": rows, "position_ids": positions, **index}
+    packed = {"input_ids": rows, "labels": rows, "position_ids": positions}
     ways: list[Separation] = ["rows", "one row"]
     # Autocast stays as it is: flash attention takes half precision alone.
     tolerance = HALF if torch.is_autocast_enabled(device.type) else rounding(model)

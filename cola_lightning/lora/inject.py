@@ -323,14 +323,13 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
     found = lora_class(layer)
     if found is None:
         kinds = [key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key in _entries]
-        raise UserError(
-            f"model.target_modules: {name!r} is a {type(layer).__name__}, but only layers of type {', '.join(kinds[:-1])} or "
-            f"{kinds[-1]} can be adapted (register_lora_layer adds others)"
-        )
-    reason = found.obstacle(layer)
-    if "forward" in vars(layer):  # which would never reach the link
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        reason: str | None = f"which is a {type(layer).__name__} and not a {known} (register_lora_layer adds other types)"
+    elif "forward" in vars(layer):  # which would never reach the link
         reason = "which has a forward of its own (accelerate's hooks set one: remove_hook_from_submodules removes it)"
-    if reason is not None:
+    else:
+        reason = found.obstacle(layer)
+    if found is None or reason is not None:
         raise UserError(f"model.target_modules: a link cannot be added to {name!r}, {reason}")
     if config.finished_links == "merge" and is_quantized(layer):
         raise UserError(f"model.finished_links: must be stack for the quantized weight of {name!r}, got merge")

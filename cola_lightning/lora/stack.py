@@ -49,11 +49,6 @@ class Stack:
         """A (rank x in) and B (out x rank) of all links together; their scalings are in B."""
         return self.A[..., : self.rank, :], self.B[..., : self.rank, :].mT
 
-    @property
-    def nbytes(self) -> int:
-        """The memory of the stack, with the room for further links."""
-        return self.A.nbytes + self.B.nbytes
-
     @torch.no_grad()
     def push(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Adds a link: ``lora_A`` is rank x in, ``lora_B`` out x rank."""
