@@ -342,25 +342,27 @@ def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning(tmp_path,
     stored = torch.load(tmp_path / "again.ckpt", weights_only=True)["hyper_parameters"]
     assert {name: type(value) for name, value in stored.items()} == {"where": str, "sizes": dict, "rank": int}
     assert stored["sizes"]["a"] == [1, [2.5]]
-    loaded = Saving.load_from_checkpoint(tmp_path / "again.ckpt", since=None)
+    loaded = Saving.load_from_checkpoint(tmp_path / "again.ckpt", since=None, sizes=sizes)
     assert loaded.where == str(tmp_path)
     assert loaded.hparams.sizes["b"].equal(sizes["b"])
     assert_bit_equal(weights(loaded), weights(module))
 
 
-def test_a_configuration_of_omegaconf_comes_back_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "kind", [Namespace, lambda **values: omegaconf.OmegaConf.create(values)], ids=["argparse", "omegaconf"]
+)
+def test_a_configuration_object_is_given_again_and_a_warning_says_so(tmp_path, kind, caplog):
     class Configured(Toy):
         def __init__(self, config):
-            super().__init__(target_modules=list(config.targets), rank=config.size.rank, seed=0)
+            super().__init__(target_modules=list(config.targets), rank=config.rank, seed=0)
             self.save_hyperparameters()
-            self.config = config
 
-    whole = omegaconf.OmegaConf.create({"n": 2, "model": {"targets": ["0"], "size": {"rank": "${n}"}, "text": "\\${x}"}})
-    module = fitted(tmp_path, Configured(whole.model))
-    loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
-    assert isinstance(loaded.config, omegaconf.DictConfig)
-    assert isinstance(loaded.hparams.config.targets, omegaconf.ListConfig)
-    assert (loaded.config.size.rank, loaded.config.text) == (2, "${x}")
+    config = kind(targets=["0"], rank=2)
+    module = fitted(tmp_path, Configured(config))
+    with pytest.raises(TypeError, match="'config'"):
+        Configured.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert "it has no 'config', which was not a plain value: pass it" in caplog.text
+    loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt", config=config)
     assert_bit_equal(weights(loaded), weights(module))
 
 
@@ -380,13 +382,13 @@ def test_a_data_modules_configuration_is_stored_without_a_mark_of_ours(tmp_path)
     assert Data.load_from_checkpoint(tmp_path / "run.ckpt").size == 4
 
 
-def test_a_namespace_comes_back_as_one_and_a_secret_is_not_stored(tmp_path):
+def test_a_secret_is_not_stored(tmp_path):
     class Named(Toy):
-        def __init__(self, hparams, token=None, api_key="", pad_token="<pad>"):
-            super().__init__(rank=hparams.size.rank, seed=0)
+        def __init__(self, rank, token=None, api_key="", pad_token="<pad>"):
+            super().__init__(rank=rank, seed=0)
             self.save_hyperparameters()
 
-    module = Named(Namespace(size=Namespace(rank=2)), token="hf_1234", api_key="hf_1234", pad_token="<end>")
+    module = Named(2, token="hf_1234", api_key="hf_1234", pad_token="<end>")
     fitted(tmp_path, module)
     assert b"hf_1234" not in (tmp_path / "run.ckpt").read_bytes()
     assert "hf_1234" not in str(module.constructor_arguments)

@@ -6,7 +6,7 @@ import pydoc
 import re
 from argparse import Namespace
 from collections import UserString
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from os import PathLike
@@ -33,8 +33,6 @@ SECRET = re.compile(
     r"|\A((use|auth|hf|hub|huggingface|api|access|bearer|refresh|session|secret|wandb|github)_)*token\Z",
     re.IGNORECASE,
 )
-
-MARK = "_type_"  # in recorded arguments: the key of an object that stands for what JSON does not have
 
 
 class WholeSignature:
@@ -128,18 +126,19 @@ def is_recorded(name: str) -> bool:
 
 
 def plain(value: Any, *, is_json: bool = False) -> Any:
-    """The value in types that ``torch.load(weights_only=True)`` reads: built-in ones, tensors, dtypes, devices and sizes.
+    """The value in types that ``torch.load(weights_only=True)`` reads: built-in ones, tensors, dtypes and devices.
 
     Args:
         value: the value.
-        is_json: in types that JSON has; others are marked, so that :func:`stored_arguments` makes them again.
+        is_json: only numbers, texts, paths as texts, and lists and dicts of these: what is the same when JSON gives it back,
+            except that a tuple is a list then.
 
     Raises:
         TypeError: if it cannot be expressed in them.
     """
-    if value is None or type(value) is bool:
-        return value
     part = functools.partial(plain, is_json=is_json)
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, np.generic):
         return part(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
@@ -147,29 +146,19 @@ def plain(value: Any, *, is_json: bool = False) -> Any:
             return kind(value)
     if isinstance(value, PathLike):
         return str(value)
-    if (name := type(value).__name__) in OF_TORCH and type(value).__module__ in ("builtins", "torch"):
-        express, _ = OF_TORCH[name]
-        return {MARK: name, "value": part(express(value))} if is_json else value
-    if type(value).__module__.startswith("omegaconf."):
-        from omegaconf import OmegaConf
-
-        name, contents = "omegaconf", part(OmegaConf.to_container(value, resolve=True))
-    elif isinstance(value, Namespace):
-        name, contents = "namespace", part(vars(value))
-    # A list, a tuple, or another library's equivalent.
-    elif isinstance(value, Sequence) and not isinstance(value, str | UserString | bytes | bytearray | memoryview):
-        contents = list(map(part, value))
-        if not isinstance(value, tuple) or not is_json:
-            return tuple(contents) if isinstance(value, tuple) else contents
-        name = "tuple"
-    elif isinstance(value, Mapping):
-        contents = [[part(key), part(item)] for key, item in value.items()]
-        if not is_json or all(type(key) is str and key != MARK for key in value):
-            return dict(contents)
-        name = "dict"
-    else:
-        raise TypeError(f"expected plain values, received {type(value).__name__}")
-    return {MARK: name, "value": contents} if is_json else contents
+    if isinstance(value, list | tuple):
+        return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: part(item) for key, item in value.items()}
+    if not is_json:  # other libraries' equivalents
+        if type(value) in (torch.Tensor, torch.dtype, torch.device):
+            return value
+        if isinstance(value, Mapping | Namespace):
+            items = vars(value) if isinstance(value, Namespace) else value
+            return {part(key): part(item) for key, item in items.items()}
+        if isinstance(value, Sequence) and not isinstance(value, UserString | bytes | bytearray | memoryview):
+            return list(map(part, value))
+    raise TypeError(f"expected plain values, received {type(value).__name__}")
 
 
 def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,19 +168,13 @@ def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
         cls: the class to be made.
         recorded: the ``constructor_arguments`` of the checkpoint's module.
     """
-    stored = recorded.get("defaults", {}) | recorded.get("init_args", {})
-    return {name: unmarked(value) for name, value in _of_class(cls, stored).items() if is_recorded(name)}
+    stored = recorded["defaults"] | recorded["init_args"]
+    return {name: value for name, value in _of_class(cls, stored).items() if is_recorded(name)}
 
 
 def read_arguments(path: str | PathLike[str], cls: type) -> dict[str, Any]:
     """The arguments in a file of hyperparameters that a class takes, as Lightning reads them."""
-    reads: dict[str, Callable[[Any], Any]] = {
-        ".csv": load_hparams_from_tags_csv,
-        ".yaml": load_hparams_from_yaml,
-        ".yml": load_hparams_from_yaml,
-    }
-    if (read := reads.get(Path(path).suffix.lower())) is None or not Path(path).is_file():
-        raise UserError(f"hparams_file: {str(path)!r} must be a .csv, .yml or .yaml file that exists")
+    read = load_hparams_from_tags_csv if Path(path).suffix == ".csv" else load_hparams_from_yaml
     return _of_class(cls, read(path))
 
 
@@ -200,45 +183,6 @@ def _of_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = _parameters(cls)
     takes_any, names = any(one.kind is one.VAR_KEYWORD for one in parameters), {one.name for one in parameters}
     return {name: value for name, value in arguments.items() if takes_any or name in names}
-
-
-def unmarked(value: Any) -> Any:
-    """A plain value again from what :func:`plain` writes for JSON."""
-    if isinstance(value, list):
-        return list(map(unmarked, value))
-    if not isinstance(value, Mapping):
-        return value
-    return MADE[value[MARK]](unmarked(value["value"])) if MARK in value else {key: unmarked(value[key]) for key in value}
-
-
-def _configuration(contents: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(_literal(contents))
-
-
-def _literal(value: Any) -> Any:
-    """Resolved values of a configuration: an interpolation in a file, which may call a resolver, is text."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    if isinstance(value, Mapping):
-        return {key: _literal(part) for key, part in value.items()}
-    return [_literal(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-# How torch's types are expressed, and made again, by their names.
-DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-OF_TORCH: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "dtype": (str, DTYPES.__getitem__),
-    "device": (str, torch.device),
-    "Size": (list, torch.Size),
-    "Tensor": (
-        lambda value: [value.cpu().flatten().view(torch.uint8).tolist(), value.dtype, value.shape],
-        lambda parts: torch.tensor(parts[0], dtype=torch.uint8).view(parts[1]).reshape(parts[2]),
-    ),
-}
-MADE: dict[str, Callable[[Any], Any]] = {name: make for name, (_, make) in OF_TORCH.items()}
-MADE |= {"tuple": tuple, "dict": dict, "namespace": lambda contents: Namespace(**contents), "omegaconf": _configuration}
 
 
 def find_class(path: str) -> type:

@@ -112,14 +112,13 @@ def load_module(
     opened = source if isinstance(source, OpenedCheckpoint) else OpenedCheckpoint.open(source, weights_only=weights_only)
     opened = replace(opened, links=links)
     checkpoint, recorded = opened.contents, opened.state.facts["module"]
-    made = _class_of(recorded["class_path"], cls)
-    if made is not None and issubclass(made, cls):
-        cls = made
-    if made is None or not issubclass(cls, made):
-        recorded = {}
-    elif cls is not made:  # which may give them itself
-        recorded = recorded | {"defaults": {}}
-    for name in recorded.get("not_plain", ()):
+    try:
+        found = find_class(recorded["class_path"])
+        cls = found if issubclass(found, cls) else cls
+    except UserError as error:  # it was in a script, say
+        if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
+            log.warning("%s; it is loaded as %s", error, cls.__name__)
+    for name in recorded["not_plain"]:
         if name not in given:
             log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
     module = cls(**stored_arguments(cls, recorded) | given)
@@ -144,14 +143,3 @@ def device_of(map_location: Any) -> torch.device:
         storage = map_location(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
         return torch.device("cpu") if storage is None else storage.device
     return torch.device(map_location.get("cpu", "cpu") if isinstance(map_location, Mapping) else map_location)
-
-
-def _class_of(path: str, requested: type) -> type | None:
-    """The class of a checkpoint's module; None if it cannot be found, and has another name than the requested class."""
-    try:
-        return find_class(path)
-    except UserError as error:  # it was in a script, say
-        if path.rpartition(".")[2] == requested.__name__:
-            return requested
-        log.warning("%s; it is loaded as %s", error, requested.__name__)
-        return None

@@ -6,7 +6,7 @@ Not by ``self.log``: what is logged there is stored with the link, and a speed d
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -74,7 +74,7 @@ def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str
         "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
     }
     given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(given, default=_as_plain))
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(given, default=str))
     return plain
 
 
@@ -83,7 +83,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     kinds, others = bool | int | float | str | tuple, vars(LightningDataModule())
     own = {name: value for name, value in values.items() if name[0] != "_" and name not in others and is_recorded(name)}
     return {name: value for name, value in own.items() if isinstance(value, kinds)}
-
-
-def _as_plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
